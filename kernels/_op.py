@@ -1,0 +1,108 @@
+"""How a launch function becomes a torch op. The only file that talks to torch.library.
+
+Every op is opaque: `define` + `impl` per device + `register_fake`, with autograd in a thin
+`torch.autograd.Function` beside the launch. Why not the alternatives:
+
+- `triton_op` shows the kernel to the compiler, which brings traps (host TMA descriptors vanish from
+  the captured graph without an error, a Python loop of launches is unrolled into it, nothing traces
+  under the interpreter) and buys fusion around the kernel, of no use to an op already fused.
+- `custom_op` makes the same three registrations and puts checks of its own in front of each call.
+- `register_autograd` costs more per call than the Function and hides what is saved.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from kernels._launch import arch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LIB = torch.library.Library("fgpt", "DEF")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICES = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
+# Inductor may pad or permute the inputs of an op that does not say otherwise; the kernels here
+# compute addresses from shapes and would misread them.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+MIN_ARCH = 80  # Ampere: bf16 and cp.async; older chips are neither built for nor tested
+
+
+def register(schema: str, *, fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Define `fgpt::<schema>`, backed by the decorated launch and traced through `fake`.
+
+    `fake` states shapes and dtypes only. Autograd is not registered here: it lives in a
+    `torch.autograd.Function` beside the launch, which keeps the saved tensors visible in one place.
+    """
+    name = schema.partition("(")[0]
+
+    def decorate(launch: Callable[P, R]) -> Callable[P, R]:
+        _LIB.define(schema, tags=_TAGS)
+        for device in _DEVICES:
+            _LIB.impl(name, launch, device)
+        torch.library.register_fake(f"fgpt::{name}", fake, lib=_LIB)
+        overload: Any = getattr(torch.ops.fgpt, name).default
+        return overload
+
+    return decorate
+
+
+@torch.compiler.assume_constant_result
+def _arch(device: torch.device) -> int:
+    """`arch` for code that is traced: the answer is a constant of the graph."""
+    return arch(device)
+
+
+def check_device(op: str, x: Tensor) -> None:
+    """Refuse a tensor the Triton kernels cannot run on; call it first in the public function.
+
+    Raises:
+        ValueError: `x` is not on CUDA (or on the CPU under TRITON_INTERPRET=1), not on the current
+            device, or its GPU is older than sm_80.
+    """
+    if x.device.type == "cpu" and INTERPRETED:
+        return
+    if x.device.type != "cuda":
+        raise ValueError(
+            f"{op}: triton needs a CUDA tensor, got one on {x.device}; use the eager backend, or "
+            "set TRITON_INTERPRET=1 before starting Python to run the kernels on the CPU, slowly"
+        )
+    if _arch(x.device) < MIN_ARCH:
+        raise ValueError(
+            f"{op}: triton needs sm_{MIN_ARCH} or newer, got sm_{_arch(x.device)}; "
+            "use the eager backend"
+        )
+    # Triton launches on the current device. A compiled graph sets it by itself.
+    if not torch.compiler.is_compiling() and x.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"{op}: x must be on the current device cuda:{torch.cuda.current_device()}, got "
+            f"{x.device}; call torch.cuda.set_device first"
+        )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype activations leave an op in: the autocast dtype where autocast is on, else x's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether a backward may follow. Ask in the public function.
+
+    Inside `Function.forward` it is too late: grad mode is always off there, and
+    `ctx.needs_input_grad` stays True under `torch.no_grad`.
+    """
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def refuse_double_backward(op: str) -> None:
+    """First line of every backward.
+
+    Autograd cannot see into an opaque op: `create_graph=True` would give silently wrong second
+    derivatives, `once_differentiable` or not.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: double backward is not supported; use the eager backend")
