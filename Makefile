@@ -1,0 +1,49 @@
+# Every command a person runs. `make` alone prints them.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
+# `make train DATA=my.txt PRESET=smoke STEPS=100 ARGS="--seed 2"`
+TRAIN_FLAGS = $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data $(DATA)) \
+	$(if $(STEPS),--steps $(STEPS)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+.PHONY: help setup setup-dev train test test-slow check fix clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.setup ## make .venv and install the exact pins
+$(VENV)/.setup: requirements.txt
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' requirements.txt)"
+	$(PIP) -r requirements.txt
+	@touch $@
+
+setup-dev: $(VENV)/.setup-dev
+$(VENV)/.setup-dev: requirements-dev.txt $(VENV)/.setup
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+train: setup ## train, sample, draw the loss curve, save the model (DATA= PRESET= STEPS= OUT= ARGS=)
+	$(PY) train.py $(TRAIN_FLAGS)
+
+test: setup-dev ## everything that can run on this machine
+	$(PY) -m pytest -m "not slow"
+
+test-slow: setup-dev ## longer sweeps
+	$(PY) -m pytest -m slow
+
+check: setup-dev ## ruff and pyright; edits nothing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+fix: setup-dev ## let ruff edit
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove caches (keeps .venv and runs/)
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks .cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,6 @@
+"""GPT-2: the model, its tokenizer, generation, and weights in and out."""
+
+from model.config import MODELS, GPTConfig
+from model.gpt import GPT
+
+__all__ = ["GPT", "MODELS", "GPTConfig"]

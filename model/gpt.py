@@ -1,0 +1,177 @@
+"""GPT-2 as published: learned positions, pre-LN, biases everywhere, tanh GELU, tied head.
+
+Every op with a hand-written kernel is called through `ops`, so the model does not know which
+backend runs. The residual add belongs to the LayerNorm that follows it, hence the loop below
+hands each block the norm of the next one:
+
+    residual = wte[idx] + wpe[:T]                         y = LN(residual; h[0].ln_1)
+    for each block:
+        y, residual = add_LN(attn(y), residual; ln_2)
+        y, residual = add_LN(mlp(y), residual; ln_1 of the next block, or ln_f)
+    loss = CE(y @ wte^T, targets)
+
+Source: Radford et al. 2019; parameter names are those of the released weights.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import EAGER, Ops
+from model.config import GPTConfig
+
+INIT_STD = 0.02
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, ops: Ops):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropout_p = self.dropout if self.training else 0.0
+        return self.c_proj(self.ops.causal_attention(self.c_attn(x), self.n_head, dropout_p))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig, ops: Ops):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.gelu_mlp(
+            x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
+        )
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, ops: Ops):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config, ops)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config, ops)
+        self.dropout = config.dropout
+        self.ops = ops
+
+    def forward(self, y: Tensor, residual: Tensor, next_norm: nn.LayerNorm):
+        """y = ln_1(residual) in; next_norm(residual_out), residual_out out; all (B, T, C)."""
+        branch = F.dropout(self.attn(y), self.dropout, self.training)
+        y, residual = self.ops.add_layer_norm(
+            branch, residual, self.ln_2.weight, self.ln_2.bias, self.ln_2.eps
+        )
+        branch = F.dropout(self.mlp(y), self.dropout, self.training)
+        return self.ops.add_layer_norm(
+            branch, residual, next_norm.weight, next_norm.bias, next_norm.eps
+        )
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: GPTConfig, ops: Ops):
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.dropout = config.dropout
+        self.ops = ops
+
+    def forward(self, idx: Tensor, residual_dtype: torch.dtype | None) -> Tensor:
+        """idx (B, T) int64 -> ln_f of the last residual, (B, T, C)."""
+        residual = self.wte(idx) + self.wpe.weight[: idx.shape[1]]
+        residual = F.dropout(residual, self.dropout, self.training)
+        if residual_dtype is not None:
+            residual = residual.to(residual_dtype)
+        norms = [*(block.ln_1 for block in self.h), self.ln_f]
+        y = self.ops.layer_norm(residual, norms[0].weight, norms[0].bias, norms[0].eps)
+        for block, next_norm in zip(self.h, norms[1:], strict=True):
+            y, residual = block(y, residual, next_norm)
+        return y
+
+
+class GPT(nn.Module):
+    """GPT-2 with a tied head.
+
+    The embedding table has `config.padded_vocab_size` rows; those past `vocab_size` start at 0,
+    get no gradient and no decay, and never reach a logit, the loss or a saved file.
+
+    Args:
+        config: The shape.
+        ops: The op set; `kernels.EAGER` or `kernels.TRITON` or a mixture (`kernels.parse_ops`).
+        residual_dtype: Dtype of the residual stream; None keeps the embeddings' (fp32), which is
+            what plain autocast does. torch.bfloat16 changes the numerics.
+    """
+
+    def __init__(
+        self, config: GPTConfig, ops: Ops = EAGER, residual_dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        self.config = config
+        self.residual_dtype = residual_dtype
+        self.ops = ops
+        self.transformer = Transformer(config, ops)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """N(0, 0.02); residual projections scaled by (2 * n_layer)^-0.5; biases 0; LN 1 and 0."""
+        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                std = residual_std if name.endswith("c_proj") else INIT_STD
+                module.weight.normal_(0.0, std)
+                module.bias.zero_()
+        # Real rows only, so that the draw does not depend on the padding.
+        self.transformer.wte.weight[: self.config.vocab_size].normal_(0.0, INIT_STD)
+        self.transformer.wte.weight[self.config.vocab_size :].zero_()
+        self.transformer.wpe.weight.normal_(0.0, INIT_STD)
+
+    def num_parameters(self) -> int:
+        """Parameters of the published model: padding rows do not count."""
+        padding = self.config.padded_vocab_size - self.config.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or the loss.
+
+        Args:
+            idx: (B, T) int64 token ids, T <= block_size.
+            targets: (B, T) int64; positions of -100 are ignored.
+
+        Returns:
+            Without targets the logits (B, T, vocab_size); with targets the scalar mean loss, fp32.
+
+        Raises:
+            ValueError: T exceeds block_size.
+        """
+        if idx.shape[1] > self.config.block_size:
+            raise ValueError(
+                f"model: T must be at most block_size {self.config.block_size}, got {idx.shape[1]}"
+            )
+        y = self.transformer(idx, self.residual_dtype)
+        weight = self.transformer.wte.weight
+        if targets is None:
+            return F.linear(y, weight[: self.config.vocab_size])
+        return self.ops.linear_cross_entropy(y, weight, targets, self.config.vocab_size)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, ops: Ops = EAGER) -> "GPT":
+        """A model from a GPT-2 folder or safetensors file; see model/hf.py."""
+        from model import hf  # hf builds a GPT, so it imports this module
+
+        return hf.from_pretrained(path, ops)
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write what GPT2LMHeadModel.from_pretrained reads; see model/hf.py."""
+        from model import hf
+
+        hf.save_pretrained(self, path, dtype)
