@@ -1,0 +1,243 @@
+"""What is timed: shapes, inputs, and the bytes and flops each op cannot do without.
+
+Bytes count every tensor of the interface once per direction, saved statistics left out; flops
+count the matrix products and, for attention, causal work alone (half of T^2). They are the floor
+of an op, whatever way it is computed; `bench.ops` holds the time they allow against the measured
+time. Sizes follow the rest of the project: M = B * T rows, C width, H heads, V vocabulary padded
+to a multiple of 128.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Any]
+MODES = ("fwd", "bwd", "both")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B sequences of T tokens through a model C wide with H heads and V (real) tokens."""
+
+    B: int
+    T: int
+    C: int = 768
+    H: int = 12
+    V: int = 50257
+
+    @property
+    def M(self) -> int:
+        return self.B * self.T
+
+    @property
+    def Vp(self) -> int:
+        return -(-self.V // 128) * 128
+
+    @property
+    def label(self) -> str:
+        width = "" if self.C == 768 else f" C={self.C}"
+        return f"B={self.B} T={self.T}{width}"
+
+
+SHAPES: dict[str, Shape] = {
+    "b64t1024": Shape(64, 1024),  # 65,536 tokens: the throughput shape
+    "b16t64": Shape(16, 64),  # the seed recipe's micro-batch, 1,024 tokens
+    "b8t1024": Shape(8, 1024),
+    "b4t64": Shape(4, 64),  # what a CPU can time
+    "b2t256": Shape(2, 256),
+}
+GPU_SHAPES = ("b64t1024", "b16t64", "b8t1024")
+CPU_SHAPES = ("b4t64",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op as the bench runs it.
+
+    Args:
+        op: Name in `kernels.Ops`.
+        inputs: (shape, dtype, randn) -> keyword arguments of the op; floating tensors that
+            require grad are the ones a backward fills. `dtype` is the activations'.
+        bytes, flops: (shape, bytes per activation element, mode) -> the floor of one call.
+        limit: Which measured matmul rate the flops are held against.
+        sweep: Shapes for the plot of this op, small to large.
+        modes: A subset of MODES. The loss has no "bwd": the gradients come with the forward.
+    """
+
+    op: str
+    inputs: Callable[[Shape, torch.dtype, Callable[..., Tensor]], Inputs]
+    bytes: Callable[[Shape, int, str], float]
+    flops: Callable[[Shape, int, str], float]
+    limit: str
+    sweep: tuple[Shape, ...]
+    modes: tuple[str, ...] = MODES
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.requires_grad_(True)
+
+
+def _norm_weights(s: Shape, randn: Callable[..., Tensor]) -> Inputs:
+    return {"weight": _leaf(1 + 0.1 * randn(s.C)), "bias": _leaf(0.1 * randn(s.C))}
+
+
+def _layer_norm_inputs(s: Shape, dtype: torch.dtype, randn: Callable[..., Tensor]) -> Inputs:
+    return {"x": _leaf(randn(s.B, s.T, s.C).to(dtype)), **_norm_weights(s, randn)}
+
+
+def _add_layer_norm_inputs(s: Shape, dtype: torch.dtype, randn: Callable[..., Tensor]) -> Inputs:
+    # The residual stream stays fp32 under autocast, as in plain PyTorch.
+    x, residual = randn(s.B, s.T, s.C).to(dtype), randn(s.B, s.T, s.C)
+    return {"x": _leaf(x), "residual": _leaf(residual), **_norm_weights(s, randn)}
+
+
+def _gelu_mlp_inputs(s: Shape, dtype: torch.dtype, randn: Callable[..., Tensor]) -> Inputs:
+    # Weights in the activations' dtype: the working copy the training step keeps.
+    C, F = s.C, 4 * s.C
+    return {
+        "x": _leaf(randn(s.B, s.T, C).to(dtype)),
+        "w_fc": _leaf((randn(F, C) * C**-0.5).to(dtype)),
+        "b_fc": _leaf((randn(F) * 0.1).to(dtype)),
+        "w_proj": _leaf((randn(C, F) * F**-0.5).to(dtype)),
+        "b_proj": _leaf((randn(C) * 0.1).to(dtype)),
+    }
+
+
+def _causal_attention_inputs(s: Shape, dtype: torch.dtype, randn: Callable[..., Tensor]) -> Inputs:
+    return {"qkv": _leaf(randn(s.B, s.T, 3 * s.C).to(dtype)), "n_head": s.H}
+
+
+def _linear_cross_entropy_inputs(
+    s: Shape, dtype: torch.dtype, randn: Callable[..., Tensor]
+) -> Inputs:
+    weight = randn(s.Vp, s.C) * 0.02
+    weight[s.V :] = 0
+    targets = (randn(s.B, s.T).abs() * s.V / 4).long().clamp_(max=s.V - 1)
+    return {
+        "x": _leaf(randn(s.B, s.T, s.C).to(dtype)),
+        "weight": _leaf(weight.to(dtype)),
+        "targets": targets,
+        "vocab_size": s.V,
+    }
+
+
+def _split(mode: str, fwd: float, bwd: float) -> float:
+    return {"fwd": fwd, "bwd": bwd, "both": fwd + bwd}[mode]
+
+
+def _causal_flops(s: Shape, mode: str) -> float:
+    fwd = 4 * s.B * s.T * s.T * s.C / 2  # two products of T x T x D per head, half of it masked
+    return _split(mode, fwd, 2.5 * fwd)  # five products in the backward
+
+
+_TOKENS = tuple(Shape(B, 1024) for B in (1, 2, 4, 8, 16, 32, 64))
+_LENGTHS = tuple(Shape(65536 // T, T) for T in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384))
+
+CASES: dict[str, Case] = {
+    case.op: case
+    for case in (
+        Case(
+            "layer_norm",
+            _layer_norm_inputs,
+            # x -> y; then x, dy -> dx
+            bytes=lambda s, e, mode: s.M * s.C * _split(mode, 2 * e, 3 * e),
+            flops=lambda s, e, mode: 0.0,
+            limit="copy_gbs",
+            sweep=_TOKENS,
+        ),
+        Case(
+            "add_layer_norm",
+            _add_layer_norm_inputs,
+            # x, residual -> y, residual_out; then dy, dresidual_out, residual_out -> dx, dresidual.
+            # fp32 throughout: dx and dresidual are one tensor.
+            bytes=lambda s, e, mode: (
+                s.M * s.C * _split(mode, 2 * e + 2 * 4, 16 if e == 4 else 2 * e + 3 * 4)
+            ),
+            flops=lambda s, e, mode: 0.0,
+            limit="copy_gbs",
+            sweep=_TOKENS,
+        ),
+        Case(
+            "gelu_mlp",
+            _gelu_mlp_inputs,
+            # Both weights and the hidden activation count: 4C wide, written and read, and once more
+            # for what the backward of the GELU needs.
+            bytes=lambda s, e, mode: (
+                e * _split(
+                    mode,
+                    s.M * s.C * (2 + 12) + 8 * s.C**2,
+                    s.M * s.C * (3 + 16) + 16 * s.C**2,
+                )
+            ),
+            flops=lambda s, e, mode: 16 * s.M * s.C**2 * _split(mode, 1, 2),
+            limit="matmul_k768_tflops",
+            sweep=_TOKENS,
+        ),
+        Case(
+            "causal_attention",
+            _causal_attention_inputs,
+            # qkv -> y; then qkv, y, dy -> dqkv
+            bytes=lambda s, e, mode: e * s.M * s.C * _split(mode, 4, 8),
+            flops=lambda s, e, mode: _causal_flops(s, mode),
+            limit="matmul_tflops",
+            sweep=_LENGTHS,
+        ),
+        Case(
+            "linear_cross_entropy",
+            _linear_cross_entropy_inputs,
+            # x, weight -> loss; then dx, dweight. Logits are nobody's floor: they need not exist.
+            bytes=lambda s, e, mode: e * s.C * (s.M + s.Vp) * _split(mode, 1, 1),
+            flops=lambda s, e, mode: 2 * s.M * s.C * s.Vp * _split(mode, 1, 2),
+            limit="matmul_k768_tflops",
+            sweep=_TOKENS,
+            modes=("fwd", "both"),
+        ),
+    )
+}  # fmt: skip
+
+
+def find_case(op: str) -> Case:
+    """The case of an op; ValueError names the known ones."""
+    if op not in CASES:
+        raise ValueError(f"bench: unknown op {op!r}; known: {', '.join(CASES)}")
+    return CASES[op]
+
+
+def find_shape(name: str) -> Shape:
+    """A shape by name (`b64t1024`); any other `b<B>t<T>` is read as one, at GPT-2's width."""
+    if name in SHAPES:
+        return SHAPES[name]
+    b, _, t = name.removeprefix("b").partition("t")
+    if name.startswith("b") and b.isdigit() and t.isdigit() and int(b) and int(t):
+        return Shape(int(b), int(t))
+    raise ValueError(
+        f"bench: unknown shape {name!r}; known: {', '.join(SHAPES)}, or any b<B>t<T> such as b4t256"
+    )
+
+
+def make_inputs(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0):
+    """Fresh random inputs; never zeros, which run faster than data does."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    return case.inputs(shape, dtype, randn)
+
+
+def floor_ms(case: Case, shape: Shape, dtype: torch.dtype, mode: str, limits: dict[str, float]):
+    """The time the measured limits allow: the longer of bytes over copy and flops over matmul."""
+    bytes_ms = case.bytes(shape, dtype.itemsize, mode) / limits["copy_gbs"] / 1e6
+    flops = case.flops(shape, dtype.itemsize, mode)
+    if not flops:
+        return bytes_ms
+    return max(bytes_ms, flops / limits[case.limit] / 1e9)
+
+
+def smaller(shape: Shape, tokens: int) -> Shape:
+    """A shape of the same width with at most `tokens` rows, for checks of numerics."""
+    T = min(shape.T, tokens)
+    return replace(shape, B=max(1, min(shape.B, tokens // T)), T=T)

@@ -1,0 +1,579 @@
+"""One training step, whole: forward, backward, clip, AdamW; ours beside plain PyTorch.
+
+    python -m bench.step                              # the table for this machine
+    python -m bench.step --shape b64t1024 --ablation
+    python -m bench.step --against nanogpt ~/nanoGPT/model.py
+    python -m bench.step --batch-sweep 4,8,16,32,64 --length-sweep 256,512,1024,2048
+
+Every contestant starts from the same weights and sees the same tokens. Its loss on the first step
+and after the warm-up must agree with eager fp32's before its speed is printed.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import baseline, record, timing
+from bench.cases import Shape, find_shape
+from bench.report import table
+from kernels import Ops, parse_ops
+from model import GPT, MODELS, GPTConfig
+from model.flops import flops_per_token, peak_tflops
+
+WARMUP_STEPS = 3
+NUM_BATCHES = 8
+# On the loss, about 10.9 at the start: bf16 moves it by 1e-3, the padded softmax by 1e-3, and three
+# AdamW steps at full rate multiply such differences.
+FIRST_LOSS_TOLERANCE = 0.01
+WARM_LOSS_TOLERANCE = 0.1
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every contestant trains: model, physical batch, micro-batches a step."""
+
+    model: str
+    shape: Shape
+    accum: int = 1
+
+    @property
+    def config(self) -> GPTConfig:
+        config = MODELS[self.model]
+        if config.block_size >= self.shape.T:
+            return config
+        values = {f.name: getattr(config, f.name) for f in fields(config)}
+        return GPTConfig(**values | {"block_size": self.shape.T})
+
+    @property
+    def tokens(self) -> int:
+        return self.shape.M * self.accum
+
+
+@dataclass
+class Contestant:
+    """A model, its optimizer and how a step is run.
+
+    Args:
+        loss_of: (idx, targets) -> scalar loss.
+        parameters: What is clipped.
+        autocast: Context of the forward.
+    """
+
+    loss_of: Callable[[Tensor, Tensor], Tensor]
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+    def step(self, batches: Sequence[Batch]) -> Tensor:
+        loss = torch.zeros((), device=batches[0][0].device)
+        for idx, targets in batches:
+            with self.autocast():
+                micro = self.loss_of(idx, targets) / len(batches)
+            micro.backward()
+            loss += micro.detach()
+        torch.nn.utils.clip_grad_norm_(self.parameters, baseline.CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+
+Build = Callable[[Setup, torch.device], Contestant]
+
+
+def _contestant(
+    model: nn.Module, device: torch.device, *, bf16: bool, compiled: bool, loss_index: int = -1
+) -> Contestant:
+    optimizer = baseline.make_optimizer(model)
+    call: Callable[..., Any] = torch.compile(model) if compiled else model
+
+    def loss_of(idx: Tensor, targets: Tensor) -> Tensor:
+        out = call(idx, targets)
+        return out[loss_index] if isinstance(out, tuple) else out
+
+    def autocast() -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+    return Contestant(loss_of, list(model.parameters()), optimizer, autocast)
+
+
+def _weights(setup: Setup) -> dict[str, Tensor]:
+    """The same initial weights for all: drawn on the CPU, so that no device's RNG matters."""
+    torch.manual_seed(1337)
+    return GPT(setup.config).state_dict()
+
+
+def _baseline(bf16: bool, compiled: bool) -> Build:
+    def build(setup: Setup, device: torch.device) -> Contestant:
+        model = baseline.BaselineGPT(setup.config)
+        model.load_state_dict(_weights(setup))
+        return _contestant(model.to(device), device, bf16=bf16, compiled=compiled)
+
+    return build
+
+
+def _ours(ops: Callable[[], Ops], bf16: bool) -> Build:
+    def build(setup: Setup, device: torch.device) -> Contestant:
+        model = GPT(setup.config, ops())
+        model.load_state_dict(_weights(setup))
+        return _contestant(model.to(device), device, bf16=bf16, compiled=True)
+
+    return build
+
+
+def _nanogpt(path: Path, bf16: bool, compiled: bool) -> Build:
+    def build(setup: Setup, device: torch.device) -> Contestant:
+        module = load_nanogpt(path)
+        config = setup.config
+        model = module.GPT(
+            module.GPTConfig(
+                block_size=config.block_size,
+                vocab_size=config.padded_vocab_size,
+                n_layer=config.n_layer,
+                n_head=config.n_head,
+                n_embd=config.n_embd,
+                dropout=0.0,
+                bias=True,
+            )
+        )
+        weights = _weights(setup)
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        model.load_state_dict(weights, strict=False)
+        return _contestant(model.to(device), device, bf16=bf16, compiled=compiled)
+
+    return build
+
+
+def load_nanogpt(path: Path) -> Any:
+    """Import a nanoGPT model.py by path.
+
+    Raises:
+        ValueError: the file is missing or does not define GPT and GPTConfig.
+    """
+    if path.is_dir():
+        path = path / "model.py"
+    if not path.is_file():
+        raise ValueError(
+            f"bench: --against nanogpt needs the path of its model.py, got {path} (no such file); "
+            "get one with: git clone https://github.com/karpathy/nanoGPT"
+        )
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    missing = [name for name in ("GPT", "GPTConfig") if not hasattr(module, name)]
+    if missing:
+        raise ValueError(f"bench: {path} must define GPT and GPTConfig, lacks {missing}")
+    return module
+
+
+def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[str, Build]:
+    """Every contestant by the name it has in tables; the order is the table's.
+
+    On the CPU ours runs the eager ops: Triton has no CPU target, and its interpreter is a test
+    instrument.
+    """
+    cuda = device.type == "cuda"
+    backend = "triton" if cuda else "eager"
+    known = {
+        "eager fp32": _baseline(bf16=False, compiled=False),
+        "eager bf16": _baseline(bf16=True, compiled=False),
+        "compile fp32": _baseline(bf16=False, compiled=True),
+        "compile bf16": _baseline(bf16=True, compiled=True),
+        "ours fp32": _ours(lambda: parse_ops(backend), bf16=False),
+        "ours bf16": _ours(lambda: parse_ops(backend), bf16=True),
+    }
+    if cuda:
+        for op in (f.name for f in fields(Ops)):
+            known[f"ours bf16, {op}=eager"] = _ours(
+                lambda op=op: parse_ops(f"triton,{op}=eager"), bf16=True
+            )
+    if nanogpt is not None:
+        for compiled in (False, True):
+            for bf16 in (False, True):
+                name = f"nanogpt {'compile' if compiled else 'eager'} {'bf16' if bf16 else 'fp32'}"
+                known[name] = _nanogpt(nanogpt, bf16=bf16, compiled=compiled)
+    return known
+
+
+def default_providers(device: torch.device, nanogpt: bool = False) -> list[str]:
+    if device.type == "cuda":
+        names = ["eager fp32", "eager bf16", "compile bf16", "ours bf16"]
+        return [*names, *(["nanogpt compile bf16"] if nanogpt else [])]
+    names = ["eager fp32", "compile fp32", "ours fp32"]
+    if timing.has_fast_bf16(device):
+        names += ["eager bf16", "compile bf16", "ours bf16"]
+    if nanogpt:
+        names += ["nanogpt eager fp32", "nanogpt compile fp32"]
+    return names
+
+
+def make_batches(setup: Setup, device: torch.device) -> list[list[Batch]]:
+    """NUM_BATCHES steps of random tokens; random, because no contestant may profit from text."""
+    generator = torch.Generator().manual_seed(0)
+    size = (setup.shape.B, setup.shape.T + 1)
+
+    def micro() -> Batch:
+        tokens = torch.randint(setup.config.vocab_size, size, generator=generator).to(device)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    return [[micro() for _ in range(setup.accum)] for _ in range(NUM_BATCHES)]
+
+
+@dataclass
+class Prepared:
+    """A contestant after its warm-up."""
+
+    contestant: Contestant
+    first_step_s: float
+    losses: list[float]
+
+    def replay(self, batches: list[list[Batch]]) -> timing.Replay:
+        turn = 0
+
+        def call() -> None:
+            nonlocal turn
+            self.contestant.step(batches[turn % len(batches)])
+            turn += 1
+
+        return timing.host_replay(call)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def prepare(
+    build: Build, setup: Setup, device: torch.device, batches: list[list[Batch]]
+) -> Prepared:
+    """Build a contestant, run its warm-up, note the first step's time and the losses."""
+    contestant = build(setup, device)
+    _synchronize(device)
+    start = time.perf_counter()
+    losses = [contestant.step(batches[0])]
+    _synchronize(device)
+    first_step_s = time.perf_counter() - start
+    losses += [contestant.step(batches[i % NUM_BATCHES]) for i in range(1, WARMUP_STEPS)]
+    return Prepared(contestant, first_step_s, [loss.item() for loss in losses])
+
+
+def event_steps(prepared: Prepared, batches: list[list[Batch]], seconds: float) -> timing.Timing:
+    """Device-event times between step ends, no synchronisation in between, as training runs."""
+    probe = timing.host_replay(
+        lambda: (prepared.contestant.step(batches[0]), torch.cuda.synchronize())
+    ).once()
+    steps = int(min(200, max(8, seconds * 1e3 / probe)))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    for i in range(steps):
+        prepared.contestant.step(batches[i % NUM_BATCHES])
+        marks[i + 1].record()
+    torch.cuda.synchronize()
+    samples = tuple(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+    return timing.Timing(samples, "launches")
+
+
+def red_reason(losses: list[float], reference: list[float]) -> str | None:
+    """Why a contestant's speed must not be printed; None if its losses are right."""
+    pairs = (
+        ("first", losses[0], reference[0], FIRST_LOSS_TOLERANCE),
+        ("warm", losses[-1], reference[-1], WARM_LOSS_TOLERANCE),
+    )
+    for name, ours, theirs, tolerance in pairs:
+        if not abs(ours - theirs) <= tolerance:  # NaN too
+            return f"{name} loss {ours:.4f}, reference {theirs:.4f}, tolerance {tolerance}"
+    return None
+
+
+def make_row(
+    name: str,
+    setup: Setup,
+    device: torch.device,
+    prepared: Prepared,
+    timed: timing.Timing,
+    red: str | None,
+    peak_bytes: int | None,
+) -> dict[str, Any]:
+    """A row of the step section. MFU by both formulas, against the datasheet's bf16 peak."""
+    tokens_per_s = setup.tokens / timed.median_ms * 1e3
+    q1, q3 = timed.quartiles_ms
+    row: dict[str, Any] = {
+        "model": setup.model,
+        "shape": setup.shape.label,
+        "accum": setup.accum,
+        "provider": name,
+        "tokens": setup.tokens,
+        "red": red,
+        "loss": prepared.losses,
+        "first_step_s": prepared.first_step_s,
+        "peak_gib": None if peak_bytes is None else peak_bytes / 2**30,
+        "rounds": len(timed.samples_ms),
+    }
+    if red:
+        return row
+    row |= {
+        "tokens_per_s": tokens_per_s,
+        "ms": timed.median_ms,
+        "q1_ms": q1,
+        "q3_ms": q3,
+        "cov": timed.cov,
+        "noisy": timed.noisy,
+    }
+    config = setup.config
+    peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    for form in ("palm", "llmc"):
+        tflops = flops_per_token(config, setup.shape.T, form) * tokens_per_s / 1e12
+        row[f"tflops_{form}"] = tflops
+        row[f"mfu_{form}"] = None if peak is None else tflops / peak
+    return row
+
+
+def measure(
+    names: Sequence[str],
+    setup: Setup,
+    device: torch.device,
+    *,
+    seconds: float = 10.0,
+    nanogpt: Path | None = None,
+    known: dict[str, Build] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Rows of the named contestants, each with its ratio to the first and to the compiled one.
+
+    On CUDA one after the other, since two would share the memory; on the CPU in turns. A
+    contestant that runs out of memory yields a row that says so.
+
+    Raises:
+        ValueError: an unknown contestant; the message names the known ones.
+    """
+    known = known or known_providers(device, nanogpt)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"bench: unknown provider {name!r}; known: {', '.join(known)}")
+    batches = make_batches(setup, device)
+    run = _measure_cuda if device.type == "cuda" else _measure_cpu
+    rows: list[dict[str, Any]] = []
+    for row in run({name: known[name] for name in names}, setup, device, batches, seconds):
+        for other in ("eager fp32", "compile fp32", "compile bf16"):
+            found = next((r for r in [*rows, row] if r["provider"] == other and "ms" in r), None)
+            if found and "ms" in row:
+                key = f"over_{other.replace(' ', '_')}"
+                row.setdefault(key, found["ms"] / row["ms"])
+        rows.append(row)
+        yield row
+
+
+def _failed_row(name: str, setup: Setup, red: str) -> dict[str, Any]:
+    identity = {"model": setup.model, "shape": setup.shape.label, "accum": setup.accum}
+    return {**identity, "provider": name, "tokens": setup.tokens, "red": red}
+
+
+def _measure_cuda(builds, setup, device, batches, seconds) -> Iterator[dict[str, Any]]:
+    reference = None
+    torch.set_float32_matmul_precision("high")
+    for name, build in builds.items():
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            prepared = prepare(build, setup, device, batches)
+            timed = event_steps(prepared, batches, seconds)
+        except torch.cuda.OutOfMemoryError:
+            yield _failed_row(name, setup, "out of memory")
+            continue
+        state = timing.gpu_state()  # right after the work, while clocks still show it
+        reference = reference or prepared.losses
+        red = red_reason(prepared.losses, reference)
+        peak = torch.cuda.max_memory_allocated(device)
+        yield make_row(name, setup, device, prepared, timed, red, peak) | {"gpu": state}
+        del prepared
+
+
+def _measure_cpu(builds, setup, device, batches, seconds) -> Iterator[dict[str, Any]]:
+    prepared = {name: prepare(build, setup, device, batches) for name, build in builds.items()}
+    replays = {name: p.replay(batches) for name, p in prepared.items()}
+    timed = timing.interleave(
+        replays, rounds=20, seconds=seconds * len(replays), warmup=0, min_rounds=3
+    )
+    reference = next(iter(prepared.values())).losses
+    for name, p in prepared.items():
+        red = red_reason(p.losses, reference)
+        row = make_row(name, setup, device, p, timed[name], red, None)
+        if not red:
+            # Medians of the ratios of neighbours, not ratios of medians.
+            for other in ("eager fp32", "compile fp32", "compile bf16"):
+                if other in timed:
+                    row[f"over_{other.replace(' ', '_')}"] = timing.ratio(timed[other], timed[name])
+        yield row
+
+
+def step_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a table, slowest explanation first: tokens/s is what a user buys."""
+    cuda = any(row.get("mfu_palm") for row in rows)
+    baseline_key = "over_compile_bf16" if cuda else "over_eager_fp32"
+    header = [
+        "what runs",
+        "tokens/s",
+        "ms/step",
+        "spread",
+        f"x {baseline_key[5:].replace('_', ' ')}",
+    ]
+    header += ["MFU palm / llmc", "peak GiB"] if cuda else ["TFLOP/s"]
+    header += ["first step s"]
+    lines = []
+    for row in rows:
+        if row.get("red"):
+            lines.append([row["provider"], f"not shown: {row['red']}"] + [""] * (len(header) - 2))
+            continue
+        cells = [
+            row["provider"],
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['ms']:,.1f}",
+            f"{100 * row['cov']:.1f}%" + (" !" if row["noisy"] else ""),
+            f"{row[baseline_key]:.2f}" if baseline_key in row else "",
+        ]
+        if cuda:
+            cells += [f"{100 * row['mfu_palm']:.1f}% / {100 * row['mfu_llmc']:.1f}%"]
+            cells += [f"{row['peak_gib']:.1f}"]
+        else:
+            cells += [f"{row['tflops_palm']:.3f}"]
+        lines.append([*cells, f"{row['first_step_s']:.1f}"])
+    return table(header, lines)
+
+
+def first_step(name: str, setup: Setup, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Seconds from nothing compiled to the end of the first step: empty caches, then full ones.
+
+    In processes of their own, imports and model building left out.
+    """
+    with tempfile.TemporaryDirectory() as caches:
+        env = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
+            "TRITON_CACHE_DIR": f"{caches}/triton",
+        }
+        shape = f"b{setup.shape.B}t{setup.shape.T}"
+        command = [sys.executable, "-m", "bench.step", "--model", setup.model, "--shape", shape]
+        command += ["--accum", str(setup.accum), "--device", device.type]
+        command += ["--first-step-child", name]
+        for cache in ("cold", "warm"):
+            out = subprocess.run(
+                command, cwd=record.ROOT, env=env, capture_output=True, text=True, check=False
+            )
+            row: dict[str, Any] = {
+                "model": setup.model, "shape": setup.shape.label, "provider": name, "cache": cache,
+            }  # fmt: skip
+            if out.returncode:
+                yield row | {"red": out.stderr.strip().splitlines()[-1][:200]}
+                return
+            yield row | json.loads(out.stdout.strip().splitlines()[-1])
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", default="124m", help=f"one of {', '.join(MODELS)}")
+    parser.add_argument("--shape", help="b<B>t<T>; default b64t1024 on a GPU, b4t64 on a CPU")
+    parser.add_argument("--accum", type=int, default=1, help="micro-batches a step")
+    parser.add_argument("--provider", action="append", help="repeat for several")
+    parser.add_argument("--seconds", type=float, default=10.0, help="budget per contestant")
+    parser.add_argument("--ablation", action="store_true", help="each op back to eager, in turn")
+    parser.add_argument("--batch-sweep", help="comma-separated B at the shape's T")
+    parser.add_argument("--length-sweep", help="comma-separated T at the shape's tokens")
+    parser.add_argument("--against", nargs=2, metavar=("nanogpt", "PATH"))
+    parser.add_argument("--first-step", action="store_true", help="cold and warm, in new processes")
+    parser.add_argument("--first-step-child", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = torch.device(args.device)
+    if args.model not in MODELS:
+        raise ValueError(f"bench: unknown model {args.model!r}; known: {', '.join(MODELS)}")
+    shape = find_shape(args.shape or ("b64t1024" if device.type == "cuda" else "b4t64"))
+    setup = Setup(args.model, shape, args.accum)
+    if args.first_step_child:
+        build = known_providers(device)[args.first_step_child]
+        prepared = prepare(build, setup, device, make_batches(setup, device))
+        print(json.dumps({"first_step_s": prepared.first_step_s}))
+        return
+
+    nanogpt = None
+    if args.against:
+        kind, path = args.against
+        if kind != "nanogpt":
+            raise ValueError(f"bench: --against knows nanogpt, got {kind!r}")
+        nanogpt = Path(path)
+        load_nanogpt(nanogpt)  # fail before minutes of measuring
+    results = record.Results(device, args.out)
+    names = args.provider or default_providers(device, nanogpt is not None)
+
+    setups = [setup]
+    if args.batch_sweep:
+        setups += [Setup(args.model, Shape(int(B), shape.T)) for B in args.batch_sweep.split(",")]
+    if args.length_sweep:
+        lengths = [int(T) for T in args.length_sweep.split(",")]
+        setups += [Setup(args.model, Shape(max(1, shape.M // T), T)) for T in lengths]
+    for each in dict.fromkeys(setups):
+        run(names, each, device, results, seconds=args.seconds, nanogpt=nanogpt)
+    if args.ablation:
+        if device.type != "cuda":
+            raise ValueError("bench: --ablation switches Triton ops off one by one; it needs a GPU")
+        ops = [f"ours bf16, {f.name}=eager" for f in fields(Ops)]
+        run(["ours bf16", *ops], setup, device, results, section="ablation", seconds=args.seconds)
+    if args.first_step:
+        for name in names:
+            for row in first_step(name, setup, device):
+                results.add("first_step", row)
+                print(f"first step, {row['cache']} caches, {name}: {row.get('first_step_s', row)}")
+    print(f"wrote {os.path.relpath(results.path)}")
+
+
+def run(
+    names: Sequence[str],
+    setup: Setup,
+    device: torch.device,
+    results: record.Results,
+    *,
+    section: str = "step",
+    seconds: float = 10.0,
+    nanogpt: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Measure, write each row as it comes, print the table."""
+    rows = []
+    print(f"\nTraining step, GPT-2 {setup.model}, {setup.shape.label}, accum {setup.accum}")
+    if device.type == "cpu" and not timing.has_fast_bf16(device):
+        share = timing.limits(device)["bf16_over_fp32"]
+        print(f"bf16 left out: this CPU runs a bf16 matmul at {share:.2f}x the rate of fp32")
+    for row in measure(names, setup, device, seconds=seconds, nanogpt=nanogpt):
+        results.add(section, row)
+        rows.append(row)
+    print(step_table(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(str(error))
