@@ -116,6 +116,7 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.config = config
+        self.trained_context = config.block_size  # positions training has used; train.py lowers it
         self.residual_dtype = residual_dtype
         self.ops = ops
         self.transformer = Transformer(config, ops)
