@@ -1,0 +1,318 @@
+"""What every kernel build costs an SM, found by compiling alone: no GPU, no driver.
+
+    python -m bench.resources
+    python -m bench.resources --arch 90 --op causal_attention
+    python -m bench.resources --json resources.json
+
+Each kernel module lists its builds in `aot_cases(arch)`. Every one is compiled for its arch and
+read back with the ptxas and nvdisasm that triton brings along. The table ends in a verdict, and the
+exit status is 1 if a build fails, spills, needs more shared memory than a block may have, has its
+WGMMA serialised, or does without HGMMA on sm_90 in a 16-bit or TF32 tile of 64 rows or more.
+Speed does not follow from this table; that a row could never be fast sometimes does.
+"""
+
+import argparse
+import concurrent.futures
+import importlib
+import inspect
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import kernels
+from kernels._launch import AotCase, cdiv
+from kernels._op import INTERPRETED
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Limits of one compute capability: CUDA C++ Programming Guide 13, table 'Technical
+    Specifications per Compute Capability'."""
+
+    block_shared: int  # bytes, opt-in
+    sm_shared: int
+    sm_warps: int
+    sm_blocks: int
+
+
+ARCHS = {
+    80: Arch(163 << 10, 164 << 10, 64, 32),
+    86: Arch(99 << 10, 100 << 10, 48, 16),
+    89: Arch(99 << 10, 100 << 10, 48, 24),
+    90: Arch(227 << 10, 228 << 10, 64, 32),
+    100: Arch(227 << 10, 228 << 10, 64, 32),
+    120: Arch(99 << 10, 100 << 10, 48, 24),
+}
+SM_REGISTERS = 65536
+BLOCK_RESERVED_SHARED = 1024  # what the runtime keeps of each block's shared memory
+HGMMA_MIN_ROWS = 64  # a warpgroup's WGMMA is 64 rows; smaller tiles rightly use HMMA
+TENSOR_OPS = ("HMMA", "HGMMA", "UTCHMMA")
+PROCESSES = 2
+REPORT_VERSION = 1  # part of the cache key; raise it when `_measure` reads something else
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One row of the table; `violations` is empty for a build that may ship."""
+
+    op: str
+    kernel: str
+    label: str
+    arch: int
+    registers: int = 0
+    spill_bytes: int = 0
+    stack_bytes: int = 0
+    shared_bytes: int = 0
+    blocks_per_sm: int = 0
+    tensor_ops: dict[str, int] = field(default_factory=dict)
+    violations: tuple[str, ...] = ()
+
+
+def build(case: AotCase, arch: int) -> Any:
+    """Compile one case ahead of time; returns triton's CompiledKernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = case.kernel
+    constexprs = dict(case.constexprs)
+    for parameter in inspect.signature(kernel.fn).parameters.values():
+        if parameter.name not in case.signature and parameter.name not in constexprs:
+            if parameter.default is parameter.empty:
+                raise ValueError(f"{case.label}: {parameter.name} is in no signature or constexpr")
+            constexprs[parameter.name] = parameter.default
+    names = kernel.arg_names
+    # Without the divisibility the JIT would find on nice shapes, loads are neither wide nor async.
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name not in case.unaligned
+        and case.signature.get(name, "").startswith(("*", "i32", "i64"))
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature={name: case.signature.get(name, "constexpr") for name in names},
+        constexprs=constexprs,
+        attrs=divisible,
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.maxnreg is not None:
+        options["maxnreg"] = case.maxnreg
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+
+
+def _measure(compiled: Any, arch: int) -> dict[str, Any]:
+    """Registers, spills and warnings from ptxas; instructions from nvdisasm; kept on disk."""
+    from triton import knobs
+
+    cache = Path(knobs.cache.dir) / "fused_gpt_resources"
+    kept = cache / f"{compiled.hash}-{REPORT_VERSION}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"\.target (\w+)", ptx)
+    threads = re.search(r"\.reqntid (\d+)", ptx)
+    assert target is not None
+    assert threads is not None
+    with tempfile.TemporaryDirectory() as folder:
+        ptx_path, cubin_path = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx_path.write_text(ptx)
+        cubin_path.write_bytes(compiled.asm["cubin"])
+        ptxas = subprocess.run(
+            [_tool("ptxas-blackwell" if arch >= 100 else "ptxas"), "-v",
+             f"--gpu-name={target[1]}", str(ptx_path), "-o", str(Path(folder, "again.cubin"))],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+        sass = subprocess.run(
+            [_tool("nvdisasm"), "-c", str(cubin_path)], capture_output=True, text=True, check=True
+        ).stdout
+    frame = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", ptxas
+    )
+    registers = re.search(r"Used (\d+) registers", ptxas)
+    assert frame is not None, ptxas
+    assert registers is not None, ptxas
+    mnemonics = Counter(re.findall(r"\b[A-Z][A-Z0-9]+\b", sass))
+    found = {
+        "registers": int(registers[1]),
+        "stack_bytes": int(frame[1]),
+        "spill_bytes": int(frame[2]) + int(frame[3]),
+        "threads": int(threads[1]),
+        "serialised": "wgmma.mma_async instructions are serialized" in ptxas,
+        "tensor_ops": {op: mnemonics[op] for op in TENSOR_OPS if mnemonics[op]},
+    }
+    cache.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(found))
+    part.replace(kept)  # two processes may measure one build
+    return found
+
+
+def blocks_per_sm(registers: int, threads: int, shared_bytes: int, arch: int) -> int:
+    """Blocks of a kernel that fit on one SM at once."""
+    limits = ARCHS[arch]
+    warps = cdiv(threads, 32)
+    warp_registers = cdiv(registers * 32, 256) * 256  # allocated in units of 256 a warp
+    return min(
+        limits.sm_blocks,
+        limits.sm_warps // warps,
+        SM_REGISTERS // (warp_registers * warps),
+        limits.sm_shared // (shared_bytes + BLOCK_RESERVED_SHARED),
+    )
+
+
+def inspect_case(case: AotCase, arch: int) -> Resources:
+    """Build, measure and judge one case."""
+    name = case.kernel.__name__
+    try:
+        compiled = build(case, arch)
+        found = _measure(compiled, arch)
+    except Exception as error:  # whatever stops a build is a finding, not a crash
+        reason = str(error).strip().splitlines() or [""]
+        violation = f"does not build: {type(error).__name__}: {reason[-1][:200]}"
+        return Resources(case.op, name, case.label, arch, violations=(violation,))
+    shared = compiled.metadata.shared
+    limit = ARCHS[arch].block_shared
+    fit = blocks_per_sm(found["registers"], found["threads"], shared, arch)
+    violations = []
+    if found["stack_bytes"] or found["spill_bytes"]:
+        violations.append(f"spills {found['spill_bytes']} B, stack {found['stack_bytes']} B")
+    if shared > limit:
+        violations.append(f"shared memory {shared} B, a block may have {limit}")
+    elif fit == 0:
+        violations.append("not one block fits on an SM")
+    if found["serialised"]:
+        violations.append("WGMMA is serialised")
+    if arch == 90 and case.mma_rows >= HGMMA_MIN_ROWS and "HGMMA" not in found["tensor_ops"]:
+        violations.append(f"no HGMMA with {case.mma_rows} rows")
+    return Resources(
+        case.op, name, case.label, arch, found["registers"], found["spill_bytes"],
+        found["stack_bytes"], shared, fit, found["tensor_ops"], tuple(violations),
+    )  # fmt: skip
+
+
+def kernel_modules() -> list[str]:
+    """The modules behind the public ops."""
+    return list(
+        dict.fromkeys(getattr(kernels.TRITON, f.name).__module__ for f in fields(kernels.Ops))
+    )
+
+
+def table(
+    modules: Sequence[str],
+    archs: Sequence[int],
+    ops: Sequence[str] = (),
+    show: Callable[[Resources], None] = lambda row: None,
+) -> list[Resources]:
+    """One row per build, in the order of the modules' cases.
+
+    Args:
+        modules: names of modules with `aot_cases`.
+        archs: keys of ARCHS.
+        ops: keep the cases of these ops; all by default.
+        show: called with each row as soon as it and those before it are there.
+
+    Raises:
+        ValueError: nothing to build, or the interpreter is on: it replaces `triton.jit`.
+    """
+    if INTERPRETED:
+        raise ValueError("resources: cannot compile under TRITON_INTERPRET=1; unset it")
+    cases = [
+        (case, arch)
+        for module in modules
+        for arch in archs
+        for case in importlib.import_module(module).aot_cases(arch)
+        if not ops or case.op in ops
+    ]
+    if not cases:
+        raise ValueError(f"resources: no case of ops {[*ops]} in modules {[*modules]}")
+    rows = []
+    # Forked workers inherit the cases: a jitted function does not pickle. Nothing here opens CUDA.
+    global _CASES
+    _CASES = cases
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+        for row in pool.map(_inspect_at, range(len(cases))):
+            show(row)
+            rows.append(row)
+    return rows
+
+
+_CASES: list[tuple[AotCase, int]] = []
+
+
+def _inspect_at(index: int) -> Resources:
+    return inspect_case(*_CASES[index])
+
+
+HEADER = (
+    f"{'op':<21}{'kernel':<30}{'row':<44}{'sm':>4}{'regs':>6}{'spill':>7}{'stack':>7}"
+    f"{'shared':>9}{'CTA/SM':>8}  tensor instructions"
+)
+
+
+def format_row(row: Resources) -> str:
+    tensor = " ".join(f"{op} {n}" for op, n in row.tensor_ops.items()) or "-"
+    line = (
+        f"{row.op:<21}{row.kernel.strip('_'):<30}{row.label:<44}{row.arch:>4}{row.registers:>6}"
+        f"{row.spill_bytes:>7}{row.stack_bytes:>7}{row.shared_bytes:>9}{row.blocks_per_sm:>8}"
+        f"  {tensor}"
+    )
+    return line + "".join(f"\n    VIOLATION: {violation}" for violation in row.violations)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--arch", type=int, action="append", choices=[*ARCHS], help="default: all")
+    parser.add_argument(
+        "--op", action="append", choices=[f.name for f in fields(kernels.Ops)], help="default: all"
+    )
+    parser.add_argument(
+        "--module", action="append", help="modules with aot_cases; default: kernels"
+    )
+    parser.add_argument("--json", type=Path, help="also write the table there")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    import triton
+
+    print(HEADER)
+    try:
+        rows = table(
+            args.module or kernel_modules(),
+            args.arch or [*ARCHS],
+            args.op or (),
+            show=lambda row: print(format_row(row), flush=True),
+        )
+    except ValueError as error:
+        print(error)
+        return 2
+    failed = sum(bool(row.violations) for row in rows)
+    if args.json:
+        report = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    verdict = f"{failed} of them in violation" if failed else "none spills, all fit"
+    print(f"resources: {len(rows)} builds with triton {triton.__version__}, {verdict}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
