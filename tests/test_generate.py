@@ -1,0 +1,439 @@
+"""Generation: cached against uncached, sampling against plain formulas, text out of tokens."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import GPT, GPTConfig, generate
+from model.generate import Decoder, Sampling, generate_text, generate_tokens, sample, stream_text
+from model.tokenizer import get_encoding
+
+CONFIG = GPTConfig(block_size=64, vocab_size=197, n_layer=3, n_head=4, n_embd=64)
+GREEDY = Sampling(max_new_tokens=200, temperature=0.0)
+
+
+def random_model(config: GPTConfig = CONFIG, seed: int = 0) -> GPT:
+    """Weights three times as wide as at init, so that one token rarely wins every step."""
+    torch.manual_seed(seed)
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.06)
+        model.transformer.wte.weight[config.vocab_size :].zero_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def text_model() -> GPT:
+    """GPT-2's vocabulary, so texts can be made; random weights give all kinds of bytes."""
+    return random_model(GPTConfig(block_size=48, n_layer=1, n_head=2, n_embd=16))
+
+
+def plain_greedy(model: GPT, prompt: list[int], num: int, window: int) -> list[int]:
+    """The rule, written once more: whole model, whole row, every step."""
+    context, new = list(prompt)[-window:], []
+    model.eval()
+    for _ in range(num):
+        if len(context) > window:
+            context = context[-(window // 2) :]
+        with torch.no_grad():
+            logits = model(torch.tensor([context]))[0, -1]
+        new.append(int(logits.argmax()))
+        context.append(new[-1])
+    return new
+
+
+# ---- tokens
+
+
+@pytest.mark.parametrize("window", [64, 17, 2])
+def test_cached_greedy_equals_uncached_past_the_window(model: GPT, window: int):
+    """200 tokens: three slides at 64; an odd window; and the smallest, which slides every step."""
+    prompt = [5, 90, 3]
+    expected = plain_greedy(model, prompt, 200, window)
+    assert len({*expected}) > 2  # a constant output would prove little
+    assert generate_tokens(model, [prompt], GREEDY, window=window) == [expected]
+    assert generate_tokens(model, [prompt], GREEDY, window=window, use_cache=False) == [expected]
+
+
+def test_batch_of_different_lengths_equals_each_alone(model: GPT):
+    """Rows of 1, 30, 63 and 64 tokens slide at different steps; one longer than the window."""
+    generator = torch.Generator().manual_seed(3)
+    prompts = [
+        torch.randint(CONFIG.vocab_size, (n,), generator=generator).tolist()
+        for n in (1, 30, 63, 64, 100)
+    ]
+    batch = generate_tokens(model, prompts, GREEDY)
+    for prompt, new in zip(prompts, batch, strict=True):
+        assert new == plain_greedy(model, prompt, 200, 64)
+
+
+def test_sampling_is_the_same_whatever_the_batch(model: GPT):
+    sampling = Sampling(max_new_tokens=100, temperature=1.0, top_k=40, top_p=0.95, seed=11)
+    prompts = [[7, 8, 9], [1], [50] * 40]
+    batch = generate_tokens(model, prompts, sampling, num_samples=2)
+    for i, prompt in enumerate(prompts):
+        assert generate_tokens(model, [prompt], sampling, num_samples=2) == batch[2 * i : 2 * i + 2]
+        assert batch[2 * i] != batch[2 * i + 1]  # samples of one prompt differ
+    assert generate_tokens(model, prompts[:1], sampling)[0] == batch[0]
+    other = generate_tokens(model, prompts[:1], replace(sampling, seed=12))
+    assert other[0] != batch[0]
+    shorter = generate_tokens(model, prompts[:1], replace(sampling, max_new_tokens=30))
+    assert shorter[0] == batch[0][:30]
+    assert generate_tokens(model, prompts[:1], sampling, use_cache=False)[0] == batch[0]
+
+
+def test_masked_decode_over_the_whole_window_equals_the_short_one(model: GPT):
+    """What a CUDA graph captures, run without one: tensor positions, all of the window."""
+    model.eval()
+    decoders = [Decoder(model, [[3, 4, 5], [6, 7, 8]], GREEDY) for _ in range(2)]
+    for decoder in decoders:
+        decoder.step()
+    tokens = torch.tensor([9, 10])
+    with torch.inference_mode():
+        short = decoders[0]._decode_step(tokens, 3, 4)
+        masked = decoders[1]._decode_step(tokens, torch.tensor([3, 3]), 64)
+    assert (short - masked).abs().max() < 1e-5
+    assert (short[0] - short[1]).abs().max() > 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graph_decode_on_cuda():
+    model = random_model().cuda()
+    prompts = [[5, 90, 3], [1] * 60]
+    cached = generate_tokens(model, prompts, GREEDY)
+    assert cached == generate_tokens(model, prompts, GREEDY, use_cache=False)
+
+
+def test_default_window_is_the_trained_context():
+    model = random_model()
+    model.trained_context = 8
+    prompt = [5, 90, 3]
+    assert generate_tokens(model, [prompt], GREEDY) == [plain_greedy(model, prompt, 200, 8)]
+    assert generate_tokens(model, [prompt], GREEDY) != [plain_greedy(model, prompt, 200, 64)]
+
+
+def test_stop_token_ends_a_row_and_mode_is_restored(model: GPT):
+    free = generate_tokens(model, [[5, 90, 3], [2]], GREEDY)
+    stop = free[0][7]
+    model.train()
+    rows = generate_tokens(model, [[5, 90, 3], [2]], GREEDY, stop_token=stop)
+    assert model.training
+    for row, whole in zip(rows, free, strict=True):
+        assert row == (whole[: whole.index(stop)] if stop in whole else whole)
+    assert len(rows[0]) <= 7
+
+
+def test_dropout_is_off_while_generating():
+    model = random_model(replace(CONFIG, dropout=0.5)).train()
+    assert generate_tokens(model, [[1, 2]], GREEDY) == generate_tokens(model, [[1, 2]], GREEDY)
+    assert model.training
+
+
+# ---- the choice of a token
+
+
+def plain_distribution(logits: list[float], sampling: Sampling) -> list[float]:
+    """temperature, then top-k, then top-p, in Python floats."""
+    scaled = [z / sampling.temperature for z in logits]
+    order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    top = max(scaled)
+    weights = {i: math.exp(scaled[i] - top) for i in order}
+    total = sum(weights.values())
+    kept, mass = {}, 0.0
+    for i in order:
+        if mass >= sampling.top_p:
+            break
+        kept[i] = weights[i] / total
+        mass += kept[i]
+    return [kept.get(i, 0.0) / mass for i in range(len(logits))]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.5),
+        Sampling(temperature=2.0, top_k=7),
+        Sampling(temperature=1.0, top_p=0.6),
+        Sampling(temperature=1.3, top_k=20, top_p=0.8),
+        Sampling(temperature=1.0, top_k=1000),  # more than there are
+        Sampling(temperature=1.0, top_p=1e-9),  # the most likely token always stays
+    ],
+)
+def test_sample_inverts_the_distribution(sampling: Sampling):
+    """With draws on an even grid each token's share of the results is its probability."""
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1)) * 2
+    num = 20_000
+    draws = (torch.arange(num, dtype=torch.float64) + 0.5) / num
+    chosen = sample(logits.expand(num, -1), draws, sampling)
+    share = torch.bincount(chosen, minlength=50).double() / num
+    expected = torch.tensor(plain_distribution(logits.tolist(), sampling), dtype=torch.float64)
+    assert (share - expected).abs().max() < 1.5 / num
+    assert not share[expected == 0].any()
+
+
+def test_sample_at_the_ends():
+    logits = torch.tensor([[0.0, 5.0, -torch.inf, 1.0]])
+    almost_one = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=0.9), Sampling(top_k=4)):
+        assert sample(logits, almost_one, sampling).item() != 2
+        assert sample(logits, torch.zeros(1, dtype=torch.float64), sampling).item() in (0, 1)
+    assert sample(logits, almost_one, Sampling(temperature=0.0)).item() == 1
+    # A tiny temperature is greedy in the limit, not NaN.
+    assert sample(logits, almost_one, Sampling(temperature=1e-6)).item() == 1
+
+
+# ---- text
+
+
+class ByteEncoding:
+    """One token per byte: every way to cut a character in two occurs."""
+
+    eot_token = 256
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        return bytes([token])
+
+
+def feed_bytes(raw: bytes, stop: tuple[str, ...]) -> list[str]:
+    row = generate._RowText(ByteEncoding(), stop)  # type: ignore[arg-type]
+    pieces = []
+    for byte in raw:
+        pieces.append(row.feed(byte))
+        if row.done:
+            return pieces
+    return [*pieces, row.finish()]
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(
+    text=st.text(alphabet="ab\n\u00e9\u65e5\U0001f600", max_size=30),
+    stop=st.lists(st.text(alphabet="ab\n\u00e9\U0001f600", min_size=1, max_size=4), max_size=3),
+)
+def test_stream_cuts_no_character_and_hides_stop_strings(text: str, stop: list[str]):
+    # Streaming stops at the stop string that is complete first; of those the leftmost start.
+    ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+    first = min(ends)[0] if ends else None
+    cut = min(at for end, at in ends if end == first) if ends else len(text)
+    pieces = feed_bytes(text.encode(), tuple(stop))
+    assert "".join(pieces) == text[:cut]
+    shown = ""
+    for piece in pieces:
+        shown += piece
+        assert text.startswith(shown)  # never a replacement character, never taken back
+
+
+def test_incomplete_character_at_the_end_becomes_one_mark():
+    assert "".join(feed_bytes("a\U0001f600".encode()[:-1], ())) == "a\ufffd"
+    assert feed_bytes(b"a\xffb", ()) == ["a", "\ufffd", "b", ""]
+
+
+def test_end_of_text_ends_a_row():
+    row = generate._RowText(ByteEncoding(), ("xyz",))  # type: ignore[arg-type]
+    assert row.feed(ord("x")) == ""  # might become the stop string
+    assert row.feed(256) == "x"
+    assert row.done
+
+
+def test_text_is_the_decoded_tokens(text_model: GPT):
+    encoding = get_encoding()
+    sampling = Sampling(max_new_tokens=120, temperature=1.5, seed=4)
+    prompts = ["First Citizen:\n", "", "caf\u00e9 \U0001f600"]
+    texts = generate_text(text_model, encoding, prompts, sampling)
+    ids = [encoding.encode_ordinary(p) or [encoding.eot_token] for p in prompts]
+    tokens = generate_tokens(text_model, ids, sampling, stop_token=encoding.eot_token)
+    assert texts == [encoding.decode(row, errors="replace") for row in tokens]
+    assert any("\ufffd" in text for text in texts)  # the hard case did occur
+    pieces = [*stream_text(text_model, encoding, prompts[:1], sampling)]
+    assert "".join(p.text for p in pieces) == texts[0]
+    assert len(pieces) > 50
+    assert [p.done for p in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert pieces[-1].num_tokens == len(tokens[0])
+
+
+def test_stop_string_in_a_model_text(text_model: GPT):
+    encoding, sampling = get_encoding(), Sampling(max_new_tokens=60, seed=1)
+    whole = generate_text(text_model, encoding, ["a"], sampling)[0]
+    stop = whole[20:24]
+    cut = generate_text(text_model, encoding, ["a"], replace(sampling, stop=(stop,)))[0]
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_tokens_beyond_the_encoding_are_never_chosen():
+    """A model imported with a padded vocabulary of 50304 has logits for ids that are no tokens."""
+    model = random_model(GPTConfig(16, 50304, 1, 1, 8))
+    with torch.no_grad():
+        model.transformer.wte.weight[50257:] *= 1000
+    sampling = Sampling(max_new_tokens=20, temperature=0.0)
+    assert max(generate_tokens(model, [[1]], sampling)[0]) >= 50257
+    generate_text(model, get_encoding(), ["a"], sampling)  # such an id has no bytes: would raise
+
+
+def test_long_prompt_is_cropped_left_with_a_line(text_model: GPT):
+    encoding, sampling = get_encoding(), Sampling(max_new_tokens=10, temperature=0.0)
+    lines: list[str] = []
+    long = "one two three four five six seven eight nine ten " * 10
+    text = generate_text(text_model, encoding, ["hi", long], sampling, notify=lines.append)[1]
+    ids = encoding.encode_ordinary(long)
+    assert lines == [
+        f"prompt 2 has {len(ids)} tokens, the window holds 48: only its last 48 are read"
+    ]
+    expected = generate_tokens(text_model, [ids[-48:]], sampling)
+    assert text == encoding.decode(expected[0], errors="replace")
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be finite and >= 0"),
+        ({"temperature": math.nan}, "temperature .* nan"),
+        ({"temperature": math.inf}, "temperature .* inf"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"top_k": -1}, "top_k must be >= 0"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be >= 0"),
+        ({"seed": -1}, "seed must be >= 0"),
+        ({"stop": ("a", "")}, "stop string must not be empty"),
+    ],
+)
+def test_bad_sampling(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**change)
+
+
+def test_bad_calls(model: GPT):
+    with pytest.raises(ValueError, match="row 1 has no token"):
+        generate_tokens(model, [[1], []], GREEDY)
+    with pytest.raises(ValueError, match="outside the vocabulary of 197: 5 to 197"):
+        generate_tokens(model, [[197, 5]], GREEDY)
+    with pytest.raises(ValueError, match=r"window must be in \[2, 64\].*got 65"):
+        generate_tokens(model, [[1]], GREEDY, window=65)
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        generate_tokens(model, [[1]], GREEDY, num_samples=0)
+    with pytest.raises(ValueError, match="the model has 197 tokens"):
+        generate_text(model, get_encoding(), ["a"], GREEDY)
+    assert generate_tokens(model, [[1]], Sampling(max_new_tokens=0)) == [[]]
+
+
+def run_cli(cwd: Path, *args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    root = Path(__file__).resolve().parents[1]
+    code = (
+        f"import sys; sys.path.insert(0, {str(root)!r});"
+        "from model.generate import main; main(sys.argv[1:])"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=cwd, input=stdin, capture_output=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, text_model: GPT) -> Path:
+    """A working folder with runs/first/model in it."""
+    root = tmp_path_factory.mktemp("cwd")
+    text_model.save_pretrained(root / "runs" / "first" / "model")
+    return root
+
+
+def test_command_line_streams_a_prompt_from_stdin(runs: Path, text_model: GPT):
+    """One real process; the other paths of the command are called in this one."""
+    done = run_cli(
+        runs, "--prompt", "-", "--max-new-tokens", "20", "--seed", "3", stdin=b"First:\n"
+    )
+    assert done.returncode == 0, done.stderr
+    sampling = Sampling(max_new_tokens=20, seed=3)
+    expected = generate_text(text_model, get_encoding(), ["First:\n"], sampling)[0]
+    assert done.stdout.decode() == f"First:\n{expected}\n"
+    assert b"20 tokens" in done.stderr
+
+
+def call_main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cwd: Path, *args: str
+) -> tuple[int, str, str]:
+    monkeypatch.chdir(cwd)
+    code = 0
+    try:
+        generate.main([*args])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_command_line_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: Path
+):
+    code, out, _ = call_main(
+        monkeypatch, capsys, runs,
+        "--prompt", "One", "Two", "--num-samples", "2", "--max-new-tokens", "5",
+    )  # fmt: skip
+    assert code == 0
+    assert [out.count(f"--- {i} of 4\n{p}") for i, p in ((1, "One"), (3, "Two"))] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--temperature", "-1"], "temperature must be finite and >= 0"),
+        (["--top-p", "0"], "top_p must be in (0, 1]"),
+        (["--model", "nowhere"], "no such file or folder: nowhere"),
+        (["--window", "4000"], "window must be in [2, 48]"),
+        (["--prompt", "-"], "stdin is not UTF-8: byte 0xff at offset 2"),
+        (["--prompt", "\udcff"], "the prompt is not UTF-8"),
+    ],
+)
+def test_command_line_bad_input(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    runs: Path,
+    args: list[str],
+    message: str,
+):
+    stdin = io.TextIOWrapper(io.BytesIO(b"ab\xffcd"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    code, out, err = call_main(monkeypatch, capsys, runs, *args)
+    assert code == 2
+    flat = " ".join(err.replace("\u2502", " ").split())  # the parser draws a box
+    assert message in flat
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_command_line_without_any_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    code, _, err = call_main(monkeypatch, capsys, tmp_path)
+    assert code == 2
+    assert "make train" in err
+
+
+def test_latest_model_is_the_newest(tmp_path: Path):
+    for i, name in enumerate(("b", "a")):
+        folder = tmp_path / name / "model"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(json.dumps(i))
+        stamp = 1_000_000 + i
+        os.utime(folder / "model.safetensors", (stamp, stamp))
+    assert generate.latest_model(tmp_path) == tmp_path / "a" / "model"

@@ -1,0 +1,205 @@
+"""Loss, perplexity and bits per byte of a model on any text.
+
+The tokens are cut into consecutive rows of the window T (the trained context unless said
+otherwise); a row predicts T tokens, each from those before it in its row, so a token sees T/2
+others on average and every token but the first is predicted exactly once:
+
+    loss = -1/N * sum log p(token | earlier tokens of the row)     nats per token, N = tokens - 1
+    perplexity = exp(loss)
+    bits per byte = loss * N / (ln 2 * bytes of those N tokens)    independent of the tokenizer
+
+    python -m training.evaluate --model runs/shakespeare-cpu --text my.txt
+"""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import GPT
+from model.generate import evaluating, latest_model, resolve_window
+
+if TYPE_CHECKING:
+    import tiktoken
+
+BATCH_TOKENS = 4096  # per forward; more gains nothing on 2 cores and costs memory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on a text.
+
+    Args:
+        loss: Nats per token.
+        perplexity: exp(loss).
+        bits_per_byte: Of the predicted tokens' UTF-8 bytes.
+        num_tokens: Tokens predicted.
+        num_bytes: Their bytes.
+        window: Row length.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    num_tokens: int
+    num_bytes: int
+    window: int
+
+
+def evaluate_tokens(
+    model: GPT,
+    tokens: np.ndarray | Tensor,
+    *,
+    window: int | None = None,
+    batch_size: int | None = None,
+) -> float:
+    """Mean loss in nats per token.
+
+    Args:
+        model: On any device; autocast of the caller applies. Its mode is restored.
+        tokens: (N,) token ids of any integer type, N >= 2.
+        window: Row length T; None is the trained context.
+        batch_size: Rows per forward; None takes about 4096 tokens.
+
+    Raises:
+        ValueError: fewer than two tokens, or a bad window.
+    """
+    T = resolve_window(model, window)
+    if len(tokens) < 2:
+        raise ValueError(f"evaluate: needs at least 2 tokens, got {len(tokens)}")
+    num = len(tokens) - 1
+    rows_at_once = batch_size or max(1, BATCH_TOKENS // T)
+    device = model.transformer.wte.weight.device
+    # Summed on the device in fp64: one wait at the end instead of one per batch.
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with evaluating(model), torch.no_grad():
+        at = 0
+        while at < num:
+            rows = min(rows_at_once, (num - at) // T)
+            B, S = (rows, T) if rows else (1, num - at)  # the last row is shorter
+            chunk = tokens[at : at + B * S + 1]
+            ids = torch.as_tensor(
+                chunk.astype(np.int64) if isinstance(chunk, np.ndarray) else chunk.long()
+            ).to(device)
+            total += model(ids[:-1].view(B, S), ids[1:].view(B, S)).double() * (B * S)
+            at += B * S
+    return total.item() / num
+
+
+def evaluate_text(
+    model: GPT,
+    encoding: "tiktoken.Encoding",
+    text: bytes,
+    *,
+    window: int | None = None,
+    max_tokens: int | None = None,
+) -> Evaluation:
+    """Score a text.
+
+    Args:
+        model: Its vocabulary must hold the encoding's.
+        encoding: GPT-2's.
+        text: UTF-8.
+        window: See `evaluate_tokens`.
+        max_tokens: Read no more than the first so many.
+
+    Raises:
+        ValueError: not UTF-8 (with the offset), too short, or a model of another vocabulary.
+    """
+    if model.config.vocab_size < encoding.n_vocab:
+        raise ValueError(
+            f"evaluate: the model has {model.config.vocab_size} tokens, the encoding "
+            f"{encoding.name!r} {encoding.n_vocab}"
+        )
+    try:
+        string = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"evaluate: the text is not UTF-8: byte 0x{text[error.start]:02x} at offset "
+            f"{error.start}"
+        ) from None
+    tokens = encoding.encode_to_numpy(string, disallowed_special=())[:max_tokens]
+    loss = evaluate_tokens(model, tokens, window=window)
+    num_bytes = len(encoding.decode_bytes(tokens[1:].tolist()))
+    num = len(tokens) - 1
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(loss),
+        bits_per_byte=loss * num / (math.log(2) * num_bytes),
+        num_tokens=num,
+        num_bytes=num_bytes,
+        window=resolve_window(model, window),
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Loss, perplexity and bits per byte of a model on a text.
+
+    Args:
+        text: UTF-8 file; - reads stdin.
+        model: Run, model folder or .safetensors file; without it the newest under runs/.
+        window: Tokens the model sees at once; without it the context it was trained at.
+        max_tokens: Score only the first so many tokens.
+        device: Where to run.
+        json: Print one JSON object.
+    """
+
+    text: Path
+    model: Path | None = None
+    window: int | None = None
+    max_tokens: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    json: bool = False
+
+
+def _run(options: Options) -> dict[str, Any]:
+    from model.tokenizer import get_encoding
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("evaluate: --device cuda, but torch sees no GPU here; use --device cpu")
+    if str(options.text) == "-":
+        text = sys.stdin.buffer.read()
+    elif options.text.is_file():
+        text = options.text.read_bytes()
+    else:
+        raise FileNotFoundError(f"evaluate: no such file: {options.text}")
+    path = options.model or latest_model()
+    model = GPT.from_pretrained(path).to(device)
+    result = evaluate_text(
+        model, get_encoding(), text, window=options.window, max_tokens=options.max_tokens
+    )
+    return {"model": str(path), "text": str(options.text), **asdict(result)}
+
+
+def main(args: list[str] | None = None) -> None:
+    """`python -m training.evaluate`."""
+    import tyro
+
+    try:
+        options = tyro.cli(Options, prog="python -m training.evaluate", args=args)
+        result = _run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}, "
+        f"{result['bits_per_byte']:.4f} bits per byte ({result['num_tokens']:,} tokens, "
+        f"{result['num_bytes']:,} bytes, window {result['window']}, {result['model']})"
+    )
+
+
+if __name__ == "__main__":
+    main()
