@@ -1,0 +1,556 @@
+"""LayerNorm over the last axis, alone or fused with the residual add before it.
+
+Forward, for each row h of length C, h = x or h = residual + x rounded to the residual's dtype:
+
+    mean = sum(h) / C          var = sum((h - mean)^2) / C          rstd = 1 / sqrt(var + eps)
+    x_hat = (h - mean) * rstd                                       y = x_hat * weight + bias
+
+Backward, with g = dy * weight and dh_out the gradient of the residual stream that went on:
+
+    dh = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) + dh_out          dx = dresidual = dh
+    dweight = sum_rows(dy * x_hat)          dbias = sum_rows(dy)
+
+The mean is kept as two floats: its rounding, 3e-5 at a mean of 1e3, is as large as what a row of
+standard deviation 1e-2 can lose, so the first mean is subtracted and the rest averaged once more.
+
+Memory bound; every tensor is read or written once. Bytes per element with x and y in bf16:
+
+    layer_norm, bf16          forward  4 (x, y)                 backward  6 (dy, x, dx)
+    add_layer_norm, fp32 h    forward 12 (x, residual, y, h)    backward 16 (dy, dh_out, h, dh, dx)
+    add_layer_norm, bf16 h    forward  8                        backward  8 (dh is shared)
+
+An H200 at 4.3 TB/s would take 141 us and 187 us for the fp32 pair at M = 65536, C = 768 (604 MB,
+805 MB): estimates, arithmetic only. Statistics add 12 bytes a row, partial sums 4 MB a call.
+
+Deterministic: dweight and dbias go through one fp32 row of partial sums per program and a second
+kernel that adds those rows in a fixed order. No atomics; reruns are bitwise equal on one device.
+
+Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
+"""
+
+# Launches take num_warps, constexpr arguments plain numbers, and static_range is a loop: the triton
+# stubs know none of it.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._launch import AotCase, Launch, arch, cdiv, next_pow2, num_sms
+from kernels._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
+
+MAX_C = 8192  # a program holds a whole row in registers
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Elements of a row one warp may hold. The backward keeps five of each in registers, and on sm_80
+# it spills at 1024 in fp32.
+WARP_C = {"fwd": 1024, "bwd": 768}
+BWD_WARPS_PER_SM = 12  # what 168 registers a thread (C = 768, compile-only) leave room for
+PARTIAL_ROWS, PARTIAL_COLS = 128, 32  # tile of the second reduction: 128 B lines, few iterations
+PARTIAL_WARPS = 8
+TRITON_MINOR = ".".join(triton.__version__.split(".")[:2])
+
+# (kernel, C, M bucket, dtype of h, arch, Triton minor) -> Launch. Empty: nothing measured yet.
+TUNED: dict[tuple[str, int, str, torch.dtype, int, str], Launch] = {}
+
+
+@cache
+def choose_launch(kernel: str, C: int, bucket: str, dtype: torch.dtype, arch: int) -> Launch:
+    """The measured row of the table, or the safe one."""
+    tuned = TUNED.get((kernel, C, bucket, dtype, arch, TRITON_MINOR))
+    return tuned or _safe_launch(C, WARP_C[kernel])
+
+
+def _safe_launch(C: int, warp_c: int) -> Launch:
+    """One warp a row as long as the row fits, in chunks of 256: no barrier and no idle lane at 768.
+
+    256 is a warp of 16-byte loads of bf16. Wider rows take several warps, narrow ones share one.
+    """
+    if C <= 256:
+        block_c, chunks, rows, num_warps = next_pow2(C), 1, min(32, 1024 // next_pow2(C)), 4
+    else:
+        warps_per_row = next_pow2(cdiv(C, warp_c))
+        block_c = 256 * warps_per_row
+        num_warps = max(4, warps_per_row)
+        chunks, rows = cdiv(C, block_c), num_warps // warps_per_row
+    blocks = (("ROWS", rows), ("BLOCK_C", block_c), ("CHUNKS", chunks))
+    return Launch(blocks, num_warps, num_stages=1, source="safe row: compiles without spills")
+
+
+def row_bucket(M: int) -> str:
+    """Launch-bound and L2-resident up to 4096 rows, bandwidth-bound above."""
+    return "small" if M <= 4096 else "large"
+
+
+@triton.jit
+def _tile(rows, M, i, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offsets and mask of chunk `i` of some rows of an (M, C) tensor."""
+    cols = i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return rows * C + cols, (rows < M) & (cols < C)
+
+
+@triton.jit
+def _load_rows(ptr, rows, M, C: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr):
+    """Rows (ROWS, 1) of an (M, C) tensor as CHUNKS fp32 tiles (ROWS, BLOCK_C), 0 outside."""
+    tiles = ()
+    for i in tl.static_range(CHUNKS):
+        at, mask = _tile(rows, M, i, C, BLOCK_C)
+        tiles += (tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr,  # (M, C)
+    residual_ptr,  # (M, C), or None: h = x
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    y_ptr,  # (M, C) out
+    h_ptr,  # (M, C) out, dtype of residual; None with it
+    stats_ptr,  # (3, M) out, fp32: mean, what the mean lost by rounding, rstd
+    M,
+    eps,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # M * C may pass 2^31
+    h = _load_rows(x_ptr, rows, M, C, BLOCK_C, CHUNKS)
+    if residual_ptr is not None:
+        residual = _load_rows(residual_ptr, rows, M, C, BLOCK_C, CHUNKS)
+        rounded = ()
+        for i in tl.static_range(CHUNKS):
+            at, mask = _tile(rows, M, i, C, BLOCK_C)
+            stored = (residual[i] + h[i]).to(h_ptr.dtype.element_ty)
+            tl.store(h_ptr + at, stored, mask=mask)
+            rounded += (stored.to(tl.float32),)  # normalise what the backward will read
+        h = rounded
+
+    total = h[0]
+    for i in tl.static_range(1, CHUNKS):
+        total += h[i]
+    mean = tl.sum(total, axis=1, keep_dims=True) / C
+
+    centered = ()
+    rest = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
+    for i in tl.static_range(CHUNKS):
+        _, mask = _tile(rows, M, i, C, BLOCK_C)
+        centered += (tl.where(mask, h[i] - mean, 0.0),)  # padding must not enter the sums
+        rest += centered[i]
+    mean_low = tl.sum(rest, axis=1, keep_dims=True) / C
+
+    corrected = ()
+    squares = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
+    for i in tl.static_range(CHUNKS):
+        _, mask = _tile(rows, M, i, C, BLOCK_C)
+        corrected += (tl.where(mask, centered[i] - mean_low, 0.0),)
+        squares += corrected[i] * corrected[i]
+    rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / C + eps)
+
+    # A (ROWS, BLOCK_C) read of one row: a 1-D load would change layout through shared memory.
+    same_row = tl.zeros((ROWS, 1), dtype=tl.int64)
+    weight = _load_rows(weight_ptr, same_row, 1, C, BLOCK_C, CHUNKS)
+    bias = _load_rows(bias_ptr, same_row, 1, C, BLOCK_C, CHUNKS)
+    for i in tl.static_range(CHUNKS):
+        at, mask = _tile(rows, M, i, C, BLOCK_C)
+        y = corrected[i] * rstd * weight[i] + bias[i]
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(stats_ptr + rows, mean, mask=rows < M)
+    tl.store(stats_ptr + M + rows, mean_low, mask=rows < M)
+    tl.store(stats_ptr + 2 * M + rows, rstd, mask=rows < M)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy_ptr,  # (M, C), dtype of y
+    dh_out_ptr,  # (M, C), dtype of h; or None: nothing to add
+    h_ptr,  # (M, C)
+    weight_ptr,  # (C,)
+    stats_ptr,  # (3, M) fp32
+    dh_ptr,  # (M, C) out, dtype of h
+    dx_ptr,  # (M, C) out, dtype of x; or None: dh serves
+    partial_ptr,  # (2, programs, C) out, fp32: sums for dweight, dbias
+    M,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    same_row = tl.zeros((ROWS, 1), dtype=tl.int64)
+    weight = _load_rows(weight_ptr, same_row, 1, C, BLOCK_C, CHUNKS)
+    dweight = ()
+    for _ in tl.static_range(CHUNKS):
+        dweight += (tl.zeros((ROWS, BLOCK_C), dtype=tl.float32),)
+    dbias = dweight
+
+    for start in range(pid * ROWS, M, num_programs * ROWS):
+        rows = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        h = _load_rows(h_ptr, rows, M, C, BLOCK_C, CHUNKS)
+        dy = _load_rows(dy_ptr, rows, M, C, BLOCK_C, CHUNKS)
+        mean = tl.load(stats_ptr + rows, mask=rows < M, other=0.0)
+        mean_low = tl.load(stats_ptr + M + rows, mask=rows < M, other=0.0)
+        rstd = tl.load(stats_ptr + 2 * M + rows, mask=rows < M, other=0.0)
+
+        x_hat = ()
+        next_dweight = ()
+        next_dbias = ()
+        sum_g = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
+        sum_gx = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
+        for i in tl.static_range(CHUNKS):
+            # No mask on x_hat: dy is 0 in the padding, and with it all that x_hat is summed into.
+            x_hat += ((h[i] - mean - mean_low) * rstd,)
+            sum_g += dy[i] * weight[i]
+            sum_gx += dy[i] * weight[i] * x_hat[i]
+            next_dweight += (dweight[i] + dy[i] * x_hat[i],)
+            next_dbias += (dbias[i] + dy[i],)
+        dweight = next_dweight
+        dbias = next_dbias
+
+        mean_g = tl.sum(sum_g, axis=1, keep_dims=True) / C
+        mean_gx = tl.sum(sum_gx, axis=1, keep_dims=True) / C
+        for i in tl.static_range(CHUNKS):
+            at, mask = _tile(rows, M, i, C, BLOCK_C)
+            dh = rstd * (dy[i] * weight[i] - mean_g - x_hat[i] * mean_gx)
+            if dh_out_ptr is not None:
+                dh += tl.load(dh_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+            if dx_ptr is not None:
+                tl.store(dx_ptr + at, dh.to(dx_ptr.dtype.element_ty), mask=mask)
+
+    for i in tl.static_range(CHUNKS):
+        cols = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        at = pid.to(tl.int64) * C + cols
+        tl.store(partial_ptr + at, tl.sum(dweight[i], axis=0), mask=cols < C)
+        at += num_programs.to(tl.int64) * C
+        tl.store(partial_ptr + at, tl.sum(dbias[i], axis=0), mask=cols < C)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partial_ptr,  # (2, P, C) fp32
+    dweight_ptr,  # (C,) out
+    dbias_ptr,  # (C,) out
+    P,
+    C,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    which = tl.program_id(1)
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    for start in range(0, P, BLOCK_P):
+        rows = start + tl.arange(0, BLOCK_P)[:, None]
+        at = (which.to(tl.int64) * P + rows) * C + cols[None, :]
+        acc += tl.load(partial_ptr + at, mask=(rows < P) & (cols < C)[None, :], other=0.0)
+    total = tl.sum(acc, axis=0)
+    if which == 0:
+        tl.store(dweight_ptr + cols, total.to(dweight_ptr.dtype.element_ty), mask=cols < C)
+    else:
+        tl.store(dbias_ptr + cols, total.to(dbias_ptr.dtype.element_ty), mask=cols < C)
+
+
+def _launch_fwd(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+    y: Tensor, h: Tensor | None, stats: Tensor,
+) -> None:  # fmt: skip
+    C = x.shape[-1]
+    M = x.numel() // C
+    dtype = x.dtype if residual is None else residual.dtype
+    launch = choose_launch("fwd", C, row_bucket(M), dtype, arch(x.device))
+    grid = (cdiv(M, dict(launch.blocks)["ROWS"]),)
+    if M > 0:
+        _layer_norm_fwd_kernel[grid](
+            x, residual, weight, bias, y, h, stats, M, eps, C=C, **launch.kwargs()
+        )
+
+
+def _launch_bwd(
+    dy: Tensor, dh_out: Tensor | None, h: Tensor, weight: Tensor, stats: Tensor,
+    dh: Tensor, dx: Tensor | None, dweight: Tensor, dbias: Tensor,
+) -> None:  # fmt: skip
+    C = h.shape[-1]
+    M = h.numel() // C
+    launch = choose_launch("bwd", C, row_bucket(M), h.dtype, arch(h.device))
+    programs = num_sms(h.device) * max(BWD_WARPS_PER_SM // launch.num_warps, 1)
+    programs = min(cdiv(M, dict(launch.blocks)["ROWS"]), programs)
+    partial = h.new_empty((2, programs, C), dtype=torch.float32)
+    if M > 0:
+        _layer_norm_bwd_kernel[(programs,)](
+            dy, dh_out, h, weight, stats, dh, dx, partial, M, C=C, **launch.kwargs()
+        )
+    _sum_partials_kernel[(cdiv(C, PARTIAL_COLS), 2)](
+        partial, dweight, dbias, programs, C,
+        BLOCK_P=PARTIAL_ROWS, BLOCK_C=PARTIAL_COLS, num_warps=PARTIAL_WARPS, num_stages=1,
+    )  # fmt: skip
+
+
+def _fwd_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    stats = x.new_empty((3, *x.shape[:-1]), dtype=torch.float32)
+    return torch.empty_like(x, dtype=dtype), stats
+
+
+@register("layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
+          " -> (Tensor, Tensor)", fake=_fwd_fake)  # fmt: skip
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x (..., C) -> y (..., C) in `dtype`, stats (3, ...) fp32."""
+    y, stats = _fwd_fake(x, weight, bias, eps, dtype)
+    _launch_fwd(x, None, weight, bias, eps, y, None, stats)
+    return y, stats
+
+
+def _bwd_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@register("layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor stats)"
+          " -> (Tensor, Tensor, Tensor)", fake=_bwd_fake)  # fmt: skip
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, x (..., C) -> dx (..., C), dweight (C,), dbias (C,)."""
+    dx, dweight, dbias = _bwd_fake(dy, x, weight, stats)
+    _launch_bwd(dy, None, x, weight, stats, dx, None, dweight, dbias)
+    return dx, dweight, dbias
+
+
+def _add_fwd_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, stats = _fwd_fake(x, weight, bias, eps, dtype)
+    return y, torch.empty_like(residual), stats
+
+
+@register("add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps,"
+          " ScalarType dtype) -> (Tensor, Tensor, Tensor)", fake=_add_fwd_fake)  # fmt: skip
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, residual (..., C) -> y (..., C) in `dtype`, residual_out (..., C), stats (3, ...) fp32."""
+    y, residual_out, stats = _add_fwd_fake(x, residual, weight, bias, eps, dtype)
+    _launch_fwd(x, residual, weight, bias, eps, y, residual_out, stats)
+    return y, residual_out, stats
+
+
+def _add_bwd_fake(
+    dy: Tensor, dresidual_out: Tensor | None, residual_out: Tensor, weight: Tensor, stats: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shape = (0,) if dtype == residual_out.dtype else residual_out.shape
+    dx = residual_out.new_empty(shape, dtype=dtype)
+    return torch.empty_like(residual_out), dx, torch.empty_like(weight), torch.empty_like(weight)
+
+
+@register("add_layer_norm_bwd(Tensor dy, Tensor? dresidual_out, Tensor residual_out, Tensor weight,"
+          " Tensor stats, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+          fake=_add_bwd_fake)  # fmt: skip
+def add_layer_norm_bwd(
+    dy: Tensor, dresidual_out: Tensor | None, residual_out: Tensor, weight: Tensor, stats: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dresidual (..., C), dx (..., C) in `dtype`, dweight (C,), dbias (C,).
+
+    dx is (0,) where `dtype` is the residual's: dresidual serves, and an op may not return it twice.
+    """
+    dresidual, dx, dweight, dbias = _add_bwd_fake(
+        dy, dresidual_out, residual_out, weight, stats, dtype
+    )
+    own_dx = dx if dtype != residual_out.dtype else None
+    _launch_bwd(
+        dy, dresidual_out, residual_out, weight, stats, dresidual, own_dx, dweight, dbias
+    )  # fmt: skip
+    return dresidual, dx, dweight, dbias
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        y, stats = layer_norm_fwd(x, weight, bias, eps, dtype)
+        ctx.save_for_backward(x, weight, stats)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor):
+        refuse_double_backward("layer_norm")
+        return *layer_norm_bwd(dy.contiguous(), *ctx.saved_tensors), None, None
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        y, residual_out, stats = add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
+        ctx.save_for_backward(residual_out, weight, stats)
+        ctx.x_dtype = x.dtype
+        if not torch.compiler.is_compiling():  # which cannot trace it, and fills in zeros
+            ctx.set_materialize_grads(False)  # the last residual_out of a model has no gradient
+        return y, residual_out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None):
+        refuse_double_backward("add_layer_norm")
+        if dresidual_out is not None:
+            dresidual_out = dresidual_out.contiguous()
+        if dy is None:
+            assert dresidual_out is not None  # autograd calls with at least one gradient
+            return dresidual_out.to(ctx.x_dtype), dresidual_out, None, None, None, None
+        residual_out, weight, stats = ctx.saved_tensors
+        dresidual, dx, dweight, dbias = add_layer_norm_bwd(
+            dy.contiguous(), dresidual_out, residual_out, weight, stats, ctx.x_dtype
+        )
+        if ctx.x_dtype == residual_out.dtype:
+            dx = dresidual
+        return dx, dresidual, dweight, dbias, None, None
+
+
+def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raise ValueError for what the kernels would misread."""
+    check_device(op, x)
+    C = x.shape[-1] if x.dim() else 0
+    if not 1 <= C <= MAX_C:
+        raise ValueError(
+            f"{op}: the last axis of x must have 1 to {MAX_C} elements, got x {tuple(x.shape)}; "
+            "use the eager backend for others"
+        )
+    if weight.shape != (C,) or bias.shape != (C,):
+        raise ValueError(
+            f"{op}: weight and bias must be ({C},) to match x {tuple(x.shape)}, "
+            f"got weight {tuple(weight.shape)}, bias {tuple(bias.shape)}"
+        )
+    if not (x.is_contiguous() and weight.is_contiguous() and bias.is_contiguous()):
+        raise ValueError(
+            f"{op}: x, weight and bias must be contiguous, got strides {x.stride()}, "
+            f"{weight.stride()}, {bias.stride()}; call .contiguous() first"
+        )
+    if x.dtype not in DTYPES or weight.dtype not in DTYPES or weight.dtype != bias.dtype:
+        raise ValueError(
+            f"{op}: x must be fp32, fp16 or bf16, and so weight and bias, alike; "
+            f"got x {x.dtype}, weight {weight.dtype}, bias {bias.dtype}"
+        )
+    if not x.device == weight.device == bias.device:
+        raise ValueError(
+            f"{op}: x, weight and bias must be on one device, got {x.device}, {weight.device}, "
+            f"{bias.device}"
+        )
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Normalise the last axis of `x`, then scale and shift.
+
+    Args:
+        x: (..., C), contiguous, fp32 / fp16 / bf16, C <= MAX_C.
+        weight, bias: (C,), one dtype, any of the three.
+        eps: Added to the variance.
+
+    Returns:
+        (..., C) in the autocast dtype under autocast, else the dtype of `x`. Statistics and sums
+        over rows are fp32; each gradient has the dtype of its tensor.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or strides; the message has both values.
+    """
+    _check("layer_norm", x, weight, bias)
+    dtype = autocast_dtype(x)
+    if not needs_grad(x, weight, bias):
+        return layer_norm_fwd(x, weight, bias, eps, dtype)[0]
+    return _LayerNorm.apply(x, weight, bias, eps, dtype)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Add `x` to the residual stream and normalise the sum, in one pass over both.
+
+    Args:
+        x: (..., C), contiguous, fp32 / fp16 / bf16, C <= MAX_C.
+        residual: (..., C), contiguous; its dtype, which may differ, is that of the stream.
+        weight, bias: (C,), one dtype, any of the three.
+        eps: Added to the variance.
+
+    Returns:
+        y = LayerNorm(residual_out), (..., C), in the autocast dtype under autocast, else the dtype
+        of `x`; residual_out = residual + x, (..., C), dtype of `residual`.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or strides; the message has both values.
+    """
+    _check("add_layer_norm", x, weight, bias)
+    if residual.shape != x.shape or residual.device != x.device:
+        raise ValueError(
+            f"add_layer_norm: residual must match x {tuple(x.shape)} on {x.device}, "
+            f"got {tuple(residual.shape)} on {residual.device}"
+        )
+    if not residual.is_contiguous() or residual.dtype not in DTYPES:
+        raise ValueError(
+            "add_layer_norm: residual must be contiguous and fp32, fp16 or bf16, "
+            f"got strides {residual.stride()}, {residual.dtype}"
+        )
+    dtype = autocast_dtype(x)
+    if not needs_grad(x, residual, weight, bias):
+        return add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)[:2]
+    return _AddLayerNorm.apply(x, residual, weight, bias, eps, dtype)
+
+
+def aot_cases(arch: int) -> Iterator[AotCase]:
+    """Each build the launches above can choose on `arch`, at the widths and dtypes that matter."""
+    for C, x, h in (
+        (768, "bf16", "fp32"),  # GPT-2, residual stream fp32
+        (768, "bf16", "bf16"),  # and bf16
+        (1024, "fp32", "fp32"),  # the widest row of one warp forward, of two backward
+        (MAX_C, "bf16", "fp32"),
+    ):
+        dtype = torch.float32 if h == "fp32" else torch.bfloat16
+        dx = {"dx_ptr": f"*{x}"} if x != h else {}
+        types = {"weight_ptr": "*fp32", "stats_ptr": "*fp32", "h_ptr": f"*{h}", "M": "i32"}
+        for kernel, direction, tensors, absent in (
+            (_layer_norm_fwd_kernel, "fwd", {"x_ptr": f"*{x}", "residual_ptr": f"*{h}",
+             "bias_ptr": "*fp32", "y_ptr": f"*{x}", "eps": "fp32"}, {}),
+            (_layer_norm_bwd_kernel, "bwd", {"dy_ptr": f"*{x}", "dh_out_ptr": f"*{h}",
+             "dh_ptr": f"*{h}", "partial_ptr": "*fp32", **dx}, {} if dx else {"dx_ptr": None}),
+        ):  # fmt: skip
+            launch = choose_launch(direction, C, "large", dtype, arch)
+            yield AotCase(
+                op="add_layer_norm", kernel=kernel, label=f"{direction} C={C} x={x} h={h}",
+                signature={**types, **tensors},
+                constexprs={"C": C, **dict(launch.blocks), **absent},
+                num_warps=launch.num_warps, num_stages=launch.num_stages,
+            )  # fmt: skip
+    launch = choose_launch("fwd", 768, "large", torch.bfloat16, arch)
+    yield AotCase(
+        op="layer_norm", kernel=_layer_norm_fwd_kernel, label="fwd C=768 bf16",
+        signature={"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": "*bf16",
+                   "stats_ptr": "*fp32", "M": "i32", "eps": "fp32"},
+        constexprs={"C": 768, "residual_ptr": None, "h_ptr": None, **dict(launch.blocks)},
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    launch = choose_launch("bwd", 768, "large", torch.bfloat16, arch)
+    yield AotCase(
+        op="layer_norm", kernel=_layer_norm_bwd_kernel, label="bwd C=768 bf16",
+        signature={"dy_ptr": "*bf16", "h_ptr": "*bf16", "weight_ptr": "*fp32",
+                   "stats_ptr": "*fp32", "dh_ptr": "*bf16", "partial_ptr": "*fp32", "M": "i32"},
+        constexprs={"C": 768, "dh_out_ptr": None, "dx_ptr": None, **dict(launch.blocks)},
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    yield AotCase(
+        op="layer_norm", kernel=_sum_partials_kernel, label="sum of partials",
+        signature={"partial_ptr": "*fp32", "dweight_ptr": "*fp32", "dbias_ptr": "*fp32",
+                   "P": "i32", "C": "i32"},
+        constexprs={"BLOCK_P": PARTIAL_ROWS, "BLOCK_C": PARTIAL_COLS},
+        num_warps=PARTIAL_WARPS, num_stages=1,
+    )  # fmt: skip

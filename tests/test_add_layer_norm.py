@@ -1,0 +1,205 @@
+import pytest
+import torch
+
+from bench.numerics import default_douts
+from kernels import EAGER
+from kernels import layer_norm as module
+from tests import checks
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+SHAPES = [
+    pytest.param((3, 5, 48), id="C=48-demo-model"),
+    pytest.param((1, 64), id="C=64-power-of-two-single-row"),
+    pytest.param((3, 257), id="C=257-one-past-a-chunk"),
+    pytest.param((29, 768), id="C=768-prime-rows-and-a-second-turn-of-the-loop"),
+    pytest.param((0, 48), id="M=0"),
+]
+# x, residual, weights
+STREAMS = [
+    pytest.param((F32, F32, F32), id="float32"),
+    pytest.param((F16, F16, F16), id="float16"),
+    pytest.param((BF16, BF16, BF16), id="bfloat16"),
+    pytest.param((BF16, F32, F32), id="autocast-stream"),
+    pytest.param((BF16, BF16, F32), id="bfloat16-stream"),
+    pytest.param((F32, BF16, F32), id="stream-narrower-than-x"),
+]
+
+
+def ours(x, residual, weight, bias):
+    return module.add_layer_norm(x, residual, weight, bias)
+
+
+def eager(x, residual, weight, bias):
+    return EAGER.add_layer_norm(x, residual, weight, bias)
+
+
+def plain(x, residual, weight, bias):
+    h = residual + x
+    centered = h - h.mean(-1, keepdim=True)
+    rstd = (centered.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    return centered * rstd * weight + bias, h
+
+
+def inputs(shape, device, stream=(BF16, F32, F32), mean=0.0, std=1.0):
+    x, residual, weights = stream
+    C = shape[-1]
+    return {
+        "x": (torch.randn(shape, device=device) * std).to(x),
+        "residual": (torch.randn(shape, device=device) * std + mean).to(residual),
+        "weight": (1 + torch.randn(C, device=device)).to(weights),
+        "bias": torch.randn(C, device=device).to(weights),
+    }
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_worse_than_twice_eager(shape, stream, device):
+    M = torch.Size(shape[:-1]).numel()
+    checks.assert_twice_eager(ours, eager, plain, inputs(shape, device, stream), rows=M)
+
+
+@checks.sweep(M=checks.sizes(0, 35, 1, 32, 33), C=checks.sizes(1, 260, 1, 256, 257),
+              x=checks.dtypes(), residual=checks.dtypes())  # fmt: skip
+def test_any_shape(device, M, C, x, residual):
+    args = inputs((M, C), device, (x, residual, F32))
+    checks.assert_twice_eager(ours, eager, plain, args, rows=max(M, 1))
+
+
+def test_several_warps_a_row(device):
+    checks.assert_twice_eager(ours, eager, plain, inputs((2, 6400), device), rows=2)
+
+
+def test_the_sum_is_what_plain_pytorch_adds(device):
+    for stream in ((BF16, F32, F32), (BF16, BF16, F32), (F16, F16, F32)):
+        args = inputs((13, 48), device, stream)
+        assert torch.equal(ours(**args)[1], eager(**args)[1])
+
+
+def test_rows_far_from_zero_keep_fp32_accuracy(device):
+    args = inputs((13, 768), device, (F32, F32, F32), mean=1e3, std=1e-2)
+    got = checks.values_and_grads(ours, args)
+    h = args["residual"] + args["x"]  # rounded as stored: the norm is judged, not the addition
+    exact = {n: t.double() for n, t in args.items()}
+    exact |= {"residual": h.double(), "x": torch.zeros_like(h).double()}
+    for name, want in checks.values_and_grads(plain, exact).items():
+        error = (got[name] - want).abs().max() / want.abs().max()
+        assert error < 2e-6, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("stream", STREAMS[3:5])
+def test_one_output_without_a_gradient(device, stream):
+    """The last residual_out of a model is not used; a probe may use nothing else."""
+    args = inputs((9, 48), device, stream)
+    for index in (0, 1):
+        checks.assert_twice_eager(
+            lambda i=index, **a: ours(**a)[i],
+            lambda i=index, **a: eager(**a)[i],
+            lambda i=index, **a: plain(**a)[i],
+            args,
+            rows=9,
+        )
+    names = checks.dispatched_ops(lambda **a: ours(**a)[0], args)
+    assert not [n for n in names if "zero" in n or "full" in n], "an absent gradient is filled in"
+
+
+def test_one_gradient_tensor_serves_both_where_dtypes_agree(device):
+    args = [t.requires_grad_() for t in inputs((9, 48), device, (BF16, BF16, F32)).values()]
+    dx, dresidual = torch.autograd.grad(ours(*args)[0].sum(), args[:2])
+    assert dx.data_ptr() == dresidual.data_ptr()
+
+
+def test_shared_gradient_survives_accumulation(device):
+    """x and residual are leaves with one incoming tensor: adding to one must spare the other."""
+    args = inputs((9, 48), device, (F32, F32, F32))
+    once = checks.values_and_grads(ours, args)
+    x, residual, weight, bias = (t.requires_grad_() for t in args.values())
+    for _ in range(2):
+        outputs = ours(x, residual, weight, bias)
+        torch.autograd.backward(outputs, default_douts(outputs))
+    torch.testing.assert_close(x.grad, 2 * once["dx"], rtol=0, atol=0)
+    torch.testing.assert_close(residual.grad, 2 * once["dresidual"], rtol=0, atol=0)
+
+
+def test_autocast_keeps_the_stream_fp32(device):
+    args = inputs((5, 48), device, (F32, F32, F32))
+    with torch.autocast(device, BF16):
+        got, low = checks.values_and_grads(ours, args), checks.values_and_grads(eager, args)
+    assert {n: t.dtype for n, t in got.items()} == {n: t.dtype for n, t in low.items()}
+    assert got["y0"].dtype == BF16
+    assert got["y1"].dtype == got["dx"].dtype == got["dresidual"].dtype == F32
+    torch.testing.assert_close(got["y0"], low["y0"], rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(got["dx"], low["dx"], rtol=1e-4, atol=1e-5)
+
+
+def test_reruns_are_bitwise_equal(device):
+    checks.assert_bitwise_rerun(ours, inputs((61, 48), device))
+
+
+def test_zero_stride_gradients(device):
+    checks.assert_zero_stride_grads(ours, inputs((9, 48), device))
+
+
+@pytest.mark.parametrize("stream", STREAMS[3:5])
+def test_nothing_runs_beside_the_launches(device, stream):
+    checks.assert_only_launches(ours, inputs((9, 48), device, stream))
+
+
+@pytest.mark.parametrize("stream", STREAMS[3:5])
+def test_registration(device, stream):
+    x, residual, weight, bias = inputs((3, 5, 48), device, stream).values()
+    torch.library.opcheck(
+        torch.ops.fgpt.add_layer_norm_fwd.default, (x, residual, weight, bias, 1e-5, x.dtype)
+    )
+    dy, h, stats = module.add_layer_norm_fwd(x, residual, weight, bias, 1e-5, x.dtype)
+    for dresidual_out in (h, None):
+        args = (dy, dresidual_out, h, weight, stats, x.dtype)
+        torch.library.opcheck(torch.ops.fgpt.add_layer_norm_bwd.default, args)
+
+
+@pytest.mark.parametrize("stream", STREAMS[3:5])
+def test_compiled_equals_eager(device, stream):
+    checks.assert_compiled_equals_eager(ours, inputs((5, 48), device, stream))
+
+
+def test_compiled_equals_eager_without_the_stream(device):
+    checks.assert_compiled_equals_eager(lambda **a: ours(**a)[0], inputs((5, 48), device))
+
+
+def test_compiled_once_for_any_number_of_rows(device):
+    more = [inputs((M, 48), device) for M in (2, 61)]
+    checks.assert_compiled_equals_eager(ours, inputs((5, 48), device), also=more, dynamic=True)
+
+
+def test_no_grad_keeps_nothing(device):
+    args = {n: t.requires_grad_() for n, t in inputs((5, 48), device).items()}
+    with torch.no_grad():
+        y, h = ours(**args)
+    assert y.grad_fn is None
+    assert h.grad_fn is None
+    assert torch.equal(y, ours(**args)[0])
+
+
+def test_double_backward_is_refused(device):
+    args = inputs((4, 48), device)
+    checks.assert_no_double_backward(ours, args, "add_layer_norm: double backward")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(
+            {"residual": torch.randn(4, 50)}, r"match x \(4, 48\).*got \(4, 50\)", id="shape"
+        ),
+        pytest.param(
+            {"residual": torch.randn(4, 96)[:, ::2]}, r"got strides \(96, 2\)", id="strided"
+        ),
+        pytest.param({"residual": torch.ones(4, 48).long()}, "torch.int64", id="dtype"),
+        pytest.param({"weight": torch.ones(50)}, r"\(48,\) to match x \(4, 48\)", id="width"),
+        pytest.param({"x": torch.randn(4, 96)[:, ::2]}, r"must be contiguous", id="strided-x"),
+    ],
+)
+def test_bad_input_names_both_values(device, change, message):
+    args = inputs((4, 48), device) | {n: t.to(device) for n, t in change.items()}
+    with pytest.raises(ValueError, match=f"^add_layer_norm: .*{message}"):
+        ours(**args)
