@@ -1,0 +1,350 @@
+"""Train a GPT-2 from a text file. The only trainer; it reads top to bottom.
+
+python train.py                                  the recipe for this machine
+python train.py --preset smoke --data my.txt     seconds, to try a flag
+python train.py --preset shakespeare-124m        GPT-2 124M until it knows its text by heart
+"""
+
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from model import GPT
+from model.flops import mfu
+from model.generate import Sampling, generate_text
+from model.tokenizer import decode, get_encoding
+from training import metrics
+from training.baselines import ngram_losses
+from training.data import DataLoaderLite, Prefetcher, load_corpus
+from training.evaluate import evaluate_tokens
+from training.metrics import RunLog
+from training.optim import configure_adamw
+from training.plan import Plan, detect, make_plan
+from training.recipes import PUBLISHED_LOSS, Recipe, find_preset
+
+NUM_SAMPLES = 4
+PROMPT_TOKENS = 8
+SAMPLE_TOKENS = 120
+MAX_VAL_TOKENS = 10_485_760  # of the last evaluation; a long corpus has more than it can tell apart
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a GPT-2 from a text file.
+
+    The recipe (--preset) says what is trained; each of its fields is a flag, shown below with the
+    value it has in the chosen preset. The plan (device, ops, dtype, compile) says how it runs.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    preset: str
+    """Recipe: shakespeare-cpu, shakespeare-124m, fineweb-124m or smoke."""
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
+    """Text files, folders of .txt files, or a token file (.bin). Default: input.txt if it is
+    there, else tiny Shakespeare."""
+    out: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Run folder. Default: runs/PRESET, with a number once that one holds a finished run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one."""
+    ops: str = "auto"
+    """auto, eager, triton, or one with exceptions: triton,layer_norm=eager."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 is autocast with fp32 weights; auto takes it where the hardware multiplies bf16."""
+    compile: Annotated[bool | None, tyro.conf.arg(aliases=["--no-compile"], metavar="")] = None
+    """torch.compile the model, or do not. Default: where it can and where it pays."""
+    eval_every: int = -1
+    """Steps between evaluations; 0 is only at the end, -1 ten times a run but not under 100."""
+    save_every: int = 0
+    """Steps between saved weights; 0 is only at the end."""
+    log_every: int = 0
+    """Steps between printed lines; 0 is about a hundred lines a run."""
+    tensorboard: bool = False
+    """Also write TensorBoard events; needs the tensorboard package."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("eval_every", -1), ("save_every", 0), ("log_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"config: {name} must be at least {least}, got {getattr(self, name)}"
+                )
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something done every so many steps is done before `step`."""
+        return every > 0 and step > 0 and step % every == 0
+
+
+@dataclass
+class Run:
+    """All that has been checked before anything is written."""
+
+    cfg: Config
+    plan: Plan
+    out: Path
+    train_tokens: np.ndarray
+    val_tokens: np.ndarray
+    corpus: dict[str, Any]
+
+
+def prepare(cfg: Config) -> Run:
+    """Check everything a person can get wrong; the run folder comes last.
+
+    Raises:
+        ValueError, OSError: with a line that names the value and the way out.
+    """
+    recipe = cfg.recipe
+    plan = make_plan(recipe, detect(cfg.device), cfg.ops, cfg.dtype, cfg.compile)
+    if cfg.tensorboard:
+        metrics.check_tensorboard()
+    if cfg.preset == "fineweb-124m" and not cfg.data:
+        raise ValueError(
+            "data: fineweb-124m needs --data PATH: text files or a folder of .txt files, e.g. the "
+            "sample-10BT of huggingface.co/datasets/HuggingFaceFW/fineweb-edu written out as text"
+        )
+    corpus = load_corpus(cfg.data)
+    train_tokens, val_tokens = corpus.split(recipe.val_fraction)
+    data_loader(recipe, plan, train_tokens)  # raises where the text is too short for a batch
+    facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(train_tokens),
+             "val_tokens": len(val_tokens)}  # fmt: skip
+    out = open_run_folder(cfg)
+    return Run(cfg, plan, out, train_tokens, val_tokens, facts)
+
+
+def data_loader(recipe: Recipe, plan: Plan, tokens: np.ndarray) -> DataLoaderLite:
+    return DataLoaderLite(tokens, plan.micro_batch_size, recipe.block_size, recipe.order,
+                          recipe.seed, wrap_rows=recipe.batch_size)  # fmt: skip
+
+
+def open_run_folder(cfg: Config) -> Path:
+    """Make the folder and show that it takes what the run will write."""
+    numbered = (Path("runs", cfg.preset + (f"-{n}" if n > 1 else "")) for n in range(1, 10**6))
+    out = (
+        Path(cfg.out) if cfg.out else next(p for p in numbered if not (p / "summary.json").exists())
+    )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file; --out names a folder")
+    missing = [p for p in (out, *out.parents) if not p.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as probe:
+            probe.write(b"\0" * 4096)
+        needed = 4 * sum(p.numel() for p in abstract_model(cfg.recipe).parameters()) + (1 << 20)
+        if (free := shutil.disk_usage(out).free) < needed:
+            raise OSError(f"{free:,} bytes free, the model alone needs {needed:,}")
+    except OSError as error:
+        for folder in missing:
+            if folder.exists():
+                folder.rmdir()
+        reason = error.strerror or error
+        raise ValueError(f"out: cannot write to {out}: {reason}; choose another --out") from None
+    return out
+
+
+def abstract_model(recipe: Recipe) -> GPT:
+    with torch.device("meta"):
+        return GPT(recipe.model_config)
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train, evaluate, sample, save. Returns what summary.json holds."""
+    cfg, plan, out, recipe = run.cfg, run.plan, run.out, run.cfg.recipe
+    start_numerics(plan, recipe.seed)
+    model = GPT(recipe.model_config, plan.op_set)
+    model.trained_context = recipe.block_size
+    model.to(plan.device)
+    forward = torch.compile(model) if plan.compile else model
+    optimizer = configure_adamw(model, recipe)
+    batches = Prefetcher(data_loader(recipe, plan, run.train_tokens), plan.device)
+    autocast = (torch.autocast(plan.device, torch.bfloat16) if plan.dtype == "bf16"
+                else nullcontext())  # fmt: skip
+    write_config(run, model)
+    eval_every = cfg.eval_every if cfg.eval_every >= 0 else max(100, recipe.max_steps // 10)
+    evaluations: list[tuple[int, float]] = []
+    reached: int | None = None
+
+    def utilisation(tokens_per_s: float) -> float | None:
+        return mfu(recipe.model_config, recipe.block_size, tokens_per_s, plan.device_name)
+
+    log_every = cfg.log_every or math.ceil(recipe.max_steps / 100)
+    log = RunLog(out, recipe.max_steps, recipe.tokens_per_step, utilisation, log_every,
+                 cfg.tensorboard)  # fmt: skip
+    with log:
+        for step in range(recipe.max_steps):
+            lr = recipe.learning_rate(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            if cfg.due(eval_every, step) and len(run.val_tokens) > 1:
+                with log.aside(), autocast:
+                    val_loss = evaluate_tokens(model, run.val_tokens[: plan.eval_tokens])
+                evaluations.append((step, val_loss))
+                log.event("eval", step=step, val_loss=val_loss)
+                log.say(f"step {step:5d} | validation loss {val_loss:.4f}")
+            if cfg.due(cfg.save_every, step):
+                with log.aside():
+                    model.save_pretrained(out / "weights" / f"step-{step:08d}")
+                log.event("save", step=step)
+
+            loss = torch.zeros((), device=plan.device)
+            for _ in range(plan.num_micro_batches):
+                x, y = batches.next_batch()
+                with autocast:
+                    micro_loss = forward(x, y) / plan.num_micro_batches
+                micro_loss.backward()
+                loss += micro_loss.detach()
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                model.parameters(), recipe.grad_clip or math.inf
+            )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            # One step late: no step waits for its own loss to be read.
+            last = log.step(step, loss, grad_norm, lr)
+            if last is not None and last.loss < recipe.target_loss:
+                reached = last.step
+                break
+        last = log.flush()
+        if reached is None and last is not None and last.loss < recipe.target_loss:
+            reached = last.step
+        batches.close()
+        return close(run, model, log, evaluations, reached)
+
+
+def start_numerics(plan: Plan, seed: int) -> None:
+    """Seeds, and on the CPU runs that repeat to the last bit."""
+    torch.manual_seed(seed)
+    if plan.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
+    else:
+        # The compiled embedding backward adds its rows in any order at two threads and more.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
+
+
+def write_config(run: Run, model: GPT) -> None:
+    """config.json: the resolved recipe and plan, and what they ran on."""
+    recipe = {"name": run.cfg.preset, **asdict(run.cfg.recipe)}
+    plan = asdict(run.plan)
+    flags = {k: v for k, v in asdict(run.cfg).items() if k != "recipe"}
+    metrics.write_json(
+        run.out / "config.json",
+        {
+            "recipe": recipe,
+            "plan": plan,
+            "flags": flags,
+            "data": run.corpus,
+            "parameters": model.num_parameters(),
+            "device": run.plan.device_name,
+            **metrics.environment(),
+        },
+    )
+
+
+def close(
+    run: Run,
+    model: GPT,
+    log: RunLog,
+    evaluations: list[tuple[int, float]],
+    reached: int | None,
+) -> dict[str, Any]:
+    """Last evaluation, weights, samples, curve, summary; in that order."""
+    recipe, plan, out = run.cfg.recipe, run.plan, run.out
+    train_s = sum(r.ms for r in log.records) / 1000.0
+    num_steps = len(log.records)
+    tokens_seen = num_steps * recipe.tokens_per_step
+    val_loss, baselines = None, {}
+    if len(run.val_tokens) > 1:
+        val_loss = evaluate_tokens(model, run.val_tokens[:MAX_VAL_TOKENS])
+        evaluations.append((num_steps, val_loss))
+        log.event("eval", step=num_steps, val_loss=val_loss)
+        baselines = ngram_losses(run.train_tokens, run.val_tokens, model.config.vocab_size)
+        beside = ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items())
+        log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
+    model.save_pretrained(out / "model")
+    write_samples(run, model, log)
+    published = PUBLISHED_LOSS if run.cfg.preset == "shakespeare-124m" else ()
+    metrics.draw_loss_curve(out / "loss.png", log.records, evaluations, published, baselines)
+    summary = {
+        "final_step": num_steps,
+        "reached_target_at": reached,
+        "saved_after_step": num_steps - 1,
+        "train_loss": log.records[-1].loss,
+        "val_loss": val_loss,
+        "baselines": baselines,
+        "tokens_seen": tokens_seen,
+        "corpus_tokens": len(run.train_tokens),
+        "epochs": tokens_seen / len(run.train_tokens),
+        "trained_context": recipe.block_size,
+        "tokens_per_s": tokens_seen / train_s,
+        "train_s": train_s,
+        "wall_s": metrics.seconds_since_start(),
+        "model_bytes": (out / "model" / "model.safetensors").stat().st_size,
+        "device": plan.device_name,
+    }
+    metrics.write_json(out / "summary.json", summary)
+    # training/report.py hooks in here.
+    log.say(
+        f"done: {num_steps} steps, {tokens_seen:,} tokens, {summary['epochs']:.1f} epochs, "
+        f"{summary['tokens_per_s']:,.0f} tok/s, {summary['wall_s']:.0f} s in all; see {out}"
+    )
+    return summary
+
+
+def write_samples(run: Run, model: GPT, log: RunLog) -> None:
+    """samples.txt: continuations of a few words of held-out text, within the trained context."""
+    text = run.val_tokens if len(run.val_tokens) > PROMPT_TOKENS * NUM_SAMPLES else run.train_tokens
+    starts = np.linspace(0, len(text) - PROMPT_TOKENS, NUM_SAMPLES + 1, dtype=int)[:-1]
+    prompts = [decode(text[i : i + PROMPT_TOKENS]) for i in starts]
+    sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=run.cfg.recipe.seed)
+    answers = generate_text(model, get_encoding(), prompts, sampling)
+    with (run.out / "samples.txt").open("w", encoding="utf-8") as file:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            file.write(f"[prompt] {prompt}\n[model]{answer}\n\n")
+    log.say(f"sample: {prompts[0]}|{answers[0]}")
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """Read the flags; the preset decides what their defaults are."""
+    preset = ""
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        preset = value if flag == "--preset" else preset
+        preset = flag.partition("=")[2] if flag.startswith("--preset=") else preset
+    if not preset:
+        preset = "shakespeare-124m" if torch.cuda.is_available() else "shakespeare-cpu"
+    # tyro wants a value after a flag of three states.
+    spelled: list[str] = []
+    for flag in arguments:
+        spelled += (
+            [flag, str(flag == "--compile")] if flag in ("--compile", "--no-compile") else [flag]
+        )
+    default = Config(recipe=find_preset(preset), preset=preset)
+    return tyro.cli(Config, args=spelled, default=default, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 2, and a line on stderr, for whatever `prepare` refuses."""
+    try:
+        cfg = parse(sys.argv[1:] if arguments is None else arguments)
+        run = prepare(cfg)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    recipe = cfg.recipe
+    print(f"recipe: {cfg.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens a step, "
+          f"{recipe.max_steps:,} steps, {len(run.train_tokens):,} training tokens")  # fmt: skip
+    print(run.plan.describe(), *run.plan.notes, sep="\n  ", flush=True)
+    train(run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

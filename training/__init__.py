@@ -1,0 +1,1 @@
+"""What train.py uses and what has a test of its own."""

@@ -1,0 +1,270 @@
+"""What a run reports: a line and a JSON object per step, a curve, a summary, a record of itself.
+
+Device values are read one step late. On CUDA the copy to pinned memory is queued behind the step
+and awaited when the next one has been queued, so the GPU never waits for Python.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, as metrics.jsonl holds it.
+
+    Args:
+        step: Counted from 0.
+        loss: Mean over the micro-batches, nats per token, before the update.
+        lr: Learning rate of the update.
+        grad_norm: Global norm before clipping.
+        ms: Wall time of the step.
+        tokens_per_s: Tokens of the step over `ms`.
+        mfu: Model flops utilisation in [0, 1]; None on a device whose peak is not known.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    ms: float
+    tokens_per_s: float
+    mfu: float | None
+
+    def line(self) -> str:
+        mfu = "n/a" if self.mfu is None else f"{100 * self.mfu:.1f}%"
+        return (
+            f"step {self.step:5d} | loss {self.loss:7.4f} | lr {self.lr:.2e} | norm "
+            f"{self.grad_norm:7.3f} | {self.ms:7.1f} ms | {self.tokens_per_s:9,.0f} tok/s "
+            f"| mfu {mfu}"
+        )
+
+
+class RunLog:
+    """Writes the steps and events of a run; a context manager.
+
+    Args:
+        folder: Run folder; metrics.jsonl is written there, one object per line.
+        max_steps: For the progress bar.
+        tokens_per_step: For tokens per second.
+        mfu: Tokens per second to model flops utilisation, or None where the peak is unknown.
+        log_every: Steps from one printed line to the next; metrics.jsonl has every step.
+        tensorboard: Also write TensorBoard events.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        max_steps: int,
+        tokens_per_step: int,
+        mfu: Callable[[float], float | None],
+        log_every: int = 1,
+        tensorboard: bool = False,
+    ):
+        self.tokens_per_step, self.mfu, self.log_every = tokens_per_step, mfu, log_every
+        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._board = _summary_writer(folder) if tensorboard else None
+        self._pending: tuple[int, float, Tensor, torch.cuda.Event | float] | None = None
+        self._pinned: list[Tensor] = []
+        self._mark = time.perf_counter()
+        self.records: list[StepRecord] = []
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            transient=True,
+            disable=not sys.stdout.isatty(),
+        )
+        self._task = self._bar.add_task("training", total=max_steps)
+
+    def __enter__(self) -> "RunLog":
+        self._bar.start()
+        self._mark = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def say(self, line: str) -> None:
+        """Print a line; above the bar where there is one."""
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> StepRecord | None:
+        """Take the device values of `step`; returns the record of the step before."""
+        record = self.flush()
+        values = torch.stack([loss, grad_norm]).float()
+        done: torch.cuda.Event | float = time.perf_counter()
+        if values.is_cuda:
+            # Two buffers: one is read while the other is written.
+            self._pinned = self._pinned or [torch.empty(2, pin_memory=True) for _ in range(2)]
+            values = self._pinned[step % 2].copy_(values, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        self._pending = (step, lr, values, done)
+        return record
+
+    def flush(self) -> StepRecord | None:
+        """Wait for the pending step and report it; None when there is none."""
+        if self._pending is None:
+            return None
+        step, lr, values, done = self._pending
+        self._pending = None
+        if isinstance(done, torch.cuda.Event):
+            done.synchronize()
+            done = time.perf_counter()
+        loss, grad_norm = values.tolist()
+        seconds, self._mark = done - self._mark, done
+        tokens_per_s = self.tokens_per_step / seconds
+        record = StepRecord(
+            step=step,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            ms=1000.0 * seconds,
+            tokens_per_s=tokens_per_s,
+            mfu=self.mfu(tokens_per_s),
+        )
+        self.records.append(record)
+        self._write(asdict(record))
+        if self._board is not None:
+            for name in ("loss", "lr", "grad_norm", "tokens_per_s"):
+                self._board.add_scalar(name, getattr(record, name), step)
+        self._bar.update(self._task, completed=step + 1, description=f"loss {loss:.4f}")
+        if step % self.log_every == 0:
+            self.say(record.line())
+        return record
+
+    def event(self, name: str, **values: Any) -> None:
+        """Write an object that is not a step, e.g. an evaluation."""
+        self._write({"event": name, **values})
+        if self._board is not None and "val_loss" in values:
+            self._board.add_scalar("val_loss", values["val_loss"], values["step"])
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent inside belongs to no step."""
+        self.flush()
+        yield
+        self._mark = time.perf_counter()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+
+def check_tensorboard() -> None:
+    """Raise ValueError when TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard: not installed; pip install tensorboard, or leave it out")
+
+
+def _summary_writer(folder: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
+
+    return SummaryWriter(folder / "tensorboard")
+
+
+def draw_loss_curve(
+    path: Path,
+    steps: Sequence[StepRecord],
+    evaluations: Sequence[tuple[int, float]] = (),
+    published: Sequence[tuple[int, float]] = (),
+    levels: dict[str, float] | None = None,
+) -> None:
+    """Draw the losses over the steps as a PNG.
+
+    Args:
+        path: The file.
+        steps: Training losses.
+        evaluations: (step, validation loss).
+        published: (step, loss) of a run to compare with.
+        levels: Horizontal lines, name to loss.
+    """
+    # No pyplot: it keeps global state and looks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([r.step for r in steps], [r.loss for r in steps], lw=0.9, label="training")
+    if evaluations:
+        axes.plot(*zip(*evaluations, strict=True), "o-", ms=3, lw=1.2, label="validation")
+    if published:
+        axes.plot(*zip(*published, strict=True), "k+", ms=8, label="published run")
+    for (name, loss), style in zip((levels or {}).items(), ("--", ":"), strict=False):
+        axes.axhline(loss, color="gray", ls=style, lw=1, label=f"{name} {loss:.2f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and machine of this process, for config.json."""
+    checkout = Path(__file__).resolve().parents[1]
+    return {
+        "git_commit": _git(checkout, "rev-parse", "HEAD"),
+        "git_dirty": bool(_git(checkout, "status", "--porcelain")),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "triton", "numpy", "tiktoken")},
+        },
+        "platform": platform.platform(),
+    }
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def seconds_since_start() -> float:
+    """Wall time since the process began, imports included; since this import off Linux."""
+    try:
+        # Field 22 counts from boot in clock ticks; the name in field 2 may hold spaces.
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):
+        return time.perf_counter() - _IMPORTED
+
+
+_IMPORTED = time.perf_counter()
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

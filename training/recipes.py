@@ -1,0 +1,207 @@
+"""What is trained: sizes, schedule, data order. How it runs on a machine is a plan (plan.py).
+
+Two runs of one recipe with one seed see the same samples in the same order and compute the same
+losses, whatever the plan.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from model import MODELS, GPTConfig
+
+Order = Literal["sequential", "shuffled"]
+
+
+def parse_model(spec: str) -> GPTConfig:
+    """Read a model shape: a size, or a size with changes as in "small,n_embd=320,dropout=0.1".
+
+    Raises:
+        ValueError: unknown size or field, a value that is no number, or a shape that cannot be.
+    """
+    size, *changes = (part.strip() for part in spec.split(","))
+    if size not in MODELS:
+        raise ValueError(f"model: unknown size {size!r}{_nearest(size, [*MODELS])}")
+    types: dict[str, type] = {"block_size": int, "n_layer": int, "n_head": int, "n_embd": int,
+                              "dropout": float}  # fmt: skip
+    fields: dict[str, Any] = {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        if name not in types:
+            raise ValueError(f"model: cannot change {change!r}; the fields are {[*types]}")
+        try:
+            fields[name] = types[name](value)
+        except ValueError:
+            raise ValueError(
+                f"model: {name} must be of type {types[name].__name__}, got {value!r}"
+            ) from None
+    return replace(MODELS[size], **fields)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(names)})"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained.
+
+    Raises:
+        ValueError: a field is out of range; the message names it, its value and the bound.
+    """
+
+    model: str = "124m"
+    """Model size, or a size with changes: small,n_embd=320,n_layer=4."""
+    max_lr: float = 6e-4
+    """Learning rate after the warm-up."""
+    min_lr: float = 6e-5
+    """Learning rate at and after the horizon."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up; step s uses max_lr * (s + 1) / warmup_steps."""
+    horizon_steps: int = 0
+    """Step at which the cosine reaches min_lr; 0 is max_steps."""
+    max_steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Rows (sequences) of a micro-batch."""
+    block_size: int = 64
+    """Tokens of a row, T; at most the model's positions."""
+    grad_accum_steps: int = 1
+    """Micro-batches whose mean gradient makes a step."""
+    weight_decay: float = 0.1
+    """AdamW's decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay rate of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay rate of the second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 is off."""
+    target_loss: float = 0.0
+    """Stop at the first step whose training loss (nats per token) is below this; 0 is off."""
+    val_fraction: float = 0.1
+    """Share of the text, at its end, kept for validation."""
+    order: Order = "shuffled"
+    """sequential: rows as they stand in the text; shuffled: a seeded permutation each epoch."""
+    seed: int = 1337
+    """Seeds the initial weights and the data order."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_lr", "min_lr", "weight_decay", "eps", "grad_clip", "target_loss"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"recipe: {name} must be finite and at least 0, got {value}")
+        for name in ("warmup_steps", "horizon_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"recipe: {name} must be at least 0, got {getattr(self, name)}")
+        for name in ("max_steps", "batch_size", "block_size", "grad_accum_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "val_fraction"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"recipe: {name} must be in [0, 1), got {getattr(self, name)}")
+        if self.min_lr > self.max_lr:
+            raise ValueError(
+                f"recipe: min_lr must be at most max_lr, got min_lr {self.min_lr}, "
+                f"max_lr {self.max_lr}; give both"
+            )
+        if self.order not in ("sequential", "shuffled"):
+            raise ValueError(f"recipe: order must be sequential or shuffled, got {self.order!r}")
+        positions = self.model_config.block_size
+        if self.block_size > positions:
+            raise ValueError(
+                f"recipe: block_size must be at most the model's {positions} positions, got "
+                f"{self.block_size}; --model {self.model},block_size={self.block_size} gives more"
+            )
+
+    @property
+    def model_config(self) -> GPTConfig:
+        return parse_model(self.model)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.grad_accum_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.block_size
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of `step`, counted from 0: linear warm-up, cosine, then min_lr."""
+        if step < self.warmup_steps:
+            return self.max_lr * (step + 1) / self.warmup_steps
+        horizon = self.horizon_steps or self.max_steps
+        if step >= horizon:
+            return self.min_lr
+        progress = (step - self.warmup_steps) / (horizon - self.warmup_steps)
+        return self.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (
+            self.max_lr - self.min_lr
+        )
+
+
+PRESETS: dict[str, Recipe] = {
+    # A plain-PyTorch run that memorises tiny Shakespeare. Its table prints 6.00e-04 at step 4175,
+    # so its cosine ran over at least 164,874 steps; 200,000 is taken. It stopped by its loss.
+    "shakespeare-124m": Recipe(
+        model="124m",
+        warmup_steps=1000,
+        horizon_steps=200_000,
+        max_steps=10_000,
+        batch_size=16,
+        block_size=64,
+        grad_accum_steps=4,
+        target_loss=0.09,
+        val_fraction=0.0,
+        order="sequential",
+    ),
+    "shakespeare-cpu": Recipe(
+        model="tiny",
+        max_lr=3e-3,
+        min_lr=3e-4,
+        warmup_steps=40,
+        max_steps=600,
+        batch_size=16,
+        block_size=64,
+    ),
+    # GPT-2 124M on 10B tokens of FineWeb-Edu, the schedule the public reproductions share.
+    "fineweb-124m": Recipe(
+        model="124m",
+        warmup_steps=715,
+        max_steps=19_073,
+        batch_size=64,
+        block_size=1024,
+        grad_accum_steps=8,
+        val_fraction=0.01,
+    ),
+    "smoke": Recipe(
+        model="smoke",
+        max_lr=1e-3,
+        min_lr=1e-4,
+        warmup_steps=2,
+        max_steps=20,
+        batch_size=4,
+        block_size=64,
+    ),
+}
+
+# (step, loss) of the published run of the recipe shakespeare-124m, which is drawn beside ours.
+PUBLISHED_LOSS: tuple[tuple[int, float], ...] = (
+    (0, 10.97), (100, 6.61), (500, 3.62), (1000, 2.47), (1500, 0.71),
+    (2000, 0.24), (2500, 0.17), (3000, 0.15), (4000, 0.12), (4175, 0.082),
+)  # fmt: skip
+
+
+def find_preset(name: str) -> Recipe:
+    """The recipe called `name`.
+
+    Raises:
+        ValueError: no such recipe; the message suggests the nearest name.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    raise ValueError(f"preset: unknown recipe {name!r}{_nearest(name, [*PRESETS])}")
