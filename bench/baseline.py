@@ -120,8 +120,9 @@ def causal_attention(qkv: Tensor, n_head: int, backend: SDPBackend | None = None
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    logits = F.linear(x, weight)[..., :vocab_size]
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+    logits = F.linear(x, weight)[..., :vocab_size].flatten(0, -2)
+    wide = torch.promote_types(logits.dtype, torch.float32)  # float64 stays: it is the oracle
+    return F.cross_entropy(logits.to(wide), targets.flatten())
 
 
 OPS: dict[str, Callable[..., Any]] = {

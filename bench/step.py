@@ -12,6 +12,7 @@ and after the warm-up must agree with eager fp32's before its speed is printed.
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -287,7 +288,7 @@ def event_steps(prepared: Prepared, batches: list[list[Batch]], seconds: float) 
         prepared.contestant.step(batches[i % NUM_BATCHES])
         marks[i + 1].record()
     torch.cuda.synchronize()
-    samples = tuple(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+    samples = tuple(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
     return timing.Timing(samples, "launches")
 
 

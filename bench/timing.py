@@ -2,9 +2,9 @@
 
 What is timed is a list of calls that do the same work on different buffers. On CUDA they are
 captured into one graph and a sample is the device-event time of one replay over its calls, so the
-host is not timed. On the CPU a sample is the wall time of one call. Either way several contestants
-take turns (A B A B ...), and ratios are medians of the ratios of neighbours: a machine that
-slows down half-way slows both.
+host is not timed. On the CPU a sample is the wall time of all calls over their number. Either way
+several contestants take turns (A B A B ...), and ratios are medians of the ratios of neighbours: a
+machine that slows down half-way slows both.
 """
 
 import math
@@ -22,6 +22,7 @@ Call = Callable[[], Any]
 
 NOISY_COV = 0.05  # rows whose samples spread more than this are marked
 L2_MULTIPLE = 4  # data of one rotation over the L2 size: what a call finds there is not its own
+CPU_CACHE_BYTES = 32 << 20  # last-level cache of one group of cores, on most machines of today
 MAX_SETS = 64
 MIN_GRAPH_CALLS = 100  # of short calls in a graph: its start, some microseconds, is shared by them
 SHORT_CALL_BYTES = 16 << 20
@@ -37,7 +38,7 @@ class Timing:
             capture was refused: the host may be in the figure) or "host" (wall time).
     """
 
-    samples_ms: tuple[float, ...]
+    samples_ms: Sequence[float]
     mode: str = "host"
 
     @property
@@ -77,22 +78,22 @@ class Replay:
     mode: str
 
 
-def host_replay(call: Call) -> Replay:
-    """Wall time of one call."""
+def host_replay(*calls: Call) -> Replay:
+    """Wall time of one pass over the calls, divided by their number."""
 
     def once() -> float:
         start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) * 1e3 / len(calls)
 
     return Replay(once, "host")
 
 
 def num_sets(set_bytes: int, device: torch.device) -> int:
-    """How many copies of the inputs to rotate, so that a rotation is several times the L2."""
-    if device.type != "cuda":
-        return 1
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    """How many copies of the inputs to rotate, so that a rotation is several times the cache."""
+    cuda = device.type == "cuda"
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size if cuda else CPU_CACHE_BYTES
     return max(1, min(MAX_SETS, math.ceil(L2_MULTIPLE * l2 / max(set_bytes, 1))))
 
 
@@ -112,7 +113,7 @@ def device_replay(calls: Sequence[Call], set_bytes: int = SHORT_CALL_BYTES) -> R
     count = repeats * len(calls)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.stream(stream):
-        for call in calls[:2] * 2:  # compile, create library handles, fill the allocator
+        for call in (*calls[:2], *calls[:2]):  # compile, create handles, fill the allocator
             call()
     torch.cuda.synchronize()
 
@@ -192,7 +193,7 @@ def time_calls(
     if device.type == "cuda":
         replays = {name: device_replay(calls, set_bytes) for name, calls in contestants.items()}
     else:
-        replays = {name: host_replay(calls[0]) for name, calls in contestants.items()}
+        replays = {name: host_replay(*calls) for name, calls in contestants.items()}
     return interleave(replays, **how)
 
 
@@ -218,11 +219,10 @@ def limits(device: torch.device) -> dict[str, float]:
         how = {"rounds": 10, "seconds": 2.0}
         return min(time_calls({"": [call]}, device, 1 << 30, **how)[""].samples_ms)
 
-    source = randn(1 << 29 if cuda else 1 << 25)
-    target = torch.empty_like(source)
-    copy_bytes = 2 * source.numel() * source.element_size()
-    copy_ms = best_ms(lambda: target.copy_(source))
-    del source, target
+    def copy_gbs(count: int) -> float:
+        source = randn(count)
+        target = torch.empty_like(source)
+        return 2 * count * dtype.itemsize / best_ms(lambda: target.copy_(source)) / 1e6
 
     def tflops(m: int, k: int, n: int, dtype: torch.dtype = dtype) -> float:
         a, b = randn(m, k, dtype=dtype), randn(k, n, dtype=dtype)
@@ -231,7 +231,7 @@ def limits(device: torch.device) -> dict[str, float]:
 
     size = 8192 if cuda else 1536
     found = {
-        "copy_gbs": copy_bytes / copy_ms / 1e6,
+        "copy_gbs": copy_gbs(1 << 29 if cuda else 1 << 25),
         "matmul_tflops": tflops(size, size, size),
         "matmul_k768_tflops": tflops(65536 if cuda else 1024, 768, 3072),
     }
