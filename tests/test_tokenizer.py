@@ -1,0 +1,75 @@
+"""GPT-2's encoding: known ids, any text, and no network."""
+
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import tokenizer
+
+
+def test_known_ids() -> None:
+    ids = tokenizer.encode("Hello world!")
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == [15496, 995, 0]
+    encoding = tokenizer.get_encoding()
+    assert (encoding.n_vocab, encoding.eot_token) == (tokenizer.VOCAB_SIZE, tokenizer.EOT)
+
+
+def test_special_tokens_in_text_are_text() -> None:
+    text = "a<|endoftext|>b"
+    ids = tokenizer.encode(text)
+    assert tokenizer.EOT not in ids
+    assert tokenizer.decode(ids) == text
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.text())
+def test_round_trip(text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", [" " * 100_000, "a" * 100_000, "\n" * 50_000 + "x", "\0" * 1000])
+def test_monotonous_text(text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_ids_that_are_no_utf8_decode() -> None:
+    assert tokenizer.decode([tokenizer.encode("é")[0], 0xA3]) != ""
+
+
+def test_loads_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tokenizer, "cache_dir", lambda: tmp_path)
+    encoding = tokenizer.get_encoding.__wrapped__()
+    assert encoding.encode_ordinary("Hello world!") == [15496, 995, 0]
+    names = {p.name for p in (tmp_path / "tiktoken").iterdir()}
+    # tiktoken's own names: the sha1 of the address a file is published under.
+    assert names == {"6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+                     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}  # fmt: skip
+
+
+def test_a_damaged_cache_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = tmp_path / "tiktoken" / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"half of i")
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setattr(tokenizer, "cache_dir", lambda: tmp_path)
+    assert tokenizer.get_encoding.__wrapped__().encode_ordinary("Hello") == [15496]
+    assert damaged.stat().st_size == 456318
+
+
+def test_vocab_files_are_gpt2s() -> None:
+    encoder, merges = tokenizer.vocab_files()
+    assert encoder.name == "encoder.json"
+    assert merges.read_text(encoding="utf-8").startswith("#version: 0.2")
