@@ -8,7 +8,11 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TRAIN_FLAGS = $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data $(DATA)) \
 	$(if $(STEPS),--steps $(STEPS)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-.PHONY: help setup setup-dev train test test-slow check fix clean
+
+# `make sample PROMPT="ROMEO:" MODEL=runs/smoke ARGS="--temperature 0 --num-samples 3"`
+MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
+
+.PHONY: help setup setup-dev train sample demo test test-slow check fix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,6 +32,12 @@ $(VENV)/.setup-dev: requirements-dev.txt $(VENV)/.setup
 
 train: setup ## train, sample, draw the loss curve, save the model (DATA= PRESET= STEPS= OUT= ARGS=)
 	$(PY) train.py $(TRAIN_FLAGS)
+
+sample: setup ## continue a prompt with the newest model, or another (PROMPT= MODEL= ARGS=)
+	$(PY) -m model.generate $(MODEL_FLAG) --prompt "$(PROMPT)" $(ARGS)
+
+demo: setup-dev ## try it in the browser (MODEL= ARGS=)
+	$(PY) -m demo.app $(MODEL_FLAG) $(ARGS)
 
 test: setup-dev ## everything that can run on this machine
 	$(PY) -m pytest -m "not slow"

@@ -15,9 +15,9 @@ never had a gradient. When a row outgrows it, the last half is kept and prefille
 position 0. The uncached path follows the same rule and recomputes everything every step: it is
 the reference, not an alternative.
 
-Sampling draws one number per row and step from a stream that depends on the seed and the sample
-number alone, so a prompt gives the same text whatever else is in the batch (up to rounding: a
-matmul over another number of rows may differ in the last bit).
+Sampling draws one number per row and step from a stream that depends on the seed, the sample
+number and the prompt alone, so a prompt gives the same text whatever else is in the batch (up to
+rounding: a matmul over another number of rows may differ in the last bit).
 
     python -m model.generate --prompt "ROMEO:" --temperature 0.8 --top-k 50
     python -m model.generate --model runs/smoke --prompt - --num-samples 3 < prompt.txt
@@ -172,9 +172,10 @@ class Decoder:
                 )
         self.contexts = [list(prompt)[-self.window :] for prompt in prompts]
         numbers = sample_numbers if sample_numbers is not None else [0] * len(prompts)
+        # The prompt takes part, or an untrained model would answer every prompt alike.
         draws = [
-            np.random.default_rng([sampling.seed, n]).random(sampling.max_new_tokens)
-            for n in numbers
+            np.random.default_rng([sampling.seed, n, *prompt]).random(sampling.max_new_tokens)
+            for n, prompt in zip(numbers, prompts, strict=True)
         ]
         self.draws = torch.tensor(np.array(draws), dtype=torch.float64).T.contiguous()
         self.num_steps = 0

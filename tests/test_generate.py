@@ -140,6 +140,13 @@ def test_stop_token_ends_a_row_and_mode_is_restored(model: GPT):
     assert len(rows[0]) <= 7
 
 
+def test_prompts_do_not_share_their_draws(model: GPT):
+    """With a temperature that leaves nothing of the model, only the draws are seen."""
+    sampling = Sampling(max_new_tokens=50, temperature=1e6)
+    first, second = generate_tokens(model, [[1, 2], [2, 1]], sampling)
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 10
+
+
 def test_dropout_is_off_while_generating():
     model = random_model(replace(CONFIG, dropout=0.5)).train()
     assert generate_tokens(model, [[1, 2]], GREEDY) == generate_tokens(model, [[1, 2]], GREEDY)
