@@ -66,8 +66,6 @@ def _install_bf16() -> None:
             "ternary_op", "unary_op",
         )
     }  # fmt: skip
-    stock_reduce = triton_interpreter.ReduceOps.apply_impl
-    stock_scan = triton_interpreter.ScanOps.apply_impl
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         if not (_is_bf16(lhs) or _is_bf16(rhs)):
@@ -128,8 +126,8 @@ def _install_bf16() -> None:
         cast_impl, create_fp_to_fp, get_bf16,
     ):  # fmt: skip
         setattr(_Builder, method.__name__, method)
-    triton_interpreter.ReduceOps.apply_impl = refusing_bf16(stock_reduce)
-    triton_interpreter.ScanOps.apply_impl = refusing_bf16(stock_scan)
+    for reduction in (triton_interpreter.ReduceOps, triton_interpreter.ScanOps):
+        reduction.apply_impl = refusing_bf16(reduction.apply_impl)
 
 
 def _install_scalar_index() -> None:
@@ -358,8 +356,11 @@ def _install_sanitizer() -> None:
             with _disable_current_modes(), np.errstate(all="ignore"):
                 stock_call(self, *args, **kwargs)
         except triton_interpreter.InterpreterError as error:
-            if isinstance(error.__cause__, SanitizerError):
-                raise error.__cause__ from None
+            cause = error.__cause__
+            while isinstance(cause, triton_interpreter.InterpreterError):  # one per jitted helper
+                cause = cause.__cause__
+            if isinstance(cause, SanitizerError):
+                raise cause from None
             raise
         finally:
             _running = None

@@ -1,0 +1,72 @@
+"""Every build of every kernel is compiled for its arch. In processes of their own: one that
+interprets kernels cannot compile them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.resources import ARCHS, blocks_per_sm, table
+from kernels._op import INTERPRETED
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_table(*args: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "bench.resources", *args],
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_every_shipped_build_fits():
+    done = run_table()
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdict = done.stdout.splitlines()[-1]
+    assert verdict.startswith("resources: ")
+    assert verdict.endswith("none spills, all fit")
+
+
+def test_planted_faults_are_reported(tmp_path):
+    report = tmp_path / "table.json"
+    done = run_table("--module", "tests.planted", "--arch", "90", "--json", str(report))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "4 of them in violation" in done.stdout.splitlines()[-1]
+    found = {row["label"]: row for row in json.loads(report.read_text())["rows"]}
+    assert "spills" in found["spills"]["violations"][0]
+    assert found["spills"]["spill_bytes"] > 0
+    assert "a block may have 232448" in found["wants too much shared memory"]["violations"][0]
+    assert found["claims TF32, is exact"]["violations"] == ["no HGMMA with 64 rows"]
+    assert "does not build" in found["does not build"]["violations"][0]
+    assert found["sound"]["violations"] == []
+    assert found["sound"]["tensor_ops"]["HGMMA"] > 0
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "arch", "want"),
+    [
+        (255, 256, 0, 90, 1),  # 255 rounds to 256 a thread: 65536 / (256 * 256)
+        (168, 384, 0, 90, 1),  # FA3's shape: 168 * 384 = 64512, one block
+        (32, 128, 0, 90, 16),  # 64 warps / 4
+        (32, 32, 0, 86, 16),  # the limit on blocks
+        (64, 128, 50 << 10, 80, 3),  # 164 KB / (50 + 1)
+        (64, 128, 99 << 10, 120, 1),
+        (64, 128, 227 << 10, 90, 1),
+    ],
+)
+def test_occupancy(registers, threads, shared, arch, want):
+    assert blocks_per_sm(registers, threads, shared, arch) == want
+
+
+def test_a_block_never_gets_the_whole_sm():
+    assert all(limits.block_shared < limits.sm_shared for limits in ARCHS.values())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter is in the way")
+def test_the_interpreter_is_refused():
+    with pytest.raises(ValueError, match="unset it"):
+        table(["tests.planted"], [90])

@@ -1,0 +1,235 @@
+"""One name per op, everywhere. Arrows point one way. A compiled model is our ops, nothing stray."""
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
+
+import kernels
+from bench import cases
+from bench.resources import kernel_modules
+from kernels import EAGER, TRITON, Ops, parse_ops
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parents[1]
+OPS = [f.name for f in fields(Ops)]
+PACKAGES = ("kernels", "model", "training", "bench", "demo")
+
+# What each package may import of ours, beside itself. train.py and bench stand on top.
+ARROWS = {
+    "kernels": set(),
+    "model": {"kernels"},
+    "training": {"kernels", "model"},
+    "demo": {"model", "training"},
+    "bench": {"kernels", "model", "training"},
+    "train.py": {"kernels", "model", "training"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of every import in a file, the ones inside functions included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names.add(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+def sources() -> list[Path]:
+    found = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return [*found, ROOT / "train.py"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_has_every_part(op):
+    function = getattr(TRITON, op)
+    file = Path(inspect.getfile(function))
+    assert file.parent == ROOT / "kernels"
+    assert getattr(EAGER, op).__module__ == "kernels.reference"
+    tests = [
+        path for path in (ROOT / "tests").glob("test_*.py") if f"TRITON.{op}" in path.read_text()
+    ]
+    assert ROOT / f"tests/test_{op}.py" in tests
+    assert op in cases.CASES, f"no bench case for {op}"
+    assert inspect.getdoc(function), f"{op} has no docstring"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backends_have_equal_signatures(op):
+    """Both are called as the Protocol says: names, order, defaults, annotations."""
+    protocol = next(f.type for f in fields(Ops) if f.name == op)
+    assert isinstance(protocol, type)
+    want = list(inspect.signature(protocol.__call__).parameters.values())[1:]
+    for backend in (EAGER, TRITON):
+        signature = inspect.signature(getattr(backend, op))
+        assert list(signature.parameters.values()) == want
+        assert signature.return_annotation == inspect.signature(protocol.__call__).return_annotation
+
+
+@pytest.mark.parametrize("name", kernel_modules())
+def test_kernel_module_lists_its_builds(name):
+    module = sys.modules[name]
+    assert isinstance(module, ModuleType)
+    assert callable(module.aot_cases)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    package = path.relative_to(ROOT).parts[0]
+    ours = imported(path) & {*PACKAGES, "train", "tests"}
+    assert ours - {package} <= ARROWS[package]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_need_torch_and_triton_alone(path):
+    allowed = {"torch", "kernels", *sys.stdlib_module_names}
+    if path.name not in ("__init__.py", "_launch.py", "_op.py", "reference.py"):
+        allowed |= {"triton"}
+    assert imported(path) <= allowed
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env},
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_eager_needs_neither_triton_nor_a_gpu():
+    done = run_python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, kernels\n"
+        "from model import GPT, MODELS\n"
+        "idx = torch.zeros(1, 4, dtype=torch.int64)\n"
+        "print(GPT(MODELS['smoke'], kernels.parse_ops('eager'))(idx, idx).dim())\n"
+        "kernels.TRITON",
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert done.stdout == "0\n"
+    assert "triton" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+
+
+def test_triton_without_a_gpu_is_refused_not_replaced():
+    done = run_python(
+        "import torch, kernels\n"
+        "kernels.TRITON.layer_norm(torch.ones(2, 4), torch.ones(4), torch.ones(4))",
+        CUDA_VISIBLE_DEVICES="",
+        TRITON_INTERPRET="0",
+    )
+    assert done.returncode == 1
+    assert "layer_norm: triton needs a CUDA tensor, got one on cpu" in done.stderr
+
+
+def test_ops_are_read_from_a_string():
+    assert parse_ops("triton") == TRITON
+    assert parse_ops("eager") == EAGER
+    mixed = parse_ops("triton, layer_norm=eager, gelu_mlp=eager")
+    assert mixed.layer_norm is EAGER.layer_norm
+    assert mixed.gelu_mlp is EAGER.gelu_mlp
+    assert mixed.causal_attention is TRITON.causal_attention
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("cuda", r"unknown backend 'cuda'; expected one of \['eager', 'triton'\]"),
+        ("", "unknown backend ''"),
+        ("triton,layernorm=eager", r"cannot read 'layernorm=eager'; ops are \['layer_norm'"),
+        (
+            "triton,layer_norm=fast",
+            r"cannot read 'layer_norm=fast'.*backends \['eager', 'triton'\]",
+        ),
+        ("triton,layer_norm", "cannot read 'layer_norm'"),
+    ],
+)
+def test_a_wrong_ops_string_names_the_known_ones(spec, message):
+    with pytest.raises(ValueError, match=message):
+        parse_ops(spec)
+
+
+def test_an_unknown_attribute_is_not_a_backend():
+    with pytest.raises(AttributeError, match="no attribute 'CUDA'"):
+        _ = kernels.CUDA
+
+
+def fgpt_schemas() -> list[torch.FunctionSchema]:
+    assert TRITON  # defines them
+    return [s for s in torch._C._jit_get_all_schemas() if s.name.startswith("fgpt::")]
+
+
+def test_schemas_declare_no_mutation_and_no_alias():
+    schemas = fgpt_schemas()
+    assert len(schemas) >= 2 * len(OPS)
+    for schema in schemas:
+        assert not schema.is_mutable, schema
+        assert all(value.alias_info is None for value in [*schema.arguments, *schema.returns]), (
+            schema
+        )
+
+
+L = 2
+CONFIG = GPTConfig(block_size=32, vocab_size=211, n_layer=L, n_head=2, n_embd=32)
+FORWARD = {
+    "layer_norm": 1, "add_layer_norm": 2 * L, "gelu_mlp": L, "causal_attention": L,
+    "linear_cross_entropy": 1,
+}  # fmt: skip
+
+
+def capture(autocast: bool, device: str) -> list[Counter[str]]:
+    """Names of the calls in the compiled model's forward and backward graph."""
+    graphs: list[Counter[str]] = []
+
+    def count(gm: GraphModule, _):
+        calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+        graphs.append(
+            Counter(
+                str(getattr(n.target, "_schema", n.target)).partition("(")[0].partition(".")[0]
+                for n in calls
+            )
+        )
+        return make_boxed_func(gm.forward)
+
+    torch._dynamo.reset()
+    model = GPT(CONFIG, TRITON).to(device)
+    compiled = torch.compile(
+        model, fullgraph=True, backend=aot_autograd(fw_compiler=count, bw_compiler=count)
+    )
+    idx = torch.randint(CONFIG.vocab_size, (2, 17), device=device)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        loss = compiled(idx, idx)
+    loss.backward()
+    return graphs
+
+
+def fgpt_calls(graph: Counter[str]) -> Counter[str]:
+    return Counter(
+        {n.removeprefix("fgpt::"): c for n, c in graph.items() if n.startswith("fgpt::")}
+    )
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_compiled_graph_is_our_ops_and_nothing_stray(autocast, device):
+    forward, backward = capture(autocast, device)
+    for op, count in FORWARD.items():
+        assert fgpt_calls(forward)[f"{op}_fwd"] == count, forward
+        assert fgpt_calls(backward)[f"{op}_bwd"] == count, backward
+    for graph in (forward, backward):
+        copies = {n: c for n, c in graph.items() if n.split("::")[-1] in ("clone", "copy_", "copy")}
+        assert not copies
+        if not autocast:
+            assert "aten::_to_copy" not in graph
