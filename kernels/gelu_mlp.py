@@ -1,0 +1,494 @@
+"""GPT-2's MLP: linear, tanh GELU, linear. Two fused Triton GEMMs; the plain GEMMs are cuBLAS.
+
+Forward, with F = 4C:
+
+    h = x @ w_fc^T + b_fc          g = gelu(h) = h * s,  s = sigmoid(2u)
+    y = g @ w_proj^T + b_proj      u = sqrt(2 / pi) * (h + 0.044715 * h^3)
+
+0.5 * (1 + tanh(u)) is sigmoid(2u), so tanh costs one exponential and one division. Backward:
+
+    gelu'(h) = s + h * s * (1 - s) * 2u'         2u' = sqrt(8 / pi) * (1 + 3 * 0.044715 * h^2)
+    dh = (dy @ w_proj) * gelu'(h)
+    db_fc = sum_rows(dh)     dw_fc = dh^T @ x     dx = dh @ w_fc
+    db_proj = sum_rows(dy)   dw_proj = dy^T @ g
+
+Fused here: h with bias and GELU, and dh with the column sums that become db_fc. `h` is never
+stored. The forward keeps g, which dw_proj needs anyway, and d = gelu'(h), so that the backward
+epilogue is one load and one multiply. Keeping g and h is as many bytes (2 * M * F elements) and
+recomputes gelu' there. Error of dh in bf16 (rms against fp64, 4M draws of h, dg ~ N(0, 1)): from
+stored d 1.7e-3, from stored h 1.2e-3, eager 1.6e-3. So d is chosen for the shorter epilogue, at
+eager's accuracy; which one is faster on a GPU has not been measured. Storing h alone would halve
+what a layer keeps (402 MB for 805 MB at M = 65536, C = 768, bf16) and make the backward write g
+again: 402 MB more traffic.
+
+Bound by the tensor cores from M of a few thousand on. Per call at M = 65536, C = 768, bf16:
+
+    up   (x, w_fc -> g, d)        309 GFLOP    911 MB (508 MB without d, under no_grad)
+    down (dy, w_proj, d -> dh)    309 GFLOP    911 MB, and 6 MB of fp32 partials
+
+Each operand tile is read once per tile of the other operand, mostly from L2: tiles go GROUP_M
+rows of tiles at a time, which keeps the weight and the rows in use there. Accumulation is fp32;
+db_fc goes through one fp32 partial row per row of tiles and a fixed-order sum, so reruns are
+bitwise equal. `sum_rows(dy)` is torch's.
+
+Source: Hendrycks, Gimpel 2016, https://arxiv.org/abs/1606.08415 (the tanh form of GELU).
+"""
+
+# Launches take num_warps and plain values for constexprs, which the triton stubs do not know.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+from collections.abc import Iterator
+from math import log2, pi
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._launch import AotCase, Launch, arch, cdiv, num_sms
+from kernels._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
+
+_E = 2.718281828459045
+# exp(-2u) = 2^(h * (EXP_H + EXP_H3 * h^2)) and 2u' = DU_0 + DU_2 * h^2.
+EXP_H = tl.constexpr(-((8 / pi) ** 0.5) * log2(_E))
+EXP_H3 = tl.constexpr(-((8 / pi) ** 0.5) * log2(_E) * 0.044715)
+DU_0 = tl.constexpr((8 / pi) ** 0.5)
+DU_2 = tl.constexpr((8 / pi) ** 0.5 * 3 * 0.044715)
+# Below h = -9.4, where gelu and gelu' are under 1e-32: keeps exp(-2u) finite, so that
+# 1 - s = exp(-2u) * s has no inf * 0.
+EXP_MAX = tl.constexpr(115.0)
+
+
+@triton.jit
+def _gelu(h):
+    """gelu(h) and gelu'(h), fp32."""
+    h2 = h * h
+    e = tl.exp2(tl.minimum(h * (EXP_H + EXP_H3 * h2), EXP_MAX))
+    s = 1.0 / (1.0 + e)
+    g = h * s
+    return g, s + g * (e * s) * (DU_0 + DU_2 * h2)
+
+
+@triton.jit
+def _tile_at(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Position of a tile when GROUP_M rows of tiles are walked column by column."""
+    in_group = GROUP_M * tiles_n
+    first = tile // in_group * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    return first + tile % in_group % rows, tile % in_group // rows
+
+
+@triton.jit
+def _halves(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) -> its left and its right half."""
+    return tl.split(tl.permute(tl.reshape(t, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _dot_rows(
+    a_ptr,  # first element of BLOCK_M rows of (M, K)
+    b_ptr,  # first element of the tile's BLOCK_N columns of B
+    num_rows,  # rows of a inside M
+    num_cols,  # columns of b inside N
+    K,
+    b_row,  # elements between rows of B
+    b_col,  # elements between columns of B
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """fp32 (BLOCK_M, BLOCK_N): a @ b over all of K."""
+    ks = tl.arange(0, BLOCK_K)
+    cols = tl.arange(0, BLOCK_N)
+    # Rows past M repeat the last one and are dropped on the way out: no mask in the loop.
+    rows = tl.minimum(tl.arange(0, BLOCK_M), num_rows - 1)
+    a_at = rows[:, None] * K + ks[None, :]
+    b_at = ks[:, None] * b_row + cols[None, :] * b_col
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # Without disable_licm, triton 3.6 serialises the WGMMA of this loop on sm_90 (ptxas C7515).
+    for k in tl.range(0, K, BLOCK_K, disable_licm=True):
+        if EVEN:
+            a = tl.load(a_ptr + a_at)
+            b = tl.load(b_ptr + b_at)
+        else:
+            a = tl.load(a_ptr + a_at, mask=ks[None, :] < K - k, other=0.0)
+            inside = (ks[:, None] < K - k) & (cols[None, :] < num_cols)
+            b = tl.load(b_ptr + b_at, mask=inside, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        a_ptr += BLOCK_K
+        b_ptr += BLOCK_K * b_row
+    return acc
+
+
+@triton.jit
+def _up_half(
+    h,  # (BLOCK_M, HALF_N) before the bias
+    b_ptr,
+    g_ptr,
+    d_ptr,
+    at,  # int64, first element of the half in (M, N)
+    num_rows,
+    num_cols,
+    N,
+    BLOCK_M: tl.constexpr,
+    HALF_N: tl.constexpr,
+    SAVE_D: tl.constexpr,
+):
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, HALF_N)
+    mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+    offs = rows[:, None] * N + cols[None, :]
+    bias = tl.load(b_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
+    g, d = _gelu(h + bias[None, :])
+    tl.store(g_ptr + at + offs, g.to(g_ptr.dtype.element_ty), mask=mask)
+    if SAVE_D:
+        tl.store(d_ptr + at + offs, d.to(d_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gelu_mlp_up_kernel(
+    x_ptr,  # (M, K)
+    w_ptr,  # (N, K)
+    b_ptr,  # (N,) x's dtype or fp32
+    g_ptr,  # (M, N) out
+    d_ptr,  # (M, N) out
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,  # BLOCK_N divides N and BLOCK_K divides K
+    SAVE_D: tl.constexpr,
+):
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        pid_m, pid_n = _tile_at(tile, tiles_m, tiles_n, GROUP_M)
+        row = (pid_m * BLOCK_M).to(tl.int64)  # M * N may pass 2^31
+        col = (pid_n * BLOCK_N).to(tl.int64)
+        num_rows = M - pid_m * BLOCK_M
+        num_cols = N - pid_n * BLOCK_N
+        acc = _dot_rows(
+            x_ptr + row * K, w_ptr + col * K, num_rows, num_cols, K, 1, K,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION,
+        )  # fmt: skip
+        # Half a tile at a time: g and d of a whole one do not fit in registers next to h.
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        at = row * N + col
+        _up_half(left, b_ptr + col, g_ptr, d_ptr, at,
+                 num_rows, num_cols, N, BLOCK_M, HALF_N, SAVE_D)  # fmt: skip
+        _up_half(right, b_ptr + col + HALF_N, g_ptr, d_ptr, at + HALF_N,
+                 num_rows, num_cols - HALF_N, N, BLOCK_M, HALF_N, SAVE_D)  # fmt: skip
+
+
+@triton.jit
+def _down_half(
+    dg,  # (BLOCK_M, HALF_N)
+    d_ptr,
+    dh_ptr,
+    sums_ptr,  # first column of the half in the tile's row of partials
+    at,  # int64, first element of the half in (M, N)
+    num_rows,
+    num_cols,
+    N,
+    BLOCK_M: tl.constexpr,
+    HALF_N: tl.constexpr,
+):
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, HALF_N)
+    mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+    offs = rows[:, None] * N + cols[None, :]
+    dh = dg * tl.load(d_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dh_ptr + at + offs, dh.to(dh_ptr.dtype.element_ty), mask=mask)
+    # d is 0 past M, but the repeated row times 0 would be NaN for an infinite dy.
+    sums = tl.sum(tl.where(rows[:, None] < num_rows, dh, 0.0), axis=0)
+    tl.store(sums_ptr + cols, sums, mask=cols < num_cols)
+
+
+@triton.jit
+def _gelu_mlp_down_kernel(
+    dy_ptr,  # (M, K)
+    w_ptr,  # (K, N)
+    d_ptr,  # (M, N)
+    dh_ptr,  # (M, N) out
+    sums_ptr,  # (ceil(M / BLOCK_M), N) out, fp32: column sums of dh over each row of tiles
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,  # BLOCK_N divides N and BLOCK_K divides K
+):
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        pid_m, pid_n = _tile_at(tile, tiles_m, tiles_n, GROUP_M)
+        row = (pid_m * BLOCK_M).to(tl.int64)  # M * N may pass 2^31
+        col = (pid_n * BLOCK_N).to(tl.int64)
+        num_rows = M - pid_m * BLOCK_M
+        num_cols = N - pid_n * BLOCK_N
+        acc = _dot_rows(
+            dy_ptr + row * K, w_ptr + col, num_rows, num_cols, K, N, 1,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION,
+        )  # fmt: skip
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        at = row * N + col
+        sums_at = sums_ptr + pid_m.to(tl.int64) * N + col
+        _down_half(left, d_ptr, dh_ptr, sums_at, at,
+                   num_rows, num_cols, N, BLOCK_M, HALF_N)  # fmt: skip
+        _down_half(right, d_ptr, dh_ptr, sums_at + HALF_N, at + HALF_N,
+                   num_rows, num_cols - HALF_N, N, BLOCK_M, HALF_N)  # fmt: skip
+
+
+LARGE_M = 4096  # from here on the 128-row tiles of a width of 768 fill the GPU more than once
+
+
+def _row(
+    blocks: tuple[int, int, int], num_warps: int, num_stages: int, num_programs: int,
+    maxnreg: int | None = None,
+) -> Launch:  # fmt: skip
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")
+    return Launch(
+        tuple(zip(names, (*blocks, 8), strict=True)), num_warps, num_stages,
+        "compile-only, unmeasured: no spill, no serialised WGMMA on triton 3.6.0 and 3.7.1",
+        maxnreg=maxnreg, programs_per_sm=num_programs,
+    )  # fmt: skip
+
+
+# Measured rows: (kernel, "large" or "small" M, math, arch, triton minor) -> Launch. None yet.
+TUNED: dict[tuple[str, str, str, int, int], Launch] = {}
+
+# (arch, math, bucket) -> the row of a key that TUNED lacks. sm_90: at 128 registers two programs
+# share an SM, and one computes while the other stores; without the limit ptxas takes 169 and one
+# fits. At M = 1024, C = 768 the small row's 384 tiles are one wave of three programs on 132 SMs.
+SAFE: dict[tuple[int, str, str], Launch] = {
+    (80, "16-bit", "large"): _row((64, 128, 32), 4, 4, 3, maxnreg=168),
+    (80, "16-bit", "small"): _row((64, 128, 32), 4, 4, 3, maxnreg=168),
+    (90, "16-bit", "large"): _row((128, 128, 64), 8, 3, 2, maxnreg=128),
+    (90, "16-bit", "small"): _row((64, 128, 64), 4, 3, 3, maxnreg=168),
+    (100, "16-bit", "large"): _row((128, 128, 64), 8, 4, 1),
+    (100, "16-bit", "small"): _row((64, 128, 64), 4, 3, 2),
+    (90, "tf32", "large"): _row((128, 128, 32), 8, 3, 1),
+    (90, "tf32", "small"): _row((128, 128, 32), 8, 3, 1),
+    (100, "tf32", "large"): _row((128, 128, 32), 8, 3, 1),
+    (100, "tf32", "small"): _row((128, 128, 32), 8, 3, 1),
+}
+# Every other arch, at most 99 KB of shared memory: sm_86, 89, 120 and what is still to come.
+ANY_ARCH = {
+    "16-bit": _row((64, 128, 32), 4, 4, 2),
+    "tf32": _row((128, 64, 32), 8, 3, 1),
+    "ieee": _row((64, 64, 16), 4, 3, 2),
+}
+# C not a multiple of 16: nothing is aligned, every element has its own address, big tiles spill.
+RAGGED = {
+    "16-bit": _row((64, 64, 32), 8, 2, 2),
+    "tf32": _row((64, 64, 32), 8, 2, 2),
+    "ieee": _row((64, 64, 16), 8, 2, 2),
+}
+INTERPRETER = _row((32, 64, 32), 4, 1, 1)  # small enough that tests see several tiles per program
+
+
+def _launch(kernel: str, M: int, C: int, math: str, arch: int, minor: int) -> Launch:
+    """The row for one call; `math` is "16-bit", "tf32" or "ieee"."""
+    if arch == 0:
+        return INTERPRETER
+    if C % 16:
+        return RAGGED[math]
+    bucket = "large" if M >= LARGE_M else "small"
+    tuned = TUNED.get((kernel, bucket, math, arch, minor))
+    family = 100 if arch == 103 else arch
+    return tuned or SAFE.get((family, math, bucket), ANY_ARCH[math])
+
+
+def _math(x: Tensor) -> str:
+    """How products are formed, as PyTorch's own GEMMs do at this moment; ask inside an op."""
+    if x.dtype != torch.float32:
+        return "16-bit"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _constexprs(launch: Launch, math: str, C: int) -> dict[str, Any]:
+    blocks = dict(launch.blocks)
+    even = 4 * C % blocks["BLOCK_N"] == 0 and C % blocks["BLOCK_K"] == 0
+    return {**blocks, "PRECISION": "ieee" if math == "ieee" else "tf32", "EVEN": even}
+
+
+def _prepare(kernel: str, x: Tensor, M: int, C: int) -> tuple[int, int, dict[str, Any]]:
+    """Programs, rows per tile and keyword arguments of a launch."""
+    math = _math(x)
+    minor = int(triton.__version__.split(".")[1])
+    launch = _launch(kernel, M, C, math, arch(x.device), minor)
+    kwargs = {**launch.kwargs(), **_constexprs(launch, math, C)}
+    tiles = cdiv(M, kwargs["BLOCK_M"]) * cdiv(4 * C, kwargs["BLOCK_N"])
+    return min(tiles, launch.programs_per_sm * num_sms(x.device)), kwargs["BLOCK_M"], kwargs
+
+
+def _up_fake(x: Tensor, w_fc: Tensor, b_fc: Tensor, save_d: bool) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], w_fc.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if save_d else (0,))
+
+
+@register("gelu_mlp_up(Tensor x, Tensor w_fc, Tensor b_fc, bool save_d) -> (Tensor, Tensor)",
+          fake=_up_fake)  # fmt: skip
+def gelu_mlp_up(x: Tensor, w_fc: Tensor, b_fc: Tensor, save_d: bool) -> tuple[Tensor, Tensor]:
+    """x (M, C), w_fc (4C, C), b_fc (4C,) -> g (M, 4C) and d (M, 4C), (0,) unless save_d."""
+    M, C = x.shape
+    g, d = _up_fake(x, w_fc, b_fc, save_d)
+    if M > 0:
+        programs, _, kwargs = _prepare("up", x, M, C)
+        _gelu_mlp_up_kernel[(programs,)](
+            x, w_fc, b_fc, g, d, M, 4 * C, C, SAVE_D=save_d, **kwargs
+        )  # fmt: skip
+    return g, d
+
+
+def _down_fake(dy: Tensor, w_proj: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(d), d.new_empty(d.shape[1], dtype=torch.float32)
+
+
+@register("gelu_mlp_down(Tensor dy, Tensor w_proj, Tensor d) -> (Tensor, Tensor)", fake=_down_fake)
+def gelu_mlp_down(dy: Tensor, w_proj: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """dy (M, C), w_proj (C, 4C), d (M, 4C) -> dh (M, 4C), db_fc (4C,) fp32."""
+    M, C = dy.shape
+    dh = torch.empty_like(d)
+    if M == 0:
+        return dh, d.new_zeros(4 * C, dtype=torch.float32)
+    programs, block_m, kwargs = _prepare("down", dy, M, C)
+    sums = d.new_empty((cdiv(M, block_m), 4 * C), dtype=torch.float32)
+    _gelu_mlp_down_kernel[(programs,)](dy, w_proj, d, dh, sums, M, 4 * C, C, **kwargs)
+    return dh, sums.sum(dim=0)
+
+
+class _GeluMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor,
+        save_d: bool, save_g: bool,
+    ) -> Tensor:  # fmt: skip
+        g, d = gelu_mlp_up(x, w_fc, b_fc, save_d)
+        ctx.save_for_backward(
+            x if save_d else None, w_fc, w_proj, g if save_g else None, d if save_d else None
+        )
+        ctx.bias_dtypes = b_fc.dtype, b_proj.dtype
+        return torch.addmm(b_proj.to(x.dtype), g, w_proj.t())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor):
+        refuse_double_backward("gelu_mlp")
+        x, w_fc, w_proj, g, d = ctx.saved_tensors
+        b_fc_dtype, b_proj_dtype = ctx.bias_dtypes
+        needs_dx, needs_dw_fc, needs_db_fc, needs_dw_proj, needs_db_proj, *_ = ctx.needs_input_grad
+        dy = dy.contiguous()  # out.sum().backward() gives zero strides
+        dx = dw_fc = db_fc = dw_proj = db_proj = None
+        if needs_dx or needs_dw_fc or needs_db_fc:
+            dh, sums = gelu_mlp_down(dy, w_proj, d)
+            dx = dh @ w_fc if needs_dx else None
+            dw_fc = dh.t() @ x if needs_dw_fc else None
+            db_fc = sums.to(b_fc_dtype) if needs_db_fc else None
+        if needs_dw_proj:
+            dw_proj = dy.t() @ g
+        if needs_db_proj:
+            db_proj = dy.sum(dim=0, dtype=torch.float32).to(b_proj_dtype)
+        return dx, dw_fc, db_fc, dw_proj, db_proj, None, None
+
+
+def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
+    """Widen the last axis of `x` to 4C, apply tanh GELU, project back to C.
+
+    Under autocast `x`, `w_fc` and `w_proj` are cast to the autocast dtype; the biases stay as they
+    are. fp32 products are TF32 where `torch.set_float32_matmul_precision` allows it, else exact.
+
+    Args:
+        x: (..., C), contiguous, fp32 / bf16 / fp16. C a multiple of 16 is fast.
+        w_fc: (4C, C), contiguous, dtype of `x` (after autocast). b_fc: (4C,), that dtype or fp32.
+        w_proj: (C, 4C), contiguous, dtype of `x` (after autocast). b_proj: (C,), as `b_fc`.
+
+    Returns:
+        (..., C), dtype of `x` (after autocast). Bias gradients accumulate in fp32.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout other than the above.
+        RuntimeError: in the backward, when asked for second derivatives.
+    """
+    check_device("gelu_mlp", x)
+    C = x.shape[-1]
+    args = {"x": x, "w_fc": w_fc, "b_fc": b_fc, "w_proj": w_proj, "b_proj": b_proj}
+    wanted = {"w_fc": (4 * C, C), "b_fc": (4 * C,), "w_proj": (C, 4 * C), "b_proj": (C,)}
+    for name, shape in wanted.items():
+        if args[name].shape != shape:
+            raise ValueError(
+                f"gelu_mlp: {name} must be {shape} to match x {tuple(x.shape)}, "
+                f"got {tuple(args[name].shape)}"
+            )
+    for name, t in args.items():
+        if not t.is_contiguous():
+            raise ValueError(
+                f"gelu_mlp: {name} must be contiguous, got strides {t.stride()} for shape "
+                f"{tuple(t.shape)}; call .contiguous() first"
+            )
+        if t.device != x.device:
+            raise ValueError(f"gelu_mlp: {name} must be on {x.device} like x, got {t.device}")
+    dtype = autocast_dtype(x)
+    if dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+        x, w_fc, w_proj = x.to(dtype), w_fc.to(dtype), w_proj.to(dtype)
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"gelu_mlp: x must be float32, bfloat16 or float16, got {x.dtype}")
+    for name, t in (("w_fc", w_fc), ("w_proj", w_proj)):
+        if t.dtype != x.dtype:
+            raise ValueError(
+                f"gelu_mlp: {name} must be {x.dtype} like x, got {t.dtype}; cast it or use autocast"
+            )
+    for name, t in (("b_fc", b_fc), ("b_proj", b_proj)):
+        if t.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"gelu_mlp: {name} must be {x.dtype} or torch.float32, got {t.dtype}")
+    save_d = needs_grad(x, w_fc, b_fc)
+    rows = x.reshape(-1, C)
+    y = _GeluMLP.apply(rows, w_fc, b_fc, w_proj, b_proj, save_d, needs_grad(w_proj))
+    return y.view_as(x)
+
+
+# (C, label) of the builds checked without a GPU: GPT-2, masks in N and K, no alignment.
+_AOT_WIDTHS = ((768, "C=768"), (80, "C=80 masked"), (50, "C=50 unaligned"))
+
+
+def aot_cases(arch: int) -> Iterator[AotCase]:
+    """Every build `_launch` can choose on `arch`; see `AotCase`."""
+    minor = int(triton.__version__.split(".")[1])
+    seen: set[tuple[Any, ...]] = set()
+    for math, dtype in (("16-bit", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
+        for C, label in _AOT_WIDTHS:
+            for M, bucket in ((65536, "large"), (1024, "small")):
+                for name, kernel, tensors in (
+                    ("up", _gelu_mlp_up_kernel, ("x_ptr", "w_ptr", "g_ptr", "d_ptr")),
+                    ("down", _gelu_mlp_down_kernel, ("dy_ptr", "w_ptr", "d_ptr", "dh_ptr")),
+                ):
+                    launch = _launch(name, M, C, math, arch, minor)
+                    if (name, math, C, launch) in seen:
+                        continue
+                    seen.add((name, math, C, launch))
+                    fp32 = "b_ptr" if name == "up" else "sums_ptr"
+                    signature = dict.fromkeys(tensors, f"*{dtype}") | {fp32: "*fp32"}
+                    constexprs = _constexprs(launch, math, C)
+                    yield AotCase(
+                        op="gelu_mlp",
+                        kernel=kernel,
+                        label=f"{name} {label} {dtype if math == '16-bit' else math} {bucket}",
+                        signature=signature | {"M": "i32", "N": "i32", "K": "i32"},
+                        constexprs=constexprs | ({"SAVE_D": True} if name == "up" else {}),
+                        num_warps=launch.num_warps,
+                        num_stages=launch.num_stages,
+                        maxnreg=launch.maxnreg,
+                        mma_rows=0 if math == "ieee" else constexprs["BLOCK_M"],
+                        unaligned=(*tensors, fp32, "M", "N", "K") if C % 16 else ("M",),
+                    )

@@ -1,0 +1,243 @@
+from collections import Counter
+
+import pytest
+import torch
+
+from kernels import EAGER
+from kernels import gelu_mlp as module
+from kernels.gelu_mlp import gelu_mlp_down, gelu_mlp_up
+from tests import checks
+
+SHAPES = [
+    pytest.param((17, 16), id="C=16-narrower-than-a-tile"),
+    pytest.param((67, 48), id="C=48-prime-rows-demo-model"),
+    pytest.param((2, 3, 50), id="C=50-ragged"),
+    pytest.param((1, 64), id="C=64-no-mask-single-row"),
+    pytest.param((129, 80), id="C=80-one-row-past-a-tile"),
+    pytest.param((0, 16), id="M=0"),
+]
+REDUCED = ("dw_fc", "db_fc", "dw_proj", "db_proj")
+
+
+def ours(x, w_fc, b_fc, w_proj, b_proj):
+    return module.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj)
+
+
+def eager(x, w_fc, b_fc, w_proj, b_proj):
+    return EAGER.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj)
+
+
+def gelu(h):
+    """The formula itself, so that the oracle is not code under test."""
+    return 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)))
+
+
+def plain(x, w_fc, b_fc, w_proj, b_proj):
+    return gelu(x @ w_fc.mT + b_fc) @ w_proj.mT + b_proj
+
+
+def inputs(shape, device, dtype=torch.float32):
+    C = shape[-1]
+    return {
+        "x": torch.randn(shape, device=device).to(dtype),
+        "w_fc": (torch.randn(4 * C, C, device=device) / C**0.5).to(dtype),
+        "b_fc": torch.randn(4 * C, device=device).to(dtype),
+        "w_proj": (torch.randn(C, 4 * C, device=device) / (4 * C) ** 0.5).to(dtype),
+        "b_proj": torch.randn(C, device=device).to(dtype),
+    }
+
+
+def check(args):
+    rows = max(args["x"].shape[:-1].numel(), 1)
+    checks.assert_twice_eager(ours, eager, plain, args, reduced=REDUCED, rows=rows)
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_worse_than_twice_eager(shape, dtype, device):
+    check(inputs(shape, device, dtype))
+
+
+@checks.sweep(M=checks.sizes(0, 70, 1, 32, 33), C=checks.sizes(1, 70, 16, 32, 64),
+              dtype=checks.dtypes())  # fmt: skip
+def test_any_shape(device, M, C, dtype):
+    check(inputs((M, C), device, dtype))
+
+
+def test_gelu_and_its_derivative_to_fp32_accuracy(device):
+    """One row of weights picks h itself, tails and saturation included: no NaN, no lost digits."""
+    h = torch.cat([torch.linspace(-30, 30, 2001), torch.tensor([-1e4, -0.0, 1e4])]).to(device)
+    x = torch.zeros(h.numel(), 16, device=device)
+    x[:, 0] = h
+    w_fc = torch.zeros(64, 16, device=device)
+    w_fc[:, 0] = 1
+    g, d = gelu_mlp_up(x, w_fc, torch.zeros(64, device=device), True)
+    exact = h.double().requires_grad_()
+    want = gelu(exact)
+    (slope,) = torch.autograd.grad(want.sum(), exact)
+    scale = h.double().abs().clamp(min=1)
+    assert ((g - want.detach()[:, None]).abs() / scale[:, None]).max() < 2e-7
+    assert (d - slope[:, None]).abs().max() < 1e-6
+
+
+def test_column_sums_add_unrounded_rows(device):
+    """db_fc adds what the accumulator holds, over several rows of tiles, not the stored dh."""
+    M, C = 129, 16
+    dy, w_proj = (torch.randn(s, device=device).bfloat16() for s in ((M, C), (C, 4 * C)))
+    d = torch.randn(M, 4 * C, device=device).bfloat16()
+    dh, sums = gelu_mlp_down(dy, w_proj, d)
+    exact = dy.double() @ w_proj.double() * d.double()
+    assert sums.dtype == torch.float32
+    error, of_stored = (sums - exact.sum(0)).abs().max(), (dh.double() - exact).sum(0).abs().max()
+    assert error < 1e-2 * of_stored
+
+
+def test_rows_past_the_end_do_not_reach_the_column_sums(device):
+    """The last row is repeated to fill its tile; an infinite dy there must stay infinite once."""
+    dy = torch.zeros(33, 16, device=device)
+    dy[-1] = float("inf")
+    w_proj = torch.ones(16, 64, device=device)
+    _, sums = gelu_mlp_down(dy, w_proj, torch.ones(33, 64, device=device))
+    assert torch.equal(sums, torch.full_like(sums, float("inf")))
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+def test_reruns_are_bitwise_equal(dtype, device):
+    checks.assert_bitwise_rerun(ours, inputs((67, 48), device, dtype))
+
+
+def test_zero_stride_gradient_is_not_misread(device):
+    checks.assert_zero_stride_grads(ours, inputs((17, 48), device))
+
+
+@pytest.mark.parametrize("save_d", [True, False])
+def test_registration_up(save_d, device):
+    args = inputs((17, 16), device)
+    torch.library.opcheck(
+        torch.ops.fgpt.gelu_mlp_up.default, (args["x"], args["w_fc"], args["b_fc"], save_d)
+    )
+
+
+def test_registration_down(device):
+    dy, w_proj = torch.randn(17, 16, device=device), torch.randn(16, 64, device=device)
+    d = torch.randn(17, 64, device=device)
+    torch.library.opcheck(torch.ops.fgpt.gelu_mlp_down.default, (dy, w_proj, d))
+
+
+def test_compiled_equals_eager(device):
+    checks.assert_compiled_equals_eager(ours, inputs((3, 5, 16), device))
+
+
+def test_one_graph_for_any_number_of_rows(device):
+    args = inputs((5, 16), device)
+    also = [{**args, "x": torch.randn(M, 16, device=device)} for M in (2, 33)]
+    checks.assert_compiled_equals_eager(ours, args, dynamic=True, also=also)
+
+
+def test_backward_is_one_launch_and_three_gemms(device):
+    ops = Counter(checks.dispatched_ops(ours, inputs((17, 16), device)))
+    assert ops["fgpt::gelu_mlp_up"] == ops["fgpt::gelu_mlp_down"] == 1
+    assert ops["aten::addmm"] == 1
+    assert ops["aten::mm"] == 3
+    assert not {"aten::clone", "aten::copy_", "aten::_to_copy", "aten::gelu"} & ops.keys()
+
+
+def test_no_grad_keeps_nothing(device, monkeypatch):
+    args = {n: t.requires_grad_() for n, t in inputs((17, 16), device).items()}
+    kept = []
+    monkeypatch.setattr(module, "gelu_mlp_up", lambda *a: kept.append(a[3]) or gelu_mlp_up(*a))
+    y = ours(**args)
+    with torch.no_grad():
+        again = ours(**args)
+    assert kept == [True, False]
+    assert torch.equal(y, again)
+    assert not again.requires_grad
+
+
+@pytest.mark.parametrize("frozen", [("x", "w_fc", "b_fc"), ("w_proj", "b_proj"), ("w_fc",)])
+def test_gradients_with_frozen_inputs(frozen, device):
+    args = inputs((17, 16), device)
+    checks.assert_twice_eager(ours, eager, plain, args, reduced=REDUCED, rows=17, frozen=frozen)
+
+
+def test_autocast_casts_like_eager_and_returns_fp32_gradients(device):
+    args = inputs((17, 16), device)
+
+    def cast(fn):
+        def run(**tensors):
+            with torch.autocast(device, dtype=torch.bfloat16):
+                return fn(**tensors)
+
+        return run
+
+    got = checks.values_and_grads(cast(ours), args)
+    assert got["y"].dtype == torch.bfloat16
+    assert all(got[f"d{name}"].dtype == torch.float32 for name in args)
+    checks.assert_twice_eager(
+        cast(ours), cast(eager), plain, args, reduced=REDUCED, rows=17, atol=2**-8
+    )
+
+
+def test_low_precision_input_with_fp32_biases(device):
+    args = inputs((17, 16), device, torch.bfloat16)
+    args |= {"b_fc": args["b_fc"].float(), "b_proj": args["b_proj"].float()}
+    got = checks.values_and_grads(ours, args)
+    want = checks.values_and_grads(plain, {n: t.double() for n, t in args.items()})
+    assert got["db_fc"].dtype == got["db_proj"].dtype == torch.float32
+    for name, exact in want.items():
+        assert (got[name] - exact).abs().max() < 2**-6 * exact.abs().max(), name
+
+
+def test_precision_is_read_at_each_call():
+    """The setting is a property of the process, not of the import or of the compiled graph."""
+    x = torch.empty(1)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert module._math(x) == "tf32"
+        assert module._math(x.bfloat16()) == "16-bit"
+        torch.set_float32_matmul_precision("highest")
+        assert module._math(x) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_double_backward_is_refused(device):
+    checks.assert_no_double_backward(ours, inputs((5, 16), device))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("w_fc", lambda t: t[:-1], r"w_fc must be \(64, 16\) to match x \(5, 16\), got \(63, 16\)"),
+        ("w_proj", lambda t: t.mT.contiguous(), r"w_proj must be \(16, 64\).*got \(64, 16\)"),
+        ("b_fc", lambda t: t[:8], r"b_fc must be \(64,\).*got \(8,\)"),
+        ("b_proj", lambda t: t[:8], r"b_proj must be \(16,\).*got \(8,\)"),
+        ("w_fc", lambda t: t.bfloat16(), "w_fc must be torch.float32 like x, got torch.bfloat16"),
+        ("w_proj", lambda t: t.half(), "w_proj must be torch.float32 like x, got torch.float16"),
+        ("b_fc", lambda t: t.half(), "b_fc must be torch.float32 or torch.float32, got torch.fl"),
+        ("x", lambda t: t.double(), "x must be float32, bfloat16 or float16, got torch.float64"),
+        ("x", lambda t: t.repeat(1, 2)[:, ::2], r"x must be contiguous, got strides \(32, 2\)"),
+        ("w_fc", lambda t: t.mT.contiguous().mT, r"w_fc must be contiguous, got strides \(1, 64\)"),
+    ],
+)
+def test_bad_input_is_named(name, change, message, device):
+    args = inputs((5, 16), device)
+    with pytest.raises(ValueError, match=f"gelu_mlp: {message}"):
+        ours(**{**args, name: change(args[name])})
+
+
+def test_launch_keys():
+    """A key nobody measured takes its safe row; one with a measurement takes the measurement."""
+    row = module._launch("up", 65536, 768, "16-bit", 90, 7)
+    assert row == module.SAFE[90, "16-bit", "large"]
+    assert module._launch("up", 1024, 768, "16-bit", 90, 7) == module.SAFE[90, "16-bit", "small"]
+    assert module._launch("up", 65536, 768, "16-bit", 103, 7) == module.SAFE[100, "16-bit", "large"]
+    assert module._launch("up", 65536, 768, "ieee", 90, 7) == module.ANY_ARCH["ieee"]
+    assert module._launch("up", 65536, 768, "16-bit", 999, 7) == module.ANY_ARCH["16-bit"]
+    assert module._launch("up", 65536, 50, "16-bit", 90, 7) == module.RAGGED["16-bit"]
+    tuned = {("up", "large", "16-bit", 90, 7): module.INTERPRETER}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TUNED", tuned)
+        assert module._launch("up", 65536, 768, "16-bit", 90, 7) == module.INTERPRETER
+        assert module._launch("up", 65536, 768, "16-bit", 90, 6) == row
