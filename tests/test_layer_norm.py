@@ -64,9 +64,10 @@ def test_any_shape(device, M, C, dtype):
     checks.assert_twice_eager(ours, eager, plain, inputs((M, C), device, dtype), rows=max(M, 1))
 
 
-def test_rows_far_from_zero_keep_fp32_accuracy(device):
-    """PyTorch is off by 1e-2 here; the second mean must leave rounding of the result alone."""
-    args = inputs((13, 768), device, mean=1e3, std=1e-2)
+@pytest.mark.parametrize("C", [768, 130], ids=["C=768", "C=130-padding-as-wide-as-the-row"])
+def test_rows_far_from_zero_keep_fp32_accuracy(device, C):
+    """PyTorch is off by 1e-3 here; with the second mean only the rounding of results is left."""
+    args = inputs((13, C), device, mean=1e3, std=1e-2)
     got = checks.values_and_grads(ours, args)
     want = checks.values_and_grads(plain, {n: t.double() for n, t in args.items()})
     for name, exact in want.items():
@@ -190,8 +191,8 @@ def test_off_the_gpu_is_refused():
         ours(**args)
 
 
-@pytest.mark.parametrize(("kernel", "most"), [("fwd", 32), ("bwd", 24)])
-def test_every_width_has_a_safe_launch(kernel, most):
+@pytest.mark.parametrize("kernel", ["fwd", "bwd"])
+def test_every_width_has_a_safe_launch(kernel):
     """All columns covered, no chunk without work, registers bounded, no idle lane at 768."""
     for C in range(1, MAX_C + 1):
         launch = choose_launch(kernel, C, "large", torch.bfloat16, 0)
@@ -201,7 +202,10 @@ def test_every_width_has_a_safe_launch(kernel, most):
         assert covered >= C
         assert covered - blocks["BLOCK_C"] < C, f"C={C}: a chunk without work"
         assert C <= 256 or covered < 2 * C, f"C={C}: {covered} lanes"
-        assert lane_elements <= most, f"C={C}: {lane_elements} elements a lane"
+        assert launch.num_warps <= 8
+        assert lane_elements <= (24 if kernel == "bwd" and C <= 8 * 768 else 32), (
+            f"C={C}: {lane_elements} elements a lane"
+        )
     expected = {"ROWS": 4, "BLOCK_C": 256, "CHUNKS": 3}
     assert dict(choose_launch(kernel, 768, "large", torch.bfloat16, 0).blocks) == expected
 
