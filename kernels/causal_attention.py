@@ -1,0 +1,662 @@
+"""Causal self-attention on packed qkv, forward and backward: nothing is split, copied or joined.
+
+qkv (B, T, 3C) as one projection writes it: q, k, v of head h stand at columns h*D, C + h*D and
+2C + h*D, C = H*D. Forward, for each head, with scale = 1 / sqrt(D):
+
+    S = scale * q k^T, for keys <= query          lse_i = log2(sum_j 2^(S_ij * log2(e)))
+    P_ij = 2^(S_ij * log2(e) - lse_i)             y = P v
+
+Backward, with dO the gradient of y:
+
+    delta_i = sum_d dO_id y_id        dP = dO v^T         dS = P * (dP - delta)
+    dq = scale * dS k                 dk = scale * dS^T q               dv = P^T dO
+
+S never leaves the chip: the forward walks the keys once with an online softmax (running row
+maximum and sum) and saves lse alone, in fp32 and base 2; the backward recomputes P from it.
+
+Bound: matrix units from T of a few hundred on, bytes below. Flops, halved for causality: forward
+2 B H T^2 D; backward 5 B H T^2 D useful, 7 executed, as S and dP are computed by both launches.
+Bytes per token and C, in elements: forward reads 3 and writes 1; dq reads 5 (q, k, v, y, dO) and
+writes 1; dk/dv reads 4 and writes 2; k and v (q and dO there) are re-read from L2 by each block.
+
+Backward launches: dq by query blocks, which computes delta on the way, then dk/dv by key blocks.
+The second works on S^T = k q^T, so P^T and dS^T leave the dot in the orientation the next one
+reads and no tile is transposed in registers (wrong results on Hopper before Triton 3.7.1, fla-org
+issue 826). Nothing is summed across programs: no atomics, no fp32 dq buffer, bitwise equal reruns.
+Up to SHORT_T (128 in 16 bits at D = 64) a head is one tile: no loop, one launch a direction.
+
+Source: Dao 2023, https://arxiv.org/abs/2307.08691; delta inside dq saves its separate pass there.
+"""
+
+# Launches take num_warps and plain values for constexpr arguments, unknown to the triton stubs.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._launch import AotCase, Launch, arch, cdiv, next_pow2
+from kernels._op import (
+    autocast_dtype,
+    check_device,
+    needs_grad,
+    refuse_double_backward,
+    register,
+)
+
+HEAD_DIMS = (16, 32, 64, 128)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TRITON_MINOR = int(triton.__version__.split(".")[1])
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two
+
+
+@triton.jit
+def _qkv_base(qkv_ptr, head, T, H, D: tl.constexpr):
+    """Where q of one head starts in packed (B, T, 3C), head = b * H + h."""
+    return qkv_ptr + (head // H).to(tl.int64) * T * (3 * H * D) + (head % H) * D
+
+
+@triton.jit
+def _y_base(y_ptr, head, T, H, D: tl.constexpr):
+    """Where one head starts in (B, T, C)."""
+    return y_ptr + (head // H).to(tl.int64) * T * (H * D) + (head % H) * D
+
+
+@triton.jit
+def _load_tile(ptrs, rows, T, MASKED: tl.constexpr):
+    """A (rows, D) tile; with MASKED, rows from T on read as zeros."""
+    if MASKED:
+        return tl.load(ptrs, mask=(rows < T)[:, None], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def _attend(
+    q,  # (BLOCK_M, D)
+    k_ptrs,  # (BLOCK_N, D) pointers
+    v_ptrs,  # (BLOCK_N, D) pointers
+    acc,  # (BLOCK_M, D), y before the division
+    row_max,  # (BLOCK_M,), of S * log2(e)
+    row_sum,  # (BLOCK_M,)
+    rows,  # (BLOCK_M,)
+    cols,  # (BLOCK_N,)
+    T,
+    qk_scale,
+    DIAGONAL: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One step of the online softmax; off the diagonal every key is real and visible."""
+    k = _load_tile(k_ptrs, cols, T, DIAGONAL)
+    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+    if DIAGONAL:
+        s = tl.where(rows[:, None] >= cols[None, :], s, float("-inf"))
+    # Never -inf - -inf: key 0 is visible to every row and comes in the first block.
+    new_max = tl.maximum(row_max, tl.max(s, axis=1) * qk_scale)
+    p = tl.exp2(s * qk_scale - new_max[:, None])
+    alpha = tl.exp2(row_max - new_max)
+    row_sum = row_sum * alpha + tl.sum(p, axis=1)
+    v = _load_tile(v_ptrs, cols, T, DIAGONAL)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=INPUT_PRECISION)
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    qkv_ptr,  # (B, T, 3C)
+    y_ptr,  # (B, T, C) out
+    lse_ptr,  # (B, H, T) out, fp32
+    T,
+    H,
+    scale,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # a multiple of BLOCK_N
+    BLOCK_N: tl.constexpr,
+    STORE_LSE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    num_blocks = tl.cdiv(T, BLOCK_M)
+    head = tl.program_id(0) // num_blocks  # blocks of one head are neighbours: its k, v stay in L2
+    # Late queries see the most keys: starting them first keeps the last wave short.
+    first = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_M
+    stride = 3 * H * D
+    rows = first + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, D)[None, :]
+    # Block starts are 64-bit scalars, offsets inside a block 32-bit: no overflow, few registers.
+    tile_m = tl.arange(0, BLOCK_M)[:, None] * stride + dims
+    tile_n = cols[:, None] * stride + dims
+    q_ptr = _qkv_base(qkv_ptr, head, T, H, D)
+    kv_ptr = q_ptr + H * D  # k of the block at hand, v is H * D further
+
+    q_ptr += first.to(tl.int64) * stride
+    q = tl.load(q_ptr + tile_m, mask=(rows < T)[:, None], other=0.0)
+    qk_scale = scale * LOG2_E
+    acc = tl.zeros((BLOCK_M, D), dtype=tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for _ in range(0, first, BLOCK_N):
+        acc, row_max, row_sum = _attend(
+            q, kv_ptr + tile_n, kv_ptr + H * D + tile_n, acc, row_max, row_sum, rows, cols, T,
+            qk_scale, False, INPUT_PRECISION,
+        )  # fmt: skip
+        kv_ptr += BLOCK_N * stride
+    for start in range(first, tl.minimum(first + BLOCK_M, T), BLOCK_N):
+        acc, row_max, row_sum = _attend(
+            q, kv_ptr + tile_n, kv_ptr + H * D + tile_n, acc, row_max, row_sum, rows, start + cols,
+            T, qk_scale, True, INPUT_PRECISION,
+        )  # fmt: skip
+        kv_ptr += BLOCK_N * stride
+
+    y = acc / row_sum[:, None]
+    y_ptr = _y_base(y_ptr, head, T, H, D) + first.to(tl.int64) * (H * D)
+    tile_y = tl.arange(0, BLOCK_M)[:, None] * (H * D) + dims
+    tl.store(y_ptr + tile_y, y.to(y_ptr.dtype.element_ty), mask=(rows < T)[:, None])
+    if STORE_LSE:
+        lse = row_max + tl.log2(row_sum)
+        tl.store(lse_ptr + head.to(tl.int64) * T + rows, lse, mask=rows < T)
+
+
+@triton.jit
+def _dq_step(
+    q,  # (BLOCK_M, D)
+    do,  # (BLOCK_M, D)
+    k_ptrs,  # (BLOCK_N, D) pointers
+    v_ptrs,  # (BLOCK_N, D) pointers
+    lse,  # (BLOCK_M,)
+    delta,  # (BLOCK_M,)
+    dq,  # (BLOCK_M, D)
+    rows,  # (BLOCK_M,)
+    cols,  # (BLOCK_N,)
+    T,
+    qk_scale,
+    DIAGONAL: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """dq of one query block += dS k of one key block."""
+    k = _load_tile(k_ptrs, cols, T, DIAGONAL)
+    v = _load_tile(v_ptrs, cols, T, DIAGONAL)
+    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+    p = tl.exp2(s * qk_scale - lse[:, None])
+    if DIAGONAL:
+        p = tl.where(rows[:, None] >= cols[None, :], p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def _attention_dq_kernel(
+    dy_ptr,  # (B, T, C)
+    qkv_ptr,  # (B, T, 3C)
+    y_ptr,  # (B, T, C)
+    lse_ptr,  # (B, H, T), fp32
+    dqkv_ptr,  # (B, T, 3C) out, the dq columns
+    delta_ptr,  # (B, H, T) out, fp32
+    T,
+    H,
+    scale,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # a multiple of BLOCK_N
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    num_blocks = tl.cdiv(T, BLOCK_M)
+    head = tl.program_id(0) // num_blocks
+    first = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_M
+    stride = 3 * H * D
+    rows = first + tl.arange(0, BLOCK_M)
+    mask = (rows < T)[:, None]
+    cols = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, D)[None, :]
+    tile_m = tl.arange(0, BLOCK_M)[:, None] * stride + dims
+    tile_n = cols[:, None] * stride + dims
+    tile_y = tl.arange(0, BLOCK_M)[:, None] * (H * D) + dims
+    row_start = first.to(tl.int64)
+    q_ptr = _qkv_base(qkv_ptr, head, T, H, D)
+    kv_ptr = q_ptr + H * D
+
+    y_start = row_start * (H * D)
+    y = tl.load(_y_base(y_ptr, head, T, H, D) + y_start + tile_y, mask=mask, other=0.0)
+    do = tl.load(_y_base(dy_ptr, head, T, H, D) + y_start + tile_y, mask=mask, other=0.0)
+    delta = tl.sum(do.to(tl.float32) * y.to(tl.float32), axis=1)
+    stat = head.to(tl.int64) * T + rows
+    tl.store(delta_ptr + stat, delta, mask=rows < T)
+    lse = tl.load(lse_ptr + stat, mask=rows < T, other=0.0)
+    q = tl.load(q_ptr + row_start * stride + tile_m, mask=mask, other=0.0)
+    qk_scale = scale * LOG2_E
+    dq = tl.zeros((BLOCK_M, D), dtype=tl.float32)
+    for _ in range(0, first, BLOCK_N):
+        dq = _dq_step(
+            q, do, kv_ptr + tile_n, kv_ptr + H * D + tile_n, lse, delta, dq, rows, cols, T,
+            qk_scale, False, INPUT_PRECISION,
+        )  # fmt: skip
+        kv_ptr += BLOCK_N * stride
+    for start in range(first, tl.minimum(first + BLOCK_M, T), BLOCK_N):
+        dq = _dq_step(
+            q, do, kv_ptr + tile_n, kv_ptr + H * D + tile_n, lse, delta, dq, rows, start + cols, T,
+            qk_scale, True, INPUT_PRECISION,
+        )  # fmt: skip
+        kv_ptr += BLOCK_N * stride
+    dq_ptr = _qkv_base(dqkv_ptr, head, T, H, D) + row_start * stride
+    tl.store(dq_ptr + tile_m, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dkdv_step(
+    k,  # (BLOCK_N, D)
+    v,  # (BLOCK_N, D)
+    q_ptrs,  # (BLOCK_M, D) pointers
+    do_ptrs,  # (BLOCK_M, D) pointers
+    lse_ptrs,  # (BLOCK_M,) pointers
+    delta_ptrs,  # (BLOCK_M,) pointers
+    dk,  # (BLOCK_N, D)
+    dv,  # (BLOCK_N, D)
+    rows,  # (BLOCK_M,)
+    cols,  # (BLOCK_N,)
+    T,
+    qk_scale,
+    EDGE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """dk, dv of one key block += dS^T q, P^T dO of one query block."""
+    # Rows past T read as zeros: P is 1 there, but dO, dP and delta are 0 and add nothing.
+    q = _load_tile(q_ptrs, rows, T, EDGE)
+    do = _load_tile(do_ptrs, rows, T, EDGE)
+    if EDGE:
+        lse = tl.load(lse_ptrs, mask=rows < T, other=0.0)
+        delta = tl.load(delta_ptrs, mask=rows < T, other=0.0)
+    else:
+        lse = tl.load(lse_ptrs)
+        delta = tl.load(delta_ptrs)
+    st = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
+    pt = tl.exp2(st * qk_scale - lse[None, :])
+    if EDGE:
+        pt = tl.where(rows[None, :] >= cols[:, None], pt, 0.0)
+    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=INPUT_PRECISION)
+    dpt = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
+    dst = pt * (dpt - delta[None, :])
+    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _attention_dkdv_kernel(
+    dy_ptr,  # (B, T, C)
+    qkv_ptr,  # (B, T, 3C)
+    lse_ptr,  # (B, H, T), fp32
+    delta_ptr,  # (B, H, T), fp32
+    dqkv_ptr,  # (B, T, 3C) out, the dk and dv columns
+    T,
+    H,
+    scale,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # a multiple of BLOCK_M
+    INPUT_PRECISION: tl.constexpr,
+):
+    num_blocks = tl.cdiv(T, BLOCK_N)
+    head = tl.program_id(0) // num_blocks
+    first = (tl.program_id(0) % num_blocks) * BLOCK_N  # early keys are seen by most: they go first
+    stride = 3 * H * D
+    rows = tl.arange(0, BLOCK_M)
+    cols = first + tl.arange(0, BLOCK_N)
+    mask = (cols < T)[:, None]
+    dims = tl.arange(0, D)[None, :]
+    tile_m = rows[:, None] * stride + dims
+    tile_y = rows[:, None] * (H * D) + dims
+    tile_n = tl.arange(0, BLOCK_N)[:, None] * stride + dims
+    q_ptr = _qkv_base(qkv_ptr, head, T, H, D)
+    do_ptr = _y_base(dy_ptr, head, T, H, D)
+    lse_ptr += head.to(tl.int64) * T
+    delta_ptr += head.to(tl.int64) * T
+
+    kv_start = first.to(tl.int64) * stride
+    k = tl.load(q_ptr + H * D + kv_start + tile_n, mask=mask, other=0.0)
+    v = tl.load(q_ptr + 2 * H * D + kv_start + tile_n, mask=mask, other=0.0)
+    qk_scale = scale * LOG2_E
+    dk = tl.zeros((BLOCK_N, D), dtype=tl.float32)
+    dv = tl.zeros((BLOCK_N, D), dtype=tl.float32)
+    # Masks are for the edges: the diagonal, and after it the block that T cuts, if it does.
+    full = first + BLOCK_N
+    cut = T // BLOCK_M * BLOCK_M
+    num_diagonal = tl.cdiv(tl.minimum(full, T) - first, BLOCK_M)
+    num_edges = num_diagonal + tl.where((cut >= full) & (cut < T), 1, 0)
+    for i in range(num_edges):
+        start = tl.where(i < num_diagonal, first + i * BLOCK_M, cut).to(tl.int64)
+        dk, dv = _dkdv_step(
+            k, v, q_ptr + start * stride + tile_m, do_ptr + start * (H * D) + tile_y,
+            lse_ptr + start + rows, delta_ptr + start + rows, dk, dv, start.to(tl.int32) + rows,
+            cols, T, qk_scale, True, INPUT_PRECISION,
+        )  # fmt: skip
+    q_ptr += full.to(tl.int64) * stride
+    do_ptr += full.to(tl.int64) * (H * D)
+    lse_ptr += full
+    delta_ptr += full
+    for _ in range(full, cut, BLOCK_M):
+        dk, dv = _dkdv_step(
+            k, v, q_ptr + tile_m, do_ptr + tile_y, lse_ptr + rows, delta_ptr + rows, dk, dv,
+            rows, cols, T, qk_scale, False, INPUT_PRECISION,
+        )  # fmt: skip
+        q_ptr += BLOCK_M * stride
+        do_ptr += BLOCK_M * H * D
+        lse_ptr += BLOCK_M
+        delta_ptr += BLOCK_M
+    dk_ptr = _qkv_base(dqkv_ptr, head, T, H, D) + H * D + kv_start
+    tl.store(dk_ptr + tile_n, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dk_ptr + H * D + tile_n, dv.to(dk_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attention_short_fwd_kernel(
+    qkv_ptr,  # (B, T, 3C)
+    y_ptr,  # (B, T, C) out
+    lse_ptr,  # (B, H, T) out, fp32
+    T,
+    H,
+    scale,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # >= T
+    STORE_LSE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    head = tl.program_id(0)
+    rows = tl.arange(0, BLOCK_T)
+    mask = (rows < T)[:, None]
+    dims = tl.arange(0, D)[None, :]
+    q_ptrs = _qkv_base(qkv_ptr, head, T, H, D) + rows[:, None] * (3 * H * D) + dims
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
+    k = tl.load(q_ptrs + H * D, mask=mask, other=0.0)
+    v = tl.load(q_ptrs + 2 * H * D, mask=mask, other=0.0)
+
+    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION) * (scale * LOG2_E)
+    s = tl.where(rows[:, None] >= rows[None, :], s, float("-inf"))
+    row_max = tl.max(s, axis=1)
+    p = tl.exp2(s - row_max[:, None])
+    row_sum = tl.sum(p, axis=1)
+    y = tl.dot(p.to(v.dtype), v, input_precision=INPUT_PRECISION) / row_sum[:, None]
+    y_ptrs = _y_base(y_ptr, head, T, H, D) + rows[:, None] * (H * D) + dims
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if STORE_LSE:
+        lse = row_max + tl.log2(row_sum)
+        tl.store(lse_ptr + head.to(tl.int64) * T + rows, lse, mask=rows < T)
+
+
+@triton.jit
+def _attention_short_bwd_kernel(
+    dy_ptr,  # (B, T, C)
+    qkv_ptr,  # (B, T, 3C)
+    y_ptr,  # (B, T, C)
+    lse_ptr,  # (B, H, T), fp32
+    dqkv_ptr,  # (B, T, 3C) out
+    T,
+    H,
+    scale,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # >= T
+    INPUT_PRECISION: tl.constexpr,
+):
+    head = tl.program_id(0)
+    rows = tl.arange(0, BLOCK_T)
+    mask = (rows < T)[:, None]
+    dims = tl.arange(0, D)[None, :]
+    tile = rows[:, None] * (3 * H * D) + dims
+    tile_y = rows[:, None] * (H * D) + dims
+    q_ptrs = _qkv_base(qkv_ptr, head, T, H, D) + tile
+    y = tl.load(_y_base(y_ptr, head, T, H, D) + tile_y, mask=mask, other=0.0)
+    do = tl.load(_y_base(dy_ptr, head, T, H, D) + tile_y, mask=mask, other=0.0)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=rows < T, other=0.0)
+    delta = tl.sum(do.to(tl.float32) * y.to(tl.float32), axis=1)
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
+    k = tl.load(q_ptrs + H * D, mask=mask, other=0.0)
+    v = tl.load(q_ptrs + 2 * H * D, mask=mask, other=0.0)
+    dq_ptrs = _qkv_base(dqkv_ptr, head, T, H, D) + tile
+    qk_scale = scale * LOG2_E
+
+    # S and dP twice, as in the long case: two small dots cost less than transposing registers.
+    st = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
+    pt = tl.exp2(st * qk_scale - lse[None, :])
+    pt = tl.where(rows[None, :] >= rows[:, None], pt, 0.0)
+    dv = tl.dot(pt.to(do.dtype), do, input_precision=INPUT_PRECISION)
+    tl.store(dq_ptrs + 2 * H * D, dv.to(dqkv_ptr.dtype.element_ty), mask=mask)
+    dpt = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
+    dst = pt * (dpt - delta[None, :])
+    dk = tl.dot(dst.to(q.dtype), q, input_precision=INPUT_PRECISION) * scale
+    tl.store(dq_ptrs + H * D, dk.to(dqkv_ptr.dtype.element_ty), mask=mask)
+
+    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+    p = tl.exp2(s * qk_scale - lse[:, None])
+    p = tl.where(rows[:, None] >= rows[None, :], p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
+    ds = p * (dp - delta[:, None])
+    dq = tl.dot(ds.to(k.dtype), k, input_precision=INPUT_PRECISION) * scale
+    tl.store(dq_ptrs, dq.to(dqkv_ptr.dtype.element_ty), mask=mask)
+
+
+# Longest sequence whose head is one tile, by bytes an element and D: beyond it the backward
+# spills on some arch, and the loops take over.
+SHORT_T = {
+    (2, 16): 128, (2, 32): 128, (2, 64): 128, (2, 128): 64,
+    (4, 16): 64, (4, 32): 64, (4, 64): 32, (4, 128): 16,
+}  # fmt: skip
+COMPILE_ONLY = "compile-only, unmeasured: no spill, no serialised WGMMA on triton 3.6.0 and 3.7.1"
+# Measured rows: (kernel, bytes an element, D, T bucket, arch, triton minor) -> Launch. None yet.
+TUNED: dict[tuple[str, int, int, str, int, int], Launch] = {}
+
+
+def _row(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Launch:
+    blocks = (("BLOCK_M", block_m), ("BLOCK_N", block_n))
+    return Launch(blocks, num_warps, num_stages, COMPILE_ONLY)
+
+
+# (kernel, bytes an element, D) -> the row of a key that TUNED lacks, on every arch: at most 99 KB
+# of shared memory. 16-bit at D = 64 on sm_90: fwd and dq take 128 registers, two programs an SM;
+# dkdv fits one, and halving its key block to fit two would read q and dO twice as often.
+SAFE: dict[tuple[str, int, int], Launch] = {
+    ("fwd", 2, 16): _row(128, 64, 8, 2),
+    ("fwd", 2, 32): _row(128, 64, 8, 2),
+    ("fwd", 2, 64): _row(128, 64, 8, 2),
+    ("fwd", 2, 128): _row(128, 64, 8, 2),
+    ("fwd", 4, 16): _row(64, 32, 4, 2),
+    ("fwd", 4, 32): _row(64, 32, 4, 2),
+    ("fwd", 4, 64): _row(64, 32, 8, 2),
+    ("fwd", 4, 128): _row(32, 16, 4, 1),
+    ("dq", 2, 16): _row(128, 64, 8, 2),
+    ("dq", 2, 32): _row(128, 64, 8, 2),
+    ("dq", 2, 64): _row(128, 64, 8, 2),
+    ("dq", 2, 128): _row(64, 32, 4, 2),
+    ("dq", 4, 16): _row(64, 32, 4, 2),
+    ("dq", 4, 32): _row(64, 32, 4, 2),
+    ("dq", 4, 64): _row(32, 32, 4, 2),
+    ("dq", 4, 128): _row(16, 16, 8, 1),
+    ("dkdv", 2, 16): _row(64, 128, 8, 2),
+    ("dkdv", 2, 32): _row(64, 128, 8, 2),
+    ("dkdv", 2, 64): _row(64, 128, 8, 2),
+    ("dkdv", 2, 128): _row(32, 64, 8, 2),
+    ("dkdv", 4, 16): _row(32, 64, 8, 2),
+    ("dkdv", 4, 32): _row(32, 64, 8, 2),
+    ("dkdv", 4, 64): _row(32, 32, 8, 2),
+    ("dkdv", 4, 128): _row(16, 32, 8, 1),
+}
+
+
+@cache
+def _launch(kernel: str, itemsize: int, D: int, T: int, arch: int, minor: int) -> Launch:
+    """The measured row of a loop kernel, or the safe one."""
+    bucket = "large" if T >= 2048 else "small"
+    return TUNED.get((kernel, itemsize, D, bucket, arch, minor)) or SAFE[kernel, itemsize, D]
+
+
+@cache
+def _short_launch(itemsize: int, T: int) -> Launch:
+    block_t = max(next_pow2(T), 16)  # 16: the least a dot takes
+    num_warps = 8 if block_t * itemsize > 128 else 4
+    return Launch((("BLOCK_T", block_t),), num_warps, 1, COMPILE_ONLY)
+
+
+def _is_short(qkv: Tensor, n_head: int) -> bool:
+    """Whether one tile holds a head."""
+    return qkv.shape[1] <= SHORT_T[qkv.element_size(), qkv.shape[2] // (3 * n_head)]
+
+
+def _plan(kernel: str, qkv: Tensor, n_head: int) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and constexpr arguments of one launch."""
+    B, T, C3 = qkv.shape
+    D, itemsize = C3 // (3 * n_head), qkv.element_size()
+    # TF32 where PyTorch's own products use it now; asked inside the op because it does not trace.
+    tf32 = itemsize == 4 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    constexprs = {"D": D, "INPUT_PRECISION": "tf32" if tf32 else "ieee"}
+    if kernel == "short":
+        return (B * n_head,), {**constexprs, **_short_launch(itemsize, T).kwargs()}
+    launch = _launch(kernel, itemsize, D, T, arch(qkv.device), TRITON_MINOR)
+    block = dict(launch.blocks)["BLOCK_N" if kernel == "dkdv" else "BLOCK_M"]
+    return (cdiv(T, block) * B * n_head,), {**constexprs, **launch.kwargs()}
+
+
+def _fwd_fake(qkv: Tensor, n_head: int, save_lse: bool) -> tuple[Tensor, Tensor]:
+    B, T, C3 = qkv.shape
+    lse_shape = (B, n_head, T) if save_lse else (0,)
+    return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty(lse_shape, dtype=torch.float32)
+
+
+@register("causal_attention_fwd(Tensor qkv, int n_head, bool save_lse) -> (Tensor, Tensor)",
+          fake=_fwd_fake)  # fmt: skip
+def causal_attention_fwd(qkv: Tensor, n_head: int, save_lse: bool) -> tuple[Tensor, Tensor]:
+    """qkv (B, T, 3C) -> y (B, T, C), lse (B, H, T) fp32 and base 2, (0,) unless save_lse."""
+    y, lse = _fwd_fake(qkv, n_head, save_lse)
+    if qkv.numel() == 0:
+        return y, lse
+    short = _is_short(qkv, n_head)
+    kernel = _attention_short_fwd_kernel if short else _attention_fwd_kernel
+    grid, constexprs = _plan("short" if short else "fwd", qkv, n_head)
+    scale = constexprs["D"] ** -0.5
+    kernel[grid](qkv, y, lse, qkv.shape[1], n_head, scale, STORE_LSE=save_lse, **constexprs)
+    return y, lse
+
+
+def _bwd_fake(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head: int) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+@register("causal_attention_bwd(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int n_head) -> Tensor",
+          fake=_bwd_fake)  # fmt: skip
+def causal_attention_bwd(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head: int) -> Tensor:
+    """dy, y (B, T, C), qkv (B, T, 3C), lse (B, H, T) -> dqkv (B, T, 3C)."""
+    dqkv = torch.empty_like(qkv)
+    if qkv.numel() == 0:
+        return dqkv
+    T, scale = qkv.shape[1], (y.shape[2] // n_head) ** -0.5
+    if _is_short(qkv, n_head):
+        grid, constexprs = _plan("short", qkv, n_head)
+        _attention_short_bwd_kernel[grid](
+            dy, qkv, y, lse, dqkv, T, n_head, scale, **constexprs
+        )  # fmt: skip
+        return dqkv
+    delta = torch.empty_like(lse)
+    grid, constexprs = _plan("dq", qkv, n_head)
+    _attention_dq_kernel[grid](dy, qkv, y, lse, dqkv, delta, T, n_head, scale, **constexprs)
+    grid, constexprs = _plan("dkdv", qkv, n_head)
+    _attention_dkdv_kernel[grid](dy, qkv, lse, delta, dqkv, T, n_head, scale, **constexprs)
+    return dqkv
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
+        y, lse = causal_attention_fwd(qkv, n_head, True)
+        ctx.save_for_backward(qkv, y, lse)
+        ctx.n_head = n_head
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor):
+        refuse_double_backward("causal_attention")
+        # contiguous() copies only what is not: the expanded scalar of y.sum(), never c_proj's dx.
+        return causal_attention_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.n_head), None
+
+
+def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
+    """Softmax attention of each token over itself and the tokens before it.
+
+    Args:
+        qkv: (B, T, 3C), contiguous, fp32 / bf16 / fp16; q, k, v beside each other, each C wide
+            and each head D = C / n_head of it. Under autocast it is cast to the autocast dtype.
+        n_head: H; D must be one of HEAD_DIMS.
+        dropout_p: must be 0; for dropout on the weights use the eager backend.
+
+    Returns:
+        (B, T, C), dtype of `qkv`. Scores, softmax and sums are fp32; in fp32 the products are TF32
+        where `torch.set_float32_matmul_precision` allows it, else exact.
+
+    Raises:
+        ValueError: wrong shape, strides, dtype, head dim or device, or dropout_p > 0.
+    """
+    check_device("causal_attention", qkv)
+    if qkv.dim() != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head):
+        raise ValueError(
+            "causal_attention: qkv must be (B, T, 3C) with 3C a multiple of 3 * n_head = "
+            f"{3 * n_head}, got {tuple(qkv.shape)}"
+        )
+    D = qkv.shape[2] // (3 * n_head)
+    if D not in HEAD_DIMS:
+        raise ValueError(
+            f"causal_attention: head dim must be one of {HEAD_DIMS}, got {D}; "
+            "use --ops triton,causal_attention=eager"
+        )
+    if dropout_p != 0.0:
+        raise ValueError(
+            f"causal_attention: dropout_p must be 0, got {dropout_p}; "
+            "use --ops triton,causal_attention=eager"
+        )
+    if not qkv.is_contiguous():
+        raise ValueError(f"causal_attention: qkv must be contiguous, got strides {qkv.stride()}")
+    qkv = qkv.to(autocast_dtype(qkv))
+    if qkv.dtype not in DTYPES:
+        raise ValueError(f"causal_attention: qkv must be one of {DTYPES}, got {qkv.dtype}")
+    if needs_grad(qkv):
+        return _CausalAttention.apply(qkv, n_head)
+    return causal_attention_fwd(qkv, n_head, False)[0]
+
+
+def aot_cases(arch: int) -> Iterator[AotCase]:
+    """Each build the launches above can choose on `arch`; fp16 builds as bf16 does."""
+    kernels = {
+        "fwd": _attention_fwd_kernel, "dq": _attention_dq_kernel, "dkdv": _attention_dkdv_kernel,
+        "short fwd": _attention_short_fwd_kernel, "short bwd": _attention_short_bwd_kernel,
+    }  # fmt: skip
+    maths = (("bf16", 2, "ieee"), ("fp32", 4, "tf32"), ("fp32", 4, "ieee"))
+    for kernel, (dtype, itemsize, precision) in product(kernels, maths):
+        for D in HEAD_DIMS:
+            if kernel.startswith("short"):
+                launch = _short_launch(itemsize, SHORT_T[itemsize, D])
+            else:
+                launch = _launch(kernel, itemsize, D, 1024, arch, TRITON_MINOR)
+            yield _aot_case(kernels[kernel], kernel, dtype, precision, D, launch)
+    for kernel in ("short fwd", "short bwd"):  # the seed recipe's tile
+        launch = _short_launch(2, 64)
+        yield _aot_case(kernels[kernel], kernel, "bf16", "ieee", 64, launch)
+
+
+def _aot_case(
+    kernel: Any, name: str, dtype: str, precision: str, D: int, launch: Launch
+) -> AotCase:
+    constexprs = {"D": D, "INPUT_PRECISION": precision, **dict(launch.blocks)}
+    if name.endswith("fwd"):
+        constexprs["STORE_LSE"] = True
+    types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "T": "i32", "H": "i32", "scale": "fp32"}
+    signature = {
+        arg: types.get(arg, f"*{dtype}") for arg in kernel.arg_names if arg not in constexprs
+    }
+    blocks = " ".join(f"{key[6:]}{size}" for key, size in launch.blocks)
+    rows = dict(launch.blocks)["BLOCK_N" if name == "dkdv" else next(iter(dict(launch.blocks)))]
+    return AotCase(
+        op="causal_attention", kernel=kernel, signature=signature, constexprs=constexprs,
+        label=f"{name} D={D} {'tf32' if precision == 'tf32' else dtype} {blocks}",
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+        mma_rows=0 if (dtype, precision) == ("fp32", "ieee") else rows, unaligned=("T", "H"),
+    )  # fmt: skip
