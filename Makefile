@@ -12,7 +12,7 @@ TRAIN_FLAGS = $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data $(DATA)) \
 # `make sample PROMPT="ROMEO:" MODEL=runs/smoke ARGS="--temperature 0 --num-samples 3"`
 MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
 
-.PHONY: help setup setup-dev train sample demo test test-slow check fix clean
+.PHONY: help setup setup-dev train sample demo test test-slow bench bench-step profile report check fix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,6 +44,18 @@ test: setup-dev ## everything that can run on this machine
 
 test-slow: setup-dev ## longer sweeps
 	$(PY) -m pytest -m slow
+
+bench: setup-dev ## what each op and the whole step buy on this machine (OP= ARGS=)
+	$(PY) -m bench $(if $(OP),--op $(OP)) $(ARGS)
+
+bench-step: setup-dev ## the training step alone; ARGS="--against nanogpt PATH" adds nanoGPT
+	$(PY) -m bench.step $(ARGS)
+
+profile: setup ## where the time of a step goes; writes runs/profile/trace.json (ARGS=)
+	$(PY) -m bench.profile $(ARGS)
+
+report: setup ## README tables and plots from bench/results/
+	$(PY) -m bench.report $(ARGS)
 
 check: setup-dev ## ruff and pyright; edits nothing
 	$(VENV)/bin/ruff check .

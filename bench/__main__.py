@@ -27,6 +27,7 @@ def run_ops(results: record.Results, names: Sequence[str], shapes: Sequence[str]
     command = [sys.executable, "-m", "pytest", "bench/test_ops.py", "-q", "--no-header", "-p"]
     command += ["no:cacheprovider", "--benchmark-only", "--benchmark-quiet"]
     command += ["--benchmark-columns=median", "--out", str(results.path), "--seconds", str(seconds)]
+    command += ["--commit", results.data["commit"]]  # HEAD may move while this runs
     command += [f"--op={name}" for name in names] + [f"--shape={name}" for name in shapes]
     with tempfile.TemporaryDirectory() as folder:
         command += [f"--benchmark-json={os.environ.get('BENCH_JSON', folder + '/ops.json')}"]
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--op", action="append", default=[], help=f"of {', '.join(CASES)}")
     parser.add_argument("--shape", action="append", default=[], help="b<B>t<T>")
-    parser.add_argument("--seconds", type=float, default=None, help="budget per op and mode")
+    parser.add_argument("--seconds", type=float, help="budget per op and mode")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     args = parser.parse_args(argv)
     for name in args.op:
@@ -73,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.put("limits", limits)
     kind = "bf16" if cuda else "fp32"
     print(
-        f"copy {limits['copy_gbs']:,.4g} GB/s, {kind} matmul {limits['matmul_tflops']:,.3g} TFLOP/s,"
-        f" with K=768 {limits['matmul_k768_tflops']:,.3g} TFLOP/s: what the rows are held against"
+        f"copy {limits['copy_gbs']:,.4g} GB/s, {kind} matmul {limits['matmul_tflops']:,.3g} "
+        f"TFLOP/s, with K=768 {limits['matmul_k768_tflops']:,.3g}: what the rows are held against"
     )
 
     if not args.op:
@@ -86,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     heading("Each op alone")
     if not cuda:
         print(
-            "Triton has no CPU target, so `ours` is this project's plain-PyTorch op here: what\n"
-            "`--ops eager` runs. of limit: time the measured copy and matmul rates allow, over time."
+            "Triton has no CPU target, so `ours` is this project's plain-PyTorch op here, what\n"
+            "`--ops eager` runs. of limit: the time that the measured copy and matmul rates\n"
+            "allow, over the time taken."
         )
     code = run_ops(results, args.op, args.shape, args.seconds or (4.0 if cuda else 3.0))
 

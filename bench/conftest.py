@@ -14,6 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shape", action="append", default=[], help="b<B>t<T>")
     group.addoption("--provider", action="append", default=[], help="one of bench.ops.PROVIDERS")
     group.addoption("--seconds", type=float, default=4.0, help="budget of one op and mode")
+    group.addoption("--commit", help="what is measured, if not HEAD")
     group.addoption("--out", default=str(record.RESULTS), help="result file or folder")
 
 

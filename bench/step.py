@@ -6,7 +6,8 @@
     python -m bench.step --batch-sweep 4,8,16,32,64 --length-sweep 256,512,1024,2048
 
 Every contestant starts from the same weights and sees the same tokens. Its loss on the first step
-and after the warm-up must agree with eager fp32's before its speed is printed.
+and after the warm-up, and its first gradient norm, must agree with the first contestant's before
+its speed is printed.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ NUM_BATCHES = 8
 # On the loss, about 10.9 at the start: bf16 moves it by 1e-3, the padded softmax by 1e-3, and three
 # AdamW steps at full rate multiply such differences.
 FIRST_LOSS_TOLERANCE = 0.01
+# Relative, on the first step's gradient norm: at the start any weights give ln(V) as loss, so the
+# loss alone would pass a wrong backward.
+GRAD_NORM_TOLERANCE = 0.05
 WARM_LOSS_TOLERANCE = 0.1
 
 Batch = tuple[Tensor, Tensor]
@@ -74,12 +78,14 @@ class Contestant:
         loss_of: (idx, targets) -> scalar loss.
         parameters: What is clipped.
         autocast: Context of the forward.
+        grad_norm: Of the last step, before clipping.
     """
 
     loss_of: Callable[[Tensor, Tensor], Tensor]
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager[Any]]
+    grad_norm: Tensor | None = None
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
         loss = torch.zeros((), device=batches[0][0].device)
@@ -88,7 +94,7 @@ class Contestant:
                 micro = self.loss_of(idx, targets) / len(batches)
             micro.backward()
             loss += micro.detach()
-        torch.nn.utils.clip_grad_norm_(self.parameters, baseline.CLIP_NORM)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, baseline.CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
@@ -240,18 +246,21 @@ def make_batches(setup: Setup, device: torch.device) -> list[list[Batch]]:
 
 @dataclass
 class Prepared:
-    """A contestant after its warm-up."""
+    """A contestant after its warm-up; None once only its figures are needed."""
 
-    contestant: Contestant
+    contestant: Contestant | None
     first_step_s: float
     losses: list[float]
+    grad_norm: float
 
     def replay(self, batches: list[list[Batch]]) -> timing.Replay:
         turn = 0
+        contestant = self.contestant
+        assert contestant is not None
 
         def call() -> None:
             nonlocal turn
-            self.contestant.step(batches[turn % len(batches)])
+            contestant.step(batches[turn % len(batches)])
             turn += 1
 
         return timing.host_replay(call)
@@ -272,35 +281,45 @@ def prepare(
     losses = [contestant.step(batches[0])]
     _synchronize(device)
     first_step_s = time.perf_counter() - start
+    assert contestant.grad_norm is not None
+    grad_norm = contestant.grad_norm.item()
     losses += [contestant.step(batches[i % NUM_BATCHES]) for i in range(1, WARMUP_STEPS)]
-    return Prepared(contestant, first_step_s, [loss.item() for loss in losses])
+    return Prepared(contestant, first_step_s, [loss.item() for loss in losses], grad_norm)
 
 
 def event_steps(prepared: Prepared, batches: list[list[Batch]], seconds: float) -> timing.Timing:
     """Device-event times between step ends, no synchronisation in between, as training runs."""
+    contestant = prepared.contestant
+    assert contestant is not None
     probe = timing.host_replay(
-        lambda: (prepared.contestant.step(batches[0]), torch.cuda.synchronize())
+        lambda: (contestant.step(batches[0]), torch.cuda.synchronize())
     ).once()
     steps = int(min(200, max(8, seconds * 1e3 / probe)))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     marks[0].record()
     for i in range(steps):
-        prepared.contestant.step(batches[i % NUM_BATCHES])
+        contestant.step(batches[i % NUM_BATCHES])
         marks[i + 1].record()
     torch.cuda.synchronize()
     samples = tuple(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
     return timing.Timing(samples, "launches")
 
 
-def red_reason(losses: list[float], reference: list[float]) -> str | None:
-    """Why a contestant's speed must not be printed; None if its losses are right."""
+def red_reason(found: Prepared, reference: Prepared) -> str | None:
+    """Why a contestant's speed must not be printed; None if its losses and gradients are right."""
     pairs = (
-        ("first", losses[0], reference[0], FIRST_LOSS_TOLERANCE),
-        ("warm", losses[-1], reference[-1], WARM_LOSS_TOLERANCE),
+        ("first loss", found.losses[0], reference.losses[0], FIRST_LOSS_TOLERANCE),
+        ("warm loss", found.losses[-1], reference.losses[-1], WARM_LOSS_TOLERANCE),
+        (
+            "gradient norm",
+            found.grad_norm,
+            reference.grad_norm,
+            GRAD_NORM_TOLERANCE * reference.grad_norm,
+        ),
     )
     for name, ours, theirs, tolerance in pairs:
         if not abs(ours - theirs) <= tolerance:  # NaN too
-            return f"{name} loss {ours:.4f}, reference {theirs:.4f}, tolerance {tolerance}"
+            return f"{name} {ours:.4f}, reference {theirs:.4f}, tolerance {tolerance:.2g}"
     return None
 
 
@@ -324,6 +343,7 @@ def make_row(
         "tokens": setup.tokens,
         "red": red,
         "loss": prepared.losses,
+        "grad_norm": prepared.grad_norm,
         "first_step_s": prepared.first_step_s,
         "peak_gib": None if peak_bytes is None else peak_bytes / 2**30,
         "rounds": len(timed.samples_ms),
@@ -401,8 +421,9 @@ def _measure_cuda(builds, setup, device, batches, seconds) -> Iterator[dict[str,
             yield _failed_row(name, setup, "out of memory")
             continue
         state = timing.gpu_state()  # right after the work, while clocks still show it
-        reference = reference or prepared.losses
-        red = red_reason(prepared.losses, reference)
+        # The model itself must go before the next is built; its figures stay.
+        reference = reference or replace(prepared, contestant=None)
+        red = red_reason(prepared, reference)
         peak = torch.cuda.max_memory_allocated(device)
         yield make_row(name, setup, device, prepared, timed, red, peak) | {"gpu": state}
         del prepared
@@ -414,9 +435,9 @@ def _measure_cpu(builds, setup, device, batches, seconds) -> Iterator[dict[str, 
     timed = timing.interleave(
         replays, rounds=20, seconds=seconds * len(replays), warmup=0, min_rounds=3
     )
-    reference = next(iter(prepared.values())).losses
+    reference = next(iter(prepared.values()))
     for name, p in prepared.items():
-        red = red_reason(p.losses, reference)
+        red = red_reason(p, reference)
         row = make_row(name, setup, device, p, timed[name], red, None)
         if not red:
             # Medians of the ratios of neighbours, not ratios of medians.

@@ -6,7 +6,7 @@ clock that moves by exactly what was measured, so its statistics are of device t
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def results(bench_device: torch.device, bench_options: argparse.Namespace) -> record.Results:
-    results = record.Results(bench_device, Path(bench_options.out))
+    results = record.Results(bench_device, Path(bench_options.out), bench_options.commit)
     results.put("limits", timing.limits(bench_device))
     return results
 
@@ -61,7 +61,7 @@ def results(bench_device: torch.device, bench_options: argparse.Namespace) -> re
 @pytest.fixture(scope="session")
 def measured(
     bench_device: torch.device, bench_options: argparse.Namespace, results: record.Results
-) -> Iterator[Any]:
+) -> Callable[..., Any]:
     @cache
     def measure(op: str, shape: Shape, mode: str) -> Any:
         rows, timed = ops.measure(
@@ -77,7 +77,7 @@ def measured(
             results.add("ops", row)
         return {row["provider"]: row for row in rows}, timed
 
-    yield measure
+    return measure
 
 
 @pytest.mark.benchmark(timer=CLOCK)
