@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from itertools import pairwise
 from math import log
 from pathlib import Path
 
@@ -110,9 +111,10 @@ def test_offline_text_is_english_and_large_enough(monkeypatch: pytest.MonkeyPatc
 
 
 def test_tiny_shakespeare_token_count() -> None:
-    found = next((p for p in (Path(__file__).parents[1] / "input.txt",
-                              Path(__file__).parents[1] / ".cache" / "tinyshakespeare.txt")
-                  if p.is_file() and data._hash_file(p) == data.SHAKESPEARE_SHA256), None)  # fmt: skip
+    root = Path(__file__).parents[1]
+    places = [root / "input.txt", root / ".cache" / "tinyshakespeare.txt"]
+    known = (p for p in places if p.is_file() and data._hash_file(p) == data.SHAKESPEARE_SHA256)
+    found = next(known, None)
     if found is None:
         pytest.skip("tiny Shakespeare is not on this machine (make train downloads it)")
     corpus = load_corpus([found])
@@ -261,7 +263,7 @@ def test_ngram_losses_against_counting_by_hand() -> None:
     rng = np.random.default_rng(0)
     V = 7
     train, val = rng.integers(0, V - 1, 300), rng.integers(0, V, 100)  # val has an unseen token
-    ones, pairs = Counter(train.tolist()), Counter(zip(train[:-1], train[1:], strict=True))
+    ones, pairs = Counter(train.tolist()), Counter(pairwise(train))
     follows = Counter(train[:-1].tolist())
 
     def unigram(b: int) -> float:
@@ -278,6 +280,6 @@ def test_ngram_losses_against_counting_by_hand() -> None:
         assert abs(sum(bigram(a, b) for b in range(V)) - 1) < 1e-12
     expected = {
         "unigram": -sum(log(unigram(b)) for b in val[1:]) / 99,
-        "bigram": -sum(log(bigram(a, b)) for a, b in zip(val[:-1], val[1:], strict=True)) / 99,
+        "bigram": -sum(log(bigram(a, b)) for a, b in pairwise(val)) / 99,
     }
     assert ngram_losses(train, val, V) == pytest.approx(expected)
