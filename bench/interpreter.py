@@ -377,8 +377,14 @@ _installed = False
 
 
 def install() -> None:
-    """Apply all of it to this process; a second call does nothing."""
+    """Apply all of it to this process; a second call does nothing.
+
+    Raises:
+        RuntimeError: triton was imported without TRITON_INTERPRET=1, so nothing is interpreted.
+    """
     global _installed
+    if not isinstance(tl.sum, triton_interpreter.InterpretedFunction):
+        raise RuntimeError("interpreter: TRITON_INTERPRET=1 must be set before triton is imported")
     if not _installed:
         _installed = True
         _install_bf16()

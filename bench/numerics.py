@@ -1,7 +1,18 @@
-"""Error of our ops and of plain PyTorch against float64, per dtype, output and gradient."""
+"""Error of our ops and of plain PyTorch against float64, per dtype, output and gradient.
 
-from collections.abc import Callable, Mapping
+    python -m bench.numerics
+    python -m bench.numerics --op gelu_mlp --dtype bf16
+
+Runs on the GPU if there is one and in the interpreter if not. The exit status is 1 if a result
+breaks the rule of `compare`, which the tests apply as well.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -124,3 +135,74 @@ def compare(
             )
         )
     return comparisons
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# (B, T, C, H, V): tiles filled, nothing a multiple of anything, and one token.
+SHAPES = ((2, 64, 64, 2, 256), (3, 17, 96, 3, 97), (1, 1, 32, 1, 64))
+# Gradients that are sums over rows.
+REDUCED = ("dweight", "dbias", "dw_fc", "db_fc", "dw_proj", "db_proj")
+
+
+def check_op(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+    """Comparisons of one op on inputs of `bench.cases`, against `bench.baseline` in float64."""
+    from bench import baseline, cases
+    from kernels import EAGER, TRITON
+
+    size = cases.Shape(*shape)
+    inputs = cases.make_inputs(cases.find_case(op), size, dtype, device)
+    tensors = {name: v for name, v in inputs.items() if isinstance(v, Tensor)}
+    rest = {name: v for name, v in inputs.items() if name not in tensors}
+    double = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+
+    def results(fn: Callable[..., Tensor], args: Mapping[str, Tensor]) -> Values:
+        return values_and_grads(partial(fn, **rest), args, douts)
+
+    with torch.no_grad():
+        outputs = getattr(EAGER, op)(**inputs)
+    # Made in the dtype of the case and widened for the oracle: all three see the same numbers.
+    douts = default_douts(outputs if isinstance(outputs, tuple) else (outputs,))
+    ours, eager = results(getattr(TRITON, op), tensors), results(getattr(EAGER, op), tensors)
+    douts = tuple(d.double() for d in douts)
+    exact = results(baseline.OPS[op], double)
+    return compare(ours, eager, exact, reduced=REDUCED, rows=size.M)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.numerics", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--op", action="append", help="default: all")
+    parser.add_argument("--dtype", action="append", choices=[*DTYPES], help="default: all")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, below
+        from bench import interpreter
+
+        interpreter.install()
+    from bench import cases
+
+    print(f"{'op':<21}{'B x T x C':<14}{'dtype':<6}{'result':<10}"
+          f"{'ours':>10}{'eager':>10}{'budget':>10}{'of budget':>11}")  # fmt: skip
+    failed = total = 0
+    for op in args.op or cases.CASES:
+        for shape in SHAPES:
+            for name in args.dtype or DTYPES:
+                for c in check_op(op, shape, DTYPES[name], device):
+                    size = " x ".join(map(str, shape[:3]))
+                    share = c.ours / c.budget if c.budget else 0.0
+                    print(f"{op:<21}{size:<14}{name:<6}{c.name:<10}{c.ours:>10.2e}{c.eager:>10.2e}"
+                          f"{c.budget:>10.2e}{share:>11.0%}{'' if c.holds else '  OVER'}",
+                          flush=True)  # fmt: skip
+                    total, failed = total + 1, failed + (not c.holds)
+    where = "the interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    print(f"numerics: {total} results in {where}, {failed} over twice eager's error")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""Three faults in every kernel, one at a time, in a copy of the project: each must be noticed.
+
+    python -m tests.mutants
+    python -m tests.mutants --op gelu_mlp
+
+The faults are a mask dropped, a row missed and a scale got wrong. A mutant is killed when the quick
+tests of its op turn red; unmutated they must be green. The exit status is 1 if a mutant survives
+and 2 if the text it replaces is not there any more.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("kernels", "bench", "model", "tests", "pyproject.toml")
+TIMEOUT_S = 600
+
+TESTS = {
+    "layer_norm": ("tests/test_layer_norm.py", "tests/test_add_layer_norm.py"),
+    "gelu_mlp": ("tests/test_gelu_mlp.py",),
+    "causal_attention": ("tests/test_causal_attention.py",),
+    "linear_cross_entropy": ("tests/test_linear_cross_entropy.py",),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` becomes `new` in the body of one function of kernels/<op>.py, where it stands once."""
+
+    op: str
+    function: str
+    fault: str
+    old: str
+    new: str
+
+    @property
+    def file(self) -> str:
+        return f"kernels/{self.op}.py"
+
+    def apply(self, source: str) -> str:
+        """The mutated file.
+
+        Raises:
+            ValueError: the function is gone, or `old` does not stand in it exactly once.
+        """
+        start = source.find(f"\ndef {self.function}(")
+        if start < 0:
+            raise ValueError(f"{self.file}: no function {self.function}")
+        following = re.compile(r"\n(?=\S)").search(source, source.index("\n):", start) + 3)
+        end = following.start() if following else len(source)
+        body = source[start:end]
+        if body.count(self.old) != 1:
+            raise ValueError(
+                f"{self.file}: {self.function} must hold {self.old!r} once, "
+                f"holds it {body.count(self.old)} times"
+            )
+        return source[:start] + body.replace(self.old, self.new) + source[end:]
+
+
+_LN, _MLP, _ATTENTION, _LCE = TESTS
+
+MUTANTS = (
+    Mutant(_LN, "_layer_norm_fwd_kernel", "mask",
+           "(tl.where(mask, h[i] - mean, 0.0),)", "(h[i] - mean,)"),
+    Mutant(_LN, "_layer_norm_fwd_kernel", "row",
+           "tl.store(stats_ptr + 2 * M + rows, rstd, mask=rows < M)",
+           "tl.store(stats_ptr + 2 * M + rows, rstd, mask=rows < M - 1)"),
+    Mutant(_LN, "_layer_norm_fwd_kernel", "scale", "/ C + eps)", "/ (C + 1) + eps)"),
+    Mutant(_LN, "_layer_norm_bwd_kernel", "mask",
+           "tl.sum(dweight[i], axis=0), mask=cols < C)", "tl.sum(dweight[i], axis=0))"),
+    Mutant(_LN, "_layer_norm_bwd_kernel", "row",
+           "range(pid * ROWS, M, num_programs * ROWS)",
+           "range(pid * ROWS, M - 1, num_programs * ROWS)"),
+    Mutant(_LN, "_layer_norm_bwd_kernel", "scale",
+           "mean_gx = tl.sum(sum_gx, axis=1, keep_dims=True) / C",
+           "mean_gx = tl.sum(sum_gx, axis=1, keep_dims=True) / (C + 1)"),
+    Mutant(_LN, "_sum_partials_kernel", "mask",
+           "mask=(rows < P) & (cols < C)[None, :]", "mask=(cols < C)[None, :]"),
+    Mutant(_LN, "_sum_partials_kernel", "row", "(rows < P)", "(rows < P - 1)"),
+    Mutant(_LN, "_sum_partials_kernel", "scale",
+           "total = tl.sum(acc, axis=0)", "total = 0.99 * tl.sum(acc, axis=0)"),
+
+    Mutant(_MLP, "_up_half", "mask",
+           "(rows[:, None] < num_rows) & (cols[None, :] < num_cols)", "rows[:, None] < num_rows"),
+    Mutant(_MLP, "_up_half", "row", "rows[:, None] < num_rows", "rows[:, None] < num_rows - 1"),
+    Mutant(_MLP, "_gelu", "scale", "g * (e * s)", "g * (0.99 * e * s)"),
+    Mutant(_MLP, "_down_half", "mask", "sums, mask=cols < num_cols)", "sums)"),
+    Mutant(_MLP, "_down_half", "row",
+           "mask = (rows[:, None] < num_rows)", "mask = (rows[:, None] < num_rows - 1)"),
+    Mutant(_MLP, "_down_half", "scale", "dh = dg * ", "dh = 0.99 * dg * "),
+
+    Mutant(_ATTENTION, "_attend", "mask", "rows[:, None] >= cols[None, :]", "cols[None, :] < T"),
+    Mutant(_ATTENTION, "_attention_fwd_kernel", "row",
+           "y.to(y_ptr.dtype.element_ty), mask=(rows < T)[:, None])",
+           "y.to(y_ptr.dtype.element_ty), mask=(rows < T - 1)[:, None])"),
+    Mutant(_ATTENTION, "_attention_fwd_kernel", "scale", "scale * LOG2_E", "scale * 1.43"),
+    Mutant(_ATTENTION, "_dq_step", "mask", "rows[:, None] >= cols[None, :]", "cols[None, :] < T"),
+    Mutant(_ATTENTION, "_attention_dq_kernel", "row",
+           "range(0, first, BLOCK_N)", "range(BLOCK_N, first, BLOCK_N)"),
+    Mutant(_ATTENTION, "_attention_dq_kernel", "scale", "(dq * scale)", "(dq * scale * 0.99)"),
+    Mutant(_ATTENTION, "_dkdv_step", "mask", "rows[None, :] >= cols[:, None]", "rows[None, :] < T"),
+    Mutant(_ATTENTION, "_attention_dkdv_kernel", "row",
+           "range(full, cut, BLOCK_M)", "range(full + BLOCK_M, cut, BLOCK_M)"),
+    Mutant(_ATTENTION, "_attention_dkdv_kernel", "scale", "(dk * scale)", "(dk * scale * 0.99)"),
+    Mutant(_ATTENTION, "_attention_short_fwd_kernel", "mask",
+           "rows[:, None] >= rows[None, :]", "rows[None, :] < T"),
+    Mutant(_ATTENTION, "_attention_short_fwd_kernel", "row",
+           "lse, mask=rows < T)", "lse, mask=rows < T - 1)"),
+    Mutant(_ATTENTION, "_attention_short_fwd_kernel", "scale",
+           "(scale * LOG2_E)", "(scale * 1.43)"),
+    Mutant(_ATTENTION, "_attention_short_bwd_kernel", "mask",
+           "rows[None, :] >= rows[:, None]", "rows[None, :] < T"),
+    Mutant(_ATTENTION, "_attention_short_bwd_kernel", "row",
+           "tl.store(dq_ptrs, dq.to(dqkv_ptr.dtype.element_ty), mask=mask)",
+           "tl.store(dq_ptrs, dq.to(dqkv_ptr.dtype.element_ty), mask=mask & (rows[:, None] > 0))"),
+    Mutant(_ATTENTION, "_attention_short_bwd_kernel", "scale",
+           "tl.dot(ds.to(k.dtype), k, input_precision=INPUT_PRECISION) * scale",
+           "tl.dot(ds.to(k.dtype), k, input_precision=INPUT_PRECISION) * scale * 0.99"),
+
+    Mutant(_LCE, "_logits_half", "mask",
+           'tl.where(cols[None, :] < num_cols, z, float("-inf"))', "z + 0.0"),
+    Mutant(_LCE, "_logits_half", "row", "inside = rows < num_rows", "inside = rows < num_rows - 1"),
+    Mutant(_LCE, "_logits_half", "scale",
+           "tl.sum(tl.exp2((z - z_max[:, None]) * LOG2E)",
+           "tl.sum(tl.exp2((z - z_max[:, None]) * 1.43)"),
+    Mutant(_LCE, "_linear_cross_entropy_rows_kernel", "mask",
+           "mask = (slots[:, None] < S) & inside[None, :]",
+           "mask = (slots[:, None] >= 0) & inside[None, :]"),
+    Mutant(_LCE, "_linear_cross_entropy_rows_kernel", "row",
+           "tl.where(counted, loss, 0.0), mask=inside)",
+           "tl.where(counted, loss, 0.0), mask=rows < M - 1)"),
+    Mutant(_LCE, "_linear_cross_entropy_rows_kernel", "scale",
+           "1.0 / tl.where(inside, stored, 1.0)", "0.99 / tl.where(inside, stored, 1.0)"),
+    Mutant(_LCE, "_linear_cross_entropy_dlogits_kernel", "mask",
+           "mask=inside & (cols[None, :] < Vp))", "mask=inside)"),
+    Mutant(_LCE, "_linear_cross_entropy_dlogits_kernel", "row",
+           "inside = rows[:, None] < M", "inside = rows[:, None] < M - 1"),
+    Mutant(_LCE, "_linear_cross_entropy_dlogits_kernel", "scale",
+           "* row_scale[:, None]", "* row_scale[:, None] * 0.99"),
+    Mutant(_LCE, "_linear_cross_entropy_mean_kernel", "mask",
+           "(mask & (targets != ignore_index))", "(targets != ignore_index)"),
+    Mutant(_LCE, "_linear_cross_entropy_mean_kernel", "row",
+           "mask = rows < M", "mask = rows < M - 1"),
+    Mutant(_LCE, "_linear_cross_entropy_mean_kernel", "scale",
+           "tl.sum(total, axis=0) / tl.maximum(N, 1)",
+           "tl.sum(total, axis=0) / tl.maximum(N + 1, 1)"),
+    Mutant(_LCE, "_linear_cross_entropy_scale_kernel", "mask",
+           "(grad * scale).to(out_ptr.dtype.element_ty), mask=mask)",
+           "(grad * scale).to(out_ptr.dtype.element_ty))"),
+    Mutant(_LCE, "_linear_cross_entropy_scale_kernel", "row",
+           "mask = offs < numel", "mask = offs < numel - 1"),
+    Mutant(_LCE, "_linear_cross_entropy_scale_kernel", "scale",
+           "tl.load(dloss_ptr) * tl.load(inv_count_ptr)", "tl.load(inv_count_ptr)"),
+)  # fmt: skip
+
+
+def run_tests(copy: Path, op: str) -> tuple[int, str]:
+    """Exit status of an op's quick tests, and the first test that failed."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+             "-m", "not slow", *TESTS[op]],
+            cwd=copy, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True, text=True, timeout=TIMEOUT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return 124, f"no answer in {TIMEOUT_S} s"
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?(?:::)?(\S+)", done.stdout, re.MULTILINE)
+    return done.returncode, failed[1].split("::")[-1] if failed else ""
+
+
+def make_copy(folder: Path) -> Path:
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", "results")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def judge(mutants: Sequence[Mutant], workers: int) -> int:
+    """Run all of them, `workers` at a time; returns how many are not killed, red baselines included."""
+    trials: list[tuple[str, Mutant | None]] = [(op, None) for op in {m.op: None for m in mutants}]
+    trials += [(m.op, m) for m in mutants]
+    failures = 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for worker in range(workers):
+            copies.put(make_copy(Path(folder, str(worker))))
+
+        def trial(op: str, mutant: Mutant | None) -> tuple[bool, str]:
+            copy, begun = copies.get(), time.monotonic()
+            try:
+                if mutant is None:
+                    status, test = run_tests(copy, op)
+                    held, verdict = status == 0, "green" if status == 0 else f"RED: {test}"
+                else:
+                    path = copy / mutant.file
+                    source = path.read_text()
+                    path.write_text(mutant.apply(source))
+                    try:
+                        status, test = run_tests(copy, op)
+                    finally:
+                        path.write_text(source)
+                    # Only a failing test counts: 2 to 5 say that pytest itself could not run.
+                    held = status == 1
+                    verdict = f"killed by {test}" if held else f"SURVIVED (pytest exit {status})"
+            finally:
+                copies.put(copy)
+            what = f"{mutant.function:<40}{mutant.fault:<7}" if mutant else f"{'-':<40}{'none':<7}"
+            return held, f"{op:<21}{what}{time.monotonic() - begun:>6.0f} s  {verdict}"
+
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            for held, line in pool.map(lambda t: trial(*t), trials):
+                print(line, flush=True)
+                failures += not held
+    return failures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--op", action="append", choices=[*TESTS], help="default: all")
+    parser.add_argument("--workers", type=int, default=2, help="test runs at a time (default: 2)")
+    args = parser.parse_args(argv)
+    mutants = [m for m in MUTANTS if m.op in (args.op or TESTS)]
+    for mutant in mutants:
+        try:
+            mutant.apply((ROOT / mutant.file).read_text())
+        except ValueError as error:
+            print(f"mutants: {error}")
+            return 2
+    failures = judge(mutants, args.workers)
+    print(f"mutants: {len(mutants)} tried, {failures} trials not as they must be")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
