@@ -12,7 +12,7 @@ TRAIN_FLAGS = $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data $(DATA)) \
 # `make sample PROMPT="ROMEO:" MODEL=runs/smoke ARGS="--temperature 0 --num-samples 3"`
 MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
 
-.PHONY: help setup setup-dev train sample demo test test-slow bench bench-step profile report check fix clean
+.PHONY: help setup setup-dev train sample demo test test-slow bench bench-step profile report numerics resources mutants check fix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -56,6 +56,15 @@ profile: setup ## where the time of a step goes; writes runs/profile/trace.json 
 
 report: setup ## README tables and plots from bench/results/
 	$(PY) -m bench.report $(ARGS)
+
+numerics: setup-dev ## error of our ops and of plain PyTorch against float64 (OP= ARGS=)
+	$(PY) -m bench.numerics $(if $(OP),--op $(OP)) $(ARGS)
+
+resources: setup-dev ## compile every kernel for every arch, no GPU needed (OP= ARGS=)
+	env -u TRITON_INTERPRET $(PY) -m bench.resources $(if $(OP),--op $(OP)) $(ARGS)
+
+mutants: setup-dev ## plant faults in the kernels; the tests must notice (OP= ARGS=)
+	$(PY) -m tests.mutants $(if $(OP),--op $(OP)) $(ARGS)
 
 check: setup-dev ## ruff and pyright; edits nothing
 	$(VENV)/bin/ruff check .

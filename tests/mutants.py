@@ -191,7 +191,7 @@ def make_copy(folder: Path) -> Path:
 
 
 def judge(mutants: Sequence[Mutant], workers: int) -> int:
-    """Run all of them, `workers` at a time; returns how many are not killed, red baselines included."""
+    """Run all of them, `workers` at a time; returns how many end wrongly, red baselines too."""
     trials: list[tuple[str, Mutant | None]] = [(op, None) for op in {m.op: None for m in mutants}]
     trials += [(m.op, m) for m in mutants]
     failures = 0
