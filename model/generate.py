@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ from model.gpt import GPT, Block
 
 if TYPE_CHECKING:
     import tiktoken
+
+MAX_TURNED_BYTES = 4 << 30  # second copies of a model's weights; fp32 774M needs 2.4 GB
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,18 @@ class Decoder:
         self.num_steps = 0
         self.fresh = [*range(len(prompts))]  # rows whose keys are not in the cache
         self.cache: Tensor | None = None
+        self.turned = _turned_weights(model) if use_cache and self._one_row_on_cpu() else {}
         self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _one_row_on_cpu(self) -> bool:
+        return self.device.type == "cpu" and len(self.contexts) == 1
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias, from a turned copy of the weight where there is one."""
+        turned = self.turned.get(weight)
+        if turned is None:
+            return F.linear(x, weight, bias)
+        return x @ turned if bias is None else torch.addmm(bias, x, turned)
 
     @torch.inference_mode()
     def step(self) -> list[int]:
@@ -292,18 +306,20 @@ class Decoder:
             residual = residual.to(model.residual_dtype)
         for layer, block in enumerate(self.blocks):
             y = _norm(residual, block.ln_1)
-            qkv = block.attn.c_attn(y).view(R, 3, config.n_head, config.head_dim)
+            qkv = self._linear(y, block.attn.c_attn.weight, block.attn.c_attn.bias)
+            qkv = qkv.view(R, 3, config.n_head, config.head_dim)
             keys, values = self.cache[layer].unbind(0)  # (R, H, window, D)
             keys[rows, :, positions] = qkv[:, 1]
             values[rows, :, positions] = qkv[:, 2]
             attended = F.scaled_dot_product_attention(
                 qkv[:, 0].unsqueeze(2), keys[:, :, :span], values[:, :, :span], attn_mask=mask
             )
-            residual = residual + block.attn.c_proj(attended.reshape(R, C))
-            y = F.gelu(block.mlp.c_fc(_norm(residual, block.ln_2)), approximate="tanh")
-            residual = residual + block.mlp.c_proj(y)
+            proj, fc = block.attn.c_proj, block.mlp.c_fc
+            residual = residual + self._linear(attended.reshape(R, C), proj.weight, proj.bias)
+            y = self._linear(_norm(residual, block.ln_2), fc.weight, fc.bias)
+            residual = residual + block.mlp.c_proj(F.gelu(y, approximate="tanh"))
         y = _norm(residual, model.transformer.ln_f)
-        return F.linear(y, model.transformer.wte.weight[: config.vocab_size])
+        return self._linear(y, model.transformer.wte.weight)[:, : config.vocab_size]
 
     def _replay(self, tokens: list[int], positions: list[int]) -> Tensor:
         """`_decode_step` over the whole window as a CUDA graph, captured at the first call."""
@@ -324,6 +340,31 @@ class Decoder:
         self.inputs.copy_(state)
         self.graph.replay()
         return self.outputs
+
+
+_turned: "WeakKeyDictionary[GPT, tuple[list[tuple[int, int]], dict[Tensor, Tensor]]]"
+_turned = WeakKeyDictionary()
+
+
+def _turned_weights(model: GPT) -> dict[Tensor, Tensor]:
+    """(in, out) copies of the weights that a CPU multiplies faster by a single row that way.
+
+    MKL splits a row-times-matrix product over the output columns, which an (out, in) weight
+    stores far apart; narrowing products (mlp.c_proj) are the other way round. Kept per model, and
+    made again when training has changed a weight.
+    """
+    blocks = cast(list[Block], [*model.transformer.h])
+    weights: list[Tensor] = [model.transformer.wte.weight]
+    for block in blocks:
+        weights += [block.attn.c_attn.weight, block.attn.c_proj.weight, block.mlp.c_fc.weight]
+    versions = [(w.data_ptr(), w._version) for w in weights]
+    if sum(w.nbytes for w in weights) > MAX_TURNED_BYTES:
+        return {}
+    known = _turned.get(model)
+    if known is None or known[0] != versions:
+        known = (versions, {w: w.detach().t().contiguous() for w in weights})
+        _turned[model] = known
+    return known[1]
 
 
 def _norm(x: Tensor, norm: torch.nn.LayerNorm) -> Tensor:

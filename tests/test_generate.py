@@ -129,6 +129,19 @@ def test_default_window_is_the_trained_context():
     assert generate_tokens(model, [prompt], GREEDY) != [plain_greedy(model, prompt, 200, 64)]
 
 
+def test_copies_of_weights_follow_training():
+    """One row on the CPU decodes from turned copies; they must not outlive an optimizer step."""
+    model, prompt = random_model(), [5, 90, 3]
+    before = generate_tokens(model, [prompt], GREEDY)
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight.mul_(-1)  # type: ignore[union-attr]
+    after = generate_tokens(model, [prompt], GREEDY)
+    assert after == [plain_greedy(model, prompt, 200, 64)]
+    assert after != before
+    model.double()
+    assert generate_tokens(model, [prompt], GREEDY) == [plain_greedy(model, prompt, 200, 64)]
+
+
 def test_stop_token_ends_a_row_and_mode_is_restored(model: GPT):
     free = generate_tokens(model, [[5, 90, 3], [2]], GREEDY)
     stop = free[0][7]
@@ -205,6 +218,10 @@ def test_sample_at_the_ends():
         assert sample(logits, almost_one, sampling).item() != 2
         assert sample(logits, torch.zeros(1, dtype=torch.float64), sampling).item() in (0, 1)
     assert sample(logits, almost_one, Sampling(temperature=0.0)).item() == 1
+    # u * total may round up to total; a draw of 1, which the generator never makes, stands for it.
+    one = torch.ones(1, dtype=torch.float64)
+    assert sample(logits, one, Sampling(top_k=3)).item() == 0
+    assert sample(logits, one, Sampling()).item() == 3
     # A tiny temperature is greedy in the limit, not NaN.
     assert sample(logits, almost_one, Sampling(temperature=1e-6)).item() == 1
 

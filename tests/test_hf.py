@@ -20,6 +20,7 @@ SIZES = ("124m", "350m", "774m", "1558m")
 TRANSFORMERS_SIDE = """
 import json, sys
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 request = json.load(sys.stdin)
@@ -43,9 +44,11 @@ for folder, dtype in request["load"]:
     del model
 for folder, texts in request["tokenizer"]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    file = Tokenizer.from_file(folder + "/tokenizer.json")  # which AutoTokenizer half overrides
     answer["tokenizer"][folder] = {
         "class": type(tokenizer).__name__,
         "ids": [tokenizer(text)["input_ids"] for text in texts],
+        "file_ids": [file.encode(text).ids for text in texts],
         "decoded": [tokenizer.decode(tokenizer(text)["input_ids"]) for text in texts],
         "eos": tokenizer.eos_token_id,
         "model_max_length": tokenizer.model_max_length,
@@ -209,6 +212,7 @@ def test_tokenizer_files_agree_with_tiktoken(exchange: Exchange):
     answer = exchange.answer["tokenizer"][str(exchange.folders["full-vocab"])]
     encoding = get_encoding()
     assert answer["ids"] == [encoding.encode_ordinary(text) for text in TEXTS]
+    assert answer["file_ids"] == answer["ids"]
     assert answer["decoded"] == TEXTS
     assert answer["eos"] == 50256
     assert answer["model_max_length"] == 16
