@@ -33,6 +33,7 @@ from training.report import (
     verdicts,
 )
 
+TITLE = "GPT-2, trained here"
 MAX_PROMPT_CHARS = 4000
 MAX_NEW_TOKENS = 500
 MAX_SAMPLES = 4
@@ -53,7 +54,8 @@ CSS = """
 .texts .prompt{opacity:.65}
 .texts mark{background:#ffd8a8;color:#1b1f24}
 .status{min-height:1.5em;opacity:.8}
-.run table{border-collapse:collapse;font-size:.9em}.run td{padding:1px 10px 1px 0;border:0}
+.run table,.run tr,.run td{border:0!important;background:none!important}
+.run table{font-size:.9em}.run td{padding:1px 10px 1px 0!important}
 .run p.warning{background:#fff1d6;color:#1b1f24;border-left:4px solid #d98a00;padding:6px 10px}
 .run p.note{background:#e9f3ec;color:#1b1f24;border-left:4px solid #3a8f57;padding:6px 10px}
 .run svg{width:100%;height:auto;background:#fff}
@@ -64,7 +66,8 @@ CSS = """
 """
 # Panel rows of training.report.facts, the ones that help a visitor.
 PANEL = (
-    "recipe", "model", "training text", "tokens seen", "epochs (times the text was read)",
+    "recipe", "model", "training text", "training tokens", "tokens seen",
+    "epochs (times the text was read)",
     "trained context", "training loss, last 5% of steps", "validation loss",
     "bits per byte, held-out text", "time in all, start-up included", "device",
 )  # fmt: skip
@@ -140,7 +143,7 @@ def panel_html(models: Models) -> str:
         f'<p class="{kind}">{html.escape(line)}</p>' for kind, line in verdicts(run, None)
     )
     curve = loss_curve(run) if run.steps else ""
-    return f'<div class="run">{lines}<table>{rows}</table>{curve}</div>'
+    return f'<div class="run">{lines}{curve}<table>{rows}</table></div>'
 
 
 def texts_html(
@@ -250,8 +253,8 @@ def generate(
 def build(models: Models) -> gr.Blocks:
     """The page."""
     # analytics_enabled=False: otherwise the server calls two hosts at start.
-    with gr.Blocks(title="GPT-2, trained here", analytics_enabled=False) as page:
-        gr.Markdown("# GPT-2, trained here\nText of a model trained with this repository.")
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown(f"# {TITLE}\nText of a model trained with this repository.")
         with gr.Row():
             with gr.Column(scale=3):
                 prompt = gr.Textbox(
@@ -272,13 +275,11 @@ def build(models: Models) -> gr.Blocks:
                 )
             with gr.Column(scale=2):
                 temperature = gr.Slider(
-                    0, 2, 0.8, step=0.05, label="Temperature", info="0: most likely token",
+                    0, 2, 0.8, step=0.05, label="Temperature (0: most likely token)",
                     elem_id="temperature",
                 )  # fmt: skip
-                top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: off", elem_id="top-k")
-                top_p = gr.Slider(
-                    0.05, 1, 1, step=0.05, label="Top-p", info="1: off", elem_id="top-p"
-                )
+                top_k = gr.Slider(0, 200, 0, step=1, label="Top-k (0: off)", elem_id="top-k")
+                top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p (1: off)", elem_id="top-p")
                 max_new_tokens = gr.Slider(
                     1, MAX_NEW_TOKENS, 200, step=1, label="Max length, tokens", elem_id="length"
                 )

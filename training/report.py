@@ -293,7 +293,8 @@ def facts(run: Run, corpus_bytes: int) -> list[tuple[str, str]]:
         ("recipe", run.recipe_name or "n/a"),
         ("model", f"{run.config.get('recipe', {}).get('model', 'n/a')}, "
                   f"{_number(parameters)} parameters"),
-        ("training text", f"{_number(corpus_bytes or None)} bytes, {_number(tokens)} tokens"),
+        ("training text", _number(corpus_bytes or None, ",.0f", " bytes")),
+        ("training tokens", _number(tokens)),
         ("tokens seen", _number(s.get("tokens_seen"))),
         ("epochs (times the text was read)", _number(s.get("epochs"), ".2f")),
         ("steps", _number(s.get("final_step", len(run.steps) or None))),
