@@ -5,6 +5,7 @@ python train.py --preset smoke --data my.txt     seconds, to try a flag
 python train.py --preset shakespeare-124m        GPT-2 124M until it knows its text by heart
 """
 
+import contextlib
 import math
 import shutil
 import sys
@@ -23,14 +24,18 @@ from model import GPT
 from model.flops import mfu
 from model.generate import Sampling, generate_text
 from model.tokenizer import decode, get_encoding
-from training import metrics
+from training import checkpoint, metrics, resume
 from training.baselines import ngram_losses
+from training.checkpoint import Checkpoint, CheckpointError
 from training.data import DataLoaderLite, Prefetcher, load_corpus
 from training.evaluate import evaluate_tokens
+from training.guard import Guard, GuardConfig
 from training.metrics import RunLog
 from training.optim import configure_adamw
 from training.plan import Plan, detect, make_plan
 from training.recipes import PUBLISHED_LOSS, Recipe, find_preset
+from training.resume import Progress
+from training.signals import EXIT_RESUMABLE, StopRequest
 
 NUM_SAMPLES = 4
 PROMPT_TOKENS = 8
@@ -64,23 +69,54 @@ class Config:
     """torch.compile the model, or do not. Default: where it can and where it pays."""
     eval_every: int = -1
     """Steps between evaluations; 0 is only at the end, -1 ten times a run but not under 100."""
-    save_every: int = 0
-    """Steps between saved weights; 0 is only at the end."""
+    save_every: int = -1
+    """Steps between checkpoints; 0 is only at the end, -1 four times a run."""
+    keep_last: int = 2
+    """Checkpoints to keep, beside the one with the best validation loss."""
+    resume: str = "auto"
+    """auto goes on from the newest good checkpoint of the run folder and starts afresh where there
+    is none; never starts afresh; else the path of a checkpoint or a run folder."""
+    override: bool = False
+    """Resume although the recipe or the data is not the one that was saved."""
     log_every: int = 0
     """Steps between printed lines; 0 is about a hundred lines a run."""
     tensorboard: bool = False
     """Also write TensorBoard events; needs the tensorboard package."""
 
     def __post_init__(self) -> None:
-        for name, least in (("eval_every", -1), ("save_every", 0), ("log_every", 0)):
+        for name, least in (
+            ("eval_every", -1),
+            ("save_every", -1),
+            ("log_every", 0),
+            ("keep_last", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"config: {name} must be at least {least}, got {getattr(self, name)}"
                 )
 
-    def due(self, every: int, step: int) -> bool:
-        """Whether something done every so many steps is done before `step`."""
-        return every > 0 and step > 0 and step % every == 0
+    @property
+    def eval_interval(self) -> int:
+        tenth = max(100, math.ceil(self.recipe.max_steps / 10))
+        return self.eval_every if self.eval_every >= 0 else tenth
+
+    @property
+    def save_interval(self) -> int:
+        return self.save_every if self.save_every >= 0 else math.ceil(self.recipe.max_steps / 4)
+
+    def evaluates_before(self, step: int) -> bool:
+        return _due(self.eval_interval, step) and self.recipe.val_fraction > 0
+
+    def saves_before(self, step: int) -> bool:
+        return _due(self.save_interval, step)
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the message says why and what may help."""
 
 
 @dataclass
@@ -93,6 +129,8 @@ class Run:
     train_tokens: np.ndarray
     val_tokens: np.ndarray
     corpus: dict[str, Any]
+    saved: Checkpoint | None
+    """Checkpoint to go on from; None starts afresh."""
 
 
 def prepare(cfg: Config) -> Run:
@@ -116,12 +154,21 @@ def prepare(cfg: Config) -> Run:
     facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(train_tokens),
              "val_tokens": len(val_tokens)}  # fmt: skip
     out = open_run_folder(cfg)
-    return Run(cfg, plan, out, train_tokens, val_tokens, facts)
+    found = resume.find(cfg.resume, out, print)
+    if found is not None:
+        notes = resume.check_recipe(found[1], recipe, corpus.sha256, cfg.override)
+        print(f"resume: {found[0]}, {found[1].step} steps done", *notes,
+              *resume.check_plan(found[1], plan), sep="\n")  # fmt: skip
+    return Run(cfg, plan, out, train_tokens, val_tokens, facts, found and found[1])
 
 
-def data_loader(recipe: Recipe, plan: Plan, tokens: np.ndarray) -> DataLoaderLite:
+def data_loader(
+    recipe: Recipe, plan: Plan, tokens: np.ndarray, progress: Progress | None = None
+) -> DataLoaderLite:
+    progress = progress or Progress()
     return DataLoaderLite(tokens, plan.micro_batch_size, recipe.block_size, recipe.order,
-                          recipe.seed, wrap_rows=recipe.batch_size)  # fmt: skip
+                          recipe.seed, wrap_rows=recipe.batch_size, position=progress.position,
+                          skips=progress.skips)  # fmt: skip
 
 
 def open_run_folder(cfg: Config) -> Path:
@@ -154,8 +201,8 @@ def abstract_model(recipe: Recipe) -> GPT:
         return GPT(recipe.model_config)
 
 
-def train(run: Run) -> dict[str, Any]:
-    """Train, evaluate, sample, save. Returns what summary.json holds."""
+def train(run: Run, stop: StopRequest) -> int:
+    """Train, evaluate, sample, save. Returns the exit code."""
     cfg, plan, out, recipe = run.cfg, run.plan, run.out, run.cfg.recipe
     start_numerics(plan, recipe.seed)
     model = GPT(recipe.model_config, plan.op_set)
@@ -163,37 +210,54 @@ def train(run: Run) -> dict[str, Any]:
     model.to(plan.device)
     forward = torch.compile(model) if plan.compile else model
     optimizer = configure_adamw(model, recipe)
-    batches = Prefetcher(data_loader(recipe, plan, run.train_tokens), plan.device)
+    guard = Guard(GuardConfig(), torch.device(plan.device)) if recipe.guard else None
+    progress = resume.restore(run.saved, model, optimizer, guard) if run.saved else Progress()
+    batches = Prefetcher(data_loader(recipe, plan, run.train_tokens, progress), plan.device)
     autocast = (torch.autocast(plan.device, torch.bfloat16) if plan.dtype == "bf16"
                 else nullcontext())  # fmt: skip
     write_config(run, model)
-    eval_every = cfg.eval_every if cfg.eval_every >= 0 else max(100, recipe.max_steps // 10)
-    evaluations: list[tuple[int, float]] = []
+    log = open_log(run, progress)
+    writer = checkpoint.Writer(out / "checkpoints", cfg.keep_last, log.say)
     reached: int | None = None
 
-    def utilisation(tokens_per_s: float) -> float | None:
-        return mfu(recipe.model_config, recipe.block_size, tokens_per_s, plan.device_name)
+    with log, writer, contextlib.closing(batches):
+        while True:
+            step = progress.step
+            evaluate, save = cfg.evaluates_before(step), bool(stop) or cfg.saves_before(step)
+            action = "ok"
+            for record in log.read(wait=evaluate or save or step == recipe.max_steps):
+                if reached is None and record.loss < recipe.target_loss:
+                    reached = record.step
+                if guard and (action := guard.observe(record.bad, record.position)) != "ok":
+                    log.event(action, step=record.step, loss=record.loss,
+                              grad_norm=record.grad_norm)  # fmt: skip
+                    if action != "skipped":
+                        break
+            if guard and action in ("rollback", "give_up"):
+                progress = roll_back(run, action, guard, writer, log, model, optimizer)
+                batches.seek(progress.position, progress.skips)
+                continue
 
-    log_every = cfg.log_every or math.ceil(recipe.max_steps / 100)
-    log = RunLog(out, recipe.max_steps, recipe.tokens_per_step, utilisation, log_every,
-                 cfg.tensorboard)  # fmt: skip
-    with log:
-        for step in range(recipe.max_steps):
+            done = reached is not None or step == recipe.max_steps
+            if evaluate and not (stop or done or step in dict(progress.evaluations)):
+                with log.aside(), autocast:
+                    val_loss = evaluate_tokens(model, run.val_tokens[: plan.eval_tokens])
+                writer.best = progress.evaluated(step, val_loss)
+                log.event("eval", step=step, val_loss=val_loss)
+                log.say(f"step {step:5d} | validation loss {val_loss:.4f}")
+            if save or (done and cfg.save_interval):
+                with log.aside():
+                    progress.position, progress.metrics_bytes = batches.position, log.num_bytes
+                    writer.submit(resume.capture(progress, model, optimizer, guard, recipe, plan,
+                                                 run.corpus["sha256"]))  # fmt: skip
+            if stop:
+                return leave(run, step, writer, log, stop)
+            if done:
+                break
+
             lr = recipe.learning_rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-
-            if cfg.due(eval_every, step) and len(run.val_tokens) > 1:
-                with log.aside(), autocast:
-                    val_loss = evaluate_tokens(model, run.val_tokens[: plan.eval_tokens])
-                evaluations.append((step, val_loss))
-                log.event("eval", step=step, val_loss=val_loss)
-                log.say(f"step {step:5d} | validation loss {val_loss:.4f}")
-            if cfg.due(cfg.save_every, step):
-                with log.aside():
-                    model.save_pretrained(out / "weights" / f"step-{step:08d}")
-                log.event("save", step=step)
-
             loss = torch.zeros((), device=plan.device)
             for _ in range(plan.num_micro_batches):
                 x, y = batches.next_batch()
@@ -204,19 +268,72 @@ def train(run: Run) -> dict[str, Any]:
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 model.parameters(), recipe.grad_clip or math.inf
             )
+            # Fused AdamW leaves everything as it is where found_inf is 1; no step waits for it.
+            bad = guard.judge(loss, grad_norm) if guard else None
+            optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            log.step(step, loss, grad_norm, lr, bad, batches.position)
+            progress.step += 1
+        return close(run, model, log, progress, reached, stop)
 
-            # One step late: no step waits for its own loss to be read.
-            last = log.step(step, loss, grad_norm, lr)
-            if last is not None and last.loss < recipe.target_loss:
-                reached = last.step
-                break
-        last = log.flush()
-        if reached is None and last is not None and last.loss < recipe.target_loss:
-            reached = last.step
-        batches.close()
-        return close(run, model, log, evaluations, reached)
+
+def open_log(run: Run, progress: Progress) -> RunLog:
+    """The run's log, cut back to where `progress` stands."""
+    recipe, plan = run.cfg.recipe, run.plan
+
+    def utilisation(tokens_per_s: float) -> float | None:
+        return mfu(recipe.model_config, recipe.block_size, tokens_per_s, plan.device_name)
+
+    log_every = run.cfg.log_every or math.ceil(recipe.max_steps / 100)
+    return RunLog(run.out, recipe.max_steps, recipe.tokens_per_step, utilisation, log_every,
+                  run.cfg.tensorboard, progress.metrics_bytes)  # fmt: skip
+
+
+def leave(run: Run, step: int, writer: checkpoint.Writer, log: RunLog, stop: StopRequest) -> int:
+    """Say how to go on; the checkpoint is on disk when this returns."""
+    writer.wait()
+    log.event("stopped", step=step, signal=stop.signal)
+    log.say(
+        f"{stop.signal}: stopped after {step} steps, last good checkpoint: step "
+        f"{writer.last_good}; the same command with --out {run.out} goes on"
+    )
+    return EXIT_RESUMABLE
+
+
+def roll_back(
+    run: Run,
+    action: str,
+    guard: Guard,
+    writer: checkpoint.Writer,
+    log: RunLog,
+    model: GPT,
+    optimizer: torch.optim.AdamW,
+) -> Progress:
+    """Back to the last good checkpoint, with the data of the bad steps left out from now on.
+
+    Raises:
+        RunFailed: no rollbacks are left, or there is nothing to go back to.
+    """
+    writer.wait()
+    found = checkpoint.newest_good(run.out / "checkpoints", log.say)
+    if action == "give_up" or found is None:
+        why = "there is no checkpoint to go back to" if found is None else "no rollbacks are left"
+        raise RunFailed(
+            f"guard: {guard.in_a_row} bad steps in a row up to step {log.records[-1].step} and "
+            f"{why} ({guard.rollbacks} done); {run.out}/metrics.jsonl has every event. A lower "
+            "--max-lr or another --seed may help"
+        )
+    rollbacks, skipped = guard.rollbacks + 1, guard.skipped
+    rows = run.cfg.recipe.rows_per_step
+    ranges = [(end - rows, end) for end in guard.positions]
+    progress = resume.restore(found[1], model, optimizer, guard)
+    guard.rollbacks, guard.skipped = rollbacks, skipped
+    progress.skips += [r for r in ranges if r not in progress.skips]
+    log.rewind(progress.step)
+    log.event("rolled_back", to_step=progress.step, skips=ranges, rollbacks=rollbacks)
+    log.say(f"guard: back to step {progress.step}, leaving out the rows {ranges}")
+    return progress
 
 
 def start_numerics(plan: Plan, seed: int) -> None:
@@ -250,21 +367,17 @@ def write_config(run: Run, model: GPT) -> None:
 
 
 def close(
-    run: Run,
-    model: GPT,
-    log: RunLog,
-    evaluations: list[tuple[int, float]],
-    reached: int | None,
-) -> dict[str, Any]:
+    run: Run, model: GPT, log: RunLog, progress: Progress, reached: int | None, stop: StopRequest
+) -> int:
     """Last evaluation, weights, samples, curve, summary; in that order."""
     recipe, plan, out = run.cfg.recipe, run.plan, run.out
     train_s = sum(r.ms for r in log.records) / 1000.0
     num_steps = len(log.records)
     tokens_seen = num_steps * recipe.tokens_per_step
-    val_loss, baselines = None, {}
+    val_loss, baselines, evaluations = None, {}, progress.evaluations
     if len(run.val_tokens) > 1:
         val_loss = evaluate_tokens(model, run.val_tokens[:MAX_VAL_TOKENS])
-        evaluations.append((num_steps, val_loss))
+        evaluations = [*progress.evaluations, (num_steps, val_loss)]
         log.event("eval", step=num_steps, val_loss=val_loss)
         baselines = ngram_losses(run.train_tokens, run.val_tokens, model.config.vocab_size)
         beside = ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items())
@@ -296,7 +409,9 @@ def close(
         f"done: {num_steps} steps, {tokens_seen:,} tokens, {summary['epochs']:.1f} epochs, "
         f"{summary['tokens_per_s']:,.0f} tok/s, {summary['wall_s']:.0f} s in all; see {out}"
     )
-    return summary
+    if stop:  # it came after the last step; everything is written
+        log.say(f"{stop.signal}: the run is complete")
+    return 0
 
 
 def write_samples(run: Run, model: GPT, log: RunLog) -> None:
@@ -342,8 +457,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"recipe: {cfg.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens a step, "
           f"{recipe.max_steps:,} steps, {len(run.train_tokens):,} training tokens")  # fmt: skip
     print(run.plan.describe(), *run.plan.notes, sep="\n  ", flush=True)
-    train(run)
-    return 0
+    try:
+        with checkpoint.lock(run.out), StopRequest(print) as stop:
+            checkpoint.clean(run.out / "checkpoints")
+            return train(run, stop)
+    except (RunFailed, CheckpointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -244,6 +244,12 @@ class Writer:
         self.write_ms = 0.0  # of the last write, on the background thread
         self._thread: threading.Thread | None = None
 
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
     def submit(self, checkpoint: Checkpoint) -> None:
         """Start writing; waits first for a write still in flight."""
         self.wait()

@@ -254,6 +254,7 @@ class DataLoaderLite:
             recipe's micro-batch: with it a batch of 64 rows is four batches of 16, wrap included.
         rank, world_size: A global batch is world_size batches, in rank order.
         position: Rows drawn before, over all ranks.
+        skips: Row ranges [first, last) to leave out, as a rollback names them.
 
     Raises:
         ValueError: there are fewer tokens than one batch needs.
@@ -270,6 +271,7 @@ class DataLoaderLite:
         rank: int = 0,
         world_size: int = 1,
         position: int = 0,
+        skips: Sequence[tuple[int, int]] = (),
     ):
         wrap_rows = wrap_rows or batch_size
         needed = (wrap_rows if order == "sequential" else 1) * T + 1
@@ -285,7 +287,7 @@ class DataLoaderLite:
         self.rows_per_epoch = (
             num_rows // wrap_rows * wrap_rows if order == "sequential" else num_rows
         )
-        self.position = position
+        self.position, self.skips = position, dict(skips)
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     @property
@@ -309,6 +311,8 @@ class DataLoaderLite:
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the next batch of this rank, each (batch_size, T) int64."""
+        while self.position in self.skips:
+            self.position = self.skips[self.position]
         starts = self.starts(self.position + self.rank * self.batch_size, self.batch_size)
         rows = self.tokens[starts[:, None] + np.arange(self.T + 1)].astype(np.int64)
         self.position += self.batch_size * self.world_size
@@ -342,6 +346,13 @@ class Prefetcher:
         self._next = self._submit()
         self.position = position
         return (x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
+
+    def seek(self, position: int, skips: Sequence[tuple[int, int]]) -> None:
+        """Go to a row, leaving out the ranges `skips` from there on."""
+        self._next.result()  # nothing reads while the loader moves
+        self.loader.position, self.loader.skips = position, dict(skips)
+        self.position = position
+        self._next = self._submit()
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -37,6 +37,8 @@ class StepRecord:
         ms: Wall time of the step.
         tokens_per_s: Tokens of the step over `ms`.
         mfu: Model flops utilisation in [0, 1]; None on a device whose peak is not known.
+        bad: The guard skipped the update; an event of its own in metrics.jsonl.
+        position: Rows drawn after the step's batches; for the guard, not in metrics.jsonl.
     """
 
     step: int
@@ -46,6 +48,8 @@ class StepRecord:
     ms: float
     tokens_per_s: float
     mfu: float | None
+    bad: bool = False
+    position: int = 0
 
     def line(self) -> str:
         mfu = "n/a" if self.mfu is None else f"{100 * self.mfu:.1f}%"
@@ -66,6 +70,8 @@ class RunLog:
         mfu: Tokens per second to model flops utilisation, or None where the peak is unknown.
         log_every: Steps from one printed line to the next; metrics.jsonl has every step.
         tensorboard: Also write TensorBoard events.
+        keep_bytes: Length of metrics.jsonl to keep when a run goes on; what a killed process
+            wrote after its last checkpoint is cut off. 0 starts the file anew.
     """
 
     def __init__(
@@ -76,14 +82,22 @@ class RunLog:
         mfu: Callable[[float], float | None],
         log_every: int = 1,
         tensorboard: bool = False,
+        keep_bytes: int = 0,
     ):
         self.tokens_per_step, self.mfu, self.log_every = tokens_per_step, mfu, log_every
-        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._file = (folder / "metrics.jsonl").open("a+", encoding="utf-8", newline="\n")
+        self._file.truncate(keep_bytes)
+        self._file.seek(0)
         self._board = _summary_writer(folder) if tensorboard else None
-        self._pending: tuple[int, float, Tensor, torch.cuda.Event | float] | None = None
+        self._pending: tuple[int, float, int, Tensor, torch.cuda.Event | float] | None = None
+        self._unread: list[StepRecord] = []
         self._pinned: list[Tensor] = []
         self._mark = time.perf_counter()
         self.records: list[StepRecord] = []
+        for line in self._file:
+            if "event" not in (values := json.loads(line)):
+                self.rewind(values["step"])  # a step that was done again after a rollback
+                self.records.append(StepRecord(**values))
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -109,30 +123,46 @@ class RunLog:
         """Print a line; above the bar where there is one."""
         self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> StepRecord | None:
-        """Take the device values of `step`; returns the record of the step before."""
-        record = self.flush()
-        values = torch.stack([loss, grad_norm]).float()
+    def step(
+        self,
+        step: int,
+        loss: Tensor,
+        grad_norm: Tensor,
+        lr: float,
+        bad: Tensor | None = None,
+        position: int = 0,
+    ) -> None:
+        """Take the device values of `step`; those of the step before become readable."""
+        self._finish()
+        values = torch.stack(
+            [loss, grad_norm, torch.zeros_like(loss) if bad is None else bad]
+        ).float()
         done: torch.cuda.Event | float = time.perf_counter()
         if values.is_cuda:
             # Two buffers: one is read while the other is written.
-            self._pinned = self._pinned or [torch.empty(2, pin_memory=True) for _ in range(2)]
+            self._pinned = self._pinned or [torch.empty(3, pin_memory=True) for _ in range(2)]
             values = self._pinned[step % 2].copy_(values, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        self._pending = (step, lr, values, done)
-        return record
+        self._pending = (step, lr, position, values, done)
 
-    def flush(self) -> StepRecord | None:
-        """Wait for the pending step and report it; None when there is none."""
+    def read(self, wait: bool = False) -> Iterator[StepRecord]:
+        """Records not read yet; the newest step's only if `wait`, since it may still run."""
+        if wait:
+            self._finish()
+        while self._unread:
+            yield self._unread.pop(0)
+
+    def _finish(self) -> None:
+        """Wait for the pending step and report it."""
         if self._pending is None:
-            return None
-        step, lr, values, done = self._pending
+            return
+        step, lr, position, values, done = self._pending
         self._pending = None
         if isinstance(done, torch.cuda.Event):
             done.synchronize()
             done = time.perf_counter()
-        loss, grad_norm = values.tolist()
+        loss, grad_norm, bad = values.tolist()
         seconds, self._mark = done - self._mark, done
         tokens_per_s = self.tokens_per_step / seconds
         record = StepRecord(
@@ -143,16 +173,18 @@ class RunLog:
             ms=1000.0 * seconds,
             tokens_per_s=tokens_per_s,
             mfu=self.mfu(tokens_per_s),
+            bad=bool(bad),
+            position=position,
         )
         self.records.append(record)
-        self._write(asdict(record))
+        self._unread.append(record)
+        self._write({k: v for k, v in asdict(record).items() if k not in ("bad", "position")})
         if self._board is not None:
             for name in ("loss", "lr", "grad_norm", "tokens_per_s"):
                 self._board.add_scalar(name, getattr(record, name), step)
         self._bar.update(self._task, completed=step + 1, description=f"loss {loss:.4f}")
         if step % self.log_every == 0:
             self.say(record.line())
-        return record
 
     def event(self, name: str, **values: Any) -> None:
         """Write an object that is not a step, e.g. an evaluation."""
@@ -160,10 +192,22 @@ class RunLog:
         if self._board is not None and "val_loss" in values:
             self._board.add_scalar("val_loss", values["val_loss"], values["step"])
 
+    def rewind(self, step: int) -> None:
+        """Forget the pending step and the records from `step` on; the file keeps its lines."""
+        self._pending = None
+        self._unread.clear()
+        while self.records and self.records[-1].step >= step:
+            self.records.pop()
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of metrics.jsonl so far."""
+        return os.fstat(self._file.fileno()).st_size  # every write is flushed
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Time spent inside belongs to no step."""
-        self.flush()
+        self._finish()
         yield
         self._mark = time.perf_counter()
 

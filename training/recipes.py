@@ -88,6 +88,8 @@ class Recipe:
     """Share of the text, at its end, kept for validation."""
     order: Order = "shuffled"
     """sequential: rows as they stand in the text; shuffled: a seeded permutation each epoch."""
+    guard: bool = True
+    """Skip updates whose loss or gradient is not finite or spikes; see training/guard.py."""
     seed: int = 1337
     """Seeds the initial weights and the data order."""
 
@@ -158,6 +160,7 @@ PRESETS: dict[str, Recipe] = {
         target_loss=0.09,
         val_fraction=0.0,
         order="sequential",
+        guard=False,
     ),
     "shakespeare-cpu": Recipe(
         model="tiny",
