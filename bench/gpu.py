@@ -62,6 +62,7 @@ PARTS: dict[str, float] = {
 }
 MIN_PART_S = 15.0
 TRAIN_STEPS = 500
+TRAIN_SHAPE = Shape(16, 256)
 SEED_TARGET_LOSS = 0.09
 SANITIZER_ERROR = 99  # exit code compute-sanitizer is told to use
 # Losses of two right implementations drift apart as rounding grows; the yardstick is how far
@@ -199,7 +200,7 @@ def windows(tokens: torch.Tensor, B: int, T: int, micro_rows: int) -> Iterator[s
 
 
 def losses_of(
-    op_set: Ops, job: Job, *, steps: int, compiled: bool, model: str = "124m", shape: Shape
+    op_set: Ops, job: Job, *, steps: int, compiled: bool, model: str, shape: Shape
 ) -> list[float]:
     """Losses of a bf16 run from fixed weights on the text, constant rate after 100 steps."""
     torch.manual_seed(1337)
@@ -231,9 +232,12 @@ def drift(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def run_train(
-    job: Job, steps: int = TRAIN_STEPS, model: str = "124m", ops_spec: str = "triton"
+    job: Job,
+    steps: int = TRAIN_STEPS,
+    model: str = "124m",
+    shape: Shape = TRAIN_SHAPE,
+    ops_spec: str = "triton",
 ) -> None:
-    shape = Shape(16, 64) if model != "124m" else Shape(16, 256)
     how: dict[str, Any] = {"steps": steps, "model": model, "shape": shape}
     eager = losses_of(parse_ops("eager"), job, compiled=False, **how)
     ours = losses_of(parse_ops(ops_spec), job, compiled=False, **how)

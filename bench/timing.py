@@ -216,7 +216,7 @@ def limits(device: torch.device) -> dict[str, float]:
 
     def best_ms(call: Call) -> float:
         # A ceiling is the fastest sample, not the median: noise only ever slows it.
-        how = {"rounds": 10, "seconds": 2.0}
+        how = {"rounds": 10, "seconds": 2.0 if cuda else 0.5}
         return min(time_calls({"": [call]}, device, 1 << 30, **how)[""].samples_ms)
 
     def copy_gbs(count: int) -> float:

@@ -15,12 +15,18 @@ import torch
 from bench import baseline, gpu, ops, profile, record, report, step, timing, tune
 from bench.cases import CASES, MODES, Shape, find_case, find_shape, floor_ms, make_inputs
 from bench.numerics import Comparison
-from kernels import EAGER, Ops
+from kernels import EAGER, TRITON, Ops
 from model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 8, C=32, H=2, V=128)
 TINY_CONFIG = GPTConfig(block_size=16, vocab_size=128, n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """`ours` as on a GPU: the Triton ops, here in the interpreter."""
+    monkeypatch.setattr(ops, "parse_ops", lambda spec: TRITON)
 
 
 def test_timer_measures_a_sleep():
@@ -328,7 +334,7 @@ def test_profile_of_a_real_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("knob", tune.KNOBS, ids=lambda knob: f"{knob.label}-{knob.mode}")
-def test_tuning_reaches_every_kernel(knob):
+def test_tuning_reaches_every_kernel(knob, interpreted):
     """Under the interpreter: candidates are launched, compared with the present row and timed."""
     # Attention has a kernel without a loop, and no launch to choose, up to T = 128.
     shape = Shape(1, 192 if knob.op == "causal_attention" else 64, C=64, H=2, V=512)
@@ -338,7 +344,7 @@ def test_tuning_reaches_every_kernel(knob):
     assert tune.source_of(row, "r.json").startswith("Launch((")
 
 
-def test_tuning_throws_out_wrong_candidates(monkeypatch):
+def test_tuning_throws_out_wrong_candidates(monkeypatch, interpreted):
     knob = next(k for k in tune.KNOBS if k.op == "add_layer_norm" and k.mode == "fwd")
     checks = iter([True, False, False])  # the present row passes, both candidates do not
     monkeypatch.setattr(tune, "_same", lambda ours, theirs: next(checks))
@@ -383,7 +389,7 @@ def test_gpu_training_comparison(tmp_path, monkeypatch):
     job = gpu.Job(
         CPU, record.Results(CPU, tmp_path, "c" * 40), tmp_path, None, time.monotonic() + 60
     )
-    gpu.run_train(job, steps=4, model="test", ops_spec="triton,linear_cross_entropy=eager")
+    gpu.run_train(job, 4, "test", Shape(1, 16), ops_spec="triton,linear_cross_entropy=eager")
     row = job.results.rows("train")[0]
     assert row["holds"]
     assert "within bound" in row["verdict"]
@@ -413,7 +419,7 @@ def test_gpu_summary_shows_reds_first_and_unfound_overruns():
     assert gpu.sanitizer_verdict("layer_norm", 1, "Device not supported") == "not supported"
 
 
-def test_numerics_gate_runs_on_triton_ops():
+def test_numerics_gate_runs_on_triton_ops(interpreted):
     """The gate of every GPU row, here on the interpreted kernels."""
     found = ops.check_numerics("layer_norm", Shape(1, 16, C=64), torch.bfloat16, CPU)
     assert {c.name for c in found} == {"y", "dx", "dweight", "dbias"}
