@@ -34,6 +34,7 @@ from training.metrics import RunLog
 from training.optim import configure_adamw
 from training.plan import Plan, detect, make_plan
 from training.recipes import PUBLISHED_LOSS, Recipe, find_preset
+from training.report import report_run
 from training.resume import Progress
 from training.signals import EXIT_RESUMABLE, StopRequest
 
@@ -404,7 +405,7 @@ def close(
         "device": plan.device_name,
     }
     metrics.write_json(out / "summary.json", summary)
-    # training/report.py hooks in here.
+    report_run(out, run.train_tokens, log.say)
     log.say(
         f"done: {num_steps} steps, {tokens_seen:,} tokens, {summary['epochs']:.1f} epochs, "
         f"{summary['tokens_per_s']:,.0f} tok/s, {summary['wall_s']:.0f} s in all; see {out}"

@@ -8,10 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.tokenizer import get_encoding
 from training import report
 from training.overlap import find_overlap
 from training.report import mark_spans, split_samples, svg_plot, write_report
@@ -46,7 +48,7 @@ def plain_covered(text: bytes, corpus: bytes, size: int) -> list[bool]:
     return covered
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     pieces=st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 200)), max_size=4),
@@ -258,6 +260,17 @@ def test_curve_places_points():
     nan = svg_plot([("a", "line", [(0, float("nan")), (1, 2.0)])])
     assert "nan" not in nan
     assert "n/a" in svg_plot([])
+
+
+def test_end_of_a_run(tmp_path: Path):
+    run = write_run(tmp_path / "r", loss=2.0, val=4.9, vals=[4.9])
+    (run / "samples.txt").write_text("[prompt] x\n[model] own words\n\n")
+    tokens = np.array(get_encoding().encode_ordinary(CORPUS.decode()), dtype=np.uint16)
+    lines: list[str] = []
+    report.report_run(run, tokens, lines.append)
+    assert (run / "corpus.txt").read_bytes() == CORPUS
+    assert lines[0].startswith("warning: Memorisation: the loss is 2.0")
+    assert lines[1:] == [f"report: {run / 'report.html'}"]
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -12,17 +12,21 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from model.tokenizer import get_encoding
 from training.overlap import Overlap, find_overlap
 from training.recipes import PUBLISHED_LOSS
 
 CORPUS_FILE = "corpus.txt"  # the training text, kept beside the model for the demo
 KEEP_CORPUS_BYTES = 32 << 20  # of larger corpora no copy is kept
-MAX_CORPUS_BYTES = 256 << 20  # of larger corpora the first so many bytes are searched
+MAX_CORPUS_BYTES = 128 << 20  # of larger corpora the first so many bytes are searched
+DECODE_TOKENS = 1 << 20  # at once: as Python integers they take 30 times their size
 SEED_RECIPE = "shakespeare-124m"
 GAP_NATS = 0.5  # validation minus training loss: training text is e^0.5 = 1.6 times as likely
 RISE_NATS = 0.1  # validation loss above its own minimum
@@ -385,7 +389,7 @@ def _overlap_html(overlap: Overlap | None, samples: Sequence[str], cut: bool) ->
         for sample, spans in zip(samples, overlap.spans, strict=True)
     )
     longest = html.escape(overlap.longest.decode("utf-8", "replace"))
-    note = "<p>Only the first 256 MiB of the training text were searched.</p>" if cut else ""
+    note = "<p>Only the first 128 MiB of the training text were searched.</p>" if cut else ""
     return (
         "<h2>What the model writes, and what of it stands in the training text</h2>"
         "<table><tr><th>window, bytes</th><th>share of the samples' windows found verbatim</th>"
@@ -429,7 +433,7 @@ def write_report(run: Path, corpus: bytes, samples: Sequence[str] | None = None)
         + "".join(f'<p class="{kind}">{html.escape(line)}</p>' for kind, line in judged)
         + f"<h2>Numbers</h2><table>{rows}</table><h2>Curves</h2>{_curves(record)}"
         + _published_table(record)
-        + _overlap_html(overlap, samples, len(searched) < len(corpus))
+        + _overlap_html(overlap, samples, len(corpus) >= MAX_CORPUS_BYTES)
         + f"<h2>Configuration</h2><details><summary>config.json</summary><pre>{details}</pre>"
         "</details></body></html>\n"
     )
@@ -451,6 +455,26 @@ def write_report(run: Path, corpus: bytes, samples: Sequence[str] | None = None)
     }
     (run / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def report_run(run: Path, train_tokens: np.ndarray, say: Callable[[str], None]) -> None:
+    """The end of a training run: write the report, say its warnings and where it is.
+
+    Args:
+        run: Run folder with summary.json and samples.txt.
+        train_tokens: (N,) GPT-2 token ids of the training part.
+        say: Called with each line.
+    """
+    corpus = bytearray()
+    for at in range(0, len(train_tokens), DECODE_TOKENS):
+        if len(corpus) >= MAX_CORPUS_BYTES:
+            break
+        corpus += get_encoding().decode_bytes(train_tokens[at : at + DECODE_TOKENS].tolist())
+    path = write_report(run, bytes(corpus))
+    for verdict in _read_object(run / "report.json")["verdicts"]:
+        if verdict["kind"] == "warning":
+            say(f"warning: {verdict['text']}")
+    say(f"report: {path}")
 
 
 def main(args: list[str] | None = None) -> None:
