@@ -1,8 +1,9 @@
 """Train a GPT-2 from a text file. The only trainer; it reads top to bottom.
 
-python train.py                                  the recipe for this machine
-python train.py --preset smoke --data my.txt     seconds, to try a flag
-python train.py --preset shakespeare-124m        GPT-2 124M until it knows its text by heart
+Three commands:
+    python train.py                                  the recipe for this machine
+    python train.py --preset smoke --data my.txt     seconds, to try a flag
+    python train.py --preset shakespeare-124m        GPT-2 124M until it knows its text by heart
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +43,7 @@ from training.signals import EXIT_RESUMABLE, StopRequest
 NUM_SAMPLES = 4
 PROMPT_TOKENS = 8
 SAMPLE_TOKENS = 120
+DEFAULT_PRESET = {"cpu": "shakespeare-cpu", "cuda": "shakespeare-124m"}
 MAX_VAL_TOKENS = 10_485_760  # of the last evaluation; a long corpus has more than it can tell apart
 
 
@@ -84,17 +87,15 @@ class Config:
     tensorboard: bool = False
     """Also write TensorBoard events; needs the tensorboard package."""
 
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("eval_every", -1),
-            ("save_every", -1),
-            ("log_every", 0),
-            ("keep_last", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"config: {name} must be at least {least}, got {getattr(self, name)}"
-                )
+    def check(self) -> None:
+        """Raise ValueError for a value out of range.
+
+        Not in __post_init__: tyro would print what is raised there as a box of several lines.
+        """
+        bounds = {"eval_every": -1, "save_every": -1, "log_every": 0, "keep_last": 1}
+        for name, least in bounds.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"config: {name} must be at least {least}, got {value}")
 
     @property
     def eval_interval(self) -> int:
@@ -140,6 +141,7 @@ def prepare(cfg: Config) -> Run:
     Raises:
         ValueError, OSError: with a line that names the value and the way out.
     """
+    cfg.check()
     recipe = cfg.recipe
     plan = make_plan(recipe, detect(cfg.device), cfg.ops, cfg.dtype, cfg.compile)
     if cfg.tensorboard:
@@ -430,41 +432,37 @@ def write_samples(run: Run, model: GPT, log: RunLog) -> None:
 
 def parse(arguments: Sequence[str]) -> Config:
     """Read the flags; the preset decides what their defaults are."""
-    preset = ""
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        preset = value if flag == "--preset" else preset
-        preset = flag.partition("=")[2] if flag.startswith("--preset=") else preset
-    if not preset:
-        preset = "shakespeare-124m" if torch.cuda.is_available() else "shakespeare-cpu"
+    named = [value for flag, value in pairwise([*arguments, ""]) if flag == "--preset"]
+    named += [flag.partition("=")[2] for flag in arguments if flag.startswith("--preset=")]
+    preset = named[-1] if named else DEFAULT_PRESET["cuda" if torch.cuda.is_available() else "cpu"]
     # tyro wants a value after a flag of three states.
-    spelled: list[str] = []
-    for flag in arguments:
-        spelled += (
-            [flag, str(flag == "--compile")] if flag in ("--compile", "--no-compile") else [flag]
-        )
+    values = {"--compile": ["True"], "--no-compile": ["False"]}
+    spelled = [part for flag in arguments for part in (flag, *values.get(flag, ()))]
     default = Config(recipe=find_preset(preset), preset=preset)
     return tyro.cli(Config, args=spelled, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 2, and a line on stderr, for whatever `prepare` refuses."""
-    try:
-        cfg = parse(sys.argv[1:] if arguments is None else arguments)
-        run = prepare(cfg)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    recipe = cfg.recipe
-    print(f"recipe: {cfg.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens a step, "
-          f"{recipe.max_steps:,} steps, {len(run.train_tokens):,} training tokens")  # fmt: skip
-    print(run.plan.describe(), *run.plan.notes, sep="\n  ", flush=True)
-    try:
-        with checkpoint.lock(run.out), StopRequest(print) as stop:
-            checkpoint.clean(run.out / "checkpoints")
-            return train(run, stop)
-    except (RunFailed, CheckpointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+    """Exit code 2 for what was asked wrongly, 1 for a run that failed, 75 for one to go on with."""
+    with contextlib.ExitStack() as held:
+        try:
+            cfg = parse(sys.argv[1:] if arguments is None else arguments)
+            run = prepare(cfg)
+            held.enter_context(checkpoint.lock(run.out))
+        except (ValueError, OSError) as error:
+            print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        checkpoint.clean(run.out / "checkpoints")
+        recipe = cfg.recipe
+        print(f"recipe: {cfg.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens a "
+              f"step, {recipe.max_steps:,} steps, {len(run.train_tokens):,} training tokens")  # fmt: skip
+        print(run.plan.describe(), *run.plan.notes, sep="\n  ", flush=True)
+        try:
+            with StopRequest(print) as stop:
+                return train(run, stop)
+        except RunFailed as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            return 1
 
 
 if __name__ == "__main__":
