@@ -179,6 +179,10 @@ def read_tokens(path: Path | None) -> np.ndarray:
     return np.frombuffer(b"".join(f.read_bytes() for f in files), dtype=np.uint8).astype(np.int64)
 
 
+def text_of(path: Path | None) -> str:
+    return path.stem if path else "this project's source as bytes"
+
+
 def windows(tokens: torch.Tensor, B: int, T: int, micro_rows: int) -> Iterator[step.Batch]:
     """Batches of B rows in text order, as micro-batches of `micro_rows` rows would read them.
 
@@ -248,7 +252,7 @@ def run_train(
     job.results.add(
         "train",
         {
-            "recipe": f"{steps} steps, GPT-2 {model}, {shape.label}, bf16",
+            "recipe": f"{steps} steps, {text_of(job.tokens)}, GPT-2 {model}, {shape.label}, bf16",
             "provider": f"{ops_spec} against eager",
             "verdict": f"drift {found:.4f} {verdict} bound {allowed:.4f}",
             "holds": found <= allowed,
@@ -312,7 +316,7 @@ def run_seed_once(job: Job, cache: str) -> None:
     job.results.add(
         "train",
         {
-            "recipe": "Shakespeare, GPT-2 124M, 16x64x4, to loss < 0.09",
+            "recipe": f"{text_of(job.tokens)}, GPT-2 124M, 16x64x4, to loss < {SEED_TARGET_LOSS}",
             "provider": f"triton, torch.compile, {cache} caches",
             "verdict": f"loss {losses[-1]:.3f} after {len(losses)} steps"
             + ("" if reached else " (cut off)"),

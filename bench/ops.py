@@ -97,7 +97,7 @@ def find_provider(name: str, op: str, device: torch.device) -> Fn:
     if name == "eager":
         return plain
     if name == "compile":
-        return torch.compile(plain, fullgraph=True)
+        return torch.compile(plain, fullgraph=True, dynamic=False)
     if name == "ours":
         return getattr(parse_ops("triton" if cuda else "eager"), op)
     does = {
@@ -198,6 +198,7 @@ def measure(
     if mode not in case.modes:
         raise ValueError(f"bench: {op} has modes {case.modes}, got {mode!r}")
     _allow_retained_backward()
+    torch.compiler.reset()  # or a second shape meets the first one's graph and its recompile limit
     dtype_name = next(name for name, known in DTYPES.items() if known == dtype)
     identity = {"op": op, "shape": shape.label, "dtype": dtype_name, "mode": mode}
     rows: list[dict[str, Any]] = []

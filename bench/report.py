@@ -124,6 +124,10 @@ def step_block(results: Sequence[Result], device_type: str, section: str = "step
         rows = [r for r in result[section] if (r["model"], r["shape"], r["accum"]) == key]
         accum = f", {key[2]} micro-batches" if key[2] > 1 else ""
         parts.append(f"GPT-2 {key[0]}, {key[1]}{accum}\n\n{step_table(rows)}\n")
+    if device_type == "cuda":
+        parts.append(
+            "fp32 rows multiply in TF32. MFU is against the data sheet's dense bf16 peak.\n"
+        )
     return "\n".join([*parts, source_line(result)])
 
 

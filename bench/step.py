@@ -107,7 +107,7 @@ def _contestant(
     model: nn.Module, device: torch.device, *, bf16: bool, compiled: bool, loss_index: int = -1
 ) -> Contestant:
     optimizer = baseline.make_optimizer(model)
-    call: Callable[..., Any] = torch.compile(model) if compiled else model
+    call: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
 
     def loss_of(idx: Tensor, targets: Tensor) -> Tensor:
         out = call(idx, targets)
