@@ -28,7 +28,7 @@ from model.generate import Sampling, generate_text
 from model.tokenizer import decode, get_encoding
 from training import checkpoint, metrics, resume
 from training.baselines import ngram_losses
-from training.checkpoint import Checkpoint, CheckpointError
+from training.checkpoint import Checkpoint
 from training.data import DataLoaderLite, Prefetcher, load_corpus
 from training.evaluate import evaluate_tokens
 from training.guard import Guard, GuardConfig
@@ -454,8 +454,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         checkpoint.clean(run.out / "checkpoints")
         recipe = cfg.recipe
-        print(f"recipe: {cfg.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens a "
-              f"step, {recipe.max_steps:,} steps, {len(run.train_tokens):,} training tokens")  # fmt: skip
+        print(
+            f"recipe: {cfg.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens a "
+            f"step, {recipe.max_steps:,} steps, {len(run.train_tokens):,} training tokens"
+        )
         print(run.plan.describe(), *run.plan.notes, sep="\n  ", flush=True)
         try:
             with StopRequest(print) as stop:

@@ -79,8 +79,10 @@ def capture(
         "rng": checkpoint.rng_state(),
     }
     state: dict[str, Any] = {
-        "progress": asdict(progress), "recipe": asdict(recipe), "plan": asdict(plan),
-    }  # fmt: skip
+        "progress": asdict(progress),
+        "recipe": {**asdict(recipe), "data_sha256": data_sha256},
+        "plan": asdict(plan),
+    }
     if guard is not None:
         tensors["guard"] = guard.tensors()
         state["guard"] = guard.state()

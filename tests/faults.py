@@ -1,0 +1,242 @@
+"""Kills, signals and damage against small real runs: `make torture`, and its parts for the tests.
+
+Every disturbed run must end with the weights, optimizer state and logged losses of the undisturbed
+one, bit for bit. The run crosses an epoch wrap, accumulates four micro-batches and has the guard
+on. Figures come last.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from training import checkpoint
+from training.checkpoint import CheckpointError
+from training.signals import EXIT_RESUMABLE
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 240.0
+
+
+@dataclass
+class Small:
+    """A run small enough to be killed often: seconds, yet with every part of a real one.
+
+    Args:
+        folder: Where the text and the runs go.
+        steps: Optimizer steps; 4 micro-batches of 2 x 32 tokens each.
+        save_every: Steps between checkpoints.
+        flags: More flags for train.py.
+    """
+
+    folder: Path
+    steps: int = 14
+    save_every: int = 2
+    flags: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=lambda: {"OMP_NUM_THREADS": "1"})
+
+    def __post_init__(self) -> None:
+        draw = random.Random(0)
+        words = ["king", "queen", "the", "of", "and", "sword", "night", "thou", "art", "\n"]
+        # About 1,900 training tokens: 59 rows an epoch, 8 rows a step, so step 8 wraps.
+        text = " ".join(draw.choice(words) for _ in range(2100))
+        (self.folder / "text.txt").write_text(text, encoding="utf-8")
+
+    def command(self, out: str, *flags: str) -> list[str]:
+        return [
+            sys.executable, str(ROOT / "train.py"), "--preset", "smoke",
+            "--data", str(self.folder / "text.txt"), "--out", str(self.folder / out),
+            "--device", "cpu", "--steps", str(self.steps), "--batch-size", "2",
+            "--block-size", "32", "--grad-accum-steps", "4", "--eval-every", "5",
+            "--save-every", str(self.save_every), "--no-compile", *self.flags, *flags,
+        ]  # fmt: skip
+
+    def start(self, out: str, *flags: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            self.command(out, *flags),
+            cwd=self.folder,
+            env={**os.environ, **self.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, out: str, *flags: str) -> tuple[int, str]:
+        process = self.start(out, *flags)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+        return process.returncode, output
+
+    def checkpoints(self, out: str) -> Path:
+        return self.folder / out / "checkpoints"
+
+    def result(self, out: str) -> tuple[dict[str, bytes], list[tuple[int, float, float]]]:
+        """Tensors of the final checkpoint as bytes, and (step, loss, norm) of every step."""
+        saved = checkpoint.read(self.checkpoints(out) / f"step-{self.steps:08d}")
+        tensors = {
+            f"{group}/{name}": t.numpy().tobytes()
+            for group, named in saved.tensors.items()
+            for name, t in named.items()
+        }
+        lines = (self.folder / out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return tensors, [(r["step"], r["loss"], r["grad_norm"]) for r in rows if "event" not in r]
+
+
+def wait_for(process: "subprocess.Popen[str]", moment: str, folder: Path, after_s: float) -> bool:
+    """Wait until a moment of the run; False when the process ended before it.
+
+    Args:
+        process: The run.
+        moment: "any" (after_s after its first checkpoint began), "writing" (a checkpoint is being
+            written), "second" (two checkpoints are done) or "file" (`folder` is a file and there).
+        folder: Its checkpoint folder.
+        after_s: Further wait, so that the instant is random.
+    """
+    end = time.monotonic() + TIMEOUT_S
+    reached = False
+    writes_seen = 0
+    was_writing = False
+    while process.poll() is None and time.monotonic() < end:
+        names = os.listdir(folder) if folder.is_dir() else []
+        writing = any(n.startswith(".writing-") for n in names)
+        writes_seen += writing and not was_writing
+        was_writing = writing
+        done = sum(n.startswith("step-") for n in names)
+        if moment == "writing":
+            # A write other than the first half of the time, so that something is there to go on.
+            reached = writing and writes_seen >= (1 if after_s < 0.005 else 2)
+        elif moment == "second":
+            reached = done >= 2
+        elif moment == "file":
+            reached = folder.is_file()
+        else:
+            reached = bool(names)
+        if reached:
+            break
+        time.sleep(0.0005)
+    if reached:
+        time.sleep(after_s)
+    return process.poll() is None
+
+
+def disturb(run: Small, out: str, kills: int, how: int, draw: random.Random) -> dict[str, int]:
+    """Start `out`, disturb it `kills` times, resuming each time, then let it end.
+
+    Returns:
+        How many kills struck at each moment.
+
+    Raises:
+        AssertionError: an exit code is not the documented one.
+    """
+    struck = {"any": 0, "writing": 0, "second": 0}
+    moments = ["any", "writing", "second"]
+    for i in range(kills):
+        moment = moments[i % 3]
+        process = run.start(out)
+        span = 0.01 if moment == "writing" else 0.7
+        alive = wait_for(process, moment, run.checkpoints(out), draw.uniform(0, span))
+        in_write = any(p.name.startswith(".writing-") for p in run.checkpoints(out).glob(".*"))
+        if alive:
+            process.send_signal(how)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+        if process.returncode == 0:
+            break  # it ended before the moment came
+        expected = EXIT_RESUMABLE if how == signal.SIGTERM else -how
+        assert process.returncode == expected, f"exit {process.returncode}: {output[-2000:]}"
+        struck["writing" if in_write else moment] += 1
+    code, output = run.finish(out)
+    assert code == 0, output[-2000:]
+    return struck
+
+
+def flip_bytes(folder: Path, flips: int, draw: random.Random) -> int:
+    """Flip one bit of one byte, `flips` times, each undone; returns how many were detected."""
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    sizes = [p.stat().st_size for p in files]
+    detected = 0
+    for i in range(flips):
+        # Every file in turn: by size alone the manifest would never be hit.
+        path = files[i % len(files)]
+        at = draw.randrange(sizes[i % len(files)])
+        with path.open("r+b") as f:
+            f.seek(at)
+            old = f.read(1)
+            f.seek(at)
+            f.write(bytes([old[0] ^ (1 << draw.randrange(8))]))
+        try:
+            checkpoint.read(folder)
+        except CheckpointError:
+            detected += 1
+        with path.open("r+b") as f:
+            f.seek(at)
+            f.write(old)
+    checkpoint.read(folder)  # and whole again
+    return detected
+
+
+def full_disk(run: Small) -> str | None:
+    """A run on a tmpfs too small for its checkpoints; None where mounting is not allowed."""
+    mount = run.folder / "full"
+    mount.mkdir()
+    size = "size=75m"  # the model, one checkpoint (40 MB), not two
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", str(mount)],
+                      capture_output=True).returncode:  # fmt: skip
+        return None
+    try:
+        code, output = run.finish("full/run", "--keep-last", "2")
+        assert code in (0, 1), output[-2000:]
+        assert "training goes on" in output, output[-2000:]
+        left = checkpoint.newest_good(mount / "run" / "checkpoints", print)
+        assert left is not None, "the checkpoint written before the disk was full must stay"
+        return f"warned {output.count('training goes on')} times, step {left[1].step} kept"
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def main(kills: int = 50, terms: int = 12, per_run: int = 6) -> int:
+    draw = random.Random(int(os.environ.get("TORTURE_SEED", "0")))
+    folder = Path(tempfile.mkdtemp(prefix="torture-"))
+    start = time.monotonic()
+    totals = {"any": 0, "writing": 0, "second": 0}
+    runs = 0
+    try:
+        run = Small(folder)
+        code, output = run.finish("calm")
+        assert code == 0, output
+        want = run.result("calm")
+        detected = flip_bytes(run.checkpoints("calm") / f"step-{run.steps:08d}", 200, draw)
+        print(f"byte flips detected: {detected} of 200", flush=True)
+        disk = full_disk(run)
+        print(f"full disk: {disk or 'not tried, mounting a tmpfs is not allowed here'}", flush=True)
+        for how, wanted in ((signal.SIGKILL, kills), (signal.SIGTERM, terms)):
+            done = 0
+            while done < wanted:
+                out = f"run{runs}"
+                struck = disturb(run, out, min(per_run, wanted - done), how, draw)
+                assert run.result(out) == want, f"{out}: not bitwise the undisturbed run"
+                done += sum(struck.values())
+                if how == signal.SIGKILL:
+                    totals = {k: totals[k] + struck[k] for k in totals}
+                runs += 1
+                shutil.rmtree(folder / out)
+                print(f"{signal.Signals(how).name}: {done} of {wanted} survived", flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"torture: {kills} SIGKILL ({totals['writing']} inside a checkpoint write, "
+        f"{totals['second']} after the second checkpoint) and {terms} SIGTERM survived over "
+        f"{runs} runs, final weights, optimizer and losses bitwise equal every time; "
+        f"{detected} of 200 byte flips detected; {time.monotonic() - start:.0f} s"
+    )
+    return 0 if detected == 200 and totals["writing"] >= 10 <= totals["second"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

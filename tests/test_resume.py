@@ -1,0 +1,251 @@
+"""Runs that survive: the short form of `make torture`, and the parts one by one."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from tests.faults import ROOT, Small, disturb, flip_bytes, wait_for
+from training import checkpoint
+from training.checkpoint import Checkpoint, CheckpointError, Writer, newest_good
+from training.guard import Guard, GuardConfig
+from training.signals import EXIT_AT_ONCE
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small run that was left alone, and what it ended with."""
+    run = Small(tmp_path_factory.mktemp("faults"))
+    code, output = run.finish("calm")
+    assert code == 0, output
+    return run, run.result("calm")
+
+
+@pytest.mark.parametrize(("how", "kills"), [(signal.SIGKILL, 2), (signal.SIGTERM, 1)])
+def test_disturbed_run_ends_bitwise_like_the_undisturbed_one(small, how, kills):
+    run, want = small
+    struck = disturb(run, how.name, kills, how, random.Random(3))
+    assert sum(struck.values()) == kills
+    got = run.result(how.name)
+    assert got[1] == want[1]  # losses and norms of every step
+    assert got[0] == want[0]  # weights, moments, generators, guard window
+
+
+def test_changed_recipe_is_refused_with_both_values(small):
+    run, _ = small
+    shutil.copytree(run.folder / "calm", run.folder / "changed")
+    code, output = run.finish("changed", "--max-lr", "0.002")
+    assert code == 2
+    assert "max_lr was 0.001, now 0.002" in output
+    assert "--override" in output
+    assert "Traceback" not in output
+
+
+def test_second_process_on_a_run_folder_is_refused(small):
+    run, _ = small
+    with checkpoint.lock(run.folder / "busy"):
+        code, output = run.finish("busy")
+    assert code == 2
+    assert f"in use by process {os.getpid()}" in output
+    assert not (run.folder / "busy" / "metrics.jsonl").exists()
+
+
+def test_second_interrupt_stops_at_once(small):
+    run, _ = small
+    process = run.start("twice", "--grad-accum-steps", "400")  # a step that takes long
+    assert wait_for(process, "file", run.folder / "twice" / "config.json", 0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    while "SIGINT" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == EXIT_AT_ONCE
+
+
+def sample_checkpoint(step: int) -> Checkpoint:
+    generator = torch.Generator().manual_seed(step)
+    tensors = {
+        "model": {"w": torch.randn(7, 5, generator=generator)},
+        "rng": {"cpu": torch.ones(3)},
+    }
+    return Checkpoint(step, tensors, {"progress": {"step": step}})
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    saved = sample_checkpoint(3)
+    back = checkpoint.read(checkpoint.write(tmp_path, saved))
+    assert back.step == 3
+    assert back.state == saved.state
+    assert torch.equal(back.tensors["model"]["w"], saved.tensors["model"]["w"])
+    # Nothing that could run code when read.
+    assert {p.suffix for p in (tmp_path / "step-00000003").iterdir()} == {".safetensors", ".json"}
+
+
+def test_every_flipped_byte_is_detected(tmp_path):
+    folder = checkpoint.write(tmp_path, sample_checkpoint(1))
+    assert flip_bytes(folder, 200, random.Random(0)) == 200
+
+
+def truncate(path):
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[:-1])
+
+
+def half_delete(path):
+    (path / "rng.safetensors").unlink()
+
+
+def make_foreign(path):
+    (path / "manifest.json").write_text('{"format": "another"}')
+
+
+def empty(path):
+    for file in path.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, half_delete, make_foreign, empty])
+def test_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, damage):
+    checkpoint.write(tmp_path, sample_checkpoint(1))
+    damage(checkpoint.write(tmp_path, sample_checkpoint(2)))
+    lines: list[str] = []
+    found = newest_good(tmp_path, lines.append)
+    assert found is not None
+    assert found[1].step == 1
+    assert len(lines) == 1
+    assert "step-00000002" in lines[0]
+
+
+def test_full_disk_keeps_the_old_checkpoint_and_says_so_each_time(tmp_path, monkeypatch):
+    lines: list[str] = []
+    writer = Writer(tmp_path, 1, lines.append)
+    writer.submit(sample_checkpoint(1))
+    writer.wait()
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_file", full)
+    for step in (2, 3):
+        writer.submit(sample_checkpoint(step))
+    writer.wait()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert len(lines) == 2
+    assert all("training goes on, last good one: step 1" in line for line in lines)
+
+
+def test_old_checkpoints_go_but_not_the_best(tmp_path):
+    writer = Writer(tmp_path, 2, print)
+    writer.best = 1
+    for step in range(1, 6):
+        writer.submit(sample_checkpoint(step))
+    writer.wait()
+    assert [p.name[-1] for p in checkpoint.paths(tmp_path)] == ["1", "4", "5"]
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path):
+    code = f"from training.checkpoint import lock; import os; from pathlib import Path\n"\
+           f"with lock(Path({str(tmp_path)!r})): os.kill(os.getpid(), 9)"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60)
+    assert (tmp_path / "run.lock").read_text().strip().isdigit()
+    with checkpoint.lock(tmp_path):
+        pass
+
+
+def judge(guard: Guard, loss: float, norm: float = 1.0) -> bool:
+    return bool(guard.judge(torch.tensor(loss), torch.tensor(norm)))
+
+
+def test_guard_finds_bad_steps_and_nothing_else():
+    guard = Guard(GuardConfig(window=8), torch.device("cpu"))
+    assert not any(judge(guard, 5.0 + 0.1 * (i % 3)) for i in range(8))
+    assert judge(guard, 30.0)
+    assert judge(guard, float("nan"))
+    assert judge(guard, 5.0, float("inf"))
+    assert not judge(guard, 5.2)
+    assert not judge(guard, 0.1)  # a fall is no spike
+    assert guard.losses.isfinite().all()  # bad losses never enter the window
+
+
+def test_guard_tolerates_the_noise_of_training():
+    """4,000 losses around a falling mean, sigma 3%: no false alarm."""
+    guard = Guard(GuardConfig(), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    noise = 1 + 0.03 * torch.randn(4000, generator=generator)
+    bad = sum(judge(guard, float(n) * (3 + 7 * 0.999**i)) for i, n in enumerate(noise))
+    assert bad == 0
+
+
+def in_process(run: Small, out: str, *flags: str) -> int:
+    """train.py in this process, so that a fault can be planted in it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        return train.main(run.command(out, *flags)[2:])
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def plant_nan(monkeypatch, bad_calls):
+    """NaN in the gradients of the given steps, counted by calls of the clipping."""
+    calls = iter(range(10**6))
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clip_and_spoil(parameters, max_norm):
+        parameters = list(parameters)
+        if next(calls) in bad_calls:
+            parameters[0].grad[0, 0] = float("nan")
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_spoil)
+
+
+def events(run: Small, out: str) -> list[str]:
+    lines = (run.folder / out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [e["event"] for e in map(json.loads, lines) if "event" in e and e["event"] != "eval"]
+
+
+def test_one_bad_gradient_is_skipped(small, monkeypatch):
+    run, _ = small
+    plant_nan(monkeypatch, {3})
+    assert in_process(run, "nan", "--steps", "6", "--save-every", "0") == 0
+    assert events(run, "nan") == ["skipped"]
+    weights = train.GPT.from_pretrained(run.folder / "nan" / "model").state_dict()
+    assert all(t.isfinite().all() for t in weights.values())
+
+
+def test_bad_steps_in_a_row_roll_back_and_their_data_is_left_out(small, monkeypatch):
+    run, _ = small
+    plant_nan(monkeypatch, {5, 6, 7})
+    assert in_process(run, "roll", "--steps", "10", "--save-every", "4") == 0
+    assert events(run, "roll") == ["skipped", "skipped", "rollback", "rolled_back"]
+    saved = checkpoint.read(run.checkpoints("roll") / "step-00000010")
+    rows = 8
+    assert saved.state["progress"]["skips"] == [[rows * s, rows * (s + 1)] for s in (5, 6, 7)]
+    # Ten steps of data, and three more that were left out.
+    assert saved.state["progress"]["position"] == rows * 13
+
+
+def test_guard_gives_up_with_a_report(small, monkeypatch, capsys):
+    run, _ = small
+    plant_nan(monkeypatch, set(range(2, 100)))
+    assert in_process(run, "lost", "--steps", "8", "--save-every", "2") == 1
+    assert "no rollbacks are left (3 done)" in capsys.readouterr().err
+    assert events(run, "lost").count("rolled_back") == 3
+
+
+def test_checkpoint_of_another_model_is_refused(small):
+    run, _ = small
+    saved = checkpoint.read(run.checkpoints("calm") / f"step-{run.steps:08d}")
+    model = train.GPT(train.Recipe(model="smoke,n_layer=1", block_size=32).model_config)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with pytest.raises(CheckpointError, match=r"unknown.*transformer\.h\.1"):
+        train.resume.restore(saved, model, optimizer, None)
