@@ -41,6 +41,7 @@ from torch import Tensor
 
 from kernels._launch import AotCase, Launch, arch, cdiv
 from kernels._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
+from kernels.reference import check_targets
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Bytes of logits alive at once. At GPT-2's shape in bf16 this gives 5 chunks of 13184 rows and a
@@ -84,7 +85,9 @@ def _logits_half(
         stored = z.to(logits_ptr.dtype.element_ty)
         mask = inside[:, None] & (cols[None, :] < num_cols)
         tl.store(logits_ptr + rows[:, None] * Vp + cols[None, :], stored, mask=mask)
-        e = tl.exp2((stored.to(tl.float32) - z_max[:, None]) * LOG2E)
+        # Rounding keeps order: this is the maximum of what is stored.
+        stored_max = z_max.to(logits_ptr.dtype.element_ty).to(tl.float32)
+        e = tl.exp2((stored.to(tl.float32) - stored_max[:, None]) * LOG2E)
         tl.store(stored_sum_ptr + rows, tl.sum(e, axis=1), mask=inside)
 
 
@@ -97,7 +100,7 @@ def _linear_cross_entropy_logits_kernel(
     target_logit_ptr,  # (M,) out, fp32, rows with 0 <= target < V
     max_ptr,  # (S, M) out, fp32, per half tile: S = ceil(V / (BLOCK_N / 2))
     sum_ptr,  # (S, M) out, fp32: sum of exp(z - max), z from the accumulators
-    stored_sum_ptr,  # (S, M) out, fp32: the same of z as stored; unused without GRAD
+    stored_sum_ptr,  # (S, M) out, fp32: the same of z and max as stored; unused without GRAD
     M,
     C,
     V,
@@ -171,8 +174,8 @@ def _linear_cross_entropy_rows_kernel(
     sum_ptr,  # (S, M) fp32
     stored_sum_ptr,  # (S, M) fp32; unused without GRAD
     loss_ptr,  # (M,) out, fp32
-    row_max_ptr,  # (M,) out, fp32; unused without GRAD
-    row_scale_ptr,  # (M,) out, fp32: exp(row_max - lse); unused without GRAD
+    row_max_ptr,  # (M,) out, dtype of the logits; unused without GRAD
+    row_scale_ptr,  # (M,) out, fp32: exp(row_max - lse) over z as stored; unused without GRAD
     M,
     S,
     V,
@@ -183,6 +186,7 @@ def _linear_cross_entropy_rows_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < M
+    stored_dtype: tl.constexpr = row_max_ptr.dtype.element_ty
     z_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     stored = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -198,6 +202,10 @@ def _linear_cross_entropy_rows_kernel(
         part = tl.load(sum_ptr + at, mask=mask, other=0.0)
         total = total * rescale + tl.sum(part * scale, axis=0)
         if GRAD:
+            stored_max = new_max.to(stored_dtype).to(tl.float32)
+            slot_max = slot_max.to(stored_dtype).to(tl.float32)
+            scale = tl.exp2((slot_max - stored_max[None, :]) * LOG2E)
+            rescale = tl.exp2((z_max.to(stored_dtype).to(tl.float32) - stored_max) * LOG2E)
             part = tl.load(stored_sum_ptr + at, mask=mask, other=0.0)
             stored = stored * rescale + tl.sum(part * scale, axis=0)
         z_max = new_max
@@ -212,14 +220,14 @@ def _linear_cross_entropy_rows_kernel(
     tl.store(loss_ptr + rows, tl.where(counted, loss, 0.0), mask=inside)
     if GRAD:
         scale = tl.where(known, 1.0 / tl.where(inside, stored, 1.0), nan)
-        tl.store(row_max_ptr + rows, z_max, mask=inside)
+        tl.store(row_max_ptr + rows, z_max.to(stored_dtype), mask=inside)
         tl.store(row_scale_ptr + rows, tl.where(counted, scale, 0.0), mask=inside)
 
 
 @triton.jit
 def _linear_cross_entropy_dlogits_kernel(
     targets_ptr,  # (M,) int64
-    row_max_ptr,  # (M,) fp32
+    row_max_ptr,  # (M,) dtype of the logits
     row_scale_ptr,  # (M,) fp32
     logits_ptr,  # (M, Vp) in z, out dz without its factor
     M,
@@ -238,7 +246,7 @@ def _linear_cross_entropy_dlogits_kernel(
     z_ptrs = logits_ptr + row.to(tl.int64) * Vp + (rows - row)[:, None] * Vp + cols[None, :]
 
     target = tl.load(targets_ptr + rows, mask=rows < M, other=-1)
-    row_max = tl.load(row_max_ptr + rows, mask=rows < M, other=0.0)
+    row_max = tl.load(row_max_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)
     row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
     inside = rows[:, None] < M
     # Columns from V on were never written; they become the zeros of exp(-inf).
@@ -388,13 +396,13 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         )  # fmt: skip
     yield case(
         _linear_cross_entropy_rows_kernel, "train",
-        {**ids, "loss_ptr": "*fp32", "row_max_ptr": "*fp32", "row_scale_ptr": "*fp32",
+        {**ids, "loss_ptr": "*fp32", "row_max_ptr": "*bf16", "row_scale_ptr": "*fp32",
          "M": "i32", "S": "i32", "V": "i32", "ignore_index": "i32"},
         {"BLOCK_M": BLOCK_M, "BLOCK_S": BLOCK_S, "GRAD": True}, 4,
     )  # fmt: skip
     yield case(
         _linear_cross_entropy_dlogits_kernel, "bf16",
-        {"targets_ptr": "*i64", "row_max_ptr": "*fp32", "row_scale_ptr": "*fp32",
+        {"targets_ptr": "*i64", "row_max_ptr": "*bf16", "row_scale_ptr": "*fp32",
          "logits_ptr": "*bf16", "M": "i32", "V": "i32", "Vp": "i32", "ignore_index": "i32"},
         dict(dlogits_launch(arch).blocks), dlogits_launch(arch).num_warps,
     )  # fmt: skip
@@ -410,16 +418,6 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
          "numel": "i32"},
         {"BLOCK_E": BLOCK_E}, 8,
     )  # fmt: skip
-
-
-def _check_ids(targets: Tensor, V: int, ignore_index: int) -> None:
-    """Refuse an id outside the vocabulary where looking costs no device sync."""
-    outside = targets[(targets != ignore_index) & ((targets < 0) | (targets >= V))]
-    if outside.numel():
-        raise ValueError(
-            f"linear_cross_entropy: targets must be in [0, {V}) or ignore_index {ignore_index}, "
-            f"got {outside[0].item()}"
-        )
 
 
 def _fwd_fake(
@@ -459,7 +457,7 @@ def linear_cross_entropy_fwd(
     Vp, V = weight.shape[0], vocab_size
     grad = needs_dx or needs_dweight
     if targets.device.type == "cpu":
-        _check_ids(targets, V, ignore_index)
+        check_targets(targets, V, ignore_index)
     loss, inv_count, dx, dweight = _fwd_fake(
         x, weight, targets, V, ignore_index, needs_dx, needs_dweight
     )
@@ -475,7 +473,8 @@ def linear_cross_entropy_fwd(
     logits = x.new_empty((rows if grad else 0, Vp))
     row_loss = x.new_empty(M, dtype=torch.float32)
     partials = x.new_empty((3 if grad else 2, S * rows), dtype=torch.float32)
-    target_logit, row_max, row_scale = x.new_empty((3, rows), dtype=torch.float32)
+    target_logit, row_scale = x.new_empty((2, rows), dtype=torch.float32)
+    row_max = x.new_empty(rows)
     slot_max, slot_sum, slot_stored = partials[0], partials[1], partials[-1]
     for first in range(0, M, rows):
         m = min(rows, M - first)

@@ -52,45 +52,69 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
+def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Refuse an id outside the vocabulary. For CPU tensors: on CUDA looking costs a sync."""
+    outside = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
+    if outside.numel():
+        raise ValueError(
+            f"linear_cross_entropy: targets must be in [0, {vocab_size}) or ignore_index "
+            f"{ignore_index}, got {outside[0].item()}"
+        )
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and, while the logits of a chunk are at hand, the gradients of x and weight."""
+    """Loss and, while the logits of a chunk are at hand, the gradients of x and weight.
+
+    Out of place and with comparisons in place of indexing where it can: compiled, each chunk is
+    then two passes over its logits between the GEMMs, one for the maximum and one for the rest.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
                 ignore_index: int, needs_dx: bool, needs_dweight: bool) -> Tensor:  # fmt: skip
-        count = (targets != ignore_index).sum()
-        # 0 / 0 = NaN for an all-ignored batch, as F.cross_entropy gives.
-        scale = 1.0 / count.to(torch.float32)
+        counted = targets != ignore_index
+        known = (targets >= 0) & (targets < vocab_size)
+        # 1 where a row counts, 0 where it is ignored, NaN for an id outside the vocabulary.
+        share = torch.where(counted, torch.where(known, 1.0, float("nan")), 0.0)
+        count = counted.sum()
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         w = weight.to(x.dtype)
+        cols = torch.arange(weight.shape[0], device=x.device)
         dxs: list[Tensor] = []
-        dweight = torch.zeros_like(weight) if needs_dweight else None
-        for rows, ids in zip(x.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
-            z = F.linear(rows, w)[:, :vocab_size].float()
-            lse = torch.logsumexp(z, dim=-1, keepdim=True)
-            valid = (ids != ignore_index)[:, None]
-            at = ids.clamp(0, vocab_size - 1)[:, None]
-            loss = loss + torch.where(valid, lse - z.gather(1, at), 0.0).sum()
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_dweight else None
+        for rows, ids, part in zip(
+            x.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), share.split(CHUNK_TOKENS),
+            strict=True,
+        ):  # fmt: skip
+            z = F.linear(rows, w).float()
+            if vocab_size < weight.shape[0]:
+                z = z.masked_fill(cols >= vocab_size, float("-inf"))
+            at, part = ids.clamp(0, vocab_size - 1)[:, None], part[:, None]
+            z_max = z.amax(dim=-1, keepdim=True)
+            e = torch.exp(z - z_max)
+            total = e.sum(dim=-1, keepdim=True)
+            # z_max - z_t first: at |z| of 1e4 their fp32 rounding is larger than the logarithm.
+            loss = loss + ((z_max - z.gather(1, at) + total.log()) * part).sum()
             if not (needs_dx or needs_dweight):
                 continue
-            dz = torch.exp(z - lse) * valid * 1.0
-            dz.scatter_add_(1, at, -valid.to(dz.dtype))
-            dz = F.pad(dz, (0, weight.shape[0] - vocab_size)).to(x.dtype)
+            # Without its 1 / count, which fp16 could not hold; it goes on at the end, in fp32.
+            dz = (e * (part / total) - torch.where(cols == at, part, 0.0)).to(x.dtype)
             if needs_dx:
-                dxs.append((dz @ w).float() * scale)
+                dxs.append(dz @ w)
             if dweight is not None:
-                dweight += (dz.T @ rows).to(dweight.dtype)
-        ctx.save_for_backward(
-            torch.cat(dxs).to(x.dtype) if needs_dx else None,
-            dweight * scale if dweight is not None else None,
-        )
-        return loss * scale
+                dweight = dweight + (dz.T @ rows).float()
+        ctx.save_for_backward(count, torch.cat(dxs) if needs_dx else None, dweight)
+        ctx.weight_dtype = weight.dtype
+        return loss / count  # 0 / 0 = NaN for an all-ignored batch, as F.cross_entropy gives
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor):
-        dx, dweight = ctx.saved_tensors
-        dx = dx * dloss.to(dx.dtype) if dx is not None else None
-        dweight = dweight * dloss.to(dweight.dtype) if dweight is not None else None
+        if torch.is_grad_enabled():  # the gradients were computed in forward, out of its sight
+            raise RuntimeError("linear_cross_entropy: double backward is not supported")
+        count, dx, dweight = ctx.saved_tensors
+        scale = dloss / count.clamp(min=1)  # of an all-ignored batch: 0 * dloss
+        dx = (dx.float() * scale).to(dx.dtype) if dx is not None else None
+        dweight = (dweight * scale).to(ctx.weight_dtype) if dweight is not None else None
         return dx, dweight, None, None, None, None, None
 
 
@@ -102,9 +126,11 @@ def linear_cross_entropy(
     ignore_index: int = -100,
 ) -> Tensor:
     """x (..., C), weight (Vp, C), targets (...) -> mean loss; see linear_cross_entropy.py."""
-    rows = x.reshape(-1, x.shape[-1]).to(_autocast_dtype(x))
+    V = weight.shape[0] if vocab_size is None else vocab_size
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_targets(targets, V, ignore_index)
     grad = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
-        rows, weight, targets.reshape(-1), vocab_size or weight.shape[0], ignore_index,
-        grad and x.requires_grad, grad and weight.requires_grad,
+        x.reshape(-1, x.shape[-1]).to(_autocast_dtype(x)), weight, targets.reshape(-1), V,
+        ignore_index, grad and x.requires_grad, grad and weight.requires_grad,
     )  # fmt: skip
