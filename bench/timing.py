@@ -229,9 +229,9 @@ def limits(device: torch.device) -> dict[str, float]:
         out = torch.empty(m, n, device=device, dtype=dtype)
         return 2 * m * k * n / best_ms(lambda: torch.mm(a, b, out=out)) / 1e9
 
-    size = 8192 if cuda else 1536
+    size = 8192 if cuda else 1024
     found = {
-        "copy_gbs": copy_gbs(1 << 29 if cuda else 1 << 25),
+        "copy_gbs": copy_gbs(1 << 29 if cuda else 1 << 24),
         "matmul_tflops": tflops(size, size, size),
         "matmul_k768_tflops": tflops(65536 if cuda else 1024, 768, 3072),
     }
