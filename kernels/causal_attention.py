@@ -438,12 +438,16 @@ def _attention_short_bwd_kernel(
     tl.store(dq_ptrs, dq.to(dqkv_ptr.dtype.element_ty), mask=mask)
 
 
-# Longest sequence whose head is one tile, by bytes an element and D: beyond it the backward
+# Longest sequence whose head is one tile, by direction, bytes an element and D. Beyond it the tile
 # spills on some arch, and the loops take over.
 SHORT_T = {
-    (2, 16): 128, (2, 32): 128, (2, 64): 128, (2, 128): 64,
-    (4, 16): 64, (4, 32): 64, (4, 64): 32, (4, 128): 16,
+    ("fwd", 2, 16): 128, ("fwd", 2, 32): 128, ("fwd", 2, 64): 128, ("fwd", 2, 128): 64,
+    ("fwd", 4, 16): 64, ("fwd", 4, 32): 64, ("fwd", 4, 64): 32, ("fwd", 4, 128): 16,
+    ("bwd", 2, 16): 128, ("bwd", 2, 32): 128, ("bwd", 2, 64): 128, ("bwd", 2, 128): 64,
+    ("bwd", 4, 16): 64, ("bwd", 4, 32): 32, ("bwd", 4, 64): 32, ("bwd", 4, 128): 16,
 }  # fmt: skip
+# Less where mma reads all its operands from registers: sm_80 to 89, and sm_120.
+MMA_SYNC_SHORT_T = {("bwd", 2, 32): 64, ("bwd", 2, 64): 32, ("bwd", 2, 128): 32}
 COMPILE_ONLY = "compile-only, unmeasured: no spill, no serialised WGMMA on triton 3.6.0 and 3.7.1"
 # Measured rows: (kernel, bytes an element, D, T bucket, arch, triton minor) -> Launch. None yet.
 TUNED: dict[tuple[str, int, int, str, int, int], Launch] = {}
@@ -499,9 +503,15 @@ def _short_launch(itemsize: int, T: int) -> Launch:
     return Launch((("BLOCK_T", block_t),), num_warps, 1, COMPILE_ONLY)
 
 
-def _is_short(qkv: Tensor, n_head: int) -> bool:
+def _short_t(direction: str, itemsize: int, D: int, arch: int) -> int:
+    key = (direction, itemsize, D)
+    return MMA_SYNC_SHORT_T.get(key, SHORT_T[key]) if arch // 10 in (8, 12) else SHORT_T[key]
+
+
+def _is_short(direction: str, qkv: Tensor, n_head: int) -> bool:
     """Whether one tile holds a head."""
-    return qkv.shape[1] <= SHORT_T[qkv.element_size(), qkv.shape[2] // (3 * n_head)]
+    D = qkv.shape[2] // (3 * n_head)
+    return qkv.shape[1] <= _short_t(direction, qkv.element_size(), D, arch(qkv.device))
 
 
 def _plan(kernel: str, qkv: Tensor, n_head: int) -> tuple[tuple[int], dict[str, Any]]:
@@ -531,7 +541,7 @@ def causal_attention_fwd(qkv: Tensor, n_head: int, save_lse: bool) -> tuple[Tens
     y, lse = _fwd_fake(qkv, n_head, save_lse)
     if qkv.numel() == 0:
         return y, lse
-    short = _is_short(qkv, n_head)
+    short = _is_short("fwd", qkv, n_head)
     kernel = _attention_short_fwd_kernel if short else _attention_fwd_kernel
     grid, constexprs = _plan("short" if short else "fwd", qkv, n_head)
     scale = constexprs["D"] ** -0.5
@@ -551,7 +561,7 @@ def causal_attention_bwd(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head
     if qkv.numel() == 0:
         return dqkv
     T, scale = qkv.shape[1], (y.shape[2] // n_head) ** -0.5
-    if _is_short(qkv, n_head):
+    if _is_short("bwd", qkv, n_head):
         grid, constexprs = _plan("short", qkv, n_head)
         _attention_short_bwd_kernel[grid](
             dy, qkv, y, lse, dqkv, T, n_head, scale, **constexprs
@@ -624,22 +634,25 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Each build the launches above can choose on `arch`; fp16 builds as bf16 does."""
+    """Builds the launches above choose on `arch`, the longest of each short kernel.
+
+    fp16 builds as bf16 does. fp32 at D = 64 alone, and nothing but GPT-2's D and the widest on the
+    chips that run the safe rows only: a build takes a second or more.
+    """
     kernels = {
         "fwd": _attention_fwd_kernel, "dq": _attention_dq_kernel, "dkdv": _attention_dkdv_kernel,
         "short fwd": _attention_short_fwd_kernel, "short bwd": _attention_short_bwd_kernel,
     }  # fmt: skip
-    maths = (("bf16", 2, "ieee"), ("fp32", 4, "tf32"), ("fp32", 4, "ieee"))
-    for kernel, (dtype, itemsize, precision) in product(kernels, maths):
-        for D in HEAD_DIMS:
-            if kernel.startswith("short"):
-                launch = _short_launch(itemsize, SHORT_T[itemsize, D])
-            else:
-                launch = _launch(kernel, itemsize, D, 1024, arch, TRITON_MINOR)
-            yield _aot_case(kernels[kernel], kernel, dtype, precision, D, launch)
-    for kernel in ("short fwd", "short bwd"):  # the seed recipe's tile
-        launch = _short_launch(2, 64)
-        yield _aot_case(kernels[kernel], kernel, "bf16", "ieee", 64, launch)
+    builds = [("bf16", 2, "ieee", D) for D in HEAD_DIMS]
+    builds += [("fp32", 4, "tf32", 64), ("fp32", 4, "ieee", 64)]
+    if arch not in (80, 90, 100):
+        builds = builds[2:4]
+    for name, (dtype, itemsize, precision, D) in product(kernels, builds):
+        if name.startswith("short"):
+            launch = _short_launch(itemsize, _short_t(name[6:], itemsize, D, arch))
+        else:
+            launch = _launch(name, itemsize, D, 1024, arch, TRITON_MINOR)
+        yield _aot_case(kernels[name], name, dtype, precision, D, launch)
 
 
 def _aot_case(
@@ -653,7 +666,7 @@ def _aot_case(
         arg: types.get(arg, f"*{dtype}") for arg in kernel.arg_names if arg not in constexprs
     }
     blocks = " ".join(f"{key[6:]}{size}" for key, size in launch.blocks)
-    rows = dict(launch.blocks)["BLOCK_N" if name == "dkdv" else next(iter(dict(launch.blocks)))]
+    rows = max(dict(launch.blocks).values())  # of S, or of S^T: the program's own block
     return AotCase(
         op="causal_attention", kernel=kernel, signature=signature, constexprs=constexprs,
         label=f"{name} D={D} {'tf32' if precision == 'tf32' else dtype} {blocks}",
