@@ -26,6 +26,11 @@ from model.config import GPTConfig
 INIT_STD = 0.02
 
 
+def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """F.dropout, which compiled with p = 0 would copy every branch once."""
+    return F.dropout(x, p, training) if p > 0 else x
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, ops: Ops):
         super().__init__()
@@ -65,11 +70,11 @@ class Block(nn.Module):
 
     def forward(self, y: Tensor, residual: Tensor, next_norm: nn.LayerNorm):
         """y = ln_1(residual) in; next_norm(residual_out), residual_out out; all (B, T, C)."""
-        branch = F.dropout(self.attn(y), self.dropout, self.training)
+        branch = _dropout(self.attn(y), self.dropout, self.training)
         y, residual = self.ops.add_layer_norm(
             branch, residual, self.ln_2.weight, self.ln_2.bias, self.ln_2.eps
         )
-        branch = F.dropout(self.mlp(y), self.dropout, self.training)
+        branch = _dropout(self.mlp(y), self.dropout, self.training)
         return self.ops.add_layer_norm(
             branch, residual, next_norm.weight, next_norm.bias, next_norm.eps
         )
@@ -88,7 +93,7 @@ class Transformer(nn.Module):
     def forward(self, idx: Tensor, residual_dtype: torch.dtype | None) -> Tensor:
         """idx (B, T) int64 -> ln_f of the last residual, (B, T, C)."""
         residual = self.wte(idx) + self.wpe.weight[: idx.shape[1]]
-        residual = F.dropout(residual, self.dropout, self.training)
+        residual = _dropout(residual, self.dropout, self.training)
         if residual_dtype is not None:
             residual = residual.to(residual_dtype)
         norms = [*(block.ln_1 for block in self.h), self.ln_f]
