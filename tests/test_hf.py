@@ -136,7 +136,7 @@ def exchange(tmp_path_factory: pytest.TempPathFactory) -> Exchange:
         ("full-vocab", replace(MODELS["smoke"], n_layer=1), torch.float32),
         # The widths of the four sizes; depth and vocabulary cut, since they only repeat.
         *(
-            (f"width-{size}", replace(MODELS[size], n_layer=2, vocab_size=301), torch.float32)
+            (f"width-{size}", replace(MODELS[size], n_layer=1, vocab_size=301), torch.float32)
             for size in SIZES
         ),
     ]:
