@@ -26,10 +26,11 @@ from model import GPT
 from model.flops import mfu
 from model.generate import Sampling, generate_text
 from model.tokenizer import decode, get_encoding
-from training import checkpoint, metrics, resume
+from training import checkpoint, distributed, metrics, resume
 from training.baselines import ngram_losses
 from training.checkpoint import Checkpoint
 from training.data import DataLoaderLite, Prefetcher, load_corpus
+from training.distributed import World, refuse_mismatch, share
 from training.evaluate import evaluate_tokens
 from training.guard import Guard, GuardConfig
 from training.metrics import RunLog
@@ -126,6 +127,7 @@ class Run:
     """All that has been checked before anything is written."""
 
     cfg: Config
+    world: World
     plan: Plan
     out: Path
     train_tokens: np.ndarray
@@ -135,7 +137,7 @@ class Run:
     """Checkpoint to go on from; None starts afresh."""
 
 
-def prepare(cfg: Config) -> Run:
+def prepare(cfg: Config, world: World) -> Run:
     """Check everything a person can get wrong; the run folder comes last.
 
     Raises:
@@ -144,6 +146,7 @@ def prepare(cfg: Config) -> Run:
     cfg.check()
     recipe = cfg.recipe
     plan = make_plan(recipe, detect(cfg.device), cfg.ops, cfg.dtype, cfg.compile)
+    plan = share(plan, recipe, world)
     if cfg.tensorboard:
         metrics.check_tensorboard()
     if cfg.preset == "fineweb-124m" and not cfg.data:
@@ -151,26 +154,37 @@ def prepare(cfg: Config) -> Run:
             "data: fineweb-124m needs --data PATH: text files or a folder of .txt files, e.g. the "
             "sample-10BT of huggingface.co/datasets/HuggingFaceFW/fineweb-edu written out as text"
         )
-    corpus = load_corpus(cfg.data)
+    if not world.is_main:
+        world.barrier()  # rank 0 fills the token cache
+    corpus = load_corpus(cfg.data, world.say)
+    if world.is_main:
+        world.barrier()
     train_tokens, val_tokens = corpus.split(recipe.val_fraction)
-    data_loader(recipe, plan, train_tokens)  # raises where the text is too short for a batch
+    data_loader(recipe, plan, train_tokens, world)  # raises where the text is too short for a batch
     facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(train_tokens),
              "val_tokens": len(val_tokens)}  # fmt: skip
-    out = open_run_folder(cfg)
-    found = resume.find(cfg.resume, out, print)
+    refuse_mismatch(world, {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()},
+                            "data": corpus.sha256, "torch": torch.__version__})  # fmt: skip
+    out = world.first(lambda: open_run_folder(cfg))
+    found = resume.find(cfg.resume, out, world.say)
     if found is not None:
         notes = resume.check_recipe(found[1], recipe, corpus.sha256, cfg.override)
-        print(f"resume: {found[0]}, {found[1].step} steps done", *notes,
-              *resume.check_plan(found[1], plan), sep="\n")  # fmt: skip
-    return Run(cfg, plan, out, train_tokens, val_tokens, facts, found and found[1])
+        notes += resume.check_plan(found[1], plan)
+        world.say("\n".join([f"resume: {found[0]}, {found[1].step} steps done", *notes]))
+    return Run(cfg, world, plan, out, train_tokens, val_tokens, facts, found and found[1])
 
 
 def data_loader(
-    recipe: Recipe, plan: Plan, tokens: np.ndarray, progress: Progress | None = None
+    recipe: Recipe,
+    plan: Plan,
+    tokens: np.ndarray,
+    world: World,
+    progress: Progress | None = None,
 ) -> DataLoaderLite:
     progress = progress or Progress()
     return DataLoaderLite(tokens, plan.micro_batch_size, recipe.block_size, recipe.order,
-                          recipe.seed, wrap_rows=recipe.batch_size, position=progress.position,
+                          recipe.seed, wrap_rows=recipe.batch_size, rank=world.rank,
+                          world_size=world.size, position=progress.position,
                           skips=progress.skips)  # fmt: skip
 
 
@@ -206,29 +220,35 @@ def abstract_model(recipe: Recipe) -> GPT:
 
 def train(run: Run, stop: StopRequest) -> int:
     """Train, evaluate, sample, save. Returns the exit code."""
-    cfg, plan, out, recipe = run.cfg, run.plan, run.out, run.cfg.recipe
+    cfg, world, plan, recipe = run.cfg, run.world, run.plan, run.cfg.recipe
     start_numerics(plan, recipe.seed)
     model = GPT(recipe.model_config, plan.op_set)
     model.trained_context = recipe.block_size
     model.to(plan.device)
-    forward = torch.compile(model) if plan.compile else model
+    parallel = world.wrap(model)
+    forward = torch.compile(parallel) if plan.compile else parallel
     optimizer = configure_adamw(model, recipe)
     guard = Guard(GuardConfig(), torch.device(plan.device)) if recipe.guard else None
     progress = resume.restore(run.saved, model, optimizer, guard) if run.saved else Progress()
-    batches = Prefetcher(data_loader(recipe, plan, run.train_tokens, progress), plan.device)
+    loader = data_loader(recipe, plan, run.train_tokens, world, progress)
+    batches = Prefetcher(loader, plan.device)
     autocast = (torch.autocast(plan.device, torch.bfloat16) if plan.dtype == "bf16"
                 else nullcontext())  # fmt: skip
-    write_config(run, model)
+    if world.is_main:
+        write_config(run, model)
     log = open_log(run, progress)
-    writer = checkpoint.Writer(out / "checkpoints", cfg.keep_last, log.say)
+    writer = checkpoint.Writer(run.out / "checkpoints", cfg.keep_last, log.say)
     reached: int | None = None
+    stopping = bool(stop)
 
     with log, writer, contextlib.closing(batches):
         while True:
             step = progress.step
-            evaluate, save = cfg.evaluates_before(step), bool(stop) or cfg.saves_before(step)
+            evaluate, save = cfg.evaluates_before(step), cfg.saves_before(step)
+            stopping = stopping or (bool(stop) and world.size == 1)
             action = "ok"
-            for record in log.read(wait=evaluate or save or step == recipe.max_steps):
+            for record in log.read(wait=evaluate or save or stopping or step == recipe.max_steps):
+                stopping |= record.stop  # several ranks agree through the late value
                 if reached is None and record.loss < recipe.target_loss:
                     reached = record.step
                 if guard and (action := guard.observe(record.bad, record.position)) != "ok":
@@ -242,18 +262,18 @@ def train(run: Run, stop: StopRequest) -> int:
                 continue
 
             done = reached is not None or step == recipe.max_steps
-            if evaluate and not (stop or done or step in dict(progress.evaluations)):
+            if evaluate and not (stopping or done or step in dict(progress.evaluations)):
                 with log.aside(), autocast:
-                    val_loss = evaluate_tokens(model, run.val_tokens[: plan.eval_tokens])
+                    val_loss = validate(run, model, plan.eval_tokens)
                 writer.best = progress.evaluated(step, val_loss)
                 log.event("eval", step=step, val_loss=val_loss)
                 log.say(f"step {step:5d} | validation loss {val_loss:.4f}")
-            if save or (done and cfg.save_interval):
+            if (save or stopping or (done and cfg.save_interval)) and world.is_main:
                 with log.aside():
                     progress.position, progress.metrics_bytes = batches.position, log.num_bytes
                     writer.submit(resume.capture(progress, model, optimizer, guard, recipe, plan,
                                                  run.corpus["sha256"]))  # fmt: skip
-            if stop:
+            if stopping:
                 return leave(run, step, writer, log, stop)
             if done:
                 break
@@ -262,12 +282,14 @@ def train(run: Run, stop: StopRequest) -> int:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss = torch.zeros((), device=plan.device)
-            for _ in range(plan.num_micro_batches):
+            for micro in range(plan.num_micro_batches):
                 x, y = batches.next_batch()
-                with autocast:
-                    micro_loss = forward(x, y) / plan.num_micro_batches
-                micro_loss.backward()
+                with world.accumulating(parallel, last=micro == plan.num_micro_batches - 1):
+                    with autocast:
+                        micro_loss = forward(x, y) / plan.num_micro_batches
+                    micro_loss.backward()
                 loss += micro_loss.detach()
+            loss, asked_to_stop = world.mean_loss(loss, bool(stop))
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 model.parameters(), recipe.grad_clip or math.inf
             )
@@ -276,7 +298,7 @@ def train(run: Run, stop: StopRequest) -> int:
             optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            log.step(step, loss, grad_norm, lr, bad, batches.position)
+            log.step(step, lr, batches.position, loss, grad_norm, bad, asked_to_stop)
             progress.step += 1
         return close(run, model, log, progress, reached, stop)
 
@@ -290,15 +312,28 @@ def open_log(run: Run, progress: Progress) -> RunLog:
 
     log_every = run.cfg.log_every or math.ceil(recipe.max_steps / 100)
     return RunLog(run.out, recipe.max_steps, recipe.tokens_per_step, utilisation, log_every,
-                  run.cfg.tensorboard, progress.metrics_bytes)  # fmt: skip
+                  run.cfg.tensorboard, progress.metrics_bytes,
+                  quiet=not run.world.is_main)  # fmt: skip
+
+
+def validate(run: Run, model: GPT, max_tokens: int) -> float:
+    """Validation loss of the first so many tokens; each rank does its share of the rows."""
+    T, world = run.cfg.recipe.block_size, run.world
+    tokens = np.asarray(run.val_tokens[:max_tokens])
+    rows = -(-(len(tokens) - 1) // T)
+    first, last = (rows * r // world.size * T for r in (world.rank, world.rank + 1))
+    part = tokens[first : min(last, len(tokens) - 1) + 1]
+    loss = evaluate_tokens(model, part) if len(part) > 1 else 0.0
+    return world.weighted_mean(loss, max(len(part) - 1, 0), run.plan.device)
 
 
 def leave(run: Run, step: int, writer: checkpoint.Writer, log: RunLog, stop: StopRequest) -> int:
     """Say how to go on; the checkpoint is on disk when this returns."""
     writer.wait()
+    run.world.barrier()
     log.event("stopped", step=step, signal=stop.signal)
     log.say(
-        f"{stop.signal}: stopped after {step} steps, last good checkpoint: step "
+        f"{stop.signal or 'another rank'}: stopped after {step} steps, last good checkpoint: step "
         f"{writer.last_good}; the same command with --out {run.out} goes on"
     )
     return EXIT_RESUMABLE
@@ -319,6 +354,7 @@ def roll_back(
         RunFailed: no rollbacks are left, or there is nothing to go back to.
     """
     writer.wait()
+    run.world.barrier()
     found = checkpoint.newest_good(run.out / "checkpoints", log.say)
     if action == "give_up" or found is None:
         why = "there is no checkpoint to go back to" if found is None else "no rollbacks are left"
@@ -379,9 +415,12 @@ def close(
     tokens_seen = num_steps * recipe.tokens_per_step
     val_loss, baselines, evaluations = None, {}, progress.evaluations
     if len(run.val_tokens) > 1:
-        val_loss = evaluate_tokens(model, run.val_tokens[:MAX_VAL_TOKENS])
+        val_loss = validate(run, model, MAX_VAL_TOKENS)
         evaluations = [*progress.evaluations, (num_steps, val_loss)]
         log.event("eval", step=num_steps, val_loss=val_loss)
+    if not run.world.is_main:
+        return 0
+    if val_loss is not None:
         baselines = ngram_losses(run.train_tokens, run.val_tokens, model.config.vocab_size)
         beside = ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items())
         log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
@@ -447,20 +486,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as held:
         try:
             cfg = parse(sys.argv[1:] if arguments is None else arguments)
-            run = prepare(cfg)
-            held.enter_context(checkpoint.lock(run.out))
+            world = held.enter_context(distributed.start(cfg.device))
+            run = prepare(cfg, world)
+            if world.is_main:
+                held.enter_context(checkpoint.lock(run.out))
+                checkpoint.clean(run.out / "checkpoints")
         except (ValueError, OSError) as error:
             print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
-        checkpoint.clean(run.out / "checkpoints")
         recipe = cfg.recipe
-        print(
+        world.say(
             f"recipe: {cfg.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens a "
             f"step, {recipe.max_steps:,} steps, {len(run.train_tokens):,} training tokens"
         )
-        print(run.plan.describe(), *run.plan.notes, sep="\n  ", flush=True)
+        world.say("\n  ".join([run.plan.describe(), *run.plan.notes]))
         try:
-            with StopRequest(print) as stop:
+            with StopRequest(world.say) as stop:
                 return train(run, stop)
         except RunFailed as error:
             print(f"train.py: {error}", file=sys.stderr)

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 Log = Callable[[str], None]
+_NOT_WRITTEN = ("bad", "position", "stop")  # fields of a record that metrics.jsonl leaves out
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class StepRecord:
         mfu: Model flops utilisation in [0, 1]; None on a device whose peak is not known.
         bad: The guard skipped the update; an event of its own in metrics.jsonl.
         position: Rows drawn after the step's batches; for the guard, not in metrics.jsonl.
+        stop: A rank was asked to stop; not in metrics.jsonl either.
     """
 
     step: int
@@ -50,6 +52,7 @@ class StepRecord:
     mfu: float | None
     bad: bool = False
     position: int = 0
+    stop: bool = False
 
     def line(self) -> str:
         mfu = "n/a" if self.mfu is None else f"{100 * self.mfu:.1f}%"
@@ -72,6 +75,7 @@ class RunLog:
         tensorboard: Also write TensorBoard events.
         keep_bytes: Length of metrics.jsonl to keep when a run goes on; what a killed process
             wrote after its last checkpoint is cut off. 0 starts the file anew.
+        quiet: Write and print nothing; the ranks beside the first.
     """
 
     def __init__(
@@ -83,12 +87,16 @@ class RunLog:
         log_every: int = 1,
         tensorboard: bool = False,
         keep_bytes: int = 0,
+        quiet: bool = False,
     ):
         self.tokens_per_step, self.mfu, self.log_every = tokens_per_step, mfu, log_every
-        self._file = (folder / "metrics.jsonl").open("a+", encoding="utf-8", newline="\n")
-        self._file.truncate(keep_bytes)
-        self._file.seek(0)
-        self._board = _summary_writer(folder) if tensorboard else None
+        self.quiet = quiet
+        path = Path(os.devnull) if quiet else folder / "metrics.jsonl"
+        self._file = path.open("a+", encoding="utf-8", newline="\n")
+        if not quiet:
+            self._file.truncate(keep_bytes)
+            self._file.seek(0)
+        self._board = _summary_writer(folder) if tensorboard and not quiet else None
         self._pending: tuple[int, float, int, Tensor, torch.cuda.Event | float] | None = None
         self._unread: list[StepRecord] = []
         self._pinned: list[Tensor] = []
@@ -104,7 +112,7 @@ class RunLog:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             transient=True,
-            disable=not sys.stdout.isatty(),
+            disable=quiet or not sys.stdout.isatty(),
         )
         self._task = self._bar.add_task("training", total=max_steps)
 
@@ -121,26 +129,27 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Print a line; above the bar where there is one."""
-        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if not self.quiet:
+            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def step(
         self,
         step: int,
+        lr: float,
+        position: int,
         loss: Tensor,
         grad_norm: Tensor,
-        lr: float,
-        bad: Tensor | None = None,
-        position: int = 0,
+        bad: Tensor | None,
+        stop: Tensor,
     ) -> None:
-        """Take the device values of `step`; those of the step before become readable."""
+        """Take the device values of `step`, each (); those of the step before become readable."""
         self._finish()
-        values = torch.stack(
-            [loss, grad_norm, torch.zeros_like(loss) if bad is None else bad]
-        ).float()
+        bad = torch.zeros_like(loss) if bad is None else bad
+        values = torch.stack([loss, grad_norm, bad, stop]).float()
         done: torch.cuda.Event | float = time.perf_counter()
         if values.is_cuda:
             # Two buffers: one is read while the other is written.
-            self._pinned = self._pinned or [torch.empty(3, pin_memory=True) for _ in range(2)]
+            self._pinned = self._pinned or [torch.empty(4, pin_memory=True) for _ in range(2)]
             values = self._pinned[step % 2].copy_(values, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
@@ -162,7 +171,7 @@ class RunLog:
         if isinstance(done, torch.cuda.Event):
             done.synchronize()
             done = time.perf_counter()
-        loss, grad_norm, bad = values.tolist()
+        loss, grad_norm, bad, stop = values.tolist()
         seconds, self._mark = done - self._mark, done
         tokens_per_s = self.tokens_per_step / seconds
         record = StepRecord(
@@ -175,10 +184,11 @@ class RunLog:
             mfu=self.mfu(tokens_per_s),
             bad=bool(bad),
             position=position,
+            stop=bool(stop),
         )
         self.records.append(record)
         self._unread.append(record)
-        self._write({k: v for k, v in asdict(record).items() if k not in ("bad", "position")})
+        self._write({k: v for k, v in asdict(record).items() if k not in _NOT_WRITTEN})
         if self._board is not None:
             for name in ("loss", "lr", "grad_norm", "tokens_per_s"):
                 self._board.add_scalar(name, getattr(record, name), step)
