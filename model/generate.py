@@ -388,6 +388,8 @@ def _rows(prompts: Sequence[Sequence[int]], num_samples: int) -> tuple[list[Sequ
     """Each prompt num_samples times, and the sample number of each row."""
     if num_samples < 1:
         raise ValueError(f"generate: num_samples must be at least 1, got {num_samples}")
+    if not prompts:
+        raise ValueError('generate: there is no prompt; an empty one is ""')
     rows = [prompt for prompt in prompts for _ in range(num_samples)]
     return rows, [*range(num_samples)] * len(prompts)
 

@@ -357,6 +357,8 @@ def test_bad_calls(model: GPT):
         generate_tokens(model, [[1]], GREEDY, window=65)
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
         generate_tokens(model, [[1]], GREEDY, num_samples=0)
+    with pytest.raises(ValueError, match="there is no prompt"):
+        generate_tokens(model, [], GREEDY)
     with pytest.raises(ValueError, match="the model has 197 tokens"):
         generate_text(model, get_encoding(), ["a"], GREEDY)
     assert generate_tokens(model, [[1]], Sampling(max_new_tokens=0)) == [[]]
