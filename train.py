@@ -29,7 +29,7 @@ from model.tokenizer import decode, get_encoding
 from training import checkpoint, distributed, metrics, resume
 from training.baselines import ngram_losses
 from training.checkpoint import Checkpoint
-from training.data import DataLoaderLite, Prefetcher, load_corpus
+from training.data import DataLoaderLite, Prefetcher, Tokens, load_corpus
 from training.distributed import World, refuse_mismatch, share
 from training.evaluate import evaluate_tokens
 from training.guard import Guard, GuardConfig
@@ -45,6 +45,7 @@ NUM_SAMPLES = 4
 PROMPT_TOKENS = 8
 SAMPLE_TOKENS = 120
 DEFAULT_PRESET = {"cpu": "shakespeare-cpu", "cuda": "shakespeare-124m"}
+MAX_REPORT_TOKENS = 25_000_000  # about 100 MB of text searched for what the samples recite
 MAX_VAL_TOKENS = 10_485_760  # of the last evaluation; a long corpus has more than it can tell apart
 
 
@@ -130,8 +131,8 @@ class Run:
     world: World
     plan: Plan
     out: Path
-    train_tokens: np.ndarray
-    val_tokens: np.ndarray
+    train_tokens: Tokens
+    val_tokens: Tokens
     corpus: dict[str, Any]
     saved: Checkpoint | None
     """Checkpoint to go on from; None starts afresh."""
@@ -177,7 +178,7 @@ def prepare(cfg: Config, world: World) -> Run:
 def data_loader(
     recipe: Recipe,
     plan: Plan,
-    tokens: np.ndarray,
+    tokens: Tokens,
     world: World,
     progress: Progress | None = None,
 ) -> DataLoaderLite:
@@ -421,7 +422,10 @@ def close(
     if not run.world.is_main:
         return 0
     if val_loss is not None:
-        baselines = ngram_losses(run.train_tokens, run.val_tokens, model.config.vocab_size)
+        counted, scored = (
+            np.asarray(t[:MAX_VAL_TOKENS]) for t in (run.train_tokens, run.val_tokens)
+        )
+        baselines = ngram_losses(counted, scored, model.config.vocab_size)
         beside = ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items())
         log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
     model.save_pretrained(out / "model")
@@ -446,7 +450,7 @@ def close(
         "device": plan.device_name,
     }
     metrics.write_json(out / "summary.json", summary)
-    report_run(out, run.train_tokens, log.say)
+    report_run(out, np.asarray(run.train_tokens[:MAX_REPORT_TOKENS]), log.say)
     log.say(
         f"done: {num_steps} steps, {tokens_seen:,} tokens, {summary['epochs']:.1f} epochs, "
         f"{summary['tokens_per_s']:,.0f} tok/s, {summary['wall_s']:.0f} s in all; see {out}"
@@ -460,7 +464,7 @@ def write_samples(run: Run, model: GPT, log: RunLog) -> None:
     """samples.txt: continuations of a few words of held-out text, within the trained context."""
     text = run.val_tokens if len(run.val_tokens) > PROMPT_TOKENS * NUM_SAMPLES else run.train_tokens
     starts = np.linspace(0, len(text) - PROMPT_TOKENS, NUM_SAMPLES + 1, dtype=int)[:-1]
-    prompts = [decode(text[i : i + PROMPT_TOKENS]) for i in starts]
+    prompts = [decode(np.asarray(text[i : i + PROMPT_TOKENS])) for i in starts]
     sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=run.cfg.recipe.seed)
     answers = generate_text(model, get_encoding(), prompts, sampling)
     with (run.out / "samples.txt").open("w", encoding="utf-8") as file:

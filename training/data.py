@@ -24,13 +24,15 @@ from torch import Tensor
 
 from model import tokenizer
 from training.recipes import Order
+from training.shards import SUFFIXES, TOKEN_DTYPE, TokenShards, open_shard
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 DOWNLOAD_TIMEOUT_S = 5.0
-TOKEN_DTYPE = np.dtype("<u2")  # GPT-2's 50,257 ids fit
+
+Tokens = np.ndarray | TokenShards
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,20 @@ class Corpus:
     Args:
         tokens: (N,) uint16, memory-mapped.
         name, sha256: Of the source, see `Source`.
-        path: The token file.
+        path: The token file, or the folder of shards.
+        val: (N_val,) uint16 where the source has a validation part of its own.
     """
 
-    tokens: np.ndarray
+    tokens: Tokens
     name: str
     sha256: str
     path: Path
+    val: Tokens | None = None
 
-    def split(self, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-        """Training part and the validation part at its end."""
+    def split(self, val_fraction: float) -> tuple[Tokens, Tokens]:
+        """Training part, and the validation part: the source's own, else the tail."""
+        if self.val is not None and val_fraction > 0:
+            return self.tokens, self.val
         num_train = len(self.tokens) - int(len(self.tokens) * val_fraction)
         return self.tokens[:num_train], self.tokens[num_train:]
 
@@ -82,42 +88,64 @@ def load_corpus(paths: Sequence[str | Path], say: Callable[[str], None] = print)
         FileNotFoundError: no such file.
         ValueError: empty, not UTF-8, a folder without text, or tokens of another vocabulary.
     """
-    if len(paths) == 1 and Path(paths[0]).suffix == ".bin":
-        return open_tokens(Path(paths[0]))
+    if len(paths) == 1 and _holds_tokens(path := Path(paths[0])):
+        return open_tokens(path)
     source = _read_documents([Path(p) for p in paths]) if paths else _default_source(say)
     return _tokenise(source, tokenizer.cache_dir() / "tokens")
 
 
+def _holds_tokens(path: Path) -> bool:
+    """A token file, or a folder with one in it."""
+    if path.is_dir():
+        return any(p.suffix in SUFFIXES for p in path.iterdir())
+    return path.suffix in SUFFIXES
+
+
 def open_tokens(path: Path) -> Corpus:
-    """Open a headerless little-endian uint16 token file; a JSON beside it names the encoding.
+    """Open a token file, or a folder of shards; formats in training/shards.py.
+
+    In a folder, files with "val" in their name are the validation part and the others are trained
+    on. A JSON beside a file, or index.json in a folder, names the encoding.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is empty or odd, or was made with another vocabulary.
+        ValueError: a file is empty or odd, or was made with another vocabulary.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"data: no such file: {path}")
-    num_bytes = path.stat().st_size
-    if num_bytes == 0 or num_bytes % TOKEN_DTYPE.itemsize:
-        raise ValueError(
-            f"data: {path} must hold uint16 tokens, got {num_bytes} bytes; --data takes text too"
-        )
-    meta = _read_meta(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+    meta = _read_meta(path / "index.json" if path.is_dir() else _meta_path(path))
     encoding = meta.get("encoding", tokenizer.ENCODING)
     if encoding != tokenizer.ENCODING:
         raise ValueError(
             f"data: {path} was made with the vocabulary {encoding!r}, this model needs "
             f"{tokenizer.ENCODING!r}; tokenise the text again"
         )
-    tokens = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
-    largest = _largest(tokens)
-    if largest >= tokenizer.VOCAB_SIZE:
+    if meta.get("done") is False:
         raise ValueError(
-            f"data: {path} holds token {largest}, GPT-2's vocabulary ends at "
-            f"{tokenizer.VOCAB_SIZE - 1}; it was made with another vocabulary"
+            f"data: {path} is not finished; run the same training.prepare command again"
         )
-    sha256 = str(meta.get("sha256") or _hash_file(path))
-    return Corpus(tokens, str(meta.get("name", path)), sha256, path)
+    val = [p for p in files if path.is_dir() and "val" in p.name]
+    parts = {p: open_shard(p) for p in files}
+    for file, tokens in parts.items():
+        if (largest := _largest(tokens)) >= tokenizer.VOCAB_SIZE:
+            raise ValueError(
+                f"data: {file} holds token {largest}, GPT-2's vocabulary ends at "
+                f"{tokenizer.VOCAB_SIZE - 1}; it was made with another vocabulary"
+            )
+    digest = hashlib.sha256()
+    for shard in meta.get("shards", ()):
+        digest.update(shard["sha256"].encode())
+    for file in [] if "shards" in meta or "sha256" in meta else files:
+        digest.update(_hash_file(file).encode())
+    sha256 = str(meta.get("sha256") or digest.hexdigest())
+    train = _join([parts[p] for p in files if p not in val])
+    return Corpus(train, str(meta.get("name", path)), sha256, path,
+                  _join([parts[p] for p in val]) if val else None)  # fmt: skip
+
+
+def _join(parts: list[np.ndarray]) -> Tokens:
+    return parts[0] if len(parts) == 1 else TokenShards(parts)
 
 
 def _default_source(say: Callable[[str], None]) -> Source:
@@ -185,7 +213,7 @@ def _read_text(path: Path) -> str:
 def _tokenise(source: Source, folder: Path) -> Corpus:
     """Tokens of `source` from the cache, or into it. Documents are joined by <|endoftext|>."""
     path = folder / f"{source.sha256[:16]}-{tokenizer.ENCODING}.bin"
-    meta = _read_meta(path)
+    meta = _read_meta(_meta_path(path))
     size = path.stat().st_size if path.is_file() else -1
     if meta.get("sha256") != source.sha256 or size != TOKEN_DTYPE.itemsize * meta.get("tokens", 0):
         pieces: list[np.ndarray] = []
@@ -214,17 +242,21 @@ def _meta_path(path: Path) -> Path:
 
 
 def _read_meta(path: Path) -> dict:
-    """The JSON beside a token file; empty when absent or unreadable."""
+    """The JSON that describes a token file; empty when absent or unreadable."""
     try:
-        meta = json.loads(_meta_path(path).read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return meta if isinstance(meta, dict) else {}
 
 
 def _largest(tokens: np.ndarray) -> int:
-    """Largest id, read in pieces so that a big file does not fill the memory."""
-    return max(int(tokens[i : i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
+    """Largest id; of a long file in 64 places, for reading 20 GB at every start is no check."""
+    piece = 1 << 20
+    starts = range(0, len(tokens), piece)
+    if len(starts) > 64:
+        starts = np.linspace(0, len(tokens) - piece, 64, dtype=np.int64).tolist()
+    return max(int(tokens[i : i + piece].max()) for i in starts)
 
 
 def _hash_documents(documents: Sequence[str]) -> str:
@@ -262,7 +294,7 @@ class DataLoaderLite:
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: Tokens,
         batch_size: int,
         T: int,
         order: Order = "shuffled",
