@@ -367,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             providers=args.provider or default_providers(device), seconds=args.seconds,
         )  # fmt: skip
         for row in found:
-            results.add("ops", row)
+            results.add("ops", row | ({"sweep": True} if args.sweep else {}))
         rows += found
         print(f"{op} {mode} {shape.label}: {len(found)} rows", file=sys.stderr, flush=True)
     for label in dict.fromkeys(row["shape"] for row in rows):

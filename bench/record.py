@@ -28,7 +28,7 @@ SCHEMA = "fused-gpt/bench/1"
 # What tells a row of a section from its neighbours.
 KEYS: dict[str, tuple[str, ...]] = {
     "numerics": ("op", "shape", "dtype", "result"),
-    "ops": ("op", "shape", "dtype", "mode", "provider"),
+    "ops": ("op", "shape", "dtype", "mode", "provider", "sweep"),
     "step": ("model", "shape", "accum", "provider"),
     "ablation": ("model", "shape", "accum", "provider"),
     "first_step": ("model", "shape", "provider", "cache"),

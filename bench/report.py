@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
+from bench.cases import CASES
 from model.config import GPTConfig
 from model.flops import PEAK_BF16_TFLOPS, flops_per_token, num_parameters
 
@@ -52,6 +53,7 @@ BANDWIDTH_GBS = {
     "B200": 8000.0, "H200": 4800.0, "H100": 3350.0, "A100": 2039.0, "L40S": 864.0,
     "RTX 4090": 1008.0, "RTX 3090": 936.0,
 }  # fmt: skip
+MAX_BAR = 3.0  # of eager's time; a slower one is cut off there and keeps its number
 COLOURS = {
     "eager": "#9aa0a6", "eager fp32": "#9aa0a6", "eager bf16": "#5f6368",
     "compile": "#4a7fb5", "compile fp32": "#4a7fb5", "compile bf16": "#4a7fb5",
@@ -82,13 +84,18 @@ def newest(results: Sequence[Result], device_type: str, section: str) -> Result 
     return found[-1] if found else None
 
 
+def device_line(result: Result) -> str:
+    device = result["device"]
+    if device["type"] == "cpu":
+        return f"{device['name']}, {device['cores']} cores, {device['isa']}"
+    return device["name"]
+
+
 def source_line(result: Result) -> str:
     """Where a table comes from, in one sentence."""
     device = result["device"]
-    name = device["name"]
-    if device["type"] == "cpu":
-        name += f", {device['cores']} cores, {device['isa']}"
-    else:
+    name = device_line(result)
+    if device["type"] == "cuda":
         name += f", driver {device['driver']}"
     dirty = ", uncommitted changes" if result["dirty"] else ""
     return (
@@ -200,7 +207,7 @@ def roofline_block(results: Sequence[Result]) -> str:
         best, worst = max(flops_ms, bytes_ms), flops_ms + bytes_ms
         lines.append(
             [gpu, f"{flops_ms:.0f}", f"{bytes_ms:.0f}"]
-            + [f"{65536 / ms * 1e3:,.0f}" for ms in (worst, best)]
+            + [f"{round(65536 / ms * 1e3, -4):,.0f}" for ms in (worst, best)]
         )
     header = [
         "GPU (data sheet)",
@@ -291,7 +298,7 @@ def draw_step(device_type: str) -> Callable[..., list[dict[str, Any]]]:
         rows = [r for r in rows if (r["model"], r["shape"], r["accum"]) == first]
         if out is None:
             return rows
-        title = f"Training step, GPT-2 {first[0]}, {first[1]}\n{result['device']['name']}"
+        title = f"Training step, GPT-2 {first[0]}, {first[1]}\n{device_line(result)}"
         axes = _axes(title, "tokens/s")
         for i, row in enumerate(rows):
             colour = COLOURS.get(row["provider"], "#c9c9c9")
@@ -321,24 +328,26 @@ def draw_ops(device_type: str) -> Callable[..., list[dict[str, Any]]]:
         rows = [r for r in rows if r["shape"] == label]
         if out is None:
             return rows
-        ops = list(dict.fromkeys(r["op"] for r in rows))
+        ops = sorted({r["op"] for r in rows}, key=[*CASES].index)
         who = list(dict.fromkeys(r["provider"] for r in rows))
-        title = f"Each op, forward and backward, {label}\n{result['device']['name']}"
+        title = f"Each op, forward and backward, {label}\n{device_line(result)}"
         axes = _axes(title, "time, eager = 1 (lower is faster)")
         width = 0.8 / len(who)
         for j, name in enumerate(who):
-            for i, op in enumerate(ops):
-                row = next((r for r in rows if r["op"] == op and r["provider"] == name), None)
-                if row is None:
-                    continue
-                share = (
-                    1.0 if name == "eager" else 1 / row["over_eager"] if "over_eager" in row else 0
-                )
-                at = i + (j - (len(who) - 1) / 2) * width
-                legend = (
-                    name if i == next(k for k, o in enumerate(ops) if _has(rows, o, name)) else None
-                )
-                axes.bar(at, share, width * 0.92, color=COLOURS.get(name, "#c9c9c9"), label=legend)
+            shares = {
+                i: 1.0 if name == "eager" else 1 / r["over_eager"]
+                for i, op in enumerate(ops)
+                for r in rows
+                if r["op"] == op
+                and r["provider"] == name
+                and (name == "eager" or "over_eager" in r)
+            }
+            at = [i + (j - (len(who) - 1) / 2) * width for i in shares]
+            heights = [min(share, MAX_BAR) for share in shares.values()]
+            axes.bar(at, heights, width * 0.92, color=COLOURS.get(name, "#c9c9c9"), label=name)
+            for x, share in zip(at, shares.values(), strict=True):
+                text = f"{share:.2f}" if share < 10 else f"{share:.0f}"
+                axes.text(x, min(share, MAX_BAR) + 0.02, text, ha="center", fontsize=6)
         axes.set_xticks(range(len(ops)), [op.replace("_", " ") for op in ops], fontsize=8)
         axes.axhline(1, color="#777777", linewidth=0.8)
         axes.legend(frameon=False, ncols=len(who), fontsize=8, loc="upper right")
@@ -347,10 +356,6 @@ def draw_ops(device_type: str) -> Callable[..., list[dict[str, Any]]]:
         return rows
 
     return draw
-
-
-def _has(rows: Sequence[dict[str, Any]], op: str, provider: str) -> bool:
-    return any(r["op"] == op and r["provider"] == provider for r in rows)
 
 
 def draw_sweep(op: str) -> Callable[..., list[dict[str, Any]]]:
@@ -383,16 +388,7 @@ FIGURES: dict[str, tuple[str, Callable[..., list[dict[str, Any]]]]] = {
     "step-cpu": ("Tokens per second of a training step on a CPU", draw_step("cpu")),
     "ops-gpu": ("Each op beside its rivals on a GPU", draw_ops("cuda")),
     "ops-cpu": ("Each op beside its rivals on a CPU", draw_ops("cpu")),
-    **{
-        f"sweep-{op}": (f"{op} over sizes", draw_sweep(op))
-        for op in (
-            "layer_norm",
-            "add_layer_norm",
-            "gelu_mlp",
-            "causal_attention",
-            "linear_cross_entropy",
-        )
-    },
+    **{f"sweep-{op}": (f"{op} over sizes", draw_sweep(op)) for op in CASES},
 }
 
 
