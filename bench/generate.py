@@ -108,7 +108,11 @@ def bench(model_name: str, num: int, rounds: int, uncached: bool, device: str) -
             }
             if uncached:
                 replays["uncached"] = host_replay(lambda: run("uncached", False))
-            timings = interleave(replays, rounds=rounds, seconds=1e9, warmup=1)
+            for use_cache in (True, False):  # a short run each: a whole one takes minutes
+                short = replace(sampling, max_new_tokens=4)
+                generate_tokens(model, [prompt], short, use_cache=use_cache)
+            ask(prompt, 4)
+            timings = interleave(replays, rounds=rounds, seconds=1e9, warmup=0, min_rounds=1)
     for name, found in tokens.items():
         if found != tokens["cached"]:
             at = next(
