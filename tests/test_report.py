@@ -77,9 +77,19 @@ def test_overlap_equals_brute_force(seed: int, pieces: list[tuple[int, int]], re
 def test_overlap_across_chunks_and_at_both_ends(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("training.overlap.CHUNK_BYTES", 64)
     corpus = random.Random(1).randbytes(1000)
-    for start, size in ((0, 90), (30, 200), (910, 90), (0, 1000), (48, 16)):
+    for start, size in ((0, 90), (30, 200), (910, 90), (0, 1000), (48, 16), (9, 31), (70, 63)):
         stretch = corpus[start : start + size]
         assert find_overlap([stretch], corpus).longest == stretch
+
+
+def test_overlapping_matches_make_one_span():
+    """Two stretches of the corpus that share 20 bytes; no 32-byte window joins them."""
+    a, b = random.Random(2).randbytes(48), random.Random(3).randbytes(30)
+    found = find_overlap([a + b], a + b"####" + a[28:] + b)
+    assert found.spans == [[(0, 78)]]
+    assert len(found.longest) == 50
+    apart = find_overlap([a + b"?" + b + b"?" + a], a + b"####" + b)
+    assert apart.spans == [[(0, 48), (80, 128)]]  # b is shorter than a span
 
 
 def test_overlap_of_nothing():
