@@ -30,7 +30,7 @@ from training import checkpoint, distributed, metrics, resume
 from training.baselines import ngram_losses
 from training.checkpoint import Checkpoint
 from training.data import DataLoaderLite, Prefetcher, Tokens, load_corpus
-from training.distributed import World, refuse_mismatch, share
+from training.distributed import ALONE, World, refuse_mismatch, share
 from training.evaluate import evaluate_tokens
 from training.guard import Guard, GuardConfig
 from training.metrics import RunLog
@@ -138,7 +138,7 @@ class Run:
     """Checkpoint to go on from; None starts afresh."""
 
 
-def prepare(cfg: Config, world: World) -> Run:
+def prepare(cfg: Config, world: World = ALONE) -> Run:
     """Check everything a person can get wrong; the run folder comes last.
 
     Raises:
@@ -299,7 +299,7 @@ def train(run: Run, stop: StopRequest) -> int:
             optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            log.step(step, lr, batches.position, loss, grad_norm, bad, asked_to_stop)
+            log.step(step, loss, grad_norm, lr, batches.position, bad, asked_to_stop)
             progress.step += 1
         return close(run, model, log, progress, reached, stop)
 

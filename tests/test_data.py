@@ -14,7 +14,7 @@ import torch
 from model import tokenizer
 from training import data
 from training.baselines import DISCOUNT, ngram_losses
-from training.data import DataLoaderLite, Prefetcher, load_corpus
+from training.data import Corpus, DataLoaderLite, Prefetcher, load_corpus
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer.get_encoding()  # loaded from the real cache, once
     monkeypatch.setattr(tokenizer, "cache_dir", lambda: tmp_path / "cache")
     return tmp_path / "cache"
+
+
+def all_tokens(corpus: Corpus) -> list[int]:
+    return np.asarray(corpus.tokens).tolist()
 
 
 def no_network(url: str) -> bytes:
@@ -38,11 +42,11 @@ def test_documents_are_joined_by_endoftext(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.txt").write_text("<|endoftext|>", encoding="utf-8")
     (tmp_path / "sub" / "ignored.md").write_text("no", encoding="utf-8")
-    ids = load_corpus([tmp_path]).tokens.tolist()
+    ids = all_tokens(load_corpus([tmp_path]))
     assert ids.count(tokenizer.EOT) == 1  # between the two, not the text that spells it
     assert tokenizer.decode(ids) == "two\r\nlines<|endoftext|><|endoftext|>"
     two_files = load_corpus([tmp_path / "b.txt", tmp_path / "sub" / "a.txt"])
-    assert two_files.tokens.tolist() == ids
+    assert all_tokens(two_files) == ids
 
 
 def test_cache_is_used_and_follows_the_source(tmp_path: Path, monkeypatch) -> None:
@@ -55,20 +59,20 @@ def test_cache_is_used_and_follows_the_source(tmp_path: Path, monkeypatch) -> No
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "encode", lambda _: pytest.fail("tokenised again"))
-        assert load_corpus([text]).tokens.tolist() == first.tokens.tolist()
+        assert all_tokens(load_corpus([text])) == all_tokens(first)
 
     text.write_text("one two four", encoding="utf-8")
-    assert tokenizer.decode(load_corpus([text]).tokens) == "one two four"
+    assert tokenizer.decode(all_tokens(load_corpus([text]))) == "one two four"
 
     text.write_text("one two three", encoding="utf-8")
     first.path.write_bytes(b"\0\0\0\0")  # cut short
-    assert tokenizer.decode(load_corpus([text]).tokens) == "one two three"
+    assert tokenizer.decode(all_tokens(load_corpus([text]))) == "one two three"
 
 
 def test_input_txt_comes_first(tmp_path: Path) -> None:
     (tmp_path / "input.txt").write_text("mine", encoding="utf-8")
     said: list[str] = []
-    assert tokenizer.decode(load_corpus([], said.append).tokens) == "mine"
+    assert tokenizer.decode(all_tokens(load_corpus([], said.append))) == "mine"
     assert "input.txt" in said[0]
 
 
@@ -78,7 +82,7 @@ def test_download_is_checked_and_kept(monkeypatch: pytest.MonkeyPatch, own_cache
     with monkeypatch.context() as patch:
         patch.setattr(data, "_download", lambda _: text)
         corpus = load_corpus([], lambda _: None)
-    assert tokenizer.decode(corpus.tokens).encode() == text
+    assert tokenizer.decode(all_tokens(corpus)).encode() == text
     monkeypatch.setattr(data, "_download", no_network)  # the second time needs none
     assert load_corpus([], lambda _: None).name == "tiny Shakespeare"
     # A damaged copy is not believed.
@@ -107,7 +111,7 @@ def test_offline_text_is_english_and_large_enough(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(data, "_download", no_network)
     corpus = load_corpus([], lambda _: None)
     assert len(corpus.tokens) > 100_000
-    assert "statement" in tokenizer.decode(corpus.tokens[:20_000])
+    assert "statement" in tokenizer.decode(all_tokens(corpus)[:20_000])
 
 
 def test_tiny_shakespeare_token_count() -> None:
@@ -152,7 +156,7 @@ def test_token_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_corpus([path])
     path.write_bytes(np.array([15496, 995, 0], dtype="<u2").tobytes())
-    assert load_corpus([path]).tokens.tolist() == [15496, 995, 0]
+    assert all_tokens(load_corpus([path])) == [15496, 995, 0]
     path.with_suffix(".json").write_text('{"encoding": "cl100k_base"}')
     with pytest.raises(ValueError, match="vocabulary 'cl100k_base', this model needs 'gpt2'"):
         load_corpus([path])
@@ -248,9 +252,8 @@ def test_prefetching_changes_nothing_but_the_thread() -> None:
 
 def test_an_error_while_reading_ahead_reaches_the_loop() -> None:
     loader = DataLoaderLite(counted_up(101), 4, 5)
-    ahead = Prefetcher(loader, "cpu")
     loader.tokens = counted_up(3)
-    ahead.next_batch()
+    ahead = Prefetcher(loader, "cpu")
     with pytest.raises(IndexError):
         ahead.next_batch()
     ahead.close()

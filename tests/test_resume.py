@@ -186,12 +186,12 @@ def test_guard_tolerates_the_noise_of_training():
 def in_process(run: Small, out: str, *flags: str) -> int:
     """train.py in this process, so that a fault can be planted in it."""
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore
     try:
         return train.main(run.command(out, *flags)[2:])
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # pyright: ignore
 
 
 def plant_nan(monkeypatch, bad_calls):

@@ -105,6 +105,9 @@ class World:
         return (sums[0] / sums[1]).item()
 
 
+ALONE = World()
+
+
 def start(device: str) -> World:
     """Join the job torchrun started, or be a world of one.
 
@@ -112,7 +115,7 @@ def start(device: str) -> World:
         device: "cpu", "cuda" or "auto", as --device says.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return World()
+        return ALONE
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]),
                   int(os.environ.get("LOCAL_RANK", "0")))  # fmt: skip
     on_cuda = device != "cpu" and torch.cuda.is_available()

@@ -135,17 +135,18 @@ class RunLog:
     def step(
         self,
         step: int,
-        lr: float,
-        position: int,
         loss: Tensor,
         grad_norm: Tensor,
-        bad: Tensor | None,
-        stop: Tensor,
+        lr: float,
+        position: int = 0,
+        bad: Tensor | None = None,
+        stop: Tensor | None = None,
     ) -> None:
         """Take the device values of `step`, each (); those of the step before become readable."""
         self._finish()
-        bad = torch.zeros_like(loss) if bad is None else bad
-        values = torch.stack([loss, grad_norm, bad, stop]).float()
+        zero = torch.zeros_like(loss)
+        flags = (zero if flag is None else flag for flag in (bad, stop))
+        values = torch.stack([loss, grad_norm, *flags]).float()
         done: torch.cuda.Event | float = time.perf_counter()
         if values.is_cuda:
             # Two buffers: one is read while the other is written.

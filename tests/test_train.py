@@ -1,0 +1,367 @@
+"""Training end to end: what a run leaves behind, that it repeats, and what it refuses."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from model import GPT
+from training import metrics, plan
+from training.evaluate import evaluate_tokens
+from training.metrics import RunLog
+from training.plan import Machine, detect, make_plan
+from training.recipes import PRESETS
+
+ROOT = Path(train.__file__).parent
+CPU = Machine(device="cpu", name="a CPU", num_threads=2)
+# Small enough to tokenise and evaluate in no time, large enough for a validation part.
+WORDS = "the king said to his people that no man shall want for bread while I have bread to give"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = WORDS.split()
+    path = tmp_path_factory.mktemp("text") / "input.txt"
+    lines = (" ".join(words[i * k % len(words)] for k in range(12)) for i in range(150))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def run_process(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess:
+    """`python train.py ...` in a process of its own, at two threads, kernels not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "train.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "2"} | environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def events(run: Path) -> tuple[list[dict], list[dict]]:
+    """Step objects and the others."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [x for x in lines if "event" not in x], [x for x in lines if "event" in x]
+
+
+@pytest.fixture(scope="module")
+def twice(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One small run, made by two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [folder / "a", folder / "b"]
+    for out in runs:
+        done = run_process("--preset", "smoke", "--data", text, "--out", out, "--eval-every", "6",
+                           "--save-every", "0", "--grad-accum-steps", "2")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (out / "stdout.txt").write_text(done.stdout)
+    return runs
+
+
+def test_run_folder(twice: list[Path]) -> None:
+    run = twice[0]
+    steps, others = events(run)
+    assert [s["step"] for s in steps] == list(range(20))
+    assert {*steps[0]} == {"step", "loss", "lr", "grad_norm", "ms", "tokens_per_s", "mfu"}
+    assert abs(steps[0]["loss"] - math.log(50257)) < 0.3
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert steps[0]["mfu"] is None  # no GPU whose peak is known
+    assert [e["step"] for e in others if e["event"] == "eval"] == [6, 12, 18, 20]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["final_step"] == 20
+    assert summary["tokens_seen"] == 20 * 2 * 4 * 64
+    assert summary["epochs"] == summary["tokens_seen"] / summary["corpus_tokens"]
+    assert summary["trained_context"] == 64
+    assert summary["model_bytes"] == (run / "model" / "model.safetensors").stat().st_size
+    assert summary["wall_s"] > summary["train_s"] > 0
+    assert summary["baselines"]["bigram"] < summary["baselines"]["unigram"]
+    assert summary["train_loss"] == steps[-1]["loss"]
+
+    config = json.loads((run / "config.json").read_text())
+    assert config["recipe"]["name"] == "smoke"
+    assert config["recipe"]["grad_accum_steps"] == 2
+    assert (config["plan"]["ops"], config["plan"]["compile"]) == ("eager", False)
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["data"]["train_tokens"] == summary["corpus_tokens"]
+    assert {"git_commit", "git_dirty", "device", "platform"} <= config.keys()
+
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len((run / "samples.txt").read_text(encoding="utf-8")) > 500
+    printed = (run / "stdout.txt").read_text()
+    assert "step    19 | loss" in printed
+    assert "mfu n/a" in printed
+    assert "ops eager: no GPU" in printed
+    assert "bigram" in printed
+    assert "\x1b" not in printed  # plain lines where there is no terminal
+
+
+def test_saved_model_is_the_trained_one(twice: list[Path], text: Path) -> None:
+    model = GPT.from_pretrained(twice[0])
+    assert model.trained_context == 64
+    _, val = train.load_corpus([text]).split(0.1)
+    summary = json.loads((twice[0] / "summary.json").read_text())
+    assert evaluate_tokens(model, np.asarray(val)) == pytest.approx(summary["val_loss"], rel=1e-5)
+
+
+def test_runs_repeat_bitwise_in_fresh_processes(twice: list[Path]) -> None:
+    (steps_a, _), (steps_b, _) = (events(run) for run in twice)
+    for a, b in zip(steps_a, steps_b, strict=True):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"])
+    assert_same_weights(*twice)
+    assert (twice[0] / "samples.txt").read_text() == (twice[1] / "samples.txt").read_text()
+
+
+def test_compiled_runs_repeat_bitwise(text: Path, tmp_path: Path) -> None:
+    if missing := detect("cpu").missing_tools:
+        pytest.skip(f"torch.compile needs {missing}")
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for out in runs:
+        done = run_process(
+            "--preset", "smoke", "--model", "smoke,n_layer=1", "--data", text, "--out", out,
+            "--steps", "3", "--compile", "--save-every", "0",
+            TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ", compiled, " in done.stdout
+    assert [s["loss"] for s in events(runs[0])[0]] == [s["loss"] for s in events(runs[1])[0]]
+    assert_same_weights(*runs)
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    one, other = (load_file(run / "model" / "model.safetensors") for run in (a, b))
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def run_here(text: Path, out: Path, *arguments: str) -> dict:
+    """A run in this process; returns its summary."""
+    fixed = ["--preset", "smoke", "--data", str(text), "--out", str(out), "--save-every", "0"]
+    assert train.main([*fixed, *arguments]) == 0
+    return json.loads((out / "summary.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def keep_numerics():
+    """A run switches deterministic algorithms on for its process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
+
+
+def test_stop_rule_comes_one_step_late(text: Path, tmp_path: Path) -> None:
+    summary = run_here(text, tmp_path / "a", "--target-loss", "10.7", "--val-fraction", "0")
+    steps, others = events(tmp_path / "a")
+    first = next(s["step"] for s in steps if s["loss"] < 10.7)
+    assert 0 < first < 19
+    assert summary["reached_target_at"] == first
+    assert summary["final_step"] == len(steps) == first + 2  # one further update
+    assert summary["saved_after_step"] == first + 1
+    assert summary["val_loss"] is None  # no validation part, so no evaluation
+    assert not others
+
+
+def test_accumulation_is_a_larger_batch(text: Path, tmp_path: Path) -> None:
+    shared = ("--steps", "3", "--eval-every", "0", "--order", "sequential")
+    run_here(text, tmp_path / "a", *shared, "--batch-size", "4")
+    run_here(text, tmp_path / "b", *shared, "--batch-size", "2", "--grad-accum-steps", "2")
+    a, b = (events(tmp_path / run)[0] for run in "ab")
+    for one, other in zip(a, b, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+def test_published_trajectory_is_drawn(tmp_path: Path) -> None:
+    record = metrics.StepRecord(0, 10.9, 1e-3, 1.0, 5.0, 100.0, None)
+    drawn = []
+    for published in ((), ((0, 10.97), (100, 6.61))):
+        path = tmp_path / f"{len(published)}.png"
+        metrics.draw_loss_curve(path, [record], [(0, 10.8)], published, {"bigram": 5.0})
+        drawn.append(path.read_bytes())
+    assert drawn[0] != drawn[1]
+
+
+def test_values_are_read_a_step_late(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 3, 100, lambda tokens_per_s: tokens_per_s / 1e9) as log:
+        one = torch.tensor(1.0)
+        log.step(0, one * 5, one, 1e-3)
+        assert list(log.read()) == []  # still running, for all that is known
+        log.step(1, one * 4, one, 1e-3)
+        (first,) = log.read()
+        assert (first.step, first.loss) == (0, 5.0)
+        (last,) = log.read(wait=True)
+        assert (last.step, last.loss) == (1, 4.0)
+        assert last.mfu == last.tokens_per_s / 1e9
+        assert list(log.read(wait=True)) == []
+    assert [s["step"] for s in events(tmp_path)[0]] == [0, 1]
+
+
+def test_time_aside_belongs_to_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    with RunLog(tmp_path, 3, 100, lambda _: None) as log:
+        for step in range(3):
+            now[0] += 2.0
+            log.step(step, torch.tensor(1.0), torch.tensor(1.0), 1e-3)
+            with log.aside():
+                now[0] += 100.0
+    assert [s["ms"] for s in events(tmp_path)[0]] == [2000.0, 2000.0, 2000.0]
+
+
+# ---- the plan
+
+
+@pytest.mark.parametrize(
+    ("machine", "ops", "dtype"),
+    [
+        (CPU, "eager", "fp32"),
+        (Machine("cpu", "Xeon with AMX", has_bf16=True), "eager", "bf16"),
+        (Machine("cuda", "Tesla T4", arch=75), "eager", "fp32"),
+        (Machine("cuda", "NVIDIA A100", arch=80, has_bf16=True), "triton", "bf16"),
+        (Machine("cuda", "NVIDIA H200", arch=90, has_bf16=True), "triton", "bf16"),
+    ],
+)
+def test_auto_says_what_it_chose(machine: Machine, ops: str, dtype: str) -> None:
+    made = make_plan(PRESETS["shakespeare-124m"], machine)
+    assert (made.ops, made.dtype, made.compile) == (ops, dtype, True)
+    assert any(note.startswith(f"ops {ops}") for note in made.notes)
+    assert (made.micro_batch_size, made.num_micro_batches) == (16, 4)
+
+
+def test_compiling_where_it_cannot_pay_or_cannot_work() -> None:
+    smoke, large = PRESETS["smoke"], PRESETS["shakespeare-124m"]
+    made = make_plan(smoke, CPU)
+    assert not made.compile
+    assert any("too little for compiling to pay" in note for note in made.notes)
+    assert make_plan(smoke, CPU, compile=True).compile
+    assert not make_plan(large, CPU, compile=False).compile
+    bare = Machine("cpu", "a CPU", missing_tools=("g++", "openssl"))
+    made = make_plan(large, bare)
+    assert not made.compile
+    assert "not compiled: torch.compile needs g++, openssl in PATH" in made.notes
+    with pytest.raises(ValueError, match=r"torch.compile needs g\+\+, openssl in PATH"):
+        make_plan(large, bare, compile=True)
+
+
+def test_detection_sees_missing_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.shutil, "which", lambda tool: None if tool == "openssl" else tool)
+    assert detect("cpu").missing_tools == ("openssl",)
+
+
+# ---- the flags
+
+
+def test_every_recipe_field_is_a_flag_with_the_preset_as_default() -> None:
+    cfg = train.parse(["--preset", "shakespeare-124m", "--steps", "7", "--seed=3", "--no-compile"])
+    assert (cfg.recipe.max_steps, cfg.recipe.seed, cfg.compile) == (7, 3, False)
+    assert (cfg.recipe.horizon_steps, cfg.recipe.model) == (200_000, "124m")
+    assert train.parse(["--preset=smoke", "--max-steps", "9", "--compile"]).compile is True
+    fields = {"max_lr": "0.5", "min_lr": "0.25", "warmup_steps": "3", "horizon_steps": "4",
+              "max_steps": "5", "batch_size": "6", "block_size": "7", "grad_accum_steps": "8",
+              "weight_decay": "0.5", "beta1": "0.25", "beta2": "0.5", "eps": "0.125",
+              "grad_clip": "2.0", "target_loss": "1.5", "val_fraction": "0.5",
+              "order": "sequential", "seed": "11", "model": "mini"}  # fmt: skip
+    flags = [x for name, v in fields.items() for x in ("--" + name.replace("_", "-"), v)]
+    recipe = train.parse(["--preset", "smoke", *flags]).recipe
+    assert {name: str(getattr(recipe, name)) for name in fields} == fields
+    assert train.parse([]).preset == "shakespeare-cpu" or torch.cuda.is_available()
+
+
+def test_a_finished_run_is_not_overwritten(text: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = train.parse(["--preset", "smoke", "--data", str(text)])
+    assert train.prepare(cfg).out == Path("runs/smoke")
+    assert train.prepare(cfg).out == Path("runs/smoke")  # nothing finished there
+    Path("runs/smoke/summary.json").write_text("{}")
+    assert train.prepare(cfg).out == Path("runs/smoke-2")
+
+
+BAD = {
+    "no such file": (["--data", "{tmp}/absent.txt"], "data: no such file: {tmp}/absent.txt"),
+    "empty file": (["--data", "{tmp}/empty.txt"], "data: {tmp}/empty.txt is empty"),
+    "not utf-8": (["--data", "{tmp}/latin.txt"], "byte 0xe9 at offset 3"),
+    "short text": (["--data", "{tmp}/short.txt"], "needs 257 training tokens, got 2"),
+    "no text": (["--data", "{tmp}/folder"], "data: no .txt file in the folder {tmp}/folder"),
+    "foreign tokens": (["--data", "{tmp}/foreign.bin"], "vocabulary 'cl100k_base'"),
+    "T > block_size": (["--block-size", "65"], "at most the model's 64 positions, got 65"),
+    "heads": (["--model", "smoke,n_head=3"], "n_embd 64, n_head 3"),
+    "preset": (["--preset", "smok"], "unknown recipe 'smok'; did you mean 'smoke'?"),
+    "model": (["--model", "124"], "unknown size '124'; did you mean '124m'?"),
+    "negative lr": (["--max-lr", "-1"], "max_lr must be finite and at least 0, got -1.0"),
+    "lr not finite": (["--max-lr", "nan"], "max_lr must be finite and at least 0, got nan"),
+    "negative steps": (["--steps", "-5"], "max_steps must be at least 1, got -5"),
+    "fraction": (["--val-fraction", "1"], "val_fraction must be in [0, 1), got 1.0"),
+    "out is a file": (["--out", "{tmp}/empty.txt"], "{tmp}/empty.txt is a file"),
+    "out below a file": (["--out", "{tmp}/empty.txt/x"], "cannot write to {tmp}/empty.txt/x"),
+    "out unwritable": (["--out", "/proc/nowhere/x"], "out: cannot write to /proc/nowhere/x"),
+    "no gpu": (["--device", "cuda"], "torch sees no GPU; use --device cpu"),
+    "triton": (["--ops", "triton"], "ops: 'triton' needs a GPU; use --ops eager"),
+    "one triton op": (["--ops", "eager,gelu_mlp=triton"], "needs a GPU"),
+    "ops": (["--ops", "cuda"], "unknown backend 'cuda'"),
+    "an op": (["--ops", "eager,norm=eager"], "cannot read 'norm=eager'"),
+    "eval_every": (["--eval-every", "-2"], "eval_every must be at least -1, got -2"),
+    "fineweb": (["--preset", "fineweb-124m"], "fineweb-124m needs --data PATH"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    case: str, text: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    if case in ("no gpu", "triton", "one triton op"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "foreign.bin").write_bytes(b"\0\0" * 1000)
+    (tmp_path / "foreign.json").write_text('{"encoding": "cl100k_base"}')
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    arguments, message = BAD[case]
+    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    for flag, value in (("--preset", "smoke"), ("--data", str(text)), ("--out", "new/run")):
+        if flag not in arguments and (case != "fineweb" or flag != "--data"):
+            arguments += [flag, value]
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message.replace("{tmp}", str(tmp_path)) in error
+    assert error.startswith("train.py: ")
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_full_disk_is_seen_before_training(text: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage(1 << 30, 1 << 30, 4096))
+    out = tmp_path / "new" / "run"
+    assert train.main(["--preset", "smoke", "--data", str(text), "--out", str(out)]) == 2
+    assert "4,096 bytes free, the model alone needs" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_tensorboard_asked_for_but_absent(text: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda _: None)
+    arguments = ["--preset", "smoke", "--data", str(text), "--out", str(tmp_path / "x")]
+    assert train.main([*arguments, "--tensorboard"]) == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_line_ends_in_exit_codes() -> None:
+    done = run_process("--preset", "smok")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("train.py: preset: unknown recipe 'smok'")
+    assert "Traceback" not in done.stderr
