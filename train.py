@@ -152,8 +152,9 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
         metrics.check_tensorboard()
     if cfg.preset == "fineweb-124m" and not cfg.data:
         raise ValueError(
-            "data: fineweb-124m needs --data PATH: text files or a folder of .txt files, e.g. the "
-            "sample-10BT of huggingface.co/datasets/HuggingFaceFW/fineweb-edu written out as text"
+            "data: fineweb-124m needs --data FOLDER of token shards: download sample/10BT of "
+            "huggingface.co/datasets/HuggingFaceFW/fineweb-edu, write its text column as .jsonl, "
+            "and run `python -m training.prepare THOSE_FILES --out FOLDER`"
         )
     if not world.is_main:
         world.barrier()  # rank 0 fills the token cache
