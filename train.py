@@ -278,6 +278,7 @@ def train(run: Run, stop: StopRequest) -> int:
             if stopping:
                 return leave(run, step, writer, log, stop)
             if done:
+                log.finish()
                 break
 
             lr = recipe.learning_rate(step)

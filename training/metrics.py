@@ -143,7 +143,7 @@ class RunLog:
         stop: Tensor | None = None,
     ) -> None:
         """Take the device values of `step`, each (); those of the step before become readable."""
-        self._finish()
+        self.finish()
         zero = torch.zeros_like(loss)
         flags = (zero if flag is None else flag for flag in (bad, stop))
         values = torch.stack([loss, grad_norm, *flags]).float()
@@ -159,11 +159,11 @@ class RunLog:
     def read(self, wait: bool = False) -> Iterator[StepRecord]:
         """Records not read yet; the newest step's only if `wait`, since it may still run."""
         if wait:
-            self._finish()
+            self.finish()
         while self._unread:
             yield self._unread.pop(0)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Wait for the pending step and report it."""
         if self._pending is None:
             return
@@ -218,7 +218,7 @@ class RunLog:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Time spent inside belongs to no step."""
-        self._finish()
+        self.finish()
         yield
         self._mark = time.perf_counter()
 
