@@ -444,6 +444,7 @@ def test_numerics_gate_runs_on_triton_ops(interpreted):
     assert all(c.holds for c in found)
 
 
+@pytest.mark.slow  # imports torch again and measures the machine's limits
 def test_pytest_benchmark_reads_the_measured_samples(tmp_path):
     """`make bench OP=layer_norm` end to end, on a tiny shape."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
