@@ -12,7 +12,8 @@ TRAIN_FLAGS = $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data $(DATA)) \
 # `make sample PROMPT="ROMEO:" MODEL=runs/smoke ARGS="--temperature 0 --num-samples 3"`
 MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
 
-.PHONY: help setup setup-dev train sample demo test test-slow bench bench-step profile report numerics resources mutants check fix clean
+.PHONY: help setup setup-dev train sample demo test test-slow bench bench-step profile report numerics \
+	resources torture mutants check fix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -62,6 +63,9 @@ numerics: setup-dev ## error of our ops and of plain PyTorch against float64 (OP
 
 resources: setup-dev ## compile every kernel for every arch, no GPU needed (OP= ARGS=)
 	env -u TRITON_INTERPRET $(PY) -m bench.resources $(if $(OP),--op $(OP)) $(ARGS)
+
+torture: setup-dev ## kill runs 50 times, flip bytes, fill a disk: about ten minutes
+	$(PY) -m tests.faults
 
 mutants: setup-dev ## plant faults in the kernels; the tests must notice (OP= ARGS=)
 	$(PY) -m tests.mutants $(if $(OP),--op $(OP)) $(ARGS)
