@@ -65,8 +65,8 @@ def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and, while the logits of a chunk are at hand, the gradients of x and weight.
 
-    Out of place and with comparisons in place of indexing where it can: compiled, each chunk is
-    then two passes over its logits between the GEMMs, one for the maximum and one for the rest.
+    Written for the compiler: pointwise from the logits to dz, with comparisons where one would
+    index, and the exponential spelled twice, so that it is computed again and not stored.
     """
 
     @staticmethod
@@ -79,26 +79,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = counted.sum()
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         w = weight.to(x.dtype)
-        cols = torch.arange(weight.shape[0], device=x.device)
+        V, cols = vocab_size, torch.arange(vocab_size, device=x.device)
         dxs: list[Tensor] = []
         dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_dweight else None
         for rows, ids, part in zip(
             x.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), share.split(CHUNK_TOKENS),
             strict=True,
         ):  # fmt: skip
-            z = F.linear(rows, w).float()
-            if vocab_size < weight.shape[0]:
-                z = z.masked_fill(cols >= vocab_size, float("-inf"))
-            at, part = ids.clamp(0, vocab_size - 1)[:, None], part[:, None]
+            z = F.linear(rows, w)[:, :V].float()
+            at, part = ids.clamp(0, V - 1)[:, None], part[:, None]
             z_max = z.amax(dim=-1, keepdim=True)
-            e = torch.exp(z - z_max)
-            total = e.sum(dim=-1, keepdim=True)
-            # z_max - z_t first: at |z| of 1e4 their fp32 rounding is larger than the logarithm.
-            loss = loss + ((z_max - z.gather(1, at) + total.log()) * part).sum()
+            log_sum = torch.exp(z - z_max).sum(dim=-1, keepdim=True).log()
+            # The maximum and the logarithm stay apart: at |z| of 1e4 their sum is off by 5e-4.
+            loss = loss + ((z_max - z.gather(1, at) + log_sum) * part).sum()
             if not (needs_dx or needs_dweight):
                 continue
             # Without its 1 / count, which fp16 could not hold; it goes on at the end, in fp32.
-            dz = (e * (part / total) - torch.where(cols == at, part, 0.0)).to(x.dtype)
+            dz = torch.exp(z - z_max - log_sum) * part - torch.where(cols == at, part, 0.0)
+            dz = F.pad(dz, (0, weight.shape[0] - V)).to(x.dtype)
             if needs_dx:
                 dxs.append(dz @ w)
             if dweight is not None:

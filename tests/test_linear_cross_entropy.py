@@ -224,7 +224,7 @@ def test_evaluation_computes_no_gradient(device, monkeypatch):
 
 
 def test_largest_allocation_is_one_chunk_of_logits(device):
-    args, targets = draw(520, 16, 160, 150, torch.float32, device)
+    args, targets = draw(200, 16, 160, 150, torch.float32, device)
     loss = bind(TRITON.linear_cross_entropy, targets, 150)
     assert checks.largest_allocation(loss, args) == 64 * 160
 
@@ -247,7 +247,7 @@ def test_chunks_are_even_and_bounded(M, monkeypatch):
 
 
 def test_reruns_are_bitwise_equal(device):
-    args, targets = draw(131, 48, 160, 150, torch.float32, device)
+    args, targets = draw(67, 48, 160, 150, torch.float32, device)
     checks.assert_bitwise_rerun(bind(TRITON.linear_cross_entropy, targets, 150), args)
 
 
@@ -267,7 +267,7 @@ def test_registration(device):
 @pytest.mark.parametrize("backend", ["TRITON", "EAGER"])
 def test_compiles_without_graph_break(backend, device):
     op = {"TRITON": TRITON, "EAGER": EAGER}[backend].linear_cross_entropy
-    args, targets = draw(67, 48, 160, 150, torch.float32, device)
+    args, targets = draw(5, 48, 160, 150, torch.float32, device)
     checks.assert_compiled_equals_eager(bind(op, targets, 150), args)
 
 
