@@ -31,7 +31,7 @@ from training.baselines import ngram_losses
 from training.checkpoint import Checkpoint
 from training.data import DataLoaderLite, Prefetcher, Tokens, load_corpus
 from training.distributed import ALONE, World, refuse_mismatch, share
-from training.evaluate import evaluate_tokens
+from training.evaluate import eval_pieces, evaluate_tokens
 from training.guard import Guard, GuardConfig
 from training.metrics import RunLog
 from training.optim import configure_adamw
@@ -320,14 +320,14 @@ def open_log(run: Run, progress: Progress) -> RunLog:
 
 
 def validate(run: Run, model: GPT, max_tokens: int) -> float:
-    """Validation loss of the first so many tokens; each rank does its share of the rows."""
-    T, world = run.cfg.recipe.block_size, run.world
-    tokens = np.asarray(run.val_tokens[:max_tokens])
-    rows = -(-(len(tokens) - 1) // T)
-    first, last = (rows * r // world.size * T for r in (world.rank, world.rank + 1))
-    part = tokens[first : min(last, len(tokens) - 1) + 1]
-    loss = evaluate_tokens(model, part) if len(part) > 1 else 0.0
-    return world.weighted_mean(loss, max(len(part) - 1, 0), run.plan.device)
+    """Validation loss; the ranks share the work."""
+    world, total, weight = run.world, 0.0, 0
+    pieces = eval_pieces(len(run.val_tokens), max_tokens, run.cfg.recipe.block_size, world.size)
+    for first, last in pieces[world.rank :: world.size]:
+        tokens = np.asarray(run.val_tokens[first:last])
+        total += evaluate_tokens(model, tokens) * (len(tokens) - 1)
+        weight += len(tokens) - 1
+    return world.mean(total, weight, run.plan.device)
 
 
 def leave(run: Run, step: int, writer: checkpoint.Writer, log: RunLog, stop: StopRequest) -> int:

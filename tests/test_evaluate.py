@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from model import GPT, GPTConfig
 from model.tokenizer import get_encoding
 from training import evaluate
-from training.evaluate import evaluate_text, evaluate_tokens
+from training.evaluate import eval_pieces, evaluate_text, evaluate_tokens
 
 CONFIG = GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=16)
 
@@ -128,3 +128,19 @@ def test_command_line(model: GPT, tmp_path: Path, capsys: pytest.CaptureFixture[
             evaluate.main(bad)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "shares"), [(1, 1), (7, 3), (100, 1), (100, 2), (101, 4)])
+def test_pieces_of_a_whole_text_predict_each_token_once(size, shares):
+    pieces = eval_pieces(size + 1, 1000, 8, shares)
+    predicted = [i for first, last in pieces for i in range(first + 1, last)]
+    assert predicted == list(range(1, size + 1))
+    assert all(first % 8 == 0 for first, _ in pieces)
+
+
+def test_pieces_of_a_long_text_are_spread_over_it():
+    pieces = eval_pieces(100_001, 8192, 64, 2)
+    assert len(pieces) == 8
+    assert pieces[0] == (0, 1025)
+    assert pieces[-1][1] == 100_001
+    assert all(last - first == 1025 for first, last in pieces)

@@ -96,11 +96,11 @@ class World:
             both[0] /= self.size
         return both[0], both[1]
 
-    def weighted_mean(self, value: float, weight: float, device: str) -> float:
-        """Mean of `value` over the ranks, weighted."""
+    def mean(self, total: float, weight: float, device: str) -> float:
+        """Sum of `total` over the ranks by the sum of `weight`."""
         if self.size == 1:
-            return value
-        sums = torch.tensor([value * weight, weight], dtype=torch.float64, device=device)
+            return total / weight
+        sums = torch.tensor([total, weight], dtype=torch.float64, device=device)
         dist.all_reduce(sums)
         return (sums[0] / sums[1]).item()
 

@@ -11,6 +11,7 @@ others on average and every token but the first is predicted exactly once:
     python -m training.evaluate --model runs/shakespeare-cpu --text my.txt
 """
 
+import itertools
 import json
 import math
 import sys
@@ -28,6 +29,7 @@ from model.generate import evaluating, latest_model, resolve_window
 if TYPE_CHECKING:
     import tiktoken
 
+PIECE_TOKENS = 1024  # of a text that is not read whole
 BATCH_TOKENS = 4096  # per forward; more gains nothing on 2 cores and costs memory
 
 
@@ -90,6 +92,29 @@ def evaluate_tokens(
             total += model(ids[:-1].view(B, S), ids[1:].view(B, S)).double() * (B * S)
             at += B * S
     return total.item() / num
+
+
+def eval_pieces(num_tokens: int, max_tokens: int, T: int, shares: int) -> list[tuple[int, int]]:
+    """Which tokens an evaluation reads.
+
+    Args:
+        num_tokens: Tokens of the validation part, at least 2.
+        max_tokens: Predictions to make; of a longer text, pieces spread evenly over all of it, so
+            that an evaluation during a run and the last one look at the same kind of text.
+        T: Row length; pieces of a whole text end on rows.
+        shares: Pieces to cut a text into that is read whole.
+
+    Returns:
+        [first, last) of each piece; a piece predicts last - first - 1 tokens.
+    """
+    size = num_tokens - 1
+    if size > max_tokens:
+        piece = min(PIECE_TOKENS, max_tokens)
+        starts = np.linspace(0, size - piece, max_tokens // piece, dtype=np.int64).tolist()
+        return [(start, start + piece + 1) for start in starts]
+    rows = -(-size // T)
+    edges = [min(rows * i // shares * T, size) for i in range(shares + 1)]
+    return [(first, last + 1) for first, last in itertools.pairwise(edges) if last > first]
 
 
 def evaluate_text(
