@@ -311,7 +311,7 @@ BAD = {
     "ops": (["--ops", "cuda"], "unknown backend 'cuda'"),
     "an op": (["--ops", "eager,norm=eager"], "cannot read 'norm=eager'"),
     "eval_every": (["--eval-every", "-2"], "eval_every must be at least -1, got -2"),
-    "fineweb": (["--preset", "fineweb-124m"], "fineweb-124m needs --data PATH"),
+    "fineweb": (["--preset", "fineweb-124m"], "fineweb-124m needs --data FOLDER of token shards"),
 }  # fmt: skip
 
 
