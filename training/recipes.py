@@ -162,13 +162,16 @@ PRESETS: dict[str, Recipe] = {
         order="sequential",
         guard=False,
     ),
+    # 461k tokens. Two layers learn faster than four here: after 153k tokens, on the 11.7k ids that
+    # occur in the text, validation loss 5.47 against 5.76; 1e-3 to 3e-3 differ by 0.04. Compiled,
+    # fp32, two AVX2 cores do 1,754 tokens/s (median step), so this is about 4.4 minutes of steps.
     "shakespeare-cpu": Recipe(
-        model="tiny",
-        max_lr=3e-3,
-        min_lr=3e-4,
+        model="tiny,n_layer=2",
+        max_lr=2e-3,
+        min_lr=1e-4,
         warmup_steps=40,
-        max_steps=600,
-        batch_size=16,
+        max_steps=900,
+        batch_size=8,
         block_size=64,
     ),
     # GPT-2 124M on 10B tokens of FineWeb-Edu, the schedule the public reproductions share.
