@@ -273,8 +273,9 @@ def train(run: Run, stop: StopRequest) -> int:
             if (save or stopping or (done and cfg.save_interval)) and world.is_main:
                 with log.aside():
                     progress.position, progress.metrics_bytes = batches.position, log.num_bytes
-                    writer.submit(resume.capture(progress, model, optimizer, guard, recipe, plan,
-                                                 run.corpus["sha256"]))  # fmt: skip
+                    cost = writer.submit(resume.capture, progress, model, optimizer, guard, recipe,
+                                         plan, run.corpus["sha256"])  # fmt: skip
+                log.event("checkpoint", step=step, **cost)
             if stopping:
                 return leave(run, step, writer, log, stop)
             if done:

@@ -34,12 +34,14 @@ class Small:
         steps: Optimizer steps; 4 micro-batches of 2 x 32 tokens each.
         save_every: Steps between checkpoints.
         flags: More flags for train.py.
+        compile: torch.compile the model.
     """
 
     folder: Path
     steps: int = 14
     save_every: int = 2
     flags: tuple[str, ...] = ()
+    compile: bool = False
     environment: dict[str, str] = field(default_factory=lambda: {"OMP_NUM_THREADS": "1"})
 
     def __post_init__(self) -> None:
@@ -55,7 +57,8 @@ class Small:
             "--data", str(self.folder / "text.txt"), "--out", str(self.folder / out),
             "--device", "cpu", "--steps", str(self.steps), "--batch-size", "2",
             "--block-size", "32", "--grad-accum-steps", "4", "--eval-every", "5",
-            "--save-every", str(self.save_every), "--no-compile", *self.flags, *flags,
+            "--save-every", str(self.save_every),
+            "--compile" if self.compile else "--no-compile", *self.flags, *flags,
         ]  # fmt: skip
 
     def start(self, out: str, *flags: str) -> "subprocess.Popen[str]":

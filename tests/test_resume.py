@@ -38,6 +38,25 @@ def test_disturbed_run_ends_bitwise_like_the_undisturbed_one(small, how, kills):
     assert got[0] == want[0]  # weights, moments, generators, guard window
 
 
+@pytest.mark.slow
+def test_compiled_run_resumes_bitwise(tmp_path):
+    run = Small(tmp_path, steps=8, compile=True)
+    code, output = run.finish("calm")
+    assert code == 0, output
+    struck = disturb(run, "killed", 1, signal.SIGKILL, random.Random(5))
+    assert sum(struck.values()) == 1
+    assert run.result("killed") == run.result("calm")
+
+
+@pytest.mark.slow
+def test_bf16_run_resumes_bitwise(tmp_path):
+    run = Small(tmp_path, steps=4, flags=("--dtype", "bf16"))
+    code, output = run.finish("calm")
+    assert code == 0, output
+    disturb(run, "killed", 1, signal.SIGTERM, random.Random(5))
+    assert run.result("killed") == run.result("calm")
+
+
 def test_changed_recipe_is_refused_with_both_values(small):
     run, _ = small
     shutil.copytree(run.folder / "calm", run.folder / "changed")
@@ -126,7 +145,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, damage):
 def test_full_disk_keeps_the_old_checkpoint_and_says_so_each_time(tmp_path, monkeypatch):
     lines: list[str] = []
     writer = Writer(tmp_path, 1, lines.append)
-    writer.submit(sample_checkpoint(1))
+    writer.submit(sample_checkpoint, 1)
     writer.wait()
 
     def full(path, data):
@@ -134,7 +153,7 @@ def test_full_disk_keeps_the_old_checkpoint_and_says_so_each_time(tmp_path, monk
 
     monkeypatch.setattr(checkpoint, "_write_file", full)
     for step in (2, 3):
-        writer.submit(sample_checkpoint(step))
+        writer.submit(sample_checkpoint, step)
     writer.wait()
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert len(lines) == 2
@@ -145,7 +164,7 @@ def test_old_checkpoints_go_but_not_the_best(tmp_path):
     writer = Writer(tmp_path, 2, print)
     writer.best = 1
     for step in range(1, 6):
-        writer.submit(sample_checkpoint(step))
+        writer.submit(sample_checkpoint, step)
     writer.wait()
     assert [p.name[-1] for p in checkpoint.paths(tmp_path)] == ["1", "4", "5"]
 
@@ -210,7 +229,11 @@ def plant_nan(monkeypatch, bad_calls):
 
 def events(run: Small, out: str) -> list[str]:
     lines = (run.folder / out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [e["event"] for e in map(json.loads, lines) if "event" in e and e["event"] != "eval"]
+    return [
+        e["event"]
+        for e in map(json.loads, lines)
+        if e.get("event") not in (None, "eval", "checkpoint")
+    ]
 
 
 def test_one_bad_gradient_is_skipped(small, monkeypatch):

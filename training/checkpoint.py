@@ -250,11 +250,25 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self.wait()
 
-    def submit(self, checkpoint: Checkpoint) -> None:
-        """Start writing; waits first for a write still in flight."""
+    def submit(self, capture: Callable[..., Checkpoint], *state: Any) -> dict[str, float]:
+        """Start writing `capture(*state)`; waits first for a write still in flight.
+
+        Returns:
+            What checkpoints cost, in ms: `wait_ms` and `copy_ms` held up training this time,
+            `last_write_ms` is the write before, beside training.
+        """
+        start = time.perf_counter()
         self.wait()
+        waited = time.perf_counter()
+        checkpoint = capture(*state)
+        copied = time.perf_counter()
         self._thread = threading.Thread(target=self._run, args=(checkpoint,), name="checkpoint")
         self._thread.start()
+        return {
+            "wait_ms": 1e3 * (waited - start),
+            "copy_ms": 1e3 * (copied - waited),
+            "last_write_ms": self.write_ms,
+        }
 
     def wait(self) -> None:
         """Return once nothing is in flight."""
