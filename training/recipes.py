@@ -162,10 +162,10 @@ PRESETS: dict[str, Recipe] = {
         order="sequential",
         guard=False,
     ),
-    # 420k tokens, 1.4 epochs of tiny Shakespeare; 363 s from start to report on two AVX2 cores, fp32.
-    # Validation loss 5.20 there, above the 5.01 of the bigram: not the goal yet. Two layers learn
-    # faster than four (after 153k tokens, on the 11.7k ids that occur, 5.47 against 5.76 at 128
-    # wide), 192 wide faster than 128 (5.30 against 5.43); 1e-3 to 3e-3 differ by 0.04.
+    # 420k tokens, 1.4 epochs of tiny Shakespeare: 363 s from start to report on two AVX2 cores in
+    # fp32. Validation loss 5.20 there, above the 5.01 of the bigram: not the goal yet. Two layers
+    # learn faster than four (after 153k tokens, on the 11.7k ids that occur, 5.47 against 5.76 at
+    # 128 wide), 192 wide faster than 128 (5.30 against 5.43); 1e-3 to 3e-3 differ by 0.04.
     "shakespeare-cpu": Recipe(
         model="tiny,n_layer=2,n_embd=192,n_head=3",
         max_lr=2e-3,
