@@ -17,6 +17,7 @@ from training.distributed import World, share
 from training.plan import detect, make_plan
 from training.prepare import Config, prepare
 from training.recipes import Recipe
+from training.signals import EXIT_RESUMABLE
 
 ROOT = Path(__file__).parents[1]
 FLAGS = [
@@ -76,8 +77,10 @@ def assert_equal_runs(got: tuple[np.ndarray, np.ndarray], want: tuple[np.ndarray
     np.testing.assert_allclose(got[1], want[1], rtol=1e-6)
 
 
-def kill_rank(process: "subprocess.Popen[str]", folder: Path, out: str, rank: int) -> None:
-    """SIGKILL one rank once the second checkpoint is there."""
+def signal_rank(
+    process: "subprocess.Popen[str]", folder: Path, out: str, rank: int, number: int
+) -> None:
+    """Send a signal to one rank once the second checkpoint is there."""
     end = time.monotonic() + TIMEOUT_S
     while len(checkpoint.paths(folder / out / "checkpoints")) < 2:
         assert process.poll() is None, process.communicate()[0]
@@ -91,7 +94,7 @@ def kill_rank(process: "subprocess.Popen[str]", folder: Path, out: str, rank: in
             continue
         mine = str(folder / out).encode() in command and b"torch.distributed.run" not in command
         if mine and f"RANK={rank}".encode() in environment:
-            os.kill(int(entry.name), signal.SIGKILL)
+            os.kill(int(entry.name), number)
             return
     raise AssertionError(f"rank {rank} not found")
 
@@ -102,7 +105,7 @@ linux_only = pytest.mark.skipif(not Path("/proc").exists(), reason="finds a rank
 @linux_only
 def test_dead_rank_ends_the_job_and_one_rank_finishes_what_two_began(text, alone):
     process = start(job(text, "two", 2))
-    kill_rank(process, text, "two", 1)
+    signal_rank(process, text, "two", 1, signal.SIGKILL)
     died = time.monotonic()
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert time.monotonic() - died < 60
@@ -119,11 +122,25 @@ def test_dead_rank_ends_the_job_and_one_rank_finishes_what_two_began(text, alone
 @linux_only
 def test_torchrun_restarts_a_job_from_its_checkpoint(text, alone):
     process = start(job(text, "again", 2, restarts=1))
-    kill_rank(process, text, "again", 1)
+    signal_rank(process, text, "again", 1, signal.SIGKILL)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
     assert "resume:" in output
     assert_equal_runs(metrics(text, "again"), alone)
+
+
+@pytest.mark.slow
+@linux_only
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(text, alone):
+    process = start(job(text, "asked", 2))
+    signal_rank(process, text, "asked", 1, signal.SIGTERM)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert "another rank: stopped after" in output  # rank 0 says so, and it was not the one asked
+    assert f"exitcode  : {EXIT_RESUMABLE}" in output
+    code, output = finish(job(text, "asked", 2))
+    assert code == 0, output
+    assert "resume:" in output
+    assert_equal_runs(metrics(text, "asked"), alone)
 
 
 @pytest.mark.slow
