@@ -501,6 +501,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
+        stop = held.enter_context(StopRequest(world.say))
         recipe = cfg.recipe
         world.say(
             f"recipe: {cfg.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens a "
@@ -508,8 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         world.say("\n  ".join([run.plan.describe(), *run.plan.notes]))
         try:
-            with StopRequest(world.say) as stop:
-                return train(run, stop)
+            return train(run, stop)
         except RunFailed as error:
             print(f"train.py: {error}", file=sys.stderr)
             return 1
