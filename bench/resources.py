@@ -208,10 +208,9 @@ def inspect_case(case: AotCase, arch: int) -> Resources:
 
 
 def kernel_modules() -> list[str]:
-    """The modules behind the public ops."""
-    return list(
-        dict.fromkeys(getattr(kernels.TRITON, f.name).__module__ for f in fields(kernels.Ops))
-    )
+    """The modules behind the public ops, and the optimizer's."""
+    ops = (getattr(kernels.TRITON, f.name).__module__ for f in fields(kernels.Ops))
+    return [*dict.fromkeys(ops), "kernels.adamw"]
 
 
 def table(
@@ -282,7 +281,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", type=int, action="append", choices=[*ARCHS], help="default: all")
     parser.add_argument(
-        "--op", action="append", choices=[f.name for f in fields(kernels.Ops)], help="default: all"
+        "--op",
+        action="append",
+        choices=[*(f.name for f in fields(kernels.Ops)), "adamw"],
+        help="default: all",
     )
     parser.add_argument(
         "--module", action="append", help="modules with aot_cases; default: kernels"

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("kernels", "bench", "model", "tests", "pyproject.toml")
+COPIED = ("kernels", "bench", "model", "training", "tests", "pyproject.toml")
 TIMEOUT_S = 600
 
 TESTS = {
@@ -31,6 +31,7 @@ TESTS = {
     "gelu_mlp": ("tests/test_gelu_mlp.py",),
     "causal_attention": ("tests/test_causal_attention.py",),
     "linear_cross_entropy": ("tests/test_linear_cross_entropy.py",),
+    "adamw": ("tests/test_adamw.py",),
 }
 
 
@@ -68,7 +69,7 @@ class Mutant:
         return source[:start] + body.replace(self.old, self.new) + source[end:]
 
 
-_LN, _MLP, _ATTENTION, _LCE = TESTS
+_LN, _MLP, _ATTENTION, _LCE, _ADAMW = TESTS
 
 MUTANTS = (
     Mutant(_LN, "_layer_norm_fwd_kernel", "mask",
@@ -162,6 +163,21 @@ MUTANTS = (
            "mask = offs < numel", "mask = offs < numel - 1"),
     Mutant(_LCE, "_linear_cross_entropy_scale_kernel", "scale",
            "tl.load(dloss_ptr) * tl.load(inv_count_ptr)", "tl.load(inv_count_ptr)"),
+
+    Mutant(_ADAMW, "_update_chunk", "mask",
+           "tl.store(v_ptr + offs, v, mask=mask)", "tl.store(v_ptr + offs, v)"),
+    Mutant(_ADAMW, "_update_chunk", "row", "offs < end", "offs < end - 1"),
+    Mutant(_ADAMW, "_update_chunk", "scale", ".to(tl.float32) * clip", ".to(tl.float32)"),
+    Mutant(_ADAMW, "_adamw_kernel", "mask",
+           "tl.load(found_inf_ptr) == 0.0", "tl.load(found_inf_ptr) <= 1.0"),
+    Mutant(_ADAMW, "_find_chunk", "mask", "& fits", "& (fits | (first >= 0))"),
+    Mutant(_ADAMW, "_advance_kernel", "row", "mask = rows < N", "mask = rows < N - 1"),
+    Mutant(_ADAMW, "_advance_kernel", "scale", "(lr / bias_correction1)", "(lr + 0.0)"),
+    Mutant(_ADAMW, "_sum_squares", "mask", "other = None if WHOLE else 0.0", "other = None"),
+    Mutant(_ADAMW, "_sum_squares", "row", "offs < end", "offs < end - 1"),
+    Mutant(_ADAMW, "_clip_kernel", "row", "offs < P", "offs < P - 1"),
+    Mutant(_ADAMW, "_clip_kernel", "scale",
+           "tl.where(coefficient > 1.0, 1.0, coefficient)", "coefficient"),
 )  # fmt: skip
 
 

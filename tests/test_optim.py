@@ -1,11 +1,18 @@
-"""AdamW: which parameters decay, and the update against the textbook formula."""
+"""AdamW: which parameters decay, the update against the textbook formula, clip, working copies.
 
+What our own kernels do is in tests/test_adamw.py.
+"""
+
+import math
 from dataclasses import replace
 
+import pytest
 import torch
+import torch.nn.functional as F
+from torch.func import functional_call
 
 from model import GPT, GPTConfig
-from training.optim import configure_adamw
+from training.optim import AdamW, TritonAdamW, configure_adamw
 from training.recipes import PRESETS
 
 CONFIG = GPTConfig(block_size=16, vocab_size=97, n_layer=2, n_head=2, n_embd=32)
@@ -44,3 +51,87 @@ def test_update_is_the_textbook_formula() -> None:
         optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.double(), exact[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, 0.0, math.inf])
+def test_clip_is_torchs_and_zero_only_measures(max_norm: float) -> None:
+    parameters = [torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.randn(4))]
+    optimizer = AdamW([*parameters, torch.nn.Parameter(torch.ones(2))])  # that one has no gradient
+    grads = [torch.randn_like(p) for p in parameters]
+    for p, g in zip(parameters, grads, strict=True):
+        p.grad = g.clone()
+    norm = optimizer.clip(max_norm)
+    want = torch.cat([g.flatten() for g in grads]).double().norm()
+    assert (norm.shape, norm.dtype) == ((), torch.float32)
+    torch.testing.assert_close(norm.double(), want, rtol=1e-6, atol=0.0)
+    factor = 0.5 / (norm + 1e-6) if max_norm == 0.5 else 1.0
+    for p, g in zip(parameters, grads, strict=True):
+        torch.testing.assert_close(p.grad, g * factor, rtol=1e-6, atol=0.0)
+
+
+def test_working_copies_train_as_autocast_does() -> None:
+    """A copy cast once a step gives the bits of a cast in every forward."""
+    results = []
+    norm = torch.zeros(())
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(16, 8)
+        optimizer = AdamW(model.parameters(), lr=1e-2)
+        copies = {"weight": torch.empty(8, 16, dtype=torch.bfloat16, requires_grad=True)}
+        if attached:
+            optimizer.attach_working({next(model.parameters()): copies["weight"]})
+        for _ in range(5):
+            x = torch.randn(32, 16)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = functional_call(model, copies if attached else {}, (x,))
+            F.mse_loss(y.float(), x[:, :8]).backward()
+            norm = optimizer.clip(0.1)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            assert copies["weight"].grad is None
+            assert model.weight.grad is None
+        results.append((norm, model.weight.detach().clone(), model.bias.detach().clone()))
+        if attached:
+            assert torch.equal(copies["weight"], model.weight.bfloat16())
+    for got, want in zip(results[1], results[0], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_gradients_of_copies_add_up_in_fp32() -> None:
+    p = torch.nn.Parameter(torch.zeros(4))
+    optimizer = AdamW([p])
+    copy = torch.empty(4, dtype=torch.bfloat16, requires_grad=True)
+    optimizer.attach_working({p: copy})
+    assert torch.equal(copy, torch.zeros(4, dtype=torch.bfloat16))
+    for value in (1.0, 2.0**-9):  # bf16 would drop the second
+        copy.grad = torch.full((4,), value, dtype=torch.bfloat16)
+        optimizer.fold_working_gradients()
+        assert copy.grad is None
+    assert p.grad is not None
+    assert torch.equal(p.grad, torch.full((4,), 1.0 + 2.0**-9))
+
+
+def test_a_bad_step_leaves_everything() -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = AdamW([p])
+    copy = torch.empty(4, dtype=torch.bfloat16, requires_grad=True)
+    optimizer.attach_working({p: copy})
+    copy.grad = torch.full((4,), math.nan, dtype=torch.bfloat16)
+    optimizer.found_inf = torch.ones(())
+    assert not optimizer.clip(1.0).isfinite()
+    optimizer.step()
+    assert torch.equal(p, torch.ones(4))
+    assert torch.equal(copy, torch.ones(4, dtype=torch.bfloat16))
+    assert optimizer.state[p]["step"] == 0
+
+
+def test_kernels_are_chosen_by_name() -> None:
+    model, recipe = torch.nn.Linear(5, 3), PRESETS["smoke"]
+    assert type(configure_adamw(model, recipe)) is AdamW
+    assert type(configure_adamw(model, recipe, "torch")) is AdamW
+    with pytest.raises(ValueError, match=r"one of \['torch', 'triton'\], got 'apex'"):
+        configure_adamw(model, recipe, "apex")  # pyright: ignore[reportArgumentType]
+    if not torch.cuda.is_available():  # interpreted
+        optimizer = configure_adamw(model, recipe, "triton")
+        assert type(optimizer) is TritonAdamW
+        assert [g["weight_decay"] for g in optimizer.param_groups] == [recipe.weight_decay, 0.0]

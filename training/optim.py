@@ -1,27 +1,302 @@
-"""AdamW as GPT-2 trainers use it: decay on matrices, none on biases and LayerNorms."""
+"""AdamW as GPT-2 trainers use it: decay on matrices, none on biases and LayerNorms.
+
+Two implementations of one interface and one state: torch's fused kernels, and ours, which read the
+gradients twice less and write bf16 working copies in the same pass. A state dict of either, or of
+torch.optim.AdamW, loads into the other.
+
+Working copies: the trainer multiplies with a bf16 copy of each matrix instead of casting it in
+every micro-batch. Gradients then arrive at the copy, and the optimizer carries them to the fp32
+master.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training.recipes import Recipe
 
 
-def configure_adamw(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW in torch's fused form, one pass over each parameter on CPU and CUDA alike.
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW(fused=True) that also clips, and keeps bf16 working copies up to date.
+
+    A step is `clip`, then `step`, then `zero_grad`; `clip` may be left out. As in torch, a
+    parameter without a gradient is left alone and its own step count does not advance.
+
+    Args:
+        params: Parameters or groups of them, fp32.
+        lr: Learning rate; a group's `lr` may be a number or a () fp32 tensor on the device, which
+            the step reads there.
+        betas, eps, weight_decay: As in torch.optim.AdamW.
+
+    Attributes:
+        found_inf: (), fp32; where it is 1, `step` changes nothing. None is 0.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay, fused=True)
+        self._copies: dict[nn.Parameter, Tensor] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dtype != torch.float32 or p.layout != torch.strided:
+                    raise ValueError(
+                        f"adamw: parameters must be dense fp32, got {tuple(p.shape)} {p.dtype}, "
+                        f"{p.layout}; give a bf16 model fp32 masters and attach_working"
+                    )
+            # Fused steps live on the device; torch wants the flag to capture them in a CUDA graph.
+            group["capturable"] = any(p.is_cuda for p in group["params"])
+
+    def attach_working(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
+        """Take these parameters' gradients from their copies, and write the copies after each step.
+
+        Args:
+            copies: By parameter, a bf16 leaf of its shape on its device. It is given the
+                parameter's value now; call `refresh_working` when a checkpoint changes that.
+
+        Raises:
+            ValueError: a parameter is not in this optimizer, or its copy does not match it.
+        """
+        known = {p for group in self.param_groups for p in group["params"]}
+        for p, copy in copies.items():
+            if p not in known:
+                raise ValueError(f"adamw: no parameter {tuple(p.shape)} here to attach a copy to")
+            if (
+                copy.dtype != torch.bfloat16 or copy.shape != p.shape or copy.device != p.device
+                or not copy.is_leaf or not copy.is_contiguous()
+            ):  # fmt: skip
+                raise ValueError(
+                    f"adamw: a working copy must be a contiguous bf16 leaf, {tuple(p.shape)} on "
+                    f"{p.device}, got {copy.dtype}, {tuple(copy.shape)} on {copy.device}"
+                )
+        self._copies = dict(copies)
+        self.refresh_working()
+
+    @torch.no_grad()
+    def refresh_working(self) -> None:
+        """Write every working copy anew from its parameter, in place."""
+        if self._copies:
+            torch._foreach_copy_([*self._copies.values()], [*self._copies])
+
+    @torch.no_grad()
+    def fold_working_gradients(self) -> None:
+        """Add the copies' gradients to the parameters' own, in fp32, and drop them.
+
+        What accumulates over micro-batches does so here, not in bf16.
+        """
+        self._fold(self._copies)
+
+    def _fold(self, parameters: Iterable[nn.Parameter]) -> None:
+        sums, more = [], []
+        for p in parameters:
+            copy = self._copies[p]
+            if copy.grad is None:
+                continue
+            if p.grad is None:
+                p.grad = copy.grad.float()
+            else:
+                sums.append(p.grad)
+                more.append(copy.grad)
+            copy.grad = None
+        if sums:
+            torch._foreach_add_(sums, more)
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale all gradients together to a norm of at most `max_norm`; no host read.
+
+        Args:
+            max_norm: 0 or infinity only measures.
+
+        Returns:
+            (), fp32, on the device: the norm before clipping. Not finite where a gradient is not.
+
+        Raises:
+            ValueError: `max_norm` is negative or NaN.
+        """
+        if not max_norm >= 0:
+            raise ValueError(f"adamw: max_norm must be 0 or more, got {max_norm}")
+        self.fold_working_gradients()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if 0 < max_norm < math.inf:
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, then the working copies.
+
+        Args:
+            closure: As in torch; evaluated first.
+        """
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self.fold_working_gradients()
+        super().step()
+        self.refresh_working()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, those of the working copies too."""
+        super().zero_grad(set_to_none)
+        for copy in self._copies.values():
+            copy.grad = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of ours or of any torch.optim.AdamW.
+
+        State that is there already keeps its addresses, and nothing is shared with the source.
+
+        Raises:
+            ValueError: it is of an AdamW with amsgrad or maximize.
+        """
+        for group in state_dict["param_groups"]:
+            for option in ("amsgrad", "maximize"):
+                if group.get(option):
+                    raise ValueError(f"adamw: cannot go on from a state with {option}=True")
+        before = {p: dict(state) for p, state in self.state.items()}
+        capturable = [group["capturable"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, flag in zip(self.param_groups, capturable, strict=True):
+            group.update(fused=True, foreach=None, capturable=flag)
+        for p, state in self.state.items():
+            for kind, value in state.items():
+                own = before.get(p, {}).get(kind)
+                if own is not None:
+                    state[kind] = own.copy_(value)
+                else:  # a step count of an unfused AdamW is on the host
+                    state[kind] = value.to(p.device, torch.float32, copy=True)
+
+
+class TritonAdamW(AdamW):
+    """The same through `kernels/adamw.py`: four launches a step, however many tensors there are.
+
+    `clip` leaves the gradients as they are and hands its coefficient to the next `step`, on the
+    device; bf16 gradients of working copies are read where they are. A step captured in a CUDA
+    graph reads lr tensors, step counts and `found_inf` anew at every replay; an lr that is a number
+    stays what it was.
+
+    Args:
+        params, lr, betas, eps, weight_decay: As in AdamW. All on one device: the current CUDA
+            device, or the CPU under TRITON_INTERPRET=1.
+
+    Raises:
+        ValueError: the kernels do not run on the parameters' device.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
+        from kernels.adamw import Tables  # triton is not there on every machine
+
+        super().__init__(params, lr, betas, eps, weight_decay)
+        self._step_supports_amp_scaling = False  # a GradScaler unscales by itself then
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self._tables = Tables(parameters[0].device)
+        self._coefficient: Tensor | None = None  # of the clip since the last step
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Measure the gradients; the next `step` scales them to a norm of at most `max_norm`.
+
+        Arguments, result and errors are those of AdamW.clip. Call it once a step: gradients are not
+        changed, so a second call replaces the first.
+        """
+        norm, self._coefficient = self._tables.grad_norm(self._slots(), max_norm)
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, and its working copy in the same pass.
+
+        Args:
+            closure: As in torch; evaluated first.
+
+        Raises:
+            ValueError: a gradient is sparse, strided, or neither fp32 nor bf16.
+        """
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self._tables.adamw(self._slots(), self._coefficient, self.found_inf)
+        self._coefficient = None
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, and the coefficient of the clip that measured them."""
+        super().zero_grad(set_to_none)
+        self._coefficient = None
+
+    def _slots(self) -> list[Any]:
+        """What a kernel needs to know of each parameter with a gradient."""
+        from kernels.adamw import Slot
+
+        self._fold([p for p in self._copies if p.grad is not None])  # two gradients: add them
+        slots = []
+        for i, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type == "cpu" != self._tables.device.type:
+                lr = lr.item()  # a host value: reading it waits for nothing
+            for j, p in enumerate(group["params"]):
+                copy = self._copies.get(p)
+                grad = p.grad if copy is None or copy.grad is None else copy.grad
+                if grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), device=p.device)
+                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+                slots.append(
+                    Slot(
+                        f"parameter {j} of group {i}", p, grad, state["exp_avg"],
+                        state["exp_avg_sq"], state["step"], copy, lr, group["betas"],
+                        group["eps"], group["weight_decay"],
+                    )
+                )  # fmt: skip
+        return slots
+
+
+def configure_adamw(
+    model: nn.Module, recipe: Recipe, fused: Literal["torch", "triton"] = "torch"
+) -> AdamW:
+    """AdamW for a model, one pass over each parameter on CPU and CUDA alike.
 
     Parameters of two or more dimensions decay, the others do not. The tied embedding is one
     parameter and decays once. Padding rows of the embedding have weight and gradient 0, for which
     the update is exactly 0 / (0 + eps) = 0.
+
+    Args:
+        model: Its parameters are fp32.
+        recipe: Learning rate, betas, eps and weight decay.
+        fused: Whose kernels: torch's, or ours ("triton"; a GPU, or TRITON_INTERPRET=1).
+
+    Raises:
+        ValueError: an unknown `fused`, parameters that are not fp32, or no GPU for "triton".
     """
+    classes = {"torch": AdamW, "triton": TritonAdamW}
+    if fused not in classes:
+        raise ValueError(f"adamw: fused must be one of {[*classes]}, got {fused!r}")
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return classes[fused](
         groups,
         lr=recipe.learning_rate(0),
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.eps,
-        fused=True,
     )

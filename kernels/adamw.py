@@ -1,0 +1,616 @@
+"""AdamW over all tensors of a model in one pass, and the gradient norm before it in another.
+
+For each element, with t the step count after this step and c the clip coefficient:
+
+    g = grad * c
+    p = p * (1 - lr * weight_decay)
+    m = m + (1 - beta1) * (g - m)                       v = beta2 * v + (1 - beta2) * g * g
+    p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    norm = sqrt(sum(grad * grad))                       c = min(1, max_norm / (norm + 1e-6))
+
+which is torch.optim.AdamW and torch.nn.utils.clip_grad_norm_, in fp32; what depends on a tensor
+alone (1 - lr * weight_decay, the bias corrections) is computed in fp64 and rounded once. Gradients
+are fp32 or bf16; a bf16 working copy of the new p is written in the same pass where there is one.
+
+Memory bound. Bytes per parameter:
+
+    step  p, m, v read and written        24, + 4 (fp32 gradient) or 2 (bf16), + 2 (working copy)
+    norm  gradient read                    4 or 2
+
+An H200 at 4.3 TB/s would take 0.81 ms for the 124 M parameters of GPT-2 with bf16 gradients and
+working copies, 0.06 ms for the norm: estimates, arithmetic only.
+
+Two launches for the norm, two for the step, whatever the number of tensors: kernels find tensors
+through a table of addresses (one row a tensor) and their share of the work through a list of chunks
+(row, number of the chunk in the tensor). Learning rate, step counts, clip coefficient and the
+verdict `found_inf` are read on the device; where the verdict is not 0 nothing is written.
+
+Deterministic: each chunk leaves one fp32 sum of squares, and one program adds those in a fixed
+order. No atomics; reruns are bitwise equal on one device. No host read.
+
+Source: Loshchilov, Hutter 2019, https://arxiv.org/abs/1711.05101; tables of addresses and chunks as
+in NVIDIA apex, multi_tensor_apply.
+"""
+
+# Launches take num_warps, constexpr arguments plain numbers, and static_range is a loop: the triton
+# stubs know none of it.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._launch import AotCase, Launch, cdiv
+from kernels._op import INTERPRETED, check_device, register
+
+# A program's share: large enough that the loads of its table row are lost in it, small enough that
+# 124 M parameters are 14 rounds of 8 programs on each of 132 SMs, so the last one is short.
+CHUNK = 8192
+# Four elements a thread, 16 bytes of fp32. With eight, triton 3.7 reads bf16 in 16 bytes too, but
+# takes each of the three fp32 stores through shared memory.
+STEP_LAUNCH = Launch((("BLOCK", 1024),), 8, 1, source="safe row: compiles without spills")
+NORM_LAUNCH = Launch((("BLOCK", 4096),), 4, 1, source="safe row: compiles without spills")
+# One program, so latency is all: GPT-2 124M leaves 15,000 sums.
+CLIP_LAUNCH = Launch((("BLOCK", 4096),), 8, 1, source="safe row: compiles without spills")
+ADVANCE_LAUNCH = Launch((("BLOCK", 128),), 4, 1, source="safe row: one tensor a thread")
+ALIGNMENT = 16  # bytes of the widest load; torch's allocations have it, views into them need not
+
+# Columns of the table, int64: addresses (0: none), then integers, then bits of fp64 numbers.
+PARAM = tl.constexpr(0)
+GRAD = tl.constexpr(1)
+EXP_AVG = tl.constexpr(2)
+EXP_AVG_SQ = tl.constexpr(3)
+WORKING = tl.constexpr(4)
+STEP = tl.constexpr(5)
+LR_ADDRESS = tl.constexpr(6)
+NUMEL = tl.constexpr(7)
+FLAGS = tl.constexpr(8)
+LR = tl.constexpr(9)
+WEIGHT_DECAY = tl.constexpr(10)
+BETA1 = tl.constexpr(11)
+BETA2 = tl.constexpr(12)
+LOG_BETA1 = tl.constexpr(13)
+LOG_BETA2 = tl.constexpr(14)
+EPS = tl.constexpr(15)
+FIELDS = tl.constexpr(16)
+BF16_GRAD, ALIGNED = tl.constexpr(1), tl.constexpr(2)  # FLAGS
+# Columns of what `_advance_kernel` leaves for `_adamw_kernel`, fp32.
+DECAY = tl.constexpr(0)
+STEP_SIZE = tl.constexpr(1)
+INV_SQRT_BC2 = tl.constexpr(2)
+ONE_MINUS_BETA1 = tl.constexpr(3)
+KEEP_V = tl.constexpr(4)
+ONE_MINUS_BETA2 = tl.constexpr(5)
+EPSILON = tl.constexpr(6)
+SCALARS = tl.constexpr(8)
+
+
+@triton.jit
+def _advance_kernel(
+    table_ptr,  # (N, FIELDS) int64; writes through STEP, each () fp32
+    numbers_ptr,  # the same memory as fp64
+    found_inf_ptr,  # () fp32
+    scalars_ptr,  # (N, SCALARS) out, fp32
+    reached,  # the tensors behind the table, for the interpreter's sanitizer; None when compiled
+    N,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = rows < N
+    table_ptr += rows * FIELDS
+    numbers_ptr += rows * FIELDS
+    step_ptrs = tl.load(table_ptr + STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    lr_address = tl.load(table_ptr + LR_ADDRESS, mask=mask, other=0)
+    on_device = lr_address != 0
+    lr = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=on_device, other=0.0)
+    number = tl.load(numbers_ptr + LR, mask=mask, other=0.0)
+    lr = tl.where(on_device, lr.to(tl.float64), number)
+    weight_decay = tl.load(numbers_ptr + WEIGHT_DECAY, mask=mask, other=0.0)
+    beta1 = tl.load(numbers_ptr + BETA1, mask=mask, other=0.0)
+    beta2 = tl.load(numbers_ptr + BETA2, mask=mask, other=0.0)
+    log_beta1 = tl.load(numbers_ptr + LOG_BETA1, mask=mask, other=0.0)
+    log_beta2 = tl.load(numbers_ptr + LOG_BETA2, mask=mask, other=0.0)
+    eps = tl.load(numbers_ptr + EPS, mask=mask, other=0.0)
+
+    step = tl.load(step_ptrs, mask=mask, other=0.0)
+    step += tl.where(tl.load(found_inf_ptr) == 0.0, 1.0, 0.0)
+    tl.store(step_ptrs, step, mask=mask)
+
+    t = step.to(tl.float64)  # 1 - 0.999 in fp32 is wrong by 1e-5 of itself
+    bias_correction1 = 1.0 - tl.exp(t * log_beta1)
+    bias_correction2 = 1.0 - tl.exp(t * log_beta2)
+    out_ptrs = scalars_ptr + rows * SCALARS
+    tl.store(out_ptrs + DECAY, (1.0 - lr * weight_decay).to(tl.float32), mask=mask)
+    tl.store(out_ptrs + STEP_SIZE, (lr / bias_correction1).to(tl.float32), mask=mask)
+    inv_sqrt_bc2 = 1.0 / tl.sqrt(bias_correction2)
+    tl.store(out_ptrs + INV_SQRT_BC2, inv_sqrt_bc2.to(tl.float32), mask=mask)
+    tl.store(out_ptrs + ONE_MINUS_BETA1, (1.0 - beta1).to(tl.float32), mask=mask)
+    tl.store(out_ptrs + KEEP_V, beta2.to(tl.float32), mask=mask)
+    tl.store(out_ptrs + ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32), mask=mask)
+    tl.store(out_ptrs + EPSILON, eps.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _update_chunk(
+    row_ptr,  # (FIELDS,) int64: the row of the table
+    scalars_ptr,  # (SCALARS,) fp32: of the same tensor
+    clip,
+    first,  # element the chunk begins at
+    GRAD_DTYPE: tl.constexpr,
+    WHOLE: tl.constexpr,  # all CHUNK elements are there, at aligned addresses: no mask, wide loads
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    working = tl.load(row_ptr + WORKING)
+    p_ptr = tl.load(row_ptr + PARAM).to(tl.pointer_type(tl.float32)) + first
+    g_ptr = tl.load(row_ptr + GRAD).to(tl.pointer_type(GRAD_DTYPE)) + first
+    m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32)) + first
+    v_ptr = tl.load(row_ptr + EXP_AVG_SQ).to(tl.pointer_type(tl.float32)) + first
+    working_ptr = working.to(tl.pointer_type(tl.bfloat16)) + first
+    if WHOLE:
+        p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
+        m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
+        working_ptr = tl.multiple_of(working_ptr, 16)
+    decay = tl.load(scalars_ptr + DECAY)
+    step_size = tl.load(scalars_ptr + STEP_SIZE)
+    inv_sqrt_bc2 = tl.load(scalars_ptr + INV_SQRT_BC2)
+    one_minus_beta1 = tl.load(scalars_ptr + ONE_MINUS_BETA1)
+    beta2 = tl.load(scalars_ptr + KEEP_V)
+    one_minus_beta2 = tl.load(scalars_ptr + ONE_MINUS_BETA2)
+    eps = tl.load(scalars_ptr + EPSILON)
+    rest = tl.load(row_ptr + NUMEL) - first
+    end = CHUNK if WHOLE else tl.minimum(rest, CHUNK).to(tl.int32)
+    for start in range(0, end, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = None if WHOLE else offs < end
+        other = None if WHOLE else 0.0
+        p = tl.load(p_ptr + offs, mask=mask, other=other)
+        g = tl.load(g_ptr + offs, mask=mask, other=other).to(tl.float32) * clip
+        m = tl.load(m_ptr + offs, mask=mask, other=other)
+        v = tl.load(v_ptr + offs, mask=mask, other=other)
+        m += one_minus_beta1 * (g - m)
+        v = beta2 * v + one_minus_beta2 * g * g
+        # Rounded to nearest: the approximate forms are 2 ulp off and the memory is slower anyway.
+        denominator = tl.sqrt_rn(v) * inv_sqrt_bc2 + eps
+        p = p * decay - step_size * tl.div_rn(m, denominator)
+        tl.store(p_ptr + offs, p, mask=mask)
+        tl.store(m_ptr + offs, m, mask=mask)
+        tl.store(v_ptr + offs, v, mask=mask)
+        if working != 0:
+            tl.store(working_ptr + offs, p.to(tl.bfloat16), mask=mask)
+
+
+@triton.jit
+def _find_chunk(table_ptr, chunks_ptr, CHUNK: tl.constexpr):
+    """Row of the table, first element, and what decides the branch: (bf16 gradient, whole)."""
+    at = chunks_ptr + 2 * tl.program_id(0)
+    row = tl.load(at)
+    first = tl.load(at + 1).to(tl.int64) * CHUNK
+    row_ptr = table_ptr + row * FIELDS
+    flags = tl.load(row_ptr + FLAGS)
+    fits = first + CHUNK <= tl.load(row_ptr + NUMEL)
+    return row, first, (flags & BF16_GRAD) != 0, ((flags & ALIGNED) != 0) & fits
+
+
+@triton.jit
+def _adamw_kernel(
+    table_ptr,  # (N, FIELDS) int64; writes through PARAM, EXP_AVG, EXP_AVG_SQ, WORKING
+    chunks_ptr,  # (programs, 2) int32: row of the table, chunk of that tensor
+    scalars_ptr,  # (N, SCALARS) fp32
+    clip_ptr,  # () fp32
+    found_inf_ptr,  # () fp32
+    reached,  # see _advance_kernel
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if tl.load(found_inf_ptr) == 0.0:
+        row, first, bf16_grad, whole = _find_chunk(table_ptr, chunks_ptr, CHUNK)
+        row_ptr = table_ptr + row * FIELDS
+        scalars_ptr += row * SCALARS
+        clip = tl.load(clip_ptr)
+        # The same for all of a program. Four builds of one body: no value leaves a branch, so
+        # none has to change its layout for the other.
+        if bf16_grad:
+            if whole:
+                _update_chunk(row_ptr, scalars_ptr, clip, first, tl.bfloat16, True, CHUNK, BLOCK)
+            else:
+                _update_chunk(row_ptr, scalars_ptr, clip, first, tl.bfloat16, False, CHUNK, BLOCK)
+        else:
+            if whole:
+                _update_chunk(row_ptr, scalars_ptr, clip, first, tl.float32, True, CHUNK, BLOCK)
+            else:
+                _update_chunk(row_ptr, scalars_ptr, clip, first, tl.float32, False, CHUNK, BLOCK)
+
+
+@triton.jit
+def _sum_squares(
+    row_ptr,
+    first,
+    GRAD_DTYPE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum of squares of a chunk of a gradient; arguments as in _update_chunk."""
+    g_ptr = tl.load(row_ptr + GRAD).to(tl.pointer_type(GRAD_DTYPE)) + first
+    if WHOLE:
+        g_ptr = tl.multiple_of(g_ptr, 16)
+    rest = tl.load(row_ptr + NUMEL) - first
+    end = CHUNK if WHOLE else tl.minimum(rest, CHUNK).to(tl.int32)
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, end, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = None if WHOLE else offs < end
+        other = None if WHOLE else 0.0
+        g = tl.load(g_ptr + offs, mask=mask, other=other).to(tl.float32)
+        acc += g * g
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def _grad_norm_kernel(
+    table_ptr,  # (N, FIELDS) int64
+    chunks_ptr,  # (programs, 2) int32
+    partial_ptr,  # (programs,) out, fp32
+    reached,  # see _advance_kernel
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, first, bf16_grad, whole = _find_chunk(table_ptr, chunks_ptr, CHUNK)
+    row_ptr = table_ptr + row * FIELDS
+    if bf16_grad:
+        if whole:
+            total = _sum_squares(row_ptr, first, tl.bfloat16, True, CHUNK, BLOCK)
+        else:
+            total = _sum_squares(row_ptr, first, tl.bfloat16, False, CHUNK, BLOCK)
+    else:
+        if whole:
+            total = _sum_squares(row_ptr, first, tl.float32, True, CHUNK, BLOCK)
+        else:
+            total = _sum_squares(row_ptr, first, tl.float32, False, CHUNK, BLOCK)
+    tl.store(partial_ptr + tl.program_id(0), total)
+
+
+@triton.jit
+def _clip_kernel(
+    partial_ptr,  # (P,) fp32
+    out_ptr,  # (2,) out, fp32: norm, clip coefficient
+    P,
+    max_norm,  # 0: measure only
+    BLOCK: tl.constexpr,
+):
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, P, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        acc += tl.load(partial_ptr + offs, mask=offs < P, other=0.0)
+    norm = tl.sqrt_rn(tl.sum(acc, axis=0))
+    coefficient = tl.div_rn(max_norm, norm + 1e-6)
+    # Written so that NaN stays NaN, as in torch: such a step must not pass for a good one.
+    coefficient = tl.where(coefficient > 1.0, 1.0, coefficient)
+    tl.store(out_ptr, norm)
+    tl.store(out_ptr + 1, tl.where(max_norm > 0.0, coefficient, 1.0))
+
+
+def _norm_fake(
+    table: Tensor, chunks: Tensor, max_norm: float, tensors: Sequence[Tensor]
+) -> Tensor:  # fmt: skip
+    return table.new_empty(2, dtype=torch.float32)
+
+
+@register("adamw_norm(Tensor table, Tensor chunks, float max_norm, Tensor[] tensors) -> Tensor",
+          fake=_norm_fake)  # fmt: skip
+def adamw_norm(
+    table: Tensor, chunks: Tensor, max_norm: float, tensors: Sequence[Tensor]
+) -> Tensor:  # fmt: skip
+    """table (N, FIELDS), chunks (P, 2) -> (2,) fp32: norm, clip coefficient."""
+    out = _norm_fake(table, chunks, max_norm, tensors)
+    P = len(chunks)
+    partial = table.new_empty(P, dtype=torch.float32)
+    if P > 0:
+        _grad_norm_kernel[(P,)](
+            table, chunks, partial, _sanitized(tensors), CHUNK=CHUNK, **NORM_LAUNCH.kwargs()
+        )
+    _clip_kernel[(1,)](partial, out, P, max_norm, **CLIP_LAUNCH.kwargs())
+    return out
+
+
+def _step_fake(
+    table: Tensor, chunks: Tensor, clip: Tensor, found_inf: Tensor,
+    written: Sequence[Tensor], read: Sequence[Tensor],
+) -> None:  # fmt: skip
+    return None
+
+
+@register("adamw_step(Tensor table, Tensor chunks, Tensor clip, Tensor found_inf,"
+          " Tensor(a!)[] written, Tensor[] read) -> ()", fake=_step_fake)  # fmt: skip
+def adamw_step(
+    table: Tensor, chunks: Tensor, clip: Tensor, found_inf: Tensor,
+    written: Sequence[Tensor], read: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """table (N, FIELDS), chunks (P, 2), clip () and found_inf () fp32; writes behind the table."""
+    N, P = len(table), len(chunks)
+    scalars = table.new_empty((N, SCALARS.value), dtype=torch.float32)
+    reached = _sanitized((*written, *read))
+    blocks = dict(ADVANCE_LAUNCH.blocks)
+    if N > 0:
+        _advance_kernel[(cdiv(N, blocks["BLOCK"]),)](
+            table,
+            table.view(torch.float64),
+            found_inf,
+            scalars,
+            reached,
+            N,
+            **ADVANCE_LAUNCH.kwargs(),
+        )
+    if P > 0:
+        _adamw_kernel[(P,)](
+            table, chunks, scalars, clip, found_inf, reached, CHUNK=CHUNK, **STEP_LAUNCH.kwargs()
+        )
+
+
+def _sanitized(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    return tuple(tensors) if INTERPRETED else None
+
+
+class Slot(NamedTuple):
+    """One parameter of a step. All on one device, contiguous, of the parameter's shape.
+
+    Args:
+        name: For messages.
+        param: fp32.
+        grad: fp32 or bf16.
+        exp_avg, exp_avg_sq: fp32.
+        step: (), fp32, steps done.
+        working: bf16 copy of `param` to keep up, or None.
+        lr: A number, or a () fp32 tensor on the device, read when the kernel runs.
+        betas, eps, weight_decay: As in torch.optim.AdamW.
+    """
+
+    name: str
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    working: Tensor | None
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+class _Upload:
+    """A small host tensor on the device, sent only when its content is not what was sent last.
+
+    A CUDA graph that holds the copy reads the pinned buffer at every replay. So what a capture has
+    used, host buffer and device tensor, is kept and never written again; and as pinned memory
+    cannot safely be allocated during a capture, one spare buffer waits for it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.key: Any = None
+        self.sent = torch.empty(0)
+        self.captured: tuple[Any, Tensor] | None = None  # of the capture that is running
+        self.kept: list[Tensor] = []
+        self.spare = torch.empty(0)
+
+    def put(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """The device tensor of `make()`, which is a function of `key`; never waits."""
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if key == self.key:
+            if capturing:
+                self.kept.append(self.sent)
+            return self.sent  # never rewritten: each upload is a tensor of its own
+        if capturing:
+            if self.captured is None or self.captured[0] != key:
+                self.captured = key, self._put_captured(make())
+            return self.captured[1]
+        self.captured = None  # of a capture that failed, if at all
+        host = make()
+        if self.device.type == "cuda":
+            host = host.pin_memory()  # back to torch's pool, which waits for the copy by an event
+            if self.spare.shape != host.shape:
+                self.spare = torch.empty_like(host, pin_memory=True)
+        self.key, self.sent = key, host.to(self.device, non_blocking=True)
+        return self.sent
+
+    def _put_captured(self, host: Tensor) -> Tensor:
+        spare, self.spare = self.spare, torch.empty(0)
+        if spare.shape != host.shape:
+            spare = torch.empty_like(host, pin_memory=True)
+        spare.copy_(host)
+        sent = spare.to(self.device, non_blocking=True)
+        self.kept += [spare, sent]
+        return sent
+
+    def end(self) -> None:
+        """The step is over: another capture must send for itself."""
+        self.captured = None
+
+
+class Tables:
+    """The address table and the chunk list of one set of parameters on `device`.
+
+    Args:
+        device: Of every tensor that will be in it; the only CUDA device in use, or the CPU under
+            TRITON_INTERPRET=1.
+
+    Raises:
+        ValueError: the kernels do not run there.
+    """
+
+    def __init__(self, device: torch.device):
+        check_device("adamw", torch.empty(0, device=device))
+        self.device = device
+        self._addresses, self._chunks = _Upload(device), _Upload(device)
+        self._one, self._zero = torch.ones((), device=device), torch.zeros((), device=device)
+
+    def grad_norm(self, slots: Sequence[Slot], max_norm: float) -> tuple[Tensor, Tensor]:
+        """Norm of all gradients together, which are read once and left as they are.
+
+        Args:
+            slots: The parameters that have a gradient.
+            max_norm: What `adamw` is to clip to; 0 or infinity for a coefficient of 1.
+
+        Returns:
+            norm and clip coefficient, each (), fp32, new tensors. Two launches.
+
+        Raises:
+            ValueError: a tensor has another dtype, shape, layout or device than `Slot` says.
+        """
+        if not max_norm >= 0:
+            raise ValueError(f"adamw: max_norm must be 0 or more, got {max_norm}")
+        table, chunks = self._load(slots)
+        tensors = [slot.grad for slot in slots]
+        out = adamw_norm(table, chunks, max_norm if math.isfinite(max_norm) else 0.0, tensors)
+        return out[0], out[1]
+
+    def adamw(
+        self, slots: Sequence[Slot], clip: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        """One step of all parameters, in place. Two launches.
+
+        Args:
+            slots: The parameters that have a gradient.
+            clip: (), fp32, factor of every gradient; None is 1.
+            found_inf: (), fp32; where it is not 0 nothing is written. None is 0.
+
+        Raises:
+            ValueError: a tensor has another dtype, shape, layout or device than `Slot` says.
+        """
+        table, chunks = self._load(slots)
+        self._addresses.end()
+        self._chunks.end()
+        written = [t for s in slots for t in (s.param, s.exp_avg, s.exp_avg_sq, s.step)]
+        working = [s.working for s in slots if s.working is not None]
+        rates = [s.lr for s in slots if isinstance(s.lr, Tensor)]
+        adamw_step(
+            table, chunks,
+            self._one if clip is None else clip,
+            self._zero if found_inf is None else self._verdict(found_inf),
+            written + working, [*(s.grad for s in slots), *rates],
+        )  # fmt: skip
+        # Autograd cannot see the writes; a graph that saved a parameter must not be used again.
+        torch.autograd.graph.increment_version([*(s.param for s in slots), *working])
+
+    def _verdict(self, found_inf: Tensor) -> Tensor:
+        if found_inf.numel() != 1 or found_inf.dtype != torch.float32 or (
+            found_inf.device != self.device
+        ):  # fmt: skip
+            raise ValueError(
+                f"adamw: found_inf must be one fp32 number on {self.device}, got "
+                f"{tuple(found_inf.shape)} {found_inf.dtype} on {found_inf.device}"
+            )
+        return found_inf
+
+    def _load(self, slots: Sequence[Slot]) -> tuple[Tensor, Tensor]:
+        whole = tuple(_integers(slot) for slot in slots)
+        numbers = tuple(_numbers(slot) for slot in slots)
+
+        def make_table() -> Tensor:
+            for slot in slots:
+                _check(slot, self.device)
+            integers = torch.tensor(whole, dtype=torch.int64).view(len(whole), LR.value)
+            floats = torch.tensor(numbers, dtype=torch.float64)
+            floats = floats.view(len(whole), FIELDS.value - LR.value)
+            return torch.cat([integers, floats.view(torch.int64)], dim=1)
+
+        sizes = tuple(row[NUMEL.value] for row in whole)
+
+        def make_chunks() -> Tensor:
+            pairs = [(i, c) for i, size in enumerate(sizes) for c in range(cdiv(size, CHUNK))]
+            return torch.tensor(pairs, dtype=torch.int32).view(len(pairs), 2)
+
+        table = self._addresses.put((whole, numbers), make_table)
+        return table, self._chunks.put(sizes, make_chunks)
+
+
+def _integers(slot: Slot) -> tuple[int, ...]:
+    """The first columns of a row. What may change from step to step is checked here."""
+    grad = slot.grad
+    if (
+        grad.layout != torch.strided
+        or grad.dtype not in (torch.float32, torch.bfloat16)
+        or grad.shape != slot.param.shape
+        or not grad.is_contiguous()
+    ):
+        raise ValueError(
+            f"adamw: the gradient of {slot.name} must be dense, contiguous, fp32 or bf16 and "
+            f"{tuple(slot.param.shape)}, got {tuple(grad.shape)} {grad.dtype}, {grad.layout}; "
+            "use torch's optimizer for others"
+        )
+    addresses = [
+        slot.param.data_ptr(),
+        grad.data_ptr(),
+        slot.exp_avg.data_ptr(),
+        slot.exp_avg_sq.data_ptr(),
+        0 if slot.working is None else slot.working.data_ptr(),
+    ]
+    flags = BF16_GRAD.value if grad.dtype == torch.bfloat16 else 0
+    if all(address % ALIGNMENT == 0 for address in addresses):
+        flags |= ALIGNED.value
+    lr = slot.lr.data_ptr() if isinstance(slot.lr, Tensor) else 0
+    return *addresses, slot.step.data_ptr(), lr, slot.param.numel(), flags
+
+
+def _numbers(slot: Slot) -> tuple[float, ...]:
+    """The last columns of a row."""
+    logs = (math.log(beta) if beta else -math.inf for beta in slot.betas)
+    lr = 0.0 if isinstance(slot.lr, Tensor) else slot.lr
+    return lr, slot.weight_decay, *slot.betas, *logs, slot.eps
+
+
+def _check(slot: Slot, device: torch.device) -> None:
+    """Raise ValueError for what the kernels would misread."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    for what, tensor, dtype, shape in (
+        ("param", slot.param, fp32, slot.param.shape),
+        ("exp_avg", slot.exp_avg, fp32, slot.param.shape),
+        ("exp_avg_sq", slot.exp_avg_sq, fp32, slot.param.shape),
+        ("step", slot.step, fp32, ()),
+        ("working copy", slot.working, bf16, slot.param.shape),
+        ("gradient", slot.grad, slot.grad.dtype, slot.param.shape),
+        ("lr", slot.lr, fp32, ()),
+    ):
+        if isinstance(tensor, Tensor) and not (
+            tensor.dtype == dtype
+            and tensor.shape == shape
+            and tensor.device == device
+            and tensor.is_contiguous()
+        ):
+            raise ValueError(
+                f"adamw: {what} of {slot.name} must be contiguous {dtype}, {tuple(shape)} on "
+                f"{device}, got {tensor.dtype}, {tuple(tensor.shape)} on {tensor.device}, "
+                f"strides {tensor.stride()}; use torch's optimizer for others"
+            )
+
+
+def aot_cases(arch: int) -> Iterator[AotCase]:
+    """The four builds, the same for every arch."""
+    table = {"table_ptr": "*i64"}
+    chunks = {**table, "chunks_ptr": "*i32"}
+    scalars = {"scalars_ptr": "*fp32", "found_inf_ptr": "*fp32"}
+    for kernel, label, signature, constexprs, launch in (
+        (_grad_norm_kernel, "sums of squares", {**chunks, "partial_ptr": "*fp32"},
+         {"reached": None, "CHUNK": CHUNK}, NORM_LAUNCH),
+        (_clip_kernel, "norm and coefficient",
+         {"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32", "max_norm": "fp32"}, {},
+         CLIP_LAUNCH),
+        (_advance_kernel, "step counts",
+         {**table, **scalars, "numbers_ptr": "*fp64", "N": "i32"}, {"reached": None},
+         ADVANCE_LAUNCH),
+        (_adamw_kernel, "update", {**chunks, **scalars, "clip_ptr": "*fp32"},
+         {"reached": None, "CHUNK": CHUNK}, STEP_LAUNCH),
+    ):  # fmt: skip
+        yield AotCase(
+            op="adamw", kernel=kernel, label=label, signature=signature,
+            constexprs={**constexprs, **dict(launch.blocks)},
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
+            unaligned=("clip_ptr", "found_inf_ptr", "P", "N"),
+        )  # fmt: skip
