@@ -1,0 +1,200 @@
+"""Device memory of one training step, counted from what the ops save and what their code creates.
+
+Bytes, with M = rows * T tokens of a micro-batch, C, H, L, Vp as in the model, e the bytes of an
+activation (4 in fp32, 2 in bf16) and r those of the residual stream (4 unless it is bf16 too).
+
+Alive through the step: 4 bytes of master weight and 8 of AdamW moments a parameter, padding rows
+included; with working copies 2 more for each of the blocks' matrices. Gradients, 4 bytes a
+parameter, come as the backward of the first micro-batch goes; those of working copies are bf16 in a
+step of one micro-batch, and in a longer one are folded into fp32 after each.
+
+Saved for backward, per layer:
+
+    c_attn              y of ln_1                  e M C
+    causal_attention    qkv, its output, lse       e 3 M C + e M C + 4 M H     (c_proj's input too)
+    add_layer_norm      sum of the residual        r M C + 8 M eager, 12 M triton   (twice a layer)
+    gelu_mlp            x, and two of width 4C     e M C + 2 * e 4 M C     (eager h, g; triton g, d)
+    bf16                casts of the 4 matrices    2 * 12 C^2          (unless they are kept copies)
+
+and once: ids 8 M, the first norm's input and statistics, and what linear_cross_entropy computes
+ahead of its backward, dx (e M C) and dweight (4 Vp C). Dropout adds a mask byte an element, as on
+CUDA. A compiled model saves the same: there is no matmul-free way back to these tensors.
+
+The peak is at one of five moments; `MemoryEstimate.moments` has them with what they add:
+
+    loss      chunks of logits. Eager: 4 fp32 of (R, Vp) with R = 1024, or 2 more dweight; compiled:
+              z and dz, e each; triton: one chunk in e and the partials of its rows
+    turn      the loss's backward scales dx and dweight: both exist twice
+    mlp       the last layer's backward: a gradient of (M, 4C), and those of the two matrices,
+              beside all that was saved
+    bottom    the embedding's gradient three times: the head's, the table's and their sum
+    update    all gradients in fp32, which is what torch's clipping wants
+
+Gradients are part of the first three moments only where an earlier micro-batch left some. What the
+allocator rounds and fragments, the CUDA context (0.5 GB) and cuBLAS's workspace are not counted:
+leave room for them in the budget.
+"""
+
+from dataclasses import dataclass
+
+from kernels import EAGER, parse_ops
+from kernels.reference import CHUNK_TOKENS
+from model import GPTConfig
+
+LOGITS_TILE = 128  # columns of which the triton loss keeps three fp32 partials a row
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one step.
+
+    Args:
+        weights: fp32 masters, padding rows included.
+        gradients: All of them.
+        optimizer: AdamW's two moments, fp32.
+        working: bf16 copies of the blocks' matrices that live from step to step.
+        activations: Saved for backward by one micro-batch.
+        workspace: Beside all the others at the peak. peak: Name of its moment.
+        moments: (name, bytes beside weights, optimizer and working).
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    working: int
+    activations: int
+    workspace: int
+    peak: str
+    moments: tuple[tuple[str, int], ...]
+
+    @property
+    def total(self) -> int:
+        """Peak bytes: not the sum, because gradients and activations take turns."""
+        return self.weights + self.optimizer + self.working + dict(self.moments)[self.peak]
+
+
+def estimate(
+    config: GPTConfig,
+    rows: int,
+    T: int,
+    *,
+    dtype: str,
+    ops: str,
+    compiled: bool,
+    working_copies: bool,
+    num_micro_batches: int,
+    residual: str = "fp32",
+) -> MemoryEstimate:
+    """Memory of a step; the module docstring has the formulas.
+
+    Args:
+        config: The shape.
+        rows: Rows of a micro-batch. T: tokens of a row.
+        dtype: "fp32", or "bf16" for autocast over fp32 masters.
+        ops: What `kernels.parse_ops` reads.
+        compiled: torch.compile; only the eager loss needs less memory for it.
+        working_copies: The optimizer keeps bf16 copies of the blocks' matrices.
+        num_micro_batches: From the second on, gradients are there during forward.
+        residual: Dtype of the residual stream, "fp32" or "bf16".
+
+    Raises:
+        ValueError: a size below 1, or a dtype or ops that do not exist.
+    """
+    for name, value in (("rows", rows), ("T", T), ("num_micro_batches", num_micro_batches)):
+        if value < 1:
+            raise ValueError(f"memory: {name} must be at least 1, got {value}")
+    for name, value in (("dtype", dtype), ("residual", residual)):
+        if value not in ("fp32", "bf16"):
+            raise ValueError(f"memory: {name} must be 'fp32' or 'bf16', got {value!r}")
+    chosen = parse_ops(ops)
+    M, C, H, L = rows * T, config.n_embd, config.n_head, config.n_layer
+    e, r = (4, 4) if dtype == "fp32" else (2, 2 if residual == "bf16" else 4)
+    first_stats, stats = (
+        8 if mine is eager else 12
+        for mine, eager in ((chosen.layer_norm, EAGER.layer_norm),
+                            (chosen.add_layer_norm, EAGER.add_layer_norm))
+    )  # fmt: skip
+    head = 4 * config.padded_vocab_size * C  # the tied embedding, fp32
+    matrices = 12 * C * C * L
+    num_parameters = head // 4 + config.block_size * C + matrices + 13 * C * L + 2 * C
+    working = 2 * matrices if working_copies else 0
+
+    layer = M * (2 * r * C + 14 * e * C + 2 * stats + 4 * H)
+    once = M * (8 + r * C + first_stats + e * C) + head
+    masks = M * C * (2 * L + 1) if config.dropout > 0 else 0
+    casts = 2 * matrices if dtype == "bf16" and not working else 0
+    activations = L * layer + once + masks + casts
+
+    loss = e * M * C + (head // 2 if dtype == "bf16" else 0)
+    if chosen.linear_cross_entropy is EAGER.linear_cross_entropy:
+        R = min(M, CHUNK_TOKENS)
+        logits, more = R * config.padded_vocab_size, M >= 2 * R
+        if compiled:
+            loss += 2 * e * logits + head
+        else:
+            # From this chunk on there is no dx yet; from the second on there is an old dz.
+            ahead = (16 + more * e) * logits - e * C * (R if more else M)
+            loss += max(ahead, 2 * head + (4 + e) * logits)
+    else:
+        from kernels.linear_cross_entropy import chunk_rows  # needs triton, as these ops do
+
+        logits = chunk_rows(M, config.padded_vocab_size, e) * config.padded_vocab_size
+        loss += e * logits + 3 * 4 * logits // (LOGITS_TILE // 2)
+    weights = 4 * num_parameters
+    folded = working if num_micro_batches > 1 else 0  # bf16 gradients on their way into fp32 ones
+    grads = weights if folded or not working else weights - working
+    before = grads if num_micro_batches > 1 else 0
+    moments = {
+        "loss": before + activations + loss,
+        "turn": before + activations + head + e * M * C,
+        "mlp": before + activations + (5 if e < r else 4) * e * M * C + 8 * e * C * C,
+        "bottom": max(before, grads - head) + folded + 3 * head + r * M * C,
+        "update": weights,
+    }
+    peak = max(moments, key=lambda name: moments[name])
+    beside = {"bottom": max(before, grads - head), "update": grads}.get(peak, before + activations)
+    return MemoryEstimate(
+        weights=weights, gradients=grads, optimizer=2 * weights, working=working,
+        activations=activations, workspace=moments[peak] - beside, peak=peak,
+        moments=tuple(moments.items()),
+    )  # fmt: skip
+
+
+def largest_micro_batch(
+    config: GPTConfig,
+    recipe_rows: int,
+    T: int,
+    budget_bytes: int,
+    *,
+    dtype: str,
+    ops: str,
+    compiled: bool,
+    working_copies: bool,
+    residual: str = "fp32",
+) -> int:
+    """The most rows at once that fit, among the divisors of a step's rows.
+
+    Args:
+        config: The shape.
+        recipe_rows: Rows of a step. T: tokens of a row.
+        budget_bytes: For `MemoryEstimate.total`.
+        dtype, ops, compiled, working_copies, residual: As in `estimate`.
+
+    Raises:
+        ValueError: not even one row at a time fits, or as `estimate` raises.
+    """
+
+    def total(rows: int) -> int:
+        return estimate(
+            config, rows, T, dtype=dtype, ops=ops, compiled=compiled,
+            working_copies=working_copies, num_micro_batches=recipe_rows // rows,
+            residual=residual,
+        ).total  # fmt: skip
+
+    for rows in range(recipe_rows, 0, -1):
+        if recipe_rows % rows == 0 and total(rows) <= budget_bytes:
+            return rows
+    raise ValueError(
+        f"memory: one row of {T} tokens needs about {total(1) / 1e9:.2f} GB, the budget is "
+        f"{budget_bytes / 1e9:.2f} GB; take a smaller --model or --block-size"
+    )
