@@ -81,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(x.dtype)
         V, cols = vocab_size, torch.arange(vocab_size, device=x.device)
         dxs: list[Tensor] = []
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if needs_dweight else None
+        dweight: Tensor | None = None
         for rows, ids, part in zip(
             x.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), share.split(CHUNK_TOKENS),
             strict=True,
@@ -99,8 +99,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dz = F.pad(dz, (0, weight.shape[0] - V)).to(x.dtype)
             if needs_dx:
                 dxs.append(dz @ w)
-            if dweight is not None:
-                dweight = dweight + (dz.T @ rows).float()
+            if needs_dweight:
+                part_dweight = (dz.T @ rows).float()
+                dweight = part_dweight if dweight is None else dweight + part_dweight
         ctx.save_for_backward(count, torch.cat(dxs) if needs_dx else None, dweight)
         ctx.weight_dtype = weight.dtype
         return loss / count  # 0 / 0 = NaN for an all-ignored batch, as F.cross_entropy gives

@@ -14,7 +14,7 @@ import pytest
 from training import checkpoint
 from training.data import load_corpus
 from training.distributed import World, share
-from training.plan import detect, make_plan
+from training.plan import Choices, detect, make_plan
 from training.prepare import Config, prepare
 from training.recipes import Recipe
 from training.signals import EXIT_RESUMABLE
@@ -169,7 +169,7 @@ def test_ranks_with_different_flags_are_refused(text):
 @pytest.mark.parametrize(("size", "micro", "count"), [(1, 16, 4), (2, 16, 2), (8, 8, 1), (3, 0, 0)])
 def test_a_step_is_dealt_out_evenly_or_refused(size, micro, count):
     recipe = Recipe(batch_size=16, grad_accum_steps=4)
-    plan = make_plan(recipe, detect("cpu"), "eager", "fp32", False)
+    plan = make_plan(recipe, detect("cpu"), Choices(ops="eager", dtype="fp32", compile=False))
     if not micro:
         with pytest.raises(ValueError, match=r"64 rows a step .* cannot be dealt to 3 ranks"):
             share(plan, recipe, World(0, size))

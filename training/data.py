@@ -282,8 +282,9 @@ class DataLoaderLite:
         T: Tokens of a row.
         order: "sequential" or "shuffled".
         seed: Of the permutation.
-        wrap_rows: Sequential order starts over when fewer than this many rows are left. The
-            recipe's micro-batch: with it a batch of 64 rows is four batches of 16, wrap included.
+        wrap_rows: Rows that the text must hold at least; sequential order starts over when fewer
+            are left. The recipe's batch_size: with it a batch of 64 rows is four of 16, wrap
+            included.
         rank, world_size: A global batch is world_size batches, in rank order.
         position: Rows drawn before, over all ranks.
         skips: Row ranges [first, last) to leave out, as a rollback names them.
@@ -306,11 +307,10 @@ class DataLoaderLite:
         skips: Sequence[tuple[int, int]] = (),
     ):
         wrap_rows = wrap_rows or batch_size
-        needed = (wrap_rows if order == "sequential" else 1) * T + 1
-        needed = max(needed, batch_size * T + 1)
+        needed = wrap_rows * T + 1
         if len(tokens) < needed:
             raise ValueError(
-                f"data: one batch of {batch_size} x {T} needs {needed} training tokens, got "
+                f"data: one batch of {wrap_rows} x {T} needs {needed} training tokens, got "
                 f"{len(tokens)}; take more text, or a smaller --batch-size or --block-size"
             )
         self.tokens, self.T, self.order, self.seed = tokens, T, order, seed

@@ -126,7 +126,9 @@ def start(device: str) -> World:
 
 
 def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
-    """The part of `plan` that one rank does.
+    """The part of `plan` that one rank does: fewer rows, no graph, no working copies.
+
+    DistributedDataParallel reduces the gradients of the parameters themselves, from hooks.
 
     Raises:
         ValueError: the recipe's rows cannot be dealt out evenly.
@@ -141,7 +143,8 @@ def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
         )
     rows = recipe.rows_per_step // world.size
     micro = max(d for d in range(1, plan.micro_batch_size + 1) if rows % d == 0)
-    return replace(plan, micro_batch_size=micro, num_micro_batches=rows // micro)
+    return replace(plan, micro_batch_size=micro, num_micro_batches=rows // micro,
+                   cuda_graph=False, working_copies=False)  # fmt: skip
 
 
 def refuse_mismatch(world: World, facts: dict[str, Any]) -> None:

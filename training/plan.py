@@ -1,19 +1,25 @@
-"""How a recipe runs on this machine: device, ops, dtype, compilation, micro-batches.
+"""How a recipe runs on this machine: device, ops, dtype, compilation, micro-batches, optimizer.
 
-`detect` looks at the machine, `make_plan` decides from that description alone, so every decision
-is testable for machines that are not at hand. A plan never changes what is trained.
+`detect` looks at the machine, `make_plan` decides from that description and from what was asked
+for (`Choices`) alone, so every decision is testable for machines that are not at hand. A plan never
+changes what is trained; the one exception, a bf16 residual stream, must be asked for.
 """
 
+import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
 from kernels import Ops, parse_ops
 from model.flops import flops_per_token
+from training import memory
 from training.recipes import Recipe
 
 # torch.compile on a CPU calls these; openssl hashes its precompiled headers.
@@ -23,6 +29,65 @@ COMPILE_TOOLS = ("g++", "as", "ld", "openssl")
 # stand for time: 2 cores reach about 1e11 a second.
 MIN_COMPILE_FLOPS = 1e13
 EVAL_TOKENS = {"cpu": 8192, "cuda": 1 << 20}  # about a second of an evaluation during the run
+# Of a GPU's memory, for a step as the model in training/memory.py counts it. The rest is the CUDA
+# context, cuBLAS workspaces, the allocator's fragments and what a desktop holds.
+MEMORY_SHARE = 0.85
+MIN_TRITON_ARCH = 80  # the oldest the kernels are built and checked for; see kernels/_op.py
+
+
+@dataclass(frozen=True)
+class EagerWin:
+    """A measured case in which PyTorch's own op beats ours, and `auto` takes it.
+
+    Args:
+        op: Name in `kernels.Ops`.
+        arch: Compute capability, 90 for an H100 or H200.
+        dtype: "bf16" or "fp32".
+        n_embd: Widths from the first to the second, both included.
+        T: Row lengths likewise.
+        source: Result file and date of the measurement.
+    """
+
+    op: str
+    arch: int
+    dtype: str
+    n_embd: tuple[int, int]
+    T: tuple[int, int]
+    source: str
+
+
+# A person commits a row from bench/results; none has been measured yet.
+EAGER_WINS: tuple[EagerWin, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a person may decide instead of the plan; each field is a flag of train.py."""
+
+    ops: str = "auto"
+    """auto, eager, triton, or one with exceptions: triton,layer_norm=eager."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 is autocast with fp32 weights; auto takes it where the hardware multiplies bf16."""
+    compile: Annotated[bool | None, tyro.conf.arg(aliases=["--no-compile"], metavar="")] = None
+    """torch.compile the model, or do not. Default: where it can and where it pays."""
+    compile_scope: Literal["auto", "model", "blocks"] = "auto"
+    """Compile the model as one graph, or one block that all layers share: starts sooner."""
+    micro_batch_size: int = 0
+    """Rows of a physical batch; 0 is as many of a step's rows as fit on a GPU, the recipe's
+    batch_size on a CPU."""
+    optimizer: Literal["auto", "torch", "triton"] = "auto"
+    """Whose fused AdamW: PyTorch's or ours."""
+    working_copies: Annotated[
+        bool | None, tyro.conf.arg(aliases=["--no-working-copies"], metavar="")
+    ] = None
+    """bf16 copies of the fp32 weights, written by the optimizer, so that no micro-batch casts
+    them. Default: with bf16 on one device."""
+    cuda_graph: Annotated[bool | None, tyro.conf.arg(aliases=["--no-cuda-graph"], metavar="")] = (
+        None
+    )
+    """Replay the whole step as one CUDA graph. Default: on one GPU."""
+    residual: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the residual stream under bf16. bf16 changes the numerics."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +102,8 @@ class Machine:
         has_bf16: bf16 matrix instructions: sm_80 on CUDA, AVX512-BF16 or AMX-BF16 on a CPU.
         missing_tools: What torch.compile needs and the machine lacks.
         interpreted: Triton kernels run on the CPU (TRITON_INTERPRET=1).
+        has_triton: triton can be imported.
+        memory_bytes: Of the GPU, or of the machine on a CPU; 0 is unknown.
     """
 
     device: str
@@ -46,20 +113,27 @@ class Machine:
     has_bf16: bool = False
     missing_tools: tuple[str, ...] = ()
     interpreted: bool = False
+    has_triton: bool = True
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe runs. Every field is a choice that leaves the losses as they are.
+    """How a recipe runs. Every field but `residual` is a choice that leaves the losses as they are.
 
     Args:
         device, device_name: Where it runs.
         num_threads: CPU threads.
         ops: What `kernels.parse_ops` reads.
         dtype: "fp32", or "bf16" for autocast.
-        compile: torch.compile on the model.
+        compile: torch.compile, on the whole model or on its blocks (`compile_scope`).
         micro_batch_size, num_micro_batches: Their product is the recipe's rows per step.
         eval_tokens: Validation tokens of an evaluation during the run; the last one takes all.
+        optimizer: "torch" for PyTorch's fused AdamW, "triton" for kernels/adamw.py.
+        working_copies: The optimizer writes bf16 copies of the weights that autocast would cast.
+        cuda_graph: The step is captured once and replayed.
+        residual: Dtype of the residual stream; "bf16" changes the numerics.
+        memory_bytes: What a step needs by training/memory.py; an estimate.
         notes: One line for each choice that someone might not expect.
     """
 
@@ -72,6 +146,12 @@ class Plan:
     micro_batch_size: int
     num_micro_batches: int
     eval_tokens: int
+    compile_scope: str = "model"
+    optimizer: str = "torch"
+    working_copies: bool = False
+    cuda_graph: bool = False
+    residual: str = "fp32"
+    memory_bytes: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -80,11 +160,18 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in one line."""
-        return (
-            f"plan: {self.device} ({self.device_name}, {self.num_threads} threads), ops {self.ops},"
-            f" {self.dtype}, {'compiled' if self.compile else 'not compiled'}, "
-            f"{self.num_micro_batches} x {self.micro_batch_size} rows a step"
-        )
+        parts = [
+            f"plan: {self.device} ({self.device_name}, {self.num_threads} threads)",
+            f"ops {self.ops}",
+            self.dtype + (" with bf16 working copies" if self.working_copies else ""),
+            f"compiled ({self.compile_scope})" if self.compile else "not compiled",
+            f"{self.num_micro_batches} x {self.micro_batch_size} rows a step",
+            f"{self.optimizer} AdamW",
+            *(["one CUDA graph"] if self.cuda_graph else []),
+            *(["bf16 residual stream: changed numerics"] if self.residual == "bf16" else []),
+            f"about {self.memory_bytes / 2**30:.1f} GiB",
+        ]
+        return ", ".join(parts)
 
 
 def detect(device: str = "auto") -> Machine:
@@ -103,6 +190,8 @@ def detect(device: str = "auto") -> Machine:
         num_threads=torch.get_num_threads(),
         missing_tools=tools,
         interpreted=os.environ.get("TRITON_INTERPRET") == "1",
+        has_triton=importlib.util.find_spec("triton") is not None,
+        memory_bytes=_ram_bytes(),
     )
     if device == "cpu" or not has_cuda:
         return replace(common, has_bf16=_cpu_has_bf16())
@@ -113,54 +202,135 @@ def detect(device: str = "auto") -> Machine:
         name=torch.cuda.get_device_name(),
         arch=10 * major + minor,
         has_bf16=major >= 8,
+        memory_bytes=torch.cuda.get_device_properties().total_memory,
         missing_tools=tuple(t for t in tools if t == "g++"),
     )
 
 
-def make_plan(
-    recipe: Recipe,
-    machine: Machine,
-    ops: str = "auto",
-    dtype: str = "auto",
-    compile: bool | None = None,
-) -> Plan:
-    """Decide how `recipe` runs on `machine`; arguments other than auto and None are obeyed.
+def make_plan(recipe: Recipe, machine: Machine, choices: Choices | None = None) -> Plan:
+    """Decide how `recipe` runs on `machine`; choices other than auto, None and 0 are obeyed.
 
     Raises:
         ValueError: a choice asked for is impossible on this machine.
     """
+    asked = choices or Choices()
     notes: list[str] = []
-    ops = _choose_ops(ops, machine, notes)
-    if dtype == "auto":
-        dtype = "bf16" if machine.has_bf16 else "fp32"
-        if not machine.has_bf16:
-            notes.append(f"dtype fp32: {machine.name} has no bf16 matrix instructions")
-    elif dtype not in ("fp32", "bf16"):
-        raise ValueError(f"dtype: expected auto, bf16 or fp32, got {dtype!r}")
-    elif dtype == "bf16" and not machine.has_bf16:
-        notes.append(f"dtype bf16 as asked: {machine.name} emulates it, which is slow")
+    on_cuda = machine.device == "cuda"
+    dtype = _choose_dtype(asked.dtype, machine, notes)
+    ops = _choose_ops(asked.ops, recipe, machine, dtype, notes)
+    compile = _choose_compile(asked.compile, recipe, machine, notes)
+    scope = ("blocks" if on_cuda else "model") if asked.compile_scope == "auto" else (
+        asked.compile_scope
+    )  # fmt: skip
+    optimizer = _choose_optimizer(asked.optimizer, machine, notes)
+    if asked.cuda_graph and not on_cuda:
+        raise ValueError("cuda_graph: needs a GPU; leave --cuda-graph out")
+    if asked.working_copies and dtype != "bf16":
+        raise ValueError(f"working_copies: they are bf16, but dtype is {dtype}; add --dtype bf16")
+    if asked.residual == "bf16" and dtype != "bf16":
+        raise ValueError(f"residual: bf16 needs --dtype bf16, got {dtype}")
+    working_copies = dtype == "bf16" if asked.working_copies is None else asked.working_copies
+    if asked.residual == "bf16":
+        notes.append("residual bf16 as asked: the losses are not those of plain autocast")
+    rows = recipe.rows_per_step
+    if asked.micro_batch_size < 0:
+        raise ValueError(f"micro_batch_size: must be at least 0, got {asked.micro_batch_size}")
+    if asked.micro_batch_size and rows % asked.micro_batch_size:
+        raise ValueError(
+            f"micro_batch_size: must divide the {rows} rows of a step, got {asked.micro_batch_size}"
+        )
+
+    def needs(micro: int) -> int:
+        return memory.estimate(
+            recipe.model_config, micro, recipe.block_size, dtype=dtype, ops=ops, compiled=compile,
+            working_copies=working_copies, num_micro_batches=rows // micro,
+        ).total  # fmt: skip
+
+    micro = asked.micro_batch_size or recipe.batch_size
+    if on_cuda and not asked.micro_batch_size:
+        micro = _merge_micro_batches(recipe, machine, needs, notes)
     return Plan(
         device=machine.device,
         device_name=machine.name,
         num_threads=machine.num_threads,
         ops=ops,
         dtype=dtype,
-        compile=_choose_compile(compile, recipe, machine, notes),
-        micro_batch_size=recipe.batch_size,
-        num_micro_batches=recipe.grad_accum_steps,
+        compile=compile,
+        micro_batch_size=micro,
+        num_micro_batches=rows // micro,
         eval_tokens=EVAL_TOKENS[machine.device],
+        compile_scope=scope,
+        optimizer=optimizer,
+        working_copies=working_copies,
+        cuda_graph=on_cuda if asked.cuda_graph is None else asked.cuda_graph,
+        residual=asked.residual,
+        memory_bytes=needs(micro),
         notes=tuple(notes),
     )
 
 
-def _choose_ops(ops: str, machine: Machine, notes: list[str]) -> str:
+def _merge_micro_batches(
+    recipe: Recipe, machine: Machine, needs: Callable[[int], int], notes: list[str]
+) -> int:
+    """The largest physical batch that fits: fewer launches, larger GEMMs, the same rows."""
+    rows, budget = recipe.rows_per_step, int(MEMORY_SHARE * machine.memory_bytes)
+    divisors = [d for d in range(rows, 0, -1) if rows % d == 0]
+    micro = next((d for d in divisors if needs(d) <= budget), 0)
+    if not micro:
+        raise ValueError(
+            f"memory: one row of {recipe.model} at T={recipe.block_size} needs about "
+            f"{needs(1) / 2**30:.1f} GiB, {machine.name} has {budget / 2**30:.1f} GiB to give; "
+            "take a smaller --model or --block-size, or insist with --micro-batch-size 1"
+        )
+    if micro > recipe.batch_size:
+        notes.append(f"micro-batches of {recipe.batch_size} rows merged into {micro}: same rows")
+    elif micro < recipe.batch_size:
+        notes.append(f"micro-batches of {recipe.batch_size} rows cut to {micro}: memory")
+    return micro
+
+
+def _choose_dtype(dtype: str, machine: Machine, notes: list[str]) -> str:
+    if dtype not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"dtype: expected auto, bf16 or fp32, got {dtype!r}")
+    if dtype == "auto":
+        if not machine.has_bf16:
+            notes.append(f"dtype fp32: {machine.name} has no bf16 matrix instructions")
+        return "bf16" if machine.has_bf16 else "fp32"
+    if dtype == "bf16" and not machine.has_bf16:
+        notes.append(f"dtype bf16 as asked: {machine.name} emulates it, which is slow")
+    return dtype
+
+
+def _choose_optimizer(wanted: str, machine: Machine, notes: list[str]) -> str:
+    runs_triton = machine.has_triton and (
+        machine.interpreted if machine.device == "cpu" else machine.arch >= MIN_TRITON_ARCH
+    )
+    if wanted == "triton" and not runs_triton:
+        raise ValueError(
+            f"optimizer: triton needs a GPU of sm_{MIN_TRITON_ARCH} or newer and the triton "
+            f"package, got {machine.name}; use --optimizer torch"
+        )
+    if wanted != "auto":
+        return wanted
+    return "triton" if runs_triton and machine.device == "cuda" else "torch"
+
+
+def _choose_ops(ops: str, recipe: Recipe, machine: Machine, dtype: str, notes: list[str]) -> str:
     if ops == "auto":
-        if machine.device == "cuda" and machine.arch >= 80:
-            notes.append(f"ops triton: sm_{machine.arch}")
-            return "triton"
-        why = "no GPU" if machine.device == "cpu" else f"sm_{machine.arch} is older than sm_80"
-        notes.append(f"ops eager: {why}")
-        return "eager"
+        why = None
+        if machine.device == "cpu":
+            why = "no GPU"
+        elif machine.arch < MIN_TRITON_ARCH:
+            why = f"sm_{machine.arch} is older than sm_{MIN_TRITON_ARCH}"
+        elif not machine.has_triton:
+            why = "triton is not installed; pip install triton"
+        if why:
+            notes.append(f"ops eager: {why}")
+            return "eager"
+        notes.append(f"ops triton: sm_{machine.arch}")
+        wins = [w for w in EAGER_WINS if _holds(w, recipe, machine, dtype)]
+        notes += [f"op {w.op} eager: faster here by {w.source}" for w in wins]
+        return ",".join(["triton", *(f"{w.op}=eager" for w in wins)])
     # Parsed without building the set: triton may not be importable here.
     base, *exceptions = (part.strip() for part in ops.split(","))
     wants_triton = base == "triton" or any(e.endswith("=triton") for e in exceptions)
@@ -169,10 +339,21 @@ def _choose_ops(ops: str, machine: Machine, notes: list[str]) -> str:
             f"ops: {ops!r} needs a GPU; use --ops eager, or set TRITON_INTERPRET=1 to run the "
             "kernels on the CPU, slowly"
         )
-    if wants_triton and machine.device == "cuda" and machine.arch < 80:
-        raise ValueError(f"ops: {ops!r} needs sm_80 or newer, got sm_{machine.arch}")
+    if wants_triton and machine.device == "cuda" and machine.arch < MIN_TRITON_ARCH:
+        raise ValueError(f"ops: {ops!r} needs sm_{MIN_TRITON_ARCH} or newer, got sm_{machine.arch}")
+    if wants_triton and not machine.has_triton:
+        raise ValueError(f"ops: {ops!r} needs the triton package; pip install triton")
     parse_ops(ops)
     return ops
+
+
+def _holds(win: EagerWin, recipe: Recipe, machine: Machine, dtype: str) -> bool:
+    width, T = recipe.model_config.n_embd, recipe.block_size
+    return (
+        (win.arch, win.dtype) == (machine.arch, dtype)
+        and win.n_embd[0] <= width <= win.n_embd[1]
+        and win.T[0] <= T <= win.T[1]
+    )
 
 
 def _choose_compile(
@@ -206,6 +387,14 @@ def _cpu_has_bf16() -> bool:
     except (AttributeError, RuntimeError):
         flags = _cpuinfo("flags").split()
         return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _ram_bytes() -> int:
+    """Memory of this machine in bytes; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def _cpu_name() -> str:

@@ -16,12 +16,19 @@ from torch import Tensor, nn
 from training import checkpoint
 from training.checkpoint import Checkpoint, CheckpointError
 from training.guard import Guard
+from training.metrics import RunLog
+from training.optim import AdamW
 from training.plan import Plan
 from training.recipes import Recipe
 
 # Fields of a plan that may change the last bits of a loss.
 _NUMERICS = ("device", "device_name", "num_threads", "ops", "dtype", "compile",
-             "micro_batch_size", "num_micro_batches")  # fmt: skip
+             "micro_batch_size", "num_micro_batches", "compile_scope", "optimizer",
+             "working_copies", "residual")  # fmt: skip
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the message says why and what may help."""
 
 
 @dataclass
@@ -123,6 +130,8 @@ def restore(
             else:
                 # A step count stays where fused AdamW keeps it: beside the parameter.
                 state[kind] = moments[key].to(parameter.device, copy=True)
+    if isinstance(optimizer, AdamW):
+        optimizer.refresh_working()
     if guard is not None and "guard" in saved.tensors:
         guard.load(saved.tensors["guard"], saved.state["guard"])
     checkpoint.set_rng_state(saved.tensors["rng"])
@@ -130,6 +139,45 @@ def restore(
     values["skips"] = [(int(a), int(b)) for a, b in values["skips"]]
     values["evaluations"] = [(int(a), float(b)) for a, b in values["evaluations"]]
     return Progress(**values)
+
+
+def roll_back(
+    folder: Path,
+    action: str,
+    guard: Guard,
+    log: RunLog,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows_per_step: int,
+) -> Progress:
+    """Back to the last good checkpoint, with the data of the bad steps left out from now on.
+
+    Args:
+        folder: Run folder; no checkpoint is being written.
+        action: "rollback" or "give_up", as the guard said.
+        guard, log, model, optimizer: Live; taken back.
+        rows_per_step: Rows a bad step drew.
+
+    Raises:
+        RunFailed: no rollbacks are left, or there is nothing to go back to.
+    """
+    found = checkpoint.newest_good(folder / "checkpoints", log.say)
+    if action == "give_up" or found is None:
+        why = "there is no checkpoint to go back to" if found is None else "no rollbacks are left"
+        raise RunFailed(
+            f"guard: {guard.in_a_row} bad steps in a row up to step {log.records[-1].step} and "
+            f"{why} ({guard.rollbacks} done); {folder}/metrics.jsonl has every event. A lower "
+            "--max-lr or another --seed may help"
+        )
+    rollbacks, skipped = guard.rollbacks + 1, guard.skipped
+    ranges = [(end - rows_per_step, end) for end in guard.positions]
+    progress = restore(found[1], model, optimizer, guard)
+    guard.rollbacks, guard.skipped = rollbacks, skipped
+    progress.skips += [r for r in ranges if r not in progress.skips]
+    log.rewind(progress.step)
+    log.event("rolled_back", to_step=progress.step, skips=ranges, rollbacks=rollbacks)
+    log.say(f"guard: back to step {progress.step}, leaving out the rows {ranges}")
+    return progress
 
 
 def _same_names(what: str, own: set[str], saved: set[str]) -> None:

@@ -1,0 +1,181 @@
+"""What the plan decides for machines that are not at hand, and what it refuses."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from training import plan
+from training.plan import Choices, EagerWin, Machine, Plan, detect, make_plan
+from training.recipes import PRESETS
+
+GIB = 2**30
+SEED, FINEWEB, SMOKE = (PRESETS[n] for n in ("shakespeare-124m", "fineweb-124m", "smoke"))
+
+
+def gpu(name: str, arch: int, gib: int) -> Machine:
+    return Machine("cuda", name, arch, num_threads=8, has_bf16=arch >= 80,
+                   memory_bytes=gib * GIB)  # fmt: skip
+
+
+CPU = Machine("cpu", "a CPU", num_threads=2, memory_bytes=24 * GIB)
+MACHINES = {
+    "3090": gpu("NVIDIA GeForce RTX 3090", 86, 24),
+    "4090": gpu("NVIDIA GeForce RTX 4090", 89, 24),
+    "A100": gpu("NVIDIA A100-SXM4-80GB", 80, 80),
+    "H100": gpu("NVIDIA H100 80GB HBM3", 90, 80),
+    "H200": gpu("NVIDIA H200", 90, 141),
+    "B200": gpu("NVIDIA B200", 100, 180),
+    "T4": gpu("Tesla T4", 75, 15),
+    "CPU": CPU,
+    "CPU with AMX": Machine("cpu", "Xeon", num_threads=16, has_bf16=True, memory_bytes=64 * GIB),
+}
+TRITON = {"ops": "triton", "dtype": "bf16", "optimizer": "triton", "cuda_graph": True,
+          "working_copies": True, "compile_scope": "blocks", "compile": True}  # fmt: skip
+EAGER = {"ops": "eager", "dtype": "fp32", "optimizer": "torch", "working_copies": False,
+         "compile": True, "residual": "fp32"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((name, TRITON) for name in ("3090", "4090", "A100", "H100", "H200", "B200")),
+        ("T4", EAGER | {"cuda_graph": True, "compile_scope": "blocks"}),
+        ("CPU", EAGER | {"cuda_graph": False, "compile_scope": "model"}),
+        ("CPU with AMX", EAGER | {"dtype": "bf16", "working_copies": True, "cuda_graph": False}),
+    ],
+)
+def test_what_each_machine_runs(name: str, expected: dict) -> None:
+    made = make_plan(SEED, MACHINES[name])
+    assert {key: getattr(made, key) for key in expected} == expected
+    assert any(note.startswith(f"ops {made.ops}") for note in made.notes)
+    # 4,096 tokens of 124M fit everywhere: one physical batch on a GPU, the recipe's on a CPU.
+    on_cuda = MACHINES[name].device == "cuda"
+    assert (made.micro_batch_size, made.num_micro_batches) == ((64, 1) if on_cuda else (16, 4))
+
+
+@pytest.mark.parametrize("name", [*MACHINES])
+def test_fineweb_takes_what_fits(name: str) -> None:
+    machine = MACHINES[name]
+    made = make_plan(FINEWEB, machine)
+    assert made.micro_batch_size * made.num_micro_batches == FINEWEB.rows_per_step == 512
+    if machine.device == "cpu":
+        assert made.micro_batch_size == FINEWEB.batch_size
+        return
+    budget = plan.MEMORY_SHARE * machine.memory_bytes
+    assert made.memory_bytes <= budget
+    twice = make_plan(FINEWEB, machine, Choices(micro_batch_size=2 * made.micro_batch_size))
+    assert twice.memory_bytes > budget  # and no more
+    assert twice.memory_bytes > made.memory_bytes
+
+
+def test_more_memory_more_rows() -> None:
+    sizes = [make_plan(FINEWEB, MACHINES[n]).micro_batch_size
+             for n in ("T4", "3090", "H100", "H200", "B200")]  # fmt: skip
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+
+
+def test_a_model_that_cannot_fit_says_so() -> None:
+    huge = replace(FINEWEB, model="1558m")
+    with pytest.raises(ValueError, match=r"one row of 1558m at T=1024 needs about .* Tesla T4 has"):
+        make_plan(huge, MACHINES["T4"])
+    assert make_plan(huge, MACHINES["T4"], Choices(micro_batch_size=1)).micro_batch_size == 1
+
+
+def test_every_choice_is_obeyed() -> None:
+    asked = Choices(ops="eager", dtype="fp32", compile=False, compile_scope="model",
+                    micro_batch_size=16, optimizer="torch", working_copies=False,
+                    cuda_graph=False)  # fmt: skip
+    made = make_plan(SEED, MACHINES["H200"], asked)
+    assert (made.ops, made.dtype, made.compile, made.compile_scope) == (
+        "eager", "fp32", False, "model")  # fmt: skip
+    assert (made.micro_batch_size, made.num_micro_batches) == (16, 4)
+    assert (made.optimizer, made.working_copies, made.cuda_graph) == ("torch", False, False)
+
+
+def test_a_bf16_residual_is_reported_as_changed_numerics() -> None:
+    made = make_plan(SEED, MACHINES["H200"], Choices(residual="bf16"))
+    assert made.residual == "bf16"
+    assert any("not those of plain autocast" in note for note in made.notes)
+    assert "changed numerics" in made.describe()
+    assert "changed numerics" not in make_plan(SEED, MACHINES["H200"]).describe()
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "message"),
+    [
+        ("CPU", Choices(ops="triton"), "'triton' needs a GPU; use --ops eager"),
+        ("T4", Choices(ops="triton"), "needs sm_80 or newer, got sm_75"),
+        ("T4", Choices(optimizer="triton"), "sm_80 or newer .* got Tesla T4"),
+        ("CPU", Choices(optimizer="triton"), "use --optimizer torch"),
+        ("CPU", Choices(cuda_graph=True), "needs a GPU; leave --cuda-graph out"),
+        ("CPU", Choices(working_copies=True), "they are bf16, but dtype is fp32"),
+        ("CPU", Choices(residual="bf16"), "bf16 needs --dtype bf16, got fp32"),
+        ("H200", Choices(micro_batch_size=5), "must divide the 64 rows of a step, got 5"),
+        ("H200", Choices(micro_batch_size=-4), "must be at least 0, got -4"),
+        ("H200", Choices(dtype="fp16"), "expected auto, bf16 or fp32, got 'fp16'"),  # pyright: ignore
+    ],
+)
+def test_what_a_machine_cannot_do_is_refused(machine: str, asked: Choices, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan(SEED, MACHINES[machine], asked)
+
+
+def test_without_the_triton_package() -> None:
+    bare = replace(MACHINES["H200"], has_triton=False)
+    made = make_plan(SEED, bare)
+    assert (made.ops, made.optimizer, made.dtype) == ("eager", "torch", "bf16")
+    assert "ops eager: triton is not installed; pip install triton" in made.notes
+    with pytest.raises(ValueError, match="needs the triton package; pip install triton"):
+        make_plan(SEED, bare, Choices(ops="triton"))
+
+
+def test_an_op_that_lost_its_measurement_runs_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    win = EagerWin("causal_attention", 90, "bf16", (512, 1024), (512, 2048), "made up")
+    monkeypatch.setattr(plan, "EAGER_WINS", (win,))
+    assert make_plan(FINEWEB, MACHINES["H200"]).ops == "triton,causal_attention=eager"
+    others = [
+        make_plan(SEED, MACHINES["H200"]),  # T = 64
+        make_plan(FINEWEB, MACHINES["A100"]),
+        make_plan(FINEWEB, MACHINES["H200"], Choices(dtype="fp32")),
+        make_plan(replace(FINEWEB, model="774m"), MACHINES["H200"]),  # 1280 wide
+        make_plan(FINEWEB, MACHINES["H200"], Choices(ops="triton")),  # asked for by name
+    ]
+    assert {made.ops for made in others} == {"triton"}
+
+
+def test_compiling_where_it_cannot_pay_or_cannot_work() -> None:
+    made = make_plan(SMOKE, CPU)
+    assert not made.compile
+    assert any("too little for compiling to pay" in note for note in made.notes)
+    assert make_plan(SMOKE, CPU, Choices(compile=True)).compile
+    assert not make_plan(SEED, CPU, Choices(compile=False)).compile
+    bare = Machine("cpu", "a CPU", missing_tools=("g++", "openssl"))
+    made = make_plan(SEED, bare)
+    assert not made.compile
+    assert "not compiled: torch.compile needs g++, openssl in PATH" in made.notes
+    with pytest.raises(ValueError, match=r"torch.compile needs g\+\+, openssl in PATH"):
+        make_plan(SEED, bare, Choices(compile=True))
+
+
+def test_detection_sees_missing_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.shutil, "which", lambda tool: None if tool == "openssl" else tool)
+    assert detect("cpu").missing_tools == ("openssl",)
+
+
+def test_detection_sees_this_machine() -> None:
+    machine = detect("cpu")
+    assert machine.name
+    assert machine.num_threads >= 1
+    assert machine.memory_bytes > GIB
+    assert machine.has_triton
+
+
+def test_the_plan_in_a_line_and_as_json() -> None:
+    made = make_plan(SEED, MACHINES["H200"])
+    line = made.describe()
+    for part in ("NVIDIA H200", "ops triton", "bf16 with bf16 working copies", "compiled (blocks)",
+                 "1 x 64 rows a step", "triton AdamW", "one CUDA graph", "GiB"):  # fmt: skip
+        assert part in line
+    assert Plan(**json.loads(json.dumps(asdict(made)))) == replace(made, notes=[*made.notes])

@@ -1,0 +1,286 @@
+"""The step against the plain loop, its addresses, and what it does when memory runs out."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import EAGER, reference
+from model import GPT
+from training.data import DataLoaderLite, Prefetcher
+from training.guard import Guard, GuardConfig
+from training.optim import configure_adamw
+from training.plan import Choices, Machine, make_plan
+from training.recipes import Recipe
+from training.resume import restore
+from training.step import NUM_WARMUP, TrainStep
+
+RECIPE = Recipe(
+    model="smoke,n_embd=32,n_layer=2,n_head=2,block_size=16", max_lr=1e-3, min_lr=1e-4,
+    warmup_steps=5, max_steps=200, batch_size=2, grad_accum_steps=4, block_size=16,
+)  # fmt: skip
+CPU = Machine("cpu", "a CPU", num_threads=2, interpreted=True)
+# A count up to 50 with one token in four at random: there is something to learn.
+_rng = np.random.default_rng(0)
+TOKENS = np.where(_rng.random(4000) < 0.25, _rng.integers(0, 500, 4000), np.arange(4000) % 50)
+TOKENS = TOKENS.astype(np.uint16)
+
+
+def choices(**changed: Any) -> Choices:
+    return replace(Choices(compile=False), **changed)
+
+
+def make_step(asked: Choices, recipe: Recipe = RECIPE, ops: Any = EAGER) -> TrainStep:
+    torch.manual_seed(recipe.seed)
+    made = make_plan(recipe, CPU, asked)
+    model = GPT(replace(recipe.model_config, vocab_size=500), ops)
+    optimizer = configure_adamw(model, recipe, made.optimizer)
+    guard = Guard(GuardConfig(), torch.device("cpu"))
+    return TrainStep(model, optimizer, recipe, made, guard)
+
+
+def open_batches(step: TrainStep) -> Prefetcher:
+    return Prefetcher(loader(step.recipe, step.recipe.rows_per_step), "cpu")
+
+
+def loader(recipe: Recipe, rows: int) -> DataLoaderLite:
+    return DataLoaderLite(TOKENS, rows, recipe.block_size, wrap_rows=recipe.batch_size)
+
+
+def run(step: TrainStep, num_steps: int) -> list[float]:
+    with contextlib.closing(open_batches(step)) as batches:
+        return [step(batches, step.recipe.learning_rate(s)).loss.item() for s in range(num_steps)]
+
+
+def plain_loop(dtype: str, num_steps: int, recipe: Recipe = RECIPE) -> tuple[list[float], GPT]:
+    """What everyone writes: micro-batches one by one, autocast, clip_grad_norm_, AdamW."""
+    torch.manual_seed(recipe.seed)
+    model = GPT(replace(recipe.model_config, vocab_size=500))
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": recipe.weight_decay},
+         {"params": others, "weight_decay": 0.0}],
+        lr=0.0, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, fused=True,
+    )  # fmt: skip
+    rows, losses = loader(recipe, recipe.batch_size), []
+    for s in range(num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(s)
+        total = 0.0
+        for _ in range(recipe.grad_accum_steps):
+            idx, targets = rows.next_batch()
+            with torch.autocast("cpu", torch.bfloat16) if dtype == "bf16" else nullcontext():
+                loss = model(idx, targets) / recipe.grad_accum_steps
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, model
+
+
+def worst(losses: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
+
+
+def test_200_fp32_steps_equal_the_plain_loop() -> None:
+    expected, _ = plain_loop("fp32", 200)
+    assert expected[-1] < expected[0] - 1.0  # it learns, so a lost gradient would show
+    assert worst(run(make_step(choices(dtype="fp32")), 200), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4, 8])
+def test_merged_micro_batches_are_the_same_rows(micro: int) -> None:
+    expected, _ = plain_loop("fp32", 30)
+    step = make_step(choices(dtype="fp32", micro_batch_size=micro))
+    assert step.plan.num_micro_batches == 8 // micro
+    assert worst(run(step, 30), expected) <= 1e-5
+
+
+def test_200_bf16_steps_equal_the_plain_loop() -> None:
+    expected, _ = plain_loop("bf16", 200)
+    step = make_step(choices(dtype="bf16"))
+    assert step.plan.working_copies
+    assert len(step.copies) == 4 * 2  # two layers
+    assert worst(run(step, 200), expected) <= 1e-3
+
+
+def test_working_copies_change_no_bit() -> None:
+    """A copy is what autocast would cast, its gradient what autocast would cast back."""
+    expected, theirs = plain_loop("bf16", 20)
+    step = make_step(choices(dtype="bf16", micro_batch_size=RECIPE.batch_size))
+    assert worst(run(step, 20), expected) <= 1e-5  # the plain loop adds its losses in fp64
+    for (name, ours), other in zip(step.model.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=0, msg=name)
+    masters = dict(step.model.named_parameters())
+    for name, copy in step.copies.items():
+        torch.testing.assert_close(copy.detach(), masters[name].to(torch.bfloat16), rtol=0, atol=0)
+
+
+HOST_READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "unique",
+              "equal", "allclose")  # fmt: skip
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the ops that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+def persistent(step: TrainStep) -> dict[str, Tensor]:
+    state = {
+        f"{i}.{key}": value
+        for i, values in enumerate(step.optimizer.state.values())
+        for key, value in values.items()
+    }
+    assert step.guard is not None
+    return {
+        **dict(step.model.named_parameters()), **state, **step.guard.tensors(),
+        **{f"copy {name}": copy for name, copy in step.copies.items()},
+        "idx": step.idx, "targets": step.targets, "lr": step.lr,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_step_can_be_captured(
+    dtype: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On the CPU the ids are looked at, which no capture would allow; on CUDA they are not.
+    monkeypatch.setattr(reference, "check_targets", lambda *_: None)
+    step = make_step(choices(dtype=dtype, optimizer=optimizer))
+    with contextlib.closing(open_batches(step)) as batches:
+        for s in range(NUM_WARMUP):
+            step(batches, RECIPE.learning_rate(s))
+        before = {name: (t.data_ptr(), t.clone()) for name, t in persistent(step).items()}
+        first_rows = step.idx.clone()
+        with Recorder() as recorder:
+            step(batches, RECIPE.learning_rate(NUM_WARMUP))
+    after = persistent(step)
+    assert {n: a for n, (a, _) in before.items()} == {n: t.data_ptr() for n, t in after.items()}
+    assert not torch.equal(step.idx, first_rows)  # the rows were copied into the same buffer
+    changed = [n for n, (_, old) in before.items() if not torch.equal(old, after[n])]
+    assert set(changed) >= {"transformer.wte.weight", "lr", "losses", "0.exp_avg"}
+    assert not {*recorder.names} & {*HOST_READS}
+    assert "copy_" in recorder.names  # it did see the step
+
+
+def test_the_recorder_sees_a_host_read() -> None:
+    with Recorder() as recorder:
+        torch.ones(()).item()
+    assert "_local_scalar_dense" in recorder.names
+
+
+def short_of_memory(limit: int) -> Callable[..., Tensor]:
+    """An attention that runs out of memory on more than `limit` rows."""
+
+    def attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
+        if len(qkv) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return EAGER.causal_attention(qkv, n_head, dropout_p)
+
+    return attention
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(capsys: pytest.CaptureFixture) -> None:
+    expected, _ = plain_loop("fp32", 10)
+    ops = replace(EAGER, causal_attention=short_of_memory(3))
+    step = make_step(choices(dtype="fp32", micro_batch_size=8), ops=ops)
+    assert worst(run(step, 10), expected) <= 1e-5
+    assert (step.plan.micro_batch_size, step.plan.num_micro_batches) == (2, 4)
+    said = capsys.readouterr().out
+    assert "memory: 8 rows at once do not fit, going on with 4; same rows" in said
+    assert said.count("memory:") == 2  # 8 -> 4 -> 2, once
+
+
+def test_one_row_too_many_is_the_end() -> None:
+    ops = replace(EAGER, causal_attention=short_of_memory(0))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(make_step(choices(dtype="fp32", micro_batch_size=8), ops=ops), 1)
+
+
+def test_what_cannot_be_captured_runs_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    @contextlib.contextmanager
+    def refuse(graph: Any, stream: Any = None):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    step = make_step(choices(dtype="fp32"))
+    # What a capture records it does not execute.
+    monkeypatch.setattr(step, "_capture", undone(step, step._capture))
+    step.plan = replace(step.plan, cuda_graph=True)
+    expected, _ = plain_loop("fp32", 6)
+    assert worst(run(step, 6), expected) <= 1e-5
+    assert not step.plan.cuda_graph
+    assert (
+        "cuda graph: the step cannot be captured (operation not permitted when stream is "
+        "capturing); going on without"
+    ) in capsys.readouterr().out
+
+
+def undone(step: TrainStep, capture: Callable[[], None]) -> Callable[[], None]:
+    def call() -> None:
+        before = {name: t.detach().clone() for name, t in persistent(step).items()}
+        capture()
+        with torch.no_grad():
+            for name, t in persistent(step).items():
+                t.copy_(before[name])
+
+    return call
+
+
+def test_a_bad_step_is_skipped_and_working_copies_follow_a_rollback() -> None:
+    from training import resume
+
+    step = make_step(choices(dtype="bf16"))
+    run(step, 3)
+    assert step.guard is not None
+    saved = resume.capture(resume.Progress(step=3), step.model, step.optimizer, step.guard,
+                           RECIPE, step.plan, "x")  # fmt: skip
+    kept = {name: copy.detach().clone() for name, copy in step.copies.items()}
+    with torch.no_grad():
+        step.model.transformer.ln_f.weight.fill_(math.nan)
+    loss = run(step, 1)[0]
+    assert math.isnan(loss)
+    assert step.outcome is not None
+    assert step.outcome.bad is not None
+    assert step.outcome.bad.item() == 1
+    for name, copy in step.copies.items():
+        torch.testing.assert_close(copy.detach(), kept[name], rtol=0, atol=0)
+    run(step, 1)
+    with torch.no_grad():
+        for copy in step.copies.values():
+            copy.zero_()
+    restore(saved, step.model, step.optimizer, step.guard)
+    for name, copy in step.copies.items():
+        torch.testing.assert_close(copy.detach(), kept[name], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["model", "blocks"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_compiled_steps_equal_the_plain_loop(scope: str, dtype: str) -> None:
+    torch.compiler.reset()
+    expected, _ = plain_loop(dtype, 20)
+    step = make_step(choices(dtype=dtype, compile=True, compile_scope=scope))
+    assert worst(run(step, 20), expected) <= (1e-5 if dtype == "fp32" else 1e-3)

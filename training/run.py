@@ -1,0 +1,224 @@
+"""A run: what was checked before it began, its folder, and how it ends.
+
+The folder holds config.json, metrics.jsonl, checkpoints/, and at the end model/, samples.txt,
+loss.png, summary.json and report.html.
+"""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model import GPT
+from model.flops import mfu
+from model.generate import Sampling, generate_text
+from model.tokenizer import decode, get_encoding
+from training import metrics
+from training.baselines import ngram_losses
+from training.checkpoint import Checkpoint
+from training.data import DataLoaderLite, Prefetcher, Tokens
+from training.distributed import World
+from training.evaluate import eval_pieces, evaluate_tokens
+from training.metrics import RunLog
+from training.plan import Plan
+from training.recipes import PUBLISHED_LOSS, Recipe
+from training.report import report_run
+from training.resume import Progress
+
+NUM_SAMPLES = 4
+PROMPT_TOKENS = 8
+SAMPLE_TOKENS = 120
+MAX_REPORT_TOKENS = 25_000_000  # about 100 MB of text searched for what the samples recite
+MAX_VAL_TOKENS = 10_485_760  # of the last evaluation; a long corpus has more than it can tell apart
+
+
+@dataclass
+class Run:
+    """What a run is made of; nothing in it changes once training has begun.
+
+    Args:
+        preset: Name of the recipe.
+        recipe, plan, world: What is trained, how, and by how many.
+        out: Run folder; it exists and can be written.
+        flags: As given, for config.json.
+        train_tokens, val_tokens: Both ends of the corpus.
+        corpus: Its name, hash and counts.
+        saved: Checkpoint to go on from; None starts afresh.
+    """
+
+    preset: str
+    recipe: Recipe
+    plan: Plan
+    world: World
+    out: Path
+    flags: dict[str, Any]
+    train_tokens: Tokens
+    val_tokens: Tokens
+    corpus: dict[str, Any]
+    saved: Checkpoint | None = None
+
+    def open_batches(self, progress: Progress) -> Prefetcher:
+        """The rows of each step from `progress` on, (rows of a step on this rank, T)."""
+        loader = data_loader(self.recipe, self.plan, self.train_tokens, self.world, progress)
+        return Prefetcher(loader, self.plan.device)
+
+    def open_log(self, progress: Progress, log_every: int, tensorboard: bool) -> RunLog:
+        """The run's log, cut back to where `progress` stands."""
+        recipe, plan = self.recipe, self.plan
+
+        def utilisation(tokens_per_s: float) -> float | None:
+            return mfu(recipe.model_config, recipe.block_size, tokens_per_s, plan.device_name)
+
+        return RunLog(self.out, recipe.max_steps, recipe.tokens_per_step, utilisation,
+                      log_every or math.ceil(recipe.max_steps / 100), tensorboard,
+                      progress.metrics_bytes, quiet=not self.world.is_main)  # fmt: skip
+
+    def write_config(self, model: GPT) -> None:
+        """config.json: the resolved recipe and plan, and what they ran on. Rank 0 writes."""
+        if not self.world.is_main:
+            return
+        values = {
+            "recipe": {"name": self.preset, **asdict(self.recipe)},
+            "plan": asdict(self.plan),
+            "flags": self.flags,
+            "data": self.corpus,
+            "parameters": model.num_parameters(),
+            "device": self.plan.device_name,
+            **metrics.environment(),
+        }
+        metrics.write_json(self.out / "config.json", values)
+
+    def validate(self, model: GPT, max_tokens: int) -> float:
+        """Validation loss in nats per token; the ranks share the work."""
+        world, total, weight = self.world, 0.0, 0
+        pieces = eval_pieces(len(self.val_tokens), max_tokens, self.recipe.block_size, world.size)
+        # The blocks of a plan may be compiled for training; a graph without gradients is another.
+        with torch.compiler.set_stance("force_eager"):
+            for first, last in pieces[world.rank :: world.size]:
+                tokens = np.asarray(self.val_tokens[first:last])
+                total += evaluate_tokens(model, tokens) * (len(tokens) - 1)
+                weight += len(tokens) - 1
+        return world.mean(total, weight, self.plan.device)
+
+
+def data_loader(
+    recipe: Recipe,
+    plan: Plan,
+    tokens: Tokens,
+    world: World,
+    progress: Progress | None = None,
+) -> DataLoaderLite:
+    """A step's rows at a time; the step cuts them into micro-batches."""
+    progress = progress or Progress()
+    return DataLoaderLite(tokens, plan.micro_batch_size * plan.num_micro_batches,
+                          recipe.block_size, recipe.order, recipe.seed,
+                          wrap_rows=recipe.batch_size, rank=world.rank, world_size=world.size,
+                          position=progress.position, skips=progress.skips)  # fmt: skip
+
+
+def open_run_folder(out: str | None, preset: str, recipe: Recipe) -> Path:
+    """Make the folder and show that it takes what the run will write.
+
+    Args:
+        out: Its path; None is runs/`preset`, numbered once that one holds a finished run.
+        preset, recipe: What will run there.
+
+    Raises:
+        ValueError: it is a file, cannot be written, or the disk is too full for the model.
+    """
+    numbered = (Path("runs", preset + (f"-{n}" if n > 1 else "")) for n in range(1, 10**6))
+    folder = Path(out) if out else next(p for p in numbered if not (p / "summary.json").exists())
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is a file; --out names a folder")
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * 4096)
+        with torch.device("meta"):
+            parameters = GPT(recipe.model_config).parameters()
+        needed = 4 * sum(p.numel() for p in parameters) + (1 << 20)
+        if (free := shutil.disk_usage(folder).free) < needed:
+            raise OSError(f"{free:,} bytes free, the model alone needs {needed:,}")
+    except OSError as error:
+        for path in missing:
+            if path.exists():
+                path.rmdir()
+        reason = error.strerror or error
+        raise ValueError(f"out: cannot write to {folder}: {reason}; choose another --out") from None
+    return folder
+
+
+def finish(run: Run, model: GPT, log: RunLog, progress: Progress, reached: int | None) -> None:
+    """Last evaluation, weights, samples, curve, summary, report; in that order.
+
+    Args:
+        run, model, log, progress: After the last step.
+        reached: Step whose loss fell below the recipe's target, if one did.
+    """
+    recipe, plan, out = run.recipe, run.plan, run.out
+    train_s = sum(r.ms for r in log.records) / 1000.0
+    num_steps = len(log.records)
+    tokens_seen = num_steps * recipe.tokens_per_step
+    val_loss, baselines, evaluations = None, {}, progress.evaluations
+    if len(run.val_tokens) > 1:
+        val_loss = run.validate(model, MAX_VAL_TOKENS)
+        evaluations = [*progress.evaluations, (num_steps, val_loss)]
+        log.event("eval", step=num_steps, val_loss=val_loss)
+    if not run.world.is_main:
+        return
+    if val_loss is not None:
+        counted, scored = (
+            np.asarray(t[:MAX_VAL_TOKENS]) for t in (run.train_tokens, run.val_tokens)
+        )
+        baselines = ngram_losses(counted, scored, model.config.vocab_size)
+        beside = ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items())
+        log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
+    model.save_pretrained(out / "model")
+    _write_samples(run, model, log.say)
+    published = PUBLISHED_LOSS if run.preset == "shakespeare-124m" else ()
+    metrics.draw_loss_curve(out / "loss.png", log.records, evaluations, published, baselines)
+    summary = {
+        "final_step": num_steps,
+        "reached_target_at": reached,
+        "saved_after_step": num_steps - 1,
+        "train_loss": log.records[-1].loss,
+        "val_loss": val_loss,
+        "baselines": baselines,
+        "tokens_seen": tokens_seen,
+        "corpus_tokens": len(run.train_tokens),
+        "epochs": tokens_seen / len(run.train_tokens),
+        "trained_context": recipe.block_size,
+        "tokens_per_s": tokens_seen / train_s,
+        "train_s": train_s,
+        "wall_s": metrics.seconds_since_start(),
+        "model_bytes": (out / "model" / "model.safetensors").stat().st_size,
+        "device": plan.device_name,
+    }
+    metrics.write_json(out / "summary.json", summary)
+    report_run(out, np.asarray(run.train_tokens[:MAX_REPORT_TOKENS]), log.say)
+    log.say(
+        f"done: {num_steps} steps, {tokens_seen:,} tokens, {summary['epochs']:.1f} epochs, "
+        f"{summary['tokens_per_s']:,.0f} tok/s, {summary['wall_s']:.0f} s in all; see {out}"
+    )
+
+
+def _write_samples(run: Run, model: GPT, say: Callable[[str], None]) -> None:
+    """samples.txt: continuations of a few words of held-out text, within the trained context."""
+    text: Sequence[Any] = run.val_tokens
+    if len(text) <= PROMPT_TOKENS * NUM_SAMPLES:
+        text = run.train_tokens
+    starts = np.linspace(0, len(text) - PROMPT_TOKENS, NUM_SAMPLES + 1, dtype=int)[:-1]
+    prompts = [decode(np.asarray(text[i : i + PROMPT_TOKENS])) for i in starts]
+    sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=run.recipe.seed)
+    answers = generate_text(model, get_encoding(), prompts, sampling)
+    with (run.out / "samples.txt").open("w", encoding="utf-8") as file:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            file.write(f"[prompt] {prompt}\n[model]{answer}\n\n")
+    say(f"sample: {prompts[0]}|{answers[0]}")

@@ -1,0 +1,260 @@
+"""One optimizer step: the same work at the same addresses every time, so that it can be captured.
+
+    copy the rows in; for each micro-batch: loss, backward; all-reduce; clip; judge; AdamW
+
+Everything between the copy and the log stays on the device: learning rate, step count, clip factor
+and the guard's verdict are device scalars. On one GPU the whole of it is one CUDA graph. Warm-up
+steps and a step that could not be captured run the same code launch by launch.
+
+Under bf16 the model can be called with bf16 copies in place of the fp32 weights that autocast would
+cast in every micro-batch; the optimizer writes the copies. A copy's gradient is what autocast would
+have computed before casting it up, so the numerics stay those of plain autocast.
+"""
+
+import contextlib
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from model import GPT
+from training.data import Prefetcher
+from training.distributed import ALONE, World
+from training.guard import Guard
+from training.optim import AdamW
+from training.plan import Plan
+from training.recipes import Recipe
+
+# Steps before the capture: kernels get compiled, cuBLAS takes its workspaces, AdamW its moments.
+# They are steps of the run like any other.
+NUM_WARMUP = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Device values of one step, each (); read them after the next step has been queued.
+
+    Args:
+        loss: Mean over the step's rows, before the update.
+        grad_norm: Before clipping.
+        bad: 1 where the guard skipped the update; None without a guard.
+        asked_to_stop: Above 0 where a rank was asked to stop.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    bad: Tensor | None
+    asked_to_stop: Tensor | None
+
+
+class TrainStep:
+    """Runs the steps of a plan; owns the input buffers, the learning rate and the graph.
+
+    Args:
+        model: On the plan's device.
+        optimizer: Of `configure_adamw`, for the model's parameters.
+        recipe, plan: What and how. `self.plan` has smaller micro-batches once memory ran out.
+        guard: Judges each step on the device; None skips nothing.
+        world: The ranks; a graph, working copies and halving are for one alone.
+        say: Receives a line when the step does not run as planned.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: AdamW,
+        recipe: Recipe,
+        plan: Plan,
+        guard: Guard | None = None,
+        world: World = ALONE,
+        say: Callable[[str], None] = print,
+    ):
+        self.model, self.optimizer, self.recipe, self.plan = model, optimizer, recipe, plan
+        self.guard, self.world, self.say = guard, world, say
+        device = torch.device(plan.device)
+        rows = plan.micro_batch_size * plan.num_micro_batches
+        self.idx = torch.zeros((rows, recipe.block_size), dtype=torch.int64, device=device)
+        self.targets = torch.zeros_like(self.idx)
+        self.lr = torch.zeros((), device=device)
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr
+        self.copies = working_copies(model) if plan.working_copies else {}
+        if self.copies:
+            optimizer.attach_working({p: self.copies[name] for name, p in
+                                      model.named_parameters() if name in self.copies})  # fmt: skip
+        self.parallel = world.wrap(model)
+        self.forward = self._build_forward()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream = torch.cuda.Stream() if plan.cuda_graph else None
+        self.outcome: Outcome | None = None
+        self.num_steps = 0
+
+    def __call__(self, batches: Prefetcher, lr: float, stop: bool = False) -> Outcome:
+        """Take one step.
+
+        Args:
+            batches: Gives the step's rows, (rows, T) each.
+            lr: Learning rate of the update.
+            stop: This rank was asked to stop; travels to all ranks with the loss.
+
+        Raises:
+            torch.OutOfMemoryError: not even one row fits.
+        """
+        idx, targets = batches.next_batch()
+        self.idx.copy_(idx, non_blocking=True)
+        self.targets.copy_(targets, non_blocking=True)
+        self.lr.fill_(lr)
+        if self.plan.cuda_graph and self.graph is None and self.num_steps == NUM_WARMUP:
+            self._capture()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            with self._beside():
+                self.outcome = self._run(stop)
+        self.num_steps += 1
+        assert self.outcome is not None
+        return self.outcome
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """The stream of the later capture: autograd remembers where a gradient was first made."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def _run(self, stop: bool) -> Outcome:
+        """The step itself; no host read of a device value, no tensor that outlives it moves."""
+        loss = self._gradients()
+        asked_to_stop = None
+        if self.world.size > 1:
+            loss, asked_to_stop = self.world.mean_loss(loss, stop)
+        grad_norm = self.optimizer.clip(self.recipe.grad_clip)
+        # Fused AdamW leaves everything as it is where found_inf is 1; no step waits for it.
+        bad = self.guard.judge(loss, grad_norm) if self.guard else None
+        self.optimizer.found_inf = bad
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(loss, grad_norm, bad, asked_to_stop)
+
+    def _gradients(self) -> Tensor:
+        """Mean gradients of the step's rows into `.grad`, their mean loss returned, (), fp32."""
+        while True:
+            try:
+                return self._accumulate()
+            except torch.OutOfMemoryError:
+                if self.world.size > 1 or self.plan.micro_batch_size == 1:
+                    raise
+            # Outside the handler: the exception's frames hold the activations.
+            self.optimizer.zero_grad(set_to_none=True)
+            self._halve()
+
+    def _accumulate(self) -> Tensor:
+        num_micro = self.plan.num_micro_batches
+        loss = torch.zeros((), device=self.idx.device)
+        micro_batches = zip(self.idx.chunk(num_micro), self.targets.chunk(num_micro), strict=True)
+        for i, (idx, targets) in enumerate(micro_batches):
+            with self.world.accumulating(self.parallel, last=i == num_micro - 1):
+                with self.autocast():
+                    micro_loss = self.forward(idx, targets) / num_micro
+                micro_loss.backward()
+            if num_micro > 1:
+                self.optimizer.fold_working_gradients()
+            loss += micro_loss.detach()
+        return loss
+
+    def _halve(self) -> None:
+        """Smaller physical batches of the same rows."""
+        gc.collect()
+        if self.idx.is_cuda:
+            torch.cuda.empty_cache()
+        rows, before = len(self.idx), self.plan.micro_batch_size
+        micro = next(d for d in range(before // 2, 0, -1) if rows % d == 0)
+        self.plan = replace(self.plan, micro_batch_size=micro, num_micro_batches=rows // micro)
+        self.say(f"memory: {before} rows at once do not fit, going on with {micro}; same rows")
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Context of every forward of this plan, evaluation included."""
+        if self.plan.dtype == "bf16":
+            return torch.autocast(self.plan.device, torch.bfloat16)
+        return nullcontext()
+
+    def _build_forward(self) -> Callable[[Tensor, Tensor], Tensor]:
+        def forward(idx: Tensor, targets: Tensor) -> Tensor:
+            if self.copies:
+                return functional_call(self.parallel, self.copies, (idx, targets))
+            return self.parallel(idx, targets)
+
+        if not self.plan.compile:
+            return forward
+        if self.plan.compile_scope == "model":
+            return torch.compile(forward if self.copies else self.parallel)
+        for block in self.model.transformer.h:
+            block.compile()
+        return forward
+
+    def _capture(self) -> None:
+        """Record the step as a graph; it is not executed. Falls back aloud."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.outcome = self._run(stop=False)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            self.say(f"cuda graph: the step cannot be captured ({reason}); going on without")
+            self.plan = replace(self.plan, cuda_graph=False)
+            self.optimizer.zero_grad(set_to_none=True)
+            return
+        self.graph = graph
+
+
+def start_process(plan: Plan, seed: int) -> None:
+    """Seeds, matmul precision, and on the CPU runs that repeat to the last bit."""
+    torch.manual_seed(seed)
+    if plan.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
+    else:
+        # The compiled embedding backward adds its rows in any order at two threads and more.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed for the next tensor of the process.
+
+    glibc maps anything over 32 MB afresh and unmaps it when freed, so that logits and gradients
+    fault in page by page, zeroed, in every step: on two cores of a Zen 3, 44,000 faults and 6% of
+    the CPU time of a compiled step of shakespeare-cpu, 299,000 and 44% of an eager one. Kept, they
+    are 16 and 3,100.
+
+    Returns:
+        Whether the C library is glibc and took the settings (mallopt(3)).
+    """
+    m_mmap_max, m_trim_threshold = -4, -1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return False
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def working_copies(model: nn.Module) -> dict[str, Tensor]:
+    """bf16 leaves for the weights autocast casts: the GEMM weights of the blocks, by name.
+
+    Not the embedding: the sum of token and position embeddings is taken in fp32, and the head's
+    cast is part of linear_cross_entropy.
+    """
+    return {
+        name: parameter.detach().to(torch.bfloat16).requires_grad_()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 2 and ".h." in name
+    }
