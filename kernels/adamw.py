@@ -79,7 +79,7 @@ LOG_BETA2 = tl.constexpr(14)
 EPS = tl.constexpr(15)
 FIELDS = tl.constexpr(16)
 BF16_GRAD, ALIGNED = tl.constexpr(1), tl.constexpr(2)  # FLAGS
-# Columns of what `_advance_kernel` leaves for `_adamw_kernel`, fp32.
+# Columns of what `_adamw_advance_kernel` leaves for `_adamw_kernel`, fp32.
 DECAY = tl.constexpr(0)
 STEP_SIZE = tl.constexpr(1)
 INV_SQRT_BC2 = tl.constexpr(2)
@@ -91,7 +91,7 @@ SCALARS = tl.constexpr(8)
 
 
 @triton.jit
-def _advance_kernel(
+def _adamw_advance_kernel(
     table_ptr,  # (N, FIELDS) int64; writes through STEP, each () fp32
     numbers_ptr,  # the same memory as fp64
     found_inf_ptr,  # () fp32
@@ -204,7 +204,7 @@ def _adamw_kernel(
     scalars_ptr,  # (N, SCALARS) fp32
     clip_ptr,  # () fp32
     found_inf_ptr,  # () fp32
-    reached,  # see _advance_kernel
+    reached,  # see _adamw_advance_kernel
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -253,11 +253,11 @@ def _sum_squares(
 
 
 @triton.jit
-def _grad_norm_kernel(
+def _adamw_norm_kernel(
     table_ptr,  # (N, FIELDS) int64
     chunks_ptr,  # (programs, 2) int32
     partial_ptr,  # (programs,) out, fp32
-    reached,  # see _advance_kernel
+    reached,  # see _adamw_advance_kernel
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -277,7 +277,7 @@ def _grad_norm_kernel(
 
 
 @triton.jit
-def _clip_kernel(
+def _adamw_clip_kernel(
     partial_ptr,  # (P,) fp32
     out_ptr,  # (2,) out, fp32: norm, clip coefficient
     P,
@@ -312,10 +312,10 @@ def adamw_norm(
     P = len(chunks)
     partial = table.new_empty(P, dtype=torch.float32)
     if P > 0:
-        _grad_norm_kernel[(P,)](
+        _adamw_norm_kernel[(P,)](
             table, chunks, partial, _sanitized(tensors), CHUNK=CHUNK, **NORM_LAUNCH.kwargs()
         )
-    _clip_kernel[(1,)](partial, out, P, max_norm, **CLIP_LAUNCH.kwargs())
+    _adamw_clip_kernel[(1,)](partial, out, P, max_norm, **CLIP_LAUNCH.kwargs())
     return out
 
 
@@ -338,7 +338,7 @@ def adamw_step(
     reached = _sanitized((*written, *read))
     blocks = dict(ADVANCE_LAUNCH.blocks)
     if N > 0:
-        _advance_kernel[(cdiv(N, blocks["BLOCK"]),)](
+        _adamw_advance_kernel[(cdiv(N, blocks["BLOCK"]),)](
             table,
             table.view(torch.float64),
             found_inf,
@@ -384,6 +384,10 @@ class Slot(NamedTuple):
     weight_decay: float
 
 
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class _Upload:
     """A small host tensor on the device, sent only when its content is not what was sent last.
 
@@ -402,7 +406,7 @@ class _Upload:
 
     def put(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """The device tensor of `make()`, which is a function of `key`; never waits."""
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = _is_capturing(self.device)
         if key == self.key:
             if capturing:
                 self.kept.append(self.sent)
@@ -423,7 +427,7 @@ class _Upload:
     def _put_captured(self, host: Tensor) -> Tensor:
         spare, self.spare = self.spare, torch.empty(0)
         if spare.shape != host.shape:
-            spare = torch.empty_like(host, pin_memory=True)
+            spare = torch.empty_like(host, pin_memory=self.device.type == "cuda")
         spare.copy_(host)
         sent = spare.to(self.device, non_blocking=True)
         self.kept += [spare, sent]
@@ -597,12 +601,12 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
     chunks = {**table, "chunks_ptr": "*i32"}
     scalars = {"scalars_ptr": "*fp32", "found_inf_ptr": "*fp32"}
     for kernel, label, signature, constexprs, launch in (
-        (_grad_norm_kernel, "sums of squares", {**chunks, "partial_ptr": "*fp32"},
+        (_adamw_norm_kernel, "sums of squares", {**chunks, "partial_ptr": "*fp32"},
          {"reached": None, "CHUNK": CHUNK}, NORM_LAUNCH),
-        (_clip_kernel, "norm and coefficient",
+        (_adamw_clip_kernel, "norm and coefficient",
          {"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32", "max_norm": "fp32"}, {},
          CLIP_LAUNCH),
-        (_advance_kernel, "step counts",
+        (_adamw_advance_kernel, "step counts",
          {**table, **scalars, "numbers_ptr": "*fp64", "N": "i32"}, {"reached": None},
          ADVANCE_LAUNCH),
         (_adamw_kernel, "update", {**chunks, **scalars, "clip_ptr": "*fp32"},

@@ -171,12 +171,12 @@ MUTANTS = (
     Mutant(_ADAMW, "_adamw_kernel", "mask",
            "tl.load(found_inf_ptr) == 0.0", "tl.load(found_inf_ptr) <= 1.0"),
     Mutant(_ADAMW, "_find_chunk", "mask", "& fits", "& (fits | (first >= 0))"),
-    Mutant(_ADAMW, "_advance_kernel", "row", "mask = rows < N", "mask = rows < N - 1"),
-    Mutant(_ADAMW, "_advance_kernel", "scale", "(lr / bias_correction1)", "(lr + 0.0)"),
+    Mutant(_ADAMW, "_adamw_advance_kernel", "row", "mask = rows < N", "mask = rows < N - 1"),
+    Mutant(_ADAMW, "_adamw_advance_kernel", "scale", "(lr / bias_correction1)", "(lr + 0.0)"),
     Mutant(_ADAMW, "_sum_squares", "mask", "other = None if WHOLE else 0.0", "other = None"),
     Mutant(_ADAMW, "_sum_squares", "row", "offs < end", "offs < end - 1"),
-    Mutant(_ADAMW, "_clip_kernel", "row", "offs < P", "offs < P - 1"),
-    Mutant(_ADAMW, "_clip_kernel", "scale",
+    Mutant(_ADAMW, "_adamw_clip_kernel", "row", "offs < P", "offs < P - 1"),
+    Mutant(_ADAMW, "_adamw_clip_kernel", "scale",
            "tl.where(coefficient > 1.0, 1.0, coefficient)", "coefficient"),
 )  # fmt: skip
 

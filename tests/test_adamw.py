@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.adamw import CHUNK, STEP_LAUNCH, Slot, Tables
+from kernels import adamw
+from kernels.adamw import CHUNK, Slot, Tables
 from training import resume
 from training.optim import AdamW, TritonAdamW
 
-BLOCK = dict(STEP_LAUNCH.blocks)["BLOCK"]
 # One element, an odd few, a power of two, one past a block, a whole chunk and a ragged one.
 SHAPES = ((1,), (7,), (16, 64), (5, 205), (CHUNK + 3,))
 BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.1
@@ -394,6 +394,78 @@ def test_tables_are_sent_once_per_content(device):
     assert optimizer._tables._addresses.sent is not sent[1][0]
     assert optimizer._tables._chunks.sent is sent[1][1]
     assert first is not None
+
+
+def test_what_a_graph_reads_is_never_written_again(monkeypatch):
+    """A replayed copy reads the buffer it was captured with: each capture has its own, for good."""
+    upload = adamw._Upload(torch.device("cpu"))
+
+    def put(number: int, capturing: bool) -> Tensor:
+        monkeypatch.setattr(adamw, "_is_capturing", lambda device: capturing)
+        return upload.put(number, lambda: torch.full((3,), number))
+
+    eager = put(1, False)
+    assert put(1, True) is eager  # on the device already; kept for the graph
+    assert any(kept is eager for kept in upload.kept)
+    captured = put(2, True)
+    assert put(2, True) is captured  # clip and step of one capture share a table
+    upload.end()
+    assert put(1, False) is eager  # the graph has not touched what eager steps use
+    assert put(2, False) is not captured  # which nothing has filled before the first replay
+    upload.end()
+    again = put(3, True)
+    upload.end()
+    assert put(3, True) is not again
+    put(4, False)
+    held = [int(kept[0]) for kept in upload.kept]
+    assert sorted(set(held)) == [1, 2, 3]
+    assert torch.equal(captured, torch.full((3,), 2))
+    assert torch.equal(again, torch.full((3,), 3))
+
+
+def run_graph(graphed: bool) -> dict[str, Tensor]:
+    """Six steps on a GPU; the first and the fourth never replayed, the fifth a bad one."""
+    parameters = make_parameters("cuda")
+    copies = {parameters[2]: parameters[2].detach().bfloat16().requires_grad_()}
+    leaves = [copies.get(p, p) for p in parameters]
+    optimizer = ours(groups_of(parameters))
+    optimizer.attach_working(copies)
+    lr, verdict = torch.zeros((), device="cuda"), torch.zeros((), device="cuda")
+    optimizer.found_inf = verdict
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    static = [torch.zeros_like(leaf) for leaf in leaves]
+    graph = torch.cuda.CUDAGraph()
+
+    def update(grads: list[Tensor]) -> Tensor:
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
+        norm = optimizer.clip(1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    norms, norm = [], lr
+    for step in range(6):
+        lr.fill_(lr_of(step))
+        verdict.fill_(float(step == 4))
+        pairs = zip(gradients(step, parameters), leaves, strict=True)
+        grads = [g.to(leaf.dtype) for g, leaf in pairs]
+        if step in (0, 3) or not graphed:
+            norms.append(update(grads))
+            continue
+        torch._foreach_copy_(static, grads)
+        if step == 1:
+            with torch.cuda.graph(graph):
+                norm = update(static)
+        graph.replay()
+        norms.append(norm.clone())
+    return values(optimizer, parameters) | {"norms": torch.stack(norms)}
+
+
+@pytest.mark.gpu
+def test_a_captured_step_is_the_eager_step():
+    assert_same(run_graph(True), run_graph(False))
 
 
 def test_nothing_is_read_on_the_host(device):

@@ -1,0 +1,132 @@
+"""The optimizer alone: clip and AdamW over every parameter of a GPT-2, ours beside torch's.
+
+    python -m bench.optimizer                  the 124M model
+    python -m bench.optimizer --model 350m
+
+Once with fp32 gradients, once with bf16 working copies of the matrices, which bring bf16 gradients
+and are rewritten in the step. The bytes of the floor are those of kernels/adamw.py: per parameter
+28 for the step and 4 for the norm in fp32, 28 and 2 with a copy. After a few steps both must hold
+the same weights, or no time is shown. Needs a GPU; the host is not timed.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import baseline, record, timing
+from bench.report import table
+from model import GPT, MODELS
+from training.optim import AdamW, TritonAdamW
+
+CLASSES: dict[str, type[AdamW]] = {"torch": AdamW, "triton": TritonAdamW}
+CHECK_STEPS = 5
+TOLERANCE = 1e-5  # of a weight after CHECK_STEPS, absolute: one step moves it by 6e-4
+
+
+def make_step(
+    kind: str, model: str, working: bool, device: torch.device
+) -> tuple[Callable[[], Tensor], list[nn.Parameter]]:
+    """One optimizer step on fixed random gradients, and the parameters it updates."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        parameters = list(GPT(MODELS[model]).parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2]},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    lr = torch.full((), baseline.LEARNING_RATE, device=device)
+    optimizer = CLASSES[kind](groups, lr, baseline.BETAS, weight_decay=baseline.WEIGHT_DECAY)
+    copies = {p: torch.empty_like(p, dtype=torch.bfloat16) for p in parameters if p.dim() >= 2}
+    optimizer.attach_working(copies if working else {})
+    generator = torch.Generator(device).manual_seed(1)
+    grads = [1e-3 * torch.randn(p.shape, generator=generator, device=device) for p in parameters]
+    leaves = [copies[p] if working and p in copies else p for p in parameters]
+    grads = [g.to(leaf.dtype) for g, leaf in zip(grads, leaves, strict=True)]
+
+    def step() -> Tensor:
+        # Assigned anew: torch's clip scales its gradients, and folding takes those of copies away.
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
+        norm = optimizer.clip(baseline.CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    return step, parameters
+
+
+def floor_bytes(parameters: Sequence[nn.Parameter], working: bool) -> int:
+    """What clip and step read and write at the least."""
+    return sum(p.numel() * (30 if working and p.dim() >= 2 else 32) for p in parameters)
+
+
+def measure(
+    model: str, working: bool, device: torch.device, seconds: float
+) -> tuple[list[dict[str, Any]], float]:
+    """A row for each implementation, and the largest difference of their weights."""
+    steps, weights = {}, {}
+    for kind in CLASSES:
+        steps[kind], weights[kind] = make_step(kind, model, working, device)
+        with torch.cuda.stream(timing.capture_stream()):
+            for _ in range(CHECK_STEPS):
+                steps[kind]()
+        torch.cuda.synchronize(device)
+    pairs = zip(weights["torch"], weights["triton"], strict=True)
+    apart = max((a - b).abs().max().item() for a, b in pairs)
+    nbytes = floor_bytes(weights["torch"], working)
+    timed = timing.time_calls(
+        {kind: [step] for kind, step in steps.items()}, device, nbytes, seconds=seconds
+    )
+    limit = timing.limits(device)["copy_gbs"]
+    rows: list[dict[str, Any]] = [
+        {
+            "model": model, "working": working, "who": kind, "ms": found.median_ms,
+            "cov": found.cov, "mode": found.mode, "gbs": nbytes / found.median_ms / 1e6,
+            "of_limit": nbytes / found.median_ms / 1e6 / limit,
+            "over_torch": timing.ratio(timed["torch"], found),
+        }
+        for kind, found in timed.items()
+    ]  # fmt: skip
+    return rows, apart
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.optimizer", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", choices=MODELS, default="124m")
+    parser.add_argument("--seconds", type=float, default=5.0, help="budget of each table half")
+    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("bench.optimizer: needs a GPU; interpreted kernels have no speed to measure")
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    rows: list[dict[str, Any]] = []
+    for working in (False, True):
+        found, apart = measure(args.model, working, device, args.seconds)
+        if apart > TOLERANCE:
+            print(f"working={working}: weights differ by {apart:.2g}, over {TOLERANCE}; not timed")
+            return 1
+        rows += found
+    record.Results(device, args.out).put("optimizer", {"rows": rows})
+    print(
+        table(
+            ["gradients", "who", "ms", "spread", "GB/s", "of limit", "x torch"],
+            [
+                ["bf16, copies" if r["working"] else "fp32", r["who"], f"{r['ms']:.3g}",
+                 f"{100 * r['cov']:.1f}%", f"{r['gbs']:,.0f}", f"{100 * r['of_limit']:.0f}%",
+                 f"{r['over_torch']:.2f}"]
+                for r in rows
+            ],
+        )
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
