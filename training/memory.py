@@ -88,8 +88,7 @@ def estimate(
     """Memory of a step; the module docstring has the formulas.
 
     Args:
-        config: The shape.
-        rows: Rows of a micro-batch. T: tokens of a row.
+        config, rows, T: The shape, rows of a micro-batch, tokens of a row.
         dtype: "fp32", or "bf16" for autocast over fp32 masters.
         ops: What `kernels.parse_ops` reads.
         compiled: torch.compile; only the eager loss needs less memory for it.
@@ -128,13 +127,14 @@ def estimate(
     loss = e * M * C + (head // 2 if dtype == "bf16" else 0)
     if chosen.linear_cross_entropy is EAGER.linear_cross_entropy:
         R = min(M, CHUNK_TOKENS)
-        logits, more = R * config.padded_vocab_size, M >= 2 * R
+        logits, later = R * config.padded_vocab_size, M >= 2 * R
         if compiled:
             loss += 2 * e * logits + head
         else:
-            # From this chunk on there is no dx yet; from the second on there is an old dz.
-            ahead = (16 + more * e) * logits - e * C * (R if more else M)
-            loss += max(ahead, 2 * head + (4 + e) * logits)
+            # Of the first chunk there is no dx and dweight yet, beside a later one an old dz.
+            ahead = 16 * logits + (e * (logits - R * C) if later else -e * M * C - head)
+            sums = 2 * head if M > R else head * (4 - e) // 4  # a product, its fp32 form, the sum
+            loss += max(ahead, sums + (4 + e) * logits)
     else:
         from kernels.linear_cross_entropy import chunk_rows  # needs triton, as these ops do
 

@@ -1,0 +1,163 @@
+"""What `--explain` would say of machines that are not at hand, and what it says of this one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from model.flops import flops_per_token
+from training import explain as explain_module
+from training import probe as probe_module
+from training.explain import explain, findings, known_machines, roofline_s, traffic_bytes
+from training.plan import Choices, Machine, detect, make_plan
+from training.probe import Probe, Rates, measure_rates, probe_steps
+from training.recipes import Recipe, find_preset
+
+RECIPE = find_preset("fineweb-124m")
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", arch=90, num_threads=8, has_bf16=True,
+               memory_bytes=80 * 10**9)  # fmt: skip
+CPU = Machine("cpu", "Some CPU", num_threads=2, memory_bytes=16 * 10**9)
+GPU_PLAN = replace(make_plan(RECIPE, H100, Choices(micro_batch_size=64)), ops="triton",
+                   memory_bytes=60 * 10**9)  # fmt: skip
+CPU_RECIPE = Recipe(model="smoke", batch_size=16)
+CPU_PLAN = make_plan(CPU_RECIPE, CPU, Choices(compile=True))
+GPU_RATES = Rates(3000.0, {"fp32": 5e4, "tf32": 4e5, "bf16": 7e5}, 6e5, 16, 700, 700, 1700, 1980)
+CPU_RATES = Rates(20.0, {"fp32": 100.0}, 90.0, 2)
+
+
+def healthy(recipe: Recipe, rate_gflops: float) -> Probe:
+    """A probe at 80% of the matmul rate with little beside it."""
+    flops = flops_per_token(recipe.model_config, recipe.block_size) * recipe.tokens_per_step
+    busy = flops / (0.8 * rate_gflops * 1e9)
+    phases = {"data": 0.0, "forward": busy / 3, "backward": 2 * busy / 3, "optimizer": 0.1 * busy}
+    step = sum(phases.values())
+    return Probe(4, phases, (step,) * 4, recipe.tokens_per_step, host_s=0.1 * step)
+
+
+GPU_PROBE, CPU_PROBE = healthy(RECIPE, 7e5), healthy(CPU_RECIPE, 100.0)
+ON_GPU = (RECIPE, H100, GPU_PLAN, GPU_RATES, GPU_PROBE)
+ON_CPU = (CPU_RECIPE, replace(CPU, has_bf16=True), replace(CPU_PLAN, dtype="bf16"),
+          replace(CPU_RATES, matmul_gflops={"fp32": 100.0, "bf16": 100.0}), CPU_PROBE)  # fmt: skip
+
+
+@pytest.mark.parametrize("healthy_case", [ON_GPU, ON_CPU], ids=["H100", "cpu"])
+def test_a_healthy_machine_has_no_findings(healthy_case):
+    assert findings(*healthy_case) == []
+
+
+def slow(probe: Probe, **factors: float) -> Probe:
+    phases = {k: s * factors.get(k, 1.0) for k, s in probe.phases.items()}
+    return replace(probe, phases=phases)
+
+
+# What is wrong, and the start of the one line that must then appear beside the healthy none.
+RECIPE_100 = replace(RECIPE, model="124m,n_embd=800,n_head=10")
+WRONG = [
+    (ON_GPU, {"machine": replace(H100, has_triton=False)}, "triton missing"),
+    (ON_GPU, {"machine": replace(H100, missing_tools=("g++",)),
+              "plan": replace(GPU_PLAN, compile=False)}, "g++ missing, so the model is not comp"),
+    (ON_CPU, {"machine": CPU, "plan": CPU_PLAN}, "fp32: Some CPU has no bf16"),
+    (ON_CPU, {"machine": CPU}, "bf16 is emulated on Some CPU, 100 GFLOP/s for 100 in fp32"),
+    (ON_GPU, {"plan": replace(GPU_PLAN, dtype="fp32"), "probe": healthy(RECIPE, 4e5)},
+     "fp32, but bf16 products are 1.8 times as fast here: --dtype bf16"),
+    (ON_CPU, {"machine": replace(CPU, has_bf16=True, num_threads=1)}, "threads: torch uses 1 of 2"),
+    (ON_GPU, {"rates": replace(GPU_RATES, power_limit_w=300)}, "power limit 300 W of 700 W"),
+    (ON_GPU, {"rates": replace(GPU_RATES, sm_mhz=1200)}, "clock 1200 of 1980 MHz"),
+    (ON_GPU, {"plan": replace(GPU_PLAN, cuda_graph=False),
+              "probe": replace(GPU_PROBE, host_s=0.95 * sum(GPU_PROBE.phases.values()))},
+     "batch too small: "),
+    (ON_GPU, {"probe": slow(GPU_PROBE, backward=2.0)},
+     "forward+backward run at 48% of the matmul rate measured here"),
+    (ON_GPU, {"rates": replace(GPU_RATES, shape_gflops=3e5)},
+     "products of this model's shape (65536 x 768 x 3072) reach 43%"),
+    (ON_GPU, {"probe": replace(GPU_PROBE, phases=GPU_PROBE.phases | {"data": 0.5})}, "data takes "),
+    (ON_GPU, {"probe": slow(GPU_PROBE, optimizer=4.0)}, "optimizer takes 29% of a step"),
+    (ON_GPU, {"recipe": RECIPE_100, "probe": healthy(RECIPE_100, 7e5)}, "n_embd 800: not a mul"),
+    (ON_GPU, {"recipe": RECIPE_100, "probe": healthy(RECIPE_100, 7e5)}, "head dim 80: "),
+    (ON_GPU, {"plan": replace(GPU_PLAN, memory_bytes=78 * 10**9)}, "memory close to its limit: 78"),
+    (ON_GPU, {"probe": replace(GPU_PROBE, peak_bytes=79 * 10**9)}, "memory close to its limit: 79"),
+    (ON_GPU, {"plan": replace(GPU_PLAN, memory_bytes=20 * 10**9)}, "memory: 20.0 of 80.0 GB used"),
+    (ON_GPU, {"probe": replace(GPU_PROBE, seconds=(1.0, 1.0, 2.0))}, "steps differ by a factor"),
+]  # fmt: skip
+NAMES = ("recipe", "machine", "plan", "rates", "probe")
+
+
+@pytest.mark.parametrize(("base", "changes", "line"), WRONG, ids=[w[2][:24] for w in WRONG])
+def test_each_finding_is_seen(base, changes, line):
+    found = findings(*(changes.get(name, value) for name, value in zip(NAMES, base, strict=True)))
+    assert sum(f.startswith(line) for f in found) == 1, found
+    others = 1 if "800" in line or "80:" in line else 0  # one width breaks two rules
+    assert len(found) == 1 + others, found
+
+
+def test_a_graph_hides_launches():
+    """The host is as slow, but a captured step does not wait for it."""
+    probe = replace(GPU_PROBE, host_s=10.0)
+    graph = (RECIPE, H100, replace(GPU_PLAN, cuda_graph=True), GPU_RATES, probe)
+    assert findings(*graph) == []
+
+
+def test_roofline_adds_products_and_traffic():
+    flops = flops_per_token(RECIPE.model_config, 1024) * RECIPE.tokens_per_step
+    got = roofline_s(RECIPE, GPU_PLAN, 7e5, 3000.0)
+    assert got == pytest.approx(flops / 7e14 + traffic_bytes(RECIPE, GPU_PLAN) / 3e12)
+    # Fused GELU and a loss in bf16 move less than eager ones in fp32, copies less than casts.
+    eager = replace(GPU_PLAN, ops="eager", compile=False)
+    assert traffic_bytes(RECIPE, GPU_PLAN) < traffic_bytes(RECIPE, eager)
+    casts = replace(GPU_PLAN, working_copies=False)
+    assert traffic_bytes(RECIPE, GPU_PLAN) < traffic_bytes(RECIPE, casts)
+
+
+def test_known_machines_have_peaks_and_stand_in_order():
+    lines = known_machines(RECIPE, GPU_PLAN)
+    speed = [float(line.split()[-2].replace(",", "")) for line in lines]
+    assert speed == sorted(speed)
+    assert speed[0] > 0
+    assert [line.split(" ")[0] for line in lines][:1] == ["T4"]
+    # GPT-2 124M cannot beat 989.5 TFLOP/s over 855 MFLOP a token on an H100.
+    assert 400_000 < speed[4] < 989.5e12 / flops_per_token(RECIPE.model_config, 1024)
+
+
+TINY = Recipe(model="smoke", batch_size=2, block_size=16, grad_accum_steps=2)
+TOKENS = np.arange(2000, dtype=np.uint16)
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(probe_module, "MAX_STEPS", 2)
+
+
+def test_probe_times_the_phases_of_a_step(quick):
+    plan = make_plan(TINY, detect("cpu"), Choices(dtype="fp32"))
+    got = probe_steps(TINY, plan, TOKENS, limit_s=60.0)
+    assert got.steps == 2
+    assert got.note == ""
+    assert all(s > 0 for s in got.phases.values())
+    assert all(s > 0 for s in got.seconds)
+    assert got.tokens_per_s == pytest.approx(64 / got.step_s)
+
+
+def test_probe_of_a_slow_step_scales_one_micro_batch(quick):
+    plan = make_plan(TINY, detect("cpu"), Choices(dtype="fp32"))
+    got = probe_steps(TINY, plan, TOKENS, limit_s=0.0)
+    assert got.steps == 1
+    assert "one micro-batch of 2, its time scaled" in got.note
+    assert "no warm-up" in got.note
+
+
+def test_explain_prints_every_part(quick, monkeypatch):
+    """On this machine, with products too small to take long."""
+    machine = detect("cpu")
+    plan = make_plan(TINY, machine, Choices(dtype="fp32"))
+    rates = measure_rates(TINY, machine, plan)
+    assert rates.copy_gbs > 0.1
+    assert rates.matmul("fp32") > 0.1
+    monkeypatch.setattr(explain_module, "measure_rates", lambda *_: rates)
+    lines: list[str] = []
+    explain(TINY, plan, machine, lambda limit: probe_steps(TINY, plan, TOKENS, limit), lines.append)
+    text = "\n".join(lines)
+    for part in (f"torch {torch.__version__}", "plan: cpu", "measured here: copy", "estimate from",
+                 "computed from datasheets, not measured", "H200", "% of the estimate", "optimizer",
+                 "what would help:"):  # fmt: skip
+        assert part in text, part

@@ -1,0 +1,204 @@
+"""What this machine could do with a recipe, what it does, and what would help.
+
+Three sources of numbers, and each line says which one it has: measured here (`measure_rates`,
+`probe_steps`), computed from these by a roofline, or computed from vendors' datasheets.
+
+    seconds of a step = flops / matmul rate + bytes of everything else / copy rate
+
+The two terms are added, not overlapped; launches, waiting and small matrices are not in it.
+`findings` is a pure function, so what it would say of another machine is testable on this one.
+"""
+
+import platform
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from kernels import EAGER
+from kernels.reference import CHUNK_TOKENS
+from model.flops import flops_per_token, mfu, num_parameters, peak_tflops
+from training.metrics import environment
+from training.plan import Machine, Plan
+from training.probe import PROBE_S, Probe, Rates, measure_rates, probe_steps
+from training.recipes import Recipe
+
+__all__ = ["Probe", "Rates", "explain", "findings", "probe_steps"]
+
+# GB/s, and TFLOP/s where the chip multiplies no bf16 and model/flops.py's figure is fp16; vendors'
+# datasheets, the SXM form where there are several. A100: 80 GB.
+KNOWN_MACHINES: dict[str, tuple[float, float | None]] = {
+    "T4": (300.0, 8.1),
+    "RTX 3090": (936.0, None),
+    "RTX 4090": (1008.0, None),
+    "A100": (2039.0, None),
+    "H100": (3350.0, None),
+    "H200": (4800.0, None),
+    "B200": (8000.0, None),
+}
+
+
+def traffic_bytes(recipe: Recipe, plan: Plan) -> float:
+    """Bytes a step reads and writes outside the matrix products.
+
+    Per token and layer: two residual adds with norm, forward (x, residual in, y, residual out) and
+    backward (dy, two of the residual in, two out), and GELU, which the triton op leaves 2 of 5
+    passes over 4C. Per token: 5 passes over the logits, eager 9 in fp32. Per parameter: AdamW 28,
+    the norm and the clip 12, and 12 for each micro-batch after the first.
+    """
+    config = recipe.model_config
+    C, e = config.n_embd, 4 if plan.dtype == "fp32" else 2
+    r = 4 if plan.residual == "fp32" else 2
+    ops = plan.op_set
+    gelu = 20 if ops.gelu_mlp is EAGER.gelu_mlp and not plan.compile else 8
+    norms = 2 * (2 * e + 2 * r) + 2 * (2 * e + 3 * r)
+    eager_loss = ops.linear_cross_entropy is EAGER.linear_cross_entropy and not plan.compile
+    logits = (9 * 4 if eager_loss else 5 * e) * config.padded_vocab_size
+    casts = 6 if plan.dtype == "bf16" and not plan.working_copies else 0
+    micro = plan.num_micro_batches
+    per_parameter = 28 + 12 + 12 * (micro - 1) + casts * micro
+    # Each chunk of tokens adds into the head's fp32 gradient: two reads and a write.
+    chunks = -(-plan.micro_batch_size * recipe.block_size // CHUNK_TOKENS) if eager_loss else 1
+    head = 12 * chunks * micro * config.padded_vocab_size * C
+    return (
+        recipe.tokens_per_step * (config.n_layer * C * (norms + gelu * e) + logits)
+        + per_parameter * num_parameters(config)
+        + head
+    )
+
+
+def roofline_s(recipe: Recipe, plan: Plan, matmul_gflops: float, copy_gbs: float) -> float:
+    """Seconds of a step: flops of the palm form at one rate plus `traffic_bytes` at the other."""
+    flops = flops_per_token(recipe.model_config, recipe.block_size) * recipe.tokens_per_step
+    return flops / (matmul_gflops * 1e9) + traffic_bytes(recipe, plan) / (copy_gbs * 1e9)
+
+
+def known_machines(recipe: Recipe, plan: Plan) -> list[str]:
+    """One line for each of `KNOWN_MACHINES`: the roofline at its datasheet's figures."""
+    lines = []
+    for name, (bandwidth, fp32_tflops) in KNOWN_MACHINES.items():
+        peak = fp32_tflops or peak_tflops(name) or 0.0
+        there = replace(plan, dtype="fp32" if fp32_tflops else "bf16", compile=True,
+                        ops="eager", working_copies=fp32_tflops is None)  # fmt: skip
+        speed = recipe.tokens_per_step / roofline_s(recipe, there, peak * 1e3, bandwidth)
+        lines.append(f"{name:9} {there.dtype} {peak:7.1f} TFLOP/s {bandwidth:7,.0f} GB/s "
+                     f"{speed:13,.0f} tok/s")  # fmt: skip
+    return lines
+
+
+def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: Probe) -> list[str]:
+    """What holds this run back, each with its number and a way out; a pure function."""
+    config, cuda, rate = recipe.model_config, machine.device == "cuda", rates.matmul(plan.dtype)
+    tokens, D = plan.micro_batch_size * recipe.block_size, config.head_dim
+    fp32, bf16 = rates.matmul("fp32"), rates.matmul_gflops.get("bf16", 0.0)
+    device_s = sum(probe.phases.values())
+    compute_s = probe.phases["forward"] + probe.phases["backward"]
+    flops = flops_per_token(config, recipe.block_size) * recipe.tokens_per_step
+    share, shaped = flops / compute_s / 1e9 / rate, rates.shape_gflops / rate
+    data, update = (probe.phases[name] / device_s for name in ("data", "optimizer"))
+    multiple = 64 if cuda else 16
+    sizes = {"n_embd": config.n_embd, "tokens at once": tokens}
+    odd = [f"{name} {size}" for name, size in sizes.items() if size % multiple]
+    used, memory = max(probe.peak_bytes, plan.memory_bytes) / 1e9, machine.memory_bytes / 1e9
+    spread = max(probe.seconds) / min(probe.seconds)
+    table: list[tuple[bool, str]] = [
+        (cuda and not machine.has_triton,
+         "triton missing, so the ops are eager: pip install triton"),
+        (bool(machine.missing_tools) and not plan.compile,
+         f"{', '.join(machine.missing_tools)} missing, so the model is not compiled: install the "
+         "system's C++ compiler"),
+        (not machine.has_bf16 and plan.dtype == "fp32",
+         f"fp32: {machine.name} has no bf16 matrix instructions; only other hardware has"),
+        (not machine.has_bf16 and plan.dtype == "bf16",
+         f"bf16 is emulated on {machine.name}, {bf16:,.0f} GFLOP/s for {fp32:,.0f} in fp32: "
+         "--dtype fp32"),
+        (machine.has_bf16 and plan.dtype == "fp32" and bf16 > 1.2 * fp32,
+         f"fp32, but bf16 products are {bf16 / fp32:.1f} times as fast here: --dtype bf16"),
+        (not cuda and machine.num_threads < rates.cores,
+         f"threads: torch uses {machine.num_threads} of {rates.cores} cores: set "
+         f"OMP_NUM_THREADS={rates.cores}"),
+        (rates.power_limit_w < 0.9 * rates.power_max_w,
+         f"power limit {rates.power_limit_w:.0f} W of {rates.power_max_w:.0f} W: as administrator, "
+         f"nvidia-smi -pl {rates.power_max_w:.0f}"),
+        (rates.sm_mhz < 0.7 * rates.sm_max_mhz,
+         f"clock {rates.sm_mhz:.0f} of {rates.sm_max_mhz:.0f} MHz under load: nvidia-smi -q -d "
+         "PERFORMANCE says whether heat, power or a lock holds it"),
+        (cuda and not plan.cuda_graph and probe.host_s > 0.8 * device_s,
+         f"batch too small: {1e3 * probe.host_s:.1f} of {1e3 * device_s:.1f} ms go by while the "
+         "host launches: --cuda-graph, or a larger --batch-size"),
+        (share < 0.7,
+         f"forward+backward run at {100 * share:.0f}% of the matmul rate measured here"
+         + ("" if plan.compile else "; --compile fuses what lies between the products")),
+        (0 < shaped < 0.7,
+         f"products of this model's shape ({tokens} x {config.n_embd} x {4 * config.n_embd}) reach "
+         f"{100 * shaped:.0f}% of large ones: more rows at once, or a wider model"),
+        (data > 0.05,
+         f"data takes {100 * data:.0f}% of a step: put the token file on a faster disk"),
+        (update > 0.2,
+         f"optimizer takes {100 * update:.0f}% of a step whatever its tokens: a larger "
+         "--batch-size or --grad-accum-steps"),
+        (bool(odd),
+         f"{', '.join(odd)}: not a multiple of {multiple}, so tiles of the products are partly "
+         "empty"),
+        (cuda and D not in (64, 128),
+         f"head dim {D}: the attention kernels are tuned for 64 and 128"),
+        (used > 0.9 * memory > 0,
+         f"memory close to its limit: {used:.1f} of {memory:.1f} GB: a smaller --micro-batch-size"),
+        (cuda and plan.num_micro_batches > 1 and 0 < used < 0.4 * memory,
+         f"memory: {used:.1f} of {memory:.1f} GB used, in {plan.num_micro_batches} micro-batches: "
+         "a larger --micro-batch-size"),
+        (len(probe.seconds) >= 3 and spread > 1.5,
+         f"steps differ by a factor of {spread:.1f}: something else uses this machine"),
+    ]  # fmt: skip
+    return [line for holds, line in table if holds]
+
+
+def explain(
+    recipe: Recipe,
+    plan: Plan,
+    machine: Machine,
+    probe: Callable[[float], Probe],
+    say: Callable[[str], None],
+) -> None:
+    """Print machine, rates, what to expect, what a few steps reached, and what would help.
+
+    Args:
+        recipe, plan, machine: What to explain.
+        probe: Takes a limit in seconds and times a few steps: `probe_steps` with its data.
+        say: Receives the lines.
+    """
+    versions = ", ".join(f"{k} {v}" for k, v in environment()["versions"].items() if v)
+    rates = measure_rates(recipe, machine, plan)
+    say(f"machine: {machine.name}, {rates.cores} cores, {machine.num_threads} torch threads, "
+        f"{machine.memory_bytes / 1e9:.1f} GB of memory")  # fmt: skip
+    cuda = f", CUDA {torch.version.cuda}, driver {rates.driver or 'unknown'}"
+    say(f"  {platform.platform()}, {versions}{cuda if machine.device == 'cuda' else ''}")
+    if rates.power_max_w:
+        say(f"  power limit {rates.power_limit_w:.0f} of {rates.power_max_w:.0f} W, clock under "
+            f"load {rates.sm_mhz:.0f} of {rates.sm_max_mhz:.0f} MHz")  # fmt: skip
+    say("\n  ".join([plan.describe(), *plan.notes]))
+
+    matmul = ", ".join(f"{k} {v:,.0f}" for k, v in rates.matmul_gflops.items())
+    say(f"measured here: copy {rates.copy_gbs:,.1f} GB/s (read + written); matmul GFLOP/s: {matmul}"
+        f", {plan.dtype} in the model's shape {rates.shape_gflops:,.0f}")  # fmt: skip
+    bound_s = roofline_s(recipe, plan, rates.matmul(plan.dtype), rates.copy_gbs)
+    say(f"estimate from these rates: at most {recipe.tokens_per_step / bound_s:,.0f} tok/s "
+        f"({traffic_bytes(recipe, plan) / 1e9:.2f} GB of traffic beside the products of "
+        f"{recipe.tokens_per_step:,} tokens)")  # fmt: skip
+    say("this recipe elsewhere, computed from datasheets, not measured:")
+    say("\n".join(f"  {line}" for line in known_machines(recipe, plan)))
+
+    got = probe(PROBE_S)
+    note = f" ({got.note})" if got.note else ""
+    used = mfu(recipe.model_config, recipe.block_size, got.tokens_per_s, machine.name)
+    flops = "n/a, no datasheet peak for this device" if used is None else f"{100 * used:.1f}%"
+    say(f"measured: {got.steps} steps{note}, {1e3 * got.step_s:,.1f} ms each, "
+        f"{got.tokens_per_s:,.0f} tok/s, {100 * bound_s / got.step_s:.0f}% of the estimate, MFU "
+        f"{flops}")  # fmt: skip
+    total = sum(got.phases.values())
+    say("\n".join(f"  {name:10}{1e3 * s:10,.1f} ms {100 * s / total:5.1f}%"
+                  for name, s in got.phases.items()))  # fmt: skip
+    say("  forward has the gradients of the head in it: the loss computes them with the logits")
+    say("what would help:")
+    lines = findings(recipe, machine, plan, rates, got) or ["nothing stands out"]
+    say("\n".join(f"  - {line}" for line in lines))

@@ -1,0 +1,279 @@
+"""What this machine reaches: copies, matrix products, and a few steps of a recipe by phase.
+
+Steps are timed twice where the plan captures a graph: as training takes them, and launch by launch
+for the phases.
+"""
+
+import contextlib
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from model import GPT
+from training.data import DataLoaderLite, Prefetcher, Tokens
+from training.guard import Guard, GuardConfig
+from training.optim import configure_adamw
+from training.plan import Machine, Plan
+from training.recipes import Recipe
+from training.step import NUM_WARMUP, TrainStep
+
+MAX_STEPS = 10
+PROBE_S = 20.0  # with the import, the rates and a step of GPT-2 124M on two cores under a minute
+PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer")
+# nvidia-smi's names of the fields of `Rates` that it fills.
+SMI_FIELDS = {"power.limit": "power_limit_w", "power.max_limit": "power_max_w",
+              "clocks.sm": "sm_mhz", "clocks.max.sm": "sm_max_mhz"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine reaches, measured; 0 where it does not say.
+
+    Args:
+        copy_gbs: GB/s of a copy larger than the caches, bytes read plus bytes written.
+        matmul_gflops: GFLOP/s of a large square product by "fp32", "tf32" and "bf16".
+        shape_gflops: The same in the plan's dtype for (tokens of a micro-batch, C, 4C).
+        cores: CPU cores this process may use.
+        power_limit_w, power_max_w, sm_mhz, sm_max_mhz, driver: Of the GPU; the clock right after
+            the products.
+    """
+
+    copy_gbs: float
+    matmul_gflops: dict[str, float]
+    shape_gflops: float = 0.0
+    cores: int = 1
+    power_limit_w: float = 0.0
+    power_max_w: float = 0.0
+    sm_mhz: float = 0.0
+    sm_max_mhz: float = 0.0
+    driver: str = ""
+
+    def matmul(self, dtype: str) -> float:
+        """GFLOP/s of products in "fp32" or "bf16"; fp32 is TF32 where the chip has it."""
+        name = "tf32" if dtype == "fp32" and "tf32" in self.matmul_gflops else dtype
+        return self.matmul_gflops[name]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few steps, timed.
+
+    Args:
+        steps: Measured, warm-up apart.
+        phases: Median seconds of a step in each of `PHASES`, run launch by launch.
+        seconds: Wall time of each step, as training takes it: replayed where the plan captures.
+        tokens_per_step: Of the recipe.
+        host_s: Median seconds the host needs to queue a step on CUDA; 0 on a CPU.
+        peak_bytes: Largest memory of the GPU allocator; 0 on a CPU.
+        note: What was done otherwise than in training; empty if nothing.
+    """
+
+    steps: int
+    phases: dict[str, float]
+    seconds: tuple[float, ...]
+    tokens_per_step: int
+    host_s: float = 0.0
+    peak_bytes: int = 0
+    note: str = ""
+
+    @property
+    def step_s(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens_per_step / self.step_s
+
+
+def measure_rates(recipe: Recipe, machine: Machine, plan: Plan) -> Rates:
+    """Copy and matmul rates of this machine; about 2 s on a CPU, medians of several repetitions."""
+    cuda, device = machine.device == "cuda", torch.device(machine.device)
+
+    def median_s(call: Callable[[], object], budget_s: float = 0.4) -> float:
+        call()
+        samples, deadline = [], time.perf_counter() + budget_s
+        while len(samples) < 3 or (len(samples) < 20 and time.perf_counter() < deadline):
+            with _elapsed(cuda) as read:
+                call()
+            samples.append(read())
+        return statistics.median(samples)
+
+    def gflops(m: int, k: int, n: int, dtype: torch.dtype) -> float:
+        a, b = (torch.randn(s, device=device).to(dtype) for s in ((m, k), (k, n)))
+        out = torch.empty(m, n, device=device, dtype=dtype)
+        return 2e-9 * m * k * n / median_s(lambda: torch.mm(a, b, out=out))
+
+    def copy_gbs() -> float:
+        source = torch.ones((1 << 28) if cuda else (1 << 24), device=device)
+        target = torch.empty_like(source)
+        return 2e-9 * source.nbytes / median_s(lambda: target.copy_(source))
+
+    size, precision = 8192 if cuda else 1024, torch.get_float32_matmul_precision()
+    rates = {}
+    try:
+        torch.set_float32_matmul_precision("highest")
+        rates["fp32"] = gflops(size, size, size, torch.float32)
+        if cuda and machine.arch >= 80:
+            torch.set_float32_matmul_precision("high")
+            rates["tf32"] = gflops(size, size, size, torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    if machine.has_bf16 or plan.dtype == "bf16":
+        rates["bf16"] = gflops(size, size, size, torch.bfloat16)
+    smi = _nvidia_smi() if cuda else {}
+    C = recipe.model_config.n_embd
+    tokens = min(plan.micro_batch_size * recipe.block_size, 65536 if cuda else 1024)
+    dtype = torch.bfloat16 if plan.dtype == "bf16" else torch.float32
+    return Rates(copy_gbs(), rates, gflops(tokens, C, 4 * C, dtype), _num_cores(), **smi)
+
+
+def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PROBE_S) -> Probe:
+    """Take up to ten steps as train.py takes them, its numerics set before, and time their phases.
+
+    Args:
+        recipe, plan: What to run. A CPU runs it uncompiled: compiling takes longer than the probe.
+        tokens: (N,) uint16, to draw rows from.
+        limit_s: No step begins after so many seconds. On a CPU, where one micro-batch of many
+            shows that a step would take more than half of it, that micro-batch is scaled.
+
+    Raises:
+        ValueError: `tokens` is shorter than a batch.
+    """
+    cuda, device, notes = plan.device == "cuda", torch.device(plan.device), []
+    if plan.compile and not cuda:
+        plan = replace(plan, compile=False)
+        notes.append("not compiled")
+    if cuda:  # what `measure_rates` held is not the step's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(recipe.seed)
+    dtype = torch.bfloat16 if plan.residual == "bf16" else None
+    model = GPT(recipe.model_config, plan.op_set, dtype).to(device)
+    optimizer = configure_adamw(model, recipe, plan.optimizer)  # pyright: ignore
+    guard = Guard(GuardConfig(), device) if recipe.guard else None
+    take = TrainStep(model, optimizer, recipe, plan, guard, say=notes.append)
+    loader = DataLoaderLite(tokens, recipe.rows_per_step, recipe.block_size, recipe.order,
+                            recipe.seed, wrap_rows=recipe.batch_size)  # fmt: skip
+    clock = _Clock(cuda)
+    replayed: list[float] = []
+    with contextlib.closing(Prefetcher(loader, device)) as batches:
+        if plan.cuda_graph:  # captured before other streams have touched the gradients
+            for i in range(NUM_WARMUP + 1 + MAX_STEPS):
+                with _elapsed(cuda) as read:
+                    take(batches, recipe.max_lr)
+                replayed += [read()] if i > NUM_WARMUP else []
+        deadline = time.perf_counter() + limit_s  # compiling, above or in the first step, is apart
+        while len(clock.steps) <= MAX_STEPS and (
+            len(clock.steps) < (2 if cuda else 1) or time.perf_counter() + clock.last_s < deadline
+        ):
+            scaled = _timed_step(take, batches, clock, limit_s)
+            if scaled > 1:
+                notes.append(f"one micro-batch of {scaled}, its time scaled")
+                break
+    kept = clock.steps[1:] or clock.steps  # the first warms caches up
+    notes += [] if len(clock.steps) > 1 else ["no warm-up"]
+    phases = {p: statistics.median(step[p] for step in kept) for p in PHASES}
+    seconds = tuple(replayed or (sum(step.values()) for step in kept))
+    host = statistics.median(clock.host[1:] or clock.host) if cuda else 0.0
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    return Probe(len(seconds), phases, seconds, recipe.tokens_per_step, host, peak,
+                 ", ".join(notes))  # fmt: skip
+
+
+class _Clock:
+    """Adds up the time between marks by phase: events on CUDA, wall time on a CPU."""
+
+    def __init__(self, cuda: bool):
+        self.cuda = cuda
+        self.steps: list[dict[str, float]] = []
+        self.host: list[float] = []
+        self.marks: list[tuple[str, Any]] = []
+        self.last_s = 0.0
+
+    def mark(self, phase: str) -> None:
+        """What ran since the last mark was `phase`; "" begins a step."""
+        if not self.cuda:
+            self.marks.append((phase, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append((phase, event))
+
+    def end_step(self, started: float, scale: int) -> None:
+        self.host.append(time.perf_counter() - started)
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.last_s = time.perf_counter() - started
+        spent = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (phase, after) in pairwise(self.marks):
+            s = before.elapsed_time(after) / 1e3 if self.cuda else after - before
+            spent[phase] += s * (scale if phase in ("forward", "backward") else 1)
+        self.steps.append(spent)
+        self.marks.clear()
+
+
+def _timed_step(take: TrainStep, batches: Prefetcher, clock: _Clock, limit_s: float) -> int:
+    """The step of training/step.py with marks in it; returns what micro-batches were scaled by."""
+    optimizer, num_micro, scale = take.optimizer, take.plan.num_micro_batches, 1
+    started = time.perf_counter()
+    clock.mark("")
+    idx, targets = batches.next_batch()
+    clock.mark("data")
+    loss = torch.zeros((), device=idx.device)
+    for rows in zip(idx.chunk(num_micro), targets.chunk(num_micro), strict=True):
+        with take.autocast():
+            part = take.forward(*rows) / num_micro
+        clock.mark("forward")
+        part.backward()
+        if num_micro > 1:
+            optimizer.fold_working_gradients()
+        clock.mark("backward")
+        loss += part.detach()
+        if not clock.cuda and num_micro * (time.perf_counter() - started) > limit_s / 2:
+            scale = num_micro
+            break
+    norm = optimizer.clip(take.recipe.grad_clip)
+    optimizer.found_inf = take.guard.judge(loss, norm) if take.guard else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    clock.mark("optimizer")
+    clock.end_step(started, scale)
+    return scale
+
+
+@contextlib.contextmanager
+def _elapsed(cuda: bool) -> Iterator[Callable[[], float]]:
+    """Seconds of the block, by events on CUDA; read after it."""
+    clock = _Clock(cuda)
+    clock.mark("")
+    yield lambda: clock.steps[0]["forward"]
+    clock.mark("forward")
+    clock.end_step(0.0, 1)
+
+
+def _num_cores() -> int:
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def _nvidia_smi() -> dict[str, Any]:
+    """Fields of `Rates` for the first GPU now; {} where nvidia-smi is missing or says nothing."""
+    query = f"--query-gpu=driver_version,{','.join(SMI_FIELDS)}"
+    try:
+        out = subprocess.run(["nvidia-smi", query, "--format=csv,noheader,nounits"], text=True,
+                             capture_output=True, timeout=10, check=True).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    driver, *values = (text.strip() for text in out.partition("\n")[0].split(","))
+    state: dict[str, Any] = {"driver": driver}
+    for name, text in zip(SMI_FIELDS.values(), values, strict=False):
+        with contextlib.suppress(ValueError):  # "[N/A]"
+            state[name] = float(text)
+    return state
