@@ -1,8 +1,8 @@
 """AdamW as GPT-2 trainers use it: decay on matrices, none on biases and LayerNorms.
 
-Two implementations of one interface and one state: torch's fused kernels, and ours, which read the
-gradients twice less and write bf16 working copies in the same pass. A state dict of either, or of
-torch.optim.AdamW, loads into the other.
+Two implementations of one interface and one state: torch's fused kernels, and ours, which need no
+pass that scales the gradients and none that writes bf16 working copies. A state dict of either, or
+of torch.optim.AdamW, loads into the other.
 
 Working copies: the trainer multiplies with a bf16 copy of each matrix instead of casting it in
 every micro-batch. Gradients then arrive at the copy, and the optimizer carries them to the fp32
