@@ -128,10 +128,14 @@ def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: 
          "host launches: --cuda-graph, or a larger --batch-size"),
         (share < 0.7,
          f"forward+backward run at {100 * share:.0f}% of the matmul rate measured here"
-         + ("" if plan.compile else "; --compile fuses what lies between the products")),
+         + ("; --compile fuses what lies between the products" if not plan.compile else
+            "; uncompiled, unlike the run" if "not compiled" in probe.note else "")),
         (0 < shaped < 0.7,
          f"products of this model's shape ({tokens} x {config.n_embd} x {4 * config.n_embd}) reach "
          f"{100 * shaped:.0f}% of large ones: more rows at once, or a wider model"),
+        (shaped > 1.3,
+         f"products reached {shaped:.1f} times the large ones' rate: the machine was busy with "
+         "something else; run this again"),
         (data > 0.05,
          f"data takes {100 * data:.0f}% of a step: put the token file on a faster disk"),
         (update > 0.2,

@@ -23,7 +23,7 @@ CUDA. A compiled model saves the same: there is no matmul-free way back to these
 The peak is at one of five moments; `MemoryEstimate.moments` has them with what they add:
 
     loss      chunks of logits. Eager: 4 fp32 of (R, Vp) with R = 1024, or 2 more dweight; compiled:
-              z and dz, e each; triton: one chunk in e and the partials of its rows
+              one of them in e; triton: one, larger, in e, and the partials of its rows
     turn      the loss's backward scales dx and dweight: both exist twice
     mlp       the last layer's backward: a gradient of (M, 4C), and those of the two matrices,
               beside all that was saved
@@ -129,7 +129,7 @@ def estimate(
         R = min(M, CHUNK_TOKENS)
         logits, later = R * config.padded_vocab_size, M >= 2 * R
         if compiled:
-            loss += 2 * e * logits + head
+            loss += e * logits + (head if M > R else 0)  # dz takes the place of z
         else:
             # Of the first chunk there is no dx and dweight yet, beside a later one an old dz.
             ahead = 16 * logits + (e * (logits - R * C) if later else -e * M * C - head)

@@ -93,13 +93,13 @@ class Probe:
 
 
 def measure_rates(recipe: Recipe, machine: Machine, plan: Plan) -> Rates:
-    """Copy and matmul rates of this machine; about 2 s on a CPU, medians of several repetitions."""
+    """Copy and matmul rates of this machine; about 4 s on a CPU, medians of several repetitions."""
     cuda, device = machine.device == "cuda", torch.device(machine.device)
 
-    def median_s(call: Callable[[], object], budget_s: float = 0.4) -> float:
+    def median_s(call: Callable[[], object], budget_s: float = 0.8) -> float:
         call()
         samples, deadline = [], time.perf_counter() + budget_s
-        while len(samples) < 3 or (len(samples) < 20 and time.perf_counter() < deadline):
+        while len(samples) < 5 or (len(samples) < 50 and time.perf_counter() < deadline):
             with _elapsed(cuda) as read:
                 call()
             samples.append(read())
