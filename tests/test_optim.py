@@ -69,6 +69,24 @@ def test_clip_is_torchs_and_zero_only_measures(max_norm: float) -> None:
         torch.testing.assert_close(p.grad, g * factor, rtol=1e-6, atol=0.0)
 
 
+def test_clip_of_a_model_is_bitwise_torchs() -> None:
+    """The groups hold matrices first; the sum of the norms must not notice."""
+    model = GPT(CONFIG)
+    optimizer = configure_adamw(model, PRESETS["smoke"])
+    for seed in range(20):  # one order in a few gives another last bit
+        torch.manual_seed(seed)
+        grads = [torch.randn_like(p) for p in model.parameters()]
+        norms = []
+        for clip in (
+            lambda: optimizer.clip(1.0),
+            lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+        ):
+            for p, g in zip(model.parameters(), grads, strict=True):
+                p.grad = g.clone()
+            norms.append(clip())
+        assert torch.equal(*norms)
+
+
 def test_working_copies_train_as_autocast_does() -> None:
     """A copy cast once a step gives the bits of a cast in every forward."""
     results = []

@@ -10,7 +10,7 @@ master.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -33,9 +33,12 @@ class AdamW(torch.optim.AdamW):
 
     Attributes:
         found_inf: (), fp32; where it is 1, `step` changes nothing. None is 0.
+        clip_order: Order in which torch's `clip` adds the norms up, which decides the last bit.
+            None is that of the groups.
     """
 
     found_inf: Tensor | None = None
+    clip_order: Sequence[nn.Parameter] | None = None
 
     def __init__(
         self,
@@ -127,7 +130,8 @@ class AdamW(torch.optim.AdamW):
         if not max_norm >= 0:
             raise ValueError(f"adamw: max_norm must be 0 or more, got {max_norm}")
         self.fold_working_gradients()
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        grouped = [p for group in self.param_groups for p in group["params"]]
+        parameters = self.clip_order or grouped
         if 0 < max_norm < math.inf:
             return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -294,9 +298,11 @@ def configure_adamw(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return classes[fused](
+    optimizer = classes[fused](
         groups,
         lr=recipe.learning_rate(0),
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.eps,
     )
+    optimizer.clip_order = parameters  # bitwise what clip_grad_norm_(model.parameters()) gives
+    return optimizer
