@@ -7,10 +7,13 @@
 
 Every contestant starts from the same weights and sees the same tokens. Its loss on the first step
 and after the warm-up, and its first gradient norm, must agree with the first contestant's before
-its speed is printed.
+its speed is printed. Ours runs the step train.py runs (training/step.py) by the plan train.py would
+make for this machine. On a CPU each contestant lives in a process of its own, because ours changes
+how its process allocates memory, and they take turns.
 """
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import itertools
@@ -24,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +35,13 @@ from torch import Tensor, nn
 from bench import baseline, record, timing
 from bench.cases import Shape, find_shape
 from bench.report import table
-from kernels import Ops, parse_ops
+from kernels import Ops
 from model import GPT, MODELS, GPTConfig
 from model.flops import flops_per_token, peak_tflops
+from training.optim import configure_adamw
+from training.plan import Choices, detect, make_plan
+from training.recipes import Recipe
+from training.step import TrainStep, start_process
 
 WARMUP_STEPS = 3
 NUM_BATCHES = 8
@@ -45,6 +52,8 @@ FIRST_LOSS_TOLERANCE = 0.01
 # loss alone would pass a wrong backward.
 GRAD_NORM_TOLERANCE = 0.05
 WARM_LOSS_TOLERANCE = 0.1
+RATIO_TO = ("eager fp32", "compile fp32", "compile bf16")
+ANSWER = "bench.step worker: "  # before each line a worker means for its parent
 
 Batch = tuple[Tensor, Tensor]
 
@@ -69,10 +78,30 @@ class Setup:
     def tokens(self) -> int:
         return self.shape.M * self.accum
 
+    @property
+    def flags(self) -> list[str]:
+        """Command-line flags that give this setup."""
+        shape = f"b{self.shape.B}t{self.shape.T}"
+        return ["--model", self.model, "--shape", shape, "--accum", str(self.accum)]
+
+
+class Contestant(Protocol):
+    """Something that trains.
+
+    Attributes:
+        grad_norm: (), of the last step, before clipping; None before the first.
+    """
+
+    grad_norm: Tensor | None
+
+    def step(self, batches: Sequence[Batch]) -> Tensor:
+        """Train on micro-batches; their mean loss, ()."""
+        ...
+
 
 @dataclass
-class Contestant:
-    """A model, its optimizer and how a step is run.
+class PlainLoop:
+    """Plain PyTorch: a model, its optimizer, and the loop everyone writes.
 
     Args:
         loss_of: (idx, targets) -> scalar loss.
@@ -103,6 +132,49 @@ class Contestant:
 Build = Callable[[Setup, torch.device], Contestant]
 
 
+class Ours:
+    """The trainer's own step, by its own plan.
+
+    Args:
+        setup: As everywhere here; the plan keeps its micro-batches.
+        device: Where.
+        choices: What differs from the plan train.py would make.
+    """
+
+    def __init__(self, setup: Setup, device: torch.device, choices: Choices):
+        B, T = setup.shape.B, setup.shape.T
+        recipe = Recipe(
+            model=f"{setup.model},block_size={setup.config.block_size}", batch_size=B, block_size=T,
+            grad_accum_steps=setup.accum, max_lr=baseline.LEARNING_RATE,
+            min_lr=baseline.LEARNING_RATE, beta1=baseline.BETAS[0], beta2=baseline.BETAS[1],
+            grad_clip=baseline.CLIP_NORM, weight_decay=baseline.WEIGHT_DECAY,
+        )  # fmt: skip
+        machine = detect(device.type)
+        plan = make_plan(recipe, machine, replace(choices, micro_batch_size=B))
+        model = GPT(setup.config, plan.op_set)
+        model.load_state_dict(_weights(setup))
+        optimizer = configure_adamw(model.to(device), recipe, plan.optimizer)
+        self.take_step = TrainStep(model, optimizer, recipe, plan)
+        self.grad_norm: Tensor | None = None
+
+    def step(self, batches: Sequence[Batch]) -> Tensor:
+        outcome = self.take_step(_Rows(batches), baseline.LEARNING_RATE)
+        self.grad_norm = outcome.grad_norm
+        # The graph's buffers are written again by the next step.
+        return outcome.loss.clone()
+
+
+@dataclass
+class _Rows:
+    """A step's micro-batches as the loader hands them out: one after the other."""
+
+    batches: Sequence[Batch]
+
+    def next_batch(self) -> Batch:
+        idx, targets = zip(*self.batches, strict=True)
+        return torch.cat(idx), torch.cat(targets)
+
+
 def _contestant(
     model: nn.Module, device: torch.device, *, bf16: bool, compiled: bool, loss_index: int = -1
 ) -> Contestant:
@@ -116,7 +188,7 @@ def _contestant(
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
-    return Contestant(loss_of, list(model.parameters()), optimizer, autocast)
+    return PlainLoop(loss_of, list(model.parameters()), optimizer, autocast)
 
 
 def _weights(setup: Setup) -> dict[str, Tensor]:
@@ -134,13 +206,8 @@ def _baseline(bf16: bool, compiled: bool) -> Build:
     return build
 
 
-def _ours(ops: Callable[[], Ops], bf16: bool) -> Build:
-    def build(setup: Setup, device: torch.device) -> Contestant:
-        model = GPT(setup.config, ops())
-        model.load_state_dict(_weights(setup))
-        return _contestant(model.to(device), device, bf16=bf16, compiled=True)
-
-    return build
+def _ours(**choices: Any) -> Build:
+    return lambda setup, device: Ours(setup, device, Choices(compile=True, **choices))
 
 
 def _nanogpt(path: Path, bf16: bool, compiled: bool) -> Build:
@@ -197,21 +264,23 @@ def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[s
     On the CPU ours runs the eager ops: Triton has no CPU target, and its interpreter is a test
     instrument.
     """
-    cuda = device.type == "cuda"
-    backend = "triton" if cuda else "eager"
-    known = {
+    known: dict[str, Build] = {
         "eager fp32": _baseline(bf16=False, compiled=False),
         "eager bf16": _baseline(bf16=True, compiled=False),
         "compile fp32": _baseline(bf16=False, compiled=True),
         "compile bf16": _baseline(bf16=True, compiled=True),
-        "ours fp32": _ours(lambda: parse_ops(backend), bf16=False),
-        "ours bf16": _ours(lambda: parse_ops(backend), bf16=True),
+        "ours fp32": _ours(dtype="fp32"),
+        "ours bf16": _ours(dtype="bf16"),
     }
-    if cuda:
+    if device.type == "cuda":
         for op in (f.name for f in fields(Ops)):
-            known[f"ours bf16, {op}=eager"] = _ours(
-                lambda op=op: parse_ops(f"triton,{op}=eager"), bf16=True
-            )
+            known[f"ours bf16, {op}=eager"] = _ours(dtype="bf16", ops=f"triton,{op}=eager")
+        known |= {
+            "ours bf16, no graph": _ours(dtype="bf16", cuda_graph=False),
+            "ours bf16, torch AdamW": _ours(dtype="bf16", optimizer="torch"),
+            "ours bf16, no copies": _ours(dtype="bf16", working_copies=False),
+            "ours bf16, whole compile": _ours(dtype="bf16", compile_scope="model"),
+        }
     if nanogpt is not None:
         for compiled in (False, True):
             for bf16 in (False, True):
@@ -378,25 +447,34 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Rows of the named contestants, each with its ratio to the first and to the compiled one.
 
-    On CUDA one after the other, since two would share the memory; on the CPU in turns. A
-    contestant that runs out of memory yields a row that says so.
+    On CUDA one after the other, since two would share the memory; on the CPU in turns, each in its
+    own process (in this one where `known` brings contestants of its own). A contestant that runs
+    out of memory yields a row that says so.
 
     Raises:
         ValueError: an unknown contestant; the message names the known ones.
     """
-    known = known or known_providers(device, nanogpt)
+    builds = known or known_providers(device, nanogpt)
     for name in names:
-        if name not in known:
-            raise ValueError(f"bench: unknown provider {name!r}; known: {', '.join(known)}")
-    batches = make_batches(setup, device)
-    run = _measure_cuda if device.type == "cuda" else _measure_cpu
+        if name not in builds:
+            raise ValueError(f"bench: unknown provider {name!r}; known: {', '.join(builds)}")
+    chosen = {name: builds[name] for name in names}
+    if device.type == "cuda":
+        found = _measure_cuda(chosen, setup, device, seconds)
+    elif known:
+        batches = make_batches(setup, device)
+        prepared = {name: prepare(build, setup, device, batches) for name, build in chosen.items()}
+        replays = {name: p.replay(batches) for name, p in prepared.items()}
+        found = _measure_in_turns(prepared, replays, setup, device, seconds)
+    else:
+        found = _measure_cpu(names, setup, device, seconds, nanogpt)
     rows: list[dict[str, Any]] = []
-    for row in run({name: known[name] for name in names}, setup, device, batches, seconds):
-        for other in ("eager fp32", "compile fp32", "compile bf16"):
-            found = next((r for r in [*rows, row] if r["provider"] == other and "ms" in r), None)
-            if found and "ms" in row:
+    for row in found:
+        for other in RATIO_TO:
+            twin = next((r for r in [*rows, row] if r["provider"] == other and "ms" in r), None)
+            if twin and "ms" in row:
                 key = f"over_{other.replace(' ', '_')}"
-                row.setdefault(key, found["ms"] / row["ms"])
+                row.setdefault(key, twin["ms"] / row["ms"])
         rows.append(row)
         yield row
 
@@ -406,7 +484,8 @@ def _failed_row(name: str, setup: Setup, red: str) -> dict[str, Any]:
     return {**identity, "provider": name, "tokens": setup.tokens, "red": red}
 
 
-def _measure_cuda(builds, setup, device, batches, seconds) -> Iterator[dict[str, Any]]:
+def _measure_cuda(builds, setup, device, seconds) -> Iterator[dict[str, Any]]:
+    batches = make_batches(setup, device)
     reference = None
     torch.set_float32_matmul_precision("high")
     for name, build in builds.items():
@@ -429,9 +508,16 @@ def _measure_cuda(builds, setup, device, batches, seconds) -> Iterator[dict[str,
         del prepared
 
 
-def _measure_cpu(builds, setup, device, batches, seconds) -> Iterator[dict[str, Any]]:
-    prepared = {name: prepare(build, setup, device, batches) for name, build in builds.items()}
-    replays = {name: p.replay(batches) for name, p in prepared.items()}
+def _measure_cpu(names, setup, device, seconds, nanogpt) -> Iterator[dict[str, Any]]:
+    with contextlib.ExitStack() as held:
+        # One after the other: compiling two at a time would only take turns.
+        workers = {name: held.enter_context(Worker(name, setup, nanogpt)) for name in names}
+        prepared = {name: worker.prepared for name, worker in workers.items()}
+        replays = {name: timing.Replay(worker.step_ms, "host") for name, worker in workers.items()}
+        yield from _measure_in_turns(prepared, replays, setup, device, seconds)
+
+
+def _measure_in_turns(prepared, replays, setup, device, seconds) -> Iterator[dict[str, Any]]:
     timed = timing.interleave(
         replays, rounds=20, seconds=seconds * len(replays), warmup=0, min_rounds=3
     )
@@ -441,10 +527,73 @@ def _measure_cpu(builds, setup, device, batches, seconds) -> Iterator[dict[str, 
         row = make_row(name, setup, device, p, timed[name], red, None)
         if not red:
             # Medians of the ratios of neighbours, not ratios of medians.
-            for other in ("eager fp32", "compile fp32", "compile bf16"):
-                if other in timed:
-                    row[f"over_{other.replace(' ', '_')}"] = timing.ratio(timed[other], timed[name])
+            for other in timed:
+                if other in RATIO_TO or other.startswith("nanogpt"):
+                    key = f"over_{other.replace(' ', '_')}"
+                    row[key] = timing.ratio(timed[other], timed[name])
         yield row
+
+
+class Worker:
+    """A contestant in a process of its own, which takes a step when told to.
+
+    Args:
+        name: Of `known_providers`.
+        setup: What it trains, on the CPU.
+        nanogpt: Path of a nanoGPT model.py, for its contestants.
+
+    Raises:
+        ValueError: the process died; the message has its last line.
+    """
+
+    def __init__(self, name: str, setup: Setup, nanogpt: Path | None):
+        command = [sys.executable, "-m", "bench.step", "--worker", name, *setup.flags]
+        command += ["--device", "cpu"]
+        if nanogpt:
+            command += ["--against", "nanogpt", str(nanogpt.resolve())]
+        self.name = name
+        self.process = subprocess.Popen(
+            command, cwd=record.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.prepared = Prepared(None, **self._answer())
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()  # the worker's loop ends with its input
+        self.process.wait(60)
+        self.process.stdout.close()
+
+    def step_ms(self) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self._answer()["ms"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        raise ValueError(f"bench: the process of {self.name!r} died; its last words are above")
+
+
+def serve(name: str, setup: Setup, nanogpt: Path | None) -> None:
+    """A worker's side: prepare, then a step per line of input."""
+    device = torch.device("cpu")
+    build = known_providers(device, nanogpt)[name]
+    if name.startswith("ours"):
+        start_process(make_plan(Recipe(model=setup.model), detect("cpu")), seed=0)
+    batches = make_batches(setup, device)
+    prepared = prepare(build, setup, device, batches)
+    figures = {f: getattr(prepared, f) for f in ("first_step_s", "losses", "grad_norm")}
+    print(f"{ANSWER}{json.dumps(figures)}", flush=True)
+    replay = prepared.replay(batches)
+    for _ in sys.stdin:
+        print(f"{ANSWER}{json.dumps({'ms': replay.once()})}", flush=True)
 
 
 def step_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -491,9 +640,7 @@ def first_step(name: str, setup: Setup, device: torch.device) -> Iterator[dict[s
             "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
             "TRITON_CACHE_DIR": f"{caches}/triton",
         }
-        shape = f"b{setup.shape.B}t{setup.shape.T}"
-        command = [sys.executable, "-m", "bench.step", "--model", setup.model, "--shape", shape]
-        command += ["--accum", str(setup.accum), "--device", device.type]
+        command = [sys.executable, "-m", "bench.step", *setup.flags, "--device", device.type]
         command += ["--first-step-child", name]
         for cache in ("cold", "warm"):
             out = subprocess.run(
@@ -523,6 +670,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--against", nargs=2, metavar=("nanogpt", "PATH"))
     parser.add_argument("--first-step", action="store_true", help="cold and warm, in new processes")
     parser.add_argument("--first-step-child", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     return parser.parse_args(argv)
 
@@ -547,6 +695,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"bench: --against knows nanogpt, got {kind!r}")
         nanogpt = Path(path)
         load_nanogpt(nanogpt)  # fail before minutes of measuring
+    if args.worker:
+        serve(args.worker, setup, nanogpt)
+        return
     results = record.Results(device, args.out)
     names = args.provider or default_providers(device, nanogpt is not None)
 

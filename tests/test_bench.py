@@ -17,6 +17,8 @@ from bench.cases import CASES, MODES, Shape, find_case, find_shape, floor_ms, ma
 from bench.numerics import Comparison
 from kernels import EAGER, TRITON, Ops
 from model import GPT, GPTConfig
+from training.plan import Choices
+from training.step import TrainStep
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 8, C=32, H=2, V=128)
@@ -178,6 +180,7 @@ def test_step_rows_and_their_gate(monkeypatch):
 
     def other_weights(setup, device):
         contestant = eager(setup, device)
+        assert isinstance(contestant, step.PlainLoop)
         for p in contestant.parameters:
             p.data.mul_(1.5)
         return contestant
@@ -192,6 +195,29 @@ def test_step_rows_and_their_gate(monkeypatch):
     assert "gradient norm" in wrong["red"]
     assert "tokens_per_s" not in wrong
     assert "not shown" in step.step_table(rows)
+
+
+def test_cpu_contestants_live_in_processes_of_their_own():
+    setup = step.Setup("smoke", Shape(2, 16), accum=2)
+    with step.Worker("eager fp32", setup, None) as worker:
+        assert worker.process.pid != os.getpid()
+        assert worker.step_ms() > 0
+        batches = step.make_batches(setup, CPU)
+        here = step.prepare(step.known_providers(CPU)["eager fp32"], setup, CPU, batches)
+        assert worker.prepared.losses == pytest.approx(here.losses, rel=1e-5)
+    assert worker.process.returncode == 0
+
+
+def test_our_contestant_takes_the_trainer_s_step():
+    setup = step.Setup("smoke", Shape(2, 16), accum=2)
+    batches = step.make_batches(setup, CPU)
+    ours = step.Ours(setup, CPU, Choices(compile=False, dtype="fp32"))
+    assert isinstance(ours.take_step, TrainStep)
+    assert ours.take_step.plan.num_micro_batches == 2
+    found = step.prepare(lambda *_: ours, setup, CPU, batches)
+    plain = step.prepare(step.known_providers(CPU)["eager fp32"], setup, CPU, batches)
+    assert found.losses == pytest.approx(plain.losses, rel=1e-3)  # its softmax has no padding
+    assert found.grad_norm == pytest.approx(plain.grad_norm, rel=1e-3)
 
 
 def test_against_nanogpt_takes_a_model_by_path(tmp_path, monkeypatch):
@@ -219,7 +245,9 @@ def test_against_nanogpt_takes_a_model_by_path(tmp_path, monkeypatch):
     monkeypatch.setitem(step.MODELS, "test", TINY_CONFIG)
     names = ["eager fp32", "nanogpt eager fp32"]
     setup = step.Setup("test", Shape(2, 16))
-    rows = list(step.measure(names, setup, CPU, seconds=0.0, nanogpt=tmp_path))
+    known = step.known_providers(CPU, tmp_path)
+    known = {name: known[name] for name in names}
+    rows = list(step.measure(names, setup, CPU, seconds=0.0, known=known))
     assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], abs=1e-5)
 
 

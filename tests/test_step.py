@@ -74,7 +74,7 @@ def plain_loop(dtype: str, num_steps: int, recipe: Recipe = RECIPE) -> tuple[lis
     rows, losses = loader(recipe, recipe.batch_size), []
     for s in range(num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(s)
+            group["lr"] = float(np.float32(recipe.learning_rate(s)))  # the step's is fp32
         total = 0.0
         for _ in range(recipe.grad_accum_steps):
             idx, targets = rows.next_batch()

@@ -11,7 +11,7 @@ master.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -273,9 +273,7 @@ class TritonAdamW(AdamW):
         return slots
 
 
-def configure_adamw(
-    model: nn.Module, recipe: Recipe, fused: Literal["torch", "triton"] = "torch"
-) -> AdamW:
+def configure_adamw(model: nn.Module, recipe: Recipe, fused: str = "torch") -> AdamW:
     """AdamW for a model, one pass over each parameter on CPU and CUDA alike.
 
     Parameters of two or more dimensions decay, the others do not. The tied embedding is one

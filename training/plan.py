@@ -243,7 +243,7 @@ def make_plan(recipe: Recipe, machine: Machine, choices: Choices | None = None) 
     def needs(micro: int) -> int:
         return memory.estimate(
             recipe.model_config, micro, recipe.block_size, dtype=dtype, ops=ops, compiled=compile,
-            working_copies=working_copies, num_micro_batches=rows // micro,
+            working_copies=working_copies, num_micro_batches=rows // micro, residual=asked.residual,
         ).total  # fmt: skip
 
     micro = asked.micro_batch_size or recipe.batch_size

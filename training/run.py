@@ -7,7 +7,7 @@ loss.png, summary.json and report.html.
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,7 @@ def finish(run: Run, model: GPT, log: RunLog, progress: Progress, reached: int |
 
 def _write_samples(run: Run, model: GPT, say: Callable[[str], None]) -> None:
     """samples.txt: continuations of a few words of held-out text, within the trained context."""
-    text: Sequence[Any] = run.val_tokens
+    text = run.val_tokens
     if len(text) <= PROMPT_TOKENS * NUM_SAMPLES:
         text = run.train_tokens
     starts = np.linspace(0, len(text) - PROMPT_TOKENS, NUM_SAMPLES + 1, dtype=int)[:-1]

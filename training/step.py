@@ -17,13 +17,13 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from model import GPT
-from training.data import Prefetcher
 from training.distributed import ALONE, World
 from training.guard import Guard
 from training.optim import AdamW
@@ -33,6 +33,12 @@ from training.recipes import Recipe
 # Steps before the capture: kernels get compiled, cuBLAS takes its workspaces, AdamW its moments.
 # They are steps of the run like any other.
 NUM_WARMUP = 3
+
+
+class Rows(Protocol):
+    """Gives the rows of one step after the other; see training.data.Prefetcher."""
+
+    def next_batch(self) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,11 @@ class TrainStep:
         self.outcome: Outcome | None = None
         self.num_steps = 0
 
-    def __call__(self, batches: Prefetcher, lr: float, stop: bool = False) -> Outcome:
+    def __call__(self, batches: Rows, lr: float, stop: bool = False) -> Outcome:
         """Take one step.
 
         Args:
-            batches: Gives the step's rows, (rows, T) each.
+            batches: Gives the step's rows and their targets, (rows, T) int64 each.
             lr: Learning rate of the update.
             stop: This rank was asked to stop; travels to all ranks with the loss.
 
@@ -181,7 +187,7 @@ class TrainStep:
         self.plan = replace(self.plan, micro_batch_size=micro, num_micro_batches=rows // micro)
         self.say(f"memory: {before} rows at once do not fit, going on with {micro}; same rows")
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """Context of every forward of this plan, evaluation included."""
         if self.plan.dtype == "bf16":
             return torch.autocast(self.plan.device, torch.bfloat16)
