@@ -12,7 +12,7 @@ TRAIN_FLAGS = $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data $(DATA)) \
 # `make sample PROMPT="ROMEO:" MODEL=runs/smoke ARGS="--temperature 0 --num-samples 3"`
 MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
 
-.PHONY: help setup setup-dev train sample demo test test-slow bench bench-step profile report numerics \
+.PHONY: help setup setup-dev train doctor sample demo test test-slow bench bench-step profile report numerics \
 	resources torture mutants check fix clean
 .DEFAULT_GOAL := help
 
@@ -33,6 +33,9 @@ $(VENV)/.setup-dev: requirements-dev.txt $(VENV)/.setup
 
 train: setup ## train, sample, draw the loss curve, save the model (DATA= PRESET= STEPS= OUT= ARGS=)
 	$(PY) train.py $(TRAIN_FLAGS)
+
+doctor: setup ## what limits training on this machine and what to change; under a minute (PRESET= ARGS=)
+	$(PY) train.py --explain $(TRAIN_FLAGS)
 
 sample: setup ## continue a prompt with the newest model, or another (PROMPT= MODEL= ARGS=)
 	$(PY) -m model.generate $(MODEL_FLAG) --prompt "$(PROMPT)" $(ARGS)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from model import GPT
+from model.flops import flops_per_token
 from training.data import DataLoaderLite, Prefetcher, Tokens
 from training.guard import Guard, GuardConfig
 from training.optim import configure_adamw
@@ -26,6 +27,8 @@ from training.step import NUM_WARMUP, TrainStep
 
 MAX_STEPS = 10
 PROBE_S = 20.0  # with the import, the rates and a step of GPT-2 124M on two cores under a minute
+# Of a step; above it ten compiled steps and the compiling take more than a minute of two cores.
+MAX_COMPILED_FLOPS = 2e11
 PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer")
 # nvidia-smi's names of the fields of `Rates` that it fills.
 SMI_FIELDS = {"power.limit": "power_limit_w", "power.max_limit": "power_max_w",
@@ -138,7 +141,7 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     """Take up to ten steps as train.py takes them, its numerics set before, and time their phases.
 
     Args:
-        recipe, plan: What to run. A CPU runs it uncompiled: compiling takes longer than the probe.
+        recipe, plan: What to run. Not compiled where a step on a CPU is longer than compiling.
         tokens: (N,) uint16, to draw rows from.
         limit_s: No step begins after so many seconds. On a CPU, where one micro-batch of many
             shows that a step would take more than half of it, that micro-batch is scaled.
@@ -147,7 +150,8 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
         ValueError: `tokens` is shorter than a batch.
     """
     cuda, device, notes = plan.device == "cuda", torch.device(plan.device), []
-    if plan.compile and not cuda:
+    flops = flops_per_token(recipe.model_config, recipe.block_size) * recipe.tokens_per_step
+    if plan.compile and not cuda and flops > MAX_COMPILED_FLOPS:
         plan = replace(plan, compile=False)
         notes.append("not compiled")
     if cuda:  # what `measure_rates` held is not the step's
@@ -164,6 +168,8 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     clock = _Clock(cuda)
     replayed: list[float] = []
     with contextlib.closing(Prefetcher(loader, device)) as batches:
+        if plan.compile and not cuda:
+            take(batches, recipe.max_lr)
         if plan.cuda_graph:  # captured before other streams have touched the gradients
             for i in range(NUM_WARMUP + 1 + MAX_STEPS):
                 with _elapsed(cuda) as read:
