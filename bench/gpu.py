@@ -6,17 +6,18 @@
 Each part runs in a process of its own with its share of the time, so that an illegal access or a
 hang in one costs only that one; time a part leaves is shared among those after it. Rows are written
 to DIR/result.json as they come, the output of the parts to DIR/log.txt. A short table comes last.
-Nothing is downloaded and nothing but torch, triton and numpy is needed; what is missing costs its
-own rows only. `--tokens` is a headerless uint16 token file; without one the training parts read
+Nothing is downloaded and nothing but torch, triton, numpy and tyro is needed; what is missing costs
+its own rows only. `--tokens` is a headerless uint16 token file; without one the training parts read
 this project's own source as bytes.
 
     numerics   every op in fp32, fp16, bf16 against float64, on the device
     ops        each op beside its rivals, with the machine's limits
     step       the whole step beside plain PyTorch, ablation, first step cold and warm
+    optimizer  clip and AdamW alone, ours beside torch's
     train      500 steps, Triton ops against eager ops, same seed
     seed       the Shakespeare recipe until its loss is below 0.09, cold and warm caches
     tune       proposals for the launch tables
-    tests      the ops' own tests, natively
+    tests      the tests of the ops, the optimizer and the step, natively
     sanitizer  compute-sanitizer on every op, and on a planted overrun that it must find
     profile    where a step's time goes; writes DIR/trace.json.gz
     generate   tokens a second of the 124M model
@@ -24,6 +25,7 @@ this project's own source as bytes.
 """
 
 import argparse
+import contextlib
 import gzip
 import os
 import shutil
@@ -34,7 +36,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,18 @@ from bench import baseline, ops, record, step, timing
 from bench.cases import CASES, GPU_SHAPES, Shape, find_shape
 from kernels import Ops, parse_ops
 from model import GPT, MODELS
+from training.data import DataLoaderLite, Prefetcher
+from training.optim import configure_adamw
+from training.plan import detect, make_plan
+from training.recipes import PRESETS
+from training.step import TrainStep, start_process
 
 # Part -> weight of its share of the time; the order is that of importance and of running.
 PARTS: dict[str, float] = {
     "numerics": 1.0,
     "ops": 3.0,
     "step": 3.0,
+    "optimizer": 0.3,
     "train": 1.5,
     "seed": 1.5,
     "tune": 2.0,
@@ -150,7 +158,8 @@ def run_step(job: Job) -> None:
     seed = step.Setup("124m", find_shape("b16t64"), accum=4)
     merged = step.Setup("124m", Shape(64, 64))
     main = ["compile bf16", "ours bf16", "eager bf16", "eager fp32"]
-    ablation = ["ours bf16", *(f"ours bf16, {f.name}=eager" for f in fields(Ops))]
+    known = step.known_providers(job.device)
+    ablation = [name for name in known if name.startswith("ours bf16")]
     todo: list[tuple[str, step.Setup, list[str]]] = [
         ("step", large, main),
         ("step", seed, main[:2]),
@@ -235,6 +244,12 @@ def drift(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.abs(smooth[0] - smooth[1]).max())
 
 
+def run_optimizer(job: Job) -> None:
+    from bench import optimizer
+
+    optimizer.run("124m", job.device, job.results, seconds=2.0)
+
+
 def run_train(
     job: Job,
     steps: int = TRAIN_STEPS,
@@ -282,42 +297,39 @@ def run_seed(job: Job) -> None:
 
 
 def run_seed_once(job: Job, cache: str) -> None:
-    """16 x 64 x 4 as one batch of 64 rows; stops at the first loss under the target."""
+    """The recipe by the plan of this machine; stops at the first loss under the target."""
     start = time.monotonic()
-    torch.set_float32_matmul_precision("high")
-    torch.manual_seed(1337)
-    net = GPT(MODELS["124m"], parse_ops("triton")).to(job.device)
-    call = torch.compile(net)
-    optimizer = baseline.make_optimizer(net)
-    tokens = torch.from_numpy(read_tokens(job.tokens)).to(job.device)
+    recipe = PRESETS["shakespeare-124m"]
+    plan = make_plan(recipe, detect("cuda"))
+    start_process(plan, recipe.seed)
+    model = GPT(recipe.model_config, plan.op_set).to(job.device)
+    optimizer = configure_adamw(model, recipe, plan.optimizer)
+    take_step = TrainStep(model, optimizer, recipe, plan)
+    tokens = read_tokens(job.tokens).astype(np.uint16)
+    loader = DataLoaderLite(tokens, recipe.rows_per_step, recipe.block_size, recipe.order,
+                            wrap_rows=recipe.batch_size)  # fmt: skip
     losses: list[float] = []
     lagging: torch.Tensor | None = None
     first_s = 0.0
-    for i, (idx, targets) in enumerate(windows(tokens, 64, 64, 16)):
-        for group in optimizer.param_groups:
-            group["lr"] = baseline.LEARNING_RATE * min(1.0, (i + 1) / 1000)
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = call(idx, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), baseline.CLIP_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if lagging is not None:  # read a step late, so that the host does not wait for this step
-            losses.append(lagging.item())
-        lagging = loss.detach()
-        if i == 1:
-            torch.cuda.synchronize()
-            first_s = time.monotonic() - start
-        if (losses and losses[-1] < SEED_TARGET_LOSS) or job.left_s < 0:
-            break
+    with contextlib.closing(Prefetcher(loader, job.device)) as batches:
+        for i in range(recipe.max_steps):
+            loss = take_step(batches, recipe.learning_rate(i)).loss.clone()
+            if lagging is not None:  # read a step late, so the host does not wait for this step
+                losses.append(lagging.item())
+            lagging = loss
+            if i == 0:
+                torch.cuda.synchronize()
+                first_s = time.monotonic() - start
+            if (losses and losses[-1] < recipe.target_loss) or job.left_s < 0:
+                break
     seconds = time.monotonic() - start
     reached = losses[-1] < SEED_TARGET_LOSS
-    rate = (len(losses) - 2) * 4096 / (seconds - first_s)
+    rate = (len(losses) - 1) * recipe.tokens_per_step / (seconds - first_s)
     job.results.add(
         "train",
         {
             "recipe": f"{text_of(job.tokens)}, GPT-2 124M, 16x64x4, to loss < {SEED_TARGET_LOSS}",
-            "provider": f"triton, torch.compile, {cache} caches",
+            "provider": f"{plan.describe().removeprefix('plan: ')}, {cache} caches",
             "verdict": f"loss {losses[-1]:.3f} after {len(losses)} steps"
             + ("" if reached else " (cut off)"),
             "holds": reached,
@@ -341,9 +353,8 @@ def run_tune(job: Job) -> None:
 
 def run_tests(job: Job) -> None:
     """The ops' tests as they stand, on the device; no interpreter."""
-    files = [
-        f"tests/test_{op}.py" for op in CASES if (record.ROOT / f"tests/test_{op}.py").exists()
-    ]
+    names = [*CASES, "adamw", "step"]
+    files = [f"tests/test_{n}.py" for n in names if (record.ROOT / f"tests/test_{n}.py").exists()]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-p", "no:cacheprovider"]
     tail = ""

@@ -106,14 +106,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench.optimizer: needs a GPU; interpreted kernels have no speed to measure")
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
+    return run(args.model, device, record.Results(device, args.out), args.seconds)
+
+
+def run(model: str, device: torch.device, results: record.Results, seconds: float) -> int:
+    """Measure, write the rows, print the table; 1 where the weights disagree."""
     rows: list[dict[str, Any]] = []
     for working in (False, True):
-        found, apart = measure(args.model, working, device, args.seconds)
+        found, apart = measure(model, working, device, seconds)
         if apart > TOLERANCE:
             print(f"working={working}: weights differ by {apart:.2g}, over {TOLERANCE}; not timed")
             return 1
         rows += found
-    record.Results(device, args.out).put("optimizer", {"rows": rows})
+    results.put("optimizer", {"rows": rows})
     print(
         table(
             ["gradients", "who", "ms", "spread", "GB/s", "of limit", "x torch"],

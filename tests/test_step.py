@@ -18,7 +18,7 @@ from model import GPT
 from training.data import DataLoaderLite, Prefetcher
 from training.guard import Guard, GuardConfig
 from training.optim import configure_adamw
-from training.plan import Choices, Machine, make_plan
+from training.plan import Choices, Machine, detect, make_plan
 from training.recipes import Recipe
 from training.resume import restore
 from training.step import NUM_WARMUP, TrainStep
@@ -274,6 +274,27 @@ def test_a_bad_step_is_skipped_and_working_copies_follow_a_rollback() -> None:
     restore(saved, step.model, step.optimizer, step.guard)
     for name, copy in step.copies.items():
         torch.testing.assert_close(copy.detach(), kept[name], rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["torch", "triton"])
+def test_a_captured_step_changes_no_bit(optimizer: str, capsys: pytest.CaptureFixture) -> None:
+    found = []
+    for graph in (False, True):
+        torch.manual_seed(RECIPE.seed)
+        asked = choices(dtype="bf16", ops="triton", optimizer=optimizer, cuda_graph=graph)
+        made = make_plan(RECIPE, detect("cuda"), asked)
+        model = GPT(replace(RECIPE.model_config, vocab_size=500), made.op_set).to("cuda")
+        made_optimizer = configure_adamw(model, RECIPE, made.optimizer)
+        guard = Guard(GuardConfig(), torch.device("cuda"))
+        step = TrainStep(model, made_optimizer, RECIPE, made, guard)
+        with contextlib.closing(Prefetcher(loader(RECIPE, 8), "cuda")) as batches:
+            losses = [step(batches, RECIPE.learning_rate(s)).loss.clone() for s in range(20)]
+        assert (step.graph is not None) == graph, capsys.readouterr().out
+        found.append((torch.stack(losses), [p.detach().clone() for p in model.parameters()]))
+    (plain, weights), (captured, same) = found
+    assert torch.equal(plain, captured)
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
 
 
 @pytest.mark.slow
