@@ -599,14 +599,12 @@ def serve(name: str, setup: Setup, nanogpt: Path | None) -> None:
 def step_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a table, slowest explanation first: tokens/s is what a user buys."""
     cuda = any(row.get("mfu_palm") for row in rows)
-    baseline_key = "over_compile_bf16" if cuda else "over_eager_fp32"
-    header = [
-        "what runs",
-        "tokens/s",
-        "ms/step",
-        "spread",
-        f"x {baseline_key[5:].replace('_', ' ')}",
-    ]
+    wanted = ["over_compile_bf16" if cuda else "over_eager_fp32"]
+    wanted += [f"over_{r['provider'].replace(' ', '_')}" for r in rows
+               if r["provider"].startswith("nanogpt")]  # fmt: skip
+    keys = [key for key in wanted if any(key in row for row in rows)]
+    header = ["what runs", "tokens/s", "ms/step", "spread"]
+    header += [f"x {key[5:].replace('_', ' ')}" for key in keys]
     header += ["MFU palm / llmc", "peak GiB"] if cuda else ["TFLOP/s"]
     header += ["first step s"]
     lines = []
@@ -619,7 +617,7 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['tokens_per_s']:,.0f}",
             f"{row['ms']:,.1f}",
             f"{100 * row['cov']:.1f}%" + (" !" if row["noisy"] else ""),
-            f"{row[baseline_key]:.2f}" if baseline_key in row else "",
+            *(f"{row[key]:.2f}" if key in row else "" for key in keys),
         ]
         if cuda:
             cells += [f"{100 * row['mfu_palm']:.1f}% / {100 * row['mfu_llmc']:.1f}%"]
