@@ -10,14 +10,14 @@ import contextlib
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
 import tyro
 
-from model import GPT
+from model import GPT, hf
 from training import checkpoint, distributed, metrics, resume
 from training.data import load_corpus
 from training.distributed import ALONE, World, refuse_mismatch, share
@@ -26,7 +26,7 @@ from training.guard import Guard, GuardConfig
 from training.metrics import RunLog
 from training.optim import configure_adamw
 from training.plan import Choices, detect, make_plan
-from training.recipes import Recipe, find_preset
+from training.recipes import Recipe, find_preset, spell_model
 from training.resume import Progress, RunFailed
 from training.run import Run, data_loader, finish, open_run_folder
 from training.signals import EXIT_RESUMABLE, StopRequest
@@ -51,6 +51,9 @@ class Config:
     there, else tiny Shakespeare."""
     out: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Run folder. Default: runs/PRESET, with a number once that one holds a finished run."""
+    init: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Fine-tune: start from the weights of a GPT-2 folder, a run folder or a safetensors file; they
+    decide --model too. A checkpoint to resume from comes first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
@@ -130,6 +133,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
              "val_tokens": len(val_tokens)}  # fmt: skip
     refuse_mismatch(world, {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()},
                             "data": corpus.sha256, "torch": torch.__version__})  # fmt: skip
+    initial = GPT.from_pretrained(cfg.init).state_dict() if cfg.init else None
     out = world.first(lambda: open_run_folder(cfg.out, cfg.preset, recipe))
     found = resume.find(cfg.resume, out, world.say)
     if found is not None:
@@ -138,7 +142,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
         world.say("\n".join([f"resume: {found[0]}, {found[1].step} steps done", *notes]))
     flags = {k: v for k, v in asdict(cfg).items() if k != "recipe"}
     return Run(cfg.preset, recipe, plan, world, out, flags, train_tokens, val_tokens, facts,
-               found and found[1])  # fmt: skip
+               found and found[1], initial)  # fmt: skip
 
 
 def train(cfg: Config, run: Run, stop: StopRequest) -> int:
@@ -148,6 +152,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     residual_dtype = torch.bfloat16 if plan.residual == "bf16" else None
     model = GPT(recipe.model_config, plan.op_set, residual_dtype)
     model.trained_context = recipe.block_size
+    if run.initial is not None:
+        model.load_state_dict(run.initial)
     model.to(plan.device)
     optimizer = configure_adamw(model, recipe, plan.optimizer)
     guard = Guard(GuardConfig(), torch.device(plan.device)) if recipe.guard else None
@@ -226,18 +232,29 @@ def leave(run: Run, step: int, writer: checkpoint.Writer, log: RunLog, stop: Sto
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """Read the flags; the preset decides what their defaults are."""
-    named = [value for flag, value in pairwise([*arguments, ""]) if flag == "--preset"]
-    named += [flag.partition("=")[2] for flag in arguments if flag.startswith("--preset=")]
-    preset = named[-1] if named else DEFAULT_PRESET["cuda" if torch.cuda.is_available() else "cpu"]
+    """Read the flags; the preset and the weights to start from decide the defaults."""
+    preset = _value_of("--preset", arguments)
+    preset = preset or DEFAULT_PRESET["cuda" if torch.cuda.is_available() else "cpu"]
+    recipe = find_preset(preset)
+    if init := _value_of("--init", arguments):
+        if _value_of("--model", arguments):
+            raise ValueError(f"model: --init {init} decides the model; leave --model out")
+        recipe = replace(recipe, model=spell_model(hf.read_config(init)))
     # tyro wants a value after a flag of three states.
     states = ("compile", "working-copies", "cuda-graph")
     values = {f"--{name}": ["True"] for name in states} | {
         f"--no-{name}": ["False"] for name in states
     }
     spelled = [part for flag in arguments for part in (flag, *values.get(flag, ()))]
-    default = Config(recipe=find_preset(preset), preset=preset)
+    default = Config(recipe=recipe, preset=preset)
     return tyro.cli(Config, args=spelled, default=default, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+    """What follows the last flag `name`, before tyro reads them all."""
+    found = [value for flag, value in pairwise([*arguments, ""]) if flag == name]
+    found += [f.partition("=")[2] for f in arguments if f.startswith(name + "=")]
+    return found[-1] if found else None
 
 
 def explain_plan(cfg: Config) -> int:

@@ -40,6 +40,7 @@ class Knob:
         kernel: First argument of the chooser that means this kernel; None if it has but one.
         blocks: Values to try for each block size, in the order of the candidates.
         num_warps, num_stages: Values to try.
+        divides: (a, b) where block size a must divide b.
     """
 
     op: str
@@ -50,6 +51,7 @@ class Knob:
     blocks: Mapping[str, tuple[int, ...]]
     num_warps: tuple[int, ...]
     num_stages: tuple[int, ...]
+    divides: tuple[str, str] | None = None
 
     @property
     def label(self) -> str:
@@ -61,7 +63,7 @@ class Knob:
 
 
 _GEMM = {"BLOCK_M": (128, 64, 256), "BLOCK_N": (128, 256, 64), "BLOCK_K": (64, 32)}
-_ATTENTION = {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128)}
+_ATTENTION = {"BLOCK_M": (64, 128, 32), "BLOCK_N": (64, 128, 32)}
 
 KNOBS: tuple[Knob, ...] = (
     Knob("gelu_mlp", "fwd", "gelu_mlp", "_launch", "up", _GEMM, (8, 4), (3, 4, 2)),
@@ -70,6 +72,7 @@ KNOBS: tuple[Knob, ...] = (
         Knob(
             "causal_attention", mode, "causal_attention", "_launch", kernel,
             _ATTENTION, (4, 8), (2, 3),
+            ("BLOCK_M", "BLOCK_N") if kernel == "dkdv" else ("BLOCK_N", "BLOCK_M"),
         )
         for mode, kernel in (("fwd", "fwd"), ("bwd", "dq"), ("bwd", "dkdv"))
     ),
@@ -147,6 +150,8 @@ def candidates(knob: Knob, present: Launch) -> Iterator[Launch]:
 
     for values, warps, stages in sorted(space, key=distance):
         pairs = tuple((blocks | values).items())
+        if knob.divides and dict(pairs)[knob.divides[1]] % dict(pairs)[knob.divides[0]]:
+            continue
         launch = Launch(pairs, warps, stages, source="candidate")
         if replace(launch, source=present.source) != present:
             yield launch

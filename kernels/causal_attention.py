@@ -120,6 +120,7 @@ def _attention_fwd_kernel(
     STORE_LSE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
+    tl.static_assert(BLOCK_M % BLOCK_N == 0)  # the unmasked blocks end where the diagonal begins
     num_blocks = tl.cdiv(T, BLOCK_M)
     head = tl.program_id(0) // num_blocks  # blocks of one head are neighbours: its k, v stay in L2
     # Late queries see the most keys: starting them first keeps the last wave short.
@@ -206,6 +207,7 @@ def _attention_dq_kernel(
     BLOCK_N: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
+    tl.static_assert(BLOCK_M % BLOCK_N == 0)
     num_blocks = tl.cdiv(T, BLOCK_M)
     head = tl.program_id(0) // num_blocks
     first = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_M
@@ -300,6 +302,7 @@ def _attention_dkdv_kernel(
     BLOCK_N: tl.constexpr,  # a multiple of BLOCK_M
     INPUT_PRECISION: tl.constexpr,
 ):
+    tl.static_assert(BLOCK_N % BLOCK_M == 0)
     num_blocks = tl.cdiv(T, BLOCK_N)
     head = tl.program_id(0) // num_blocks
     first = (tl.program_id(0) % num_blocks) * BLOCK_N  # early keys are seen by most: they go first

@@ -5,7 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from training.recipes import PRESETS, PUBLISHED_LOSS, Recipe, find_preset, parse_model
+from model import MODELS, GPTConfig
+from training.recipes import (
+    PRESETS,
+    PUBLISHED_LOSS,
+    Recipe,
+    find_preset,
+    parse_model,
+    spell_model,
+)  # fmt: skip
 
 SEED = PRESETS["shakespeare-124m"]
 
@@ -94,3 +102,16 @@ def test_model_sizes_with_changes() -> None:
     config = parse_model("small, n_embd=320,n_head=5,dropout=0.1")
     assert (config.n_layer, config.n_embd, config.n_head, config.dropout) == (6, 320, 5, 0.1)
     assert config.vocab_size == 50257
+
+
+@pytest.mark.parametrize("spec", [*MODELS, "124m,n_layer=3,dropout=0.25", "tiny,n_embd=64"])
+def test_a_shape_spelled_reads_back(spec: str) -> None:
+    config = parse_model(spec)
+    assert parse_model(spell_model(config)) == config
+    if spec in MODELS:
+        assert spell_model(config) == spec
+
+
+def test_a_shape_no_recipe_has_cannot_be_spelled() -> None:
+    with pytest.raises(ValueError, match="vocab_size must be 50257 to be trained here, got 51200"):
+        spell_model(GPTConfig(vocab_size=51_200))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from model import GPT
+from model import GPT, GPTConfig
 from training import metrics
 from training.evaluate import evaluate_tokens
 from training.metrics import RunLog
@@ -246,7 +246,24 @@ def test_a_finished_run_is_not_overwritten(text: Path, tmp_path: Path, monkeypat
     assert train.prepare(cfg).out == Path("runs/smoke-2")
 
 
+def test_init_starts_from_given_weights(text: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    given = GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=32))
+    given.save_pretrained(tmp_path / "given")
+    still = ["--max-lr", "0", "--min-lr", "0", "--steps", "1"]
+    for name, init in (("folder", "given"), ("file", "given/model.safetensors")):
+        run_here(text, tmp_path / name, "--init", str(tmp_path / init), *still)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        # The file knows its sizes from shapes alone, with heads of 64 where they fit.
+        assert config["recipe"]["model"].startswith("124m,block_size=64,n_layer=1")
+        saved = load_file(tmp_path / name / "model" / "model.safetensors")
+        for key, value in load_file(tmp_path / "given" / "model.safetensors").items():
+            assert torch.equal(saved[key], value), key
+
+
 BAD = {
+    "init": (["--init", "{tmp}/folder"], "{tmp}/folder"),
+    "init and model": (["--init", "x", "--model", "tiny"], "--init x decides the model"),
     "no such file": (["--data", "{tmp}/absent.txt"], "data: no such file: {tmp}/absent.txt"),
     "empty file": (["--data", "{tmp}/empty.txt"], "data: {tmp}/empty.txt is empty"),
     "not utf-8": (["--data", "{tmp}/latin.txt"], "byte 0xe9 at offset 3"),

@@ -6,7 +6,7 @@ losses, whatever the plan.
 
 import difflib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -14,6 +14,10 @@ import tyro
 from model import MODELS, GPTConfig
 
 Order = Literal["sequential", "shuffled"]
+
+
+_CHANGEABLE: dict[str, type] = {"block_size": int, "n_layer": int, "n_head": int, "n_embd": int,
+                                "dropout": float}  # fmt: skip
 
 
 def parse_model(spec: str) -> GPTConfig:
@@ -25,20 +29,37 @@ def parse_model(spec: str) -> GPTConfig:
     size, *changes = (part.strip() for part in spec.split(","))
     if size not in MODELS:
         raise ValueError(f"model: unknown size {size!r}{_nearest(size, [*MODELS])}")
-    types: dict[str, type] = {"block_size": int, "n_layer": int, "n_head": int, "n_embd": int,
-                              "dropout": float}  # fmt: skip
-    fields: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     for change in changes:
         name, _, value = change.partition("=")
-        if name not in types:
-            raise ValueError(f"model: cannot change {change!r}; the fields are {[*types]}")
+        if name not in _CHANGEABLE:
+            raise ValueError(f"model: cannot change {change!r}; the fields are {[*_CHANGEABLE]}")
         try:
-            fields[name] = types[name](value)
+            changed[name] = _CHANGEABLE[name](value)
         except ValueError:
             raise ValueError(
-                f"model: {name} must be of type {types[name].__name__}, got {value!r}"
+                f"model: {name} must be of type {_CHANGEABLE[name].__name__}, got {value!r}"
             ) from None
-    return replace(MODELS[size], **fields)
+    return replace(MODELS[size], **changed)
+
+
+def spell_model(config: GPTConfig) -> str:
+    """What `parse_model` reads as `config`: a size, or the first with all that differs.
+
+    Raises:
+        ValueError: it differs in what a recipe cannot change, as in the vocabulary.
+    """
+    fixed = [f.name for f in fields(GPTConfig) if f.name not in _CHANGEABLE]
+    for name in fixed:
+        if (value := getattr(config, name)) != (wanted := getattr(GPTConfig(), name)):
+            raise ValueError(f"model: {name} must be {wanted} to be trained here, got {value}")
+    for name, known in MODELS.items():
+        if known == config:
+            return name
+    base = next(iter(MODELS))
+    changed = (f"{name}={getattr(config, name)}" for name in _CHANGEABLE
+               if getattr(config, name) != getattr(MODELS[base], name))  # fmt: skip
+    return ",".join([base, *changed])
 
 
 def _nearest(name: str, names: list[str]) -> str:

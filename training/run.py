@@ -50,6 +50,7 @@ class Run:
         train_tokens, val_tokens: Both ends of the corpus.
         corpus: Its name, hash and counts.
         saved: Checkpoint to go on from; None starts afresh.
+        initial: Weights to start afresh from; None draws them.
     """
 
     preset: str
@@ -62,6 +63,7 @@ class Run:
     val_tokens: Tokens
     corpus: dict[str, Any]
     saved: Checkpoint | None = None
+    initial: dict[str, torch.Tensor] | None = None
 
     def open_batches(self, progress: Progress) -> Prefetcher:
         """The rows of each step from `progress` on, (rows of a step on this rank, T)."""
