@@ -40,7 +40,8 @@ class Config:
     """Train a GPT-2 from a text file.
 
     The recipe (--preset) says what is trained; each of its fields is a flag, shown below with the
-    value it has in the chosen preset. The plan (from --device on) says how it runs.
+    value it has in the chosen preset. The plan (--device, then --ops and all
+    below it) says how it runs.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -298,4 +299,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.end_process(main())

@@ -121,7 +121,7 @@ def test_dead_rank_ends_the_job_and_one_rank_finishes_what_two_began(text, alone
 @pytest.mark.slow
 @linux_only
 def test_torchrun_restarts_a_job_from_its_checkpoint(text, alone):
-    process = start(job(text, "again", 2, restarts=1))
+    process = start(job(text, "again", 2, restarts=3))
     signal_rank(process, text, "again", 1, signal.SIGKILL)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
