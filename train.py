@@ -214,7 +214,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             log.step(step, outcome.loss, outcome.grad_norm, lr, batches.position, outcome.bad,
                      outcome.asked_to_stop)  # fmt: skip
             progress.step += 1
-        finish(run, model, log, progress, reached)
+        finish(run, model, log, progress, reached, take_step.autocast)
     if stop:  # it came after the last step; everything is written
         world.say(f"{stop.signal}: the run is complete")
     return 0
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         world.say("\n  ".join([run.plan.describe(), *run.plan.notes]))
         try:
             return train(cfg, run, stop)
-        except RunFailed as error:
+        except (RunFailed, checkpoint.CheckpointError) as error:
             print(f"train.py: {error}", file=sys.stderr)
             return 1
 

@@ -247,7 +247,8 @@ def drift(a: Sequence[float], b: Sequence[float]) -> float:
 def run_optimizer(job: Job) -> None:
     from bench import optimizer
 
-    optimizer.run("124m", job.device, job.results, seconds=2.0)
+    if optimizer.run("124m", job.device, job.results, seconds=2.0):
+        raise RuntimeError("optimizer: the weights of ours and of torch's differ")
 
 
 def run_train(
@@ -292,7 +293,9 @@ def run_seed(job: Job) -> None:
             command = [sys.executable, "-m", "bench.gpu", "--child", "seed-run", "--cache", cache]
             command += ["--out", str(job.out), "--seconds", str(job.left_s - 5)]
             command += ["--tokens", str(job.tokens)] if job.tokens else []
-            subprocess.run(command, cwd=record.ROOT, env=env, check=False)
+            command += ["--commit", job.results.data["commit"]]
+            if code := subprocess.run(command, cwd=record.ROOT, env=env, check=False).returncode:
+                print(f"seed: the process with {cache} caches ended with {code}", flush=True)
     job.results.data = record.load(job.results.path)
 
 
@@ -322,8 +325,10 @@ def run_seed_once(job: Job, cache: str) -> None:
                 first_s = time.monotonic() - start
             if (losses and losses[-1] < recipe.target_loss) or job.left_s < 0:
                 break
+    assert lagging is not None
+    losses.append(lagging.item())
     seconds = time.monotonic() - start
-    reached = losses[-1] < SEED_TARGET_LOSS
+    reached = min(losses) < SEED_TARGET_LOSS
     rate = (len(losses) - 1) * recipe.tokens_per_step / (seconds - first_s)
     job.results.add(
         "train",
@@ -468,6 +473,7 @@ RUN: dict[str, Callable[[Job], None]] = {
     "numerics": run_numerics,
     "ops": run_ops,
     "step": run_step,
+    "optimizer": run_optimizer,
     "train": run_train,
     "seed": run_seed,
     "tune": run_tune,

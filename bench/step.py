@@ -360,6 +360,8 @@ def event_steps(prepared: Prepared, batches: list[list[Batch]], seconds: float) 
     """Device-event times between step ends, no synchronisation in between, as training runs."""
     contestant = prepared.contestant
     assert contestant is not None
+    contestant.step(batches[0])  # ours captures its graph in the fourth step
+    torch.cuda.synchronize()
     probe = timing.host_replay(
         lambda: (contestant.step(batches[0]), torch.cuda.synchronize())
     ).once()
@@ -493,10 +495,13 @@ def _measure_cuda(builds, setup, device, seconds) -> Iterator[dict[str, Any]]:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        prepared = timed = None
         try:
             prepared = prepare(build, setup, device, batches)
             timed = event_steps(prepared, batches, seconds)
         except torch.cuda.OutOfMemoryError:
+            prepared = None  # the next one needs the room
+        if prepared is None or timed is None:
             yield _failed_row(name, setup, "out of memory")
             continue
         state = timing.gpu_state()  # right after the work, while clocks still show it

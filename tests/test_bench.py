@@ -499,3 +499,7 @@ def test_every_op_is_in_the_sweeps_and_figures():
         assert f"sweep-{op}" in report.FIGURES
         assert len(case.sweep) >= 5
     assert np.all(np.diff([s.M for s in CASES["layer_norm"].sweep]) > 0)
+
+
+def test_every_gpu_part_can_be_run():
+    assert set(gpu.RUN) == set(gpu.PARTS)

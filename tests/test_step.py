@@ -218,17 +218,8 @@ def test_one_row_too_many_is_the_end() -> None:
 def test_what_cannot_be_captured_runs_without_a_graph(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    @contextlib.contextmanager
-    def refuse(graph: Any, stream: Any = None):
-        yield
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
-    step = make_step(choices(dtype="fp32"))
-    # What a capture records it does not execute.
-    monkeypatch.setattr(step, "_capture", undone(step, step._capture))
-    step.plan = replace(step.plan, cuda_graph=True)
+    refused = RuntimeError("operation not permitted when stream is capturing\nmore")
+    step = captured_by(refused, make_step(choices(dtype="fp32")), monkeypatch)
     expected, _ = plain_loop("fp32", 6)
     assert worst(run(step, 6), expected) <= 1e-5
     assert not step.plan.cuda_graph
@@ -236,6 +227,37 @@ def test_what_cannot_be_captured_runs_without_a_graph(
         "cuda graph: the step cannot be captured (operation not permitted when stream is "
         "capturing); going on without"
     ) in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_in_the_capture_halves_the_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    short = torch.OutOfMemoryError("CUDA out of memory")
+    step = make_step(choices(dtype="fp32", micro_batch_size=8))
+    step = captured_by(short, step, monkeypatch)
+    expected, _ = plain_loop("fp32", NUM_WARMUP + 2)
+    assert worst(run(step, NUM_WARMUP + 2), expected) <= 1e-5
+    assert (step.plan.micro_batch_size, step.plan.cuda_graph) == (4, True)
+    assert step.warm_steps == 2  # the smaller shape warms up before it is captured
+    assert "memory: 8 rows at once do not fit, going on with 4" in capsys.readouterr().out
+
+
+def captured_by(error: Exception, step: TrainStep, monkeypatch: pytest.MonkeyPatch) -> TrainStep:
+    """A step whose capture ends in `error`."""
+
+    @contextlib.contextmanager
+    def refuse(*_: Any, **__: Any):
+        yield
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
+    # What a capture records it does not execute.
+    monkeypatch.setattr(step, "_capture", undone(step, step._capture))
+    step.plan = replace(step.plan, cuda_graph=True)
+    return step
 
 
 def undone(step: TrainStep, capture: Callable[[], None]) -> Callable[[], None]:
@@ -295,6 +317,24 @@ def test_a_captured_step_changes_no_bit(optimizer: str, capsys: pytest.CaptureFi
     (plain, weights), (captured, same) = found
     assert torch.equal(plain, captured)
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_host_read_falls_back_and_leaves_the_stream(capsys: pytest.CaptureFixture) -> None:
+    def reads(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
+        assert qkv.flatten()[0].item() is not None
+        return EAGER.causal_attention(qkv, n_head, dropout_p)
+
+    made = make_plan(RECIPE, detect("cuda"), choices(dtype="bf16"))
+    config = replace(RECIPE.model_config, vocab_size=500)
+    model = GPT(config, replace(EAGER, causal_attention=reads)).to("cuda")
+    step = TrainStep(model, configure_adamw(model, RECIPE, made.optimizer), RECIPE, made)
+    before = torch.cuda.current_stream()
+    with contextlib.closing(Prefetcher(loader(RECIPE, 8), "cuda")) as batches:
+        losses = [step(batches, 1e-3).loss.item() for _ in range(NUM_WARMUP + 3)]
+    assert torch.cuda.current_stream() == before
+    assert all(map(math.isfinite, losses))
+    assert "the step cannot be captured" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ class AdamW(torch.optim.AdamW):
                     )
             # Fused steps live on the device; torch wants the flag to capture them in a CUDA graph.
             group["capturable"] = any(p.is_cuda for p in group["params"])
+        self._warned_capturable_if_run_uncaptured = True  # warm-up steps are, on purpose
 
     def attach_working(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
         """Take these parameters' gradients from their copies, and write the copies after each step.

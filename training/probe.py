@@ -5,6 +5,7 @@ for the phases.
 """
 
 import contextlib
+import gc
 import os
 import statistics
 import subprocess
@@ -167,6 +168,7 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
                             recipe.seed, wrap_rows=recipe.batch_size)  # fmt: skip
     clock = _Clock(cuda)
     replayed: list[float] = []
+    peak = 0
     with contextlib.closing(Prefetcher(loader, device)) as batches:
         if plan.compile and not cuda:
             take(batches, recipe.max_lr)
@@ -175,6 +177,11 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
                 with _elapsed(cuda) as read:
                     take(batches, recipe.max_lr)
                 replayed += [read()] if i > NUM_WARMUP else []
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+            take.graph = take.outcome = None  # its pool holds what a step needs once more
+            gc.collect()
+            torch.cuda.empty_cache()
         deadline = time.perf_counter() + limit_s  # compiling, above or in the first step, is apart
         while len(clock.steps) <= MAX_STEPS and (
             len(clock.steps) < (2 if cuda else 1) or time.perf_counter() + clock.last_s < deadline
@@ -188,7 +195,8 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     phases = {p: statistics.median(step[p] for step in kept) for p in PHASES}
     seconds = tuple(replayed or (sum(step.values()) for step in kept))
     host = statistics.median(clock.host[1:] or clock.host) if cuda else 0.0
-    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    if cuda and not peak:
+        peak = torch.cuda.max_memory_allocated()
     return Probe(len(seconds), phases, seconds, recipe.tokens_per_step, host, peak,
                  ", ".join(notes))  # fmt: skip
 

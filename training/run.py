@@ -8,6 +8,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -157,12 +158,20 @@ def open_run_folder(out: str | None, preset: str, recipe: Recipe) -> Path:
     return folder
 
 
-def finish(run: Run, model: GPT, log: RunLog, progress: Progress, reached: int | None) -> None:
+def finish(
+    run: Run,
+    model: GPT,
+    log: RunLog,
+    progress: Progress,
+    reached: int | None,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
     """Last evaluation, weights, samples, curve, summary, report; in that order.
 
     Args:
         run, model, log, progress: After the last step.
         reached: Step whose loss fell below the recipe's target, if one did.
+        autocast: Context of the evaluation, as of those during the run.
     """
     recipe, plan, out = run.recipe, run.plan, run.out
     train_s = sum(r.ms for r in log.records) / 1000.0
@@ -170,7 +179,8 @@ def finish(run: Run, model: GPT, log: RunLog, progress: Progress, reached: int |
     tokens_seen = num_steps * recipe.tokens_per_step
     val_loss, baselines, evaluations = None, {}, progress.evaluations
     if len(run.val_tokens) > 1:
-        val_loss = run.validate(model, MAX_VAL_TOKENS)
+        with autocast():
+            val_loss = run.validate(model, MAX_VAL_TOKENS)
         evaluations = [*progress.evaluations, (num_steps, val_loss)]
         log.event("eval", step=num_steps, val_loss=val_loss)
     if not run.world.is_main:

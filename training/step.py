@@ -98,7 +98,7 @@ class TrainStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream = torch.cuda.Stream() if plan.cuda_graph else None
         self.outcome: Outcome | None = None
-        self.num_steps = 0
+        self.warm_steps = 0  # since the start or a halving, whose shapes are new
 
     def __call__(self, batches: Rows, lr: float, stop: bool = False) -> Outcome:
         """Take one step.
@@ -115,14 +115,14 @@ class TrainStep:
         self.idx.copy_(idx, non_blocking=True)
         self.targets.copy_(targets, non_blocking=True)
         self.lr.fill_(lr)
-        if self.plan.cuda_graph and self.graph is None and self.num_steps == NUM_WARMUP:
+        if self.plan.cuda_graph and self.graph is None and self.warm_steps >= NUM_WARMUP:
             self._capture()
         if self.graph is not None:
             self.graph.replay()
         else:
             with self._beside():
                 self.outcome = self._run(stop)
-        self.num_steps += 1
+            self.warm_steps += 1
         assert self.outcome is not None
         return self.outcome
 
@@ -157,7 +157,8 @@ class TrainStep:
             try:
                 return self._accumulate()
             except torch.OutOfMemoryError:
-                if self.world.size > 1 or self.plan.micro_batch_size == 1:
+                capturing = self.stream is not None and torch.cuda.is_current_stream_capturing()
+                if capturing or self.world.size > 1 or self.plan.micro_batch_size == 1:
                     raise
             # Outside the handler: the exception's frames hold the activations.
             self.optimizer.zero_grad(set_to_none=True)
@@ -185,6 +186,7 @@ class TrainStep:
         rows, before = len(self.idx), self.plan.micro_batch_size
         micro = next(d for d in range(before // 2, 0, -1) if rows % d == 0)
         self.plan = replace(self.plan, micro_batch_size=micro, num_micro_batches=rows // micro)
+        self.warm_steps = 0
         self.say(f"memory: {before} rows at once do not fit, going on with {micro}; same rows")
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -202,24 +204,37 @@ class TrainStep:
         if not self.plan.compile:
             return forward
         if self.plan.compile_scope == "model":
-            return torch.compile(forward if self.copies else self.parallel)
+            return torch.compile(forward if self.copies else self.parallel, dynamic=False)
         for block in self.model.transformer.h:
-            block.compile()
+            block.compile(dynamic=False)
         return forward
 
     def _capture(self) -> None:
         """Record the step as a graph; it is not executed. Falls back aloud."""
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            # thread_local: the thread that reads ahead may pin memory meanwhile.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outcome = self._run(stop=False)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            self.say(f"cuda graph: the step cannot be captured ({reason}); going on without")
-            self.plan = replace(self.plan, cuda_graph=False)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.graph = graph
             return
-        self.graph = graph
+        except RuntimeError as error:
+            torch.cuda.set_stream(before)  # the context leaves it where the capture's end raises
+            cause = error.__context__ or error  # the capture's end hides what went wrong in it
+            reason, short = str(cause).strip().splitlines()[0], _is_short(error)
+        self.optimizer.zero_grad(set_to_none=True)
+        if short and self.plan.micro_batch_size > 1:
+            self._halve()  # a graph's pool is its own: warm-up may have fitted
+            return
+        self.say(f"cuda graph: the step cannot be captured ({reason}); going on without")
+        self.plan = replace(self.plan, cuda_graph=False)
+
+
+def _is_short(error: BaseException) -> bool:
+    """Whether memory ran out, here or in what this error hides."""
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(
+        error.__context__, torch.OutOfMemoryError
+    )
 
 
 def start_process(plan: Plan, seed: int) -> None:
