@@ -280,11 +280,12 @@ def from_pretrained(path: str | Path, ops: Ops = EAGER) -> GPT:
         ValueError: another architecture; a missing, unknown or misshapen tensor.
     """
     source = find_model(path)
-    config, trained_context = _find_config(source)
     files = _weight_files(source)
+    shapes = _read_shapes(files)
+    config, trained_context = _find_config(source, shapes)
     with torch.device("meta"):
         ours = _our_tensors(GPT(config))
-    _check_shapes(str(source), config, ours, _read_shapes(files))
+    _check_shapes(str(source), config, ours, shapes)
     model = _build(str(source), config, ops, _read_tensors(files), transposed=True)
     model.trained_context = trained_context
     return model
@@ -292,17 +293,18 @@ def from_pretrained(path: str | Path, ops: Ops = EAGER) -> GPT:
 
 def read_config(path: str | Path) -> GPTConfig:
     """The shape of what `from_pretrained` would read, without its weights; same errors."""
-    return _find_config(find_model(path))[0]
+    source = find_model(path)
+    return _find_config(source, _read_shapes(_weight_files(source)))[0]
 
 
-def _find_config(source: Path) -> tuple[GPTConfig, int]:
+def _find_config(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[GPTConfig, int]:
     """Shape and trained context of a model, from its config.json or the shapes of its tensors."""
     config_file = (source.parent if source.is_file() else source) / "config.json"
     if config_file.is_file():
         return _read_config(config_file)
     if not source.is_file():
         raise FileNotFoundError(f"from_pretrained: {source} has weights but no config.json")
-    config = _guess_config(source, _read_shapes(_weight_files(source)))
+    config = _guess_config(source, shapes)
     return config, config.block_size
 
 
