@@ -297,7 +297,7 @@ def read_config(path: str | Path) -> GPTConfig:
     return _find_config(source, _read_shapes(_weight_files(source)))[0]
 
 
-def _find_config(source: Path, shapes: dict[str, tuple[int, ...]]) -> tuple[GPTConfig, int]:
+def _find_config(source: Path, shapes: Mapping[str, list[int]]) -> tuple[GPTConfig, int]:
     """Shape and trained context of a model, from its config.json or the shapes of its tensors."""
     config_file = (source.parent if source.is_file() else source) / "config.json"
     if config_file.is_file():
