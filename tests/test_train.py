@@ -254,7 +254,6 @@ def test_init_starts_from_given_weights(text: Path, tmp_path: Path) -> None:
     for name, init in (("folder", "given"), ("file", "given/model.safetensors")):
         run_here(text, tmp_path / name, "--init", str(tmp_path / init), *still)
         config = json.loads((tmp_path / name / "config.json").read_text())
-        # The file knows its sizes from shapes alone, with heads of 64 where they fit.
         assert config["recipe"]["model"].startswith("124m,block_size=64,n_layer=1")
         saved = load_file(tmp_path / name / "model" / "model.safetensors")
         for key, value in load_file(tmp_path / "given" / "model.safetensors").items():

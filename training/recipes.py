@@ -183,7 +183,7 @@ PRESETS: dict[str, Recipe] = {
         order="sequential",
         guard=False,
     ),
-    # 481k tokens, 1.6 epochs of tiny Shakespeare: 283 s from start to report on two AVX2 cores in
+    # 481k tokens, 1.6 epochs of tiny Shakespeare: 294 s from start to report on two AVX2 cores in
     # fp32, validation loss 4.93 against the bigram's 5.01. The learning rate matters most: after
     # 102k tokens 5.68 at 5e-4, 5.48 at 1e-3, 5.89 at 2e-3, which the first steps overshoot: all of
     # the 38,500 ids that never occur are pushed the same way. Dropout 0.1 costs 0.4, four layers
