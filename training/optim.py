@@ -191,17 +191,24 @@ class TritonAdamW(AdamW):
     stays what it was.
 
     Args:
-        params, options, named: As AdamW's arguments. All on one device: the current CUDA
+        params, lr, betas, eps, weight_decay: As in AdamW. All on one device: the current CUDA
             device, or the CPU under TRITON_INTERPRET=1.
 
     Raises:
         ValueError: the kernels do not run on the parameters' device.
     """
 
-    def __init__(self, params: Iterable[Any], *options: Any, **named: Any):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
         from kernels.adamw import Tables  # triton is not there on every machine
 
-        super().__init__(params, *options, **named)
+        super().__init__(params, lr, betas, eps, weight_decay)
         self._step_supports_amp_scaling = False  # a GradScaler unscales by itself then
         parameters = [p for group in self.param_groups for p in group["params"]]
         self._tables = Tables(parameters[0].device)
