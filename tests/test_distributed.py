@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 FLAGS = [
     "--preset", "smoke", "--steps", "8", "--batch-size", "2", "--block-size", "32",
     "--grad-accum-steps", "4", "--eval-every", "3", "--save-every", "2", "--no-compile",
-    "--device", "cpu",
+    "--device", "cpu", "--dtype", "fp32",
 ]  # fmt: skip
 TIMEOUT_S = 240
 

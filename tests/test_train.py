@@ -172,7 +172,7 @@ def test_stop_rule_comes_one_step_late(text: Path, tmp_path: Path) -> None:
 
 
 def test_accumulation_is_a_larger_batch(text: Path, tmp_path: Path) -> None:
-    shared = ("--steps", "3", "--eval-every", "0", "--order", "sequential")
+    shared = ("--steps", "3", "--eval-every", "0", "--order", "sequential", "--dtype", "fp32")
     run_here(text, tmp_path / "a", *shared, "--batch-size", "4")
     run_here(text, tmp_path / "b", *shared, "--batch-size", "2", "--grad-accum-steps", "2")
     a, b = (events(tmp_path / run)[0] for run in "ab")
