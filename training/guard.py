@@ -21,6 +21,15 @@ from torch import Tensor
 _MAD_FLOOR = 0.01
 
 
+def _nanmedian(x: Tensor) -> Tensor:
+    """() of (N,): as `x.nanmedian()`, whose CUDA kernel reads a count on the host in some releases.
+
+    Such a read waits for the step, and no CUDA graph can hold it.
+    """
+    middle = ((~x.isnan()).sum() - 1).clamp_min(0) // 2  # of two the lower; NaN sorts last
+    return x.sort().values.gather(0, middle[None])[0]
+
+
 @dataclass(frozen=True)
 class GuardConfig:
     """When a step is bad and what happens then.
@@ -80,8 +89,8 @@ class Guard:
             (), fp32, 1 for a bad step and 0 otherwise: what fused AdamW takes as `found_inf`.
         """
         loss = loss.detach().float()
-        median = self.losses.nanmedian()
-        mad = (self.losses - median).abs().nanmedian()
+        median = _nanmedian(self.losses)
+        mad = _nanmedian((self.losses - median).abs())
         z = 0.6745 * (loss - median) / mad.clamp_min(_MAD_FLOOR * median.abs())
         # NaN compares false: an empty window never calls a spike.
         spike = (z > self.config.threshold) & (self.count >= (self.config.window + 1) // 2)
