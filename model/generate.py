@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -248,19 +249,17 @@ class Decoder:
         residual = model.transformer.wte(idx) + model.transformer.wpe.weight[:S]
         if model.residual_dtype is not None:
             residual = residual.to(model.residual_dtype)
-        if self.cache is None:
-            # (layer, k or v, row, head, position, D); zeros, because masked positions are still
-            # multiplied and 0 * NaN is NaN
-            shape = (config.n_layer, 2, len(self.contexts), config.n_head, self.window)
-            self.cache = torch.zeros(
-                *shape, config.head_dim, dtype=residual.dtype, device=self.device
-            )
         ops, norms = model.ops, [*(block.ln_1 for block in self.blocks)]
         norms.append(model.transformer.ln_f)
         y = ops.layer_norm(residual, norms[0].weight, norms[0].bias, norms[0].eps)
         for layer, block in enumerate(self.blocks):
             qkv = block.attn.c_attn(y)  # (R, S, 3C)
             kv = qkv.view(len(rows), S, 3, config.n_head, config.head_dim)[:, :, 1:]
+            if self.cache is None:
+                # (layer, k or v, row, head, position, D) in the dtype of qkv, which autocast
+                # decides; zeros, because masked positions are still multiplied and 0 * NaN is NaN
+                shape = (config.n_layer, 2, len(self.contexts), config.n_head, self.window)
+                self.cache = kv.new_zeros(*shape, config.head_dim)
             self.cache[layer][:, rows, :, :S] = kv.permute(2, 0, 3, 1, 4)
             branch = block.attn.c_proj(ops.causal_attention(qkv, config.n_head, 0.0))
             y, residual = ops.add_layer_norm(
@@ -328,18 +327,24 @@ class Decoder:
             self.inputs = state.to(self.device)
             # Warm up on a side stream, as capture demands. The extra runs store the same keys at
             # the same place as the real one, so they change nothing.
-            side = torch.cuda.Stream()
+            side, graph = _side_stream(), torch.cuda.CUDAGraph()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(2):
                     self._decode_step(self.inputs[0], self.inputs[1], self.window)
             torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(graph, stream=side):
                 self.outputs = self._decode_step(self.inputs[0], self.inputs[1], self.window)
+            self.graph = graph
         self.inputs.copy_(state)
         self.graph.replay()
         return self.outputs
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all decoders: cuBLAS keeps a workspace of 32 MB for each stream it has seen."""
+    return torch.cuda.Stream()
 
 
 _turned: "WeakKeyDictionary[GPT, tuple[list[tuple[int, int]], dict[Tensor, Tensor]]]"

@@ -14,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels._op import INTERPRETED
 from model import GPT, GPTConfig, generate
 from model.generate import Decoder, Sampling, generate_text, generate_tokens, sample, stream_text
 from model.tokenizer import get_encoding
+from tests.pretend_cuda import pretend_cuda
 
 CONFIG = GPTConfig(block_size=64, vocab_size=197, n_layer=3, n_head=4, n_embd=64)
 GREEDY = Sampling(max_new_tokens=200, temperature=0.0)
@@ -119,6 +121,35 @@ def test_graph_decode_on_cuda():
     prompts = [[5, 90, 3], [1] * 60]
     cached = generate_tokens(model, prompts, GREEDY)
     assert cached == generate_tokens(model, prompts, GREEDY, use_cache=False)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="ops on CPU tensors")
+def test_graph_decode_by_the_rules_of_cuda():
+    """Replays of one captured step choose the tokens of the same steps run one by one."""
+    model = random_model()
+    prompts = [[5, 90, 3], [1] * 60]  # the second row slides, so both kinds of step occur
+    with pretend_cuda() as pretended:
+        decoders = [Decoder(model.eval(), prompts, GREEDY) for _ in range(2)]
+        for decoder in decoders:
+            decoder.device = torch.device("cuda")
+        plain = decoders[1]
+        plain._replay = lambda tokens, positions: plain._decode_step(
+            torch.tensor(tokens), torch.tensor(positions), plain.window
+        )
+        replayed, one_by_one = ([d.step() for _ in range(24)] for d in decoders)
+    assert replayed == one_by_one
+    assert len(pretended.graphs) == 1
+
+
+def test_under_autocast_the_cache_has_the_dtype_of_the_keys(model: GPT):
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder = Decoder(model, [[5, 90, 3], [1] * 60], GREEDY)
+        cached = [decoder.step() for _ in range(8)]  # the second row slides meanwhile
+        assert decoder.cache is not None
+        assert decoder.cache.dtype == torch.bfloat16
+        first = Decoder(model, [[5, 90, 3], [1] * 60], GREEDY, use_cache=False).step()
+    assert cached[0] == first
 
 
 def test_default_window_is_the_trained_context():

@@ -193,6 +193,7 @@ def finish(
         beside = ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items())
         log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
     model.save_pretrained(out / "model")
+    model.residual_dtype = None  # as whoever loads the saved model runs it
     _write_samples(run, model, log.say)
     published = PUBLISHED_LOSS if run.preset == "shakespeare-124m" else ()
     metrics.draw_loss_curve(out / "loss.png", log.records, evaluations, published, baselines)
