@@ -53,6 +53,8 @@ class _Devices(TorchFunctionMode):
     """Every mention of a CUDA device in a call becomes the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:  # stays what it says: code asks it for its type
+            return func(*args, **(kwargs or {}))
         kwargs = {k: _on_cpu(v) for k, v in (kwargs or {}).items() if k != "pin_memory"}
         return func(*(_on_cpu(a) for a in args), **kwargs)
 
@@ -118,6 +120,15 @@ class _Capture(TorchDispatchMode):
                 self.overwritten.append((tensor, tensor.detach().clone()))
 
 
+class _NoSync(TorchDispatchMode):
+    """Refuses what waits for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name.partition("::")[2] in HOST_READS:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return func(*args, **(kwargs or {}))
+
+
 class CUDAGraph:
     """Stands in for torch.cuda.CUDAGraph."""
 
@@ -126,7 +137,8 @@ class CUDAGraph:
 
     def replay(self) -> None:
         assert self.operations, "replay of a graph that was never captured"
-        with torch.no_grad():
+        # What was recorded are casts already.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for operation in self.operations:
                 operation.replay()
 
@@ -138,19 +150,45 @@ class Pretended:
     Args:
         capturing: Whether a capture is under way.
         graphs: Every captured graph.
+        current: The current stream.
+        no_sync: Entered while the sync debug mode is "error".
     """
 
     capturing: bool = False
     graphs: list[CUDAGraph] = field(default_factory=list)
+    current: Any = None
+    no_sync: "_NoSync | None" = None
 
     @contextlib.contextmanager
-    def graph(self, graph: CUDAGraph, **_: Any) -> Iterator[None]:
-        """Stands in for torch.cuda.graph."""
+    def stream(self, stream: Any) -> Iterator[None]:
+        """Stands in for torch.cuda.stream."""
+        before, self.current = self.current, stream or self.current
+        yield
+        self.current = before
+
+    def set_sync_debug_mode(self, mode: int | str) -> None:
+        if self.no_sync:
+            self.no_sync.__exit__(None, None, None)
+        self.no_sync = _NoSync() if mode in (2, "error") else None
+        if self.no_sync:
+            self.no_sync.__enter__()
+
+    @contextlib.contextmanager
+    def graph(
+        self, graph: CUDAGraph, pool: Any = None, stream: Any = None, **_: Any
+    ) -> Iterator[None]:
+        """Stands in for torch.cuda.graph; as there, one that is refused leaves its stream on."""
         capture = _Capture()
         self.capturing = True
+        before, self.current = self.current, stream
         try:
             with capture:
                 yield
+            self.current = before
+        except BaseException as error:
+            if REFUSED not in str(error):
+                self.current = before
+            raise
         finally:
             self.capturing = False
             with torch.no_grad():
@@ -196,8 +234,7 @@ class _Autocast(torch.autocast):
 @contextlib.contextmanager
 def pretend_cuda() -> Iterator[Pretended]:
     """Inside, there is one GPU as far as anyone can tell. Triton must be interpreted."""
-    pretended = Pretended()
-    current = _Stream()
+    pretended = Pretended(current=_Stream())
     real_generator, precision = torch.Generator, torch.get_float32_matmul_precision()
 
     def uncompiled(model: Any = None, **_: Any) -> Any:
@@ -221,17 +258,21 @@ def pretend_cuda() -> Iterator[Pretended]:
         "set_rng_state": lambda *_: None,
         "Event": _Event,
         "Stream": _Stream,
-        "stream": lambda _: contextlib.nullcontext(),
-        "current_stream": lambda *_: current,
-        "set_stream": lambda _: None,
+        "stream": pretended.stream,
+        "current_stream": lambda *_: pretended.current,
+        "set_stream": lambda stream: setattr(pretended, "current", stream),
+        "set_sync_debug_mode": pretended.set_sync_debug_mode,
+        "get_sync_debug_mode": lambda: 2 if pretended.no_sync else 0,
         "is_current_stream_capturing": lambda: pretended.capturing,
         "CUDAGraph": CUDAGraph,
+        "graph_pool_handle": lambda: (0, 1),
         "graph": pretended.graph,
     }
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         *((torch.cuda, name, value) for name, value in cuda.items()),
         (torch, "autocast", _Autocast),
         (torch, "compile", uncompiled),
+        (torch.compiler, "reset", lambda: None),
         (torch, "Generator", lambda device="cpu": real_generator(_on_cpu(device))),
         (torch.Tensor, "pin_memory", lambda self, *_: self),
         (torch.nn.Module, "compile", lambda self, *_, **__: None),
@@ -242,6 +283,8 @@ def pretend_cuda() -> Iterator[Pretended]:
     with contextlib.ExitStack() as held:
         for owner, name, value in replaced:
             held.enter_context(mock.patch.object(owner, name, value))
+        for name in ("_cuda_clearCublasWorkspaces",):  # absent from a build without CUDA
+            held.enter_context(mock.patch.object(torch._C, name, lambda: None, create=True))
         held.callback(torch.set_float32_matmul_precision, precision)
         held.enter_context(_Devices())
         yield pretended

@@ -57,6 +57,21 @@ def test_bf16_run_resumes_bitwise(tmp_path):
     assert run.result("killed") == run.result("calm")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_run_on_a_gpu_resumes_bitwise(tmp_path, compile):
+    """By the plan of a GPU: Triton ops and AdamW, bf16 working copies, one CUDA graph."""
+    run = Small(tmp_path, steps=10, flags=("--device", "cuda"), compile=compile)
+    code, output = run.finish("calm")
+    assert code == 0, output
+    assert "one CUDA graph" in output
+    assert "cannot be captured" not in output
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        struck = disturb(run, how.name, 1, how, random.Random(5))
+        assert struck["all"] == 1
+        assert run.result(how.name) == run.result("calm")
+
+
 def test_changed_recipe_is_refused_with_both_values(small):
     run, _ = small
     shutil.copytree(run.folder / "calm", run.folder / "changed")

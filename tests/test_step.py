@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -229,6 +230,26 @@ def test_what_cannot_be_captured_runs_without_a_graph(
     ) in capsys.readouterr().out
 
 
+@interpreted_only
+def test_a_failed_capture_leaves_its_pool_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def end(*_: Any) -> None:
+        calls.append("end")
+
+    def end_again(*_: Any) -> None:
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: calls.append("release"))
+    for closing, expected in ((end, ["end", "release"]), (end_again, [])):
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", closing)
+        calls.clear()
+        with pretend_cuda(), monkeypatch.context() as patched:
+            step = make_step(choices(dtype="fp32"))
+            run(captured_by(RuntimeError("refused"), step, patched), NUM_WARMUP + 1)
+        assert calls == expected  # a second release would end the process
+
+
 def test_memory_that_runs_out_in_the_capture_halves_the_batch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -240,6 +261,32 @@ def test_memory_that_runs_out_in_the_capture_halves_the_batch(
     assert (step.plan.micro_batch_size, step.plan.cuda_graph) == (4, True)
     assert step.warm_steps == 2  # the smaller shape warms up before it is captured
     assert "memory: 8 rows at once do not fit, going on with 4" in capsys.readouterr().out
+
+
+@interpreted_only
+def test_what_a_failed_capture_held_is_free_before_the_batch_is_halved() -> None:
+    held: list[weakref.ref[Tensor]] = []
+    freed: list[bool] = []
+
+    def attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
+        if torch.cuda.is_current_stream_capturing() and len(qkv) > 4:
+            activations = torch.ones(3)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return EAGER.causal_attention(qkv, n_head, dropout_p)
+
+    with pretend_cuda():
+        made = make_plan(RECIPE, detect("cuda"), choices(dtype="fp32", ops="eager"))
+        model = GPT(
+            replace(RECIPE.model_config, vocab_size=500), replace(EAGER, causal_attention=attention)
+        )
+        optimizer = configure_adamw(model, RECIPE, "torch")
+        step = TrainStep(model, optimizer, RECIPE, made, say=lambda _: None)
+        halve = step._halve
+        step._halve = lambda: (freed.append(held[0]() is None), halve())[1]
+        run(step, NUM_WARMUP + NUM_WARMUP + 2)
+        assert step.graph is not None  # of the halved batch
+    assert freed == [True]
 
 
 def captured_by(error: Exception, step: TrainStep, monkeypatch: pytest.MonkeyPatch) -> TrainStep:
@@ -254,6 +301,8 @@ def captured_by(error: Exception, step: TrainStep, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     # What a capture records it does not execute.
     monkeypatch.setattr(step, "_capture", undone(step, step._capture))
     step.plan = replace(step.plan, cuda_graph=True)

@@ -212,22 +212,43 @@ class TrainStep:
     def _capture(self) -> None:
         """Record the step as a graph; it is not executed. Falls back aloud."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool = torch.cuda.graph_pool_handle()
         try:
             # thread_local: the thread that reads ahead may pin memory meanwhile.
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"):
                 self.outcome = self._run(stop=False)
             self.graph = graph
             return
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # the context leaves it where the capture's end raises
-            cause = error.__context__ or error  # the capture's end hides what went wrong in it
-            reason, short = str(cause).strip().splitlines()[0], _is_short(error)
+            # The capture's end hides what went wrong in it. Text alone: a name for the exception
+            # here would keep its frames, and with them the activations, through `_halve`.
+            reason = str(error.__context__ or error).strip().splitlines()[0]
+            short = _is_short(error)
         self.optimizer.zero_grad(set_to_none=True)
+        _abandon(pool)
+        del graph
         if short and self.plan.micro_batch_size > 1:
             self._halve()  # a graph's pool is its own: warm-up may have fitted
             return
         self.say(f"cuda graph: the step cannot be captured ({reason}); going on without")
         self.plan = replace(self.plan, cuda_graph=False)
+
+
+def _abandon(pool: Any) -> None:
+    """Close the pool of a capture that failed, which torch up to 2.11 leaves open for good.
+
+    Until then freed memory is not given back, running out of memory is not retried, and the default
+    generator refuses to draw.
+    """
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except (AttributeError, RuntimeError):  # private; or the end of the capture has closed it
+        return
+    torch._C._cuda_releasePool(device, pool)
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros((), device="cuda")  # a capture that ends well frees the generator
 
 
 def _is_short(error: BaseException) -> bool:
