@@ -259,7 +259,9 @@ class Decoder:
                 # (layer, k or v, row, head, position, D) in the dtype of qkv, which autocast
                 # decides; zeros, because masked positions are still multiplied and 0 * NaN is NaN
                 shape = (config.n_layer, 2, len(self.contexts), config.n_head, self.window)
-                self.cache = kv.new_zeros(*shape, config.head_dim)
+                self.cache = torch.zeros(
+                    *shape, config.head_dim, dtype=kv.dtype, device=self.device
+                )
             self.cache[layer][:, rows, :, :S] = kv.permute(2, 0, 3, 1, 4)
             branch = block.attn.c_proj(ops.causal_attention(qkv, config.n_head, 0.0))
             y, residual = ops.add_layer_norm(
