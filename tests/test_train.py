@@ -84,6 +84,7 @@ def test_run_folder(twice: list[Path]) -> None:
     assert summary["trained_context"] == 64
     assert summary["model_bytes"] == (run / "model" / "model.safetensors").stat().st_size
     assert summary["wall_s"] > summary["train_s"] > 0
+    assert steps[0]["ms"] / 1e3 < summary["first_step_s"] < summary["wall_s"]
     assert summary["baselines"]["bigram"] < summary["baselines"]["unigram"]
     assert summary["train_loss"] == steps[-1]["loss"]
 

@@ -76,7 +76,13 @@ class RunLog:
         keep_bytes: Length of metrics.jsonl to keep when a run goes on; what a killed process
             wrote after its last checkpoint is cut off. 0 starts the file anew.
         quiet: Write and print nothing; the ranks beside the first.
+
+    Attributes:
+        records: Of every step so far, those before a resume included.
+        first_step_s: From the start of the process to the end of its first step.
     """
+
+    first_step_s: float | None = None
 
     def __init__(
         self,
@@ -173,6 +179,7 @@ class RunLog:
             done.synchronize()
             done = time.perf_counter()
         loss, grad_norm, bad, stop = values.tolist()
+        self.first_step_s = self.first_step_s or seconds_since_start()
         seconds, self._mark = done - self._mark, done
         tokens_per_s = self.tokens_per_step / seconds
         record = StepRecord(

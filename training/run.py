@@ -210,6 +210,7 @@ def finish(
         "trained_context": recipe.block_size,
         "tokens_per_s": tokens_seen / train_s,
         "train_s": train_s,
+        "first_step_s": log.first_step_s,
         "wall_s": metrics.seconds_since_start(),
         "model_bytes": (out / "model" / "model.safetensors").stat().st_size,
         "device": plan.device_name,
