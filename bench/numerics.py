@@ -2,20 +2,24 @@
 
     python -m bench.numerics
     python -m bench.numerics --op gelu_mlp --dtype bf16
+    python -m bench.numerics --dtype tf32      # fp32 tensors, products in TF32: on a GPU only
 
 Runs on the GPU if there is one and in the interpreter if not. The exit status is 1 if a result
 breaks the rule of `compare`, which the tests apply as well.
 """
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Values = dict[str, Tensor]
 
@@ -137,35 +141,72 @@ def compare(
     return comparisons
 
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# "tf32" is fp32 tensors where `precision` lets products be TF32; the rest is what it says.
+DTYPES = {
+    "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
+}  # fmt: skip
 # (B, T, C, H, V): tiles filled, nothing a multiple of anything, and one token.
 SHAPES = ((2, 64, 64, 2, 256), (3, 17, 96, 3, 97), (1, 1, 32, 1, 64))
 # Gradients that are sums over rows.
 REDUCED = ("dweight", "dbias", "dw_fc", "db_fc", "dw_proj", "db_proj")
 
 
-def check_op(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+@contextlib.contextmanager
+def precision(name: str) -> Iterator[torch.dtype]:
+    """The dtype of a name of DTYPES, with fp32 products as that name has them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    # The fused attention kernels of torch multiply fp32 in three TF32 products whatever is set:
+    # plain PyTorch in TF32 is the one that goes through matmul.
+    plain = sdpa_kernel(SDPBackend.MATH) if name == "tf32" else contextlib.nullcontext()
+    try:
+        with plain:
+            yield DTYPES[name]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def compare_runs(
+    ours: Callable[..., Any],
+    eager: Callable[..., Any],
+    exact: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    rows: int,
+) -> list[Comparison]:
+    """Comparisons of an op, all three run on the same inputs and the same output gradients.
+
+    Args:
+        ours, eager: On `inputs` as given.
+        exact: On `inputs` and output gradients widened to float64.
+        inputs: Keyword arguments; tensors that are floating take part in the gradient.
+        rows: M.
+    """
+    tensors = {name: v for name, v in inputs.items() if isinstance(v, Tensor)}
+    rest = {name: v for name, v in inputs.items() if name not in tensors}
+    with torch.no_grad():
+        outputs = eager(**inputs)
+    # Rounded to the dtypes of the outputs, then widened: all three see the same numbers.
+    douts = default_douts(outputs if isinstance(outputs, tuple) else (outputs,))
+    double = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+    return compare(
+        values_and_grads(partial(ours, **rest), tensors, douts),
+        values_and_grads(partial(eager, **rest), tensors, douts),
+        values_and_grads(partial(exact, **rest), double, tuple(d.double() for d in douts)),
+        reduced=REDUCED,
+        rows=rows,
+    )
+
+
+def check_op(op: str, shape: tuple[int, ...], dtype: str, device: torch.device):
     """Comparisons of one op on inputs of `bench.cases`, against `bench.baseline` in float64."""
     from bench import baseline, cases
     from kernels import EAGER, TRITON
 
     size = cases.Shape(*shape)
-    inputs = cases.make_inputs(cases.find_case(op), size, dtype, device)
-    tensors = {name: v for name, v in inputs.items() if isinstance(v, Tensor)}
-    rest = {name: v for name, v in inputs.items() if name not in tensors}
-    double = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
-
-    def results(fn: Callable[..., Tensor], args: Mapping[str, Tensor]) -> Values:
-        return values_and_grads(partial(fn, **rest), args, douts)
-
-    with torch.no_grad():
-        outputs = getattr(EAGER, op)(**inputs)
-    # Made in the dtype of the case and widened for the oracle: all three see the same numbers.
-    douts = default_douts(outputs if isinstance(outputs, tuple) else (outputs,))
-    ours, eager = results(getattr(TRITON, op), tensors), results(getattr(EAGER, op), tensors)
-    douts = tuple(d.double() for d in douts)
-    exact = results(baseline.OPS[op], double)
-    return compare(ours, eager, exact, reduced=REDUCED, rows=size.M)
+    with precision(dtype) as known:
+        inputs = cases.make_inputs(cases.find_case(op), size, known, device)
+        triton, eager = getattr(TRITON, op), getattr(EAGER, op)
+        return compare_runs(triton, eager, baseline.OPS[op], inputs, size.M)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -186,13 +227,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         interpreter.install()
     from bench import cases
 
+    dtypes = args.dtype or [*DTYPES]
+    if device.type == "cpu" and "tf32" in dtypes:
+        print("tf32 left out: only a GPU multiplies in it")
+        dtypes = [name for name in dtypes if name != "tf32"]
     print(f"{'op':<21}{'B x T x C':<14}{'dtype':<6}{'result':<10}"
           f"{'ours':>10}{'eager':>10}{'budget':>10}{'of budget':>11}")  # fmt: skip
     failed = total = 0
     for op in args.op or cases.CASES:
         for shape in SHAPES:
-            for name in args.dtype or DTYPES:
-                for c in check_op(op, shape, DTYPES[name], device):
+            for name in dtypes:
+                for c in check_op(op, shape, name, device):
                     size = " x ".join(map(str, shape[:3]))
                     share = c.ours / c.budget if c.budget else 0.0
                     print(f"{op:<21}{size:<14}{name:<6}{c.name:<10}{c.ours:>10.2e}{c.eager:>10.2e}"

@@ -5,8 +5,8 @@
     python -m bench.ops --sweep               # many sizes, for the plots
 
 The op's numerics are compared with float64 first; where they fail, the row says so and no speed is
-printed. Percent of limit is the time the copy and matmul rates of the same run allow (bytes and
-flops of `bench.cases`) over the measured time.
+printed (the file has it as unverified_ms). Percent of limit is the time the copy and matmul rates
+of the same run allow (bytes and flops of `bench.cases`) over the measured time.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from bench import baseline, record, timing
+from bench import baseline, numerics, record, timing
 from bench.cases import (
     CASES,
     CPU_SHAPES,
@@ -38,7 +39,6 @@ from bench.cases import (
     make_inputs,
     smaller,
 )
-from bench.numerics import Comparison, compare, values_and_grads
 from bench.report import table
 from kernels import parse_ops
 
@@ -48,10 +48,13 @@ PROVIDERS = ("eager", "compile", "ours", "liger", "sdpa-flash", "sdpa-cudnn", "l
 # F.linear_cross_entropy takes 20 times the time of the rest on a CPU: only when asked for.
 CPU_PROVIDERS = ("eager", "compile", "ours")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Gradients that are sums over rows; their rounding grows with the square root of the rows.
-REDUCED = ("dweight", "dbias", "dw_fc", "db_fc", "dw_proj", "db_proj")
-CHECK_TOKENS = {"linear_cross_entropy": 96}  # float64 logits of 50,304 columns are 39 MB there
-DEFAULT_CHECK_TOKENS = 512
+# Tokens numerics are checked on. On CUDA enough for the launch rows of large M (from 4,096 rows on)
+# and for two chunks of the loss at GPT-2's vocabulary; the interpreter takes minutes there.
+CHECK_TOKENS = {"causal_attention": 4096, "linear_cross_entropy": 16384}
+DEFAULT_CHECK_TOKENS = 5120
+CHECK_LENGTH = 1023  # of attention's rows: long, and no multiple of a tile
+CPU_CHECK_TOKENS = {"linear_cross_entropy": 96}  # float64 logits of 50,304 columns: 39 MB
+DEFAULT_CPU_CHECK_TOKENS = 512
 
 
 class Unavailable(Exception):
@@ -83,6 +86,12 @@ def _linear_ce(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> T
     return call(x.flatten(0, -2), weight[:vocab_size], targets.flatten(), options=options)
 
 
+def check_provider(name: str) -> None:
+    """Raise ValueError for an unknown provider; the message lists the known ones."""
+    if name not in PROVIDERS:
+        raise ValueError(f"bench: unknown provider {name!r}; known: {', '.join(PROVIDERS)}")
+
+
 def find_provider(name: str, op: str, device: torch.device) -> Fn:
     """The callable of one provider.
 
@@ -90,8 +99,7 @@ def find_provider(name: str, op: str, device: torch.device) -> Fn:
         ValueError: an unknown name; the message lists the known ones.
         Unavailable: it does not do this op, or cannot run here.
     """
-    if name not in PROVIDERS:
-        raise ValueError(f"bench: unknown provider {name!r}; known: {', '.join(PROVIDERS)}")
+    check_provider(name)
     cuda = device.type == "cuda"
     plain = baseline.OPS[op]
     if name == "eager":
@@ -120,25 +128,42 @@ def find_provider(name: str, op: str, device: torch.device) -> Fn:
     return partial(plain, backend=backend)
 
 
+def check_shape(op: str, shape: Shape, device: torch.device) -> Shape:
+    """The cut of a shape that `check_numerics` runs on; rows of results carry its label."""
+    if device.type != "cuda":
+        return smaller(shape, CPU_CHECK_TOKENS.get(op, DEFAULT_CPU_CHECK_TOKENS))
+    if op == "causal_attention":
+        shape = replace(shape, T=min(shape.T, CHECK_LENGTH))
+    return smaller(shape, CHECK_TOKENS.get(op, DEFAULT_CHECK_TOKENS))
+
+
 def check_numerics(
-    op: str, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 1
-) -> list[Comparison]:
-    """Ours against float64, held to twice the error of plain PyTorch, on a cut of the shape."""
-    case = find_case(op)
-    cut = smaller(shape, CHECK_TOKENS.get(op, DEFAULT_CHECK_TOKENS))
-    inputs = make_inputs(case, cut, dtype, device, seed)
-    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
-    rest = {k: v for k, v in inputs.items() if not isinstance(v, Tensor)}
-    ours = find_provider("ours", op, device)
+    op: str, shape: Shape, dtype: torch.dtype | str, device: torch.device, seed: int = 1
+) -> list[numerics.Comparison]:
+    """Ours against float64, held to twice the error of plain PyTorch, on `check_shape`.
+
+    Args:
+        dtype: As a name of `numerics.DTYPES` it brings its precision of fp32 products along
+            ("tf32", "fp32"); as a dtype it takes the one that is set.
+    """
+    if isinstance(dtype, str):
+        with numerics.precision(dtype) as known:
+            return check_numerics(op, shape, known, device, seed)
+    cut = check_shape(op, shape, device)
+    inputs = make_inputs(find_case(op), cut, dtype, device, seed)
     plain = baseline.OPS[op]
-    double = {k: v.detach().double() if v.is_floating_point() else v for k, v in tensors.items()}
-    return compare(
-        values_and_grads(partial(ours, **rest), tensors),
-        values_and_grads(partial(plain, **rest), tensors),
-        values_and_grads(partial(plain, **rest), double),
-        reduced=REDUCED,
-        rows=cut.M,
-    )
+    return numerics.compare_runs(find_provider("ours", op, device), plain, plain, inputs, cut.M)
+
+
+def red_reason(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no speed of ours may be shown; None where its numerics hold."""
+    try:
+        failed = [str(c) for c in check_numerics(op, shape, dtype, device) if not c.holds]
+    except Exception as error:
+        if timing.is_fatal(error):
+            raise
+        return f"not checked: {timing.reason_of(error)}"
+    return "; ".join(failed) or None
 
 
 def make_call(fn: Fn, case: Case, mode: str, inputs: Inputs) -> timing.Call:
@@ -191,25 +216,34 @@ def measure(
     """Time one op in one mode, all providers in turn.
 
     Returns:
-        Rows for the result file, and the samples by provider. A provider that cannot run has a row
-        with "skip"; ours, where its numerics fail, one with "red" and no time.
+        Rows for the result file, and the samples by provider. A provider that cannot run or fails
+        has a row with "skip". Ours, where its numerics fail, has one with "red", its time as
+        "unverified_ms" and no samples.
+
+    Raises:
+        ValueError: an unknown op, mode or provider.
+        RuntimeError: CUDA is broken; nothing can be measured in this process any more.
     """
     case = find_case(op)
     if mode not in case.modes:
         raise ValueError(f"bench: {op} has modes {case.modes}, got {mode!r}")
+    for name in providers:
+        check_provider(name)
     _allow_retained_backward()
     torch.compiler.reset()  # or a second shape meets the first one's graph and its recompile limit
     dtype_name = next(name for name, known in DTYPES.items() if known == dtype)
     identity = {"op": op, "shape": shape.label, "dtype": dtype_name, "mode": mode}
-    rows: list[dict[str, Any]] = []
-    red = None
+    ours: dict[str, Any] = {}  # what the row of ours says of its check
     if checked and "ours" in providers:
-        failed = [str(c) for c in check_numerics(op, shape, dtype, device) if not c.holds]
-        red = "; ".join(failed) or None
+        ours = {"checked": check_shape(op, shape, device).label}
+        if red := red_reason(op, shape, dtype, device):
+            ours["red"] = red
 
     set_bytes = int(case.bytes(shape, dtype.itemsize, mode))
     contestants: dict[str, list[timing.Call]] = {}
-    peaks: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    needs: dict[str, int] = {}
+    failed: dict[str, str] = {}
     stream = timing.capture_stream() if device.type == "cuda" else None
     with torch.cuda.stream(stream):  # type: ignore[arg-type] # None: no stream to enter
         count = timing.num_sets(set_bytes, device)
@@ -217,30 +251,39 @@ def measure(
         for name in providers:
             try:
                 fn = find_provider(name, op, device)
-                if name == "ours" and red:
-                    rows.append({**identity, "provider": name, "red": red})
-                    continue
                 calls = [make_call(fn, case, mode, inputs) for inputs in sets]
-                peaks[name] = _peak_gib(calls[0], device)
+                peaks[name], results = _peak_bytes(calls[0], device)
+                needs[name] = peaks[name] + (count - 1) * results
                 contestants[name] = calls
             except Unavailable as why:
-                rows.append({**identity, "provider": name, "skip": str(why)})
-            except torch.cuda.OutOfMemoryError:
-                rows.append({**identity, "provider": name, "skip": "out of memory"})
-            except RuntimeError as error:  # a backend that refuses the shape says so here
-                rows.append(
-                    {**identity, "provider": name, "skip": str(error).splitlines()[0][:160]}
-                )
-    timed = timing.time_calls(contestants, device, set_bytes, rounds=rounds, seconds=seconds)
+                failed[name] = str(why)
+            except Exception as error:  # out of memory, a backend that refuses the shape, ...
+                timing.note_failure(failed, name, error)
+            if name in failed:
+                fn = calls = None  # what it made before it failed
+                _free(device)
+    timed = timing.time_calls(
+        contestants, device, set_bytes,
+        needs=needs, failed=failed, rounds=rounds, seconds=seconds,
+    )  # fmt: skip
     state = timing.gpu_state() if device.type == "cuda" else {}
     limits = timing.limits(device)
     floor = floor_ms(case, shape, dtype, mode, limits)
     flops = case.flops(shape, dtype.itemsize, mode)
+    rows: list[dict[str, Any]] = []
+    if "red" in ours:
+        if found := timed.pop("ours", None):
+            ours["unverified_ms"] = found.median_ms
+        else:  # its numerics matter more than why it has no time
+            ours["red"] += f"; not timed: {failed.pop('ours')}"
+        rows.append({**identity, "provider": "ours", **ours})
+    rows += [{**identity, "provider": name, "skip": why} for name, why in failed.items()]
     for name, found in timed.items():
         q1, q3 = found.quartiles_ms
         row: dict[str, Any] = {
             **identity,
             "provider": name,
+            **(ours if name == "ours" else {}),
             "ms": found.median_ms,
             "q1_ms": q1,
             "q3_ms": q3,
@@ -257,30 +300,35 @@ def measure(
             if other in timed and other != name:
                 row[f"over_{other}"] = timing.ratio(timed[other], found)
         if device.type == "cuda":
-            row["peak_gib"] = peaks[name]
+            row["peak_gib"] = peaks[name] / 2**30
             row["gpu"] = state
             if op == "causal_attention" and name in ("eager", "compile"):
                 row["backend"] = baseline.chosen_sdpa(sets[0]["qkv"], shape.H)
         rows.append(row)
     del contestants, sets
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    _free(device)
     return rows, timed
 
 
-def _peak_gib(call: timing.Call, device: torch.device) -> float:
-    """Memory a call takes above its inputs, results included; also its warm-up."""
-    if device.type != "cuda":
-        call()
-        return 0.0
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _peak_bytes(call: timing.Call, device: torch.device) -> tuple[int, int]:
+    """Memory a call takes above its inputs, and that of its results alone; also its warm-up."""
     call()
+    if device.type != "cuda":
+        return 0, 0
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    call()
+    results = call()
     torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**30
+    after = torch.cuda.memory_allocated(device)
+    del results
+    return torch.cuda.max_memory_allocated(device) - before, after - before
 
 
 def ops_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -353,8 +401,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
     for name in args.provider:
-        if name not in PROVIDERS:
-            raise ValueError(f"bench: unknown provider {name!r}; known: {', '.join(PROVIDERS)}")
+        check_provider(name)
     todo = list(plan_measurements(device, args.op, args.shape, args.sweep))
     results = record.Results(device, args.out)
     results.put("limits", timing.limits(device))

@@ -7,9 +7,9 @@
 
 Every contestant starts from the same weights and sees the same tokens. Its loss on the first step
 and after the warm-up, and its first gradient norm, must agree with the first contestant's before
-its speed is printed. Ours runs the step train.py runs (training/step.py) by the plan train.py would
-make for this machine. On a CPU each contestant lives in a process of its own, because ours changes
-how its process allocates memory, and they take turns.
+its speed is printed (the file has it as unverified_tokens_per_s). Ours runs the step train.py runs
+(training/step.py) by the plan train.py would make for this machine. On a CPU each contestant lives
+in a process of its own, because ours changes how its process allocates memory, and they take turns.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,7 @@ from bench.report import table
 from kernels import Ops
 from model import GPT, MODELS, GPTConfig
 from model.flops import flops_per_token, peak_tflops
+from training.metrics import seconds_since_start
 from training.optim import configure_adamw
 from training.plan import Choices, detect, make_plan
 from training.recipes import Recipe
@@ -52,8 +54,9 @@ FIRST_LOSS_TOLERANCE = 0.01
 # loss alone would pass a wrong backward.
 GRAD_NORM_TOLERANCE = 0.05
 WARM_LOSS_TOLERANCE = 0.1
+FIRST_STEP_TIMEOUT_S = 180.0
 RATIO_TO = ("eager fp32", "compile fp32", "compile bf16")
-ANSWER = "bench.step worker: "  # before each line a worker means for its parent
+ANSWER = "bench.step worker: "  # before each line a child means for its parent
 
 Batch = tuple[Tensor, Tensor]
 
@@ -193,8 +196,13 @@ def _contestant(
 
 def _weights(setup: Setup) -> dict[str, Tensor]:
     """The same initial weights for all: drawn on the CPU, so that no device's RNG matters."""
+    return dict(_draw_weights(setup.config))
+
+
+@lru_cache(maxsize=1)  # drawing those of the 124M model takes 1.3 s, twice for every contestant
+def _draw_weights(config: GPTConfig) -> dict[str, Tensor]:
     torch.manual_seed(1337)
-    return GPT(setup.config).state_dict()
+    return GPT(config).state_dict()
 
 
 def _baseline(bf16: bool, compiled: bool) -> Build:
@@ -315,12 +323,21 @@ def make_batches(setup: Setup, device: torch.device) -> list[list[Batch]]:
 
 @dataclass
 class Prepared:
-    """A contestant after its warm-up; None once only its figures are needed."""
+    """A contestant after its warm-up.
+
+    Args:
+        contestant: None once only its figures are needed.
+        first_step_s: Of the first step alone.
+        losses: Of the warm-up's steps.
+        grad_norm: Of the first step.
+        process_start_s: From the start of the process, imports included, to the first step's end.
+    """
 
     contestant: Contestant | None
     first_step_s: float
     losses: list[float]
     grad_norm: float
+    process_start_s: float = 0.0
 
     def replay(self, batches: list[list[Batch]]) -> timing.Replay:
         turn = 0
@@ -349,11 +366,12 @@ def prepare(
     start = time.perf_counter()
     losses = [contestant.step(batches[0])]
     _synchronize(device)
-    first_step_s = time.perf_counter() - start
+    first_step_s, process_start_s = time.perf_counter() - start, seconds_since_start()
     assert contestant.grad_norm is not None
     grad_norm = contestant.grad_norm.item()
     losses += [contestant.step(batches[i % NUM_BATCHES]) for i in range(1, WARMUP_STEPS)]
-    return Prepared(contestant, first_step_s, [loss.item() for loss in losses], grad_norm)
+    figures = [loss.item() for loss in losses]
+    return Prepared(contestant, first_step_s, figures, grad_norm, process_start_s)
 
 
 def event_steps(prepared: Prepared, batches: list[list[Batch]], seconds: float) -> timing.Timing:
@@ -420,7 +438,7 @@ def make_row(
         "rounds": len(timed.samples_ms),
     }
     if red:
-        return row
+        return row | {"unverified_tokens_per_s": tokens_per_s}
     row |= {
         "tokens_per_s": tokens_per_s,
         "ms": timed.median_ms,
@@ -450,11 +468,13 @@ def measure(
     """Rows of the named contestants, each with its ratio to the first and to the compiled one.
 
     On CUDA one after the other, since two would share the memory; on the CPU in turns, each in its
-    own process (in this one where `known` brings contestants of its own). A contestant that runs
-    out of memory yields a row that says so.
+    own process (in this one where `known` brings contestants of its own). On CUDA a contestant that
+    fails yields a row that says why; one of ours comes twice where its compiled twin came before
+    it: once the twin has been timed again, the second row replaces the first.
 
     Raises:
         ValueError: an unknown contestant; the message names the known ones.
+        RuntimeError: CUDA is broken; nothing can be measured in this process any more.
     """
     builds = known or known_providers(device, nanogpt)
     for name in names:
@@ -475,8 +495,7 @@ def measure(
         for other in RATIO_TO:
             twin = next((r for r in [*rows, row] if r["provider"] == other and "ms" in r), None)
             if twin and "ms" in row:
-                key = f"over_{other.replace(' ', '_')}"
-                row.setdefault(key, twin["ms"] / row["ms"])
+                row.setdefault(_over(other), twin["ms"] / row["ms"])
         rows.append(row)
         yield row
 
@@ -486,31 +505,70 @@ def _failed_row(name: str, setup: Setup, red: str) -> dict[str, Any]:
     return {**identity, "provider": name, "tokens": setup.tokens, "red": red}
 
 
+def free_device(device: torch.device) -> None:
+    """Give back what a contestant took, compiled code included; nobody may hold its graph."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        # cuBLAS keeps a workspace for each stream, and every TrainStep has a stream of its own.
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+
+
+def _time_cuda(build, setup, device, batches, seconds):
+    """A contestant alone on the card: its figures, its times, its peak bytes, the card's state."""
+    free_device(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    prepared = prepare(build, setup, device, batches)
+    timed = event_steps(prepared, batches, seconds)
+    state = timing.gpu_state()  # right after the work, while clocks still show it
+    peak = torch.cuda.max_memory_allocated(device)
+    # The model itself must go before the next is built; its figures stay.
+    return replace(prepared, contestant=None), timed, peak, state
+
+
 def _measure_cuda(builds, setup, device, seconds) -> Iterator[dict[str, Any]]:
     batches = make_batches(setup, device)
     reference = None
+    failed: dict[str, str] = {}
+    times_ms: dict[str, float] = {}
     torch.set_float32_matmul_precision("high")
     for name, build in builds.items():
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        prepared = timed = None
+        found = None
         try:
-            prepared = prepare(build, setup, device, batches)
-            timed = event_steps(prepared, batches, seconds)
-        except torch.cuda.OutOfMemoryError:
-            prepared = None  # the next one needs the room
-        if prepared is None or timed is None:
-            yield _failed_row(name, setup, "out of memory")
+            found = _time_cuda(build, setup, device, batches, seconds)
+        except Exception as error:
+            timing.note_failure(failed, name, error)
+        if found is None:  # outside the handler: the exception's frames hold the contestant
+            yield _failed_row(name, setup, failed[name])
             continue
-        state = timing.gpu_state()  # right after the work, while clocks still show it
-        # The model itself must go before the next is built; its figures stay.
-        reference = reference or replace(prepared, contestant=None)
-        red = red_reason(prepared, reference)
-        peak = torch.cuda.max_memory_allocated(device)
-        yield make_row(name, setup, device, prepared, timed, red, peak) | {"gpu": state}
-        del prepared
+        prepared, timed, peak, state = found
+        if reference is None and failed and name.startswith("ours"):
+            red = f"nothing to hold it against: {next(iter(failed))} failed"
+        else:
+            reference = reference or prepared
+            red = red_reason(prepared, reference)
+        row = make_row(name, setup, device, prepared, timed, red, peak)
+        row["gpu"] = state
+        yield row
+        times_ms[name] = timed.median_ms
+        twin = name.replace("ours", "compile")
+        if red or twin == name or twin not in times_ms:
+            continue
+        # The card was colder for the twin than for ours: what stood beside ours is the mean of the
+        # twin before and after it.
+        try:
+            again_ms = _time_cuda(builds[twin], setup, device, batches, seconds)[1].median_ms
+        except Exception as error:
+            timing.note_failure(failed, f"{twin} again", error)
+            continue
+        row |= {"twin_again_ms": again_ms, "twin_drift": again_ms / times_ms[twin] - 1}
+        yield row | {_over(twin): (times_ms[twin] + again_ms) / 2 / row["ms"]}
+
+
+def _over(name: str) -> str:
+    """Key of the ratio to a contestant."""
+    return f"over_{name.replace(' ', '_')}"
 
 
 def _measure_cpu(names, setup, device, seconds, nanogpt) -> Iterator[dict[str, Any]]:
@@ -534,8 +592,7 @@ def _measure_in_turns(prepared, replays, setup, device, seconds) -> Iterator[dic
             # Medians of the ratios of neighbours, not ratios of medians.
             for other in timed:
                 if other in RATIO_TO or other.startswith("nanogpt"):
-                    key = f"over_{other.replace(' ', '_')}"
-                    row[key] = timing.ratio(timed[other], timed[name])
+                    row[_over(other)] = timing.ratio(timed[other], timed[name])
         yield row
 
 
@@ -605,8 +662,7 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a table, slowest explanation first: tokens/s is what a user buys."""
     cuda = any(row.get("mfu_palm") for row in rows)
     wanted = ["over_compile_bf16" if cuda else "over_eager_fp32"]
-    wanted += [f"over_{r['provider'].replace(' ', '_')}" for r in rows
-               if r["provider"].startswith("nanogpt")]  # fmt: skip
+    wanted += [_over(r["provider"]) for r in rows if r["provider"].startswith("nanogpt")]
     keys = [key for key in wanted if any(key in row for row in rows)]
     header = ["what runs", "tokens/s", "ms/step", "spread"]
     header += [f"x {key[5:].replace('_', ' ')}" for key in keys]
@@ -633,10 +689,13 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
     return table(header, lines)
 
 
-def first_step(name: str, setup: Setup, device: torch.device) -> Iterator[dict[str, Any]]:
+def first_step(
+    name: str, setup: Setup, device: torch.device, timeout_s: float = FIRST_STEP_TIMEOUT_S
+) -> Iterator[dict[str, Any]]:
     """Seconds from nothing compiled to the end of the first step: empty caches, then full ones.
 
-    In processes of their own, imports and model building left out.
+    In processes of their own. first_step_s leaves imports and model building out; process_start_s
+    is everything since the process began, drawing the initial weights on the CPU included.
     """
     with tempfile.TemporaryDirectory() as caches:
         env = os.environ | {
@@ -646,16 +705,23 @@ def first_step(name: str, setup: Setup, device: torch.device) -> Iterator[dict[s
         command = [sys.executable, "-m", "bench.step", *setup.flags, "--device", device.type]
         command += ["--first-step-child", name]
         for cache in ("cold", "warm"):
-            out = subprocess.run(
-                command, cwd=record.ROOT, env=env, capture_output=True, text=True, check=False
-            )
             row: dict[str, Any] = {
                 "model": setup.model, "shape": setup.shape.label, "provider": name, "cache": cache,
             }  # fmt: skip
-            if out.returncode:
-                yield row | {"red": out.stderr.strip().splitlines()[-1][:200]}
+            try:
+                out = subprocess.run(
+                    command, cwd=record.ROOT, env=env, capture_output=True, text=True,
+                    timeout=timeout_s, check=False,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                yield row | {"red": f"no first step within {timeout_s:.0f} s"}
                 return
-            yield row | json.loads(out.stdout.strip().splitlines()[-1])
+            answers = [line for line in out.stdout.splitlines() if line.startswith(ANSWER)]
+            if out.returncode or not answers:
+                last = (out.stderr.strip().splitlines() or ["nothing said"])[-1]
+                yield row | {"red": f"exit {out.returncode}: {last}"[:200]}
+                return
+            yield row | json.loads(answers[-1].removeprefix(ANSWER))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -687,8 +753,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup = Setup(args.model, shape, args.accum)
     if args.first_step_child:
         build = known_providers(device)[args.first_step_child]
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # as where the steps are timed
         prepared = prepare(build, setup, device, make_batches(setup, device))
-        print(json.dumps({"first_step_s": prepared.first_step_s}))
+        found = {key: getattr(prepared, key) for key in ("first_step_s", "process_start_s")}
+        print(f"{ANSWER}{json.dumps(found)}", flush=True)
         return
 
     nanogpt = None
@@ -721,7 +790,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in names:
             for row in first_step(name, setup, device):
                 results.add("first_step", row)
-                print(f"first step, {row['cache']} caches, {name}: {row.get('first_step_s', row)}")
+                seconds = row.get("process_start_s", row)
+                print(f"first step, {row['cache']} caches, {name}: {seconds}")
     print(f"wrote {os.path.relpath(results.path)}")
 
 
@@ -736,16 +806,16 @@ def run(
     nanogpt: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Measure, write each row as it comes, print the table."""
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
     print(f"\nTraining step, GPT-2 {setup.model}, {setup.shape.label}, accum {setup.accum}")
     if device.type == "cpu" and not timing.has_fast_bf16(device):
         share = timing.limits(device)["bf16_over_fp32"]
         print(f"bf16 left out: this CPU runs a bf16 matmul at {share:.2f}x the rate of fp32")
     for row in measure(names, setup, device, seconds=seconds, nanogpt=nanogpt):
         results.add(section, row)
-        rows.append(row)
-    print(step_table(rows))
-    return rows
+        rows[row["provider"]] = row
+    print(step_table([*rows.values()]))
+    return [*rows.values()]
 
 
 if __name__ == "__main__":

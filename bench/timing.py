@@ -26,6 +26,16 @@ CPU_CACHE_BYTES = 32 << 20  # last-level cache of one group of cores, on most ma
 MAX_SETS = 64
 MIN_GRAPH_CALLS = 100  # of short calls in a graph: its start, some microseconds, is shared by them
 SHORT_CALL_BYTES = 16 << 20
+SPIN_SECONDS = 0.2  # of work before a measurement: an idle GPU's clock rises about that slowly
+SPIN_SIZE = 2048
+# What CUDA says when its context is gone, and with it every later call of the process.
+FATAL = (
+    "illegal memory access",
+    "illegal instruction",
+    "unspecified launch failure",
+    "device-side assert",
+    "misaligned address",
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,39 @@ def ratio(slow: Timing, fast: Timing) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
+def is_fatal(error: BaseException) -> bool:
+    """Whether the CUDA context is broken, so that all that follows in this process fails too."""
+    seen: list[BaseException] = []  # chains can be circles
+    at: BaseException | None = error
+    while at is not None and at not in seen:
+        if any(text in str(at).lower() for text in FATAL):
+            return True
+        seen.append(at)
+        at = at.__cause__ or at.__context__  # the end of a capture hides what went wrong in it
+    return False
+
+
+def reason_of(error: BaseException) -> str:
+    """One line for a row: "out of memory", or the type and the first line of the message."""
+    if _is_short(error):
+        return "out of memory"
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {first}"[:160]
+
+
+def note_failure(failed: dict[str, str] | None, name: str, error: Exception) -> None:
+    """Note why a contestant failed; raise where nobody asked, or where CUDA is broken."""
+    if failed is None or is_fatal(error):
+        raise error
+    failed[name] = reason_of(error)
+
+
+def _is_short(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(
+        error.__context__, torch.OutOfMemoryError
+    )
+
+
 @dataclass(frozen=True)
 class Replay:
     """Something that can be run again and tells how long one call took."""
@@ -97,13 +140,16 @@ def num_sets(set_bytes: int, device: torch.device) -> int:
     return max(1, min(MAX_SETS, math.ceil(L2_MULTIPLE * l2 / max(set_bytes, 1))))
 
 
-def device_replay(calls: Sequence[Call], set_bytes: int = SHORT_CALL_BYTES) -> Replay:
+def device_replay(
+    calls: Sequence[Call], set_bytes: int = SHORT_CALL_BYTES, pool: Any = None
+) -> Replay:
     """One CUDA graph of all calls, over and over for short ones; launches if capture is refused.
 
     Args:
         calls: The same work, each on buffers of its own. Results of one rotation are kept alive
             during capture, so that outputs rotate too.
         set_bytes: Bytes one call moves; says whether a call is short.
+        pool: Memory pool of the graph, shared with graphs that never run at the same time.
 
     The caller must have created whatever the calls differentiate on `capture_stream()`: autograd
     runs a backward on the stream of its forward.
@@ -115,27 +161,14 @@ def device_replay(calls: Sequence[Call], set_bytes: int = SHORT_CALL_BYTES) -> R
     with torch.cuda.stream(stream):
         for call in (*calls[:2], *calls[:2]):  # compile, create handles, fill the allocator
             call()
+        reads_device = _reads_device(calls[0])
     torch.cuda.synchronize()
-
-    graph = torch.cuda.CUDAGraph()
-    held: list[Any] = [None] * len(calls)
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(count):
-                held[i % len(calls)] = calls[i % len(calls)]()
-        mode = "graph"
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError:  # a host read inside, as in some third-party losses
-        mode = "launches"
-        torch.cuda.synchronize()
-    finally:
-        held.clear()
+    graph = None if reads_device else _capture(calls, count, stream, pool)
 
     def once() -> float:
         with torch.cuda.stream(stream):
             start.record()
-            if mode == "graph":
+            if graph is not None:
                 graph.replay()
             else:
                 for i in range(count):
@@ -144,7 +177,49 @@ def device_replay(calls: Sequence[Call], set_bytes: int = SHORT_CALL_BYTES) -> R
         end.synchronize()
         return start.elapsed_time(end) / count
 
-    return Replay(once, mode)
+    return Replay(once, "launches" if graph is None else "graph")
+
+
+def _reads_device(call: Call) -> bool:
+    """Whether a call waits for the device, as some third-party losses do, and cannot be captured.
+
+    Asked before a capture because up to torch 2.11 one that is refused half-way poisons the
+    process: the capture stream stays current, the default generator refuses to draw, the allocator
+    keeps recording into the graph's pool and gives no memory back.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if is_fatal(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
+
+
+def _capture(
+    calls: Sequence[Call], count: int, stream: "torch.cuda.Stream", pool: Any
+) -> "torch.cuda.CUDAGraph | None":
+    """`count` calls as one graph; None where CUDA refuses all the same."""
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    held: list[Any] = [None] * len(calls)
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            for i in range(count):
+                held[i % len(calls)] = calls[i % len(calls)]()
+        return graph
+    except RuntimeError as error:
+        if _is_short(error) or is_fatal(error):
+            raise
+    finally:
+        torch.cuda.set_stream(before)  # torch.cuda.graph skips it where the capture's end raises
+    torch.cuda.synchronize()
+    return None
 
 
 @cache
@@ -160,6 +235,7 @@ def interleave(
     seconds: float = 10.0,
     warmup: int = 2,
     min_rounds: int = 3,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Timing]:
     """Sample all contestants in turn, A B A B.
 
@@ -169,32 +245,88 @@ def interleave(
         seconds: Budget of the whole; once it is spent no further round begins.
         warmup: Rounds run and thrown away first.
         min_rounds: Rounds taken whatever they cost.
+        failed: Receives why a contestant fell out; without it the first error is raised.
     """
     samples: dict[str, list[float]] = {name: [] for name in replays}
-    for _ in range(warmup):
-        for replay in replays.values():
-            replay.once()
-    deadline = time.perf_counter() + seconds
-    for done in range(rounds):
+    deadline = math.inf
+    for done in range(-warmup, rounds):
+        if done == 0:
+            deadline = time.perf_counter() + seconds
         if done >= min_rounds and time.perf_counter() > deadline:
             break
-        for name, replay in replays.items():
-            samples[name].append(replay.once())
-    return {name: Timing(tuple(samples[name]), replays[name].mode) for name in replays}
+        for name in [*samples]:
+            try:
+                ms = replays[name].once()
+            except Exception as error:
+                note_failure(failed, name, error)
+                del samples[name]
+                continue
+            if done >= 0:
+                samples[name].append(ms)
+    return {name: Timing(tuple(found), replays[name].mode) for name, found in samples.items()}
 
 
 def time_calls(
     contestants: Mapping[str, Sequence[Call]],
     device: torch.device,
     set_bytes: int = SHORT_CALL_BYTES,
+    *,
+    needs: Mapping[str, int] | None = None,
+    failed: dict[str, str] | None = None,
     **how: Any,
 ) -> dict[str, Timing]:
-    """`interleave` with the replay that fits the device; `how` as there."""
-    if device.type == "cuda":
-        replays = {name: device_replay(calls, set_bytes) for name, calls in contestants.items()}
-    else:
+    """`interleave` with the replay that fits the device.
+
+    Args:
+        contestants: Calls by name, as `device_replay` wants them.
+        set_bytes: As there.
+        needs: Bytes of device memory a contestant takes while it runs, beside its inputs; one that
+            does not fit fails without trying.
+        failed, how: As in `interleave`.
+    """
+    replays: dict[str, Replay] = {}
+    if device.type != "cuda":
         replays = {name: host_replay(*calls) for name, calls in contestants.items()}
-    return interleave(replays, **how)
+        return interleave(replays, failed=failed, **how)
+    needs = needs or {}
+    # Graphs run in turn and nobody reads what they leave behind, so they share one pool, which
+    # grows to the need of the largest; one each, eager and compiled losses pass 80 GB. The largest
+    # is built last: if anyone has to do without, it is not ours.
+    pool: Any = torch.cuda.graph_pool_handle()
+    for name in sorted(contestants, key=lambda name: needs.get(name, 0)):
+        try:
+            _check_room(needs.get(name, 0))
+            replays[name] = device_replay(contestants[name], set_bytes, pool)
+        except Exception as error:
+            note_failure(failed, name, error)
+        if name not in replays or replays[name].mode != "graph":
+            pool = torch.cuda.graph_pool_handle()  # a broken capture may have left the old one open
+    spin(device)
+    ordered = {name: replays[name] for name in contestants if name in replays}
+    return interleave(ordered, failed=failed, **how)
+
+
+def _check_room(need: int) -> None:
+    if not need:
+        return
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if need > free:
+        raise torch.OutOfMemoryError(
+            f"bench: needs {need / 2**30:.1f} GiB of device memory, {free / 2**30:.1f} are free"
+        )
+
+
+def spin(device: torch.device) -> None:
+    """Keep the GPU busy until its clock is up."""
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(SPIN_SIZE, SPIN_SIZE, generator=generator, device=device).to(torch.bfloat16)
+    out = torch.empty_like(a)
+    end = time.perf_counter() + SPIN_SECONDS
+    while time.perf_counter() < end:
+        for _ in range(16):
+            torch.mm(a, a, out=out)
+        torch.cuda.synchronize(device)
 
 
 @cache
@@ -271,9 +403,10 @@ def gpu_state() -> dict[str, float]:
     except (OSError, subprocess.SubprocessError):
         return {}
     state = {}
-    for name, text in zip(_SMI_FIELDS.values(), out.splitlines()[0].split(","), strict=False):
+    first = out.partition("\n")[0]
+    for name, text in zip(_SMI_FIELDS.values(), first.split(","), strict=False):
         try:
             state[name] = float(text)
-        except ValueError:  # "[N/A]"
+        except ValueError:  # "[N/A]", or nothing at all
             continue
     return state

@@ -283,8 +283,8 @@ def pretend_cuda() -> Iterator[Pretended]:
     with contextlib.ExitStack() as held:
         for owner, name, value in replaced:
             held.enter_context(mock.patch.object(owner, name, value))
-        for name in ("_cuda_clearCublasWorkspaces",):  # absent from a build without CUDA
-            held.enter_context(mock.patch.object(torch._C, name, lambda: None, create=True))
+        # Absent from a build without CUDA.
+        held.enter_context(mock.patch.object(torch._C, "_cuda_clearCublasWorkspaces", create=True))
         held.callback(torch.set_float32_matmul_precision, precision)
         held.enter_context(_Devices())
         yield pretended

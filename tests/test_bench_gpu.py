@@ -1,0 +1,511 @@
+"""What the bench does on a GPU, run to its end on a pretended one; see tests/pretend_cuda.py."""
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+
+from bench import numerics, ops, optimizer, profile, record, step, timing
+from bench.cases import CASES, Shape, find_shape
+from kernels import EAGER
+from kernels._op import INTERPRETED
+from kernels.linear_cross_entropy import chunk_rows
+from model import GPTConfig
+from tests.pretend_cuda import Pretended, pretend_cuda
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU; needs the interpreter")
+
+CUDA = torch.device("cuda")  # made here: inside pretend_cuda() it would be the CPU
+TINY = Shape(2, 4, C=16, H=1, V=128)
+TINY_CONFIG = GPTConfig(block_size=8, vocab_size=128, n_layer=1, n_head=1, n_embd=16)
+SETUP = step.Setup("test", Shape(1, 8))
+FATAL = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
+    """A GPU that takes its time: few calls, few samples, and no limits to measure."""
+    for name, value in {"MAX_SETS": 1, "MIN_GRAPH_CALLS": 1, "SPIN_SIZE": 8}.items():
+        monkeypatch.setattr(timing, name, value)
+    monkeypatch.setattr(timing, "SPIN_SECONDS", 0.0)
+    rates = dict.fromkeys(("copy_gbs", "matmul_tflops", "matmul_k768_tflops"), 1.0)
+    monkeypatch.setattr(timing, "limits", lambda device: rates)
+    monkeypatch.setattr(timing, "interleave", partial(timing.interleave, warmup=0, min_rounds=1))
+    monkeypatch.setitem(step.MODELS, "test", TINY_CONFIG)
+    timing.capture_stream.cache_clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for a few elements, threads only wait for one another
+    with pretend_cuda() as pretended:
+        yield pretended
+    torch.set_num_threads(threads)
+    timing.capture_stream.cache_clear()
+
+
+def by_provider(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    assert len({row["provider"] for row in rows}) == len(rows)
+    return {row["provider"]: row for row in rows}
+
+
+def measure(op: str, mode: str = "both", **how: Any) -> dict[str, dict[str, Any]]:
+    how = {"providers": ["eager", "compile", "ours"], "rounds": 1, "seconds": 0.0} | how
+    return by_provider(ops.measure(op, TINY, torch.bfloat16, mode, CUDA, **how)[0])
+
+
+def test_calls_that_can_be_captured_are_one_graph(pretended: Pretended) -> None:
+    x, seen = torch.zeros(2), []
+
+    def call(i: int) -> Tensor:
+        seen.append(i)
+        return x[i].add_(1)
+
+    found = timing.device_replay([partial(call, 0), partial(call, 1)], set_bytes=1 << 30)
+    assert found.mode == "graph"
+    assert len(pretended.graphs) == 1
+    assert seen[-2:] == [0, 1]
+    count, before = len(seen), x.clone()
+    assert found.once() > 0
+    assert torch.equal(x, before + 1)
+    assert len(seen) == count  # the host takes no part
+
+
+def test_a_call_that_waits_for_the_device_is_never_captured(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: pytest.fail("tried to capture"))
+    x, before = torch.ones(2), torch.cuda.current_stream()
+    found = timing.device_replay([lambda: x.sum().item()])
+    assert found.mode == "launches"
+    assert found.once() > 0
+    assert torch.cuda.get_sync_debug_mode() == 0
+    assert torch.cuda.current_stream() is before
+
+
+def test_a_capture_that_is_refused_gives_the_stream_back(pretended: Pretended) -> None:
+    def call() -> None:  # as a wait that the debug mode does not know of
+        if torch.cuda.is_current_stream_capturing():
+            torch.ones(()).item()
+
+    before = torch.cuda.current_stream()
+    found = timing.device_replay([call])
+    assert torch.cuda.current_stream() is before
+    assert found.mode == "launches"
+    assert found.once() > 0
+
+    def short() -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # a row says so; timing launches would be another
+        timing.device_replay([short])
+    assert torch.cuda.current_stream() is before
+
+
+def test_errors_are_fatal_or_have_one_line() -> None:
+    assert timing.is_fatal(RuntimeError(FATAL))
+    assert not timing.is_fatal(RuntimeError("CUDA error: operation not permitted"))
+    hidden = RuntimeError("the capture failed")
+    hidden.__context__ = RuntimeError(FATAL)
+    assert timing.is_fatal(hidden)
+    hidden.__context__ = inner = RuntimeError("another")
+    inner.__cause__ = hidden  # Triton's interpreter makes such circles
+    assert not timing.is_fatal(hidden)
+    assert timing.reason_of(torch.OutOfMemoryError("CUDA out of memory. Tried")) == "out of memory"
+    assert timing.reason_of(KeyError()) == "KeyError: no message"
+    assert timing.reason_of(RuntimeError("\n first\nsecond")) == "RuntimeError: first"
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_every_provider_of_every_op_has_a_row(op: str, pretended: Pretended) -> None:
+    rows = measure(op, providers=ops.PROVIDERS)
+    assert {*rows} == {*ops.PROVIDERS}
+    for name in ("eager", "compile", "ours"):
+        row = rows[name]
+        assert row["timed"] == "graph"
+        assert row["ms"] > 0
+        assert row["peak_gib"] == 1.0
+        assert row["over_compile" if name != "compile" else "over_eager"] > 0
+    assert rows["ours"]["checked"] == TINY.label
+    assert rows["liger"]["skip"]  # its kernels are not for the interpreter
+    if op == "causal_attention":
+        assert rows["compile"]["backend"]
+
+
+def test_one_provider_s_failure_leaves_the_others(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, calls = ops.baseline.OPS["layer_norm"], {"eager": 0}
+
+    def failing(error: Exception, first: int) -> Any:
+        def fn(**inputs: Any) -> Tensor:
+            calls["eager"] += 1
+            if calls["eager"] >= first:
+                raise error
+            return plain(**inputs)
+
+        return fn
+
+    monkeypatch.setattr(ops, "parse_ops", lambda _: EAGER)
+    real = ops.find_provider
+
+    def patched(error: Exception, first: int) -> None:
+        calls["eager"] = 0
+        found = failing(error, first)
+        monkeypatch.setattr(
+            ops, "find_provider", lambda name, *a: found if name == "eager" else real(name, *a)
+        )
+
+    odd = AssertionError("no such layout\nat line 5")
+    for first in (1, 5):  # when its calls are made, and when they are captured
+        patched(odd, first)
+        rows = measure("layer_norm", "fwd", checked=False)
+        assert rows["eager"]["skip"] == "AssertionError: no such layout"
+        assert rows["ours"]["ms"] > 0
+        assert rows["ours"]["over_compile"] > 0
+    patched(torch.OutOfMemoryError("CUDA out of memory. Tried to"), 5)
+    assert measure("layer_norm", "fwd", checked=False)["eager"]["skip"] == "out of memory"
+    patched(RuntimeError(FATAL), 5)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measure("layer_norm", "fwd", checked=False)
+
+
+def test_what_does_not_fit_is_left_out_and_the_rest_share_a_pool(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools: list[Any] = []
+    built: list[str] = []
+    real = timing.device_replay
+
+    def replay(calls: Any, set_bytes: int, pool: Any) -> timing.Replay:
+        pools.append(pool)
+        built.append(calls[0].__name__)
+        return real(calls, set_bytes, pool)
+
+    def large() -> Tensor:
+        return torch.zeros(1)
+
+    def small() -> Tensor:
+        return torch.zeros(1)
+
+    def huge() -> Tensor:
+        raise AssertionError("tried all the same")
+
+    monkeypatch.setattr(timing, "device_replay", replay)
+    handles = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    failed: dict[str, str] = {}
+    found = timing.time_calls(
+        {"large": [large], "small": [small], "huge": [huge]}, CUDA,
+        needs={"large": 40 << 30, "small": 1 << 30, "huge": 90 << 30}, failed=failed,
+        rounds=1, seconds=0.0,
+    )  # fmt: skip
+    assert failed == {"huge": "out of memory"}
+    assert built == ["small", "large"]
+    assert pools == [0, 0]
+    assert [*found] == ["large", "small"]
+
+
+def test_an_error_while_timing_drops_its_contestant_alone() -> None:
+    turns = {"a": 0, "b": 0}
+
+    def replay(name: str) -> timing.Replay:
+        def once() -> float:
+            turns[name] += 1
+            if name == "b" and turns[name] == 3:
+                raise RuntimeError("launch failed")
+            return 1.0
+
+        return timing.Replay(once, "host")
+
+    failed: dict[str, str] = {}
+    how: dict[str, Any] = {"rounds": 4, "warmup": 1}
+    found = timing.interleave({n: replay(n) for n in turns}, failed=failed, **how)
+    assert failed == {"b": "RuntimeError: launch failed"}
+    assert [*found] == ["a"]
+    assert len(found["a"].samples_ms) == 4
+    turns["b"] = 0
+    with pytest.raises(RuntimeError, match="launch failed"):
+        timing.interleave({n: replay(n) for n in turns}, **how)
+
+
+def test_ours_red_or_unchecked_keeps_its_time_apart(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ops, "parse_ops",
+        lambda _: replace(EAGER, layer_norm=lambda **i: 1.1 * EAGER.layer_norm(**i)),
+    )  # fmt: skip
+    rows = measure("layer_norm", "fwd")
+    assert "over budget" in rows["ours"]["red"]
+    assert rows["ours"]["unverified_ms"] > 0
+    assert not {"ms", "skip", "over_compile"} & {*rows["ours"]}
+    assert "not shown" in ops.ops_table([*rows.values()])
+
+    def broken(**_: Any) -> Tensor:
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(ops, "parse_ops", lambda _: replace(EAGER, layer_norm=broken))
+    rows = measure("layer_norm", "fwd")
+    assert rows["ours"]["red"].startswith("not checked: TypeError: no such argument; not timed")
+    assert rows["compile"]["over_eager"] > 0
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_cuda_checks_the_kernels_it_times(op: str) -> None:
+    cut = ops.check_shape(op, find_shape("b64t1024"), CUDA)
+    assert cut.M <= 16384
+    if op in ("layer_norm", "add_layer_norm", "gelu_mlp"):
+        assert cut.M > 4096  # their "large" rows
+    if op == "linear_cross_entropy":
+        assert chunk_rows(cut.M, cut.Vp, 2) < cut.M
+    if op == "causal_attention":
+        assert (cut.B, cut.T) == (4, 1023)
+    assert ops.check_shape(op, find_shape("b64t1024"), torch.device("cpu")).M <= 512
+    assert ops.check_shape(op, TINY, CUDA) == TINY
+
+
+def test_all_three_runs_see_the_same_output_gradients() -> None:
+    # With the gradients of each run drawn anew, those of float64 would not be rounded to bf16.
+    inputs = {"x": torch.randn(64).bfloat16(), "factor": 2.0}
+
+    def scaled(x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    found = numerics.compare_runs(scaled, scaled, scaled, inputs, rows=64)
+    assert [(c.name, c.ours, c.eager) for c in found] == [("y", 0.0, 0.0), ("dx", 0.0, 0.0)]
+
+
+def test_tf32_is_asked_for_and_given_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    seen = []
+
+    def attention(qkv: Tensor, n_head: int) -> Tensor:
+        flash = torch.backends.cuda.flash_sdp_enabled()
+        seen.append((torch.get_float32_matmul_precision(), flash))
+        return EAGER.causal_attention(qkv, n_head)
+
+    monkeypatch.setattr(ops, "parse_ops", lambda _: replace(EAGER, causal_attention=attention))
+    before = torch.get_float32_matmul_precision()
+    for dtype in ("tf32", "fp32", torch.float32):
+        found = ops.check_numerics("causal_attention", TINY, dtype, torch.device("cpu"))
+        assert all(c.holds for c in found)
+        assert torch.get_float32_matmul_precision() == before
+    # Plain attention must multiply in TF32 as well, which torch's fused kernels never do.
+    assert seen == [("high", False), ("highest", True), (before, True)]
+    assert numerics.main(["--dtype", "tf32"]) == 0
+    assert "tf32 left out: only a GPU multiplies in it" in capsys.readouterr().out
+
+
+def contestants(**choices: Any) -> dict[str, step.Build]:
+    known = step.known_providers(CUDA)
+    ours = step._ours(dtype="bf16", **choices)
+    return {"compile bf16": known["compile bf16"], "ours bf16": ours}
+
+
+def assert_step_rows(pretended: Pretended, known: dict[str, step.Build]) -> None:
+    rows = list(step.measure([*known], SETUP, CUDA, seconds=0.0, known=known))
+    assert [row["provider"] for row in rows] == ["compile bf16", "ours bf16", "ours bf16"]
+    compiled, first, ours = rows
+    assert not any(row["red"] for row in rows)
+    assert len(pretended.graphs) == 1  # ours was timed as it trains
+    assert first["over_compile_bf16"] == pytest.approx(compiled["ms"] / ours["ms"])
+    # The twin stood before and after ours: what counts is the mean.
+    assert ours["twin_drift"] == pytest.approx(ours["twin_again_ms"] / compiled["ms"] - 1)
+    twin = (compiled["ms"] + ours["twin_again_ms"]) / 2
+    assert ours["over_compile_bf16"] == pytest.approx(twin / ours["ms"])
+
+
+def test_a_step_and_its_compiled_twin(pretended: Pretended) -> None:
+    assert_step_rows(pretended, contestants(ops="eager", optimizer="torch"))
+
+
+@pytest.mark.slow  # every kernel of twenty steps interpreted
+def test_a_step_of_triton_ops_and_its_compiled_twin(pretended: Pretended) -> None:
+    assert_step_rows(pretended, contestants())
+
+
+def test_a_contestant_that_fails_is_a_row(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def raising(error: Exception) -> step.Build:
+        def build(*_: Any) -> step.Contestant:
+            raise error
+
+        return build
+
+    known = contestants(ops="eager", optimizer="torch")
+    plain = step.known_providers(CUDA)["eager bf16"]
+    known |= {"compile bf16": raising(AssertionError("inductor: no\nmore")), "eager bf16": plain}
+    monkeypatch.setattr(step, "known_providers", lambda *_: known)
+    results = record.Results(torch.device("cpu"), tmp_path, "c" * 40)
+    names = ["compile bf16", "ours bf16", "eager bf16"]
+    rows = by_provider(step.run(names, SETUP, CUDA, results, seconds=0.0))
+    assert rows["compile bf16"]["red"] == "AssertionError: inductor: no"
+    # Nothing came before it that it could agree with.
+    assert "compile bf16 failed" in rows["ours bf16"]["red"]
+    assert rows["ours bf16"]["unverified_tokens_per_s"] > 0
+    assert not {"ms", "tokens_per_s"} & {*rows["ours bf16"]}
+    assert rows["eager bf16"]["tokens_per_s"] > 0
+    assert results.rows("step") == [*rows.values()]
+    assert "nothing to hold it against" in step.step_table([*rows.values()])
+
+    known["compile bf16"] = raising(torch.OutOfMemoryError("CUDA out of memory"))
+    row = next(step.measure(names, SETUP, CUDA, known=known))
+    assert row["red"] == "out of memory"
+    known["compile bf16"] = raising(RuntimeError(FATAL))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        next(step.measure(names, SETUP, CUDA, known=known))
+
+
+def test_a_first_step_that_fails_or_hangs_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: dict[str, Any] = {"returncode": -9, "stdout": "", "stderr": ""}
+
+    def run(command: Any, **how: Any) -> Any:
+        assert how["timeout"] == 7.0
+        if not done:
+            raise subprocess.TimeoutExpired(command, 7.0)
+        return SimpleNamespace(**done)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    first = partial(step.first_step, "ours bf16", SETUP, CUDA, timeout_s=7.0)
+    assert [row["red"] for row in first()] == ["exit -9: nothing said"]
+    done |= {"returncode": 0, "stdout": "said by a library\n"}
+    assert [row["red"] for row in first()] == ["exit 0: nothing said"]
+    done["stdout"] = f'{step.ANSWER}{{"first_step_s": 1.0, "process_start_s": 9.0}}\nbye\n'
+    rows = list(first())
+    assert [row["cache"] for row in rows] == ["cold", "warm"]
+    assert all((row["first_step_s"], row["process_start_s"]) == (1.0, 9.0) for row in rows)
+    done.clear()
+    assert [row["red"] for row in first()] == ["no first step within 7 s"]
+
+
+def test_first_step_counts_from_the_start_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(step.MODELS, "test", TINY_CONFIG)
+    monkeypatch.setattr(step, "seconds_since_start", lambda: 42.0)
+    argv = [*SETUP.flags, "--device", "cpu", "--first-step-child", "eager fp32"]
+    step.main(argv)
+    answer = capsys.readouterr().out
+    assert answer.startswith(step.ANSWER)
+    assert '"process_start_s": 42.0' in answer
+
+
+def test_weights_are_drawn_once_for_all() -> None:
+    step._draw_weights.cache_clear()
+    setup = step.Setup("smoke", Shape(2, 16))
+    step._weights(setup)["lm_head.weight"] = torch.zeros(1)  # as nanoGPT's builder does
+    assert "lm_head.weight" not in step._weights(setup)
+    assert step._draw_weights.cache_info().misses == 1
+
+
+def test_optimizer_rows(
+    pretended: Pretended,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(optimizer, "CHECK_STEPS", 1)
+    results = record.Results(torch.device("cpu"), tmp_path, "c" * 40)
+    assert optimizer.run("test", CUDA, results, 0.0) == 0
+    rows = results.data["optimizer"]["rows"]
+    assert [(row["working"], row["who"]) for row in rows] == [
+        (False, "torch"), (False, "triton"), (True, "torch"), (True, "triton")
+    ]  # fmt: skip
+    assert all(row["mode"] == "graph" and row["over_torch"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("triton") == 2
+
+
+def test_an_optimizer_that_is_wrong_or_fails_leaves_the_other(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(optimizer.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(float("nan"))
+
+    monkeypatch.setitem(optimizer.CLASSES, "triton", Wrong)
+    torch_row, ours = optimizer.measure("test", False, CUDA, 0.0)
+    assert torch_row["ms"] > 0
+    assert ours["red"].startswith("weights differ by nan")
+    assert ours["unverified_ms"] > 0
+    assert "ms" not in ours
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ValueError("no such GPU")
+
+    monkeypatch.setitem(optimizer.CLASSES, "triton", refuse)
+    rows = optimizer.measure("test", False, CUDA, 0.0)
+    assert {row["who"]: row.get("skip") for row in rows} == {
+        "triton": "ValueError: no such GPU", "torch": None
+    }  # fmt: skip
+
+
+class Profiler:
+    """Stands in for torch.profiler.profile, which needs a CUDA build."""
+
+    names = (
+        ("nvjet_tst_128x256", 600.0, False),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 200.0, False),
+        ("_attention_fwd_kernel", 100.0, False),
+        ("Optimizer.step#AdamW.step", 900.0, True),
+        ("## Call CompiledFxGraph f3a ##", 900.0, False),
+    )
+
+    def __init__(self, pretended: Pretended, activities: Any) -> None:
+        self.pretended = pretended
+
+    def __enter__(self) -> "Profiler":
+        self.graphs = len(self.pretended.graphs)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.captured = len(self.pretended.graphs) - self.graphs
+
+    def export_chrome_trace(self, path: str) -> None:
+        Path(path).write_text("{}")
+
+    def key_averages(self) -> list[Any]:
+        return [
+            SimpleNamespace(key=key, self_device_time_total=us, count=2, is_user_annotation=note,
+                            device_type=DeviceType.CUDA)
+            for key, us, note in self.names
+        ]  # fmt: skip
+
+
+def test_a_profiled_step_is_a_replay_and_spans_are_no_kernels(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[Profiler] = []
+    freed: list[int] = []
+
+    def profiler(activities: Any) -> Profiler:
+        made.append(Profiler(pretended, activities))
+        return made[-1]
+
+    monkeypatch.setattr(profile, "profile", profiler)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(1))
+    known = contestants(ops="eager", optimizer="torch")
+    monkeypatch.setattr(step, "known_providers", lambda *_: known)
+    rows, longest = profile.trace_step("ours bf16", SETUP, CUDA, 2, tmp_path / "trace.json")
+    assert (made[0].graphs, made[0].captured) == (1, 0)
+    assert len(freed) >= 2  # what came before, and this contestant
+    found = {row.kind: row for row in rows}
+    assert {*found} == {"GEMM", "attention", "idle"}
+    assert found["attention"].ms == pytest.approx(0.15)
+    assert found["attention"].names[0].startswith("cudnn_generated_fort_native_sdpa")
+    assert longest[0][0] == "nvjet_tst_128x256"
+    results = record.Results(torch.device("cpu"), tmp_path, "c" * 40)
+    profile.save(results, "ours bf16", SETUP, rows)
+    saved = record.load(results.path)["profile"]
+    assert any("sdpa" in name for row in saved for name in row["names"])
+    assert "| attention" in profile.profile_table(rows)
