@@ -16,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "ablation": ("model", "shape", "accum", "provider"),
     "first_step": ("model", "shape", "provider", "cache"),
     "profile": ("model", "shape", "provider", "kind"),
-    "train": ("recipe", "provider"),
+    "train": ("kind", "recipe", "provider", "cache"),
     "generate": ("model", "provider"),
     "sanitizer": ("tool", "op"),
     "tune": ("op", "kernel", "shape", "dtype"),
@@ -223,3 +224,50 @@ def load(path: Path) -> dict[str, Any]:
 def load_all(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """All result files of a folder, newest last."""
     return sorted((load(path) for path in folder.glob("*.json")), key=lambda data: data["date"])
+
+
+def merge(paths: Sequence[Path], into: Path) -> Path:
+    """Make one result file of several calls on one machine; a row of the later file wins.
+
+    Later is by date, then as given. A file that already stands there takes part.
+
+    Args:
+        paths: Result files.
+        into: File or folder, as in `Results`.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: they differ in device, commit, torch or triton.
+    """
+    files = {path.resolve(): load(path) for path in paths}
+    first = next(iter(files.values()))
+    target = into if into.suffix == ".json" else into / file_name(first)
+    if target.exists():
+        files = {target.resolve(): load(target)} | files
+    for path, data in files.items():
+        for key in ("device", "commit", "torch", "triton"):
+            if data[key] != first[key]:
+                raise ValueError(
+                    f"bench: files to merge must agree; {key} is {first[key]} in {paths[0].name}, "
+                    f"{data[key]} in {path.name}"
+                )
+    ordered = sorted(files.values(), key=lambda data: data["date"])
+    merged: dict[str, Any] = {}
+    for data in ordered:
+        joined: dict[str, Any] = {"parts": merged.get("parts", {}) | data.get("parts", {})}
+        for section in KEYS.keys() & data.keys():
+            names = KEYS[section]
+            again = {tuple(map(row.get, names)) for row in data[section]}
+            kept = [r for r in merged.get(section, []) if tuple(map(r.get, names)) not in again]
+            joined[section] = kept + data[section]
+        merged |= data | joined
+    commands = [command for data in ordered for command in data["command"].split("; ")]
+    dirty = [data["dirty"] for data in ordered]
+    merged["command"] = "; ".join(dict.fromkeys(commands))
+    # Clean where all are; None is "not known".
+    merged["dirty"] = True if True in dirty else None if None in dirty else False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(dumps(merged))
+    return target
