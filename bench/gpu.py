@@ -1,32 +1,41 @@
-"""Everything a GPU should settle, in one command that survives being cut off.
+"""Everything a GPU should settle, in three commands that survive being cut off.
 
-    python -m bench.gpu --out DIR --minutes 8
-    python -m bench.gpu --out DIR --only numerics,ops,step --tokens shakespeare.bin
+    python -m bench.gpu --out DIR --only check     are the kernels right, does every part run
+    python -m bench.gpu --out DIR --only tune      each op beside its rivals; better launch rows
+    python -m bench.gpu --out DIR --only final     the whole step, the recipe, the comparisons
+    python -m bench.gpu --out DIR --only numerics,seed --data input.txt --minutes 4
 
 Each part runs in a process of its own with its share of the time, so that an illegal access or a
-hang in one costs only that one; time a part leaves is shared among those after it. Rows are written
-to DIR/result.json as they come, the output of the parts to DIR/log.txt. A short table comes last.
-Nothing is downloaded and nothing but torch, triton, numpy and tyro is needed; what is missing costs
-its own rows only. `--tokens` is a headerless uint16 token file; without one the training parts read
-this project's own source as bytes.
+hang in one costs only that one; time a part leaves is shared among those after it. Nothing is timed
+while parts that only check run side by side. Rows go to DIR/result.json as a part ends, the output
+of the parts to DIR/log.txt; a short table comes last. `python -m bench.report --merge` makes one
+file of several calls on one kind of device.
 
-    numerics   every op in fp32, fp16, bf16 against float64, on the device
-    ops        each op beside its rivals, with the machine's limits
-    step       the whole step beside plain PyTorch, ablation, first step cold and warm
-    optimizer  clip and AdamW alone, ours beside torch's
-    train      500 steps, Triton ops against eager ops, same seed
-    seed       the Shakespeare recipe until its loss is below 0.09, cold and warm caches
-    tune       proposals for the launch tables
+Nothing is downloaded; torch, triton, numpy, tyro and pytest are needed, and what else is missing
+costs its own rows only. `--data` is a text or uint16 token file; without one the training parts
+read this project's own source.
+
+    numerics   every op in fp32, TF32, fp16, bf16 against float64, and 50 times the same bits
     tests      the tests of the ops, the optimizer and the step, natively
     sanitizer  compute-sanitizer on every op, and on a planted overrun that it must find
+    resume     runs killed and resumed on the device, bitwise
     profile    where a step's time goes; writes DIR/trace.json.gz
     generate   tokens a second of the 124M model
+    ops        each op beside its rivals, with the machine's limits
+    tune       proposals for the launch tables
+    step       the whole step beside plain PyTorch, and with one thing at a time switched back
+    seed       train.py on the Shakespeare recipe until its loss is below 0.09, cold and warm caches
+    train      500 steps, Triton ops against eager ops, same seed
+    optimizer  clip and AdamW alone, ours beside torch's
     sweep      each op over sizes, for the plots
 """
 
 import argparse
-import contextlib
 import gzip
+import hashlib
+import importlib.util
+import json
+import math
 import os
 import shutil
 import signal
@@ -35,48 +44,75 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from bench import baseline, ops, record, step, timing
-from bench.cases import CASES, GPU_SHAPES, Shape, find_shape
+from bench import baseline, numerics, ops, record, step, timing
+from bench.cases import CASES, GPU_SHAPES, Shape, find_shape, make_inputs
 from kernels import Ops, parse_ops
 from model import GPT, MODELS
-from training.data import DataLoaderLite, Prefetcher
-from training.optim import configure_adamw
-from training.plan import detect, make_plan
-from training.recipes import PRESETS
-from training.step import TrainStep, start_process
+from training.data import SHAKESPEARE_SHA256, load_corpus
 
-# Part -> weight of its share of the time; the order is that of importance and of running.
-PARTS: dict[str, float] = {
-    "numerics": 1.0,
-    "ops": 3.0,
-    "step": 3.0,
-    "optimizer": 0.3,
-    "train": 1.5,
-    "seed": 1.5,
-    "tune": 2.0,
-    "tests": 1.5,
-    "sanitizer": 1.0,
-    "profile": 0.5,
-    "generate": 0.5,
-    "sweep": 1.5,
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to run.
+
+    Args:
+        group: Which of the three calls it belongs to.
+        seconds: What it takes on an H100 or H200 and 16 cores: an estimate until it has run there,
+            and the weight of its share of the time.
+        beside: It checks and times nothing, so it runs beside its neighbours.
+    """
+
+    group: str
+    seconds: float
+    beside: bool = False
+
+
+# In the order of running; within a call what matters most comes first.
+PARTS: dict[str, Part] = {
+    "numerics": Part("check", 120, beside=True),
+    "tests": Part("check", 240, beside=True),
+    "sanitizer": Part("check", 240, beside=True),
+    "resume": Part("check", 150, beside=True),
+    "profile": Part("check", 100),
+    "generate": Part("check", 40),
+    "ops": Part("tune", 200),
+    "tune": Part("tune", 290),
+    "step": Part("final", 180),
+    "seed": Part("final", 170),
+    "train": Part("final", 100),
+    "optimizer": Part("final", 20),
+    "sweep": Part("final", 40),
 }
 MIN_PART_S = 15.0
 TRAIN_STEPS = 500
 TRAIN_SHAPE = Shape(16, 256)
 SEED_TARGET_LOSS = 0.09
+COLD_STEPS = 100  # of the seed recipe with cold caches: the start is what differs
+CURVE_EVERY = 25
+NUM_RERUNS = 50
+PROMPT = [*range(1000, 1016)]
 SANITIZER_ERROR = 99  # exit code compute-sanitizer is told to use
 # Losses of two right implementations drift apart as rounding grows; the yardstick is how far
 # compiled eager ops drift from eager ops.
 DRIFT_FACTOR = 3.0
 MIN_DRIFT = 0.01
+# What is most likely to fail on hardware first: the recipe's short rows and narrow heads, then
+# rows cut by a tile, one token, the large launch rows, several chunks of the loss, wide heads.
+NUMERICS_SHAPES = (
+    Shape(16, 64), Shape(2, 64, C=384), Shape(3, 17), Shape(1, 1), Shape(64, 1024),
+    Shape(2, 200, H=6),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,7 +122,7 @@ class Job:
     device: torch.device
     results: record.Results
     out: Path
-    tokens: Path | None
+    data: Path | None
     deadline: float  # time.monotonic()
 
     @property
@@ -94,30 +130,121 @@ class Job:
         return self.deadline - time.monotonic()
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended; `code` is None where it was cut off."""
+
+    code: int | None
+    text: str
+
+
+def run_process(
+    command: Sequence[str], seconds: float, env: Mapping[str, str] | None = None
+) -> Ended:
+    """Run to the end or to the limit; nothing it started outlives it."""
+    with subprocess.Popen(
+        command, cwd=record.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            text, _ = process.communicate(timeout=max(1.0, seconds))
+            return Ended(process.returncode, text)
+        except subprocess.TimeoutExpired:
+            end_session(process.pid)
+            text, _ = process.communicate()
+            return Ended(None, text)
+        finally:
+            end_session(process.pid)
+
+
+def end_session(pid: int) -> None:
+    """Kill whatever is left of a process and its children."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def fan_out(
+    job: Job, commands: Mapping[str, Sequence[str]], env: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Ended]]:
+    """Run commands side by side; each with its result, as they end."""
+    workers = max(2, (os.cpu_count() or 2) - 2)
+    with ThreadPoolExecutor(workers) as pool:
+        running = {
+            pool.submit(lambda c=command: run_process(c, job.left_s, env)): name
+            for name, command in commands.items()
+        }
+        for done in as_completed(running):
+            yield running[done], done.result()
+
+
+def child(name: str, job: Job, *more: str) -> list[str]:
+    """Command of a process that does one task of a part and prints what it found."""
+    return [sys.executable, "-m", "bench.gpu", "--child", name, "--out", str(job.out),
+            "--seconds", f"{job.left_s:.0f}", *more]  # fmt: skip
+
+
 def run_numerics(job: Job) -> None:
-    shapes = (Shape(2, 64), Shape(3, 17), Shape(1, 1), Shape(1, 513))
-    for dtype_name, dtype in (
-        ("bf16", torch.bfloat16),
-        ("fp32", torch.float32),
-        ("fp16", torch.float16),
-    ):
-        for op in CASES:
-            for shape in shapes:
-                if job.left_s < 0:
-                    return
-                identity = {"op": op, "shape": shape.label, "dtype": dtype_name}
-                try:
-                    found = ops.check_numerics(op, shape, dtype, job.device)
-                except Exception as error:
-                    # A sticky CUDA error fails all that follows: say so and stop here.
-                    row = {"result": "error", "holds": False, "error": str(error)[:300]}
-                    job.results.add("numerics", identity | row)
-                    if "CUDA" in str(error) or "illegal" in str(error):
-                        raise
-                    continue
-                for c in found:
-                    row = {"result": c.name, "ours": c.ours, "eager": c.eager, "budget": c.budget}
-                    job.results.add("numerics", identity | row | {"holds": c.holds})
+    """An op and a dtype in each process; the loss in one, since its float64 logits are large."""
+    alone = "linear_cross_entropy"
+    tasks = [f"numerics:{op}:{d}" for op in CASES if op != alone for d in numerics.DTYPES]
+    tasks += [f"numerics:{alone}:{','.join(numerics.DTYPES)}"]
+    for name, ended in fan_out(job, {task: child(task, job) for task in tasks}):
+        rows = [line[4:] for line in ended.text.splitlines() if line.startswith("ROW ")]
+        for row in rows:
+            job.results.add("numerics", json.loads(row))
+        if ended.code != 0:
+            _, op, dtype = name.split(":")
+            last = (ended.text.strip().splitlines() or ["nothing said"])[-1]
+            why = "cut off" if ended.code is None else f"exit {ended.code}: {last}"
+            row = {"op": op, "shape": "", "dtype": dtype, "result": "the process", "holds": False}
+            job.results.add("numerics", row | {"error": why[:300]})
+            print(f"==== {name}\n{ended.text[-3000:]}", flush=True)
+
+
+def check_numerics(op: str, dtypes: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Rows of one op: each result against float64, then the same bits again and again."""
+    for dtype in dtypes.split(","):
+        for shape in NUMERICS_SHAPES:
+            cut = ops.check_shape(op, shape, device)
+            heads = "" if cut.H == 12 else f" H={cut.H}"
+            identity = {"op": op, "shape": cut.label + heads, "dtype": dtype}
+            try:
+                found = ops.check_numerics(op, shape, dtype, device)
+            except Exception as error:
+                row = {"result": "error", "holds": False, "error": str(error)[:300]}
+                yield identity | row
+                if timing.is_fatal(error):
+                    raise
+                continue
+            for c in found:
+                row = {"result": c.name, "ours": c.ours, "eager": c.eager, "budget": c.budget}
+                yield identity | row | {"holds": c.holds}
+        differing = reruns_that_differ(op, Shape(4, 1024), dtype, device)
+        yield {
+            "op": op, "shape": Shape(4, 1024).label, "dtype": dtype,
+            "result": f"{NUM_RERUNS} reruns", "ours": differing, "eager": 0, "budget": 0,
+            "holds": differing == 0,
+        }  # fmt: skip
+
+
+def reruns_that_differ(
+    op: str, shape: Shape, dtype: str, device: torch.device, times: int = NUM_RERUNS
+) -> int:
+    """How many of some reruns give another bit; a race shows here before it shows in an error."""
+    with numerics.precision(dtype) as known:
+        inputs = make_inputs(CASES[op], shape, known, device)
+        tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+        rest = {k: v for k, v in inputs.items() if k not in tensors}
+        ours = ops.find_provider("ours", op, device)
+
+        def once() -> dict[str, Tensor]:
+            return numerics.values_and_grads(lambda **args: ours(**args, **rest), tensors)
+
+        first = once()
+        again = (once() for _ in range(times))
+        return sum(any(not torch.equal(first[k], found[k]) for k in first) for found in again)
 
 
 def run_ops(job: Job) -> None:
@@ -132,20 +259,21 @@ def run_ops(job: Job) -> None:
 
 def run_sweep(job: Job) -> None:
     job.results.put("limits", timing.limits(job.device))
+    # Compiling plain PyTorch anew for each size would take most of the time.
+    providers = tuple(name for name in ops.PROVIDERS if name != "compile")
     for op, case in CASES.items():
         for shape in case.sweep:
             if job.left_s > 0:
-                _measure_op(job, op, shape, "both", sweep=True)
+                _measure_op(job, op, shape, "both", providers, sweep=True)
 
 
-def _measure_op(job: Job, op: str, shape: Shape, mode: str, **extra: Any) -> None:
-    try:
-        rows, _ = ops.measure(op, shape, torch.bfloat16, mode, job.device, seconds=2.0)
-    except Exception as error:
-        print(f"{op} {mode} {shape.label}: {type(error).__name__}: {error}", flush=True)
-        if "CUDA" in str(error):
-            raise
-        return
+def _measure_op(
+    job: Job, op: str, shape: Shape, mode: str, providers: Sequence[str] = ops.PROVIDERS,
+    **extra: Any,
+) -> None:  # fmt: skip
+    rows, _ = ops.measure(
+        op, shape, torch.bfloat16, mode, job.device, providers=providers, seconds=2.0
+    )
     for row in rows:
         if " has no " not in row.get("skip", ""):
             job.results.add("ops", row | extra)
@@ -153,63 +281,50 @@ def _measure_op(job: Job, op: str, shape: Shape, mode: str, **extra: Any) -> Non
 
 
 def run_step(job: Job) -> None:
-    torch.set_float32_matmul_precision("high")
     large = step.Setup("124m", find_shape("b64t1024"))
     seed = step.Setup("124m", find_shape("b16t64"), accum=4)
     merged = step.Setup("124m", Shape(64, 64))
-    main = ["compile bf16", "ours bf16", "eager bf16", "eager fp32"]
-    known = step.known_providers(job.device)
-    ablation = [name for name in known if name.startswith("ours bf16")]
+    twins = ["compile bf16", "ours bf16"]
+    ablation = [name for name in step.known_providers(job.device) if name.startswith("ours bf16")]
     todo: list[tuple[str, step.Setup, list[str]]] = [
-        ("step", large, main),
-        ("step", seed, main[:2]),
-        ("step", merged, main[:2]),
+        ("step", large, twins),
+        ("step", seed, twins),
+        ("step", merged, twins),
+        ("step", large, ["eager bf16", "eager fp32"]),
         ("ablation", large, ablation),
-        *(("step", step.Setup("124m", Shape(B, 1024)), main[:2]) for B in (8, 16, 32, 128)),
-        *(("step", step.Setup("124m", Shape(65536 // T, T)), main[:2]) for T in (256, 2048, 4096)),
+        *(("step", step.Setup("124m", Shape(B, 1024)), twins) for B in (8, 16, 32)),
+        *(("step", step.Setup("124m", Shape(65536 // T, T)), twins) for T in (256, 2048, 4096)),
     ]
-    for i, (section, setup, names) in enumerate(todo):
-        if i == 3:  # after what matters most
-            for name in ("ours bf16", "compile bf16"):
-                for row in step.first_step(name, large, job.device):
-                    job.results.add("first_step", row)
+    for section, setup, names in todo:
         if job.left_s > 0:
-            try:
-                step.run(names, setup, job.device, job.results, section=section, seconds=4.0)
-            except Exception as error:
-                print(f"{section} {setup}: {type(error).__name__}: {error}", flush=True)
+            step.run(names, setup, job.device, job.results, section=section, seconds=4.0)
 
 
-def read_tokens(path: Path | None) -> np.ndarray:
-    """Token ids; this project's source as bytes where no file is given."""
-    if path is not None:
-        return np.fromfile(path, dtype="<u2").astype(np.int64)
+def token_ids(data: Path | None) -> np.ndarray:
+    """The token ids of a text or token file; this project's source as bytes where none is given."""
+    if data is not None:
+        return np.asarray(load_corpus((str(data),)).tokens)
     files = sorted((record.ROOT / "kernels").glob("*.py")) + sorted(record.ROOT.glob("bench/*.py"))
-    return np.frombuffer(b"".join(f.read_bytes() for f in files), dtype=np.uint8).astype(np.int64)
+    return np.frombuffer(b"".join(f.read_bytes() for f in files), dtype=np.uint8)
 
 
-def text_of(path: Path | None) -> str:
-    return path.stem if path else "this project's source as bytes"
+def text_of(data: Path | None) -> str:
+    """What is trained on, in words; the report asks for tiny Shakespeare by name."""
+    if data is None:
+        return "this project's source"
+    is_shakespeare = hashlib.sha256(data.read_bytes()).hexdigest() == SHAKESPEARE_SHA256
+    return "tiny Shakespeare" if is_shakespeare else data.stem
 
 
-def windows(tokens: torch.Tensor, B: int, T: int, micro_rows: int) -> Iterator[step.Batch]:
-    """Batches of B rows in text order, as micro-batches of `micro_rows` rows would read them.
-
-    A micro-batch takes micro_rows * T + 1 tokens; the next begins micro_rows * T later, and at the
-    start of the text where fewer are left.
-    """
-    stride = micro_rows * T
-    at = 0
+def windows(tokens: Tensor, B: int, T: int) -> Iterator[step.Batch]:
+    """Batches of B rows in text order; from the start again where fewer tokens are left."""
+    stride, at = B * T, 0
     while True:
-        parts = []
-        for _ in range(B // micro_rows):
-            if at + stride + 1 > len(tokens):
-                at = 0
-            parts.append(tokens[at : at + stride + 1])
-            at += stride
-        idx = torch.cat([p[:-1].view(micro_rows, T) for p in parts])
-        targets = torch.cat([p[1:].view(micro_rows, T) for p in parts])
-        yield idx, targets
+        if at + stride + 1 > len(tokens):
+            at = 0
+        part = tokens[at : at + stride + 1]
+        yield part[:-1].view(B, T), part[1:].view(B, T)
+        at += stride
 
 
 def losses_of(
@@ -220,11 +335,9 @@ def losses_of(
     net = GPT(MODELS[model], op_set).to(job.device)
     call = torch.compile(net) if compiled else net
     optimizer = baseline.make_optimizer(net)
-    tokens = torch.from_numpy(read_tokens(job.tokens)).to(job.device)
+    tokens = torch.from_numpy(token_ids(job.data).astype(np.int64)).to(job.device)
     losses = []
-    for i, (idx, targets) in zip(
-        range(steps), windows(tokens, shape.B, shape.T, shape.B), strict=False
-    ):
+    for i, (idx, targets) in zip(range(steps), windows(tokens, shape.B, shape.T), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = baseline.LEARNING_RATE * min(1.0, (i + 1) / 100)
         with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.type == "cuda"):
@@ -244,13 +357,6 @@ def drift(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.abs(smooth[0] - smooth[1]).max())
 
 
-def run_optimizer(job: Job) -> None:
-    from bench import optimizer
-
-    if optimizer.run("124m", job.device, job.results, seconds=2.0):
-        raise RuntimeError("optimizer: the weights of ours and of torch's differ")
-
-
 def run_train(
     job: Job,
     steps: int = TRAIN_STEPS,
@@ -258,94 +364,104 @@ def run_train(
     shape: Shape = TRAIN_SHAPE,
     ops_spec: str = "triton",
 ) -> None:
+    """Ours against eager; the bound is what compiling alone does to the losses."""
     how: dict[str, Any] = {"steps": steps, "model": model, "shape": shape}
-    eager = losses_of(parse_ops("eager"), job, compiled=False, **how)
-    ours = losses_of(parse_ops(ops_spec), job, compiled=False, **how)
-    compiled = losses_of(parse_ops("eager"), job, compiled=True, **how)
-    allowed = max(MIN_DRIFT, DRIFT_FACTOR * drift(eager, compiled))
-    found = drift(eager, ours)
-    verdict = "within" if found <= allowed else "OUTSIDE"
-    job.results.add(
-        "train",
-        {
-            "recipe": f"{steps} steps, {text_of(job.tokens)}, GPT-2 {model}, {shape.label}, bf16",
-            "provider": f"{ops_spec} against eager",
+    losses = {"eager": losses_of(parse_ops("eager"), job, compiled=False, **how)}
+    losses["ours"] = losses_of(parse_ops(ops_spec), job, compiled=False, **how)
+    recipe = f"{steps} steps, {text_of(job.data)}, GPT-2 {model}, {shape.label}, bf16"
+    allowed = MIN_DRIFT
+    for yardstick in (False, True):
+        if yardstick:  # a row stands already, should this not come to its end
+            losses["compiled"] = losses_of(parse_ops("eager"), job, compiled=True, **how)
+            allowed = max(MIN_DRIFT, DRIFT_FACTOR * drift(losses["eager"], losses["compiled"]))
+        found = drift(losses["eager"], losses["ours"])
+        verdict = "within" if found <= allowed else "OUTSIDE"
+        row = {
+            "kind": "drift", "recipe": recipe, "provider": f"{ops_spec} against eager",
             "verdict": f"drift {found:.4f} {verdict} bound {allowed:.4f}",
-            "holds": found <= allowed,
-            "drift": found,
-            "bound": allowed,
-            "losses": {
-                name: [x[i] for i in range(0, steps, max(1, steps // 25))] + [x[-1]]
-                for name, x in (("eager", eager), ("ours", ours), ("compiled", compiled))
-            },
-        },
-    )
+            "holds": found <= allowed, "drift": found, "bound": allowed,
+            "losses": {name: curve_of(x) for name, x in losses.items()},
+        }  # fmt: skip
+        job.results.add("train", row)
+
+
+def curve_of(losses: Sequence[float]) -> list[tuple[int, float]]:
+    """(step, loss) of every so many steps, and of the last."""
+    steps = {*range(0, len(losses), CURVE_EVERY), len(losses) - 1}
+    return [(i, losses[i]) for i in sorted(steps) if i >= 0]
 
 
 def run_seed(job: Job) -> None:
-    """The recipe in a fresh process with empty caches, then with the caches it left."""
-    with tempfile.TemporaryDirectory() as caches:
+    """`train.py` itself, in a fresh process: empty caches and few steps, then full ones to the end.
+
+    The cold run differs in its start alone, so it is not taken to the end.
+    """
+    with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
-            "TRITON_CACHE_DIR": f"{caches}/triton",
+            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+            "TRITON_CACHE_DIR": f"{folder}/triton",
         }
-        for cache in ("cold", "warm"):
-            command = [sys.executable, "-m", "bench.gpu", "--child", "seed-run", "--cache", cache]
-            command += ["--out", str(job.out), "--seconds", str(job.left_s - 5)]
-            command += ["--tokens", str(job.tokens)] if job.tokens else []
-            command += ["--commit", job.results.data["commit"]]
-            if code := subprocess.run(command, cwd=record.ROOT, env=env, check=False).returncode:
-                print(f"seed: the process with {cache} caches ended with {code}", flush=True)
-    job.results.data = record.load(job.results.path)
+        for cache, flags in (("cold", ["--steps", str(COLD_STEPS)]), ("warm", [])):
+            run = Path(folder) / cache
+            command = [sys.executable, "train.py", "--preset", "shakespeare-124m", "--out",
+                       str(run), "--save-every", "0", "--resume", "never", *flags]  # fmt: skip
+            data = [str(job.data)] if job.data else sorted(map(str, record.ROOT.glob("*/*.py")))
+            ended = run_process([*command, "--data", *data], job.left_s - 5, env)
+            print(ended.text[-4000:], flush=True)
+            row = seed_row(run, cache, ended)
+            recipe = f"{text_of(job.data)}, GPT-2 124M, 16x64x4, to loss < {SEED_TARGET_LOSS}"
+            job.results.add("train", {"kind": "seed", "recipe": recipe, "cache": cache, **row})
+        for name in ("loss.png", "samples.txt", "report.html"):
+            if (run / name).is_file():
+                shutil.copy(run / name, job.out / f"seed-{name}")
 
 
-def run_seed_once(job: Job, cache: str) -> None:
-    """The recipe by the plan of this machine; stops at the first loss under the target."""
-    start = time.monotonic()
-    recipe = PRESETS["shakespeare-124m"]
-    plan = make_plan(recipe, detect("cuda"))
-    start_process(plan, recipe.seed)
-    model = GPT(recipe.model_config, plan.op_set).to(job.device)
-    optimizer = configure_adamw(model, recipe, plan.optimizer)
-    take_step = TrainStep(model, optimizer, recipe, plan)
-    tokens = read_tokens(job.tokens).astype(np.uint16)
-    loader = DataLoaderLite(tokens, recipe.rows_per_step, recipe.block_size, recipe.order,
-                            wrap_rows=recipe.batch_size)  # fmt: skip
-    losses: list[float] = []
-    lagging: torch.Tensor | None = None
-    first_s = 0.0
-    with contextlib.closing(Prefetcher(loader, job.device)) as batches:
-        for i in range(recipe.max_steps):
-            loss = take_step(batches, recipe.learning_rate(i)).loss.clone()
-            if lagging is not None:  # read a step late, so the host does not wait for this step
-                losses.append(lagging.item())
-            lagging = loss
-            if i == 0:
-                torch.cuda.synchronize()
-                first_s = time.monotonic() - start
-            if (losses and losses[-1] < recipe.target_loss) or job.left_s < 0:
-                break
-    assert lagging is not None
-    losses.append(lagging.item())
-    seconds = time.monotonic() - start
+def seed_row(run: Path, cache: str, ended: Ended) -> dict[str, Any]:
+    """What a run folder says of a run, finished or not."""
+    steps: list[dict[str, Any]] = []
+    if (run / "metrics.jsonl").is_file():
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps = [x for x in map(json.loads, lines) if "event" not in x]
+    how = "cut off" if ended.code is None else f"exit {ended.code}"
+    if not steps:
+        return {"provider": "train.py", "verdict": f"no step, {how}", "reached": False, "red": how}
+    plan = next((x for x in ended.text.splitlines() if x.startswith("plan: ")), "train.py")
+    losses = [x["loss"] for x in steps]
     reached = min(losses) < SEED_TARGET_LOSS
-    rate = (len(losses) - 1) * recipe.tokens_per_step / (seconds - first_s)
-    job.results.add(
-        "train",
-        {
-            "recipe": f"{text_of(job.tokens)}, GPT-2 124M, 16x64x4, to loss < {SEED_TARGET_LOSS}",
-            "provider": f"{plan.describe().removeprefix('plan: ')}, {cache} caches",
-            "verdict": f"loss {losses[-1]:.3f} after {len(losses)} steps"
-            + ("" if reached else " (cut off)"),
-            "holds": reached,
-            "seconds": seconds,
-            "first_step_s": first_s,
-            "tokens_per_s": rate,
-            "curve": {
-                i: losses[i] for i in (0, 100, 500, 1000, 1500, 2000, 3000, 4000) if i < len(losses)
-            },
-        },
-    )
+    summary = run / "summary.json"
+    facts = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    row: dict[str, Any] = {
+        "provider": plan.removeprefix("plan: "),
+        "verdict": f"loss {losses[-1]:.3f} after {len(losses)} steps"
+        + ("" if ended.code == 0 else f", {how}"),
+        "reached": reached, "steps": len(losses), "final_loss": losses[-1],
+        "tokens_per_s": float(np.median([x["tokens_per_s"] for x in steps[5:] or steps])),
+        "curve": curve_of(losses),
+    }  # fmt: skip
+    if facts:
+        row |= {
+            "first_step_s": facts["first_step_s"],
+            "seconds": facts["first_step_s"] + sum(x["ms"] for x in steps[1:]) / 1e3,
+            "wall_s": facts["wall_s"],
+            "samples": read_samples(run / "samples.txt"),
+        }
+    return row
+
+
+def read_samples(path: Path) -> list[dict[str, str]]:
+    """Prompts and continuations of a run's samples.txt."""
+    if not path.is_file():
+        return []
+    parts = ("\n" + path.read_text(encoding="utf-8")).split("\n[prompt] ")[1:]
+    pairs = (part.partition("\n[model]")[::2] for part in parts)
+    return [{"prompt": prompt, "text": text.strip("\n")} for prompt, text in pairs]
+
+
+def run_optimizer(job: Job) -> None:
+    from bench import optimizer
+
+    if optimizer.run("124m", job.device, job.results, seconds=2.0):
+        raise RuntimeError("optimizer: one failed, or the weights of ours and of torch's differ")
 
 
 def run_tune(job: Job) -> None:
@@ -356,76 +472,100 @@ def run_tune(job: Job) -> None:
     tune.run(tune.KNOBS, shapes, job.device, job.results, seconds=each, deadline=job.deadline)
 
 
+OP_TESTS = [f"tests/test_{name}.py" for name in (*CASES, "adamw", "backends")]
+GPU_TESTS = ["tests/test_step.py", "tests/test_generate.py", "tests/test_bench.py"]
+
+
 def run_tests(job: Job) -> None:
-    """The ops' tests as they stand, on the device; no interpreter."""
-    names = [*CASES, "adamw", "step"]
-    files = [f"tests/test_{n}.py" for n in names if (record.ROOT / f"tests/test_{n}.py").exists()]
+    """The tests as they stand, on the device; no interpreter."""
+    ended = [_pytest(job, OP_TESTS, "not slow"), _pytest(job, GPU_TESTS, "gpu")]
+    failed = [line for e in ended for line in e.text.splitlines()
+              if line.startswith(("FAILED", "ERROR"))]  # fmt: skip
+    verdicts = ["cut off" if e.code is None else f"exit {e.code}" for e in ended]
+    job.results.put(
+        "tests",
+        {
+            "verdict": "; ".join(verdicts),
+            "last_line": "; ".join(last_line(e.text) for e in ended),
+            "failed": [line[:300] for line in failed[:40]],
+        },
+    )
+
+
+def run_resume(job: Job) -> None:
+    ended = _pytest(job, ["tests/test_resume.py"], "gpu")
+    verdict = {0: "bitwise", None: "cut off"}.get(ended.code, f"exit {ended.code}")
+    job.results.put("resume", {"verdict": verdict, "last_line": last_line(ended.text)})
+
+
+def _pytest(job: Job, files: Sequence[str], marked: str) -> Ended:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-p", "no:cacheprovider"]
-    tail = ""
-    try:
-        out = subprocess.run(
-            [*command, *files], cwd=record.ROOT, env=env, capture_output=True, text=True,
-            timeout=max(MIN_PART_S, job.left_s), check=False,
-        )  # fmt: skip
-        tail, verdict = out.stdout[-6000:], f"exit {out.returncode}"
-    except subprocess.TimeoutExpired as cut:
-        tail = (cut.stdout or b"").decode()[-6000:]
-        verdict = "cut off"
-    print(tail, flush=True)
-    last = next((line for line in reversed(tail.splitlines()) if line.strip()), "")
-    job.results.put("tests", {"verdict": verdict, "last_line": last[-200:], "files": len(files)})
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") and len(files) > 1:
+        command += ["-n", str(max(2, (os.cpu_count() or 2) - 4))]
+    ended = run_process([*command, "-m", marked, *files], job.left_s, env)
+    print(ended.text[-8000:], flush=True)
+    return ended
+
+
+def last_line(text: str) -> str:
+    return next((x for x in reversed(text.splitlines()) if x.strip()), "nothing said")[-200:]
 
 
 def run_sanitizer(job: Job) -> None:
-    """memcheck on every op and on the planted overrun, racecheck on the two with shared tiles."""
+    """memcheck and racecheck on every op and AdamW, memcheck on the planted overrun."""
     if shutil.which("compute-sanitizer") is None:
         job.results.add("sanitizer", {"tool": "memcheck", "op": "all", "verdict": "not installed"})
         return
-    todo = [("memcheck", "planted"), *(("memcheck", op) for op in CASES)]
-    todo += [("racecheck", "causal_attention"), ("racecheck", "linear_cross_entropy")]
+    todo = [("memcheck", "planted")]
+    todo += [(tool, op) for tool in ("memcheck", "racecheck") for op in (*CASES, "adamw")]
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for tool, op in todo:
-        if job.left_s < 0:
-            return
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(SANITIZER_ERROR)]
-        command += [sys.executable, "-m", "bench.gpu", "--child", f"sanitize:{op}"]
-        command += ["--out", str(job.out)]
-        try:
-            out = subprocess.run(
-                command, cwd=record.ROOT, env=env, capture_output=True, text=True,
-                timeout=max(MIN_PART_S, job.left_s), check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            job.results.add("sanitizer", {"tool": tool, "op": op, "verdict": "cut off"})
-            continue
-        text = out.stdout + out.stderr
-        verdict = sanitizer_verdict(op, out.returncode, text)
+    how = ["--error-exitcode", str(SANITIZER_ERROR), "--target-processes", "all"]
+    commands = {
+        f"{tool} {op}": ["compute-sanitizer", "--tool", tool, *how, *child(f"sanitize:{op}", job)]
+        for tool, op in todo
+    }
+    for name, ended in fan_out(job, commands, env):
+        tool, op = name.split()
+        verdict = sanitizer_verdict(op, ended.code, ended.text)
         job.results.add("sanitizer", {"tool": tool, "op": op, "verdict": verdict})
         if verdict not in ("clean", "found, as it must be"):
-            print(text[-3000:], flush=True)
+            print(f"==== {name}\n{ended.text[-3000:]}", flush=True)
 
 
-def sanitizer_verdict(op: str, code: int, text: str) -> str:
-    if "not supported" in text.lower():
-        return "not supported"
+def sanitizer_verdict(op: str, code: int | None, text: str) -> str:
+    if code is None:
+        return "cut off"
     if code == SANITIZER_ERROR:
         return "found, as it must be" if op == "planted" else "ERRORS"
+    if "not supported" in text.lower():
+        return "not supported"
     if op == "planted":
         return "NOT FOUND"
     return "clean" if code == 0 else f"exit {code}"
 
 
 def sanitize(op: str, device: torch.device) -> None:
-    """What runs under compute-sanitizer: an op's smallest launches, or an overrun."""
+    """What runs under compute-sanitizer: small launches of every row of an op, or an overrun."""
     if op == "planted":  # so that a sanitizer that finds nothing is found out
         from bench import overrun
 
         overrun.run(device)
         return
-    for shape in (Shape(1, 17), Shape(2, 64)):
+    if op == "adamw":
+        from bench import optimizer
+
+        optimizer.make_step("triton", "smoke", True, device)[0]()
+        torch.cuda.synchronize()
+        return
+    from kernels import linear_cross_entropy
+
+    V = 1000  # the head's tiles are the same at 50,257, which takes minutes here
+    linear_cross_entropy.CHUNK_BYTES = 128 * 1024 * 4  # several chunks, as at full size
+    shapes = [Shape(1, 17, V=V), Shape(2, 64, V=V), Shape(1, 200, V=V), Shape(4, 1024, 64, 1, V)]
+    for shape in shapes:  # the last has the launch rows of 4,096 rows and more
         for dtype in (torch.bfloat16, torch.float32):
-            inputs = ops.make_inputs(CASES[op], shape, dtype, device)
+            inputs = make_inputs(CASES[op], shape, dtype, device)
             ops.make_call(ops.find_provider("ours", op, device), CASES[op], "both", inputs)()
     torch.cuda.synchronize()
 
@@ -453,52 +593,62 @@ def run_profile(job: Job) -> None:
 def run_generate(job: Job) -> None:
     from model.generate import Sampling, generate_tokens
 
-    torch.manual_seed(0)
-    net = GPT(MODELS["124m"]).to(job.device).eval()
-    prompt = [list(range(1000, 1016))]
-    for count in (1, 16):
-        sampling = Sampling(max_new_tokens=256, temperature=0.8)
-        with torch.autocast("cuda", torch.bfloat16):
-            generate_tokens(net, prompt * count, sampling)  # compiles and captures what there is
+    sampling = Sampling(max_new_tokens=256, temperature=0.8)
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        net = GPT(MODELS["124m"]).to(job.device, dtype).eval()
+        for count in (1, 16):
+            generate_tokens(net, [PROMPT] * count, sampling)  # loads kernels, captures
             torch.cuda.synchronize()
             start = time.perf_counter()
-            generate_tokens(net, prompt * count, sampling)
+            generate_tokens(net, [PROMPT] * count, sampling)
             torch.cuda.synchronize()
             seconds = time.perf_counter() - start
-        row = {"model": "124m", "provider": f"{count} rows of 256 new tokens, random weights"}
-        job.results.add("generate", row | {"tokens_per_s": count * 256 / seconds})
+            name = str(dtype).removeprefix("torch.")
+            provider = f"{count} rows of 256 new tokens, {name}, random weights"
+            row = {"model": "124m", "provider": provider, "tokens_per_s": count * 256 / seconds}
+            job.results.add("generate", row)
 
 
 RUN: dict[str, Callable[[Job], None]] = {
     "numerics": run_numerics,
-    "ops": run_ops,
-    "step": run_step,
-    "optimizer": run_optimizer,
-    "train": run_train,
-    "seed": run_seed,
-    "tune": run_tune,
     "tests": run_tests,
     "sanitizer": run_sanitizer,
+    "resume": run_resume,
     "profile": run_profile,
     "generate": run_generate,
+    "ops": run_ops,
+    "tune": run_tune,
+    "step": run_step,
+    "seed": run_seed,
+    "train": run_train,
+    "optimizer": run_optimizer,
     "sweep": run_sweep,
 }
 
 
-def shares(names: Sequence[str], left_s: float) -> float:
-    """Seconds of the first of the parts still to run."""
-    return max(MIN_PART_S, left_s * PARTS[names[0]] / sum(PARTS[name] for name in names))
+def slots_of(names: Sequence[str]) -> list[list[str]]:
+    """Parts that run at the same time: neighbours that only check, and each other one alone."""
+    slots: list[list[str]] = []
+    for beside, group in groupby(names, key=lambda name: PARTS[name].beside):
+        slot = [*group]
+        slots += [slot] if beside else [[name] for name in slot]
+    return slots
+
+
+def share_s(slots: Sequence[Sequence[str]], left_s: float) -> float:
+    """Seconds of the first of the slots still to run."""
+    weights = [max(PARTS[name].seconds for name in slot) for slot in slots]
+    return max(MIN_PART_S, left_s * weights[0] / sum(weights))
 
 
 def summary(data: dict[str, Any]) -> str:
     """The short table that comes last: one line a finding, reds first."""
     lines: list[str] = []
-    numerics = data.get("numerics", [])
-    if numerics:
-        red = [r for r in numerics if not r["holds"]]
-        lines.append(
-            f"numerics: {len(numerics) - len(red)} of {len(numerics)} within twice eager's error"
-        )
+    rows = data.get("numerics", [])
+    if rows:
+        red = [r for r in rows if not r["holds"]]
+        lines.append(f"numerics: {len(rows) - len(red)} of {len(rows)} within twice eager's error")
         lines += [
             f"  RED {r['op']} {r['shape']} {r['dtype']} {r['result']}: "
             + (r.get("error") or f"{r['ours']:.2e} over {r['budget']:.2e}")
@@ -506,13 +656,16 @@ def summary(data: dict[str, Any]) -> str:
         ]
     if "tests" in data:
         lines.append(f"tests: {data['tests']['verdict']}, {data['tests']['last_line']}")
+        lines += [f"  {line[:150]}" for line in data["tests"].get("failed", [])[:12]]
+    if "resume" in data:
+        lines.append(f"resume: {data['resume']['verdict']}")
     lines += [f"sanitizer {r['tool']} {r['op']}: {r['verdict']}" for r in data.get("sanitizer", [])]
     limits = data.get("limits")
     if limits:
         lines.append("limits: " + ", ".join(f"{k} {v:,.4g}" for k, v in limits.items()))
     throughput = find_shape("b64t1024").label
     for row in data.get("ops", []):
-        if row["provider"] == "ours" and row["shape"] == throughput:
+        if row["provider"] == "ours" and row["shape"] == throughput and not row.get("sweep"):
             if "ms" not in row:
                 lines.append(f"op {row['op']} {row['mode']}: {row.get('red') or row.get('skip')}")
                 continue
@@ -525,16 +678,15 @@ def summary(data: dict[str, Any]) -> str:
     for row in data.get("step", []):
         rate = f"{row['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in row else row["red"]
         over = f", x{row['over_compile_bf16']:.2f} compile" if "over_compile_bf16" in row else ""
-        lines.append(f"step {row['shape']} x{row['accum']} {row['provider']}: {rate}{over}")
-    for row in data.get("first_step", []):
-        lines.append(
-            f"first step {row['cache']} {row['provider']}: {row.get('first_step_s', 'red')}"
-        )
+        peak = f", {row['peak_gib']:.1f} GiB" if row.get("peak_gib") else ""
+        lines.append(f"step {row['shape']} x{row['accum']} {row['provider']}: {rate}{over}{peak}")
     for row in data.get("train", []):
-        seconds = f", {row['seconds']:.1f} s" if "seconds" in row else ""
-        lines.append(f"train {row['provider']}: {row['verdict']}{seconds}")
+        parts = [f"train {row.get('cache', '')} {row['verdict']}".replace("  ", " ")]
+        parts += [f"{name} {row[name]:,.1f}" for name in ("seconds", "first_step_s", "tokens_per_s")
+                  if name in row]  # fmt: skip
+        lines.append(", ".join(parts))
     for row in data.get("tune", []):
-        if row["propose"]:
+        if row.get("propose"):
             lines.append(
                 f"tune {row['kernel']} {row['shape']}: x{row['gain']:.3f} with {row['best']}"
             )
@@ -545,99 +697,134 @@ def summary(data: dict[str, Any]) -> str:
 
 
 def parse_only(text: str) -> list[str]:
+    """Parts by name or by group, in the order of running."""
+    groups = {part.group for part in PARTS.values()}
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in PARTS:
-            raise ValueError(f"gpu: unknown part {name!r}; known: {', '.join(PARTS)}")
-    return [name for name in PARTS if name in names]  # in the order of importance
+        if name not in PARTS and name not in groups:
+            known = ", ".join([*sorted(groups), *PARTS])
+            raise ValueError(f"gpu: unknown part {name!r}; known: {known}")
+    return [name for name, part in PARTS.items() if name in names or part.group in names]
+
+
+def part_file(out: Path, name: str) -> Path:
+    """Where a part keeps its rows while it runs: parts side by side must not share a file."""
+    return out / f"part-{name}.json"
 
 
 def run_parts(args: argparse.Namespace, names: list[str]) -> dict[str, str]:
     """Every part in a child of its own; says of each how it ended."""
     end = time.monotonic() + 60 * args.minutes
     verdicts: dict[str, str] = {}
-    child: subprocess.Popen[bytes] | None = None
+    running: dict[str, subprocess.Popen[bytes]] = {}
 
     def stop(signum: int, frame: Any) -> None:
-        if child is not None:
-            os.killpg(child.pid, signal.SIGKILL)
+        for process in running.values():
+            end_session(process.pid)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    slots = slots_of(names)
     with (args.out / "log.txt").open("ab") as log:
-        for i, name in enumerate(names):
+        for i, slot in enumerate(slots):
             left = end - time.monotonic()
             if left < MIN_PART_S:
-                verdicts[name] = "no time left"
+                verdicts |= dict.fromkeys(slot, "no time left")
                 continue
-            limit = shares(names[i:], left)
-            command = [sys.executable, "-m", "bench.gpu", "--child", name, "--out", str(args.out)]
-            command += ["--seconds", f"{limit:.0f}"]
-            command += ["--tokens", str(args.tokens)] if args.tokens else []
-            command += ["--commit", args.commit] if args.commit else []
-            log.write(f"\n==== {name}, {limit:.0f} s\n".encode())
+            limit = share_s(slots[i:], left)
+            log.write(f"\n==== {', '.join(slot)}, {limit:.0f} s\n".encode())
             log.flush()
             began = time.monotonic()
-            # A session of its own: a part's children end with it.
-            child = subprocess.Popen(
-                command, cwd=record.ROOT, stdout=log, stderr=log, start_new_session=True
-            )
-            try:
-                # Parts look at the clock between rows; the grace is for the row they are in.
-                code = child.wait(timeout=min(limit * 1.3 + 10, end - time.monotonic() + 10))
-                verdicts[name] = "done" if code == 0 else f"exit {code}, see log.txt"
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-                verdicts[name] = "cut off"
-            verdicts[name] += f" ({time.monotonic() - began:.0f} s)"
-            print(f"{name}: {verdicts[name]}", flush=True)
+            for name in slot:
+                command = [sys.executable, "-m", "bench.gpu", "--child", name]
+                command += ["--out", str(args.out), "--seconds", f"{limit:.0f}"]
+                command += ["--data", str(args.data)] if args.data else []
+                command += ["--commit", args.commit] if args.commit else []
+                # A session of its own: what a part started ends with it.
+                running[name] = subprocess.Popen(
+                    command, cwd=record.ROOT, stdout=log, stderr=log, start_new_session=True
+                )
+            # Parts look at the clock between rows; the grace is for the row they are in.
+            until = min(began + limit * 1.2 + 15, end + 10)
+            for name in slot:
+                process = running.pop(name)
+                try:
+                    code = process.wait(timeout=max(0.1, until - time.monotonic()))
+                    verdict = "done" if code == 0 else f"exit {code}, see log.txt"
+                except subprocess.TimeoutExpired:
+                    verdict = "cut off"
+                end_session(process.pid)
+                process.wait()
+                verdicts[name] = f"{verdict} ({time.monotonic() - began:.0f} s)"
+                print(f"{name}: {verdicts[name]}", flush=True)
+            take_rows(args.out, slot)
     return verdicts
+
+
+def take_rows(out: Path, names: Sequence[str]) -> None:
+    """Move the rows of parts that have ended into the result file."""
+    files = [path for path in (part_file(out, name) for name in names) if path.exists()]
+    if files:
+        record.merge(files, out / "result.json")
+    for path in files:
+        path.unlink()
+
+
+def do_child(args: argparse.Namespace, device: torch.device) -> None:
+    """A part, or one task of a part."""
+    kind, _, rest = args.child.partition(":")
+    if kind == "sanitize":
+        sanitize(rest, device)
+        return
+    if kind == "numerics" and rest:
+        op, _, dtypes = rest.partition(":")
+        for row in check_numerics(op, dtypes, device):
+            print(f"ROW {json.dumps(row)}", flush=True)
+        return
+    deadline = time.monotonic() + args.seconds
+    results = record.Results(device, part_file(args.out, kind), args.commit)
+    results.write()
+    RUN[kind](Job(device, results, args.out, args.data, deadline))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True, help="folder; at most 8 files are left")
-    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--tokens", type=Path, help="uint16 token file for train and seed")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts or groups, comma-separated")
+    parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--data", type=Path, help="text or uint16 token file for train and seed")
     parser.add_argument("--commit", help="what is measured, where git is not at hand")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--cache", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     names = parse_only(args.only)
-    if args.tokens and not args.tokens.is_file():
-        raise ValueError(f"gpu: --tokens {args.tokens} does not exist")
+    if args.data and not args.data.is_file():
+        raise ValueError(f"gpu: --data {args.data} does not exist")
+    if not (args.minutes > 0 and math.isfinite(args.minutes)):
+        raise ValueError(f"gpu: --minutes must be more than 0, got {args.minutes}")
     if not torch.cuda.is_available():
         raise ValueError("gpu: torch sees no GPU; `make bench` is what runs without one")
+    if not (args.child or args.commit) and record.git_state()[0] == "unknown":
+        raise ValueError("gpu: git is not at hand here; say what is measured with --commit")
     args.out = args.out.resolve()
+    args.data = args.data and args.data.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda")
-    deadline = time.monotonic() + args.seconds
-    if args.child and args.child.startswith("sanitize:"):
-        sanitize(args.child.partition(":")[2], device)
-        return
-    path = args.out / "result.json"
     if args.child:
-        job = Job(
-            device, record.Results(device, path, args.commit), args.out, args.tokens, deadline
-        )
         try:
-            if args.child == "seed-run":
-                run_seed_once(job, args.cache)
-            else:
-                RUN[args.child](job)
+            do_child(args, device)
         except Exception:
             traceback.print_exc()
             sys.exit(1)
         return
+    path = args.out / "result.json"
     record.Results(device, path, args.commit).write()
     verdicts: dict[str, str] = {}
     try:
         verdicts = run_parts(args, names)
     finally:
+        take_rows(args.out, names)
         data = record.load(path)
         data["command"] = record.command_line()
         data["parts"] = data.get("parts", {}) | verdicts
