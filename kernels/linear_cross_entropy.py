@@ -64,6 +64,7 @@ def _logits_half(
     stored_sum_ptr,
     num_rows,  # rows of the tile inside M
     num_cols,  # columns of the half inside V, at least 1
+    num_stored,  # columns of the half to store
     Vp,
     BLOCK_M: tl.constexpr,
     HALF_N: tl.constexpr,
@@ -83,7 +84,7 @@ def _logits_half(
     tl.store(target_logit_ptr + rows, target_logit, mask=here)
     if GRAD:
         stored = z.to(logits_ptr.dtype.element_ty)
-        mask = inside[:, None] & (cols[None, :] < num_cols)
+        mask = inside[:, None] & (cols[None, :] < num_stored)
         tl.store(logits_ptr + rows[:, None] * Vp + cols[None, :], stored, mask=mask)
         # Rounding keeps order: this is the maximum of what is stored.
         stored_max = z_max.to(logits_ptr.dtype.element_ty).to(tl.float32)
@@ -96,7 +97,7 @@ def _linear_cross_entropy_logits_kernel(
     x_ptr,  # (M, C)
     w_ptr,  # (Vp, C)
     targets_ptr,  # (M,) int64
-    logits_ptr,  # (M, Vp) out, columns < V; unused without GRAD
+    logits_ptr,  # (M, Vp) out, columns < num_stored, -inf from V on; unused without GRAD
     target_logit_ptr,  # (M,) out, fp32, rows with 0 <= target < V
     max_ptr,  # (S, M) out, fp32, per half tile: S = ceil(V / (BLOCK_N / 2))
     sum_ptr,  # (S, M) out, fp32: sum of exp(z - max), z from the accumulators
@@ -104,6 +105,7 @@ def _linear_cross_entropy_logits_kernel(
     M,
     C,
     V,
+    num_stored,
     Vp,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -159,11 +161,11 @@ def _linear_cross_entropy_logits_kernel(
     # Half a tile at a time: the exponentials of a whole one do not fit in registers beside it.
     left, right = acc.reshape((BLOCK_M, 2, HALF_N)).permute(0, 2, 1).split()
     _logits_half(left, targets, logits_ptr, target_logit_ptr, max_ptr, sum_ptr, stored_sum_ptr,
-                 num_rows, num_cols, Vp, BLOCK_M, HALF_N, GRAD)  # fmt: skip
+                 num_rows, num_cols, num_stored - col, Vp, BLOCK_M, HALF_N, GRAD)  # fmt: skip
     if num_cols > HALF_N:
         _logits_half(right, targets - HALF_N, logits_ptr + HALF_N, target_logit_ptr, max_ptr + M,
-                     sum_ptr + M, stored_sum_ptr + M, num_rows, num_cols - HALF_N, Vp,
-                     BLOCK_M, HALF_N, GRAD)  # fmt: skip
+                     sum_ptr + M, stored_sum_ptr + M, num_rows, num_cols - HALF_N,
+                     num_stored - col - HALF_N, Vp, BLOCK_M, HALF_N, GRAD)  # fmt: skip
 
 
 @triton.jit
@@ -232,6 +234,7 @@ def _linear_cross_entropy_dlogits_kernel(
     logits_ptr,  # (M, Vp) in z, out dz without its factor
     M,
     V,
+    num_stored,
     Vp,
     ignore_index,
     BLOCK_M: tl.constexpr,
@@ -249,8 +252,9 @@ def _linear_cross_entropy_dlogits_kernel(
     row_max = tl.load(row_max_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)
     row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
     inside = rows[:, None] < M
-    # Columns from V on were never written; they become the zeros of exp(-inf).
-    z = tl.load(z_ptrs, mask=inside & (cols[None, :] < V), other=float("-inf")).to(tl.float32)
+    # From V on z is -inf, stored or not, and becomes the zeros of exp(-inf).
+    mask = inside & (cols[None, :] < num_stored)
+    z = tl.load(z_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
     # In place without a hazard: each element, the target's too, is read only by the lane that
     # overwrites it.
     p = tl.exp2((z - row_max[:, None]) * LOG2E) * row_scale[:, None]
@@ -316,6 +320,7 @@ _TABLE: dict[tuple[int, str], Launch] = {
     (100, "16"): _row((128, 128, 64), 8, 3, _UNMEASURED),
     (80, "tf32"): _row((128, 128, 32), 8, 3, _UNMEASURED),
     (90, "tf32"): _row((128, 128, 32), 8, 3, _UNMEASURED),
+    (100, "tf32"): _row((128, 128, 32), 8, 3, _UNMEASURED),  # with triton 3.6 the safe row spills
 }
 # For every other key; at most 99 KB shared, which each arch from sm_80 has.
 _SAFE = {
@@ -389,7 +394,8 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         yield case(
             _linear_cross_entropy_logits_kernel,
             label + ("" if even_k else ", ragged C"),
-            {**pointers, **ids, "M": "i32", "C": "i32", "V": "i32", "Vp": "i32"},
+            {**pointers, **ids, "M": "i32", "C": "i32", "V": "i32",
+             "num_stored": "i32", "Vp": "i32"},
             {**blocks, "PRECISION": "tf32" if operands == "tf32" else "ieee",
              "EVEN_K": even_k, "GRAD": grad},
             launch.num_warps, launch.num_stages, 0 if operands == "ieee" else blocks["BLOCK_M"],
@@ -403,7 +409,8 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
     yield case(
         _linear_cross_entropy_dlogits_kernel, "bf16",
         {"targets_ptr": "*i64", "row_max_ptr": "*bf16", "row_scale_ptr": "*fp32",
-         "logits_ptr": "*bf16", "M": "i32", "V": "i32", "Vp": "i32", "ignore_index": "i32"},
+         "logits_ptr": "*bf16", "M": "i32", "V": "i32", "num_stored": "i32", "Vp": "i32",
+         "ignore_index": "i32"},
         dict(dlogits_launch(arch).blocks), dlogits_launch(arch).num_warps,
     )  # fmt: skip
     yield case(
@@ -468,6 +475,10 @@ def linear_cross_entropy_fwd(
     dz_launch = dlogits_launch(arch(x.device))
     blocks, dz_blocks = dict(launch.blocks), dict(dz_launch.blocks)
     S = cdiv(V, blocks["BLOCK_N"] // 2)
+    # z is stored up to a multiple of 16, -inf from V on: a mask that ends at V = 50257 would cut a
+    # thread's 16 stores of 16 bytes into 128 of 2 (bf16 on sm_90, compile-only). 16 divides half a
+    # tile, so what dlogits reads has been written.
+    num_stored = min(cdiv(V, 16) * 16, Vp)
 
     rows = chunk_rows(M, Vp, x.dtype.itemsize)
     logits = x.new_empty((rows if grad else 0, Vp))
@@ -482,7 +493,8 @@ def linear_cross_entropy_fwd(
         x_m, targets_m, z = x[chunk], targets[chunk], logits[:m]
         tiles = cdiv(m, blocks["BLOCK_M"]) * cdiv(V, blocks["BLOCK_N"])
         _linear_cross_entropy_logits_kernel[(tiles,)](
-            x_m, w, targets_m, z, target_logit, slot_max, slot_sum, slot_stored, m, C, V, Vp,
+            x_m, w, targets_m, z, target_logit, slot_max, slot_sum, slot_stored,
+            m, C, V, num_stored, Vp,
             PRECISION="tf32" if tf32 else "ieee", EVEN_K=C % blocks["BLOCK_K"] == 0, GRAD=grad,
             **launch.kwargs(),
         )  # fmt: skip
@@ -495,8 +507,9 @@ def linear_cross_entropy_fwd(
             continue
         tiles = cdiv(m, dz_blocks["BLOCK_M"]) * cdiv(Vp, dz_blocks["BLOCK_V"])
         _linear_cross_entropy_dlogits_kernel[(tiles,)](
-            targets_m, row_max, row_scale, z, m, V, Vp, ignore_index, **dz_launch.kwargs()
-        )
+            targets_m, row_max, row_scale, z, m, V, num_stored, Vp, ignore_index,
+            **dz_launch.kwargs(),
+        )  # fmt: skip
         if needs_dx:
             torch.mm(z, w, out=dx[chunk])
         if needs_dweight:

@@ -72,6 +72,7 @@ def assert_twice(
         pytest.param(64, 64, 128, 128, id="pow2-no-padding"),
         pytest.param(67, 48, 160, 150, id="ragged-last-chunk"),
         pytest.param(131, 37, 323, 257, id="prime-and-whole-tile-of-padding"),
+        pytest.param(67, 48, 323, 50, id="odd-Vp-and-half-tiles-nobody-writes"),
         pytest.param(3, 16, 1, 1, id="one-word"),
     ],
 )
@@ -160,6 +161,40 @@ def test_padding_takes_no_part(dtype, device):
     for name, value in want.items():
         assert torch.equal(got[name], value), name
     assert (got["dweight"][150:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("V", "Vp"),
+    [
+        pytest.param(128, 128, id="no-padding"),
+        pytest.param(50, 320, id="half-tiles-nobody-writes"),
+        pytest.param(129, 323, id="odd-Vp"),
+        pytest.param(129, 131, id="odd-Vp-in-the-last-16"),
+    ],
+)
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+def test_gradient_reads_what_was_written(dtype, V, Vp, device, monkeypatch):
+    """Its kernel reads -inf in a few columns past V, that loads may be vectors, and no poison."""
+    kernel = lce._linear_cross_entropy_dlogits_kernel
+    seen = []
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                seen.append((args[3].clone(), args[6]))
+                kernel[grid](*args, **kwargs)
+
+            return launch
+
+    monkeypatch.setattr(lce, "_linear_cross_entropy_dlogits_kernel", Watched())
+    monkeypatch.setattr(lce, "CHUNK_BYTES", 10**6)  # one chunk: the next would find zeros there
+    args, targets = draw(67, 48, Vp, V, dtype, device)
+    checks.values_and_grads(bind(TRITON.linear_cross_entropy, targets, V), args)
+    [(z, num_stored)] = seen
+    assert num_stored == Vp or num_stored % 16 == 0
+    assert z[:, :V].isfinite().all()
+    assert (z[:, V:num_stored] == -torch.inf).all()
+    assert z[:, num_stored:].isnan().all(), "written, but never read"
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
