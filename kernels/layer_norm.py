@@ -46,12 +46,12 @@ from kernels._op import autocast_dtype, check_device, needs_grad, refuse_double_
 
 MAX_C = 8192  # a program holds a whole row in registers
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Elements of a row one warp may hold. The backward keeps five of each in registers, and on sm_80
-# it spills at 1024 in fp32.
+# Elements of a row one warp may hold. The backward keeps six values of each in registers, up to 168
+# a thread at 768; 1024 of fp32 would take 221 and leave an SM 8 warps (compile-only).
 WARP_C = {"fwd": 1024, "bwd": 768}
-MAX_WARPS_PER_ROW = 8  # of 16 warps none has more than 128 registers; sm_90 spills at 6400
-# What the registers a thread at C = 768 leave room for (compile-only): 168 on these, 176 on sm_100.
-BWD_WARPS_PER_SM = {80: 12, 90: 12}
+MAX_WARPS_PER_ROW = 8  # of 16 none has more than 128 registers; the backward takes them all
+# What the registers a thread at C = 768 leave room for (compile-only): 168 on these, 190 on sm_120.
+BWD_WARPS_PER_SM = {80: 12, 90: 12, 100: 12}
 OTHER_BWD_WARPS_PER_SM = 8
 PARTIAL_ROWS, PARTIAL_COLS = 128, 32  # tile of the second reduction: 128 B lines, few iterations
 PARTIAL_WARPS = 8
@@ -65,19 +65,21 @@ TUNED: dict[tuple[str, int, str, torch.dtype, int, str], Launch] = {}
 def choose_launch(kernel: str, C: int, bucket: str, dtype: torch.dtype, arch: int) -> Launch:
     """The measured row of the table, or the safe one."""
     tuned = TUNED.get((kernel, C, bucket, dtype, arch, TRITON_MINOR))
-    return tuned or _safe_launch(C, WARP_C[kernel])
+    return tuned or _safe_launch(C, WARP_C[kernel], 512 // dtype.itemsize)
 
 
-def _safe_launch(C: int, warp_c: int) -> Launch:
-    """One warp a row as long as the row fits, in chunks of 256: no barrier and no idle lane at 768.
+def _safe_launch(C: int, warp_c: int, chunk: int) -> Launch:
+    """One warp a row as long as the row fits: no barrier, and no idle lane at 768.
 
-    256 is a warp of 16-byte loads of bf16. Wider rows take several warps, narrow ones share one.
+    A chunk is a warp of 16-byte loads of h: 128 elements in fp32, 256 in 16 bits. At 256 an fp32 h
+    and a bf16 x lie differently over the lanes and meet in shared memory, two barriers a chunk.
+    Wider rows take several warps, narrow ones share one.
     """
-    if C <= 256:
+    if chunk >= C:
         block_c, chunks, rows, num_warps = next_pow2(C), 1, min(32, 1024 // next_pow2(C)), 4
     else:
         warps_per_row = min(next_pow2(cdiv(C, warp_c)), MAX_WARPS_PER_ROW)
-        block_c = 256 * warps_per_row
+        block_c = chunk * warps_per_row
         num_warps = max(4, warps_per_row)
         chunks, rows = cdiv(C, block_c), num_warps // warps_per_row
     blocks = (("ROWS", rows), ("BLOCK_C", block_c), ("CHUNKS", chunks))
@@ -197,6 +199,8 @@ def _layer_norm_bwd_kernel(
         rows = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
         h = _load_rows(h_ptr, rows, M, C, BLOCK_C, CHUNKS)
         dy = _load_rows(dy_ptr, rows, M, C, BLOCK_C, CHUNKS)
+        if dh_out_ptr is not None:  # here, not where it is added: one wait for DRAM a row
+            dh_out = _load_rows(dh_out_ptr, rows, M, C, BLOCK_C, CHUNKS)
         mean = tl.load(stats_ptr + rows, mask=rows < M, other=0.0)
         mean_low = tl.load(stats_ptr + M + rows, mask=rows < M, other=0.0)
         rstd = tl.load(stats_ptr + 2 * M + rows, mask=rows < M, other=0.0)
@@ -222,7 +226,7 @@ def _layer_norm_bwd_kernel(
             at, mask = _tile(rows, M, i, C, BLOCK_C)
             dh = rstd * (dy[i] * weight[i] - mean_g - x_hat[i] * mean_gx)
             if dh_out_ptr is not None:
-                dh += tl.load(dh_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                dh += dh_out[i]
             tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=mask)
             if dx_ptr is not None:
                 tl.store(dx_ptr + at, dh.to(dx_ptr.dtype.element_ty), mask=mask)
