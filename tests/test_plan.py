@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 from training import plan
 from training.plan import Choices, EagerWin, Machine, Plan, detect, make_plan
@@ -179,3 +180,23 @@ def test_the_plan_in_a_line_and_as_json() -> None:
                  "1 x 64 rows a step", "triton AdamW", "one CUDA graph", "GiB"):  # fmt: skip
         assert part in line
     assert Plan(**json.loads(json.dumps(asdict(made)))) == replace(made, notes=[*made.notes])
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fast"),
+    [
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16", True),
+        ("GenuineIntel", "avx512f avx512_bf16", False),  # measured: half the rate of fp32
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx2", False),
+        ("", "", False),
+    ],
+)
+def test_which_cpus_are_fast_in_bf16(
+    vendor: str, flags: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"vendor_id": vendor, "flags": flags}
+    monkeypatch.setattr(plan, "_cpuinfo", lambda key: facts.get(key, ""))
+    for capabilities in ({}, dict.fromkeys(flags.split(), True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
+        assert plan.detect("cpu").has_bf16 == fast

@@ -108,9 +108,9 @@ def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: 
          f"{', '.join(machine.missing_tools)} missing, so the model is not compiled: install the "
          "system's C++ compiler"),
         (not machine.has_bf16 and plan.dtype == "fp32",
-         f"fp32: {machine.name} has no bf16 matrix instructions; only other hardware has"),
+         f"fp32: {machine.name} has no fast bf16 products; only other hardware has"),
         (not machine.has_bf16 and plan.dtype == "bf16",
-         f"bf16 is emulated on {machine.name}, {bf16:,.0f} GFLOP/s for {fp32:,.0f} in fp32: "
+         f"bf16 is slow on {machine.name}, {bf16:,.0f} GFLOP/s for {fp32:,.0f} in fp32: "
          "--dtype fp32"),
         (machine.has_bf16 and plan.dtype == "fp32" and bf16 > 1.2 * fp32,
          f"fp32, but bf16 products are {bf16 / fp32:.1f} times as fast here: --dtype bf16"),
