@@ -12,7 +12,8 @@ Backward, with dO the gradient of y:
     dq = scale * dS k                 dk = scale * dS^T q               dv = P^T dO
 
 S never leaves the chip: the forward walks the keys once with an online softmax (running row
-maximum and sum) and saves lse alone, in fp32 and base 2; the backward recomputes P from it.
+maximum and sum) and saves lse alone, in fp32 and base 2; the backward recomputes P from it. Every
+loop kernel takes its masked blocks first, then the blocks that need no mask.
 
 Bound: matrix units from T of a few hundred on, bytes below. Flops, halved for causality: forward
 2 B H T^2 D; backward 5 B H T^2 D useful, 7 executed, as S and dP are computed by both launches.
@@ -32,6 +33,7 @@ Source: Dao 2023, https://arxiv.org/abs/2307.08691; delta inside dq saves its se
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -96,7 +98,7 @@ def _attend(
     s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
     if DIAGONAL:
         s = tl.where(rows[:, None] >= cols[None, :], s, float("-inf"))
-    # Never -inf - -inf: key 0 is visible to every row and comes in the first block.
+    # Never -inf - -inf: the block that comes first holds a key that every row sees.
     new_max = tl.maximum(row_max, tl.max(s, axis=1) * qk_scale)
     p = tl.exp2(s * qk_scale - new_max[:, None])
     alpha = tl.exp2(row_max - new_max)
@@ -141,16 +143,20 @@ def _attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, D), dtype=tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    # The diagonal comes first. Every row sees key `first`, so its maximum is finite from there on;
+    # and with the diagonal last, ptxas serialises the WGMMA of a third stage (C7515, compiled for
+    # sm_90 with triton 3.6.0 and 3.7.1).
+    diagonal_ptr = kv_ptr + first.to(tl.int64) * stride
+    for start in range(first, tl.minimum(first + BLOCK_M, T), BLOCK_N):
+        acc, row_max, row_sum = _attend(
+            q, diagonal_ptr + tile_n, diagonal_ptr + H * D + tile_n, acc, row_max, row_sum, rows,
+            start + cols, T, qk_scale, True, INPUT_PRECISION,
+        )  # fmt: skip
+        diagonal_ptr += BLOCK_N * stride
     for _ in range(0, first, BLOCK_N):
         acc, row_max, row_sum = _attend(
             q, kv_ptr + tile_n, kv_ptr + H * D + tile_n, acc, row_max, row_sum, rows, cols, T,
             qk_scale, False, INPUT_PRECISION,
-        )  # fmt: skip
-        kv_ptr += BLOCK_N * stride
-    for start in range(first, tl.minimum(first + BLOCK_M, T), BLOCK_N):
-        acc, row_max, row_sum = _attend(
-            q, kv_ptr + tile_n, kv_ptr + H * D + tile_n, acc, row_max, row_sum, rows, start + cols,
-            T, qk_scale, True, INPUT_PRECISION,
         )  # fmt: skip
         kv_ptr += BLOCK_N * stride
 
@@ -233,16 +239,22 @@ def _attention_dq_kernel(
     q = tl.load(q_ptr + row_start * stride + tile_m, mask=mask, other=0.0)
     qk_scale = scale * LOG2_E
     dq = tl.zeros((BLOCK_M, D), dtype=tl.float32)
-    for _ in range(0, first, BLOCK_N):
+    # The diagonal first, as in the forward. At three stages what LLVM hoists out of these loops
+    # takes 163 registers instead of 126 and the second program of an SM (16-bit, D = 64, sm_90);
+    # exact fp32 is the other way round, 108 become 255 and spill (triton 3.6.0, compile-only).
+    NARROW: tl.constexpr = qkv_ptr.dtype.element_ty != tl.float32
+    diagonal_ptr = kv_ptr + row_start * stride
+    last = tl.minimum(first + BLOCK_M, T)
+    for start in tl.range(first, last, BLOCK_N, disable_licm=NARROW):
+        dq = _dq_step(
+            q, do, diagonal_ptr + tile_n, diagonal_ptr + H * D + tile_n, lse, delta, dq, rows,
+            start + cols, T, qk_scale, True, INPUT_PRECISION,
+        )  # fmt: skip
+        diagonal_ptr += BLOCK_N * stride
+    for _ in tl.range(0, first, BLOCK_N, disable_licm=NARROW):
         dq = _dq_step(
             q, do, kv_ptr + tile_n, kv_ptr + H * D + tile_n, lse, delta, dq, rows, cols, T,
             qk_scale, False, INPUT_PRECISION,
-        )  # fmt: skip
-        kv_ptr += BLOCK_N * stride
-    for start in range(first, tl.minimum(first + BLOCK_M, T), BLOCK_N):
-        dq = _dq_step(
-            q, do, kv_ptr + tile_n, kv_ptr + H * D + tile_n, lse, delta, dq, rows, start + cols, T,
-            qk_scale, True, INPUT_PRECISION,
         )  # fmt: skip
         kv_ptr += BLOCK_N * stride
     dq_ptr = _qkv_base(dqkv_ptr, head, T, H, D) + row_start * stride
@@ -451,7 +463,7 @@ SHORT_T = {
 }  # fmt: skip
 # Less where mma reads all its operands from registers: sm_80 to 89, and sm_120.
 MMA_SYNC_SHORT_T = {("bwd", 2, 32): 64, ("bwd", 2, 64): 32, ("bwd", 2, 128): 32}
-COMPILE_ONLY = "compile-only, unmeasured: no spill, no serialised WGMMA on triton 3.7.1"
+COMPILE_ONLY = "compile-only, unmeasured: no spill, no serialised WGMMA on triton 3.6.0 and 3.7.1"
 # Measured rows: (kernel, bytes an element, D, T bucket, arch, triton minor) -> Launch. None yet.
 TUNED: dict[tuple[str, int, int, str, int, int], Launch] = {}
 
@@ -461,9 +473,8 @@ def _row(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Launch:
     return Launch(blocks, num_warps, num_stages, COMPILE_ONLY)
 
 
-# (kernel, bytes an element, D) -> the row of a key that TUNED lacks, on every arch: at most 99 KB
-# of shared memory. 16-bit at D = 64 on sm_90: fwd and dq take 128 registers, two programs an SM;
-# dkdv fits one, and halving its key block to fit two would read q and dO twice as often.
+# (kernel, bytes an element, D) -> the row of a key that TUNED lacks, on an arch without one of its
+# own below: at most 99 KB of shared memory.
 SAFE: dict[tuple[str, int, int], Launch] = {
     ("fwd", 2, 16): _row(128, 64, 8, 2),
     ("fwd", 2, 32): _row(128, 64, 8, 2),
@@ -472,7 +483,7 @@ SAFE: dict[tuple[str, int, int], Launch] = {
     ("fwd", 4, 16): _row(64, 32, 4, 2),
     ("fwd", 4, 32): _row(64, 32, 4, 2),
     ("fwd", 4, 64): _row(64, 32, 8, 2),
-    ("fwd", 4, 128): _row(32, 16, 4, 1),
+    ("fwd", 4, 128): _row(16, 16, 4, 1),
     ("dq", 2, 16): _row(128, 64, 8, 2),
     ("dq", 2, 32): _row(128, 64, 8, 2),
     ("dq", 2, 64): _row(128, 64, 8, 2),
@@ -490,18 +501,42 @@ SAFE: dict[tuple[str, int, int], Launch] = {
     ("dkdv", 4, 64): _row(32, 32, 8, 2),
     ("dkdv", 4, 128): _row(16, 32, 8, 1),
 }
+# (arch, kernel, bytes an element, D) -> the row of one arch.
+ARCH_SAFE: dict[tuple[int, str, int, int], Launch] = {
+    # What SAFE says spills here: fwd on both versions of triton, dkdv on 3.6.0.
+    (80, "fwd", 2, 128): _row(128, 32, 8, 3),
+    (80, "dkdv", 2, 64): _row(32, 128, 8, 2),
+    (100, "fwd", 2, 64): _row(128, 32, 8, 3),
+    # A loop with WGMMA asks for a tile at the end of a turn. With two stages the next turn begins
+    # by waiting for it; with three it has that turn to arrive. At D = 64 fwd and dq fit twice on
+    # an SM even so (at most 127 and 126 registers); dkdv fits once, and half its key block would
+    # read q and dO twice as often.
+    **{
+        (90, kernel, itemsize, D): replace(row, num_stages=3)
+        for (kernel, itemsize, D), row in SAFE.items()
+        if itemsize == 2
+    },
+}
 
 
 @cache
 def _launch(kernel: str, itemsize: int, D: int, T: int, arch: int, minor: int) -> Launch:
     """The measured row of a loop kernel, or the safe one."""
     bucket = "large" if T >= 2048 else "small"
-    return TUNED.get((kernel, itemsize, D, bucket, arch, minor)) or SAFE[kernel, itemsize, D]
+    tuned = TUNED.get((kernel, itemsize, D, bucket, arch, minor))
+    family = 100 if arch == 103 else arch
+    safe = ARCH_SAFE.get((family, kernel, itemsize, D), SAFE[kernel, itemsize, D])
+    return tuned or safe
 
 
 @cache
 def _short_launch(itemsize: int, T: int) -> Launch:
     block_t = max(next_pow2(T), 16)  # 16: the least a dot takes
+    # 4 warps for 64 rows, which are one warpgroup's WGMMA: 8 split or repeat it, and bwd then fits
+    # once on an SM, not three times. Kernels of several dots in 4 warps have read shared memory out
+    # of bounds on Hopper (triton issues 10486, 11366); what ptxas 12.8 makes of such a kernel takes
+    # a WGMMA descriptor from a uniform register that nothing wrote. The SASS of these builds, from
+    # triton 3.6.0 and 3.7.1, was searched for such reads and has none.
     num_warps = 8 if block_t * itemsize > 128 else 4
     return Launch((("BLOCK_T", block_t),), num_warps, 1, COMPILE_ONLY)
 
@@ -637,7 +672,7 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Builds the launches above choose on `arch`, the longest of each short kernel.
+    """Builds the launches above choose on `arch`; of each short kernel the longest, and T = 64.
 
     fp16 builds as bf16 does. fp32 at D = 64 alone, and nothing but GPT-2's D and the widest on the
     chips that run the safe rows only: a build takes a second or more.
@@ -652,10 +687,12 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         builds = builds[2:4]
     for name, (dtype, itemsize, precision, D) in product(kernels, builds):
         if name.startswith("short"):
-            launch = _short_launch(itemsize, _short_t(name[6:], itemsize, D, arch))
+            longest = _short_t(name[6:], itemsize, D, arch)
+            launches = [_short_launch(itemsize, T) for T in sorted({min(64, longest), longest})]
         else:
-            launch = _launch(name, itemsize, D, 1024, arch, TRITON_MINOR)
-        yield _aot_case(kernels[name], name, dtype, precision, D, launch)
+            launches = [_launch(name, itemsize, D, 1024, arch, TRITON_MINOR)]
+        for launch in launches:
+            yield _aot_case(kernels[name], name, dtype, precision, D, launch)
 
 
 def _aot_case(

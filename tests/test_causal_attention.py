@@ -83,7 +83,9 @@ def test_every_block_shape_of_the_table(kernel, monkeypatch, device):
     qkv = packed(1, 300, 1, 16, torch.float32, device)
     want = checks.values_and_grads(lambda qkv: plain(qkv, 1), {"qkv": qkv.double()})
     tried = set()
-    for (name, *_), launch in causal_attention.SAFE.items():
+    rows = [(key[0], row) for key, row in causal_attention.SAFE.items()]
+    rows += [(key[1], row) for key, row in causal_attention.ARCH_SAFE.items()]
+    for name, launch in rows:
         if name != kernel or launch.blocks in tried:
             continue
         tried.add(launch.blocks)
@@ -97,6 +99,36 @@ def test_every_block_shape_of_the_table(kernel, monkeypatch, device):
     monkeypatch.undo()
     causal_attention._launch.cache_clear()
     assert len(tried) >= 3
+
+
+def test_an_arch_takes_its_own_row_or_the_safe_one(monkeypatch):
+    """sm_90: a third stage in 16 bits. sm_103: sm_100's family. A measured row before either."""
+
+    def launch(kernel: str, itemsize: int, D: int, arch: int, T: int = 1024, minor: int = 7):
+        return causal_attention._launch(kernel, itemsize, D, T, arch, minor)
+
+    for (kernel, itemsize, D), safe in causal_attention.SAFE.items():
+        assert launch(kernel, itemsize, D, 999) == safe
+        hopper = launch(kernel, itemsize, D, 90)
+        assert hopper.blocks == safe.blocks
+        assert hopper.num_stages == (3 if itemsize == 2 else safe.num_stages)
+    assert launch("fwd", 2, 64, 103) == launch("fwd", 2, 64, 100) != launch("fwd", 2, 64, 999)
+
+    measured = causal_attention.SAFE["dkdv", 2, 128]
+    monkeypatch.setitem(causal_attention.TUNED, ("dkdv", 2, 64, "large", 90, 7), measured)
+    causal_attention._launch.cache_clear()
+    assert launch("dkdv", 2, 64, 90, T=2048) == measured
+    for other in (launch("dkdv", 2, 64, 90), launch("dkdv", 2, 64, 90, T=2048, minor=6)):
+        assert other == causal_attention.ARCH_SAFE[90, "dkdv", 2, 64]
+    monkeypatch.undo()
+    causal_attention._launch.cache_clear()
+
+
+def test_the_main_recipe_s_short_builds_are_compiled():
+    """T = 64 takes other warps than the longest one-tile head, so the table must hold both."""
+    labels = {case.label for case in causal_attention.aot_cases(90)}
+    for name in ("short fwd", "short bwd"):
+        assert {f"{name} D=64 bf16 T64", f"{name} D=64 bf16 T128"} <= labels
 
 
 @pytest.mark.parametrize("T", [40, 200])
