@@ -73,8 +73,8 @@ def test_long_sequences(T, dtype, device):
     D=checks.sizes(0, 3),
     dtype=checks.dtypes(),
 )
-def test_any_shape(B, T, H, D, dtype):
-    assert_right(packed(B, T, H, (16, 32, 64, 16)[D], dtype), H)
+def test_any_shape(B, T, H, D, dtype, device):
+    assert_right(packed(B, T, H, (16, 32, 64, 16)[D], dtype, device), H)
 
 
 @pytest.mark.parametrize("kernel", ["fwd", "dq", "dkdv"])
