@@ -39,11 +39,16 @@ def ours(n_head: int):
 
 
 def assert_right(qkv: Tensor, n_head: int) -> None:
+    # Of one token dq and dk are 0, eager to the bit; ours are what rounding leaves of dP - delta,
+    # a sum of D products, times k or q.
+    alone = qkv.shape[1] == 1
+    scale = (qkv.shape[2] / (3 * n_head)) ** 0.5 * qkv.abs().max().item() ** 2
     checks.assert_twice_eager(
         ours(n_head),
         lambda qkv: EAGER.causal_attention(qkv, n_head),
         lambda qkv: plain(qkv, n_head),
         {"qkv": qkv},
+        atol=torch.finfo(qkv.dtype).eps * scale if alone else None,
     )
 
 
