@@ -24,7 +24,6 @@ from training.recipes import Recipe
 
 # A rank that hangs (not dies: torchrun sees that at once) takes the job down after this long.
 TIMEOUT = timedelta(minutes=10)
-CONNECT_TIMEOUT = timedelta(seconds=60)  # of gloo's connections to all ranks
 
 
 @dataclass(frozen=True)
@@ -123,13 +122,7 @@ def start(device: str) -> World:
     on_cuda = device != "cpu" and torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(world.local_rank)
-    if on_cuda:
-        dist.init_process_group("nccl", timeout=TIMEOUT)
-    else:
-        # Ranks of a job that torchrun has just restarted may wait for each other's connection for
-        # ever (seen in 2 of 4 tries on 2 cores): in time for another restart, an error is better.
-        dist.init_process_group("gloo", timeout=CONNECT_TIMEOUT)
-        dist.distributed_c10d._set_pg_timeout(TIMEOUT)
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT)
     return world
 
 
