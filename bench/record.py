@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from training.machines import cpu_name, nvidia_smi
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
 SCHEMA = "fused-gpt/bench/1"
@@ -49,14 +51,6 @@ def _output(*command: str) -> str:
     return ""
 
 
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Name and sizes of a device, as they stand at the top of a result file."""
     if device.type == "cuda":
@@ -68,11 +62,11 @@ def describe_device(device: torch.device) -> dict[str, Any]:
             "memory_gib": round(props.total_memory / 2**30, 1),
             "l2_mib": round(props.L2_cache_size / 2**20, 1),
             "capability": f"sm_{props.major}{props.minor}",
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": nvidia_smi("driver_version").get("driver_version", ""),
         }
     return {
         "type": "cpu",
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),

@@ -43,7 +43,8 @@ from typing import Any
 from bench import record
 from bench.cases import CASES
 from model.config import GPTConfig
-from model.flops import PEAK_BF16_TFLOPS, flops_per_token, num_parameters
+from model.flops import flops_per_token, num_parameters
+from training.machines import CARDS
 from training.recipes import PRESETS, PUBLISHED_LOSS
 
 README = record.ROOT / "README.md"
@@ -60,11 +61,6 @@ PUBLIC = (
     ("A100 SXM 80 GB", 208_962, "same file"),
     ("H100 SXM, one of 8", 468_000, "llm.c, CUDA C, 0.5M tokens in 140 ms on 8"),
 )
-# GB/s of device memory, vendors' data sheets.
-BANDWIDTH_GBS = {
-    "B200": 8000.0, "H200": 4800.0, "H100": 3350.0, "A100": 2039.0, "L40S": 864.0,
-    "RTX 4090": 1008.0, "RTX 3090": 936.0,
-}  # fmt: skip
 SAMPLE_CHARS = 300
 MAX_REDS = 12  # listed; the table has their number
 MAX_BAR = 3.0  # of eager's time; a slower one is cut off there and keeps its number
@@ -568,17 +564,17 @@ def step_floor(gpu: str, T: int = 1024, tokens: int = 65536) -> tuple[float, flo
     the larger of the two and their sum.
     """
     config = GPTConfig()
-    peak = next(v for k, v in PEAK_BF16_TFLOPS.items() if k in gpu)
-    flops_ms = flops_per_token(config, T, "llmc") * tokens / peak / 1e9
+    card = CARDS[gpu]
+    flops_ms = flops_per_token(config, T, "llmc") * tokens / card.tflops / 1e9
     per_token = config.n_layer * config.n_embd * (2 * 28 + 24 + 4 * 2 * 6)
     moved = per_token * tokens + 30 * num_parameters(config)
-    return flops_ms, moved / BANDWIDTH_GBS[gpu] / 1e6
+    return flops_ms, moved / card.gbs / 1e6
 
 
 def roofline_block(results: Sequence[Result]) -> str:
     """Estimates; the one block with no measurement in it."""
     lines = []
-    for gpu in BANDWIDTH_GBS:
+    for gpu in CARDS:
         flops_ms, bytes_ms = step_floor(gpu)
         best, worst = max(flops_ms, bytes_ms), flops_ms + bytes_ms
         lines.append(

@@ -38,7 +38,8 @@ from bench.cases import Shape, find_shape
 from bench.report import table
 from kernels import Ops
 from model import GPT, MODELS, GPTConfig
-from model.flops import flops_per_token, peak_tflops
+from model.flops import flops_per_token
+from training.machines import find_card
 from training.metrics import seconds_since_start
 from training.optim import configure_adamw
 from training.plan import Choices, detect, make_plan
@@ -448,11 +449,11 @@ def make_row(
         "noisy": timed.noisy,
     }
     config = setup.config
-    peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    card = find_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     for form in ("palm", "llmc"):
         tflops = flops_per_token(config, setup.shape.T, form) * tokens_per_s / 1e12
         row[f"tflops_{form}"] = tflops
-        row[f"mfu_{form}"] = None if peak is None else tflops / peak
+        row[f"mfu_{form}"] = None if card is None else tflops / card.tflops
     return row
 
 

@@ -9,7 +9,6 @@ machine that slows down half-way slows both.
 
 import math
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from functools import cache
 from typing import Any
 
 import torch
+
+from training.machines import nvidia_smi
 
 Call = Callable[[], Any]
 
@@ -395,18 +396,5 @@ _SMI_FIELDS = {
 
 def gpu_state() -> dict[str, float]:
     """Clocks, power and temperature now; {} where nvidia-smi is missing or says nothing."""
-    try:
-        out = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=20, check=True,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    state = {}
-    first = out.partition("\n")[0]
-    for name, text in zip(_SMI_FIELDS.values(), first.split(","), strict=False):
-        try:
-            state[name] = float(text)
-        except ValueError:  # "[N/A]", or nothing at all
-            continue
-    return state
+    state = nvidia_smi(*_SMI_FIELDS)
+    return {_SMI_FIELDS[field]: float(value) for field, value in state.items()}

@@ -9,7 +9,8 @@ import torch
 from model.flops import flops_per_token
 from training import explain as explain_module
 from training import probe as probe_module
-from training.explain import explain, findings, known_machines, roofline_s, traffic_bytes
+from training.explain import elsewhere, explain, findings, roofline_s, traffic_bytes
+from training.machines import find_card, nvidia_smi
 from training.plan import Choices, Machine, detect, make_plan
 from training.probe import Probe, Rates, measure_rates, probe_steps
 from training.recipes import Recipe, find_preset
@@ -111,14 +112,43 @@ def test_roofline_adds_products_and_traffic():
     assert traffic_bytes(RECIPE, GPU_PLAN) < traffic_bytes(RECIPE, casts)
 
 
-def test_known_machines_have_peaks_and_stand_in_order():
-    lines = known_machines(RECIPE, GPU_PLAN)
-    speed = [float(line.split()[-2].replace(",", "")) for line in lines]
-    assert speed == sorted(speed)
-    assert speed[0] > 0
-    assert [line.split(" ")[0] for line in lines][:1] == ["T4"]
+def test_known_machines_stand_in_order_of_speed():
+    lines = elsewhere(RECIPE, GPU_PLAN)
+    speed = {line[:9].strip(): float(line.split()[-2].replace(",", "")) for line in lines}
+    assert [*speed.values()] == sorted(speed.values())
+    assert next(iter(speed)) == "T4"
+    assert lines[-1].startswith("B200 ")
     # GPT-2 124M cannot beat 989.5 TFLOP/s over 855 MFLOP a token on an H100.
-    assert 400_000 < speed[4] < 989.5e12 / flops_per_token(RECIPE.model_config, 1024)
+    assert 400_000 < speed["H100"] < 989.5e12 / flops_per_token(RECIPE.model_config, 1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0),
+        ("Tesla T4", 65.0),
+        ("NVIDIA L40", None),  # holds "L4"
+        ("NVIDIA GH200 480GB", None),  # holds "H200"
+        ("AMD EPYC", None),
+    ],
+)
+def test_a_card_is_found_by_whole_words(name: str, tflops: float | None):
+    card = find_card(name)
+    assert (card and card.tflops) == tflops
+
+
+def test_what_nvidia_smi_does_not_know_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert nvidia_smi("power.limit") == {}  # no such program
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho '550.54.15, [N/A], 1980, ERR!'\necho 'of the second GPU'\n")
+    fake.chmod(0o755)
+    got = nvidia_smi("driver_version", "power.limit", "clocks.sm", "fan.speed")
+    assert got == {"driver_version": "550.54.15", "clocks.sm": "1980"}
 
 
 TINY = Recipe(model="smoke", batch_size=2, block_size=16, grad_accum_steps=2)

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from training import plan
+from training import machines, plan
 from training.plan import Choices, EagerWin, Machine, Plan, detect, make_plan
 from training.recipes import PRESETS
 
@@ -196,7 +196,7 @@ def test_which_cpus_are_fast_in_bf16(
     vendor: str, flags: str, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = {"vendor_id": vendor, "flags": flags}
-    monkeypatch.setattr(plan, "_cpuinfo", lambda key: facts.get(key, ""))
+    monkeypatch.setattr(machines, "cpuinfo", lambda key: facts.get(key, ""))
     for capabilities in ({}, dict.fromkeys(flags.split(), True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
         assert plan.detect("cpu").has_bf16 == fast

@@ -17,25 +17,14 @@ import torch
 
 from kernels import EAGER
 from kernels.reference import CHUNK_TOKENS
-from model.flops import flops_per_token, mfu, num_parameters, peak_tflops
+from model.flops import flops_per_token, num_parameters
+from training.machines import CARDS, mfu
 from training.metrics import environment
 from training.plan import Machine, Plan
 from training.probe import PROBE_S, Probe, Rates, measure_rates, probe_steps
 from training.recipes import Recipe
 
 __all__ = ["Probe", "Rates", "explain", "findings", "probe_steps"]
-
-# GB/s, and TFLOP/s where the chip multiplies no bf16 and model/flops.py's figure is fp16; vendors'
-# datasheets, the SXM form where there are several. A100: 80 GB.
-KNOWN_MACHINES: dict[str, tuple[float, float | None]] = {
-    "T4": (300.0, 8.1),
-    "RTX 3090": (936.0, None),
-    "RTX 4090": (1008.0, None),
-    "A100": (2039.0, None),
-    "H100": (3350.0, None),
-    "H200": (4800.0, None),
-    "B200": (8000.0, None),
-}
 
 
 def traffic_bytes(recipe: Recipe, plan: Plan) -> float:
@@ -73,17 +62,17 @@ def roofline_s(recipe: Recipe, plan: Plan, matmul_gflops: float, copy_gbs: float
     return flops / (matmul_gflops * 1e9) + traffic_bytes(recipe, plan) / (copy_gbs * 1e9)
 
 
-def known_machines(recipe: Recipe, plan: Plan) -> list[str]:
-    """One line for each of `KNOWN_MACHINES`: the roofline at its datasheet's figures."""
-    lines = []
-    for name, (bandwidth, fp32_tflops) in KNOWN_MACHINES.items():
-        peak = fp32_tflops or peak_tflops(name) or 0.0
-        there = replace(plan, dtype="fp32" if fp32_tflops else "bf16", compile=True,
-                        ops="eager", working_copies=fp32_tflops is None)  # fmt: skip
-        speed = recipe.tokens_per_step / roofline_s(recipe, there, peak * 1e3, bandwidth)
-        lines.append(f"{name:9} {there.dtype} {peak:7.1f} TFLOP/s {bandwidth:7,.0f} GB/s "
-                     f"{speed:13,.0f} tok/s")  # fmt: skip
-    return lines
+def elsewhere(recipe: Recipe, plan: Plan) -> list[str]:
+    """One line for each known GPU, the slowest first: the roofline at its datasheet's figures."""
+    found: list[tuple[float, str]] = []
+    for name, card in CARDS.items():
+        bf16 = card.fp32_tflops is None
+        peak, dtype = card.fp32_tflops or card.tflops, "bf16" if bf16 else "fp32"
+        there = replace(plan, dtype=dtype, compile=True, ops="eager", working_copies=bf16)
+        speed = recipe.tokens_per_step / roofline_s(recipe, there, peak * 1e3, card.gbs)
+        rates = f"{dtype} {peak:7.1f} TFLOP/s {card.gbs:7,.0f} GB/s"
+        found.append((speed, f"{name:9} {rates} {speed:13,.0f} tok/s"))
+    return [line for _, line in sorted(found)]
 
 
 def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: Probe) -> list[str]:
@@ -190,7 +179,7 @@ def explain(
         f"({traffic_bytes(recipe, plan) / 1e9:.2f} GB of traffic beside the products of "
         f"{recipe.tokens_per_step:,} tokens)")  # fmt: skip
     say("this recipe elsewhere, computed from datasheets, not measured:")
-    say("\n".join(f"  {line}" for line in known_machines(recipe, plan)))
+    say("\n".join(f"  {line}" for line in elsewhere(recipe, plan)))
 
     got = probe(PROBE_S)
     note = f" ({got.note})" if got.note else ""

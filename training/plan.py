@@ -7,11 +7,9 @@ changes what is trained; the one exception, a bf16 residual stream, must be aske
 
 import importlib.util
 import os
-import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -19,7 +17,7 @@ import tyro
 
 from kernels import Ops, parse_ops
 from model.flops import flops_per_token
-from training import memory
+from training import machines, memory
 from training.recipes import Recipe
 
 # torch.compile on a CPU calls these; openssl hashes its precompiled headers.
@@ -99,7 +97,7 @@ class Machine:
         name: Device name as the vendor writes it.
         arch: Compute capability, 90 for an H100; 0 on a CPU.
         num_threads: Threads torch uses on the CPU.
-        has_bf16: bf16 products are faster than fp32: sm_80 on CUDA; on a CPU see `_cpu_has_bf16`.
+        has_bf16: bf16 products are faster than fp32: sm_80 on CUDA; on a CPU see `cpu_has_bf16`.
         missing_tools: What torch.compile needs and the machine lacks.
         interpreted: Triton kernels run on the CPU (TRITON_INTERPRET=1).
         has_triton: triton can be imported.
@@ -186,15 +184,15 @@ def detect(device: str = "auto") -> Machine:
     tools = tuple(t for t in COMPILE_TOOLS if shutil.which(t) is None)
     common = Machine(
         device="cpu",
-        name=_cpu_name(),
+        name=machines.cpu_name(),
         num_threads=torch.get_num_threads(),
         missing_tools=tools,
         interpreted=os.environ.get("TRITON_INTERPRET") == "1",
         has_triton=importlib.util.find_spec("triton") is not None,
-        memory_bytes=_ram_bytes(),
+        memory_bytes=machines.ram_bytes(),
     )
     if device == "cpu" or not has_cuda:
-        return replace(common, has_bf16=_cpu_has_bf16())
+        return replace(common, has_bf16=machines.cpu_has_bf16())
     major, minor = torch.cuda.get_device_capability()
     return replace(
         common,
@@ -377,41 +375,3 @@ def _choose_compile(
         )
         return False
     return True
-
-
-def _cpu_has_bf16() -> bool:
-    """AMX-BF16, or AVX512-BF16 of AMD.
-
-    AVX512-BF16 alone does not decide: an Intel Xeon without AMX multiplies 1024 x 1024 matrices at
-    198 GFLOP/s in bf16 and 371 in fp32, and steps of shakespeare-cpu take 1.3 to 1.5 times as long
-    (bench/LOG.md); on AMD's EPYC bf16 gains from 256 wide on.
-    """
-    # The query is private until torch 2.12 or so; Linux names the flags either way.
-    flags = _cpuinfo("flags").split()
-    try:
-        capabilities = torch.cpu.get_capabilities()
-    except (AttributeError, RuntimeError):
-        capabilities = {}
-    amx, avx512 = (bool(capabilities.get(name)) or name in flags
-                   for name in ("amx_bf16", "avx512_bf16"))  # fmt: skip
-    return amx or (avx512 and _cpuinfo("vendor_id") == "AuthenticAMD")
-
-
-def _ram_bytes() -> int:
-    """Memory of this machine in bytes; 0 where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0
-
-
-def _cpu_name() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpuinfo(key: str) -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next(
-        (v.strip() for k, _, v in (x.partition(":") for x in lines) if k.strip() == key), ""
-    )

@@ -6,9 +6,7 @@ for the phases.
 
 import contextlib
 import gc
-import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from model import GPT
 from model.flops import flops_per_token
 from training.data import DataLoaderLite, Prefetcher, Tokens
 from training.guard import Guard, GuardConfig
+from training.machines import num_cores, nvidia_smi
 from training.optim import configure_adamw
 from training.plan import Machine, Plan
 from training.recipes import Recipe
@@ -131,11 +130,11 @@ def measure_rates(recipe: Recipe, machine: Machine, plan: Plan) -> Rates:
         torch.set_float32_matmul_precision(precision)
     if machine.has_bf16 or plan.dtype == "bf16":
         rates["bf16"] = gflops(size, size, size, torch.bfloat16)
-    smi = _nvidia_smi() if cuda else {}
+    smi = _gpu_state() if cuda else {}
     C = recipe.model_config.n_embd
     tokens = min(plan.micro_batch_size * recipe.block_size, 65536 if cuda else 1024)
     dtype = torch.bfloat16 if plan.dtype == "bf16" else torch.float32
-    return Rates(copy_gbs(), rates, gflops(tokens, C, 4 * C, dtype), _num_cores(), **smi)
+    return Rates(copy_gbs(), rates, gflops(tokens, C, 4 * C, dtype), num_cores(), **smi)
 
 
 def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PROBE_S) -> Probe:
@@ -272,22 +271,8 @@ def _elapsed(cuda: bool) -> Iterator[Callable[[], float]]:
     clock.end_step(0.0, 1)
 
 
-def _num_cores() -> int:
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
-
-
-def _nvidia_smi() -> dict[str, Any]:
-    """Fields of `Rates` for the first GPU now; {} where nvidia-smi is missing or says nothing."""
-    query = f"--query-gpu=driver_version,{','.join(SMI_FIELDS)}"
-    try:
-        out = subprocess.run(["nvidia-smi", query, "--format=csv,noheader,nounits"], text=True,
-                             capture_output=True, timeout=10, check=True).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    driver, *values = (text.strip() for text in out.partition("\n")[0].split(","))
-    state: dict[str, Any] = {"driver": driver}
-    for name, text in zip(SMI_FIELDS.values(), values, strict=False):
-        with contextlib.suppress(ValueError):  # "[N/A]"
-            state[name] = float(text)
-    return state
+def _gpu_state() -> dict[str, Any]:
+    """Fields of `Rates` for the first GPU now; those it does not tell are missing."""
+    state = nvidia_smi("driver_version", *SMI_FIELDS)
+    driver = {"driver": state.pop("driver_version")} if "driver_version" in state else {}
+    return driver | {SMI_FIELDS[field]: float(value) for field, value in state.items()}

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from model import GPT
-from model.flops import mfu
 from model.generate import Sampling, generate_text
 from model.tokenizer import decode, get_encoding
 from training import metrics
@@ -26,6 +25,7 @@ from training.checkpoint import Checkpoint
 from training.data import DataLoaderLite, Prefetcher, Tokens
 from training.distributed import World
 from training.evaluate import eval_pieces, evaluate_tokens
+from training.machines import mfu
 from training.metrics import RunLog
 from training.plan import Plan
 from training.recipes import PUBLISHED_LOSS, Recipe

@@ -1,0 +1,122 @@
+"""What is known of machines: datasheets of GPUs, and what this machine says of itself.
+
+One table for everything that compares a speed with what the hardware could do: MFU, the roofline of
+`train.py --explain`, the bench.
+"""
+
+import contextlib
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model import GPTConfig
+from model.flops import flops_per_token
+
+
+@dataclass(frozen=True)
+class Card:
+    """Vendor's figures of a GPU, without sparsity.
+
+    Args:
+        tflops: Dense bf16 products; fp16 where `fp32_tflops` is given.
+        gbs: GB/s of the memory.
+        fp32_tflops: Of a chip that multiplies no bf16, so that training runs in fp32 there.
+    """
+
+    tflops: float
+    gbs: float
+    fp32_tflops: float | None = None
+
+
+# By the part of the device name that tells it; the first that fits counts. SXM forms where a name
+# says no more, A100 with 80 GB.
+CARDS: dict[str, Card] = {
+    "B200": Card(2250.0, 8000.0),
+    "H200": Card(989.5, 4800.0),
+    "H100 PCIe": Card(756.0, 2000.0),
+    "H100 NVL": Card(835.0, 3900.0),
+    "H100": Card(989.5, 3350.0),
+    "A100": Card(312.0, 2039.0),
+    "L40S": Card(362.0, 864.0),
+    "L4": Card(121.0, 300.0),
+    "RTX 5090": Card(209.5, 1792.0),
+    "RTX 4090": Card(165.2, 1008.0),
+    "RTX 3090": Card(71.2, 936.0),
+    "T4": Card(65.0, 300.0, fp32_tflops=8.1),
+}
+
+
+def find_card(device_name: str) -> Card | None:
+    """Figures of a device by its name, whole words only: a GH200 is no H200."""
+    return next((c for key, c in CARDS.items() if re.search(rf"\b{key}\b", device_name)), None)
+
+
+def mfu(config: GPTConfig, T: int, tokens_per_s: float, device_name: str) -> float | None:
+    """Model flops utilisation in [0, 1] by the palm form; None for an unknown device."""
+    card = find_card(device_name)
+    return card and flops_per_token(config, T) * tokens_per_s / (card.tflops * 1e12)
+
+
+def cpuinfo(key: str) -> str:
+    """The first value of `key` in /proc/cpuinfo; "" where there is none."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.search(rf"^{key}[ \t]*:(.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def cpu_name() -> str:
+    """The CPU as its vendor writes it."""
+    return cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_has_bf16() -> bool:
+    """AMX-BF16, or AVX512-BF16 of AMD.
+
+    AVX512-BF16 alone does not decide: an Intel Xeon without AMX multiplies 1024 x 1024 matrices at
+    198 GFLOP/s in bf16 and 371 in fp32, and steps of shakespeare-cpu take 1.3 to 1.5 times as long
+    (bench/LOG.md); on AMD's EPYC bf16 gains from 256 wide on.
+    """
+    # The query is private until torch 2.12 or so; Linux names the flags either way.
+    flags = set(cpuinfo("flags").split())
+    with contextlib.suppress(AttributeError, RuntimeError):
+        flags |= {name for name, has in torch.cpu.get_capabilities().items() if has}
+    return "amx_bf16" in flags or (
+        "avx512_bf16" in flags and cpuinfo("vendor_id") == "AuthenticAMD"
+    )
+
+
+def num_cores() -> int:
+    """CPU cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def ram_bytes() -> int:
+    """Memory of this machine in bytes; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def nvidia_smi(*fields: str) -> dict[str, str]:
+    """What nvidia-smi says of the first GPU now, by field; without what it does not know.
+
+    Args:
+        fields: As `nvidia-smi --help-query-gpu` names them.
+    """
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = (text.strip() for text in out.partition("\n")[0].split(","))
+    # "[N/A]", "ERR!" and their like are no values.
+    found = zip(fields, values, strict=False)
+    return {field: text for field, text in found if re.fullmatch(r"[\d.]+", text)}
