@@ -62,7 +62,7 @@ report: setup ## README tables and plots from bench/results/
 	$(PY) -m bench.report $(ARGS)
 
 numerics: setup-dev ## error of our ops and of plain PyTorch against float64 (OP= ARGS=)
-	$(PY) -m bench.numerics $(if $(OP),--op $(OP)) $(ARGS)
+	$(PY) -m tests.numerics $(if $(OP),--op $(OP)) $(ARGS)
 
 resources: setup-dev ## compile every kernel for every arch, no GPU needed (OP= ARGS=)
 	env -u TRITON_INTERPRET $(PY) -m bench.resources $(if $(OP),--op $(OP)) $(ARGS)

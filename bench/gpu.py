@@ -55,10 +55,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench import baseline, numerics, ops, record, step, timing
+from bench import baseline, ops, record, step, timing
 from bench.cases import CASES, GPU_SHAPES, Shape, find_shape, make_inputs
 from kernels import Ops, parse_ops
 from model import GPT, MODELS
+from tests import numerics
 from training.data import SHAKESPEARE_SHA256, load_corpus
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from bench import baseline, numerics, record, timing
+from bench import baseline, record, timing
 from bench.cases import (
     CASES,
     CPU_SHAPES,
@@ -41,6 +41,7 @@ from bench.cases import (
 )
 from bench.report import table
 from kernels import parse_ops
+from tests import numerics
 
 Fn = Callable[..., Any]
 

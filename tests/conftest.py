@@ -15,7 +15,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `poison` asks for
 from kernels._op import INTERPRETED
 
 if INTERPRETED:
-    from bench import interpreter
+    from tests import interpreter
 
     interpreter.install()
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from bench import numerics, ops, optimizer, profile, record, step, timing
+from bench import ops, optimizer, profile, record, step, timing
 from bench.cases import CASES, Shape, find_shape
 from kernels import EAGER
 from kernels._op import INTERPRETED
 from kernels.linear_cross_entropy import chunk_rows
 from model import GPTConfig
+from tests import numerics
 from tests.pretend_cuda import Pretended, pretend_cuda
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU; needs the interpreter")

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu, numerics, record, step, timing
+from bench import gpu, record, step, timing
 from bench.cases import CASES, Shape
 from kernels._op import INTERPRETED
 from model import GPTConfig
+from tests import numerics
 from tests.pretend_cuda import pretend_cuda
 
 interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU")

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.interpreter import SanitizerError, bf16_to_fp32, fp32_to_bf16
 from kernels._op import INTERPRETED
+from tests.interpreter import SanitizerError, bf16_to_fp32, fp32_to_bf16
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the kernels run natively here")
 

@@ -1,8 +1,8 @@
 """Error of our ops and of plain PyTorch against float64, per dtype, output and gradient.
 
-    python -m bench.numerics
-    python -m bench.numerics --op gelu_mlp --dtype bf16
-    python -m bench.numerics --dtype tf32      # fp32 tensors, products in TF32: on a GPU only
+    python -m tests.numerics
+    python -m tests.numerics --op gelu_mlp --dtype bf16
+    python -m tests.numerics --dtype tf32      # fp32 tensors, products in TF32: on a GPU only
 
 Runs on the GPU if there is one and in the interpreter if not. The exit status is 1 if a result
 breaks the rule of `compare`, which the tests apply as well.
@@ -210,7 +210,7 @@ def check_op(op: str, shape: tuple[int, ...], dtype: str, device: torch.device):
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.numerics", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.numerics", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--op", action="append", help="default: all")
     parser.add_argument("--dtype", action="append", choices=[*DTYPES], help="default: all")
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, below
-        from bench import interpreter
+        from tests import interpreter
 
         interpreter.install()
     from bench import cases
