@@ -182,16 +182,6 @@ def test_accumulation_is_a_larger_batch(text: Path, tmp_path: Path) -> None:
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def test_published_trajectory_is_drawn(tmp_path: Path) -> None:
-    record = metrics.StepRecord(0, 10.9, 1e-3, 1.0, 5.0, 100.0, None)
-    drawn = []
-    for published in ((), ((0, 10.97), (100, 6.61))):
-        path = tmp_path / f"{len(published)}.png"
-        metrics.draw_loss_curve(path, [record], [(0, 10.8)], published, {"bigram": 5.0})
-        drawn.append(path.read_bytes())
-    assert drawn[0] != drawn[1]
-
-
 def test_values_are_read_a_step_late(tmp_path: Path) -> None:
     with RunLog(tmp_path, 3, 100, lambda tokens_per_s: tokens_per_s / 1e9) as log:
         one = torch.tensor(1.0)

@@ -1,4 +1,4 @@
-"""What a run reports: a line and a JSON object per step, a curve, a summary, a record of itself.
+"""What a run reports: a line and a JSON object per step, a record of itself.
 
 Device values are read one step late. On CUDA the copy to pinned memory is queued behind the step
 and awaited when the next one has been queued, so the GPU never waits for Python.
@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -244,43 +244,6 @@ def _summary_writer(folder: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
 
     return SummaryWriter(folder / "tensorboard")
-
-
-def draw_loss_curve(
-    path: Path,
-    steps: Sequence[StepRecord],
-    evaluations: Sequence[tuple[int, float]] = (),
-    published: Sequence[tuple[int, float]] = (),
-    levels: dict[str, float] | None = None,
-) -> None:
-    """Draw the losses over the steps as a PNG.
-
-    Args:
-        path: The file.
-        steps: Training losses.
-        evaluations: (step, validation loss).
-        published: (step, loss) of a run to compare with.
-        levels: Horizontal lines, name to loss.
-    """
-    # No pyplot: it keeps global state and looks for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot([r.step for r in steps], [r.loss for r in steps], lw=0.9, label="training")
-    if evaluations:
-        axes.plot(*zip(*evaluations, strict=True), "o-", ms=3, lw=1.2, label="validation")
-    if published:
-        axes.plot(*zip(*published, strict=True), "k+", ms=8, label="published run")
-    for (name, loss), style in zip((levels or {}).items(), ("--", ":"), strict=False):
-        axes.axhline(loss, color="gray", ls=style, lw=1, label=f"{name} {loss:.2f}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
 
 
 def environment() -> dict[str, Any]:

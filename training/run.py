@@ -19,7 +19,7 @@ import torch
 from model import GPT
 from model.generate import Sampling, generate_text
 from model.tokenizer import decode, get_encoding
-from training import metrics
+from training import metrics, plot
 from training.baselines import ngram_losses
 from training.checkpoint import Checkpoint
 from training.data import DataLoaderLite, Prefetcher, Tokens
@@ -196,7 +196,8 @@ def finish(
     model.residual_dtype = None  # as whoever loads the saved model runs it
     _write_samples(run, model, log.say)
     published = PUBLISHED_LOSS if run.preset == "shakespeare-124m" else ()
-    metrics.draw_loss_curve(out / "loss.png", log.records, evaluations, published, baselines)
+    losses = [(record.step, record.loss) for record in log.records]
+    plot.save(plot.loss_curve(losses, evaluations, published, baselines), out / "loss.png")
     summary = {
         "final_step": num_steps,
         "reached_target_at": reached,
