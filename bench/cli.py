@@ -1,0 +1,54 @@
+"""Command lines of the bench: what is asked wrongly is one line and exit code 2."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+MAX_COUNT = 10**6  # of anything one counts: micro-batches, rounds, steps
+
+
+class Parser(argparse.ArgumentParser):
+    """Help from a module's docstring; of a wrong argument it says one line, not the whole usage."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog=f"python -m {prog}", description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    found = int(text)
+    if not 1 <= found <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {MAX_COUNT:,}, got {text}")
+    return found
+
+
+def amount(text: str) -> float:
+    """A finite number above 0, of seconds or minutes."""
+    found = float(text)
+    if not (0 < found < math.inf):
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+    return found
+
+
+def path(text: str) -> Path:
+    """A path; the empty one would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or a folder, got nothing")
+    return Path(text)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command to its exit code; a ValueError or an OSError is what was asked wrongly."""
+    try:
+        code = main()
+    except (ValueError, OSError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    sys.exit(code or 0)

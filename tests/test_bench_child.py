@@ -1,0 +1,104 @@
+"""Processes of the bench: they answer, they end with what they started, they say why."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import child, cli
+
+CHILD = """
+import os, sys, time
+from bench import child
+
+def answer(task):
+    print("said by a library")
+    if task == "die":
+        sys.exit("no such device")
+    if task == "hang":
+        time.sleep(600)
+    return [task]
+
+child.serve(lambda: ({"pid": os.getpid()}, answer))
+"""
+COMMAND = [sys.executable, "-c", CHILD]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while is_alive(pid):
+        assert time.monotonic() < deadline, f"{pid} lives on"
+        time.sleep(0.05)
+
+
+def test_a_child_answers_and_ends_with_its_input() -> None:
+    with child.Child(COMMAND) as process:
+        assert process.first["pid"] == process.process.pid != os.getpid()
+        assert [process.ask(task, 60) for task in ("a", {"b": 1.5})] == [["a"], [{"b": 1.5}]]
+    assert process.process.returncode == 0
+    with pytest.raises(child.ChildDied, match="has ended before"):
+        process.ask("a", 60)
+
+
+def test_a_child_that_dies_or_hangs_says_why() -> None:
+    with child.Child(COMMAND) as process, pytest.raises(
+        child.ChildDied, match=r"^it ended with 1: no such device$"
+    ):  # fmt: skip
+        process.ask("die", 60)
+    with child.Child(COMMAND) as process, pytest.raises(
+        child.ChildDied, match=r"^no answer in 1 s: said by a library$"
+    ):  # fmt: skip
+        process.ask("hang", 1)
+    wait_until_gone(process.process.pid)
+    with pytest.raises(child.ChildDied, match=r"^it ended with 3: nothing said$"):
+        child.Child([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_a_process_that_outlasts_its_time_ends_with_what_it_started() -> None:
+    script = (
+        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', "
+        "'import time; time.sleep(600)']); print(p.pid, flush=True); time.sleep(600)"
+    )
+    ended = child.run([sys.executable, "-c", script], 3.0)
+    assert (ended.code, ended.why) == (None, "cut off")
+    wait_until_gone(int(ended.text))
+    failed = child.run([sys.executable, "-c", "print('x'); raise SystemExit('no')"], 60)
+    assert failed.why == "exit 1: no"
+    assert child.run([sys.executable, "-c", ""], 60).why == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--rounds", "0"], "argument --rounds: must be from 1 to 1,000,000, got 0"),
+        (["--rounds", "many"], "argument --rounds: invalid count value: 'many'"),
+        (["--rounds", "99999999999999999999"], "must be from 1 to 1,000,000"),
+        (["--seconds", "-1"], "argument --seconds: must be more than 0, got -1"),
+        (["--seconds", "nan"], "must be more than 0, got nan"),
+        (["--seconds", "1e400"], "must be more than 0, got 1e400"),
+        (["--out", ""], "argument --out: must name a file or a folder, got nothing"),
+        (["--round", "1"], "unrecognized arguments: --round 1"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = cli.Parser("bench.test", None)
+    parser.add_argument("--rounds", type=cli.count)
+    parser.add_argument("--seconds", type=cli.amount)
+    parser.add_argument("--out", type=cli.path)
+    with pytest.raises(SystemExit) as error:
+        parser.parse_args(argv)
+    assert error.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m bench.test: ")
+    assert said in line
