@@ -4,13 +4,21 @@ import os
 import random
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.machine import sitecustomize as machines
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, at the first `import triton`
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `poison` asks for determinism
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that a test starts
+    torch.set_num_threads(1)
+elif "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)  # the tensors are small; more threads only wait for one another
 
 from kernels._op import INTERPRETED
 
@@ -19,16 +27,45 @@ if INTERPRETED:
 
     interpreter.install()
 
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(2)  # the tensors are small; more threads only wait for one another
+WORKER_BYTES = 3 << 30  # of a test process and those it starts
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--machine", choices=[*machines.MACHINES],
+                     help="plan as another machine would; default: this one")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if name := config.getoption("--machine"):
+        folder = str(Path(machines.__file__).parent)
+        earlier = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, earlier)])
+        os.environ["TEST_MACHINE"] = name
+        machines.install()
+    if config.option.markexpr == "gpu" and not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu: torch sees no CUDA device")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One per core as far as memory goes; on a GPU one process, which has it to itself."""
+    if torch.cuda.is_available():
+        return 0
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), 8, memory // WORKER_BYTES))
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "slow" in item.keywords and not config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+        # Tests that share a fixture go to one worker, so that it is made once.
+        assert isinstance(item, pytest.Function)
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if any(each[-1].scope == "module" for each in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture

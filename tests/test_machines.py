@@ -1,0 +1,41 @@
+"""`pytest --machine NAME`: the plan of another machine, here and in processes that tests start."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.machine.sitecustomize import MACHINES, pretend
+from training.plan import Machine
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_machine_is_what_its_name_says(name: str) -> None:
+    threads: list[int] = []
+    plan: Any = SimpleNamespace(torch=SimpleNamespace(set_num_threads=threads.append))
+    plan.detect = lambda device="auto": Machine(
+        "cuda" if device == "cuda" else "cpu", "real", num_threads=7, has_bf16=name == "fp32"
+    )
+    pretend(plan, name)
+    pretend(plan, name)  # as where both the environment and an option ask for it
+    seen = plan.detect("cpu")
+    assert {key: getattr(seen, key) for key in MACHINES[name]} == MACHINES[name]
+    assert seen != Machine("cpu", "real", num_threads=7, has_bf16=name == "fp32")
+    assert plan.detect("cuda").num_threads == 7
+    assert threads == ([1] if name == "one-thread" else [])
+
+
+def test_a_process_that_a_test_starts_is_on_that_machine() -> None:
+    code = "import training.plan; print(training.plan.detect('cpu').missing_tools)"
+    folder = str(ROOT / "tests" / "machine")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": folder, "TEST_MACHINE": "no-compiler"},
+    )  # fmt: skip
+    assert done.stdout == "('g++',)\n"
