@@ -4,16 +4,27 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-# `make train DATA=my.txt PRESET=smoke STEPS=100 ARGS="--seed 2"`
-TRAIN_FLAGS = $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data $(DATA)) \
-	$(if $(STEPS),--steps $(STEPS)) $(if $(OUT),--out $(OUT)) $(ARGS)
+# `make train DATA="my text.txt" PRESET=smoke STEPS=100 ARGS="--seed 2"`
+# What a person passes reaches the shell through the environment, as it was written: a space, a quote
+# and a dollar sign are part of a path or a prompt. ARGS alone is shell text, so that it can be several.
+define as_written
+override $(1) := $$(value $(1))
+export $(1)
+endef
+$(foreach name,DATA OUT PRESET STEPS MODEL PROMPT OP MACHINE,$(eval $(call as_written,$(name))))
+override ARGS := $(value ARGS)
 
-
+TRAIN_FLAGS = $${PRESET:+--preset "$$PRESET"} $${DATA:+--data "$$DATA"} \
+	$${STEPS:+--steps "$$STEPS"} $${OUT:+--out "$$OUT"} $(ARGS)
 # `make sample PROMPT="ROMEO:" MODEL=runs/smoke ARGS="--temperature 0 --num-samples 3"`
-MODEL_FLAG = $(if $(MODEL),--model $(MODEL))
+MODEL_FLAG = $${MODEL:+--model "$$MODEL"}
+OP_FLAG = $${OP:+--op "$$OP"}
+# One process per core; benchmarks are no tests and cannot be timed beside others.
+PYTEST = $(PY) -m pytest -p no:benchmark --numprocesses auto --dist loadgroup \
+	$${MACHINE:+--machine "$$MACHINE"} $${OP:+"tests/test_$$OP.py"} $(ARGS)
 
-.PHONY: help setup setup-dev train doctor sample demo test test-slow bench bench-step profile report numerics \
-	resources torture mutants check fix clean
+.PHONY: help setup setup-dev train doctor sample demo test test-slow test-gpu bench bench-step profile report \
+	numerics resources torture mutants check fix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,19 +49,22 @@ doctor: setup ## what limits training on this machine and what to change; under 
 	$(PY) train.py --explain $(TRAIN_FLAGS)
 
 sample: setup ## continue a prompt with the newest model, or another (PROMPT= MODEL= ARGS=)
-	$(PY) -m model.generate $(MODEL_FLAG) --prompt "$(PROMPT)" $(ARGS)
+	$(PY) -m model.generate $(MODEL_FLAG) --prompt "$$PROMPT" $(ARGS)
 
 demo: setup-dev ## try it in the browser (MODEL= ARGS=)
 	$(PY) -m demo.app $(MODEL_FLAG) $(ARGS)
 
-test: setup-dev ## everything that can run on this machine
-	$(PY) -m pytest -m "not slow"
+test: setup-dev ## everything that can run on this machine (OP=layer_norm MACHINE=fp32 ARGS=)
+	$(PYTEST) -m "not slow"
 
 test-slow: setup-dev ## longer sweeps
-	$(PY) -m pytest -m slow
+	$(PYTEST) -m slow
+
+test-gpu: setup-dev ## what only a GPU can show, and fails without one
+	$(PYTEST) -m gpu
 
 bench: setup-dev ## what each op and the whole step buy on this machine (OP= ARGS=)
-	$(PY) -m bench $(if $(OP),--op $(OP)) $(ARGS)
+	$(PY) -m bench $(OP_FLAG) $(ARGS)
 
 bench-step: setup-dev ## the training step alone; ARGS="--against nanogpt PATH" adds nanoGPT
 	$(PY) -m bench.step $(ARGS)
@@ -62,16 +76,16 @@ report: setup ## README tables and plots from bench/results/
 	$(PY) -m bench.report $(ARGS)
 
 numerics: setup-dev ## error of our ops and of plain PyTorch against float64 (OP= ARGS=)
-	$(PY) -m tests.numerics $(if $(OP),--op $(OP)) $(ARGS)
+	$(PY) -m tests.numerics $(OP_FLAG) $(ARGS)
 
 resources: setup-dev ## compile every kernel for every arch, no GPU needed (OP= ARGS=)
-	env -u TRITON_INTERPRET $(PY) -m bench.resources $(if $(OP),--op $(OP)) $(ARGS)
+	env -u TRITON_INTERPRET $(PY) -m bench.resources $(OP_FLAG) $(ARGS)
 
 torture: setup-dev ## kill runs 50 times, flip bytes, fill a disk: about ten minutes
 	$(PY) -m tests.faults
 
 mutants: setup-dev ## plant faults in the kernels; the tests must notice (OP= ARGS=)
-	$(PY) -m tests.mutants $(if $(OP),--op $(OP)) $(ARGS)
+	$(PY) -m tests.mutants $(OP_FLAG) $(ARGS)
 
 check: setup-dev ## ruff and pyright; edits nothing
 	$(VENV)/bin/ruff check .

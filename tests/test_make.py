@@ -1,0 +1,87 @@
+"""What the Makefile hands to Python: the words a person wrote, whatever stands in them."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STUB = "#!/bin/sh\nprintf '%s\\0' \"$@\"\n"
+# A space, both quotes, what a shell and what make expand, a leading dash, a comment, a line break.
+NAMES = ("DATA", "OUT", "PRESET", "STEPS", "MODEL", "PROMPT", "OP", "MACHINE", "ARGS", "MFLAGS")
+AWKWARD = ["my text.txt", """say "hi" $5, it's $(HOME) `id` $$ \\""", "*", "a#b", "ROMEO:\nJULIET:"]
+
+pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout of the Makefile alone, set up, with a Python that prints its arguments."""
+    folder = tmp_path / "a checkout"
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, folder / name)
+        os.utime(folder / name, (0, 0))
+    python.write_text(STUB, encoding="utf-8")
+    python.chmod(0o755)
+    (folder / ".venv" / ".setup").touch()
+    (folder / ".venv" / ".setup-dev").touch()
+    return folder
+
+
+def make(checkout: Path, *words: str, **environ: str) -> list[str]:
+    """The arguments that Python gets."""
+    # A `make` around this test must not hand its own variables down.
+    given = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in NAMES}
+    done = subprocess.run(["make", "--silent", *words], cwd=checkout, env={**given, **environ},
+                          capture_output=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().split("\0")[:-1]
+
+
+@pytest.mark.parametrize("value", AWKWARD)
+def test_a_value_arrives_as_it_was_written(checkout: Path, value: str) -> None:
+    flags = ["--preset", value, "--data", value, "--steps", value, "--out", value]
+    given = [f"{name}={value}" for name in NAMES[:6]]
+    assert make(checkout, "train", *given) == ["train.py", *flags]
+    assert make(checkout, "doctor", *given) == ["train.py", "--explain", *flags]
+    sample = ["-m", "model.generate", "--model", value, "--prompt", value]
+    assert make(checkout, "sample", *given) == sample
+    assert make(checkout, "sample", MODEL=value, PROMPT=value) == sample  # from the environment
+    assert make(checkout, "demo", *given) == ["-m", "demo.app", "--model", value]
+    assert make(checkout, "mutants", f"OP={value}") == ["-m", "tests.mutants", "--op", value]
+
+
+def test_nothing_given_is_nothing_passed(checkout: Path) -> None:
+    assert make(checkout, "train") == ["train.py"]
+    assert make(checkout, "train", "DATA=", "OUT=") == ["train.py"]
+    assert make(checkout, "sample") == ["-m", "model.generate", "--prompt", ""]
+
+
+def test_args_are_several_words_quoted_as_in_a_shell(checkout: Path) -> None:
+    words = ["--seed", "2", "--out", "a b", "$5"]
+    assert make(checkout, "train", """ARGS=--seed 2 --out "a b" '$5'""") == ["train.py", *words]
+
+
+def test_tests_of_one_op_and_of_another_machine(checkout: Path) -> None:
+    words = make(checkout, "test", "OP=layer_norm", "MACHINE=fp32", "ARGS=-x")
+    assert [w for w in words if w in ("tests/test_layer_norm.py", "fp32", "-x")] == [
+        "fp32", "tests/test_layer_norm.py", "-x"]  # fmt: skip
+    assert words[-2:] == ["-m", "not slow"]
+
+
+def test_help_names_every_target(checkout: Path) -> None:
+    done = subprocess.run(["make", "--silent", "help"], cwd=checkout, capture_output=True,
+                          encoding="utf-8", check=True)  # fmt: skip
+    phony = (ROOT / "Makefile").read_text().partition(".PHONY:")[2].partition("\n.DEFAULT")[0]
+    named = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")}
+    assert {*phony.replace("\\", "").split()} - named == {"setup-dev"}
+
+
+def test_a_commit_is_checked_by_the_versions_of_make_check() -> None:
+    pins = (ROOT / "requirements-dev.txt").read_text().split()
+    (ruff,) = (pin for pin in pins if pin.startswith("ruff=="))
+    assert (ROOT / ".pre-commit-config.yaml").read_text().count(f"[{ruff}]") == 2
