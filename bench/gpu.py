@@ -61,6 +61,7 @@ from kernels import Ops, parse_ops
 from model import GPT, MODELS
 from tests import numerics
 from training.data import SHAKESPEARE_SHA256, load_corpus
+from training.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -419,10 +420,7 @@ def run_seed(job: Job) -> None:
 
 def seed_row(run: Path, cache: str, ended: Ended) -> dict[str, Any]:
     """What a run folder says of a run, finished or not."""
-    steps: list[dict[str, Any]] = []
-    if (run / "metrics.jsonl").is_file():
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        steps = [x for x in map(json.loads, lines) if "event" not in x]
+    steps = read_metrics(run / "metrics.jsonl")[0]
     how = "cut off" if ended.code is None else f"exit {ended.code}"
     if not steps:
         return {"provider": "train.py", "verdict": f"no step, {how}", "reached": False, "red": how}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from model.tokenizer import get_encoding
 from training import report
+from training.metrics import RunLog, read_metrics
 from training.overlap import find_overlap
 from training.report import mark_spans, split_samples, svg_plot, write_report
 
@@ -123,6 +124,54 @@ def test_split_samples():
     assert split_samples(text) == [" one\n\ntwo", " three"]
     assert split_samples("just text") == ["just text"]
     assert split_samples("\n") == []
+
+
+# ---- metrics.jsonl
+
+
+def rows(*values: Any) -> str:
+    return "".join(json.dumps(v) + "\n" for v in values)
+
+
+def step(number: int, loss: float) -> dict[str, Any]:
+    return {"step": number, "loss": loss, "lr": 1e-3, "grad_norm": 1.0, "ms": 1.0,
+            "tokens_per_s": 1.0, "mfu": None}  # fmt: skip
+
+
+def evaluation(number: int, loss: float) -> dict[str, Any]:
+    return {"event": "eval", "step": number, "val_loss": loss}
+
+
+def test_steps_done_again_count_once(tmp_path: Path):
+    """After a rollback, and after a resume that kept too much; the log counts the same."""
+    path = tmp_path / "metrics.jsonl"
+    before = [step(i, 5.0 - i) for i in range(4)]
+    back = {"event": "rolled_back", "to_step": 2, "skips": [], "rollbacks": 1}
+    path.write_text(rows(*before, evaluation(2, 8.0), evaluation(4, 9.0), back))
+    steps, evaluations, events = read_metrics(path)
+    assert [s["step"] for s in steps] == [0, 1]
+    assert [e["val_loss"] for e in evaluations] == [8.0]
+    assert events == [back]
+    with path.open("a") as file:
+        file.write(
+            rows(step(2, 3.5), step(3, 2.5), evaluation(4, 6.0), step(3, 2.25), step(4, 2.0))
+        )
+    steps, evaluations, _ = read_metrics(path)
+    assert [(s["step"], s["loss"]) for s in steps] == [(0, 5), (1, 4), (2, 3.5), (3, 2.25), (4, 2)]
+    assert [e["val_loss"] for e in evaluations] == [8.0]
+    with RunLog(tmp_path, 9, 1, lambda _: None, keep_bytes=path.stat().st_size) as log:
+        assert [(r.step, r.loss) for r in log.records] == [(s["step"], s["loss"]) for s in steps]
+
+
+def test_damaged_lines_are_left_out(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    good = [step(0, 5.0), evaluation(1, 5.5), {"event": "odd", "x": 1}]
+    bad = ["\0" * 9, "[1]", "3", '{"step": "1"}', '{"step": null}', "{}", '{"event": "eval"}']
+    bad += ["[" * 9999, '{"event": ["eval"], "step": 1}', '{"step": 1']
+    path.write_bytes(b"\xff\n" + "\n".join([*map(json.dumps, good), *bad]).encode())
+    steps, evaluations, events = read_metrics(path)
+    assert [*steps, *evaluations, events[0]] == good
+    assert read_metrics(tmp_path / "none") == ([], [], [])
 
 
 # ---- the report

@@ -101,17 +101,14 @@ class RunLog:
         self._file = path.open("a+", encoding="utf-8", newline="\n")
         if not quiet:
             self._file.truncate(keep_bytes)
-            self._file.seek(0)
         self._board = _summary_writer(folder) if tensorboard and not quiet else None
         self._pending: tuple[int, float, int, Tensor, torch.cuda.Event | float] | None = None
         self._unread: list[StepRecord] = []
         self._pinned: list[Tensor] = []
         self._mark = time.perf_counter()
         self.records: list[StepRecord] = []
-        for line in self._file:
-            if "event" not in (values := json.loads(line)):
-                self.rewind(values["step"])  # a step that was done again after a rollback
-                self.records.append(StepRecord(**values))
+        if not quiet:
+            self.records = [StepRecord(**values) for values in read_metrics(path)[0]]
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -232,6 +229,40 @@ class RunLog:
     def _write(self, values: dict[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], ...]:
+    """Steps, evaluations and other events of a metrics.jsonl, each step as it was done last.
+
+    After a rollback or a resume steps are done again: they and the evaluations after them then take
+    the place of what stands earlier in the file. A missing file is empty, and a line that a crash
+    damaged is left out.
+    """
+    steps: list[dict[str, Any]] = []
+    evaluations: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
+
+    def drop(rows: list[dict[str, Any]], step: int) -> None:
+        while rows and rows[-1]["step"] >= step:
+            rows.pop()
+
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+            name = values.get("event")
+            at = values.get("to_step" if name == "rolled_back" else "step")
+        except (ValueError, AttributeError, RecursionError):
+            continue  # no JSON, or no object
+        if name in (None, "eval", "rolled_back"):
+            if type(at) is not int:
+                continue
+            drop(evaluations, at + (name != "eval"))  # that of step 5 comes before step 5
+            if name != "eval":
+                drop(steps, at)
+        rows = steps if name is None else evaluations if name == "eval" else events
+        rows.append(values)
+    return steps, evaluations, events
 
 
 def check_tensorboard() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from model.tokenizer import get_encoding
+from training.metrics import read_metrics
 from training.overlap import Overlap, find_overlap
 from training.recipes import PUBLISHED_LOSS
 
@@ -83,28 +84,11 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read summary.json, config.json and metrics.jsonl; a line cut short by a crash is skipped."""
-    steps, evaluations, events = [], [], []
-    metrics = folder / "metrics.jsonl"
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(row, dict):
-            continue
-        if row.get("event") == "eval":
-            evaluations.append(row)
-        elif "event" in row:
-            events.append(row)
-        elif "step" in row:
-            steps.append(row)
+    """Read summary.json, config.json and metrics.jsonl."""
     return Run(
         _read_object(folder / "summary.json"),
         _read_object(folder / "config.json"),
-        steps,
-        evaluations,
-        events,
+        *read_metrics(folder / "metrics.jsonl"),
     )
 
 
