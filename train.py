@@ -173,7 +173,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             evaluate, save = cfg.evaluates_before(step), cfg.saves_before(step)
             stopping = stopping or (bool(stop) and world.size == 1)
             action = "ok"
-            for record in log.read(wait=evaluate or save or stopping or step == recipe.max_steps):
+            for record in log.read(wait=evaluate or save or stopping or step >= recipe.max_steps):
                 stopping |= record.stop  # several ranks agree through the late value
                 if reached is None and record.loss < recipe.target_loss:
                     reached = record.step
@@ -190,11 +190,12 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 batches.seek(progress.position, progress.skips)
                 continue
 
-            done = reached is not None or step == recipe.max_steps
+            done = reached is not None or step >= recipe.max_steps
             if evaluate and not (stopping or done or step in dict(progress.evaluations)):
                 with log.aside(), take_step.autocast():
                     val_loss = run.validate(model, plan.eval_tokens)
-                writer.best = progress.evaluated(step, val_loss)
+                progress.evaluations.append((step, val_loss))
+                save |= progress.best == step and cfg.save_interval > 0
                 log.event("eval", step=step, val_loss=val_loss)
                 log.say(f"step {step:5d} | validation loss {val_loss:.4f}")
             if (save or stopping or (done and cfg.save_interval)) and world.is_main:

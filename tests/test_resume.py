@@ -103,13 +103,13 @@ def test_second_interrupt_stops_at_once(small):
     assert process.wait(timeout=30) == EXIT_AT_ONCE
 
 
-def sample_checkpoint(step: int) -> Checkpoint:
+def sample_checkpoint(step: int, best: int | None = None) -> Checkpoint:
     generator = torch.Generator().manual_seed(step)
     tensors = {
         "model": {"w": torch.randn(7, 5, generator=generator)},
         "rng": {"cpu": torch.ones(3)},
     }
-    return Checkpoint(step, tensors, {"progress": {"step": step}})
+    return Checkpoint(step, tensors, {"progress": {"step": step}}, best)
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -177,9 +177,8 @@ def test_full_disk_keeps_the_old_checkpoint_and_says_so_each_time(tmp_path, monk
 
 def test_old_checkpoints_go_but_not_the_best(tmp_path):
     writer = Writer(tmp_path, 2, print)
-    writer.best = 1
     for step in range(1, 6):
-        writer.submit(sample_checkpoint, step)
+        writer.submit(sample_checkpoint, step, 1)
     writer.wait()
     assert [p.name[-1] for p in checkpoint.paths(tmp_path)] == ["1", "4", "5"]
 
@@ -287,3 +286,16 @@ def test_checkpoint_of_another_model_is_refused(small):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     with pytest.raises(CheckpointError, match=r"unknown.*transformer\.h\.1"):
         train.resume.restore(saved, model, optimizer, None)
+
+
+def test_the_best_is_saved_when_found_and_kept_over_a_resume(small, monkeypatch):
+    """No step is both evaluated and due to be saved, as in shakespeare-cpu."""
+    run, _ = small
+    losses = iter((5.0, 3.0, 4.0, 4.5, 4.4, 9.0, 9.0))
+    monkeypatch.setattr(train.Run, "validate", lambda *_: next(losses))
+    flags = ("--eval-every", "2", "--save-every", "5", "--keep-last", "1")
+    assert in_process(run, "best", *flags, "--steps", "5") == 0  # 5.0, 3.0, and the last one
+    assert in_process(run, "best", *flags, "--steps", "9", "--override") == 0
+    assert [p.name[-1] for p in checkpoint.paths(run.checkpoints("best"))] == ["4", "9"]
+    # Fewer steps than are done: nothing is left to do.
+    assert in_process(run, "best", *flags, "--steps", "3", "--override") == 0

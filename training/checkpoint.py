@@ -50,20 +50,28 @@ class Checkpoint:
         step: Optimizer steps done.
         tensors: Groups of named CPU tensors; one safetensors file per group.
         state: JSON values (schedule, loader position, recipe, plan, counters).
+        best: Step of the best evaluation so far, whose checkpoint is never thinned out; not saved.
     """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    best: int | None = None
 
 
-def snapshot(step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Checkpoint:
+def snapshot(
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    best: int | None = None,
+) -> Checkpoint:
     """Copy live tensors to the host, so that training may go on while the copy is written.
 
     Args:
         step: Optimizer steps done.
         tensors: Groups of live tensors on any device.
         state: JSON values; copied through JSON so that later changes do not reach the file.
+        best: As in Checkpoint.
     """
     copies = {
         group: {
@@ -73,7 +81,7 @@ def snapshot(step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, 
         }
         for group, named in tensors.items()
     }
-    return Checkpoint(step, copies, json.loads(json.dumps(state)))
+    return Checkpoint(step, copies, json.loads(json.dumps(state)), best)
 
 
 def _canonical(value: Any) -> bytes:
@@ -239,7 +247,6 @@ class Writer:
         self.folder = folder
         self.keep_last = keep_last
         self.say = say
-        self.best: int | None = None  # step of the best evaluation; never thinned out
         self.last_good: int | None = None
         self.write_ms = 0.0  # of the last write, on the background thread
         self._thread: threading.Thread | None = None
@@ -290,7 +297,7 @@ class Writer:
         self.last_good = checkpoint.step
         self.write_ms = 1e3 * (time.perf_counter() - start)
         for path in paths(self.folder)[: -self.keep_last or None]:
-            if int(path.name[-8:]) != self.best:
+            if int(path.name[-8:]) != checkpoint.best:
                 shutil.rmtree(path, ignore_errors=True)
 
 

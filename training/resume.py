@@ -49,10 +49,10 @@ class Progress:
     metrics_bytes: int = 0
     evaluations: list[tuple[int, float]] = field(default_factory=list)
 
-    def evaluated(self, step: int, val_loss: float) -> int:
-        """Record an evaluation; returns the step of the best one so far."""
-        self.evaluations.append((step, val_loss))
-        return min(self.evaluations, key=lambda e: e[1])[0]
+    @property
+    def best(self) -> int | None:
+        """Step of the lowest validation loss so far."""
+        return min(self.evaluations, key=lambda e: e[1], default=(None,))[0]
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def capture(
     if guard is not None:
         tensors["guard"] = guard.tensors()
         state["guard"] = guard.state()
-    return checkpoint.snapshot(progress.step, tensors, state)
+    return checkpoint.snapshot(progress.step, tensors, state, progress.best)
 
 
 def restore(
