@@ -15,7 +15,6 @@ Nothing here imports transformers (its look-up of a package named `kernels` woul
 """
 
 import json
-import os
 import pickle
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from kernels import EAGER, Ops
 from model.config import GPTConfig
+from model.files import replacing, write_atomically
 from model.gpt import GPT
 
 WEIGHTS = "model.safetensors"
@@ -311,14 +311,8 @@ def _find_config(source: Path, shapes: Mapping[str, list[int]]) -> tuple[GPTConf
 # ---- writing
 
 
-def _write_atomic(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def hf_config(model: GPT, dtype: torch.dtype) -> dict[str, Any]:
@@ -407,7 +401,7 @@ def _write_tokenizer(folder: Path, model_max_length: int) -> None:
         },
     )
     _write_json(folder / "vocab.json", vocab)
-    _write_atomic(folder / "merges.txt", merges_text)
+    write_atomically(folder / "merges.txt", merges_text)
 
 
 def model_card(model: GPT) -> str:
@@ -462,7 +456,7 @@ def save_pretrained(model: GPT, path: str | Path, dtype: torch.dtype = torch.flo
         k: v for k, v in hf_config(model, dtype).items() if k in ("bos_token_id", "eos_token_id")
     }
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
-    _write_atomic(folder / "README.md", model_card(model))
+    write_atomically(folder / "README.md", model_card(model))
     if config.vocab_size == GPT2_VOCAB:
         _write_tokenizer(folder, model.trained_context)
     tensors: dict[str, Tensor] = {}
@@ -470,9 +464,8 @@ def save_pretrained(model: GPT, path: str | Path, dtype: torch.dtype = torch.flo
         tensor = p.detach()[: config.vocab_size] if name == "wte.weight" else p.detach()
         tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
         tensors[PREFIX + name] = tensor.to("cpu", dtype).contiguous()
-    partial = folder / (WEIGHTS + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHTS)
+    with replacing(folder / WEIGHTS) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
 
 
 # ---- nanoGPT

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from model.files import write_atomically
+
 ENCODING = "gpt2"
 VOCAB_SIZE = 50257
 EOT = 50256  # <|endoftext|>, between documents
@@ -44,19 +46,6 @@ def cache_dir() -> Path:
     folders = [checkout / ".cache"] if (checkout / "train.py").exists() else []
     folders.append(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fused-gpt")
     return next((f for f in folders if _writable(f)), Path(tempfile.gettempdir()) / "fused-gpt")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` so that a reader sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
 
 
 def _cached_files() -> dict[str, Path]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from model import tokenizer
+from model.files import write_atomically
 from training.recipes import Order
 from training.shards import SUFFIXES, TOKEN_DTYPE, TokenShards, open_shard
 
@@ -157,7 +158,7 @@ def _default_source(say: Callable[[str], None]) -> Source:
     kept = tokenizer.cache_dir() / "tinyshakespeare.txt"
     if not (kept.is_file() and _hash_file(kept) == SHAKESPEARE_SHA256):
         try:
-            tokenizer.write_atomically(kept, _download(SHAKESPEARE_URL))
+            write_atomically(kept, _download(SHAKESPEARE_URL))
         except (OSError, ValueError) as error:
             say(
                 f"data: tiny Shakespeare could not be downloaded ({error}); taking the language "
@@ -231,8 +232,8 @@ def _tokenise(source: Source, folder: Path) -> Corpus:
             "dtype": "uint16",
         }
         # The JSON last: without it the token file counts as absent.
-        tokenizer.write_atomically(path, tokens.tobytes())
-        tokenizer.write_atomically(_meta_path(path), json.dumps(meta, indent=1).encode())
+        write_atomically(path, tokens.tobytes())
+        write_atomically(_meta_path(path), json.dumps(meta, indent=1))
     tokens = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
     return Corpus(tokens, source.name, source.sha256, path)
 

@@ -28,6 +28,7 @@ import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model import tokenizer
+from model.files import write_atomically
 from training.shards import TOKEN_DTYPE
 
 FORMAT, VERSION = "fused-gpt-tokens", 1
@@ -263,7 +264,7 @@ class ShardWriter:
         number = sum(shard["file"].startswith(split) for shard in self.index["shards"])
         name = f"{split}-{number:06d}.bin"
         data = np.concatenate(self._buffer).astype(TOKEN_DTYPE).tobytes()
-        tokenizer.write_atomically(self.cfg.out / name, data)
+        write_atomically(self.cfg.out / name, data)
         self.index["shards"].append(
             {"file": name, "tokens": len(data) // 2, "sha256": hashlib.sha256(data).hexdigest()}
         )
@@ -273,7 +274,7 @@ class ShardWriter:
         self._save()
 
     def _save(self) -> None:
-        tokenizer.write_atomically(self.index_path, json.dumps(self.index, indent=1).encode())
+        write_atomically(self.index_path, json.dumps(self.index, indent=1))
 
 
 def prepare(cfg: Config, quiet: bool = False) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""Writing a file so that a reader, or a kill, never sees half of it."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, in the same folder; it takes the place of `path` at the end.
+
+    An error removes it and leaves `path` as it was. The mode is the umask's, whoever writes:
+    tempfile and safetensors make files that nobody else can read.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode
+        yield partial
+        with contextlib.suppress(OSError):  # some file systems keep no modes
+            partial.chmod(mode)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write all of `data`, a str as UTF-8, or leave `path` as it was."""
+    with replacing(path) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
