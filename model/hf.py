@@ -431,6 +431,15 @@ def model_card(model: GPT) -> str:
     )
 
 
+def file_tensors(model: GPT) -> dict[str, Tensor]:
+    """The weights by the name and in the layout of a file; views of the parameters, no copies."""
+    tensors: dict[str, Tensor] = {}
+    for name, p in _our_tensors(model).items():
+        view = p.detach()[: model.config.vocab_size] if name == "wte.weight" else p.detach()
+        tensors[PREFIX + name] = view.t() if name.endswith(TRANSPOSED) else view
+    return tensors
+
+
 @torch.no_grad()
 def save_pretrained(model: GPT, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a folder that GPT2LMHeadModel and AutoTokenizer load.
@@ -459,11 +468,7 @@ def save_pretrained(model: GPT, path: str | Path, dtype: torch.dtype = torch.flo
     write_atomically(folder / "README.md", model_card(model))
     if config.vocab_size == GPT2_VOCAB:
         _write_tokenizer(folder, model.trained_context)
-    tensors: dict[str, Tensor] = {}
-    for name, p in _our_tensors(model).items():
-        tensor = p.detach()[: config.vocab_size] if name == "wte.weight" else p.detach()
-        tensor = tensor.t() if name.endswith(TRANSPOSED) else tensor
-        tensors[PREFIX + name] = tensor.to("cpu", dtype).contiguous()
+    tensors = {k: v.to("cpu", dtype).contiguous() for k, v in file_tensors(model).items()}
     with replacing(folder / WEIGHTS) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
 

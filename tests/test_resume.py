@@ -12,10 +12,13 @@ import pytest
 import torch
 
 import train
+from model import GPT, hf
 from tests.faults import ROOT, Small, disturb, flip_bytes, wait_for
 from training import checkpoint
 from training.checkpoint import Checkpoint, CheckpointError, Writer, newest_good
 from training.guard import Guard, GuardConfig
+from training.optim import configure_adamw
+from training.recipes import Recipe
 from training.signals import EXIT_AT_ONCE
 
 
@@ -72,6 +75,37 @@ def test_run_on_a_gpu_resumes_bitwise(tmp_path, compile):
         assert run.result(how.name) == run.result("calm")
 
 
+def test_every_checkpoint_is_a_model_folder(small, tmp_path):
+    run, _ = small
+    folder = run.checkpoints("calm") / f"step-{run.steps:08d}"
+    from_run, ours = GPT.from_pretrained(run.folder / "calm"), GPT.from_pretrained(folder)
+    assert ours.trained_context == 32
+    for name, value in from_run.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+    hf.main(["export", str(folder), "--out", str(tmp_path / "exported")])
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+    still = ("--init", str(folder), "--max-lr", "0", "--min-lr", "0", "--steps", "1")
+    assert in_process(run, "tuned", *still) == 0
+    tuned = GPT.from_pretrained(run.folder / "tuned")
+    assert torch.equal(tuned.transformer.wte.weight, ours.transformer.wte.weight)
+
+
+def test_checkpoint_of_version_1_still_resumes(small, tmp_path):
+    """It had no config.json, and the weights as the module holds them."""
+    run, _ = small
+    now = checkpoint.read(run.checkpoints("calm") / f"step-{run.steps:08d}")
+    models = [GPT(Recipe(model="smoke", block_size=32).model_config) for _ in range(2)]
+    optimizers = [configure_adamw(m, Recipe(model="smoke", block_size=32)) for m in models]
+    train.resume.restore(now, models[0], optimizers[0], None)
+    weights = {name: t.clone() for name, t in models[0].state_dict().items()}
+    before = Checkpoint(now.step, {**now.tensors, "model": weights}, now.state)
+    back = checkpoint.read(checkpoint.write(tmp_path, before))
+    assert back.config is None
+    train.resume.restore(back, models[1], optimizers[1], None)
+    for name, value in weights.items():
+        assert torch.equal(models[1].state_dict()[name], value), name
+
+
 def test_changed_recipe_is_refused_with_both_values(small):
     run, _ = small
     shutil.copytree(run.folder / "calm", run.folder / "changed")
@@ -109,7 +143,7 @@ def sample_checkpoint(step: int, best: int | None = None) -> Checkpoint:
         "model": {"w": torch.randn(7, 5, generator=generator)},
         "rng": {"cpu": torch.ones(3)},
     }
-    return Checkpoint(step, tensors, {"progress": {"step": step}}, best)
+    return Checkpoint(step, tensors, {"progress": {"step": step}}, best=best)
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -255,7 +289,7 @@ def test_one_bad_gradient_is_skipped(small, monkeypatch):
     plant_nan(monkeypatch, {3})
     assert in_process(run, "nan", "--steps", "6", "--save-every", "0") == 0
     assert events(run, "nan") == ["skipped"]
-    weights = train.GPT.from_pretrained(run.folder / "nan" / "model").state_dict()
+    weights = GPT.from_pretrained(run.folder / "nan" / "model").state_dict()
     assert all(t.isfinite().all() for t in weights.values())
 
 
@@ -282,7 +316,7 @@ def test_guard_gives_up_with_a_report(small, monkeypatch, capsys):
 def test_checkpoint_of_another_model_is_refused(small):
     run, _ = small
     saved = checkpoint.read(run.checkpoints("calm") / f"step-{run.steps:08d}")
-    model = train.GPT(train.Recipe(model="smoke,n_layer=1", block_size=32).model_config)
+    model = GPT(Recipe(model="smoke,n_layer=1", block_size=32).model_config)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     with pytest.raises(CheckpointError, match=r"unknown.*transformer\.h\.1"):
         train.resume.restore(saved, model, optimizer, None)

@@ -4,7 +4,8 @@ A checkpoint is a folder of safetensors and JSON; nothing is pickled, so reading
 
     checkpoints/step-00000400/
         <name>.safetensors    one file per group of tensors ("model", "optimizer", "rng", ...)
-        state.json            everything that is not a tensor
+        config.json           shape of the model: with it the folder is one that model/hf.py reads
+        state.json            everything else that is not a tensor
         manifest.json         bytes and sha256 of the files above, and of itself
 
 It is written to a hidden temporary folder, every file is fsynced, the manifest last, then the
@@ -33,7 +34,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 FORMAT = "fused-gpt-checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had no config.json, and the weights in the layout of the module
 _NAME = re.compile(r"step-(\d{8})$")
 _TEMPORARY = ".writing-"
 
@@ -50,19 +51,23 @@ class Checkpoint:
         step: Optimizer steps done.
         tensors: Groups of named CPU tensors; one safetensors file per group.
         state: JSON values (schedule, loader position, recipe, plan, counters).
+        config: config.json, as a model folder has it; None in a checkpoint of version 1.
         best: Step of the best evaluation so far, whose checkpoint is never thinned out; not saved.
     """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    config: dict[str, Any] | None = None
     best: int | None = None
 
 
+@torch.no_grad()
 def snapshot(
     step: int,
     tensors: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
+    config: dict[str, Any] | None = None,
     best: int | None = None,
 ) -> Checkpoint:
     """Copy live tensors to the host, so that training may go on while the copy is written.
@@ -71,17 +76,14 @@ def snapshot(
         step: Optimizer steps done.
         tensors: Groups of live tensors on any device.
         state: JSON values; copied through JSON so that later changes do not reach the file.
-        best: As in Checkpoint.
+        config, best: As in Checkpoint.
     """
     copies = {
-        group: {
-            # clone() of a CPU tensor, a device-to-host copy otherwise; both detached from training
-            name: t.detach().to("cpu", copy=True).contiguous()
-            for name, t in named.items()
-        }
+        # Into new memory of its own layout: what comes may be a transposed view.
+        group: {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in named.items()}
         for group, named in tensors.items()
     }
-    return Checkpoint(step, copies, json.loads(json.dumps(state)), best)
+    return Checkpoint(step, copies, json.loads(json.dumps(state)), config, best)
 
 
 def _canonical(value: Any) -> bytes:
@@ -129,11 +131,13 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
             files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
         for group, named in checkpoint.tensors.items():
-            put(f"{group}.safetensors", save_tensors(named))
+            put(f"{group}.safetensors", save_tensors(named, metadata={"format": "pt"}))
+        if checkpoint.config is not None:
+            put("config.json", _canonical(checkpoint.config))
         put("state.json", _canonical(checkpoint.state))
         manifest = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": 1 if checkpoint.config is None else VERSION,
             "step": checkpoint.step,
             "files": files,
         }
@@ -169,9 +173,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     # Comparing the bytes too: a flip that leaves the parsed value alone is still a flip.
     if digest != expected or raw != _canonical({**manifest, "sha256": digest}):
         raise CheckpointError(f"checkpoint {path}: manifest.json does not match its own checksum")
-    if manifest["version"] != VERSION:
+    if manifest["version"] not in (1, VERSION):
         raise CheckpointError(
-            f"checkpoint {path}: version {manifest['version']}, this program reads {VERSION}"
+            f"checkpoint {path}: version {manifest['version']}, this program reads 1 and {VERSION}"
         )
     return manifest
 
@@ -187,7 +191,7 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path}: no such folder")
     manifest = _manifest(path)
     tensors: dict[str, dict[str, Tensor]] = {}
-    state: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
     for name, entry in manifest["files"].items():
         try:
             data = (path / name).read_bytes()
@@ -201,13 +205,15 @@ def read(path: Path) -> Checkpoint:
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CheckpointError(f"checkpoint {path}: {name} does not match its checksum")
         try:
-            if name == "state.json":
-                state = json.loads(data)
+            if name.endswith(".json"):
+                texts[name] = json.loads(data)
             else:
                 tensors[name.removesuffix(".safetensors")] = load_tensors(data)
         except (ValueError, SafetensorError) as error:  # written by another program
             raise CheckpointError(f"checkpoint {path}: {name} is unreadable: {error}") from None
-    return Checkpoint(manifest["step"], tensors, state)
+    return Checkpoint(
+        manifest["step"], tensors, texts.get("state.json", {}), texts.get("config.json")
+    )
 
 
 def paths(folder: Path) -> list[Path]:

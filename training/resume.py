@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model import GPT, hf
 from training import checkpoint
 from training.checkpoint import Checkpoint, CheckpointError
 from training.guard import Guard
@@ -66,7 +67,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def capture(
     progress: Progress,
-    model: nn.Module,
+    model: GPT,
     optimizer: torch.optim.Optimizer,
     guard: Guard | None,
     recipe: Recipe,
@@ -81,7 +82,7 @@ def capture(
         recipe, plan, data_sha256: Recorded to be compared on resume.
     """
     tensors: dict[str, dict[str, Tensor]] = {
-        "model": dict(model.state_dict()),
+        "model": hf.file_tensors(model),
         "optimizer": _optimizer_tensors(model, optimizer),
         "rng": checkpoint.rng_state(),
     }
@@ -93,12 +94,13 @@ def capture(
     if guard is not None:
         tensors["guard"] = guard.tensors()
         state["guard"] = guard.state()
-    return checkpoint.snapshot(progress.step, tensors, state, progress.best)
+    config = hf.hf_config(model, torch.float32)
+    return checkpoint.snapshot(progress.step, tensors, state, config, progress.best)
 
 
 def restore(
     saved: Checkpoint,
-    model: nn.Module,
+    model: GPT,
     optimizer: torch.optim.Optimizer,
     guard: Guard | None,
 ) -> Progress:
@@ -110,7 +112,7 @@ def restore(
     Raises:
         CheckpointError: names or shapes are not those of this model.
     """
-    own = model.state_dict()
+    own = model.state_dict() if saved.config is None else hf.file_tensors(model)
     _same_names("model", set(own), set(saved.tensors["model"]))
     for name, value in saved.tensors["model"].items():
         if own[name].shape != value.shape:
@@ -146,7 +148,7 @@ def roll_back(
     action: str,
     guard: Guard,
     log: RunLog,
-    model: nn.Module,
+    model: GPT,
     optimizer: torch.optim.Optimizer,
     rows_per_step: int,
 ) -> Progress:
