@@ -39,19 +39,26 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from bench import ops, record, resources, timing
 from bench.cases import Shape, find_case, find_shape, make_inputs
 from kernels import causal_attention, gelu_mlp, layer_norm, linear_cross_entropy
-from kernels._launch import Launch, arch, cdiv, next_pow2
+from kernels._launch import (
+    Key,
+    Launch,
+    arch,
+    cdiv,
+    family,
+    launch_for,
+    next_pow2,
+    replaced,
+)
 
 MIN_GAIN = 1.02
 FINALISTS = 3
@@ -84,11 +91,9 @@ class Knob:
 
     Args:
         op, mode: Case and direction that run it.
-        module, chooser: `kernels.<module>.<chooser>(...) -> Launch` decides its launch.
-        kernel: First argument of the chooser that means this kernel; None if it has but one.
-        args: (shape, itemsize, arch) -> the arguments the op calls the chooser with.
+        label: "<file>.<kernel>".
+        key: (shape, itemsize, arch) -> the key of its launch.
         asked: (shape, itemsize, arch) -> whether the op runs this kernel.
-        bucket: What of a shape a row of the kernel's table depends on.
         axes: shape -> values to try, grouped by what changes together.
         first: Changes to try before all others.
         misfit: (launch, shape) -> why the kernel refuses the blocks or wastes them; "" if not.
@@ -98,24 +103,23 @@ class Knob:
 
     op: str
     mode: str
-    module: Any
-    chooser: str
-    kernel: str | None
-    args: Callable[[Shape, int, int], tuple[Any, ...]]
-    bucket: Callable[[Shape], str]
+    label: str
+    key: Callable[[Shape, int, int], Key]
     axes: Callable[[Shape], tuple[Axis, ...]]
     needs: Callable[[Blocks, int, int, Shape], tuple[int, int]]
     asked: Callable[[Shape, int, int], bool] = lambda shape, itemsize, arch: True
     first: tuple[Change, ...] = ()
     misfit: Callable[[Launch, Shape], str] = lambda launch, shape: ""
-
-    @property
-    def label(self) -> str:
-        return f"{self.module.__name__.rpartition('.')[2]}.{self.kernel or self.chooser}"
+    safe: Callable[[Shape, int, int], Launch | None] = lambda shape, itemsize, arch: None
 
     def launch(self, shape: Shape, itemsize: int, arch: int) -> Launch:
         """The present launch on `arch`, which need not be this machine's."""
-        return getattr(self.module, self.chooser)(*self.args(shape, itemsize, arch))
+        return launch_for(self.key(shape, itemsize, arch), self.safe(shape, itemsize, arch))
+
+    def bucket(self, shape: Shape, itemsize: int) -> tuple[str, str]:
+        """What of a shape its row depends on."""
+        key = self.key(shape, itemsize, 0)
+        return key.math, key.size
 
 
 def _axis(name: str, *values: int) -> Axis:
@@ -140,16 +144,18 @@ def _gemm(m: int, n: int, warps: int, stages: int, limits: Change, **more: int) 
     return {**tile, **limits, **more}
 
 
-def _gelu(mode: str, kernel: str) -> Knob:
-    def args(shape: Shape, itemsize: int, arch: int) -> tuple[Any, ...]:
-        math = "16-bit" if itemsize == 2 else "ieee"
-        return kernel, shape.M, shape.C, math, arch, int(triton.__version__.split(".")[1])
+def _math(itemsize: int) -> str:
+    return "16-bit" if itemsize == 2 else "ieee"
 
+
+def _gelu(mode: str, kernel: str) -> Knob:
     limits = _limits((None, 1), (128, 2), (168, 3), (None, 2))
     free, two, three, loose_two = limits
     return Knob(
-        "gelu_mlp", mode, gelu_mlp, "_launch", kernel, args,
-        bucket=lambda shape: "large" if shape.M >= gelu_mlp.LARGE_M else "small",
+        "gelu_mlp", mode, f"gelu_mlp.{kernel}",
+        key=lambda shape, itemsize, arch: (
+            gelu_mlp.launch_key(kernel, shape.M, shape.C, _math(itemsize), arch)
+        ),
         axes=lambda shape: (*_TILE, *_GEMM_LAUNCH, limits),
         needs=_gemm_needs,
         first=(
@@ -177,14 +183,10 @@ def _attention(mode: str, kernel: str) -> Knob:
         return (2 * own + buffers * 2 * streamed) * itemsize, 2 * own + 2 * tile
 
     return Knob(
-        "causal_attention", mode, causal_attention, "_launch", kernel,
-        args=lambda shape, itemsize, arch: (
-            kernel, itemsize, shape.C // shape.H, shape.T, arch, causal_attention.TRITON_MINOR
-        ),
+        "causal_attention", mode, f"causal_attention.{kernel}", key=_attention_key(kernel),
         asked=lambda shape, itemsize, arch: (
             not _is_short("fwd" if kernel == "fwd" else "bwd", shape, itemsize, arch)
         ),
-        bucket=lambda shape: "large" if shape.T >= 2048 else "small",  # as `_launch` has it
         axes=lambda shape: (
             _axis("BLOCK_M", 64, 128, 32), _axis("BLOCK_N", 64, 128, 32),
             _axis("num_warps", 4, 8), _axis("num_stages", 2, 3, 4),
@@ -192,6 +194,12 @@ def _attention(mode: str, kernel: str) -> Knob:
         needs=needs,
         misfit=misfit,
     )  # fmt: skip
+
+
+def _attention_key(kernel: str) -> Callable[[Shape, int, int], Key]:
+    return lambda shape, itemsize, arch: causal_attention.launch_key(
+        kernel, _math(itemsize), shape.C // shape.H, shape.T, arch
+    )
 
 
 def _is_short(direction: str, shape: Shape, itemsize: int, arch: int) -> bool:
@@ -206,25 +214,24 @@ def _layer_norm(mode: str) -> Knob:
     def misfit(launch: Launch, shape: Shape) -> str:
         blocks = dict(launch.blocks)
         width, C = blocks["BLOCK_C"], shape.C
-        if width * blocks["CHUNKS"] < C:
-            return "does not cover the row"
         if C > 256 and width not in (128 * _warps_per_row(launch), 256 * _warps_per_row(launch)):
             return "BLOCK_C is not 128 or 256 a warp of the row"
         return "wider than the row" if width > next_pow2(C) else ""
 
     def needs(blocks: Blocks, buffers: int, itemsize: int, shape: Shape) -> tuple[int, int]:
-        return 0, copies * blocks["ROWS"] * blocks["BLOCK_C"] * blocks["CHUNKS"]
+        width = blocks["BLOCK_C"]
+        return 0, copies * blocks["ROWS"] * cdiv(shape.C, width) * width
 
     return Knob(
-        "add_layer_norm", mode, layer_norm, "choose_launch", mode,
-        args=lambda shape, itemsize, arch: (  # the residual stream of the case is fp32
-            mode, shape.C, layer_norm.row_bucket(shape.M), torch.float32, arch
+        "add_layer_norm", mode, f"layer_norm.{mode}",
+        key=lambda shape, itemsize, arch: (  # the residual stream of the case is fp32
+            layer_norm.launch_key(mode, shape.M, shape.C, torch.float32, arch)
         ),
-        bucket=lambda shape: layer_norm.row_bucket(shape.M),
+        safe=lambda shape, itemsize, arch: layer_norm.safe_launch(mode, shape.C, 4, arch),
         axes=lambda shape: (
             _axis("num_warps", 4, 8), _axis("ROWS", 4, 1, 2, 8),
-            tuple({"BLOCK_C": width, "CHUNKS": cdiv(shape.C, width)}
-                  for width in (256, 128, 512, 1024, 2048)),
+            _axis("BLOCK_C", 256, 128, 512, 1024, 2048),
+            *([_axis("programs_per_sm", 3, 2, 1)] if mode == "bwd" else []),
         ),  # num_stages is no axis: Triton pipelines no loop without a dot, the PTX is the same
         needs=needs,
         misfit=misfit,
@@ -248,9 +255,10 @@ KNOBS: tuple[Knob, ...] = (
     _gelu("fwd", "up"),
     _gelu("bwd", "down"),
     Knob(  # "both" because "fwd" is without gradients, which is another build
-        "linear_cross_entropy", "both", linear_cross_entropy, "logits_launch", None,
-        args=lambda shape, itemsize, arch: (arch, "16" if itemsize == 2 else "ieee"),
-        bucket=lambda shape: "any",
+        "linear_cross_entropy", "both", "linear_cross_entropy.logits",
+        key=lambda shape, itemsize, arch: (
+            linear_cross_entropy.launch_key("logits", _math(itemsize), arch)
+        ),
         axes=lambda shape: (
             *_TILE, _axis("GROUP_M", 16, 8), *_GEMM_LAUNCH, (_FREE, _TWO),
         ),
@@ -258,9 +266,10 @@ KNOBS: tuple[Knob, ...] = (
         first=_LOGITS_FIRST,
     ),
     Knob(
-        "linear_cross_entropy", "both", linear_cross_entropy, "dlogits_launch", None,
-        args=lambda shape, itemsize, arch: (arch,),
-        bucket=lambda shape: "any",
+        "linear_cross_entropy", "both", "linear_cross_entropy.dlogits",
+        key=lambda shape, itemsize, arch: (
+            linear_cross_entropy.launch_key("dlogits", _math(itemsize), arch)
+        ),
         axes=lambda shape: (
             _axis("BLOCK_M", 1, 2, 4, 8), _axis("BLOCK_V", 512, 1024, 2048),
             _axis("num_warps", 4, 8),
@@ -277,14 +286,12 @@ KNOBS: tuple[Knob, ...] = (
     _attention("bwd", "dq"),
     _attention("bwd", "dkdv"),
     Knob(  # one launch for both directions
-        "causal_attention", "both", causal_attention, "_short_launch", None,
-        args=lambda shape, itemsize, arch: (itemsize, shape.T),
+        "causal_attention", "both", "causal_attention.short", key=_attention_key("short"),
         asked=lambda shape, itemsize, arch: any(
             _is_short(direction, shape, itemsize, arch) for direction in ("fwd", "bwd")
         ),
-        bucket=lambda shape: f"{next_pow2(shape.T)} tokens",
         axes=lambda shape: (_axis("num_warps", 4, 8),),
-        needs=lambda blocks, buffers, itemsize, shape: (0, 2 * blocks["BLOCK_T"] ** 2),
+        needs=lambda blocks, buffers, itemsize, shape: (0, 2 * next_pow2(shape.T) ** 2),
     ),
 )  # fmt: skip
 
@@ -379,29 +386,6 @@ def plan(knob: Knob, present: Launch, shape: Shape, itemsize: int, arch: int) ->
     return Plan(present, tuple(candidates), dict(pruned.most_common()))
 
 
-@contextmanager
-def launched_with(knob: Knob, launch: Launch | None) -> Iterator[list[Launch]]:
-    """Inside, the knob's kernel runs with `launch`, or as ever if None.
-
-    Yields the list of what it would have run with, one entry a run.
-    """
-    original = getattr(knob.module, knob.chooser)
-    seen: list[Launch] = []
-
-    def choose(*args: Any, **kwargs: Any) -> Launch:
-        found = original(*args, **kwargs)
-        if knob.kernel is not None and args[0] != knob.kernel:
-            return found
-        seen.append(found)
-        return launch or found
-
-    setattr(knob.module, knob.chooser, choose)
-    try:
-        yield seen
-    finally:
-        setattr(knob.module, knob.chooser, original)
-
-
 class Trial:
     """An op at one shape, ready to run with any launch of one of its kernels.
 
@@ -429,18 +413,17 @@ class Trial:
             torch.manual_seed(0)
             inputs = [make_inputs(case, shape, dtype, device, seed) for seed in range(sets)]
             self.calls = [ops.make_call(fn, case, knob.mode, of_set) for of_set in inputs]
-            with launched_with(knob, None) as seen:
+            with replaced(knob.label, None) as asked:
                 self.want = _results(self.calls[0])
-        if not seen:
+        if not asked:
             raise NotAsked(f"{knob.op} does not run this kernel at {shape.label}")
-        self.present = seen[-1]
-        tensors = (v for v in inputs[0].values() if isinstance(v, Tensor))
-        self.arch = arch(next(tensors).device)  # as the kernels ask
+        self.key, self.present = asked[-1]
+        self.arch = int(self.key.arch)
 
     def check(self, launch: Launch) -> None:
         """Run once; ValueError if the results are not those of the present row."""
         with torch.cuda.stream(self.stream):  # type: ignore[arg-type] # None: no stream to enter
-            with launched_with(self.knob, launch):
+            with replaced(self.knob.label, launch):
                 found = _results(self.calls[0])
             if not _same(found, self.want):
                 raise ValueError("results differ from the present row's")
@@ -451,7 +434,7 @@ class Trial:
 
         def bound(call: timing.Call) -> timing.Call:
             def run() -> Any:
-                with launched_with(self.knob, launch):
+                with replaced(self.knob.label, launch):
                     return call()
 
             return run
@@ -742,7 +725,7 @@ def _search(
         "mode": knob.mode,
         "shape": shape.label,
         "dtype": _name(dtype),
-        "bucket": knob.bucket(shape),
+        "key": asdict(trial.key),
         "present": describe(trial.present),
         "present_ms": timed["present"].median_ms,
         "best": describe(best),
@@ -833,16 +816,17 @@ def launch_of(described: Mapping[str, Any]) -> Launch:
 
 
 def source_of(row: Mapping[str, Any], result: str) -> str:
-    """The proposed row as the Python a person pastes; `result` is the file and its date."""
+    """The row of launches.toml to paste; `result` is the file and its date."""
+    best, key = row["best"], row["key"]
     why = f"{result}: {row['present_ms']:.4g} -> {row['best_ms']:.4g} ms, {row['shape']}"
-    best = launch_of(row["best"] | {"source": why})
-
-    def literal(value: Any) -> str:
-        return json.dumps(value) if isinstance(value, str) else repr(value)
-
-    blocks = ", ".join(f'("{name}", {size})' for name, size in best.blocks)
-    rest = [f"{f.name}={literal(getattr(best, f.name))}" for f in fields(best)[1:]]
-    return f"Launch(({blocks},), {', '.join(rest)})"
+    blocks = ", ".join(f"{name} = {size}" for name, size in best["blocks"].items())
+    values = [
+        key["kernel"].partition(".")[2], key["math"], key["size"], family(key["arch"]),
+        key["triton"], best["num_warps"], best["num_stages"], best["maxnreg"] or 0,
+        best["programs_per_sm"], why,
+    ]  # fmt: skip
+    words = [json.dumps(value) for value in values]
+    return f"[{', '.join([*words[:5], f'{{{blocks}}}', *words[5:]])}],"
 
 
 def run(
@@ -884,7 +868,10 @@ def run(
             share = seconds
             if left != float("inf"):
                 share = left * weights[i] / max(sum(weights[i:]), 1)
-            others = [s for s in shapes if s != shape and knob.bucket(s) == knob.bucket(shape)]
+            size = dtype.itemsize
+            others = [
+                s for s in shapes if s != shape and knob.bucket(s, size) == knob.bucket(shape, size)
+            ]
             here = f"{knob.label} {shape.label}"
             try:
                 row = propose(

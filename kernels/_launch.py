@@ -1,15 +1,79 @@
-"""Launch arithmetic and tuned launch tables shared by the kernels. No tensors here.
+"""Which launch a kernel takes: `launch_for(key)` over the rows of launches.toml. No tensors here.
 
-Tuning is committed data. A table row is written by a person from a measurement (`bench.tune`
-proposes it) and carries the result file it came from; a key without a row takes the safe row.
+Tuning is committed data. An op asks for its launch when it runs, and the most specific row that
+serves the key is the answer: a measured row before one that was only compiled. Nothing is timed
+while a model runs, and nothing but a trial (`replaced`) changes an answer, so a captured step and
+a second run launch what the first one did.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+
+ROWS = Path(__file__).with_name("launches.toml")
+LAYERS = ("measured", "compiled")  # of that file, the first one first
+ANY = "any"
+# Chips that share instructions and sizes share rows, under the name of the first.
+FAMILY = {103: 100, 121: 120}
+
+
+def family(arch: int) -> int:
+    """The chip whose rows serve `arch`."""
+    return FAMILY.get(arch, arch)
+
+
+@cache
+def triton_version() -> str:
+    """Such as "3.7": what triton makes of a row changes with it."""
+    import triton  # `eager` does without
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+@dataclass(frozen=True)
+class Key:
+    """All that a launch may depend on. A row has one too, where ANY serves every value.
+
+    Args:
+        kernel: "<op>.<kernel>", e.g. "gelu_mlp.up".
+        math: "16-bit" operands, or how those of fp32 are multiplied, "tf32" or "ieee".
+        size: words, the most important first, e.g. "D=64 T>=2048". A row with fewer words serves
+            every size that begins with them.
+        arch: compute capability, e.g. 90; a row names its family. 0 is the interpreter.
+        triton: as `triton_version` gives it.
+    """
+
+    kernel: str
+    math: str
+    size: str
+    arch: int | str
+    triton: str = field(default_factory=triton_version)
+
+    def serves(self, key: "Key") -> bool:
+        """Whether the row with this key is one for `key`."""
+        words = [] if self.size == ANY else self.size.split()
+        return (
+            self.kernel in (key.kernel, key.kernel.partition(".")[0] + "." + ANY)
+            and self.math in (key.math, ANY)
+            and key.size.split()[: len(words)] == words
+            and (self.arch == ANY or self.arch == family(int(key.arch)))
+            and self.triton in (key.triton, ANY)
+        )
+
+    def rank(self) -> tuple[int, ...]:
+        """Larger for the more specific of two rows that serve one key."""
+        words = 0 if self.size == ANY else len(self.size.split())
+        said = [value != ANY for value in (self.triton, self.arch, self.math)]
+        return *said, words, not self.kernel.endswith(ANY)
+
+    def __str__(self) -> str:
+        return f"{self.kernel}, {self.math}, {self.size}, sm_{self.arch}, triton {self.triton}"
 
 
 @dataclass(frozen=True)
@@ -19,23 +83,146 @@ class Launch:
     Args:
         blocks: constexpr block sizes by kernel parameter name, e.g. {"BLOCK_M": 128}.
         num_warps, num_stages: as in triton.
-        source: result file and date that chose the row, or why it is the safe row.
         maxnreg: register limit per thread, where it buys another program per SM; as in triton.
-        programs_per_sm: programs of a persistent grid that are to run side by side on one SM.
+        programs_per_sm: programs that are to run side by side on one SM. A persistent grid has
+            so many.
+        source: the result file and date that chose the row, or what compiling it has shown.
     """
 
     blocks: tuple[tuple[str, int], ...]
     num_warps: int
-    num_stages: int
-    source: str
+    num_stages: int = 1
     maxnreg: int | None = None
     programs_per_sm: int = 1
+    source: str = field(default="", compare=False)
 
     def kwargs(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         warps = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return {**dict(self.blocks), **warps, **limit}
+
+
+def _is_power(value: Any) -> bool:
+    return type(value) is int and value > 0 and value & (value - 1) == 0
+
+
+def _read_row(op: str, row: Any, sources: Mapping[str, str]) -> tuple[Key, Launch]:
+    """One line of the file; ValueError says what is wrong with it."""
+    if not isinstance(row, list) or len(row) != 11:
+        raise ValueError("a row has 11 columns, as the head of the file names them")
+    kernel, math, size, arch, triton, blocks, warps, stages, maxnreg, programs, source = row
+    for column, value in zip(("kernel", "math", "size", "triton"), [*row[:3], triton], strict=True):
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{column} must be a word or {ANY!r}, got {value!r}")
+    if arch != ANY and (type(arch) is not int or family(arch) != arch):
+        raise ValueError(f"arch must be a number such as 90, its family's first, got {arch!r}")
+    if not isinstance(blocks, dict):
+        raise ValueError(f"blocks must be such as {{BLOCK_M = 64}}, got {blocks!r}")
+    for name, value in {**blocks, "warps": warps}.items():
+        if not _is_power(value):
+            raise ValueError(f"{name} must be a power of two, got {value!r}")
+    for name, value, least in (("stages", stages, 1), ("registers", maxnreg, 0),
+                               ("programs", programs, 1)):  # fmt: skip
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
+    if not isinstance(source, str) or not source:
+        raise ValueError(f"source must say where the row comes from, got {source!r}")
+    return Key(f"{op}.{kernel}", math, size, arch, triton), Launch(
+        tuple(blocks.items()), warps, stages, maxnreg or None, programs, sources.get(source, source)
+    )
+
+
+def read_rows(text: str) -> tuple[dict[Key, Launch], ...]:
+    """The rows of a file like launches.toml, by layer.
+
+    Raises:
+        ValueError: a row that cannot be right; the message names it.
+    """
+    data = tomllib.loads(text)
+    sources = data.pop("sources", {})
+    if unknown := [*data.keys() - LAYERS]:
+        raise ValueError(f"launch rows: unknown table {unknown[0]!r}; there are {LAYERS}")
+    layers: list[dict[Key, Launch]] = []
+    for layer in LAYERS:
+        rows: dict[Key, Launch] = {}
+        for op, lines in data.get(layer, {}).items():
+            for line in lines:
+                try:
+                    key, launch = _read_row(op, line, sources)
+                    if layer == "measured" and ANY in astuple(key):
+                        raise ValueError(f"a measured row was measured at one key, not at {ANY!r}")
+                    if key in rows:
+                        raise ValueError("there is another row with this key")
+                except ValueError as error:
+                    raise ValueError(f"launch rows: {layer}, {op}, {line}: {error}") from None
+                rows[key] = launch
+        layers.append(rows)
+    return tuple(layers)
+
+
+@cache
+def rows() -> tuple[dict[Key, Launch], ...]:
+    """What launches.toml holds; read once."""
+    return read_rows(ROWS.read_text(encoding="utf-8"))
+
+
+@cache
+def _row_for(key: Key) -> Launch | None:
+    for layer in rows():
+        if serving := [row for row in layer if row.serves(key)]:
+            return layer[max(serving, key=Key.rank)]
+    return None
+
+
+_trials: dict[str, tuple[Launch | None, list[tuple[Key, Launch]]]] = {}
+
+
+def launch_for(key: Key, safe: Launch | None = None) -> Launch:
+    """The launch of one call. Ask inside an op: traced code would keep the answer.
+
+    Args:
+        safe: what to take where no row serves the key.
+
+    Raises:
+        LookupError: no row, and no `safe`.
+    """
+    found = _row_for(key) or safe
+    if found is None:
+        raise LookupError(f"launch rows: none for {key}; each kernel needs one of any arch")
+    trial, asked = _trials.get(key.kernel, (None, []))
+    asked.append((key, found))
+    return trial or found
+
+
+@contextmanager
+def replaced(kernel: str, launch: Launch | None) -> Iterator[list[tuple[Key, Launch]]]:
+    """Inside, `kernel` runs with `launch` whatever its key, or as ever if None.
+
+    Yields the list of what was asked for, and what it would have run with.
+    """
+    asked: list[tuple[Key, Launch]] = []
+    before = _trials.get(kernel)
+    _trials[kernel] = launch, asked
+    try:
+        yield asked
+    finally:
+        if before is None:
+            del _trials[kernel]
+        else:
+            _trials[kernel] = before
+
+
+def math_of(dtype: torch.dtype) -> str:
+    """How products are formed, as PyTorch's own do at this moment. Ask inside an op: no tracing."""
+    if dtype != torch.float32:
+        return "16-bit"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def precision_of(math: str) -> str:
+    """What `tl.dot` is told; of 16-bit operands the product is exact either way."""
+    return "tf32" if math == "tf32" else "ieee"
 
 
 @dataclass(frozen=True)
@@ -79,11 +266,6 @@ def next_pow2(n: int) -> int:
 
 def cdiv(a: int, b: int) -> int:
     return (a + b - 1) // b
-
-
-def row_warps(block_c: int) -> int:
-    """Warps for a kernel that holds one row of `block_c` elements in registers."""
-    return min(max(block_c // 256, 1), 8)
 
 
 @cache

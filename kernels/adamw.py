@@ -46,19 +46,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import AotCase, Launch, cdiv
+from kernels._launch import AotCase, Key, arch, cdiv, launch_for
 from kernels._op import INTERPRETED, check_device, register
 
 # A program's share: large enough that the loads of its table row are lost in it, small enough that
 # 124 M parameters are 29 rounds of 4 programs on each of 132 SMs, so a half-empty last one is 2 %.
 CHUNK = 8192
-# Four elements a thread, 16 bytes of fp32. With eight, triton 3.7 reads bf16 in 16 bytes too, but
-# takes each of the three fp32 stores through shared memory.
-STEP_LAUNCH = Launch((("BLOCK", 1024),), 8, 1, source="safe row: compiles without spills")
-NORM_LAUNCH = Launch((("BLOCK", 4096),), 4, 1, source="safe row: compiles without spills")
-# One program, so latency is all: GPT-2 124M leaves 15,000 sums.
-CLIP_LAUNCH = Launch((("BLOCK", 4096),), 8, 1, source="safe row: compiles without spills")
-ADVANCE_LAUNCH = Launch((("BLOCK", 128),), 4, 1, source="safe row: one tensor a thread")
 ALIGNMENT = 16  # bytes of the widest load; torch's allocations have it, views into them need not
 
 # Columns of the table, int64: addresses (0: none), then integers, then bits of fp64 numbers.
@@ -297,6 +290,16 @@ def _adamw_clip_kernel(
     tl.store(out_ptr + 1, tl.where(max_norm > 0.0, coefficient, 1.0))
 
 
+def launch_key(kernel: str, arch: int) -> Key:
+    """The key of "norm", "clip", "advance" or "step"; none of their rows depends on a size yet."""
+    return Key(f"adamw.{kernel}", "fp32", "any", arch)
+
+
+def _launches(table: Tensor, *kernels: str) -> list[dict[str, int]]:
+    """Keyword arguments of the launches of some kernels."""
+    return [launch_for(launch_key(kernel, arch(table.device))).kwargs() for kernel in kernels]
+
+
 def _norm_fake(
     table: Tensor, chunks: Tensor, max_norm: float, tensors: Sequence[Tensor]
 ) -> Tensor:  # fmt: skip
@@ -311,12 +314,11 @@ def adamw_norm(
     """table (N, FIELDS), chunks (P, 2) -> (2,) fp32: norm, clip coefficient."""
     out = _norm_fake(table, chunks, max_norm, tensors)
     P = len(chunks)
+    norm, clip = _launches(table, "norm", "clip")
     partial = table.new_empty(P, dtype=torch.float32)
     if P > 0:
-        _adamw_norm_kernel[(P,)](
-            table, chunks, partial, _sanitized(tensors), CHUNK=CHUNK, **NORM_LAUNCH.kwargs()
-        )
-    _adamw_clip_kernel[(1,)](partial, out, P, max_norm, **CLIP_LAUNCH.kwargs())
+        _adamw_norm_kernel[(P,)](table, chunks, partial, _sanitized(tensors), CHUNK=CHUNK, **norm)
+    _adamw_clip_kernel[(1,)](partial, out, P, max_norm, **clip)
     return out
 
 
@@ -337,21 +339,14 @@ def adamw_step(
     N, P = len(table), len(chunks)
     scalars = table.new_empty((N, SCALARS.value), dtype=torch.float32)
     reached = _sanitized((*written, *read))
-    blocks = dict(ADVANCE_LAUNCH.blocks)
+    advance, step = _launches(table, "advance", "step")
+    numbers = table.view(torch.float64)
     if N > 0:
-        _adamw_advance_kernel[(cdiv(N, blocks["BLOCK"]),)](
-            table,
-            table.view(torch.float64),
-            found_inf,
-            scalars,
-            reached,
-            N,
-            **ADVANCE_LAUNCH.kwargs(),
+        _adamw_advance_kernel[(cdiv(N, advance["BLOCK"]),)](
+            table, numbers, found_inf, scalars, reached, N, **advance
         )
     if P > 0:
-        _adamw_kernel[(P,)](
-            table, chunks, scalars, clip, found_inf, reached, CHUNK=CHUNK, **STEP_LAUNCH.kwargs()
-        )
+        _adamw_kernel[(P,)](table, chunks, scalars, clip, found_inf, reached, CHUNK=CHUNK, **step)
 
 
 def _sanitized(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
@@ -607,18 +602,19 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
     table = {"table_ptr": "*i64"}
     chunks = {**table, "chunks_ptr": "*i32"}
     scalars = {"scalars_ptr": "*fp32", "found_inf_ptr": "*fp32"}
-    for kernel, label, signature, constexprs, launch in (
+    for kernel, label, signature, constexprs, name in (
         (_adamw_norm_kernel, "sums of squares", {**chunks, "partial_ptr": "*fp32"},
-         {"reached": None, "CHUNK": CHUNK}, NORM_LAUNCH),
+         {"reached": None, "CHUNK": CHUNK}, "norm"),
         (_adamw_clip_kernel, "norm and coefficient",
          {"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32", "max_norm": "fp32"}, {},
-         CLIP_LAUNCH),
+         "clip"),
         (_adamw_advance_kernel, "step counts",
          {**table, **scalars, "numbers_ptr": "*fp64", "N": "i32"}, {"reached": None},
-         ADVANCE_LAUNCH),
+         "advance"),
         (_adamw_kernel, "update", {**chunks, **scalars, "clip_ptr": "*fp32"},
-         {"reached": None, "CHUNK": CHUNK}, STEP_LAUNCH),
+         {"reached": None, "CHUNK": CHUNK}, "step"),
     ):  # fmt: skip
+        launch = launch_for(launch_key(name, arch))
         yield AotCase(
             op="adamw", kernel=kernel, label=label, signature=signature,
             constexprs={**constexprs, **dict(launch.blocks)},

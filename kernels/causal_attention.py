@@ -33,8 +33,6 @@ Source: Dao 2023, https://arxiv.org/abs/2307.08691; delta inside dq saves its se
 # pyright: reportCallIssue=false, reportArgumentType=false
 
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import cache
 from itertools import product
 from typing import Any
 
@@ -43,7 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import AotCase, Launch, arch, cdiv, next_pow2
+from kernels._launch import AotCase, Key, arch, cdiv, launch_for, math_of, next_pow2, precision_of
 from kernels._op import (
     autocast_dtype,
     check_device,
@@ -54,7 +52,6 @@ from kernels._op import (
 
 HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TRITON_MINOR = int(triton.__version__.split(".")[1])
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two
 
 
@@ -463,82 +460,20 @@ SHORT_T = {
 }  # fmt: skip
 # Less where mma reads all its operands from registers: sm_80 to 89, and sm_120.
 MMA_SYNC_SHORT_T = {("bwd", 2, 32): 64, ("bwd", 2, 64): 32, ("bwd", 2, 128): 32}
-COMPILE_ONLY = "compile-only, unmeasured: no spill, no serialised WGMMA on triton 3.6.0 and 3.7.1"
-# Measured rows: (kernel, bytes an element, D, T bucket, arch, triton minor) -> Launch. None yet.
-TUNED: dict[tuple[str, int, int, str, int, int], Launch] = {}
 
 
-def _row(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Launch:
-    blocks = (("BLOCK_M", block_m), ("BLOCK_N", block_n))
-    return Launch(blocks, num_warps, num_stages, COMPILE_ONLY)
+def launch_key(kernel: str, math: str, D: int, T: int, arch: int) -> Key:
+    """The key of "fwd", "dq", "dkdv", or of "short": both directions of a head in one tile."""
+    if kernel == "short":
+        size = f"T={_block_t(T)} D={D}"
+    else:
+        size = f"D={D} {'T>=2048' if T >= 2048 else 'T<2048'}"
+    return Key(f"causal_attention.{kernel}", math, size, arch)
 
 
-# (kernel, bytes an element, D) -> the row of a key that TUNED lacks, on an arch without one of its
-# own below: at most 99 KB of shared memory.
-SAFE: dict[tuple[str, int, int], Launch] = {
-    ("fwd", 2, 16): _row(128, 64, 8, 2),
-    ("fwd", 2, 32): _row(128, 64, 8, 2),
-    ("fwd", 2, 64): _row(128, 64, 8, 2),
-    ("fwd", 2, 128): _row(128, 64, 8, 2),
-    ("fwd", 4, 16): _row(64, 32, 4, 2),
-    ("fwd", 4, 32): _row(64, 32, 4, 2),
-    ("fwd", 4, 64): _row(64, 32, 8, 2),
-    ("fwd", 4, 128): _row(16, 16, 4, 1),
-    ("dq", 2, 16): _row(128, 64, 8, 2),
-    ("dq", 2, 32): _row(128, 64, 8, 2),
-    ("dq", 2, 64): _row(128, 64, 8, 2),
-    ("dq", 2, 128): _row(64, 32, 4, 2),
-    ("dq", 4, 16): _row(64, 32, 4, 2),
-    ("dq", 4, 32): _row(64, 32, 4, 2),
-    ("dq", 4, 64): _row(32, 32, 4, 2),
-    ("dq", 4, 128): _row(16, 16, 8, 1),
-    ("dkdv", 2, 16): _row(64, 128, 8, 2),
-    ("dkdv", 2, 32): _row(64, 128, 8, 2),
-    ("dkdv", 2, 64): _row(64, 128, 8, 2),
-    ("dkdv", 2, 128): _row(32, 64, 8, 2),
-    ("dkdv", 4, 16): _row(32, 64, 8, 2),
-    ("dkdv", 4, 32): _row(32, 64, 8, 2),
-    ("dkdv", 4, 64): _row(32, 32, 8, 2),
-    ("dkdv", 4, 128): _row(16, 32, 8, 1),
-}
-# (arch, kernel, bytes an element, D) -> the row of one arch.
-ARCH_SAFE: dict[tuple[int, str, int, int], Launch] = {
-    # What SAFE says spills here: fwd on both versions of triton, dkdv on 3.6.0.
-    (80, "fwd", 2, 128): _row(128, 32, 8, 3),
-    (80, "dkdv", 2, 64): _row(32, 128, 8, 2),
-    (100, "fwd", 2, 64): _row(128, 32, 8, 3),
-    # A loop with WGMMA asks for a tile at the end of a turn. With two stages the next turn begins
-    # by waiting for it; with three it has that turn to arrive. At D = 64 fwd and dq fit twice on
-    # an SM even so (at most 127 and 126 registers); dkdv fits once, and half its key block would
-    # read q and dO twice as often.
-    **{
-        (90, kernel, itemsize, D): replace(row, num_stages=3)
-        for (kernel, itemsize, D), row in SAFE.items()
-        if itemsize == 2
-    },
-}
-
-
-@cache
-def _launch(kernel: str, itemsize: int, D: int, T: int, arch: int, minor: int) -> Launch:
-    """The measured row of a loop kernel, or the safe one."""
-    bucket = "large" if T >= 2048 else "small"
-    tuned = TUNED.get((kernel, itemsize, D, bucket, arch, minor))
-    family = 100 if arch == 103 else arch
-    safe = ARCH_SAFE.get((family, kernel, itemsize, D), SAFE[kernel, itemsize, D])
-    return tuned or safe
-
-
-@cache
-def _short_launch(itemsize: int, T: int) -> Launch:
-    block_t = max(next_pow2(T), 16)  # 16: the least a dot takes
-    # 4 warps for 64 rows, which are one warpgroup's WGMMA: 8 split or repeat it, and bwd then fits
-    # once on an SM, not three times. Kernels of several dots in 4 warps have read shared memory out
-    # of bounds on Hopper (triton issues 10486, 11366); what ptxas 12.8 makes of such a kernel takes
-    # a WGMMA descriptor from a uniform register that nothing wrote. The SASS of these builds, from
-    # triton 3.6.0 and 3.7.1, was searched for such reads and has none.
-    num_warps = 8 if block_t * itemsize > 128 else 4
-    return Launch((("BLOCK_T", block_t),), num_warps, 1, COMPILE_ONLY)
+def _block_t(T: int) -> int:
+    """Rows of the tile that holds a head."""
+    return max(next_pow2(T), 16)  # the least a dot takes
 
 
 def _short_t(direction: str, itemsize: int, D: int, arch: int) -> int:
@@ -552,18 +487,20 @@ def _is_short(direction: str, qkv: Tensor, n_head: int) -> bool:
     return qkv.shape[1] <= _short_t(direction, qkv.element_size(), D, arch(qkv.device))
 
 
+def _constexprs(kernel: str, math: str, D: int, T: int) -> dict[str, Any]:
+    """Constexprs that the launch leaves open."""
+    fixed = {"D": D, "INPUT_PRECISION": precision_of(math)}
+    return fixed | {"BLOCK_T": _block_t(T)} if kernel == "short" else fixed
+
+
 def _plan(kernel: str, qkv: Tensor, n_head: int) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and constexpr arguments of one launch."""
+    """Grid and keyword arguments of one launch."""
     B, T, C3 = qkv.shape
-    D, itemsize = C3 // (3 * n_head), qkv.element_size()
-    # TF32 where PyTorch's own products use it now; asked inside the op because it does not trace.
-    tf32 = itemsize == 4 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    constexprs = {"D": D, "INPUT_PRECISION": "tf32" if tf32 else "ieee"}
-    if kernel == "short":
-        return (B * n_head,), {**constexprs, **_short_launch(itemsize, T).kwargs()}
-    launch = _launch(kernel, itemsize, D, T, arch(qkv.device), TRITON_MINOR)
-    block = dict(launch.blocks)["BLOCK_N" if kernel == "dkdv" else "BLOCK_M"]
-    return (cdiv(T, block) * B * n_head,), {**constexprs, **launch.kwargs()}
+    D, math = C3 // (3 * n_head), math_of(qkv.dtype)
+    launch = launch_for(launch_key(kernel, math, D, T, arch(qkv.device)))
+    kwargs = {**_constexprs(kernel, math, D, T), **launch.kwargs()}
+    block = {"short": "BLOCK_T", "dkdv": "BLOCK_N"}.get(kernel, "BLOCK_M")
+    return (cdiv(T, kwargs[block]) * B * n_head,), kwargs
 
 
 def _fwd_fake(qkv: Tensor, n_head: int, save_lse: bool) -> tuple[Tensor, Tensor]:
@@ -681,35 +618,35 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         "fwd": _attention_fwd_kernel, "dq": _attention_dq_kernel, "dkdv": _attention_dkdv_kernel,
         "short fwd": _attention_short_fwd_kernel, "short bwd": _attention_short_bwd_kernel,
     }  # fmt: skip
-    builds = [("bf16", 2, "ieee", D) for D in HEAD_DIMS]
+    builds = [("bf16", 2, "16-bit", D) for D in HEAD_DIMS]
     builds += [("fp32", 4, "tf32", 64), ("fp32", 4, "ieee", 64)]
     if arch not in (80, 90, 100):
         builds = builds[2:4]
-    for name, (dtype, itemsize, precision, D) in product(kernels, builds):
+    for name, (dtype, itemsize, math, D) in product(kernels, builds):
+        lengths = [1024]
         if name.startswith("short"):
             longest = _short_t(name[6:], itemsize, D, arch)
-            launches = [_short_launch(itemsize, T) for T in sorted({min(64, longest), longest})]
-        else:
-            launches = [_launch(name, itemsize, D, 1024, arch, TRITON_MINOR)]
-        for launch in launches:
-            yield _aot_case(kernels[name], name, dtype, precision, D, launch)
+            lengths = sorted({min(64, longest), longest})
+        for T in lengths:
+            yield _aot_case(kernels[name], name, dtype, math, D, T, arch)
 
 
-def _aot_case(
-    kernel: Any, name: str, dtype: str, precision: str, D: int, launch: Launch
-) -> AotCase:
-    constexprs = {"D": D, "INPUT_PRECISION": precision, **dict(launch.blocks)}
+def _aot_case(kernel: Any, name: str, dtype: str, math: str, D: int, T: int, arch: int) -> AotCase:
+    launched = name.split()[0]
+    launch = launch_for(launch_key(launched, math, D, T, arch))
+    constexprs = {**_constexprs(launched, math, D, T), **dict(launch.blocks)}
+    sizes = {key: size for key, size in constexprs.items() if key.startswith("BLOCK")}
     if name.endswith("fwd"):
         constexprs["STORE_LSE"] = True
     types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "T": "i32", "H": "i32", "scale": "fp32"}
     signature = {
         arg: types.get(arg, f"*{dtype}") for arg in kernel.arg_names if arg not in constexprs
     }
-    blocks = " ".join(f"{key[6:]}{size}" for key, size in launch.blocks)
-    rows = max(dict(launch.blocks).values())  # of S, or of S^T: the program's own block
+    blocks = " ".join(f"{key[6:]}{size}" for key, size in sizes.items())
     return AotCase(
         op="causal_attention", kernel=kernel, signature=signature, constexprs=constexprs,
-        label=f"{name} D={D} {'tf32' if precision == 'tf32' else dtype} {blocks}",
+        label=f"{name} D={D} {'tf32' if math == 'tf32' else dtype} {blocks}",
         num_warps=launch.num_warps, num_stages=launch.num_stages,
-        mma_rows=0 if (dtype, precision) == ("fp32", "ieee") else rows, unaligned=("T", "H"),
+        mma_rows=0 if math == "ieee" else max(sizes.values()),  # the program's own block, of S
+        unaligned=("T", "H"),
     )  # fmt: skip

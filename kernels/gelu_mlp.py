@@ -46,7 +46,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import AotCase, Launch, arch, cdiv, num_sms
+from kernels._launch import (
+    AotCase,
+    Key,
+    Launch,
+    arch,
+    cdiv,
+    launch_for,
+    math_of,
+    num_sms,
+    precision_of,
+)
 from kernels._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
 
 _E = 2.718281828459045
@@ -254,81 +264,22 @@ def _gelu_mlp_down_kernel(
 LARGE_M = 4096  # from here on the 128-row tiles of a width of 768 fill the GPU more than once
 
 
-def _row(
-    blocks: tuple[int, int, int], num_warps: int, num_stages: int, num_programs: int,
-    maxnreg: int | None = None,
-) -> Launch:  # fmt: skip
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")
-    return Launch(
-        tuple(zip(names, (*blocks, 8), strict=True)), num_warps, num_stages,
-        "compile-only, unmeasured: no spill, no serialised WGMMA on triton 3.6.0 and 3.7.1",
-        maxnreg=maxnreg, programs_per_sm=num_programs,
-    )  # fmt: skip
-
-
-# Measured rows: (kernel, "large" or "small" M, math, arch, triton minor) -> Launch. None yet.
-TUNED: dict[tuple[str, str, str, int, int], Launch] = {}
-
-# (arch, math, bucket) -> the row of a key that TUNED lacks. sm_90: at 128 registers two programs
-# share an SM, and one computes while the other stores; without the limit ptxas takes 169 and one
-# fits. At M = 1024, C = 768 the small row's 384 tiles are one wave of three programs on 132 SMs.
-SAFE: dict[tuple[int, str, str], Launch] = {
-    (80, "16-bit", "large"): _row((64, 128, 32), 4, 4, 3, maxnreg=168),
-    (80, "16-bit", "small"): _row((64, 128, 32), 4, 4, 3, maxnreg=168),
-    (90, "16-bit", "large"): _row((128, 128, 64), 8, 3, 2, maxnreg=128),
-    (90, "16-bit", "small"): _row((64, 128, 64), 4, 3, 3, maxnreg=168),
-    (100, "16-bit", "large"): _row((128, 128, 64), 8, 4, 1),
-    (100, "16-bit", "small"): _row((64, 128, 64), 4, 3, 2),
-    (90, "tf32", "large"): _row((128, 128, 32), 8, 3, 1),
-    (90, "tf32", "small"): _row((128, 128, 32), 8, 3, 1),
-    (100, "tf32", "large"): _row((128, 128, 32), 8, 3, 1),
-    (100, "tf32", "small"): _row((128, 128, 32), 8, 3, 1),
-}
-# Every other arch, at most 99 KB of shared memory: sm_86, 89, 120 and what is still to come.
-ANY_ARCH = {
-    "16-bit": _row((64, 128, 32), 4, 4, 2),
-    "tf32": _row((128, 64, 32), 8, 3, 1),
-    "ieee": _row((64, 64, 16), 4, 3, 2),
-}
-# C not a multiple of 16: nothing is aligned, every element has its own address, big tiles spill.
-RAGGED = {
-    "16-bit": _row((64, 64, 32), 8, 2, 2),
-    "tf32": _row((64, 64, 32), 8, 2, 2),
-    "ieee": _row((64, 64, 16), 8, 2, 2),
-}
-INTERPRETER = _row((32, 64, 32), 4, 1, 1)  # small enough that tests see several tiles per program
-
-
-def _launch(kernel: str, M: int, C: int, math: str, arch: int, minor: int) -> Launch:
-    """The row for one call; `math` is "16-bit", "tf32" or "ieee"."""
-    if arch == 0:
-        return INTERPRETER
-    if C % 16:
-        return RAGGED[math]
-    bucket = "large" if M >= LARGE_M else "small"
-    tuned = TUNED.get((kernel, bucket, math, arch, minor))
-    family = 100 if arch == 103 else arch
-    return tuned or SAFE.get((family, math, bucket), ANY_ARCH[math])
-
-
-def _math(x: Tensor) -> str:
-    """How products are formed, as PyTorch's own GEMMs do at this moment; ask inside an op."""
-    if x.dtype != torch.float32:
-        return "16-bit"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def launch_key(kernel: str, M: int, C: int, math: str, arch: int) -> Key:
+    """The key of "up" or "down" on M rows."""
+    size = f"{'ragged' if C % 16 else 'even'} {'large' if M >= LARGE_M else 'small'}"
+    return Key(f"gelu_mlp.{kernel}", math, size, arch)
 
 
 def _constexprs(launch: Launch, math: str, C: int) -> dict[str, Any]:
     blocks = dict(launch.blocks)
     even = 4 * C % blocks["BLOCK_N"] == 0 and C % blocks["BLOCK_K"] == 0
-    return {**blocks, "PRECISION": "ieee" if math == "ieee" else "tf32", "EVEN": even}
+    return {"PRECISION": precision_of(math), "EVEN": even}
 
 
 def _prepare(kernel: str, x: Tensor, M: int, C: int) -> tuple[int, int, dict[str, Any]]:
     """Programs, rows per tile and keyword arguments of a launch."""
-    math = _math(x)
-    minor = int(triton.__version__.split(".")[1])
-    launch = _launch(kernel, M, C, math, arch(x.device), minor)
+    math = math_of(x.dtype)
+    launch = launch_for(launch_key(kernel, M, C, math, arch(x.device)))
     kwargs = {**launch.kwargs(), **_constexprs(launch, math, C)}
     tiles = cdiv(M, kwargs["BLOCK_M"]) * cdiv(4 * C, kwargs["BLOCK_N"])
     return min(tiles, launch.programs_per_sm * num_sms(x.device)), kwargs["BLOCK_M"], kwargs
@@ -463,8 +414,7 @@ _AOT_WIDTHS = ((768, "C=768"), (80, "C=80 masked"), (50, "C=50 unaligned"))
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Every build `_launch` can choose on `arch`; see `AotCase`."""
-    minor = int(triton.__version__.split(".")[1])
+    """Every build a launch can choose on `arch`; see `AotCase`."""
     seen: set[tuple[Any, ...]] = set()
     for math, dtype in (("16-bit", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
         for C, label in _AOT_WIDTHS:
@@ -473,13 +423,13 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
                     ("up", _gelu_mlp_up_kernel, ("x_ptr", "w_ptr", "g_ptr", "d_ptr")),
                     ("down", _gelu_mlp_down_kernel, ("dy_ptr", "w_ptr", "d_ptr", "dh_ptr")),
                 ):
-                    launch = _launch(name, M, C, math, arch, minor)
+                    launch = launch_for(launch_key(name, M, C, math, arch))
                     if (name, math, C, launch) in seen:
                         continue
                     seen.add((name, math, C, launch))
                     fp32 = "b_ptr" if name == "up" else "sums_ptr"
                     signature = dict.fromkeys(tensors, f"*{dtype}") | {fp32: "*fp32"}
-                    constexprs = _constexprs(launch, math, C)
+                    constexprs = dict(launch.blocks) | _constexprs(launch, math, C)
                     yield AotCase(
                         op="gelu_mlp",
                         kernel=kernel,

@@ -41,7 +41,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import AotCase, Launch, arch, cdiv, next_pow2, num_sms
+from kernels._launch import (
+    AotCase,
+    Key,
+    Launch,
+    arch,
+    cdiv,
+    family,
+    launch_for,
+    next_pow2,
+    num_sms,
+)
 from kernels._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
 
 MAX_C = 8192  # a program holds a whole row in registers
@@ -53,42 +63,46 @@ MAX_WARPS_PER_ROW = 8  # of 16 none has more than 128 registers; the backward ta
 # What the registers a thread at C = 768 leave room for (compile-only): 168 on these, 190 on sm_120.
 BWD_WARPS_PER_SM = {80: 12, 90: 12, 100: 12}
 OTHER_BWD_WARPS_PER_SM = 8
-PARTIAL_ROWS, PARTIAL_COLS = 128, 32  # tile of the second reduction: 128 B lines, few iterations
-PARTIAL_WARPS = 8
-TRITON_MINOR = ".".join(triton.__version__.split(".")[:2])
 
-# (kernel, C, M bucket, dtype of h, arch, Triton minor) -> Launch. Empty: nothing measured yet.
-TUNED: dict[tuple[str, int, str, torch.dtype, int, str], Launch] = {}
+
+def launch_key(kernel: str, M: int, C: int, dtype: torch.dtype, arch: int) -> Key:
+    """The key of a launch on M rows of h in `dtype`; `kernel` is "fwd" or "bwd"."""
+    # Launch-bound and L2-resident up to 4096 rows, bandwidth-bound above.
+    size = f"C={C} {'small' if M <= 4096 else 'large'}"
+    return Key(f"layer_norm.{kernel}", "fp32" if dtype == torch.float32 else "16-bit", size, arch)
 
 
 @cache
-def choose_launch(kernel: str, C: int, bucket: str, dtype: torch.dtype, arch: int) -> Launch:
-    """The measured row of the table, or the safe one."""
-    tuned = TUNED.get((kernel, C, bucket, dtype, arch, TRITON_MINOR))
-    return tuned or _safe_launch(C, WARP_C[kernel], 512 // dtype.itemsize)
-
-
-def _safe_launch(C: int, warp_c: int, chunk: int) -> Launch:
+def safe_launch(kernel: str, C: int, itemsize: int, arch: int) -> Launch:
     """One warp a row as long as the row fits: no barrier, and no idle lane at 768.
 
     A chunk is a warp of 16-byte loads of h: 128 elements in fp32, 256 in 16 bits. At 256 an fp32 h
     and a bf16 x lie differently over the lanes and meet in shared memory, two barriers a chunk.
     Wider rows take several warps, narrow ones share one.
     """
+    chunk = 512 // itemsize
     if chunk >= C:
-        block_c, chunks, rows, num_warps = next_pow2(C), 1, min(32, 1024 // next_pow2(C)), 4
+        block_c, rows, num_warps = next_pow2(C), min(32, 1024 // next_pow2(C)), 4
     else:
-        warps_per_row = min(next_pow2(cdiv(C, warp_c)), MAX_WARPS_PER_ROW)
+        warps_per_row = min(next_pow2(cdiv(C, WARP_C[kernel])), MAX_WARPS_PER_ROW)
         block_c = chunk * warps_per_row
         num_warps = max(4, warps_per_row)
-        chunks, rows = cdiv(C, block_c), num_warps // warps_per_row
-    blocks = (("ROWS", rows), ("BLOCK_C", block_c), ("CHUNKS", chunks))
-    return Launch(blocks, num_warps, num_stages=1, source="safe row: compiles without spills")
+        rows = num_warps // warps_per_row
+    resident = BWD_WARPS_PER_SM.get(family(arch), OTHER_BWD_WARPS_PER_SM)
+    return Launch(
+        (("ROWS", rows), ("BLOCK_C", block_c)), num_warps,
+        programs_per_sm=resident // num_warps if kernel == "bwd" else 1,
+        source="a formula: compiles without spills",
+    )  # fmt: skip
 
 
-def row_bucket(M: int) -> str:
-    """Launch-bound and L2-resident up to 4096 rows, bandwidth-bound above."""
-    return "small" if M <= 4096 else "large"
+def _launch(
+    kernel: str, M: int, C: int, dtype: torch.dtype, arch: int
+) -> tuple[Launch, dict[str, int]]:
+    """The launch on M rows of h, and the constexprs it leaves open."""
+    safe = safe_launch(kernel, C, dtype.itemsize, arch)
+    launch = launch_for(launch_key(kernel, M, C, dtype, arch), safe)
+    return launch, {"C": C, "CHUNKS": cdiv(C, dict(launch.blocks)["BLOCK_C"])}
 
 
 @triton.jit
@@ -270,11 +284,11 @@ def _launch_fwd(
     C = x.shape[-1]
     M = x.numel() // C
     dtype = x.dtype if residual is None else residual.dtype
-    launch = choose_launch("fwd", C, row_bucket(M), dtype, arch(x.device))
+    launch, fixed = _launch("fwd", M, C, dtype, arch(x.device))
     grid = (cdiv(M, dict(launch.blocks)["ROWS"]),)
     if M > 0:
         _layer_norm_fwd_kernel[grid](
-            x, residual, weight, bias, y, h, stats, M, eps, C=C, **launch.kwargs()
+            x, residual, weight, bias, y, h, stats, M, eps, **fixed, **launch.kwargs()
         )
 
 
@@ -284,19 +298,18 @@ def _launch_bwd(
 ) -> None:  # fmt: skip
     C = h.shape[-1]
     M = h.numel() // C
-    launch = choose_launch("bwd", C, row_bucket(M), h.dtype, arch(h.device))
-    warps = BWD_WARPS_PER_SM.get(arch(h.device), OTHER_BWD_WARPS_PER_SM)
-    programs = num_sms(h.device) * (warps // launch.num_warps)  # all resident: one wave
+    launch, fixed = _launch("bwd", M, C, h.dtype, arch(h.device))
+    programs = launch.programs_per_sm * num_sms(h.device)  # all resident: one wave
     programs = min(cdiv(M, dict(launch.blocks)["ROWS"]), programs)
     partial = h.new_empty((2, programs, C), dtype=torch.float32)
     if M > 0:
         _layer_norm_bwd_kernel[(programs,)](
-            dy, dh_out, h, weight, stats, dh, dx, partial, M, C=C, **launch.kwargs()
+            dy, dh_out, h, weight, stats, dh, dx, partial, M, **fixed, **launch.kwargs()
         )
-    _sum_partials_kernel[(cdiv(C, PARTIAL_COLS), 2)](
-        partial, dweight, dbias, programs, C,
-        BLOCK_P=PARTIAL_ROWS, BLOCK_C=PARTIAL_COLS, num_warps=PARTIAL_WARPS, num_stages=1,
-    )  # fmt: skip
+    total = launch_for(Key("layer_norm.sum", "fp32", f"C={C}", arch(h.device))).kwargs()
+    _sum_partials_kernel[(cdiv(C, total["BLOCK_C"]), 2)](
+        partial, dweight, dbias, programs, C, **total
+    )
 
 
 def _fwd_fake(
@@ -533,33 +546,33 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
             (_layer_norm_bwd_kernel, "bwd", {"dy_ptr": f"*{x}", "dh_out_ptr": f"*{h}",
              "dh_ptr": f"*{h}", "partial_ptr": "*fp32", **dx}, {} if dx else {"dx_ptr": None}),
         ):  # fmt: skip
-            launch = choose_launch(direction, C, "large", dtype, arch)
+            launch, fixed = _launch(direction, 65536, C, dtype, arch)
             yield AotCase(
                 op="add_layer_norm", kernel=kernel, label=f"{direction} C={C} x={x} h={h}",
                 signature={**types, **tensors},
-                constexprs={"C": C, **dict(launch.blocks), **absent},
+                constexprs={**fixed, **dict(launch.blocks), **absent},
                 num_warps=launch.num_warps, num_stages=launch.num_stages,
             )  # fmt: skip
-    launch = choose_launch("fwd", 768, "large", torch.bfloat16, arch)
+    launch, fixed = _launch("fwd", 65536, 768, torch.bfloat16, arch)
     yield AotCase(
         op="layer_norm", kernel=_layer_norm_fwd_kernel, label="fwd C=768 bf16",
         signature={"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": "*bf16",
                    "stats_ptr": "*fp32", "M": "i32", "eps": "fp32"},
-        constexprs={"C": 768, "residual_ptr": None, "h_ptr": None, **dict(launch.blocks)},
+        constexprs={**fixed, "residual_ptr": None, "h_ptr": None, **dict(launch.blocks)},
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
-    launch = choose_launch("bwd", 768, "large", torch.bfloat16, arch)
+    launch, fixed = _launch("bwd", 65536, 768, torch.bfloat16, arch)
     yield AotCase(
         op="layer_norm", kernel=_layer_norm_bwd_kernel, label="bwd C=768 bf16",
         signature={"dy_ptr": "*bf16", "h_ptr": "*bf16", "weight_ptr": "*fp32",
                    "stats_ptr": "*fp32", "dh_ptr": "*bf16", "partial_ptr": "*fp32", "M": "i32"},
-        constexprs={"C": 768, "dh_out_ptr": None, "dx_ptr": None, **dict(launch.blocks)},
+        constexprs={**fixed, "dh_out_ptr": None, "dx_ptr": None, **dict(launch.blocks)},
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
+    launch = launch_for(Key("layer_norm.sum", "fp32", "C=768", arch))
     yield AotCase(
         op="layer_norm", kernel=_sum_partials_kernel, label="sum of partials",
         signature={"partial_ptr": "*fp32", "dweight_ptr": "*fp32", "dbias_ptr": "*fp32",
                    "P": "i32", "C": "i32"},
-        constexprs={"BLOCK_P": PARTIAL_ROWS, "BLOCK_C": PARTIAL_COLS},
-        num_warps=PARTIAL_WARPS, num_stages=1,
+        constexprs=dict(launch.blocks), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip

@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import AotCase, Launch, arch, cdiv
+from kernels._launch import AotCase, Key, arch, cdiv, launch_for, math_of, precision_of
 from kernels._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
 from kernels.reference import check_targets
 
@@ -48,9 +48,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # peak of 1.7 GB beside the inputs; 4 chunks of 16384 would pass 2 GB, and each chunk fewer saves
 # one read and write of dweight (309 MB of the 40 GB a call moves).
 CHUNK_BYTES = 1_450_000_000
-BLOCK_S, BLOCK_M = 64, 32  # (slots, rows) tile of partials where they are combined
-BLOCK_R = 4096  # rows a step of the single program that takes the mean
-BLOCK_E = 8192  # elements per program of the scaling kernel
 
 
 @triton.jit
@@ -304,47 +301,9 @@ def _linear_cross_entropy_scale_kernel(
     tl.store(out_ptr + offs, (grad * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-_UNMEASURED = "compile-only: no spills, tensor cores, not serialised; unmeasured"
-
-
-def _row(tile: tuple[int, int, int], num_warps: int, num_stages: int, source: str) -> Launch:
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")
-    return Launch(tuple(zip(names, (*tile, 16), strict=True)), num_warps, num_stages, source)
-
-
-# Launch of the logits GEMM by arch and operands: "16" is bf16 or fp16, "tf32", "ieee" exact fp32.
-# Nothing here has been timed, so no row depends on M or on Triton's minor version.
-_TABLE: dict[tuple[int, str], Launch] = {
-    (80, "16"): _row((128, 128, 64), 8, 3, _UNMEASURED),
-    (90, "16"): _row((128, 256, 64), 8, 4, _UNMEASURED),
-    (100, "16"): _row((128, 128, 64), 8, 3, _UNMEASURED),
-    (80, "tf32"): _row((128, 128, 32), 8, 3, _UNMEASURED),
-    (90, "tf32"): _row((128, 128, 32), 8, 3, _UNMEASURED),
-    (100, "tf32"): _row((128, 128, 32), 8, 3, _UNMEASURED),  # with triton 3.6 the safe row spills
-}
-# For every other key; at most 99 KB shared, which each arch from sm_80 has.
-_SAFE = {
-    "16": _row((64, 128, 32), 4, 3, "safe: " + _UNMEASURED),
-    "tf32": _row((64, 128, 32), 4, 3, "safe: " + _UNMEASURED),
-    "ieee": _row((64, 64, 32), 4, 3, "safe: " + _UNMEASURED),
-}
-# The interpreter pays per operation, not per element.
-_INTERPRETED = _row((64, 128, 64), 4, 1, "few, large tiles")
-_DLOGITS = Launch((("BLOCK_M", 4), ("BLOCK_V", 1024)), 8, 3, "16 elements a thread; unmeasured")
-_DLOGITS_INTERPRETED = Launch((("BLOCK_M", 64), ("BLOCK_V", 512)), 8, 3, "few, large tiles")
-
-
-def _operands(dtype: torch.dtype, tf32: bool) -> str:
-    return "16" if dtype.itemsize == 2 else "tf32" if tf32 else "ieee"
-
-
-def logits_launch(arch: int, operands: str) -> Launch:
-    """The launch of the logits GEMM; `arch` 0 is the interpreter."""
-    return _INTERPRETED if arch == 0 else _TABLE.get((arch, operands), _SAFE[operands])
-
-
-def dlogits_launch(arch: int) -> Launch:
-    return _DLOGITS_INTERPRETED if arch == 0 else _DLOGITS
+def launch_key(kernel: str, math: str, arch: int) -> Key:
+    """The key of one of the five kernels; none of their rows depends on a size yet."""
+    return Key(f"linear_cross_entropy.{kernel}", math, "any", arch)
 
 
 def chunk_rows(M: int, Vp: int, itemsize: int) -> int:
@@ -375,20 +334,23 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
             mma_rows, unaligned=("V", "S", "ignore_index"),
         )  # fmt: skip
 
+    def blocks_of(kernel: str) -> dict[str, Any]:
+        return dict(launch_for(launch_key(kernel, "16-bit", arch)).blocks)
+
     rows = dict.fromkeys(("target_logit_ptr", "max_ptr", "sum_ptr", "stored_sum_ptr"), "*fp32")
     ids = {"targets_ptr": "*i64", **rows}
     for dtype, operands, even_k, grad in (
-        ("bf16", "16", True, True),
-        ("bf16", "16", True, False),
-        ("bf16", "16", False, True),
-        ("fp16", "16", True, True),
+        ("bf16", "16-bit", True, True),
+        ("bf16", "16-bit", True, False),
+        ("bf16", "16-bit", False, True),
+        ("fp16", "16-bit", True, True),
         ("fp32", "tf32", True, True),
         ("fp32", "tf32", False, True),
         ("fp32", "ieee", True, True),
         ("fp32", "ieee", False, True),
     ):
         pointers = dict.fromkeys(("x_ptr", "w_ptr", "logits_ptr"), f"*{dtype}")
-        launch = logits_launch(arch, operands)
+        launch = launch_for(launch_key("logits", operands, arch))
         blocks = dict(launch.blocks)
         label = f"{operands if dtype == 'fp32' else dtype} {'train' if grad else 'eval'}"
         yield case(
@@ -396,7 +358,7 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
             label + ("" if even_k else ", ragged C"),
             {**pointers, **ids, "M": "i32", "C": "i32", "V": "i32",
              "num_stored": "i32", "Vp": "i32"},
-            {**blocks, "PRECISION": "tf32" if operands == "tf32" else "ieee",
+            {**blocks, "PRECISION": precision_of(operands),
              "EVEN_K": even_k, "GRAD": grad},
             launch.num_warps, launch.num_stages, 0 if operands == "ieee" else blocks["BLOCK_M"],
         )  # fmt: skip
@@ -404,26 +366,26 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         _linear_cross_entropy_rows_kernel, "train",
         {**ids, "loss_ptr": "*fp32", "row_max_ptr": "*bf16", "row_scale_ptr": "*fp32",
          "M": "i32", "S": "i32", "V": "i32", "ignore_index": "i32"},
-        {"BLOCK_M": BLOCK_M, "BLOCK_S": BLOCK_S, "GRAD": True}, 4,
+        {**blocks_of("rows"), "GRAD": True}, 4,
     )  # fmt: skip
     yield case(
         _linear_cross_entropy_dlogits_kernel, "bf16",
         {"targets_ptr": "*i64", "row_max_ptr": "*bf16", "row_scale_ptr": "*fp32",
          "logits_ptr": "*bf16", "M": "i32", "V": "i32", "num_stored": "i32", "Vp": "i32",
          "ignore_index": "i32"},
-        dict(dlogits_launch(arch).blocks), dlogits_launch(arch).num_warps,
+        blocks_of("dlogits"), 8,
     )  # fmt: skip
     yield case(
         _linear_cross_entropy_mean_kernel, "any",
         {"targets_ptr": "*i64", "row_loss_ptr": "*fp32", "loss_ptr": "*fp32",
          "inv_count_ptr": "*fp32", "M": "i32", "ignore_index": "i32"},
-        {"BLOCK_R": BLOCK_R}, 8,
+        blocks_of("mean"), 8,
     )  # fmt: skip
     yield case(
         _linear_cross_entropy_scale_kernel, "bf16",
         {"grad_ptr": "*bf16", "dloss_ptr": "*fp32", "inv_count_ptr": "*fp32", "out_ptr": "*bf16",
          "numel": "i32"},
-        {"BLOCK_E": BLOCK_E}, 8,
+        blocks_of("scale"), 8,
     )  # fmt: skip
 
 
@@ -469,11 +431,14 @@ def linear_cross_entropy_fwd(
         x, weight, targets, V, ignore_index, needs_dx, needs_dweight
     )
     w = weight.to(x.dtype)
-    # Read here and not outside: it does not trace.
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    launch = logits_launch(arch(x.device), _operands(x.dtype, tf32))
-    dz_launch = dlogits_launch(arch(x.device))
-    blocks, dz_blocks = dict(launch.blocks), dict(dz_launch.blocks)
+    math = math_of(x.dtype)
+    launch, row_launch, dz_launch, mean_launch = (
+        launch_for(launch_key(kernel, math, arch(x.device)))
+        for kernel in ("logits", "rows", "dlogits", "mean")
+    )
+    blocks, row_blocks, dz_blocks = (
+        dict(found.blocks) for found in (launch, row_launch, dz_launch)
+    )
     S = cdiv(V, blocks["BLOCK_N"] // 2)
     # z is stored up to a multiple of 16, -inf from V on: a mask that ends at V = 50257 would cut a
     # thread's 16 stores of 16 bytes into 128 of 2 (bf16 on sm_90, compile-only). 16 divides half a
@@ -495,13 +460,13 @@ def linear_cross_entropy_fwd(
         _linear_cross_entropy_logits_kernel[(tiles,)](
             x_m, w, targets_m, z, target_logit, slot_max, slot_sum, slot_stored,
             m, C, V, num_stored, Vp,
-            PRECISION="tf32" if tf32 else "ieee", EVEN_K=C % blocks["BLOCK_K"] == 0, GRAD=grad,
+            PRECISION=precision_of(math), EVEN_K=C % blocks["BLOCK_K"] == 0, GRAD=grad,
             **launch.kwargs(),
         )  # fmt: skip
-        _linear_cross_entropy_rows_kernel[(cdiv(m, BLOCK_M),)](
+        _linear_cross_entropy_rows_kernel[(cdiv(m, row_blocks["BLOCK_M"]),)](
             targets_m, target_logit, slot_max, slot_sum, slot_stored, row_loss[chunk], row_max,
             row_scale, m, S, V, ignore_index,
-            BLOCK_M=BLOCK_M, BLOCK_S=BLOCK_S, GRAD=grad, num_warps=4,
+            GRAD=grad, **row_launch.kwargs(),
         )  # fmt: skip
         if not grad:
             continue
@@ -517,7 +482,7 @@ def linear_cross_entropy_fwd(
     if M == 0:
         dweight.zero_()
     _linear_cross_entropy_mean_kernel[(1,)](
-        targets, row_loss, loss, inv_count, M, ignore_index, BLOCK_R=BLOCK_R, num_warps=8
+        targets, row_loss, loss, inv_count, M, ignore_index, **mean_launch.kwargs()
     )
     return loss, inv_count, dx, dweight
 
@@ -537,8 +502,9 @@ def linear_cross_entropy_bwd(
     """grad * dloss / N, rounded to `dtype`; dloss and 1 / N are () fp32."""
     out = _bwd_fake(grad, dloss, inv_count, dtype)
     if out.numel():
-        _linear_cross_entropy_scale_kernel[(cdiv(out.numel(), BLOCK_E),)](
-            grad, dloss, inv_count, out, out.numel(), BLOCK_E=BLOCK_E, num_warps=8
+        launch = launch_for(launch_key("scale", math_of(grad.dtype), arch(grad.device)))
+        _linear_cross_entropy_scale_kernel[(cdiv(out.numel(), dict(launch.blocks)["BLOCK_E"]),)](
+            grad, dloss, inv_count, out, out.numel(), **launch.kwargs()
         )
     return out
 

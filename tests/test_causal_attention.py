@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import EAGER, TRITON, causal_attention
+from kernels._launch import replaced, rows
 from tests import checks
 
 # (B, T, H, D). T: 1, ragged in one tile, both sides of a tile, of one-tile heads, and of blocks.
@@ -83,50 +84,22 @@ def test_any_shape(B, T, H, D, dtype, device):
 
 
 @pytest.mark.parametrize("kernel", ["fwd", "dq", "dkdv"])
-def test_every_block_shape_of_the_table(kernel, monkeypatch, device):
+def test_every_block_shape_of_the_table(kernel, device):
     """The rows of other head dims and dtypes, run at D = 16 with T past two of their blocks."""
     qkv = packed(1, 300, 1, 16, torch.float32, device)
     want = checks.values_and_grads(lambda qkv: plain(qkv, 1), {"qkv": qkv.double()})
-    tried = set()
-    rows = [(key[0], row) for key, row in causal_attention.SAFE.items()]
-    rows += [(key[1], row) for key, row in causal_attention.ARCH_SAFE.items()]
-    for name, launch in rows:
-        if name != kernel or launch.blocks in tried:
-            continue
-        tried.add(launch.blocks)
-        monkeypatch.setitem(causal_attention.SAFE, (kernel, 4, 16), launch)
-        causal_attention._launch.cache_clear()
-        got = checks.values_and_grads(ours(1), {"qkv": qkv})
+    name = f"causal_attention.{kernel}"
+    known = [row for layer in rows() for row in layer.items()]
+    tried = {launch.blocks: launch for key, launch in known if key.kernel == name}
+    for launch in tried.values():
+        with replaced(name, launch) as asked:
+            got = checks.values_and_grads(ours(1), {"qkv": qkv})
+        assert asked
         for key in want:
             torch.testing.assert_close(
                 got[key].double(), want[key], rtol=0, atol=2e-6, msg=f"{launch.blocks} {key}"
             )
-    monkeypatch.undo()
-    causal_attention._launch.cache_clear()
     assert len(tried) >= 3
-
-
-def test_an_arch_takes_its_own_row_or_the_safe_one(monkeypatch):
-    """sm_90: a third stage in 16 bits. sm_103: sm_100's family. A measured row before either."""
-
-    def launch(kernel: str, itemsize: int, D: int, arch: int, T: int = 1024, minor: int = 7):
-        return causal_attention._launch(kernel, itemsize, D, T, arch, minor)
-
-    for (kernel, itemsize, D), safe in causal_attention.SAFE.items():
-        assert launch(kernel, itemsize, D, 999) == safe
-        hopper = launch(kernel, itemsize, D, 90)
-        assert hopper.blocks == safe.blocks
-        assert hopper.num_stages == (3 if itemsize == 2 else safe.num_stages)
-    assert launch("fwd", 2, 64, 103) == launch("fwd", 2, 64, 100) != launch("fwd", 2, 64, 999)
-
-    measured = causal_attention.SAFE["dkdv", 2, 128]
-    monkeypatch.setitem(causal_attention.TUNED, ("dkdv", 2, 64, "large", 90, 7), measured)
-    causal_attention._launch.cache_clear()
-    assert launch("dkdv", 2, 64, 90, T=2048) == measured
-    for other in (launch("dkdv", 2, 64, 90), launch("dkdv", 2, 64, 90, T=2048, minor=6)):
-        assert other == causal_attention.ARCH_SAFE[90, "dkdv", 2, 64]
-    monkeypatch.undo()
-    causal_attention._launch.cache_clear()
 
 
 def test_the_main_recipe_s_short_builds_are_compiled():

@@ -192,20 +192,6 @@ def test_low_precision_input_with_fp32_biases(device):
         assert (got[name] - exact).abs().max() < 2**-6 * exact.abs().max(), name
 
 
-def test_precision_is_read_at_each_call():
-    """The setting is a property of the process, not of the import or of the compiled graph."""
-    x = torch.empty(1)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        assert module._math(x) == "tf32"
-        assert module._math(x.bfloat16()) == "16-bit"
-        torch.set_float32_matmul_precision("highest")
-        assert module._math(x) == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def test_double_backward_is_refused(device):
     checks.assert_no_double_backward(ours, inputs((5, 16), device))
 
@@ -229,19 +215,3 @@ def test_bad_input_is_named(name, change, message, device):
     args = inputs((5, 16), device)
     with pytest.raises(ValueError, match=f"gelu_mlp: {message}"):
         ours(**{**args, name: change(args[name])})
-
-
-def test_launch_keys():
-    """A key nobody measured takes its safe row; one with a measurement takes the measurement."""
-    row = module._launch("up", 65536, 768, "16-bit", 90, 7)
-    assert row == module.SAFE[90, "16-bit", "large"]
-    assert module._launch("up", 1024, 768, "16-bit", 90, 7) == module.SAFE[90, "16-bit", "small"]
-    assert module._launch("up", 65536, 768, "16-bit", 103, 7) == module.SAFE[100, "16-bit", "large"]
-    assert module._launch("up", 65536, 768, "ieee", 90, 7) == module.ANY_ARCH["ieee"]
-    assert module._launch("up", 65536, 768, "16-bit", 999, 7) == module.ANY_ARCH["16-bit"]
-    assert module._launch("up", 65536, 50, "16-bit", 90, 7) == module.RAGGED["16-bit"]
-    tuned = {("up", "large", "16-bit", 90, 7): module.INTERPRETER}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TUNED", tuned)
-        assert module._launch("up", 65536, 768, "16-bit", 90, 7) == module.INTERPRETER
-        assert module._launch("up", 65536, 768, "16-bit", 90, 6) == row

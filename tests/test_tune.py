@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import torch
 from bench import ops, record, timing, tune
 from bench.cases import Shape, find_shape
 from bench.tune import KNOBS, changed, find_knob, launch_of, plan, source_of, why_pruned
-from kernels import TRITON, _launch, causal_attention, gelu_mlp, layer_norm, linear_cross_entropy
+from kernels import TRITON, _launch, gelu_mlp
 from kernels._launch import Launch
 from kernels._op import INTERPRETED
 from tests.pretend_cuda import pretend_cuda
@@ -34,7 +34,7 @@ def interpreted(monkeypatch):
 def tiny(knob, B=1):
     """A shape at which the knob's kernel is asked: at D = 128 in fp32, loops begin at T = 17."""
     if knob.op == "causal_attention":
-        return Shape(B, 18 if knob.kernel else 16, C=128, H=1)
+        return Shape(B, 16 if knob.label.endswith("short") else 18, C=128, H=1)
     return Shape(B, 4, C=64, H=2, V=256)
 
 
@@ -71,8 +71,8 @@ def test_a_candidate_reaches_every_kernel(knob, monkeypatch, interpreted):
 
 def test_kernels_that_do_not_run_are_not_asked(interpreted):
     for label, shape in (
-        ("causal_attention.fwd", tiny(find_knob("causal_attention._short_launch"))),
-        ("causal_attention._short_launch", tiny(find_knob("causal_attention.fwd"))),
+        ("causal_attention.fwd", tiny(find_knob("causal_attention.short"))),
+        ("causal_attention.short", tiny(find_knob("causal_attention.fwd"))),
     ):
         assert not find_knob(label).asked(shape, 4, 0)
         with pytest.raises(tune.NotAsked, match="does not run this kernel at B=1"):
@@ -93,20 +93,19 @@ def test_candidates_keep_the_register_limit_and_the_programs(label):
 
 
 def test_the_search_has_what_is_likely():
-    logits = plan_on(find_knob("linear_cross_entropy.logits_launch")).candidates
+    logits = plan_on(find_knob("linear_cross_entropy.logits")).candidates
     for group in (8, 16):
         assert has(logits[:6], BLOCK_M=128, BLOCK_N=256, num_stages=3, GROUP_M=group)
         assert has(logits[:6], BLOCK_N=128, num_warps=8, num_stages=3, maxnreg=128, GROUP_M=group)
-    assert find_knob("linear_cross_entropy.logits_launch").mode == "both"  # GRAD=True, as trained
+    assert find_knob("linear_cross_entropy.logits").mode == "both"  # GRAD=True, as trained
     for kernel in ("fwd", "dq", "dkdv"):
         found = plan_on(find_knob(f"causal_attention.{kernel}")).candidates
         assert {c.num_stages for c in found} == {2, 3, 4}
-    short = plan_on(find_knob("causal_attention._short_launch"), SEED)
+    short = plan_on(find_knob("causal_attention.short"), SEED)
     assert {c.num_warps for c in (short.present, *short.candidates)} == {4, 8}
     for mode in ("fwd", "bwd"):
-        widths = {tuple(c.blocks[1:]) for c in plan_on(find_knob(f"layer_norm.{mode}")).candidates}
-        pairs = {(dict(w)["BLOCK_C"], dict(w)["CHUNKS"]) for w in widths}
-        assert pairs == {(128, 6), (256, 3), (512, 2), (1024, 1)}
+        found = plan_on(find_knob(f"layer_norm.{mode}")).candidates
+        assert {dict(c.blocks)["BLOCK_C"] for c in found} == {128, 256, 512, 1024}
 
 
 @by_label
@@ -149,13 +148,13 @@ def test_pruning_spares_the_rows_in_use(knob):
                     assert why == "", f"{knob.label} {shape} {itemsize} sm_{arch}: {launch}"
 
 
-def test_pruning_spares_the_rows_of_tf32():
-    up, logits = find_knob("gelu_mlp.up"), find_knob("linear_cross_entropy.logits_launch")
-    rows = [(up, arch, math, row) for (arch, math, _), row in gelu_mlp.SAFE.items()]
-    rows += [(logits, *key, row) for key, row in linear_cross_entropy._TABLE.items()]
-    for knob, arch, math, row in rows:
-        itemsize = 2 if math.startswith("16") else 4
-        assert why_pruned(knob, row, LARGE, itemsize, arch) == "", (arch, math)
+def test_pruning_spares_every_row_of_the_gemms():
+    for key, row in _launch.rows()[1].items():
+        for label in ("gelu_mlp.up", "linear_cross_entropy.logits"):
+            if key.arch and key.kernel in (label, label.partition(".")[0] + ".any"):
+                arch = 120 if key.arch == "any" else int(key.arch)
+                itemsize = 2 if key.math == "16-bit" else 4
+                assert why_pruned(find_knob(label), row, LARGE, itemsize, arch) == "", key
 
 
 @pytest.mark.parametrize(
@@ -168,11 +167,11 @@ def test_pruning_spares_the_rows_of_tf32():
         ("gelu_mlp.up", {"BLOCK_N": 64, "maxnreg": 168, "programs_per_sm": 3}, 90,
          "no room for 3 programs on an SM"),  # registers: 3 * 256 * 168
         # 4 * (128 + 256) * 64 * 2 = 192 KB, one buffer less on sm_80 and 86.
-        ("linear_cross_entropy.logits_launch",
+        ("linear_cross_entropy.logits",
          {"BLOCK_N": 256, "num_stages": 4, "num_warps": 8}, 90, ""),
-        ("linear_cross_entropy.logits_launch",
+        ("linear_cross_entropy.logits",
          {"BLOCK_N": 256, "num_stages": 4, "num_warps": 8}, 80, ""),
-        ("linear_cross_entropy.logits_launch",
+        ("linear_cross_entropy.logits",
          {"BLOCK_N": 256, "num_stages": 4, "num_warps": 8, "BLOCK_M": 128, "BLOCK_K": 64}, 86,
          "shared memory"),
         ("causal_attention.fwd", {"BLOCK_M": 64, "BLOCK_N": 128}, 90,
@@ -180,8 +179,7 @@ def test_pruning_spares_the_rows_of_tf32():
         ("causal_attention.dkdv", {"BLOCK_M": 128, "BLOCK_N": 64}, 90,
          "BLOCK_M does not divide BLOCK_N"),
         ("causal_attention.dkdv", {"num_warps": 4}, 90, "registers"),
-        ("layer_norm.fwd", {"BLOCK_C": 256, "CHUNKS": 2}, 90, "does not cover the row"),
-        ("layer_norm.fwd", {"BLOCK_C": 512, "CHUNKS": 2}, 90,
+        ("layer_norm.fwd", {"BLOCK_C": 512}, 90,
          "BLOCK_C is not 128 or 256 a warp of the row"),
         ("layer_norm.bwd", {"ROWS": 8}, 90, "registers"),
     ],
@@ -192,35 +190,19 @@ def test_what_cannot_be_is_pruned(label, change, arch, why):
     assert why_pruned(knob, launch, LARGE, 2, arch) == why
 
 
-def test_buckets_are_those_of_the_tables(monkeypatch):
-    """A row pasted under the bucket of one shape is the launch of the shapes it names."""
-    row = Launch((("BLOCK_M", 16), ("BLOCK_N", 16)), 1, 1, "a row")
-    shapes = [LARGE, SEED, Shape(4, 1024), Shape(1, 4095), Shape(32, 2048), Shape(32, 2047)]
-    minor = causal_attention.TRITON_MINOR
-    keys = {
-        "causal_attention.dq": lambda b: ("dq", 2, 64, b, 90, minor),
-        "gelu_mlp.up": lambda b: ("up", b, "16-bit", 90, minor),
-        "layer_norm.bwd": lambda b: ("bwd", 768, b, torch.float32, 90, layer_norm.TRITON_MINOR),
-    }
-    for label, key in keys.items():
-        knob = find_knob(label)
-        uncached = getattr(knob.module, knob.chooser)
-        monkeypatch.setattr(knob.module, knob.chooser, getattr(uncached, "__wrapped__", uncached))
-        for bucket in ("small", "large"):
-            monkeypatch.setattr(knob.module, "TUNED", {key(bucket): row})
-            for shape in shapes:
-                assert (knob.launch(shape, 2, 90) == row) == (knob.bucket(shape) == bucket)
-
-
-def test_the_pasted_text_is_the_launch_with_every_field():
-    blocks = (("BLOCK_M", 64), ("BLOCK_N", 32))
-    best = Launch(blocks, 4, 3, "candidate", maxnreg=168, programs_per_sm=3)
-    for launch in (best, replace(best, maxnreg=None), Launch((("BLOCK_T", 64),), 8, 1, "")):
+def test_the_pasted_text_is_a_row_that_gives_the_launch():
+    best = Launch((("BLOCK_M", 64), ("BLOCK_N", 32)), 4, 3, maxnreg=168, programs_per_sm=3)
+    for launch in (best, replace(best, maxnreg=None), Launch((), 8)):
         assert launch_of(json.loads(json.dumps(tune.describe(launch)))) == launch
-        row = {"best": tune.describe(launch), "present_ms": 1.5, "best_ms": 1.25, "shape": 'B=1 "'}
-        pasted = eval(source_of(row, "bench/results/h100.json 2026-01-02"), {"Launch": Launch})
-        why = 'bench/results/h100.json 2026-01-02: 1.5 -> 1.25 ms, B=1 "'
-        assert pasted == replace(launch, source=why)
+        key = gelu_mlp.launch_key("up", 65536, 768, "16-bit", 103)
+        row = {"best": tune.describe(launch), "key": asdict(key), "shape": 'B=1 "',
+               "present_ms": 1.5, "best_ms": 1.25}  # fmt: skip
+        pasted = source_of(row, "bench/results/h100.json 2026-01-02")
+        measured, _ = _launch.read_rows(f"[measured]\ngelu_mlp = [\n{pasted}\n]")
+        [(found, read)] = measured.items()
+        assert found.serves(key)
+        assert read == launch
+        assert read.source == 'bench/results/h100.json 2026-01-02: 1.5 -> 1.25 ms, B=1 "'
 
 
 @pytest.mark.slow
