@@ -151,6 +151,23 @@ def _install_scalar_index() -> None:
     triton_interpreter._patch_lang_tensor = patch_lang_tensor
 
 
+def _install_one_patch() -> None:
+    """Patch triton.language once a launch; stock, every call of a jitted helper does, in vain.
+
+    That took a third of all time in the interpreter.
+    """
+    stock = triton_interpreter._patch_lang
+
+    def patch_lang(fn: Any) -> Any:
+        if _running:
+            if fn.__module__ in _running.patched:
+                return None
+            _running.patched.add(fn.__module__)
+        return stock(fn)
+
+    triton_interpreter._patch_lang = patch_lang
+
+
 # A lane stamp is epoch << _LANE_BITS | lane code. A new program or a barrier starts a new epoch,
 # which makes all stamps stale at no cost.
 _LANE_BITS = 40
@@ -175,6 +192,7 @@ class _Launch:
     """The tensors of the launch that is running, and what its programs did to them."""
 
     def __init__(self, arguments: dict[str, torch.Tensor]):
+        self.patched: set[str] = set()  # modules for which triton.language has been patched
         self.spans: list[tuple[int, int, str, _Shadow]] = []
         self.epoch, self.program = 1, -1
         units: dict[int, int] = {}
@@ -389,4 +407,5 @@ def install() -> None:
         _installed = True
         _install_bf16()
         _install_scalar_index()
+        _install_one_patch()
         _install_sanitizer()
