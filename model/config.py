@@ -2,7 +2,17 @@
 
 from dataclasses import dataclass
 
+from model.edge import check_int, is_real, quoted
+
 VOCAB_MULTIPLE = 128  # GEMM tiles and 16-byte rows want an even vocabulary: 50257 -> 50304
+# Far above any GPT-2. A config.json may come from a stranger, and sizes are allocated.
+LARGEST = {
+    "block_size": 1 << 20,
+    "vocab_size": 1 << 20,
+    "n_layer": 1000,
+    "n_head": 1 << 16,
+    "n_embd": 1 << 16,
+}
 
 
 @dataclass(frozen=True)
@@ -17,8 +27,8 @@ class GPTConfig:
         layer_norm_epsilon: Added to the variance in every LayerNorm.
 
     Raises:
-        ValueError: a size is not positive, n_embd is not divisible by n_head, or dropout is
-            outside [0, 1).
+        ValueError: a size is no whole number from 1 to its limit, n_embd is not divisible by
+            n_head, or dropout or layer_norm_epsilon is outside its range.
     """
 
     block_size: int = 1024
@@ -30,16 +40,18 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model: {name} must be at least 1, got {getattr(self, name)}")
+        for name, most in LARGEST.items():
+            check_int("model", name, getattr(self, name), 1, most)
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"model: n_embd must be divisible by n_head, got n_embd {self.n_embd}, "
                 f"n_head {self.n_head}"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"model: dropout must be in [0, 1), got {self.dropout}")
+        if not (is_real(self.dropout) and 0.0 <= self.dropout < 1.0):
+            raise ValueError(f"model: dropout must be in [0, 1), got {quoted(self.dropout)}")
+        epsilon = self.layer_norm_epsilon
+        if not (is_real(epsilon) and 0.0 < epsilon < 1.0):
+            raise ValueError(f"model: layer_norm_epsilon must be in (0, 1), got {quoted(epsilon)}")
 
     @property
     def padded_vocab_size(self) -> int:

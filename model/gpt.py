@@ -122,6 +122,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.trained_context = config.block_size  # positions training has used; train.py lowers it
+        self.fine_tuned_context: int | None = None  # of the last training, where it had fewer
         self.residual_dtype = residual_dtype
         self.ops = ops
         self.transformer = Transformer(config, ops)

@@ -1,4 +1,4 @@
-"""GPT-2 weights in and out: Hugging Face folders and nanoGPT checkpoints.
+"""GPT-2 weights in and out, as Hugging Face folders.
 
 A model folder holds model.safetensors, GPT-2's config.json and, for GPT-2's vocabulary, the
 tokenizer, so transformers and lm-eval read it without a network. Three differences lie between
@@ -8,6 +8,9 @@ that layout and ours:
     embedding rows    vocab_size in the file, padded_vocab_size here: padded with 0, cropped
     names             as ours; older files lack the `transformer.` prefix and carry mask buffers
 
+A folder may come from a stranger. Nothing is unpickled, no link out of it is followed, and names,
+shapes, dtypes and values are checked before the model takes them.
+
 Nothing here imports transformers (its look-up of a package named `kernels` would find ours).
 
     python -m model.hf import-nanogpt out/ckpt.pt --out runs/imported/model
@@ -15,9 +18,11 @@ Nothing here imports transformers (its look-up of a package named `kernels` woul
 """
 
 import json
-import pickle
+import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +32,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels import EAGER, Ops
-from model.config import GPTConfig
-from model.files import replacing, write_atomically
+from model.config import LARGEST, GPTConfig
+from model.edge import check_int, exits, one_line, quoted
+from model.files import replacing
+from model.flops import num_parameters
 from model.gpt import GPT
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+# All that an export writes. Into a folder that holds anything else nothing is written.
+EXPORTED = (CONFIG, "generation_config.json", "README.md", "tokenizer.json",
+            "tokenizer_config.json", "vocab.json", "merges.txt", WEIGHTS)  # fmt: skip
+PARTIAL = ".export-"  # an export in the making
+MAX_JSON_BYTES = 16 << 20  # a config has 1 kB; the index of many shards has some 100
 PREFIX = "transformer."
 GPT2_VOCAB = 50257
 GPT2_HEAD_DIM = 64  # every released size; used only where a weights file has no config.json
@@ -40,6 +53,8 @@ END_OF_TEXT = "<|endoftext|>"
 # Stored (in, out) by GPT-2's Conv1D. attn.c_proj is square: forgetting it fails no shape check.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")
+CONTEXTS = ("trained_context", "fine_tuned_context")  # of a GPT, and in our config.json
+FLOATS = ("F64", "F32", "F16", "BF16")
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 ERF_NOTE = (
     "note: these weights were trained with the erf form of GELU and run here with GPT-2's tanh "
@@ -64,39 +79,102 @@ def find_model(path: str | Path) -> Path:
         FileNotFoundError: nothing there, or no weights in it.
         ValueError: a file of another kind.
     """
+    if path == "":
+        raise ValueError("from_pretrained: the path is empty; name a run or a model folder")
     path = Path(path)
-    if path.is_file():
-        if path.suffix == ".safetensors":
-            return path
-        raise ValueError(
-            f"from_pretrained: expected a folder or a .safetensors file, got {path} (a nanoGPT "
-            f"checkpoint is converted by `python -m model.hf import-nanogpt {path} --out DIR`)"
-        )
     if not path.exists():
         raise FileNotFoundError(f"from_pretrained: no such file or folder: {path}")
-    for folder in (path, path / "model"):
-        if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+    if not path.is_dir():
+        if path.suffix == ".safetensors" and path.is_file():
+            return path
+        raise ValueError(
+            f"from_pretrained: expected a folder or a .safetensors file, got {path}: "
+            f"{describe_file(path)}"
+        )
+    folders = (path, path / "model")
+    for folder in folders:
+        if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
             return folder
+    suffixes = (*FOREIGN, ".bin")
+    other = next((f for d in folders for s in suffixes for f in sorted(d.glob(f"*{s}"))), None)
     raise FileNotFoundError(
         f"from_pretrained: {path} has neither {WEIGHTS} nor {INDEX}, nor a folder model/ with one"
+        + (f"; it has {other.name}: {describe_file(other)}" if other else "")
     )
 
 
+_PICKLE = (
+    "a pickle, which can run code when it is read; `python -m model.hf import-nanogpt FILE --out "
+    "DIR` converts a nanoGPT checkpoint; of a file you trust, transformers loads the folder and "
+    "writes safetensors with save_pretrained"
+)
+_CONVERT = f"; the library that wrote it can convert it, or look for {WEIGHTS} where it came from"
+FOREIGN = {
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".pkl"), _PICKLE),
+    ".h5": f"weights for TensorFlow{_CONVERT}",
+    ".msgpack": f"weights for Flax{_CONVERT}",
+    ".onnx": f"an ONNX graph{_CONVERT}",
+    ".gguf": f"weights for llama.cpp{_CONVERT}",
+}
+# What a file begins with says more than its name.
+_SIGNATURES = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the weights; `git lfs pull` gets them",
+    **dict.fromkeys((b"PK\x03\x04", b"\x80\x02", b"\x80\x04"), _PICKLE),
+    b"\x89HDF": FOREIGN[".h5"],
+    b"GGUF": FOREIGN[".gguf"],
+    b"<": "a web page; download the file itself",
+}
+
+
+def describe_file(file: Path) -> str:
+    """What a file is that is no safetensors file, and what to do about it."""
+    if not file.is_file():
+        return "not a regular file"
+    with open(file, "rb") as handle:
+        start = handle.read(64)
+    known = (what for signature, what in _SIGNATURES.items() if start.startswith(signature))
+    return next(known, FOREIGN.get(file.suffix, "not in the safetensors format, or damaged"))
+
+
+def _regular(file: Path, named: Path) -> Path:
+    """`file`, once it is known to be a regular file in the folder a person named.
+
+    Links that leave it are not followed, but for those of the hub's cache (snapshots/<revision>/
+    beside blobs/).
+
+    Raises:
+        FileNotFoundError, ValueError: it is not.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"from_pretrained: no such file: {file}")
+    target, folder = file.resolve(), named.resolve()
+    cached = folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
+    if not (cached or folder in target.parents):
+        raise ValueError(f"from_pretrained: {file} is a link out of {named}; copy the file there")
+    if not target.is_file():
+        raise ValueError(f"from_pretrained: {file} is not a regular file")
+    return file
+
+
 def _read_json(path: Path) -> dict[str, Any]:
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(
+            f"from_pretrained: {path} has {size:,} bytes, at most {MAX_JSON_BYTES:,} are read"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"from_pretrained: {path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"from_pretrained: {path} must hold a JSON object")
     return content
 
 
-def _read_config(path: Path) -> tuple[GPTConfig, int]:
-    """GPT-2's config.json -> our config and the trained context."""
+def _read_config(path: Path) -> tuple[GPTConfig, dict[str, int]]:
+    """GPT-2's config.json -> our config, and the contexts it was trained at (see `GPT`)."""
     raw = _read_json(path)
     if raw.get("model_type", "gpt2") != "gpt2":
-        raise ValueError(f"from_pretrained: {path} is a {raw['model_type']!r}, not a 'gpt2'")
+        raise ValueError(f"from_pretrained: {path} is a {quoted(raw['model_type'])}, not a 'gpt2'")
     try:
         config = GPTConfig(
             block_size=raw.get("n_positions", raw.get("n_ctx", 1024)),
@@ -108,6 +186,8 @@ def _read_config(path: Path) -> tuple[GPTConfig, int]:
         )
     except KeyError as error:
         raise ValueError(f"from_pretrained: {path} lacks the key {error}") from None
+    except ValueError as error:
+        raise ValueError(f"from_pretrained: {path}: {error}") from None
     # Each of these changes the function computed; silence would be a wrong model.
     fixed = {
         "n_inner": (None, 4 * config.n_embd),
@@ -120,11 +200,15 @@ def _read_config(path: Path) -> tuple[GPTConfig, int]:
     for key, accepted in fixed.items():
         if key in raw and raw[key] not in accepted:
             raise ValueError(
-                f"from_pretrained: {path}: {key} must be one of {list(accepted)}, got {raw[key]!r}"
+                f"from_pretrained: {path}: {key} must be one of {list(accepted)}, "
+                f"got {quoted(raw[key])}"
             )
     if raw.get("activation_function") == "gelu":
         _note(ERF_NOTE)
-    return config, min(raw.get("trained_context", config.block_size), config.block_size)
+    contexts = {key: raw[key] for key in CONTEXTS if raw.get(key) is not None}
+    for key, value in contexts.items():
+        check_int(f"from_pretrained: {path}", key, value, 1, LARGEST["block_size"])
+    return config, {key: min(value, config.block_size) for key, value in contexts.items()}
 
 
 def _guess_config(path: Path, shapes: Mapping[str, list[int]]) -> GPTConfig:
@@ -137,7 +221,7 @@ def _guess_config(path: Path, shapes: Mapping[str, list[int]]) -> GPTConfig:
             f"from_pretrained: {path} has no config.json beside it and no wte and wpe to read "
             f"a GPT-2's sizes from"
         ) from None
-    layers = {int(name.split(".")[1]) for name in shapes if name.startswith("h.")}
+    layers = {name.split(".")[1] for name in shapes if name.startswith("h.")}
     if C % GPT2_HEAD_DIM:
         raise ValueError(
             f"from_pretrained: {path} has no config.json beside it; n_head cannot be guessed "
@@ -146,32 +230,42 @@ def _guess_config(path: Path, shapes: Mapping[str, list[int]]) -> GPTConfig:
     return GPTConfig(T, V, len(layers), C // GPT2_HEAD_DIM, C)
 
 
-def _weight_files(source: Path) -> list[Path]:
+def _weight_files(source: Path, named: Path) -> list[Path]:
     """One file, or the shards an index names."""
     if source.is_file():
         return [source]
-    if (source / WEIGHTS).is_file():
-        return [source / WEIGHTS]
-    names = sorted(set(_read_json(source / INDEX).get("weight_map", {}).values()))
+    if (source / WEIGHTS).exists():
+        return [_regular(source / WEIGHTS, named)]
+    index = _regular(source / INDEX, named)
+    weight_map = _read_json(index).get("weight_map")
+    names = [*weight_map.values()] if isinstance(weight_map, dict) else []
     for name in names:
-        if Path(name).name != name:  # an index may not point out of its folder
-            raise ValueError(f"from_pretrained: {source / INDEX} names a path, not a file: {name}")
-        if not (source / name).is_file():
-            raise FileNotFoundError(f"from_pretrained: {source / INDEX} names {name}, not there")
-    return [source / name for name in names]
+        if not isinstance(name, str) or {*"/\\\0"} & {*name}:  # or it might leave its folder
+            raise ValueError(f"from_pretrained: {index} names no file: {quoted(name)}")
+    return [_regular(source / name, named) for name in sorted({*names})]
 
 
-def _canonical(name: str) -> str | None:
+def canonical(name: str) -> str | None:
     """A file's tensor name without prefixes; None for mask buffers of older versions."""
     name = name.removeprefix("_orig_mod.").removeprefix(PREFIX)
     return None if name.endswith(MASK_BUFFERS) else name
 
 
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"from_pretrained: {file} is not a safetensors file: {describe_file(file)} "
+            f"({one_line(error, 160)})"
+        ) from None
+
+
 def _read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
-        with safe_open(str(file), framework="pt") as handle:
+        with _open(file) as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
-                name = _canonical(key)
+                name = canonical(key)
                 if name is not None:
                     yield name, handle.get_tensor(key)
 
@@ -179,16 +273,19 @@ def _read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
 def _read_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for file in files:
-        try:
-            with safe_open(str(file), framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 - not a dict
-                    name = _canonical(key)
-                    if name is not None:
-                        shapes[name] = handle.get_slice(key).get_shape()
-        except SafetensorError as error:
-            raise ValueError(
-                f"from_pretrained: {file} is not a safetensors file: {error}"
-            ) from None
+        with _open(file) as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a dict
+                name, tensor = canonical(key), handle.get_slice(key)
+                if name is None:
+                    continue
+                if name in shapes:
+                    raise ValueError(f"from_pretrained: {file} repeats the tensor {quoted(name)}")
+                if tensor.get_dtype() not in FLOATS:
+                    raise ValueError(
+                        f"from_pretrained: {file}: {quoted(name)} must be one of "
+                        f"{', '.join(FLOATS)}, got {tensor.get_dtype()}"
+                    )
+                shapes[name] = tensor.get_shape()
     return shapes
 
 
@@ -199,36 +296,35 @@ def _file_shape(name: str, config: GPTConfig, shape: torch.Size) -> list[int]:
     return [config.vocab_size, shape[1]] if name == "wte.weight" else [*shape]
 
 
-def _check_shapes(
-    where: str, config: GPTConfig, ours: Mapping[str, Tensor], shapes: Mapping[str, list[int]]
-) -> None:
-    """Every tensor there, of the right shape, and none that nobody would read."""
-    missing = sorted(ours.keys() - shapes.keys())
-    unknown = sorted(shapes.keys() - ours.keys() - {"lm_head.weight"})
+def check_shapes(where: str, config: GPTConfig, shapes: Mapping[str, list[int]]) -> None:
+    """Every tensor there, of the right shape in the file, and none that nobody would read."""
+    with torch.device("meta"):
+        ours = our_tensors(GPT(config))
+    expected = {name: _file_shape(name, config, p.shape) for name, p in ours.items()}
+    missing = sorted(expected.keys() - shapes.keys())
+    unknown = sorted(shapes.keys() - expected.keys() - {"lm_head.weight"})
     for what, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ValueError(
-                f"from_pretrained: {where} {what} {', '.join(names[:5])}{more} "
+                f"from_pretrained: {where} {what} "
+                f"{', '.join(one_line(name, 80) for name in names[:5])}{more} "
                 f"(for {config.n_layer} layers, n_embd {config.n_embd})"
             )
+    expected["lm_head.weight"] = expected["wte.weight"]
     for name, shape in shapes.items():
-        expected = _file_shape(
-            name, config, ours["wte.weight" if name == "lm_head.weight" else name].shape
-        )
-        if name == "lm_head.weight":
-            expected = [config.vocab_size, config.n_embd]
-        # Files of padded vocabularies carry surplus rows; they are cropped.
-        rows_ok = name in ("wte.weight", "lm_head.weight") and shape[0] >= expected[0]
-        if shape != expected and not (rows_ok and shape[1:] == expected[1:]):
+        rows = shape
+        if name in ("wte.weight", "lm_head.weight") and shape[:1] > expected[name][:1]:
+            rows = [config.vocab_size, *shape[1:]]  # of a padded vocabulary; cropped
+        if rows != expected[name]:
             raise ValueError(
-                f"from_pretrained: {where}: {name} must be {tuple(expected)} to match its "
+                f"from_pretrained: {where}: {name} must be {tuple(expected[name])} to match its "
                 f"config, got {tuple(shape)}"
             )
 
 
 @torch.no_grad()
-def _build(
+def build(
     where: str,
     config: GPTConfig,
     ops: Ops,
@@ -239,18 +335,22 @@ def _build(
     with torch.device("meta"):
         model = GPT(config, ops)
     model.to_empty(device="cpu")
-    ours = _our_tensors(model)
+    ours = our_tensors(model)
     wte = ours["wte.weight"]
     wte[config.vocab_size :].zero_()
     head: Tensor | None = None
     for name, tensor in tensors:
-        if name == "wte.weight":
-            wte[: config.vocab_size].copy_(tensor[: config.vocab_size])
-        elif name == "lm_head.weight":
+        if name == "lm_head.weight":
             head = tensor[: config.vocab_size]
-        else:
-            turn = transposed and name.endswith(TRANSPOSED)
-            ours[name].copy_(tensor.t() if turn else tensor)
+            continue
+        turn = transposed and name.endswith(TRANSPOSED)
+        target = wte[: config.vocab_size] if name == "wte.weight" else ours[name]
+        target.copy_(tensor.t() if turn else tensor[: len(target)])
+        if not torch.isfinite(target).all():
+            raise ValueError(
+                f"from_pretrained: {where}: {name} holds values that are not finite; the training "
+                f"that wrote it failed, or the file is damaged"
+            )
     if head is not None and not torch.equal(head.to(wte.dtype), wte[: config.vocab_size]):
         raise ValueError(
             f"from_pretrained: {where}: lm_head.weight differs from wte.weight; GPT-2's head is "
@@ -259,7 +359,7 @@ def _build(
     return model
 
 
-def _our_tensors(model: GPT) -> dict[str, Tensor]:
+def our_tensors(model: GPT) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX): p for name, p in model.named_parameters()}
 
 
@@ -277,47 +377,49 @@ def from_pretrained(path: str | Path, ops: Ops = EAGER) -> GPT:
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: another architecture; a missing, unknown or misshapen tensor.
+        ValueError: another architecture; a link out of the folder; a missing, unknown or misshapen
+            tensor, one of integers, or one with values that are not finite.
     """
-    source = find_model(path)
-    files = _weight_files(source)
-    shapes = _read_shapes(files)
-    config, trained_context = _find_config(source, shapes)
-    with torch.device("meta"):
-        ours = _our_tensors(GPT(config))
-    _check_shapes(str(source), config, ours, shapes)
-    model = _build(str(source), config, ops, _read_tensors(files), transposed=True)
-    model.trained_context = trained_context
+    source, files, shapes, config, contexts = _look_at(path)
+    check_shapes(str(source), config, shapes)
+    model = build(str(source), config, ops, _read_tensors(files), transposed=True)
+    for key, value in contexts.items():
+        setattr(model, key, value)
     return model
 
 
 def read_config(path: str | Path) -> GPTConfig:
     """The shape of what `from_pretrained` would read, without its weights; same errors."""
+    return _look_at(path)[3]
+
+
+def _look_at(path: str | Path):
+    """Where the model is, its files, the shapes in them, its config and its contexts."""
     source = find_model(path)
-    return _find_config(source, _read_shapes(_weight_files(source)))[0]
-
-
-def _find_config(source: Path, shapes: Mapping[str, list[int]]) -> tuple[GPTConfig, int]:
-    """Shape and trained context of a model, from its config.json or the shapes of its tensors."""
-    config_file = (source.parent if source.is_file() else source) / "config.json"
-    if config_file.is_file():
-        return _read_config(config_file)
+    named = Path(path) if Path(path).is_dir() else source.parent
+    files = _weight_files(source, named)
+    shapes = _read_shapes(files)
+    config_file = (source.parent if source.is_file() else source) / CONFIG
+    if config_file.exists():
+        return source, files, shapes, *_read_config(_regular(config_file, named))
     if not source.is_file():
         raise FileNotFoundError(f"from_pretrained: {source} has weights but no config.json")
-    config = _guess_config(source, shapes)
-    return config, config.block_size
+    return source, files, shapes, _guess_config(source, shapes), {}
 
 
 # ---- writing
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def hf_config(model: GPT, dtype: torch.dtype) -> dict[str, Any]:
-    """GPT-2's config.json; `trained_context` is ours and transformers carries it along."""
-    config = model.config
+def hf_config(model: GPT, dtype: torch.dtype, config: GPTConfig | None = None) -> dict[str, Any]:
+    """GPT-2's config.json of a model, or of `config` where the file has another shape.
+
+    The contexts are ours; transformers carries them along.
+    """
+    config = config or model.config
     eot = GPT2_VOCAB - 1 if config.vocab_size >= GPT2_VOCAB else None
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -341,7 +443,7 @@ def hf_config(model: GPT, dtype: torch.dtype) -> dict[str, Any]:
         "bos_token_id": eot,
         "eos_token_id": eot,
         "dtype": str(dtype).removeprefix("torch."),
-        "trained_context": model.trained_context,
+        **{key: getattr(model, key) for key in CONTEXTS},
     }
 
 
@@ -401,26 +503,28 @@ def _write_tokenizer(folder: Path, model_max_length: int) -> None:
         },
     )
     _write_json(folder / "vocab.json", vocab)
-    write_atomically(folder / "merges.txt", merges_text)
+    (folder / "merges.txt").write_text(merges_text, encoding="utf-8")
 
 
-def model_card(model: GPT) -> str:
+def model_card(model: GPT, config: GPTConfig) -> str:
     """README.md of a model folder; says which positions training has seen."""
-    config, context = model.config, model.trained_context
+    context, tuned, params = config.block_size, model.fine_tuned_context, num_parameters(config)
     sizes = (
-        f"{model.num_parameters():,} parameters: {config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} wide, {config.block_size} positions, {config.vocab_size:,} tokens."
+        f"{params:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
+        f"{config.n_embd} wide, {context} positions, {config.vocab_size:,} tokens."
     )
-    window = f"It was trained at a context of {context} tokens."
-    if context < config.block_size:
+    window = (
+        f"It was trained at a context of {context} tokens. Prompt and continuation together hold "
+        f"at most that many; for longer text crop the prompt or slide the window."
+    )
+    if tuned is not None and tuned < context:
         window += (
-            f" Positions from {context} to {config.block_size - 1} never had a gradient, so a "
-            f"longer prompt gives noise: crop to {context} tokens, prompt and continuation "
-            f"together, or slide the window."
+            f" Its last training was at {tuned} tokens: positions from {tuned} to {context - 1} "
+            f"are those of the training before."
         )
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- gpt2\n---\n\n"
-        f"# GPT-2, {model.num_parameters() / 1e6:.0f}M parameters\n\n{sizes}\n\n"
+        f"# GPT-2, {params / 1e6:.0f}M parameters\n\n{sizes}\n\n"
         f"## Trained context\n\n{window}\n\n"
         "## Use\n\n```python\n"
         "from transformers import AutoTokenizer, GPT2LMHeadModel\n\n"
@@ -434,102 +538,88 @@ def model_card(model: GPT) -> str:
 def file_tensors(model: GPT) -> dict[str, Tensor]:
     """The weights by the name and in the layout of a file; views of the parameters, no copies."""
     tensors: dict[str, Tensor] = {}
-    for name, p in _our_tensors(model).items():
+    for name, p in our_tensors(model).items():
         view = p.detach()[: model.config.vocab_size] if name == "wte.weight" else p.detach()
         tensors[PREFIX + name] = view.t() if name.endswith(TRANSPOSED) else view
     return tensors
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise ValueError where `folder` holds anything that no export wrote."""
+    entries = [p for p in folder.iterdir() if not p.name.startswith(PARTIAL)]
+    foreign = [p.name for p in entries if p.is_symlink() or p.name not in EXPORTED]
+    if entries and not foreign:
+        try:
+            ours = "trained_context" in _read_json(folder / CONFIG)
+        except (OSError, ValueError):
+            ours = False
+        foreign = [] if ours else [entries[0].name]
+    if foreign:
+        raise ValueError(
+            f"save_pretrained: {folder} must be new, empty or an earlier export, and it holds "
+            f"{quoted(min(foreign))}; name another folder"
+        )
 
 
 @torch.no_grad()
 def save_pretrained(model: GPT, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a folder that GPT2LMHeadModel and AutoTokenizer load.
 
+    It has the positions that were trained and no others: what reads a GPT-2 takes its positions for
+    the context it can use.
+
     Args:
         model: The model itself, not what torch.compile returned.
-        path: Folder, made if needed. The weights are written last and renamed into place, so a
-            folder with model.safetensors is a whole one.
+        path: Folder, made if needed; an earlier export in it is replaced. Everything is written
+            beside it first and the weights come last, so a folder with model.safetensors is whole.
         dtype: torch.float32, torch.bfloat16 or torch.float16.
 
     Raises:
-        ValueError: another dtype, or the path is a file.
+        ValueError: another dtype, a weight that is not finite in it, or the path is a file or a
+            folder with something else in it.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"save_pretrained: dtype must be fp32, bf16 or fp16, got {dtype}")
+    if path == "":
+        raise ValueError("save_pretrained: the path is empty; name a folder")
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_pretrained: {folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    config = model.config
-    _write_json(folder / "config.json", hf_config(model, dtype))
-    ids = {
-        k: v for k, v in hf_config(model, dtype).items() if k in ("bos_token_id", "eos_token_id")
-    }
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
-    write_atomically(folder / "README.md", model_card(model))
-    if config.vocab_size == GPT2_VOCAB:
-        _write_tokenizer(folder, model.trained_context)
-    tensors = {k: v.to("cpu", dtype).contiguous() for k, v in file_tensors(model).items()}
-    with replacing(folder / WEIGHTS) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
-
-
-# ---- nanoGPT
-
-
-def load_nanogpt(file: str | Path, ops: Ops = EAGER) -> GPT:
-    """A model from nanoGPT's ckpt.pt.
-
-    The file is unpickled with weights_only, so it cannot run code. Matmul weights are (out, in)
-    as ours. A vocabulary padded to 50304 is cropped to 50257; models without biases get zeros.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a checkpoint; a missing, unknown or misshapen tensor.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"import-nanogpt: no such file: {file}")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"import-nanogpt: {file} holds more than tensors and plain values, or is no "
-            f"checkpoint; it was not loaded ({reason[:160]})"
-        ) from None
-    try:
-        state, args = checkpoint["model"], checkpoint["model_args"]
-        padded = args["vocab_size"]
-        config = GPTConfig(
-            block_size=args["block_size"],
-            vocab_size=GPT2_VOCAB if padded == 50304 else padded,
-            n_layer=args["n_layer"],
-            n_head=args["n_head"],
-            n_embd=args["n_embd"],
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"import-nanogpt: {file} is not a nanoGPT checkpoint: expected 'model' and "
-            f"'model_args' with the sizes, missing {error}"
-        ) from None
+    if folder.exists():
+        _refuse_foreign(folder)
+    config = replace(model.config, block_size=min(model.trained_context, model.config.block_size))
     tensors: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = _canonical(key)
-        if name is not None:
-            tensors[name] = value
-    with torch.device("meta"):
-        ours = _our_tensors(GPT(config))
-    if not args.get("bias", True):
-        for name, p in ours.items():
-            if name.endswith(".bias"):
-                tensors.setdefault(name, torch.zeros(p.shape))
-    # The checks speak of file layout, so show them what a GPT-2 file would hold.
-    shapes = {
-        name: [*reversed(t.shape)] if name.endswith(TRANSPOSED) else [*t.shape]
-        for name, t in tensors.items()
-    }
-    _check_shapes(str(file), config, ours, shapes)
-    return _build(str(file), config, ops, tensors.items(), transposed=False)
+    for name, tensor in file_tensors(model).items():
+        rows = config.block_size if name.endswith("wpe.weight") else None
+        tensors[name] = tensor[:rows].to("cpu", dtype).contiguous()
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(
+                f"save_pretrained: {name} is not finite in {dtype}; nothing is written"
+            )
+    # Beside a folder that is not there yet is the nearest one that is.
+    beside = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    with tempfile.TemporaryDirectory(dir=beside, prefix=PARTIAL) as name:
+        partial = Path(name)
+        _write_json(partial / CONFIG, hf_config(model, dtype, config))
+        eot = GPT2_VOCAB - 1 if config.vocab_size >= GPT2_VOCAB else None
+        _write_json(
+            partial / "generation_config.json",
+            {"bos_token_id": eot, "eos_token_id": eot, "max_length": config.block_size},
+        )
+        (partial / "README.md").write_text(model_card(model, config), encoding="utf-8")
+        if config.vocab_size == GPT2_VOCAB:
+            _write_tokenizer(partial, config.block_size)
+        try:
+            with replacing(partial / WEIGHTS) as file:  # whose mode is the umask's
+                save_file(tensors, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # no space, for one
+            raise OSError(f"save_pretrained: {folder}: {error}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in EXPORTED:  # the weights, which come last, must never be of another model
+            (folder / file).unlink(missing_ok=True)
+        for file in EXPORTED:
+            if (partial / file).exists():
+                os.replace(partial / file, folder / file)
 
 
 # ---- command line
@@ -539,10 +629,12 @@ def main(args: list[str] | None = None) -> None:
     """`python -m model.hf`: import-nanogpt and export."""
     import tyro  # not needed by who only loads a model
 
+    from model.nanogpt import load_nanogpt  # which imports this module
+
     app = tyro.extras.SubcommandApp()
 
     @app.command(name="import-nanogpt")
-    def import_nanogpt(file: tyro.conf.Positional[Path], out: Path) -> None:
+    def import_nanogpt(file: tyro.conf.Positional[str], out: str) -> None:
         """Convert a nanoGPT ckpt.pt into a model folder.
 
         Args:
@@ -556,26 +648,23 @@ def main(args: list[str] | None = None) -> None:
 
     @app.command
     def export(
-        path: tyro.conf.Positional[Path],
-        out: Path,
+        path: tyro.conf.Positional[str],
+        out: str,
         dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     ) -> None:
         """Write a run or a model as a Hugging Face folder, in another dtype if asked.
 
         Args:
-            path: A run, a model folder or a .safetensors file.
-            out: Folder to write.
+            path: A run, a checkpoint, a model folder or a .safetensors file.
+            out: Folder to write: new, empty, or an earlier export.
             dtype: Of the weights written.
         """
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         from_pretrained(path).save_pretrained(out, dtypes[dtype])
         print(f"{out}: written in {dtype}")
 
-    try:
+    with exits():
         app.cli(prog="python -m model.hf", args=args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -211,8 +211,16 @@ def test_overfits_one_batch() -> None:
     ("fields", "message"),
     [
         ({"n_embd": 100, "n_head": 3}, "n_embd must be divisible by n_head"),
-        ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
+        ({"n_layer": 0}, "n_layer must be a whole number from 1 to 1,000, got 0"),
+        ({"n_layer": 10**7}, "n_layer must be a whole number from 1 to 1,000, got 10000000"),
+        ({"n_head": True}, "n_head must be a whole number .* got True"),
+        ({"n_embd": "768"}, "n_embd must be a whole number .* got '768'"),
+        ({"block_size": math.nan}, "block_size must be a whole number .* got nan"),
+        ({"vocab_size": 2**64}, "vocab_size must be a whole number"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": "0"}, r"dropout must be in \[0, 1\), got '0'"),
+        ({"layer_norm_epsilon": 0}, r"layer_norm_epsilon must be in \(0, 1\), got 0"),
+        ({"layer_norm_epsilon": math.nan}, r"layer_norm_epsilon must be in \(0, 1\), got nan"),
     ],
 )
 def test_shapes_that_cannot_be(fields: dict, message: str) -> None:

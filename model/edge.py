@@ -1,0 +1,64 @@
+"""The edge to the outside: values that are checked, text that is quoted, how a command ends."""
+
+import io
+import numbers
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def one_line(text: object, limit: int = 1000) -> str:
+    """`text` on one line of at most `limit` characters, with control characters spelled out.
+
+    A name out of a file could otherwise move the cursor or recolour the terminal.
+    """
+    line = " ".join(str(text).split())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def quoted(value: object) -> str:
+    """A value out of a file, short enough for a message."""
+    if isinstance(value, dict | list) or (isinstance(value, int) and value.bit_length() > 256):
+        return f"a long {type(value).__name__}"
+    return one_line(repr(value), 80)
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_int(where: str, name: str, value: Any, least: int, most: int) -> None:
+    """Raise ValueError unless `value` is a whole number in [least, most]."""
+    if not (is_int(value) and least <= value <= most):
+        raise ValueError(
+            f"{where}: {name} must be a whole number from {least:,} to {most:,}, "
+            f"got {quoted(value)}"
+        )
+
+
+@contextmanager
+def exits() -> Iterator[None]:
+    """Bad input is one line and exit code 2, Ctrl-C 130; a reader that goes away is no fault."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character shows its code
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered must go nowhere, or Python complains when it exits.
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)

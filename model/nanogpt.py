@@ -1,0 +1,116 @@
+"""nanoGPT's ckpt.pt, read without running what is in it."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels import EAGER, Ops
+from model.config import GPTConfig
+from model.edge import quoted
+from model.flops import num_parameters
+from model.gpt import GPT
+from model.hf import (
+    GPT2_VOCAB,
+    TRANSPOSED,
+    build,
+    canonical,
+    check_shapes,
+    our_tensors,
+)
+
+
+def _load(file: Path) -> dict:
+    """What torch.save wrote, once it is known to be tensors and plain values in a dict."""
+    if not file.is_file():
+        raise FileNotFoundError(f"import-nanogpt: no such file: {file}")
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        content = None if foreign else torch.load(file, "cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError):
+        # torch's own words are several lines with escape codes and advice to run the pickle.
+        raise ValueError(
+            f"import-nanogpt: {file} is no checkpoint as torch.save has written them since torch "
+            "1.6, or it is damaged; a newer torch loads an old one and saves it again"
+        ) from None
+    if foreign:
+        raise ValueError(
+            f"import-nanogpt: {file} holds more than tensors and plain values and was not loaded: "
+            f"its classes are {', '.join(map(quoted, foreign[:3]))}. build-nanogpt keeps its sizes "
+            "that way; in the program that wrote it save {'model': model.state_dict(), "
+            "'model_args': vars(config)} and import that"
+        )
+    if not isinstance(content, dict):
+        raise ValueError(f"import-nanogpt: {file} must hold a dict, got {quoted(type(content))}")
+    return content
+
+
+def load_nanogpt(path: str | Path, ops: Ops = EAGER) -> GPT:
+    """A model from nanoGPT's ckpt.pt.
+
+    The file is unpickled with weights_only, so it cannot run code. Matmul weights are (out, in)
+    as ours. A vocabulary padded to 50304 is cropped to 50257; models without biases get zeros.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a checkpoint; a missing, unknown or misshapen tensor.
+    """
+    file = Path(path)
+    checkpoint = _load(file)
+    state, args = checkpoint.get("model"), checkpoint.get("model_args")
+    if not isinstance(state, dict) or not isinstance(args, dict):
+        raise ValueError(
+            f"import-nanogpt: {file} is not a nanoGPT checkpoint: expected 'model' and 'model_args'"
+            f", got {', '.join(map(quoted, [*checkpoint][:5]))}"
+        )
+    try:
+        padded = args["vocab_size"]
+        config = GPTConfig(
+            block_size=args["block_size"],
+            vocab_size=GPT2_VOCAB if padded == 50304 else padded,
+            n_layer=args["n_layer"],
+            n_head=args["n_head"],
+            n_embd=args["n_embd"],
+        )
+    except KeyError as error:
+        raise ValueError(f"import-nanogpt: {file}: 'model_args' lacks {error}") from None
+    except ValueError as error:
+        raise ValueError(f"import-nanogpt: {file}: {error}") from None
+    # A tensor may claim any shape over few bytes; two a weight are the least that is sensible.
+    if file.stat().st_size < 2 * num_parameters(config):
+        raise ValueError(
+            f"import-nanogpt: {file} has {file.stat().st_size:,} bytes, too few for the "
+            f"{num_parameters(config):,} weights of its sizes"
+        )
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if not isinstance(key, str) or not _is_plain(value):
+            raise ValueError(
+                f"import-nanogpt: {file}: {quoted(key)} must name a dense tensor of floats"
+            )
+        name = canonical(key)
+        if name is not None:
+            tensors[name] = value
+    if not args.get("bias", True):
+        with torch.device("meta"):
+            ours = our_tensors(GPT(config))
+        for name, p in ours.items():
+            if name.endswith(".bias"):
+                tensors.setdefault(name, torch.zeros(p.shape))
+    # The check speaks of file layout, so show it what a GPT-2 file would hold.
+    shapes = {
+        name: [*reversed(t.shape)] if name.endswith(TRANSPOSED) else [*t.shape]
+        for name, t in tensors.items()
+    }
+    check_shapes(str(file), config, shapes)
+    return build(str(file), config, ops, tensors.items(), transposed=False)
+
+
+def _is_plain(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.is_floating_point()
+    )
