@@ -24,7 +24,6 @@ rounding: a matmul over another number of rows may differ in the last bit).
 """
 
 import codecs
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,11 +39,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.edge import check_int, exits, is_real, one_line, quoted
 from model.gpt import GPT, Block
 
 if TYPE_CHECKING:
     import tiktoken
 
+MAX_NEW_TOKENS = 1_000_000  # of a text; a typo in a number must not run for years
+MAX_ROWS = 4096  # texts at once
+MAX_PROMPT_BYTES = 16 << 20  # of standard input; only its end fits any window
+GREEDY_BELOW = 1e-6  # a lower temperature tells apart what fp32 logits cannot: it is greedy
 MAX_TURNED_BYTES = 4 << 30  # second copies of a model's weights; fp32 774M needs 1.9 GB
 
 
@@ -72,21 +76,19 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 0:
-            raise ValueError(f"generate: max_new_tokens must be >= 0, got {self.max_new_tokens}")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+        check_int("generate", "max_new_tokens", self.max_new_tokens, 0, MAX_NEW_TOKENS)
+        check_int("generate", "top_k", self.top_k, 0, 2**63 - 1)
+        check_int("generate", "seed", self.seed, 0, 2**64 - 1)
+        temperature, top_p = self.temperature, self.top_p
+        if not (is_real(temperature) and 0 <= temperature <= sys.float_info.max):
             raise ValueError(
                 f"generate: temperature must be finite and >= 0 (0 is greedy), "
-                f"got {self.temperature}"
+                f"got {quoted(temperature)}"
             )
-        if self.top_k < 0:
-            raise ValueError(f"generate: top_k must be >= 0 (0 is off), got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"generate: top_p must be in (0, 1], got {self.top_p}")
-        if self.seed < 0:
-            raise ValueError(f"generate: seed must be >= 0, got {self.seed}")
-        if "" in self.stop:
-            raise ValueError("generate: a stop string must not be empty")
+        if not (is_real(top_p) and 0 < top_p <= 1):
+            raise ValueError(f"generate: top_p must be in (0, 1], got {quoted(top_p)}")
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise ValueError("generate: stop must be a tuple of strings that are not empty")
 
 
 def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
@@ -100,15 +102,16 @@ def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     Returns:
         (R,) int64.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
-    z, order = logits.float() / sampling.temperature, None
+    z, order = logits.float(), None
     if sampling.top_k:
         z, order = z.topk(min(sampling.top_k, z.shape[-1]), dim=-1)
     elif sampling.top_p < 1:
         z, order = z.sort(dim=-1, descending=True)
-    # fp64: over 50k terms an fp32 sum would round small probabilities away.
-    probs = torch.softmax(z, dim=-1, dtype=torch.float64)
+    # fp64: over 50k terms an fp32 sum would round small probabilities away, and a logit divided by
+    # a small temperature would overflow.
+    probs = torch.softmax(z.double() / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
         before = probs.cumsum(dim=-1) - probs
         probs = probs.masked_fill(before >= sampling.top_p, 0.0)
@@ -122,13 +125,8 @@ def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
 
 def resolve_window(model: GPT, window: int | None) -> int:
     """The window to generate in: the trained context unless one is given."""
-    if window is None:
-        return max(model.trained_context, 2)
-    if not 2 <= window <= model.config.block_size:
-        raise ValueError(
-            f"generate: window must be in [2, {model.config.block_size}] (the model's positions), "
-            f"got {window}"
-        )
+    window = max(model.trained_context, 2) if window is None else window
+    check_int("generate", "window", window, 2, model.config.block_size)
     return window
 
 
@@ -177,12 +175,10 @@ class Decoder:
         self.contexts = [list(prompt)[-self.window :] for prompt in prompts]
         numbers = sample_numbers if sample_numbers is not None else [0] * len(prompts)
         # The prompt takes part, or an untrained model would answer every prompt alike.
-        draws = [
-            np.random.default_rng([sampling.seed, n, *prompt]).random(sampling.max_new_tokens)
+        self.streams = [
+            np.random.default_rng([sampling.seed, n, *prompt])
             for n, prompt in zip(numbers, prompts, strict=True)
         ]
-        self.draws = torch.tensor(np.array(draws), dtype=torch.float64).T.contiguous()
-        self.num_steps = 0
         self.fresh = [*range(len(prompts))]  # rows whose keys are not in the cache
         self.cache: Tensor | None = None
         self.turned = _turned_weights(model) if use_cache and self._one_row_on_cpu() else {}
@@ -200,11 +196,20 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[int]:
-        """The next token of every row. Call at most `max_new_tokens` times."""
+        """The next token of every row.
+
+        Raises:
+            ValueError: the model's logits are not finite.
+        """
         logits = self._cached_logits() if self.use_cache else self._uncached_logits()
-        draws = self.draws[self.num_steps].to(logits.device)
-        tokens: list[int] = sample(logits[:, : self.vocab_size], draws, self.sampling).tolist()
-        self.num_steps += 1
+        logits = logits[:, : self.vocab_size]
+        draws = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float64)
+        tokens: list[int] = sample(logits, draws.to(logits.device), self.sampling).tolist()
+        if not torch.isfinite(logits).all():
+            raise ValueError(
+                "generate: the model's logits are not finite, so no token can be chosen: its "
+                "training failed, or its weights overflow in this dtype; try an earlier checkpoint"
+            )
         for r, token in enumerate(tokens):
             context = self.contexts[r]
             context.append(token)
@@ -259,9 +264,15 @@ class Decoder:
                 # (layer, k or v, row, head, position, D) in the dtype of qkv, which autocast
                 # decides; zeros, because masked positions are still multiplied and 0 * NaN is NaN
                 shape = (config.n_layer, 2, len(self.contexts), config.n_head, self.window)
-                self.cache = torch.zeros(
-                    *shape, config.head_dim, dtype=kv.dtype, device=self.device
-                )
+                try:
+                    self.cache = torch.zeros(
+                        *shape, config.head_dim, dtype=kv.dtype, device=self.device
+                    )
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"generate: no memory for the keys and values of {len(self.contexts):,} "
+                        f"texts; take fewer or a smaller window ({one_line(error, 160)})"
+                    ) from None
             self.cache[layer][:, rows, :, :S] = kv.permute(2, 0, 3, 1, 4)
             branch = block.attn.c_proj(ops.causal_attention(qkv, config.n_head, 0.0))
             y, residual = ops.add_layer_norm(
@@ -393,10 +404,11 @@ def evaluating(model: GPT) -> Iterator[None]:
 
 def _rows(prompts: Sequence[Sequence[int]], num_samples: int) -> tuple[list[Sequence[int]], list]:
     """Each prompt num_samples times, and the sample number of each row."""
-    if num_samples < 1:
-        raise ValueError(f"generate: num_samples must be at least 1, got {num_samples}")
-    if not prompts:
-        raise ValueError('generate: there is no prompt; an empty one is ""')
+    if not 1 <= len(prompts) <= MAX_ROWS:
+        raise ValueError(
+            f'generate: needs 1 to {MAX_ROWS:,} prompts (an empty one is ""), got {len(prompts):,}'
+        )
+    check_int("generate", "num_samples", num_samples, 1, MAX_ROWS // len(prompts))
     rows = [prompt for prompt in prompts for _ in range(num_samples)]
     return rows, [*range(num_samples)] * len(prompts)
 
@@ -497,13 +509,15 @@ def encode_prompt(encoding: "tiktoken.Encoding", prompt: str) -> list[int]:
     Raises:
         ValueError: the string holds a lone surrogate, which stands for a byte that is not UTF-8.
     """
+    from model import tokenizer
+
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
             f"generate: the prompt is not UTF-8: character {error.start} is {prompt[error.start]!r}"
         ) from None
-    return encoding.encode_ordinary(prompt) or [encoding.eot_token]
+    return tokenizer.encode(prompt).tolist() or [encoding.eot_token]
 
 
 def stream_text(
@@ -585,11 +599,12 @@ def generate_text(
     notify: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The continuation of each row, prompts not included; see `stream_text`."""
-    texts = [""] * (len(prompts) * num_samples)
-    for piece in stream_text(
+    pieces = stream_text(
         model, encoding, prompts, sampling,
         num_samples=num_samples, window=window, use_cache=use_cache, notify=notify,
-    ):  # fmt: skip
+    )  # fmt: skip
+    texts = [""] * (len(prompts) * num_samples)
+    for piece in pieces:
         texts[piece.row] += piece.text
     return texts
 
@@ -613,7 +628,11 @@ def latest_model(runs: str | Path = "runs") -> Path:
 
 
 def _read_stdin() -> str:
-    raw = sys.stdin.buffer.read()
+    if sys.stdin is None:
+        raise ValueError("generate: --prompt - reads standard input, which is closed")
+    raw = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(raw) > MAX_PROMPT_BYTES:
+        raise ValueError(f"generate: stdin has more than {MAX_PROMPT_BYTES:,} bytes of prompt")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -637,7 +656,7 @@ class Options:
     """
 
     sampling: Sampling
-    model: Path | None = None
+    model: str | None = None
     prompt: tuple[str, ...] = ("",)
     num_samples: int = 1
     window: int | None = None
@@ -654,7 +673,7 @@ def _run(options: Options) -> None:
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("generate: --device cuda, but torch sees no GPU here; use --device cpu")
     prompts = [_read_stdin() if p == "-" else p for p in options.prompt]
-    path = options.model or latest_model()
+    path = latest_model() if options.model is None else options.model
     model = GPT.from_pretrained(path)
     model = model.to(device, torch.bfloat16 if options.dtype == "bf16" else torch.float32)
     pieces = stream_text(
@@ -679,7 +698,8 @@ def _run(options: Options) -> None:
             prompt = prompts[r // options.num_samples]
             print(f"--- {r + 1} of {num_rows}\n{prompt}{text}")
     print(
-        f"{path}: {sum(counts)} tokens in {elapsed:.2f} s, {sum(counts) / elapsed:.1f} tokens/s "
+        f"{path}: {sum(counts)} tokens in {elapsed:.2f} s, "
+        f"{sum(counts) / max(elapsed, 1e-9):.1f} tokens/s "
         f"on {device}",
         file=sys.stderr,
     )
@@ -689,13 +709,10 @@ def main(args: list[str] | None = None) -> None:
     """`python -m model.generate`."""
     import tyro
 
-    try:
+    with exits():
         _run(
             tyro.cli(tyro.conf.OmitArgPrefixes[Options], prog="python -m model.generate", args=args)
         )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -253,8 +254,31 @@ def test_sample_at_the_ends():
     one = torch.ones(1, dtype=torch.float64)
     assert sample(logits, one, Sampling(top_k=3)).item() == 0
     assert sample(logits, one, Sampling()).item() == 3
-    # A tiny temperature is greedy in the limit, not NaN.
-    assert sample(logits, almost_one, Sampling(temperature=1e-6)).item() == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-40, 1e-46, 5e-324])
+@pytest.mark.parametrize("more", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 2**62}])
+def test_a_tiny_temperature_is_no_different_from_0(temperature: float, more: dict):
+    """Ties, which bf16 logits have often, included; so are logits at the ends of fp32."""
+    logits = torch.tensor([[1.0, 4.0, 4.0, -3e38], [3e38, 1.0, -3e38, 3e38]])
+    draws = torch.tensor([0.0, 0.99], dtype=torch.float64)
+    greedy = sample(logits, draws, Sampling(temperature=0.0, **more))
+    assert greedy.tolist() == [1, 0]
+    assert torch.equal(sample(logits, draws, Sampling(temperature=temperature, **more)), greedy)
+    # The smallest that is not greedy divides without a NaN.
+    assert sample(logits[:, :2], draws, Sampling(temperature=1e-6, **more)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1.0, 1e300, 1.7e308])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-300, 1 - 2**-53, 1.0])
+def test_settings_at_their_ends_choose_a_token_there_is(temperature: float, top_p: float):
+    logits = torch.tensor([[0.0, 5.0, -torch.inf, 1.0], [3e38, -3e38, -torch.inf, 0.0]])
+    for draw in (0.0, 0.5, 1 - 2.0**-53):
+        draws = torch.full((2,), draw, dtype=torch.float64)
+        chosen = sample(logits, draws, Sampling(temperature=temperature, top_p=top_p))
+        assert not (chosen == 2).any()
+        if top_p < 1e-9:
+            assert chosen.tolist() == [1, 0]
 
 
 # ---- text
@@ -359,37 +383,49 @@ def test_long_prompt_is_cropped_left_with_a_line(text_model: GPT):
 # ---- bad input
 
 
+ODD: tuple[Any, ...] = (
+    -1, 0.5, True, None, "", "abc", "1", [], math.nan, math.inf, 1e300, 2**64, 10**5000
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "fine"),
     [
-        ({"temperature": -0.1}, "temperature must be finite and >= 0"),
-        ({"temperature": math.nan}, "temperature .* nan"),
-        ({"temperature": math.inf}, "temperature .* inf"),
-        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
-        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
-        ({"top_p": math.nan}, "top_p"),
-        ({"top_k": -1}, "top_k must be >= 0"),
-        ({"max_new_tokens": -1}, "max_new_tokens must be >= 0"),
-        ({"seed": -1}, "seed must be >= 0"),
-        ({"stop": ("a", "")}, "stop string must not be empty"),
+        ("temperature", (0.5, 1e300, 2**64)),
+        ("top_p", (0.5,)),
+        ("top_k", ()),
+        ("max_new_tokens", ()),
+        ("seed", ()),
     ],
 )
-def test_bad_sampling(change: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        Sampling(**change)
+def test_settings_out_of_range_are_refused(name: str, fine: tuple[float, ...]):
+    for value in ODD:
+        if value in fine:
+            Sampling(**{name: value})
+        else:
+            with pytest.raises(ValueError, match=f"^generate: {name} must be"):
+                Sampling(**{name: value})
+    for stop in (("a", ""), "abc", ("",)):
+        with pytest.raises(ValueError, match="generate: stop must be a tuple of strings"):
+            Sampling(stop=stop)  # type: ignore[arg-type]
 
 
-def test_bad_calls(model: GPT):
+def test_bad_calls(model: GPT, text_model: GPT):
     with pytest.raises(ValueError, match="row 1 has no token"):
         generate_tokens(model, [[1], []], GREEDY)
     with pytest.raises(ValueError, match="outside the vocabulary of 197: 5 to 197"):
         generate_tokens(model, [[197, 5]], GREEDY)
-    with pytest.raises(ValueError, match=r"window must be in \[2, 64\].*got 65"):
-        generate_tokens(model, [[1]], GREEDY, window=65)
-    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
-        generate_tokens(model, [[1]], GREEDY, num_samples=0)
-    with pytest.raises(ValueError, match="there is no prompt"):
+    for odd in (65, 1, *ODD):
+        with pytest.raises(ValueError, match="window must be a whole number from 2 to 64, got"):
+            Decoder(model, [[1]], GREEDY, window=odd or -1)
+    for odd in (0, 4097, 10**9, *ODD):
+        for call in (generate_text, stream_text):
+            with pytest.raises(ValueError, match="num_samples must be a whole number from 1 to 4"):
+                call(text_model, get_encoding(), ["a"], GREEDY, num_samples=odd)
+    with pytest.raises(ValueError, match=r"needs 1 to 4,096 prompts .* got 0"):
         generate_tokens(model, [], GREEDY)
+    with pytest.raises(ValueError, match=r"needs 1 to 4,096 prompts .* got 5,000"):
+        generate_tokens(model, [[1]] * 5000, GREEDY)
     with pytest.raises(ValueError, match="the model has 197 tokens"):
         generate_text(model, get_encoding(), ["a"], GREEDY)
     assert generate_tokens(model, [[1]], Sampling(max_new_tokens=0)) == [[]]
@@ -456,7 +492,13 @@ def test_command_line_batch(
         (["--temperature", "-1"], "temperature must be finite and >= 0"),
         (["--top-p", "0"], "top_p must be in (0, 1]"),
         (["--model", "nowhere"], "no such file or folder: nowhere"),
-        (["--window", "4000"], "window must be in [2, 48]"),
+        (["--window", "4000"], "window must be a whole number from 2 to 48, got 4000"),
+        (["--model", ""], "the path is empty"),
+        (
+            ["--max-new-tokens", "1000000000000"],
+            "max_new_tokens must be a whole number from 0 to 1",
+        ),
+        (["--num-samples", "1000000000"], "num_samples must be a whole number from 1 to 4,096"),
         (["--prompt", "-"], "stdin is not UTF-8: byte 0xff at offset 2"),
         (["--prompt", "\udcff"], "the prompt is not UTF-8"),
     ],
@@ -476,6 +518,83 @@ def test_command_line_bad_input(
     assert message in flat
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    "flag", ["--max-new-tokens", "--num-samples", "--window", "--seed", "--top-k", "--top-p",
+             "--temperature"]
+)  # fmt: skip
+def test_numeric_flags_with_odd_values_end_with_a_line(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: Path
+):
+    """Each value is either taken or refused with 2; none is a traceback or runs for ever."""
+    for value in ("0", "-1", "nan", "inf", "1e300", str(2**64), "", "abc"):
+        args = [] if flag == "--max-new-tokens" else ["--max-new-tokens", "1"]
+        code, out, err = call_main(monkeypatch, capsys, runs, *args, f"{flag}={value}")
+        assert code in (0, 2), (flag, value, err)
+        if code == 2:
+            assert (out, "Traceback" in err) == ("", False)
+
+
+def test_hostile_text_on_stdin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: Path
+):
+    """None of it ends the process otherwise than with text or with one line."""
+    texts = {
+        b" " * 999_999 + b"\0\x1b[2J\x7f\n" * 999: 0,
+        b"\xed\xa0\xbd": 2,
+        b"x" * (generate.MAX_PROMPT_BYTES + 1): 2,
+    }
+    for text, expected in texts.items():
+        stdin = io.TextIOWrapper(io.BytesIO(text), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code, _, err = call_main(
+            monkeypatch, capsys, runs, "--prompt", "-", "--max-new-tokens", "1"
+        )
+        assert code == expected, (text[:20], err)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert call_main(monkeypatch, capsys, runs, "--prompt", "-")[0] == 2
+
+
+def test_logits_that_are_not_finite_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    runs: Path,
+):
+    """By the library, streaming or not, cached or not, and by the command; never a token."""
+    model = random_model(GPTConfig(block_size=48, n_layer=1, n_head=2, n_embd=16))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        with torch.no_grad():
+            model.transformer.ln_f.bias.fill_(bad)
+        for temperature in (0.0, 1.0):
+            sampling = Sampling(max_new_tokens=2, temperature=temperature)
+            for use_cache in (True, False):
+                with pytest.raises(ValueError, match="logits are not finite"):
+                    generate_tokens(model, [[1], [2, 3]], sampling, use_cache=use_cache)
+            with pytest.raises(ValueError, match="logits are not finite"):
+                generate_text(model, get_encoding(), ["a"], sampling)
+    monkeypatch.setattr(GPT, "from_pretrained", lambda _: model)
+    code, _, err = call_main(monkeypatch, capsys, runs, "--prompt", "a")
+    assert code == 2
+    assert err.startswith("error: generate: the model's logits are not finite")
+
+
+def test_a_console_that_lacks_a_character(monkeypatch: pytest.MonkeyPatch, runs: Path):
+    monkeypatch.chdir(runs)
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    generate.main(["--prompt", "\u65e5", "--max-new-tokens", "1"])
+    console.flush()
+    assert console.buffer.getvalue().startswith(b"\\u65e5")  # type: ignore[attr-defined]
+
+
+def test_a_reader_that_goes_away_is_no_fault(monkeypatch: pytest.MonkeyPatch, runs: Path):
+    monkeypatch.chdir(runs)
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        generate.main(["--prompt", "a", "--max-new-tokens", "3"])
 
 
 def test_command_line_without_any_model(
