@@ -134,7 +134,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
              "val_tokens": len(val_tokens)}  # fmt: skip
     refuse_mismatch(world, {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()},
                             "data": corpus.sha256, "torch": torch.__version__})  # fmt: skip
-    initial = GPT.from_pretrained(cfg.init).state_dict() if cfg.init else None
+    initial = GPT.from_pretrained(cfg.init) if cfg.init else None
     out = world.first(lambda: open_run_folder(cfg.out, cfg.preset, recipe))
     found = resume.find(cfg.resume, out, world.say)
     if found is not None:
@@ -154,7 +154,9 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     model = GPT(recipe.model_config, plan.op_set, residual_dtype)
     model.trained_context = recipe.block_size
     if run.initial is not None:
-        model.load_state_dict(run.initial)
+        model.load_state_dict(run.initial.state_dict())
+        model.fine_tuned_context = recipe.block_size
+        model.trained_context = max(recipe.block_size, run.initial.trained_context)
     model.to(plan.device)
     optimizer = configure_adamw(model, recipe, plan.optimizer)
     guard = Guard(GuardConfig(), torch.device(plan.device)) if recipe.guard else None

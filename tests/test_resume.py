@@ -81,7 +81,9 @@ def test_every_checkpoint_is_a_model_folder(small, tmp_path):
     from_run, ours = GPT.from_pretrained(run.folder / "calm"), GPT.from_pretrained(folder)
     assert ours.trained_context == 32
     for name, value in from_run.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], value), name
+        assert torch.equal(ours.state_dict()[name][: len(value)], value), (
+            name
+        )  # it has all positions
     hf.main(["export", str(folder), "--out", str(tmp_path / "exported")])
     assert (tmp_path / "exported" / "model.safetensors").is_file()
     still = ("--init", str(folder), "--max-lr", "0", "--min-lr", "0", "--steps", "1")

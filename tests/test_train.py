@@ -239,16 +239,20 @@ def test_a_finished_run_is_not_overwritten(text: Path, tmp_path: Path, monkeypat
 
 def test_init_starts_from_given_weights(text: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
-    given = GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=32))
+    given = GPT(GPTConfig(block_size=96, n_layer=1, n_head=2, n_embd=32))
     given.save_pretrained(tmp_path / "given")
     still = ["--max-lr", "0", "--min-lr", "0", "--steps", "1"]
     for name, init in (("folder", "given"), ("file", "given/model.safetensors")):
         run_here(text, tmp_path / name, "--init", str(tmp_path / init), *still)
         config = json.loads((tmp_path / name / "config.json").read_text())
-        assert config["recipe"]["model"].startswith("124m,block_size=64,n_layer=1")
+        assert config["recipe"]["model"].startswith("124m,block_size=96,n_layer=1")
         saved = load_file(tmp_path / name / "model" / "model.safetensors")
         for key, value in load_file(tmp_path / "given" / "model.safetensors").items():
             assert torch.equal(saved[key], value), key
+    card = (tmp_path / "file" / "model" / "README.md").read_text()
+    assert "a context of 96 tokens" in card  # which it was, before this run at 64
+    assert "last training was at 64 tokens: positions from 64 to 95" in card
+    assert GPT.from_pretrained(tmp_path / "file").trained_context == 96
 
 
 BAD = {

@@ -51,7 +51,7 @@ class Run:
         train_tokens, val_tokens: Both ends of the corpus.
         corpus: Its name, hash and counts.
         saved: Checkpoint to go on from; None starts afresh.
-        initial: Weights to start afresh from; None draws them.
+        initial: Model whose weights to start afresh from; None draws them.
     """
 
     preset: str
@@ -64,7 +64,7 @@ class Run:
     val_tokens: Tokens
     corpus: dict[str, Any]
     saved: Checkpoint | None = None
-    initial: dict[str, torch.Tensor] | None = None
+    initial: GPT | None = None
 
     def open_batches(self, progress: Progress) -> Prefetcher:
         """The rows of each step from `progress` on, (rows of a step on this rank, T)."""
@@ -105,7 +105,8 @@ class Run:
         with torch.compiler.set_stance("force_eager"):
             for first, last in pieces[world.rank :: world.size]:
                 tokens = np.asarray(self.val_tokens[first:last])
-                total += evaluate_tokens(model, tokens) * (len(tokens) - 1)
+                loss = evaluate_tokens(model, tokens, window=self.recipe.block_size)
+                total += loss * (len(tokens) - 1)
                 weight += len(tokens) - 1
         return world.mean(total, weight, self.plan.device)
 
