@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -123,20 +124,17 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
             "huggingface.co/datasets/HuggingFaceFW/fineweb-edu, write its text column as .jsonl, "
             "and run `python -m training.prepare THOSE_FILES --out FOLDER`"
         )
-    if not world.is_main:
-        world.barrier()  # rank 0 fills the token cache
-    corpus = load_corpus(cfg.data, world.say)
-    if world.is_main:
-        world.barrier()
+    corpus = world.in_turn("tokens", lambda: load_corpus(cfg.data, world.say))
     train_tokens, val_tokens = corpus.split(recipe.val_fraction)
     data_loader(recipe, plan, train_tokens, world)  # raises where the text is too short for a batch
     facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(train_tokens),
              "val_tokens": len(val_tokens)}  # fmt: skip
-    refuse_mismatch(world, {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()},
-                            "data": corpus.sha256, "torch": torch.__version__})  # fmt: skip
+    same = {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()},
+            "data": corpus.sha256, "torch": torch.__version__}  # fmt: skip
+    refuse_mismatch(world, "facts", same)
     initial = GPT.from_pretrained(cfg.init) if cfg.init else None
-    out = world.first(lambda: open_run_folder(cfg.out, cfg.preset, recipe))
-    found = resume.find(cfg.resume, out, world.say)
+    out = Path(world.first("out", lambda: str(open_run_folder(cfg.out, cfg.preset, recipe))))
+    found = resume.find(cfg.resume, out, world)
     if found is not None:
         notes = resume.check_recipe(found[1], recipe, corpus.sha256, cfg.override)
         notes += resume.check_plan(found[1], plan)
@@ -274,18 +272,21 @@ def explain_plan(cfg: Config) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 for what was asked wrongly, 1 for a run that failed, 75 for one to go on with."""
+    world = ALONE
     with contextlib.ExitStack() as held:
         try:
+            world = held.enter_context(distributed.meet())
             cfg = parse(sys.argv[1:] if arguments is None else arguments)
-            world = held.enter_context(distributed.start(cfg.device))
+            world.connect(cfg.device)
             if cfg.explain:
                 return explain_plan(cfg)
             run = prepare(cfg, world)
             if world.is_main:
                 held.enter_context(checkpoint.lock(run.out))
                 checkpoint.clean(run.out / "checkpoints")
+            world.first("locked", lambda: True)
         except (ValueError, OSError) as error:
-            print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+            world.complain(f"train.py: {' '.join(str(error).split())}")
             return 2
         stop = held.enter_context(StopRequest(world.say))
         recipe = cfg.recipe

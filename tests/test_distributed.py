@@ -2,18 +2,27 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
-from training import checkpoint
+import train
+from training import checkpoint, distributed
 from training.data import load_corpus
-from training.distributed import World, share
+from training.distributed import World, refuse_mismatch, share
 from training.plan import Choices, detect, make_plan
 from training.prepare import Config, prepare
 from training.recipes import Recipe
@@ -45,10 +54,12 @@ def job(folder: Path, out: str, ranks: int, *flags: str, restarts: int = 0) -> l
             "--out", str(folder / out), *flags]  # fmt: skip
 
 
-def start(command: list[str], more: dict[str, str] | None = None) -> "subprocess.Popen[str]":
+def start(
+    command: list[str], more: dict[str, str] | None = None, cwd: Path | None = None
+) -> "subprocess.Popen[str]":
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(more or {})}
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)  # fmt: skip
+                            stderr=subprocess.STDOUT, cwd=cwd)  # fmt: skip
 
 
 def finish(command: list[str]) -> tuple[int, str]:
@@ -156,20 +167,131 @@ def test_four_ranks(text, alone):
     assert_equal_runs(metrics(text, "four"), alone)
 
 
-def test_ranks_with_different_flags_are_refused(text):
-    """Two ranks started by hand, one with another learning rate."""
+def test_ranks_that_do_not_share_a_disk_are_refused(text, alone, tmp_path):
+    """Two ranks started by hand, each in a folder of its own; only rank 0 finds a checkpoint."""
+    homes = [tmp_path / "a", tmp_path / "b"]
+    for home in homes:
+        home.mkdir()
+        shutil.copy(text / "text.txt", home)
+    shutil.copytree(text / "alone", homes[0] / "run")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     processes = []
-    for rank, lr in enumerate(("0.001", "0.002")):
+    for rank, home in enumerate(homes):
         environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": "29611"}  # fmt: skip
-        command = job(text, "mixed", 1, "--max-lr", lr)
-        processes.append(start(command, environment))
-    for process in processes:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 2, output
-        assert "the ranks differ: rank 1 has recipe" in output
-        assert "Traceback" not in output
-    assert not (text / "mixed").exists()
+                       "MASTER_PORT": str(port)}  # fmt: skip
+        command = job(Path(), "run", 1)
+        processes.append(start(command, environment, cwd=home))
+    outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    (line,) = [x for x in "".join(outputs).splitlines() if x.startswith("train.py: ")]
+    assert "run/checkpoints/step-00000008: no such folder; rank 0 goes on from there" in line
+    assert "Traceback" not in "".join(outputs)
+    assert not (homes[1] / "run").exists()
+
+
+def in_threads(size: int, work: Callable[[World], Any]) -> list[Any]:
+    """`work` on each rank, a thread over one store; what it returned or raised."""
+    store = dist.HashStore()
+
+    def one(rank: int) -> Any:
+        try:
+            return work(World(rank, size, rank, store))
+        except (OSError, ValueError) as error:
+            return error
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
+
+
+def test_ranks_that_differ_are_refused_on_every_rank():
+    def compare(world: World) -> None:
+        facts = {"recipe": {"max_lr": 0.001 * (1 + world.rank // 2)}, "torch": "2"}
+        refuse_mismatch(world, "facts", facts)
+
+    answers = in_threads(3, compare)
+    assert {str(a) for a in answers} == {
+        "distributed: the ranks differ: rank 2 has recipe {'max_lr': 0.002}, rank 0 "
+        "{'max_lr': 0.001}"
+    }
+
+
+def test_ranks_wait_for_the_first_to_tokenise_but_not_for_one_that_hangs(monkeypatch):
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.05))
+    done = []
+
+    def tokenise(world: World) -> int:
+        def work() -> int:
+            time.sleep(0 if world.rank else 0.5)
+            done.append(world.rank)
+            return world.rank
+
+        return world.in_turn("tokens", work)
+
+    assert in_threads(3, tokenise) == [0, 1, 2]
+    assert done[0] == 0
+
+    gave_up = threading.Event()
+
+    def hang(world: World) -> str:
+        try:
+            return world.first("out", lambda: gave_up.wait(TIMEOUT_S) and "late")
+        finally:
+            gave_up.set()
+
+    first, other = in_threads(2, hang)
+    assert first == "late"
+    assert "no 'out' from another rank" in str(other)
+
+
+@pytest.mark.parametrize("bad", [0, 1], ids=["first rank", "another rank"])
+def test_bad_data_is_one_line_from_one_rank(text, tmp_path, monkeypatch, capsys, bad):
+    """Where its data is bad, and where that of another is."""
+    store = dist.HashStore()
+    monkeypatch.chdir(tmp_path)
+    here = threading.local()
+    monkeypatch.setattr(distributed, "meet", lambda: World(here.rank, 2, here.rank, store))
+    monkeypatch.setattr(World, "connect", lambda *_: None)
+    data = [str(text / "text.txt")] * 2
+    data[bad] = "absent.txt"
+    configs = [train.parse([*FLAGS, "--data", path, "--out", "run"]) for path in data]
+    monkeypatch.setattr(train, "parse", lambda _: configs[here.rank])  # tyro is for one thread
+
+    def one(rank: int) -> int:
+        here.rank = rank
+        return train.main([])
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(one, range(2))) == [2, 2]
+    assert capsys.readouterr().err == "train.py: data: no such file: absent.txt\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE must be a whole number below 1048576, got 'abc'"),
+        ({"WORLD_SIZE": "-2"}, "got '-2'"),
+        ({"WORLD_SIZE": "2"}, "RANK must be a whole number below 2, got None; torchrun sets it"),
+        ({"WORLD_SIZE": "2", "RANK": "two"}, "RANK must be a whole number below 2, got 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK must be a whole number below 2, got '2'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "x"}, "LOCAL_RANK must be a whole"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "the ranks did not meet at None:None"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"},
+         "the ranks did not meet at localhost:99999: port must have value from 0 to 65535"),
+    ],
+)  # fmt: skip
+def test_what_torchrun_sets_is_checked(environment, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train.main(FLAGS) == 2
+    error = capsys.readouterr().err
+    assert line in error
+    assert (error.startswith("train.py: distributed: "), error.count("\n")) == (True, 1)
 
 
 @pytest.mark.parametrize(("size", "micro", "count"), [(1, 16, 4), (2, 16, 2), (8, 8, 1), (3, 0, 0)])

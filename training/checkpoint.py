@@ -53,6 +53,7 @@ class Checkpoint:
         state: JSON values (schedule, loader position, recipe, plan, counters).
         config: config.json, as a model folder has it; None in a checkpoint of version 1.
         best: Step of the best evaluation so far, whose checkpoint is never thinned out; not saved.
+        sha256: Of the manifest, where it was read from a disk.
     """
 
     step: int
@@ -60,6 +61,7 @@ class Checkpoint:
     state: dict[str, Any]
     config: dict[str, Any] | None = None
     best: int | None = None
+    sha256: str = ""
 
 
 @torch.no_grad()
@@ -211,9 +213,11 @@ def read(path: Path) -> Checkpoint:
                 tensors[name.removesuffix(".safetensors")] = load_tensors(data)
         except (ValueError, SafetensorError) as error:  # written by another program
             raise CheckpointError(f"checkpoint {path}: {name} is unreadable: {error}") from None
+    digest = hashlib.sha256(_canonical(manifest)).hexdigest()
     return Checkpoint(
-        manifest["step"], tensors, texts.get("state.json", {}), texts.get("config.json")
-    )
+        manifest["step"], tensors, texts.get("state.json", {}), texts.get("config.json"),
+        sha256=digest,
+    )  # fmt: skip
 
 
 def paths(folder: Path) -> list[Path]:

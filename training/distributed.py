@@ -6,13 +6,15 @@ bucketed all-reduce that overlaps the last micro-batch's backward. Without torch
 here is a world of one and touches no process group.
 """
 
+import json
 import os
 import sys
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,13 @@ from training.recipes import Recipe
 
 # A rank that hangs (not dies: torchrun sees that at once) takes the job down after this long.
 TIMEOUT = timedelta(minutes=10)
+POLL_S = 0.1
+FAILED = "failed"  # key in the store: a rank has said why the job ends
+T = TypeVar("T")
+
+
+class PeerFailed(OSError):
+    """Another rank cannot go on, and has said why."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +43,13 @@ class World:
         rank: Of this process, 0 is the one that writes.
         size: Processes.
         local_rank: On this machine; picks the GPU.
+        store: Where the ranks agree on what to do before they train, in JSON; None for one alone.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -49,8 +60,31 @@ class World:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error the peers may be gone: waiting for them would hang.
-        if self.size > 1 and kind is None:
+        if kind is None and dist.is_initialized():
             dist.destroy_process_group()
+
+    def connect(self, device: str) -> None:
+        """Make the process group that training uses.
+
+        Args:
+            device: "cpu", "cuda" or "auto", as --device says.
+
+        Raises:
+            ValueError: there is no GPU for this rank.
+        """
+        if self.store is None:
+            return
+        on_cuda = device != "cpu" and torch.cuda.is_available()
+        if on_cuda:
+            if self.local_rank >= (count := torch.cuda.device_count()):
+                raise ValueError(
+                    f"distributed: rank {self.rank} is process {self.local_rank + 1} of its "
+                    f"machine, which has {count} GPUs; lower --nproc-per-node"
+                )
+            torch.cuda.set_device(self.local_rank)
+        groups = dist.PrefixStore("groups", self.store)
+        dist.init_process_group("nccl" if on_cuda else "gloo", store=groups, rank=self.rank,
+                                world_size=self.size, timeout=TIMEOUT)  # fmt: skip
 
     def say(self, line: str) -> None:
         """Print on rank 0 only."""
@@ -61,20 +95,65 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def first(self, choose: Callable[[], Any]) -> Any:
-        """What `choose` returns on rank 0; an exception there is raised on every rank."""
-        if self.size == 1:
-            return choose()
-        answer: list[Any] = [None]
+    def gather(self, key: str, value: Any) -> list[Any]:
+        """`value` of every rank, in their order. Each call has a key of its own."""
+        if self.store is None:
+            return [value]
+        self.store.set(f"{key}/{self.rank}", json.dumps(value))
+        return [self._await(f"{key}/{rank}") for rank in range(self.size)]
+
+    def first(self, key: str, choose: Callable[[], Any]) -> Any:
+        """What `choose` returns on rank 0."""
+        if self.store is None or not self.is_main:
+            return choose() if self.store is None else self._await(key)
+        value = choose()
+        self.store.set(key, json.dumps(value))
+        return value
+
+    def in_turn(self, key: str, work: Callable[[], T]) -> T:
+        """`work` on rank 0, however long it takes, and then on the others."""
+        if self.store is None:
+            return work()
+        if not self.is_main:
+            self._await(key, patient=True)
+        result = work()
         if self.is_main:
-            try:
-                answer = [choose()]
-            except (ValueError, OSError) as error:
-                answer = [error]
-        dist.broadcast_object_list(answer)
-        if isinstance(answer[0], Exception):
-            raise answer[0]
-        return answer[0]
+            self.store.set(key, "true")
+        return result
+
+    def _await(self, key: str, patient: bool = False) -> Any:
+        """The value of `key`, once a rank has set it.
+
+        Asked for again and again: one long wait would not see that another rank has failed.
+        """
+        assert self.store is not None
+        limit_s = TIMEOUT.total_seconds()
+        end = time.monotonic() + limit_s
+        try:
+            while not self.store.check([key]):
+                if self.store.check([FAILED]):
+                    raise PeerFailed("distributed: another rank failed")
+                if time.monotonic() > end and not patient:
+                    raise OSError(f"distributed: no {key!r} from another rank in {limit_s:.0f} s")
+                time.sleep(POLL_S)
+            return json.loads(self.store.get(key))
+        except RuntimeError as error:
+            raise OSError(f"distributed: rank 0 is gone ({error})") from None
+
+    def complain(self, line: str) -> None:
+        """Print why the job ends: on one rank alone, whichever comes first."""
+        if self.store is None:
+            print(line, file=sys.stderr)
+            return
+        with suppress(RuntimeError):  # the store has ended with rank 0
+            if self.store.add("complaints", 1) == 1:
+                print(line, file=sys.stderr, flush=True)
+                self.store.set(FAILED, "true")
+            end = time.monotonic() + 100 * POLL_S
+            while self.is_main and time.monotonic() < end:  # it may be the store's home
+                if self.store.add("complaints", 0) == self.size:
+                    break
+                time.sleep(POLL_S)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, with its gradients averaged over the ranks after a backward."""
@@ -109,21 +188,34 @@ class World:
 ALONE = World()
 
 
-def start(device: str) -> World:
-    """Join the job torchrun started, or be a world of one.
+def meet() -> World:
+    """The job torchrun started, or a world of one; `connect` comes next.
 
-    Args:
-        device: "cpu", "cuda" or "auto", as --device says.
+    Raises:
+        ValueError: what torchrun sets in the environment is incomplete or no number.
+        OSError: the ranks do not find each other.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size = _environment("WORLD_SIZE", "1", 1 << 20)
+    if size <= 1:
         return ALONE
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]),
-                  int(os.environ.get("LOCAL_RANK", "0")))  # fmt: skip
-    on_cuda = device != "cpu" and torch.cuda.is_available()
-    if on_cuda:
-        torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT)
-    return world
+    rank, local_rank = _environment("RANK", None, size), _environment("LOCAL_RANK", "0", size)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise OSError(f"distributed: the ranks did not meet at {where}: {error}") from None
+    store.set_timeout(TIMEOUT)
+    return World(rank, size, local_rank, store)
+
+
+def _environment(name: str, default: str | None, below: int) -> int:
+    value = os.environ.get(name, default)
+    if value is None or not (value.isdecimal() and int(value) < below):
+        raise ValueError(
+            f"distributed: {name} must be a whole number below {below}, got {value!r}; torchrun "
+            "sets it, and without torchrun WORLD_SIZE is not set either"
+        )
+    return int(value)
 
 
 def end_process(code: int) -> NoReturn:
@@ -133,7 +225,7 @@ def end_process(code: int) -> NoReturn:
     interpreter's lock during the teardown is killed, which C++ answers with std::terminate: a rank
     that had done its work died of SIGABRT once in some twenty jobs of four ranks on two cores.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -162,21 +254,18 @@ def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
                    cuda_graph=False, working_copies=False)  # fmt: skip
 
 
-def refuse_mismatch(world: World, facts: dict[str, Any]) -> None:
+def refuse_mismatch(world: World, key: str, facts: dict[str, Any]) -> None:
     """Compare what every rank is about to do with what rank 0 is.
 
     Raises:
         ValueError: on every rank, naming the ranks and fields that differ.
     """
-    if world.size == 1:
-        return
-    everyone: list[dict[str, Any]] = [{} for _ in range(world.size)]
-    dist.all_gather_object(everyone, facts)
+    everyone = world.gather(key, facts)
     wrong = [
-        f"rank {rank} has {key} {theirs.get(key)!r}, rank 0 {everyone[0].get(key)!r}"
+        f"rank {rank} has {name} {theirs.get(name)!r}, rank 0 {value!r}"
         for rank, theirs in enumerate(everyone)
-        for key in everyone[0]
-        if theirs.get(key) != everyone[0][key]
+        for name, value in everyone[0].items()
+        if theirs.get(name) != value
     ]
     if wrong:
         raise ValueError(f"distributed: the ranks differ: {'; '.join(wrong[:4])}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model import GPT, hf
 from training import checkpoint
 from training.checkpoint import Checkpoint, CheckpointError
+from training.distributed import World, refuse_mismatch
 from training.guard import Guard
 from training.metrics import RunLog
 from training.optim import AdamW
@@ -188,17 +189,36 @@ def _same_names(what: str, own: set[str], saved: set[str]) -> None:
         raise CheckpointError(f"checkpoint: {what} lacks {missing} and has unknown {foreign}")
 
 
-def find(choice: str, folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
-    """The checkpoint to go on from.
+def find(choice: str, folder: Path, world: World) -> tuple[Path, Checkpoint] | None:
+    """The checkpoint to go on from: rank 0 decides, and all must read the same one.
 
     Args:
         choice: "auto", "never", or the path of a checkpoint or of a run folder.
         folder: The run's own folder.
-        say: Receives a line for each checkpoint that is skipped.
+        world: The ranks.
 
     Raises:
-        CheckpointError: a path was given and nothing usable is there.
+        CheckpointError: a path was given and nothing usable is there, or this rank cannot read
+            what rank 0 decided on.
+        ValueError: the ranks read different ones.
     """
+    found = _choose(choice, folder, world.say) if world.is_main else None
+    path = world.first("checkpoint", lambda: found and str(found[0]))
+    if path is not None and found is None:
+        try:
+            found = Path(path), checkpoint.read(Path(path))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; rank 0 goes on from there, so rank {world.rank} must see the same disk"
+            ) from None
+    digest = found and {"step": found[1].step, "checkpoint": found[1].sha256}
+    refuse_mismatch(world, "found", digest or {})
+    return found
+
+
+def _choose(
+    choice: str, folder: Path, say: Callable[[str], None]
+) -> tuple[Path, Checkpoint] | None:
     if choice == "never":
         return None
     if choice == "auto":
