@@ -23,11 +23,13 @@ from model.generate import Sampling, latest_model, stream_text
 from model.hf import find_model
 from model.tokenizer import get_encoding
 from training.overlap import Overlap, find_overlap
+from training.plot import inline_svg
 from training.report import (
     CORPUS_FILE,
+    STYLE,
     Run,
     facts,
-    loss_curve,
+    loss_figure,
     mark_spans,
     read_run,
     verdicts,
@@ -47,23 +49,14 @@ NO_MODEL = (
     "There is no model here yet. Train one with <code>make train</code> (a few minutes on a CPU), "
     "then reload this page."
 )
-CSS = """
-.texts{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.55;min-height:12em}
-.texts .sample{padding:.6em 0;border-bottom:1px solid var(--border-color-primary)}
-.texts .sample:last-child{border-bottom:0}
-.texts .prompt{opacity:.65}
-.texts mark{background:#ffd8a8;color:#1b1f24}
-.status{min-height:1.5em;opacity:.8}
-.run table,.run tr,.run td{border:0!important;background:none!important}
-.run table{font-size:.9em}.run td{padding:1px 10px 1px 0!important}
-.run p.warning{background:#fff1d6;color:#1b1f24;border-left:4px solid #d98a00;padding:6px 10px}
-.run p.note{background:#e9f3ec;color:#1b1f24;border-left:4px solid #3a8f57;padding:6px 10px}
-.run svg{width:100%;height:auto;background:#fff}
-.g{stroke:#e3e6ea}.l{stroke:#888;stroke-dasharray:5 4}.s{fill:none;stroke-width:1.4}
-.t{font-size:14px;font-weight:600;fill:#111}.a{font-size:12px;fill:#555}
-.e{text-anchor:end}.m{text-anchor:middle}
-.s0{stroke:#2563b0}.f0{fill:#2563b0}.s1{stroke:#c2410c}.f1{fill:#c2410c}.s2{stroke:#111}.f2{fill:#111}
-"""
+CSS = f"""
+.texts{{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.55;min-height:12em}}
+.texts .sample{{padding:.6em 0;border-bottom:1px solid var(--border-color-primary)}}
+.texts .sample:last-child{{border-bottom:0}}
+.status{{min-height:1.5em;opacity:.8}}
+.run table,.run tr,.run td{{border:0!important;background:none!important}}
+.run table{{font-size:.9em}}.run td{{padding:1px 10px 1px 0!important}}
+{STYLE}"""
 # Panel rows of training.report.facts, the ones that help a visitor.
 PANEL = (
     "recipe", "model", "training text", "training tokens", "tokens seen",
@@ -137,13 +130,11 @@ def panel_html(models: Models) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(known[name])}</td></tr>"
         for name in PANEL
-        if known[name] != "n/a"
+        if name in known
     )
-    lines = "".join(
-        f'<p class="{kind}">{html.escape(line)}</p>' for kind, line in verdicts(run, None)
-    )
-    curve = loss_curve(run) if run.steps else ""
-    return f'<div class="run">{lines}{curve}<table>{rows}</table></div>'
+    lines = "".join(f'<p class="{kind}">{html.escape(line)}</p>' for kind, line in verdicts(run))
+    curve = inline_svg(loss_figure(run), "loss") if run.steps else ""
+    return f'<div class="run">{lines}<div class="curve">{curve}</div><table>{rows}</table></div>'
 
 
 def texts_html(

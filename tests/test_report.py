@@ -1,9 +1,11 @@
 """The verbatim overlap against brute force, and what a report says in which case."""
 
 import json
+import math
 import random
 import re
 import time
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,18 @@ from hypothesis import strategies as st
 
 from model.tokenizer import get_encoding
 from training import report
+from training.data import SHAKESPEARE_SHA256
 from training.metrics import RunLog, read_metrics
 from training.overlap import find_overlap
-from training.report import mark_spans, split_samples, svg_plot, write_report
+from training.recipes import PRESETS
+from training.report import (
+    mark_spans,
+    read_run,
+    read_samples,
+    split_samples,
+    verdicts,
+    write_report,
+)
 
 WORDS = ["the", "king", "of", "and", "to", "thou", "art", "lord", "speak", "na\u00efve", "\u65e5"]
 
@@ -121,8 +132,8 @@ def test_marks_leave_characters_whole():
 
 def test_split_samples():
     text = "[prompt] a\nb\n[model] one\n\ntwo\n\n[prompt] c\n[model] three\n\n"
-    assert split_samples(text) == [" one\n\ntwo", " three"]
-    assert split_samples("just text") == ["just text"]
+    assert split_samples(text) == [("a\nb", " one\n\ntwo"), ("c", " three")]
+    assert split_samples("just text") == [("", "just text")]
     assert split_samples("\n") == []
 
 
@@ -178,90 +189,129 @@ def test_damaged_lines_are_left_out(tmp_path: Path):
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
-    """A run folder as train.py leaves it: 100 steps, loss from 5 to `loss`."""
-    loss, val = changes.pop("loss", 4.0), changes.pop("val", 4.2)
-    vals = changes.pop("vals", [4.5, val])
+    """A run folder as train.py leaves it: 100 steps, loss from 5 to `loss`.
+
+    Args:
+        folder: Made.
+        changes: `loss`, `vals` of the evaluations, `lines` behind metrics.jsonl, `samples`,
+            `config`; all else replaces a number of summary.json.
+    """
+    loss, vals = changes.pop("loss", 4.0), changes.pop("vals", [4.5, 4.2])
+    config = {"recipe": {"name": "mine", "model": "tiny"}, "parameters": 3_000_000}
+    config |= changes.pop("config", {})
     folder.mkdir(exist_ok=True)
-    rows: list[dict[str, Any]] = [
-        {"step": i, "loss": 5 + (loss - 5) * min(1.0, i / 90), "lr": 1e-3, "grad_norm": 1.0,
-         "ms": 10.0, "tokens_per_s": 1e4, "mfu": None}
-        for i in range(100)
-    ]  # fmt: skip
-    rows += [{"event": "eval", "step": 50 * i, "val_loss": v} for i, v in enumerate(vals)]
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 1')
+    losses = [5 + (loss - 5) * min(1.0, i / 90) for i in range(100)]
+    found = [step(i, x) for i, x in enumerate(losses)]
+    found += [evaluation(50 * (i + 1), v) for i, v in enumerate(vals)]
+    (folder / "metrics.jsonl").write_text(rows(*found, *changes.pop("lines", ())) + '{"step": 1')
+    for sample in changes.pop("samples", ()):
+        with (folder / "samples.txt").open("a") as file:
+            file.write(f"[prompt] a prompt\n[model]{sample}\n\n")
     summary = {
-        "final_step": 100, "val_loss": val, "tokens_seen": 102_400, "epochs": 1.5,
-        "corpus_tokens": 60_000, "trained_context": 64, "train_s": 1.0, "wall_s": 3.5,
-        "tokens_per_s": 102_400.0, "model_bytes": 1234, "device": "a <test> CPU",
-        "baselines": {"unigram": 6.4, "bigram": 5.0},
+        "final_step": 100, "val_loss": vals[-1] if vals else None, "val_bits_per_byte": 1.75,
+        "tokens_seen": 102_400, "epochs": 1.5, "corpus_tokens": 60_000, "trained_context": 64,
+        "train_s": 1.0, "wall_s": 3.5, "tokens_per_s": 102_400.0, "model_bytes": 1234,
+        "device": "a <test> CPU", "baselines": {"unigram": 6.4, "bigram": 5.0},
     }  # fmt: skip
-    name = changes.pop("name", "shakespeare-cpu")
     (folder / "summary.json").write_text(json.dumps(summary | changes))
-    (folder / "config.json").write_text(json.dumps({"recipe": {"name": name, "model": "tiny"}}))
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def verdicts_of(folder: Path, corpus: bytes, samples: list[str] | None = None) -> dict[str, str]:
-    write_report(folder, corpus, samples)
-    content = json.loads((folder / "report.json").read_text())
-    return {v["text"].split(":")[0]: v["kind"] for v in content["verdicts"]}
+TEXT = prose(5000, 5)
+OWN = "quite another text, written anew " * 3
+SEED_CONFIG: dict[str, Any] = {
+    "recipe": {"name": report.SEED_RECIPE, **asdict(PRESETS[report.SEED_RECIPE])},
+    "data": {"sha256": SHAKESPEARE_SHA256},
+    "flags": {"init": None},
+}
+# Words of each verdict.
+FAILED, UNFINISHED, MEMORISED = "failed", "not ended", "Memorisation"
+EASIER, HARDER = "lies below", "text is harder"
+NO_SIGN, OVERFITTED, NOT_LEARNT = "no sign of memorisation", "Overfitting", "not learnt to use"
+HEART, DOUBTFUL = "is recitation", "cannot be told from recitation"
+RECITED, PARTLY, ITS_OWN = "recite:", "partly recited", "the model's own"
+VERDICTS = (FAILED, UNFINISHED, MEMORISED, EASIER, HARDER, NO_SIGN, OVERFITTED, NOT_LEARNT, HEART,
+            DOUBTFUL, RECITED, PARTLY, ITS_OWN)  # fmt: skip
 
 
-CORPUS = prose(5000, 5).encode()
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"samples": [OWN]}, {NO_SIGN, ITS_OWN}),
+        ({}, {NO_SIGN}),
+        ({"samples": ["short"]}, {NO_SIGN}),  # shorter than a window: nothing can be said of it
+        ({"loss": 2.0, "vals": [4.3, 4.9]}, {MEMORISED, OVERFITTED}),
+        ({"loss": 2.0, "vals": [4.3, 4.9], "epochs": 0.4}, {HARDER, OVERFITTED}),  # all new
+        ({"samples": [TEXT[100:500], TEXT[900:1300]]}, {RECITED}),
+        ({"samples": [TEXT[100:180] + OWN * 3]}, {NO_SIGN, PARTLY}),
+        ({"loss": 5.0, "vals": [5.1]}, {NOT_LEARNT}),
+        ({"loss": 4.5, "vals": [3.9]}, {EASIER}),
+        ({"vals": [], "loss": 3.5, "epochs": 0.5}, {DOUBTFUL}),
+        ({"vals": [], "loss": 0.7, "epochs": 40.0}, {DOUBTFUL}),
+        ({"vals": [], "loss": 0.08, "epochs": 50.6}, {HEART}),
+        ({"vals": [], "loss": 0.08, "epochs": 3.0}, {DOUBTFUL}),  # too few to learn it by heart
+        # What the recipe is called decides nothing, in any direction.
+        ({"config": SEED_CONFIG, "vals": [], "loss": 0.08, "epochs": 50.6}, {HEART}),
+        ({"config": SEED_CONFIG, "vals": [], "loss": 6.53, "epochs": 1.2}, {DOUBTFUL}),
+        ({"config": SEED_CONFIG}, {NO_SIGN}),
+        # No failure ends in another verdict, and no number of another type in a traceback.
+        ({"lines": [step(100, math.nan)], "samples": ["!!!!" * 30]}, {FAILED}),
+        ({"lines": [step(100, math.inf), step(101, math.nan)]}, {FAILED}),
+        ({"lines": [{"step": 100, "loss": None}]}, {FAILED}),
+        ({"vals": [4.5, math.nan]}, {FAILED}),
+        ({"vals": [4.5], "val_loss": math.inf}, {FAILED}),
+        ({"lines": [{"event": "give_up", "step": 99, "loss": 9.0}]}, {FAILED}),
+        ({"vals": [4.5], "val_loss": "3", "epochs": [], "baselines": 3}, {FAILED}),
+        ({"lines": [step(100, math.nan), {"event": "skipped", "step": 100}], "final_step": 101},
+         {NO_SIGN}),
+        ({"lines": [step(100, 4.0)]}, {UNFINISHED, NO_SIGN}),  # it has been extended since
+    ],
+)  # fmt: skip
+def test_verdicts(tmp_path: Path, changes: dict[str, Any], expected: set[str]):
+    """Each verdict where the run's own numbers say so, and nowhere else."""
+    run = write_run(tmp_path / "r", **changes)
+    texts = [text for _, text in read_samples(run)]
+    found = verdicts(read_run(run), find_overlap(texts, TEXT.encode()) if texts else None)
+    said = " ".join(line for _, line in found)
+    assert {words for words in VERDICTS if words in said} == expected, said
+    bad = {FAILED, MEMORISED, OVERFITTED, NOT_LEARNT, HEART, RECITED}
+    for kind, line in found:
+        assert DOUBTFUL in line or (kind == "warning") == any(words in line for words in bad)
 
 
-def test_healthy_run(tmp_path: Path):
-    found = verdicts_of(
-        write_run(tmp_path / "r"), CORPUS, ["quite another text, written anew " * 3]
-    )
-    assert set(found.values()) == {"note"}
-    assert "The samples are the model's own" in found
+def test_numbers_in_verdicts(tmp_path: Path):
+    write_report(write_run(tmp_path / "r", loss=2.0, vals=[4.3, 4.9]), TEXT.encode())
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "The gap of 2.90 nats" in page
+    assert "was 4.30 at step 50" in page
+    run = write_run(tmp_path / "heart", vals=[], loss=0.08, epochs=50.6, corpus_tokens=338_025)
+    write_report(run, b"")
+    page = (run / "report.html").read_text()
+    assert "A loss of 0.08 after 50.6 epochs over 338,025 tokens is recitation" in page
+
+
+def test_facts(tmp_path: Path):
+    write_report(write_run(tmp_path / "r", samples=[OWN]), TEXT.encode())
     facts = json.loads((tmp_path / "r" / "report.json").read_text())["facts"]
     assert facts["tokens seen"] == "102,400"
     assert facts["perplexity, held-out text"] == "66.69"  # e^4.2
-    bytes_per_token = len(CORPUS) / 60_000
-    assert float(facts["bits per byte, held-out text"]) == pytest.approx(
-        4.2 / 0.6931472 / bytes_per_token, abs=1e-3
-    )
-    assert (tmp_path / "r" / "corpus.txt").read_bytes() == CORPUS
+    assert facts["bits per byte, held-out text"] == "1.750"
+    assert facts["model"] == "tiny, 3,000,000 parameters"
+    assert facts["training text"] == f"{len(TEXT.encode()):,} bytes"
+    assert (tmp_path / "r" / "corpus.txt").read_bytes() == TEXT.encode()
 
 
-def test_gap_means_memorisation(tmp_path: Path):
-    found = verdicts_of(write_run(tmp_path / "r", loss=2.0, val=4.9, vals=[4.3, 4.9]), CORPUS)
-    assert found["Memorisation"] == "warning"
-    assert found["Overfitting"] == "warning"
-    page = (tmp_path / "r" / "report.html").read_text()
-    assert "The gap of 2.90 nats" in page
-    assert "was 4.30 at step 0" in page
-
-
-def test_recited_samples(tmp_path: Path):
-    text = CORPUS.decode()
-    found = verdicts_of(write_run(tmp_path / "r"), CORPUS, [text[100:500], text[900:1300]])
-    assert found["The samples recite"] == "warning"
-    assert "<mark>" in (tmp_path / "r" / "report.html").read_text()
-
-
-def test_no_better_than_counting(tmp_path: Path):
-    run = write_run(tmp_path / "r", loss=5.0, val=5.2)
-    assert any("not below the 5.00" in line for line in verdicts_of(run, CORPUS))
-
-
-def test_without_validation(tmp_path: Path):
-    run = write_run(tmp_path / "r", val=None, vals=[], loss=0.5, epochs=40.0)
-    line = "No validation split"
-    assert verdicts_of(run, CORPUS)[line] == "warning"
-    run = write_run(tmp_path / "r", val=None, vals=[], loss=3.5, epochs=0.5)
-    assert verdicts_of(run, CORPUS)[line] == "note"
-
-
-def test_seed_recipe_is_called_recitation(tmp_path: Path):
-    run = write_run(tmp_path / "r", name="shakespeare-124m", val=None, vals=[], loss=0.08)
-    write_report(run, CORPUS, ["x" * 50])
+def test_the_published_run_stands_beside_a_repetition_of_it_only(tmp_path: Path):
+    run = write_run(tmp_path / "same", config=SEED_CONFIG, vals=[], loss=0.08)
+    write_report(run, TEXT.encode())
     page = (run / "report.html").read_text()
-    assert "loss of 0.08 after 50 epochs over 338 thousand tokens is recitation" in page
-    assert "published run" in page
-    assert "<td class=n>4,175</td><td class=n>0.082</td>" in page
+    assert "<td>4,175</td><td>0.082</td><td></td>" in page
+    assert page.count("published run</text>") == 1
+    for part, changed in (("recipe", {"max_lr": 1e-4}), ("recipe", {"model": "mini"}),
+                          ("data", {"sha256": "0"}), ("flags", {"init": "gpt2"})):  # fmt: skip
+        config = SEED_CONFIG | {part: SEED_CONFIG[part] | changed}
+        assert read_run(write_run(tmp_path / "other", config=config)).published == ()
 
 
 class Outside(HTMLParser):
@@ -282,63 +332,88 @@ class Outside(HTMLParser):
 
 
 def test_page_is_self_contained_and_escaped(tmp_path: Path):
-    run = write_run(tmp_path / "r")
-    write_report(run, CORPUS, ["<script>alert(1)</script>" + CORPUS.decode()[:60]])
+    evil = "<script>alert(1)</script>"
+    config = {"recipe": {"name": evil, "model": evil}, evil: evil}
+    baselines = {evil: 5.0}
+    run = write_run(
+        tmp_path / "r<b>", samples=[evil + TEXT[:60]], config=config, baselines=baselines
+    )
+    write_report(run, TEXT.encode())
     page = (run / "report.html").read_text()
     parser = Outside()
     parser.feed(page)
     assert parser.urls == []
     assert parser.open == []
-    assert not re.search(r"https?://|@import|url\(", page)
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
     assert "<script" not in page
+    assert "<b>" not in page
     assert "a &lt;test&gt; CPU" in page
-    assert page.count("<svg") == 4
+    assert "<mark>" in page
+    assert page.count("<svg") == 2
+    assert 'name="viewport"' in page
 
 
 def test_empty_run_folder(tmp_path: Path):
-    page = write_report(tmp_path, b"").read_text()
-    assert "n/a" in page
+    assert write_report(tmp_path, b"") == []
     assert not (tmp_path / "corpus.txt").exists()
-    assert json.loads((tmp_path / "report.json").read_text())["overlap"] is None
+    assert not (tmp_path / "loss.png").exists()
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content == {"verdicts": [], "facts": {}, "train_loss": None, "val_loss": None,
+                       "overlap": None}  # fmt: skip
 
 
-def test_samples_file_is_read_and_only_the_models_part_counts(tmp_path: Path):
-    text = CORPUS.decode()
-    (tmp_path / "samples.txt").write_text(f"[prompt] {text[:300]}\n[model] own words\n\n")
-    write_report(tmp_path, CORPUS)
+@pytest.mark.parametrize(
+    "content",
+    ["[1]", '"x"', "{", '{"recipe": 1, "data": [], "flags": "x"}',
+     '{"parameters": 1e999, "recipe": {"name": []}}'],
+)  # fmt: skip
+def test_odd_files_make_no_traceback(tmp_path: Path, content: str):
+    for name in ("summary.json", "config.json", "metrics.jsonl"):
+        (tmp_path / name).write_text(content)
+    (tmp_path / "samples.txt").write_bytes(b"\xff")
+    write_report(tmp_path, TEXT.encode())
+
+
+def test_only_the_models_part_of_a_sample_counts(tmp_path: Path):
+    (tmp_path / "samples.txt").write_text(f"[prompt] {TEXT[:300]}\n[model] own words\n\n")
+    write_report(tmp_path, TEXT.encode())
     assert json.loads((tmp_path / "report.json").read_text())["overlap"]["longest_bytes"] == 0
 
 
-def test_curve_places_points():
-    """Two points in opposite corners of the plot, a level half-way."""
-    plot = svg_plot([("a", "line", [(0, 1.0), (10, 3.0)])], [("half", 2.0)], "t", (100, 100))
-    assert 'd="M56.0 70.0L88.0 28.0"' in plot
-    assert 'y1="49.0"' in plot
-    log = svg_plot([("a", "line", [(0, 1.0), (5, 10.0), (10, 100.0)])], size=(100, 100), log_y=True)
-    assert "L72.0 49.0L" in log
-    nan = svg_plot([("a", "line", [(0, float("nan")), (1, 2.0)])])
-    assert "nan" not in nan
-    assert "n/a" in svg_plot([])
+def test_a_strangers_links_are_not_written_through(tmp_path: Path):
+    outside = tmp_path / "outside"
+    outside.write_text("kept")
+    run = write_run(tmp_path / "r")
+    for name in ("report.html", "report.json", "corpus.txt", "loss.png"):
+        (run / name).symlink_to(outside)
+    write_report(run, TEXT.encode())
+    assert outside.read_bytes() == b"kept"
 
 
-def test_end_of_a_run(tmp_path: Path):
-    run = write_run(tmp_path / "r", loss=2.0, val=4.9, vals=[4.9])
-    (run / "samples.txt").write_text("[prompt] x\n[model] own words\n\n")
-    tokens = np.array(get_encoding().encode_ordinary(CORPUS.decode()), dtype=np.uint16)
+def test_end_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = write_run(tmp_path / "r", loss=2.0, vals=[4.9], samples=[" own words" * 9])
+    tokens = np.array(get_encoding().encode_ordinary(TEXT), dtype=np.uint16)
+    monkeypatch.setattr(report, "DECODE_TOKENS", 1000)
     lines: list[str] = []
     report.report_run(run, tokens, lines.append)
-    assert (run / "corpus.txt").read_bytes() == CORPUS
+    assert (run / "corpus.txt").read_text() == TEXT
     assert lines[0].startswith("warning: Memorisation: the loss is 2.0")
     assert lines[1:] == [f"report: {run / 'report.html'}"]
+    assert (run / "loss.png").stat().st_size > 9000
+    monkeypatch.setattr(report, "MAX_CORPUS_BYTES", 9000)  # and of a longer text
+    report.report_run(run, tokens, lines.append)
+    page = (run / "report.html").read_text()
+    assert re.search(r"Only the first [\d,]+ bytes", page)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run = write_run(tmp_path / "r", loss=2.0, val=4.9)
-    (tmp_path / "text.txt").write_bytes(CORPUS)
+    run = write_run(tmp_path / "r", loss=2.0)
+    (tmp_path / "text.txt").write_text(TEXT)
     report.main([str(run), "--corpus", str(tmp_path / "text.txt")])
     assert "warning: Memorisation" in capsys.readouterr().out
-    for args in ([str(tmp_path / "none")], [str(run), "--corpus", "none.txt"]):
+    for args in ([str(tmp_path / "none")], [str(run), "--corpus", "none.txt"], [],
+                 [str(run), "--corpus", str(tmp_path)], [str(tmp_path / "text.txt")]):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             report.main(args)
         assert stop.value.code == 2
-        assert "no such" in capsys.readouterr().err
+        assert len(capsys.readouterr().err) > 20

@@ -33,7 +33,8 @@ class Overlap:
     Args:
         longest: The longest stretch of a text that stands in the corpus, as bytes; empty where
             nothing of SEED_BYTES or more does.
-        shares: Window size in bytes -> share of the texts' windows that stand in the corpus.
+        shares: Window size in bytes -> share of the texts' windows that stand in the corpus; up to
+            the first size of which none does, and at `min_bytes` if a text is that long.
         spans: Per text the byte ranges (start, end) that stand in the corpus, each of at least
             `min_bytes` and as long as it can be.
         num_bytes: Bytes of the texts.
@@ -131,6 +132,8 @@ def find_overlap(texts: Sequence[str | bytes], corpus: bytes, min_bytes: int = 3
             {corpus[p : p + 2 * size] for p in longer},
         )
         size *= 2
+    if any(len(text) >= min_bytes for text in raw):
+        shares.setdefault(min_bytes, 0.0)
     return Overlap(longest, shares, spans, sum(map(len, raw)))
 
 

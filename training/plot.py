@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.files import replacing, write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -144,10 +146,8 @@ def inline_svg(figure: "Figure", label: str) -> str:
 
 def save(figure: "Figure", path: Path, description: str | None = None) -> None:
     """Write the figure as the SVG or PNG that the name of `path` asks for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".svg":
-        svg = to_svg(figure, Description=description)
-        path.write_text(svg, encoding="utf-8", newline="\n")
+        write_atomically(path, to_svg(figure, Description=description))
     else:
-        with _style():
-            figure.savefig(path, dpi=150)
+        with _style(), replacing(path) as partial:
+            figure.savefig(partial, format=path.suffix[1:], dpi=150)

@@ -1,8 +1,9 @@
-"""What a run amounts to, on one page: report.html, self-contained, and report.json.
+"""What a run amounts to, on one page: report.html, self-contained, report.json and loss.png.
 
 A falling training loss says nothing about whether a model has learnt the language or the file. The
 report puts beside it what does: the loss on held-out text, how often each token was seen, and how
-much of what the model writes stands verbatim in what it read.
+much of what the model writes stands verbatim in what it read. Every sentence is made from the run's
+own numbers, and where a number is missing or not finite nothing is concluded from it.
 
     python -m training.report runs/shakespeare-cpu
 """
@@ -12,17 +13,23 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from model.files import write_atomically
 from model.tokenizer import get_encoding
+from training import plot
+from training.data import SHAKESPEARE_SHA256, Tokens
 from training.metrics import read_metrics
 from training.overlap import Overlap, find_overlap
-from training.recipes import PUBLISHED_LOSS
+from training.recipes import PRESETS, PUBLISHED_LOSS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CORPUS_FILE = "corpus.txt"  # the training text, kept beside the model for the demo
 KEEP_CORPUS_BYTES = 32 << 20  # of larger corpora no copy is kept
@@ -30,18 +37,29 @@ MAX_CORPUS_BYTES = 128 << 20  # of larger corpora the first so many bytes are se
 DECODE_TOKENS = 1 << 20  # at once: as Python integers they take 30 times their size
 SEED_RECIPE = "shakespeare-124m"
 GAP_NATS = 0.5  # validation minus training loss: training text is e^0.5 = 1.6 times as likely
+EASIER_NATS = 0.1  # validation loss below training loss
 RISE_NATS = 0.1  # validation loss above its own minimum
-RECITED_SHARE = 0.5  # of the samples' 32-byte windows
+WINDOW = 32  # bytes; a shorter stretch in common is ordinary language
+RECITED_SHARE = 0.5  # of the samples' windows
 RECITED_BYTES = 128  # two lines of verse
+OWN_SHARE = 0.05
 MANY_EPOCHS = 10.0
 LOW_LOSS = 1.0  # nats per token; GPT-2 1558M reaches 2.5 to 3 on text it has not seen
+RECITED_LOSS = 0.5  # after many epochs no other way leads there
 
-RECITATION = (
-    "A loss of 0.08 after 50 epochs over 338 thousand tokens is recitation: the model has learnt "
-    "this file by heart. It says how well 124 million parameters store one megabyte, and nothing "
-    "about text the model has not seen. The recipe keeps no validation split, so there is no "
-    "number here that could say more; run it with --val-fraction 0.1 to get one."
-)
+
+def number(values: Mapping[str, Any], key: str) -> float | None:
+    """A finite number, or None: what stands in a file may be missing, NaN or of another type."""
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < 1e300 else None
+
+
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of each row, NaN for what is not a finite number."""
+    found = [(row["step"], number(row, key)) for row in rows if key in row]
+    return [(step, math.nan if value is None else value) for step, value in found]
 
 
 @dataclass(frozen=True)
@@ -54,295 +72,325 @@ class Run:
     evaluations: list[dict[str, Any]]
     events: list[dict[str, Any]]
 
+    def part(self, name: str) -> dict[str, Any]:
+        """An object of config.json, such as recipe."""
+        value = self.config.get(name)
+        return value if isinstance(value, dict) else {}
+
     @property
     def recipe_name(self) -> str:
-        return str(self.config.get("recipe", {}).get("name", ""))
+        return str(self.part("recipe").get("name", ""))
+
+    @property
+    def num_steps(self) -> float | None:
+        return self.steps[-1]["step"] + 1 if self.steps else number(self.summary, "final_step")
 
     @property
     def train_loss(self) -> float | None:
         """Mean over the last twentieth of the steps: a single batch proves nothing."""
-        losses = [s["loss"] for s in self.steps if isinstance(s.get("loss"), float)]
+        losses = [number(step, "loss") for step in self.steps if "loss" in step]
         if not losses:
-            return self.summary.get("train_loss")
-        last = losses[-max(1, len(losses) // 20) :]
-        return sum(last) / len(last)
+            return number(self.summary, "train_loss")
+        last = [loss for loss in losses[-max(1, len(losses) // 20) :] if loss is not None]
+        return sum(last) / len(last) if last else None
 
     @property
     def val_loss(self) -> float | None:
-        value = self.summary.get("val_loss")
-        if value is None and self.evaluations:
-            value = self.evaluations[-1].get("val_loss")
-        return value
+        """Of the last evaluation."""
+        if self.summary.get("val_loss") is None and self.evaluations:
+            return number(self.evaluations[-1], "val_loss")
+        return number(self.summary, "val_loss")
+
+    @property
+    def baselines(self) -> dict[str, float]:
+        """Validation losses of counting, by name."""
+        values = self.summary.get("baselines")
+        values = values if isinstance(values, dict) else {}
+        return {name: loss for name in values if (loss := number(values, name)) is not None}
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be concluded from this run's weights, in a sentence."""
+        losses = _points(self.steps, "loss")
+        last = losses[-1][0] if losses else None
+        skipped = {event.get("step") for event in self.events if event.get("event") == "skipped"}
+        finite = [i for i, (step, loss) in enumerate(losses)
+                  if math.isfinite(loss) or step in skipped]  # fmt: skip
+        if losses and (not finite or finite[-1] < len(losses) - 1):
+            first = losses[finite[-1] + 1 if finite else 0][0]
+            return f"The training loss is not finite from step {first:,} on"
+        if any(
+            event.get("event") == "give_up" and event.get("step") == last for event in self.events
+        ):
+            return f"The guard gave up at step {last:,}"
+        for values in (self.summary, *self.evaluations[-1:]):
+            value = values.get("val_loss")
+            if value is not None and number(values, "val_loss") is None:
+                return f"The validation loss is no finite number but {value}"
+        return None
+
+    @property
+    def published(self) -> plot.Points:
+        """(step, loss) of the published run, where this run repeats it."""
+        recipe, wanted = self.part("recipe"), asdict(PRESETS[SEED_RECIPE])
+        free = ("max_steps", "target_loss", "guard", "seed")
+        same = all(recipe.get(key) == wanted[key] for key in wanted if key not in free)
+        on_it = self.part("data").get("sha256") == SHAKESPEARE_SHA256
+        return PUBLISHED_LOSS if same and on_it and not self.part("flags").get("init") else ()
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def read_run(folder: Path) -> Run:
     """Read summary.json, config.json and metrics.jsonl."""
-    return Run(
-        _read_object(folder / "summary.json"),
-        _read_object(folder / "config.json"),
-        *read_metrics(folder / "metrics.jsonl"),
-    )
+    steps, evaluations, events = read_metrics(folder / "metrics.jsonl")
+    summary = _read_object(folder / "summary.json")
+    if steps and (number(summary, "final_step") or math.inf) <= steps[-1]["step"]:
+        summary = {}  # of an earlier end: the run has been extended since and has not ended
+    return Run(summary, _read_object(folder / "config.json"), steps, evaluations, events)
 
 
-def split_samples(text: str) -> list[str]:
-    """The model's parts of a samples.txt; a file in another form is one sample."""
-    parts = re.findall(r"^\[model\](.*?)(?=\n+\[prompt\] |\s*\Z)", text, re.DOTALL | re.MULTILINE)
-    return parts or ([text] if text.strip() else [])
+def split_samples(text: str) -> list[tuple[str, str]]:
+    """(prompt, what the model wrote) of a samples.txt; a file in another form is one sample."""
+    pattern = r"^\[prompt\] (.*?)\n\[model\](.*?)(?=\n+\[prompt\] |\s*\Z)"
+    parts = re.findall(pattern, text, re.DOTALL | re.MULTILINE)
+    return parts or ([("", text)] if text.strip() else [])
 
 
-def verdicts(run: Run, overlap: Overlap | None) -> list[tuple[str, str]]:
-    """("warning" or "note", sentence) in plain words; what the numbers do and do not show."""
+def read_samples(run: Path) -> list[tuple[str, str]]:
+    """Of a run folder; none where it has no readable samples.txt."""
+    try:
+        return split_samples((run / "samples.txt").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+
+
+# ---- verdicts
+
+
+def verdicts(run: Run, overlap: Overlap | None = None, whole: bool = True) -> list[tuple[str, str]]:
+    """("warning" or "note", sentence) in plain words; what the numbers do and do not show.
+
+    Args:
+        run: The run.
+        overlap: Of the model's samples with the training text.
+        whole: All of the training text was searched.
+    """
+    if run.failure:
+        return [("warning", f"This run failed. {run.failure}: its weights and what they write "
+                            "say nothing, and neither do the figures below.")]  # fmt: skip
     found: list[tuple[str, str]] = []
-    train, val = run.train_loss, run.val_loss
-    epochs = run.summary.get("epochs")
-    if run.recipe_name == SEED_RECIPE:
-        found.append(("warning", RECITATION))
-    if train is not None and val is not None:
-        gap = val - train
-        if gap > GAP_NATS:
-            found.append((
-                "warning",
-                f"Memorisation: the loss is {train:.2f} on the training text and {val:.2f} on "
-                f"held-out text. The gap of {gap:.2f} nats means a token of the training text is "
-                f"{math.exp(gap):.1f} times as likely as one of new text: the model is learning "
-                f"the file, not the language. Fewer steps, more text or dropout help.",
-            ))  # fmt: skip
+    if run.steps and not run.summary:
+        found.append(("note", f"This run has not ended; {run.num_steps:,} steps are done."))
+    share = overlap.shares.get(WINDOW) if overlap else None
+    recited = overlap is not None and share is not None and (
+        share > RECITED_SHARE or len(overlap.longest) >= RECITED_BYTES
+    )  # fmt: skip
+    if run.val_loss is not None:
+        found += _on_held_out_text(run, run.val_loss, recited)
+    elif run.train_loss is not None:
+        found.append(_without_held_out_text(run, run.train_loss))
+    if overlap is not None and share is not None:
+        where = "the training text" if whole else "the part of the training text searched"
+        seen = (
+            f"{share:.0%} of their {WINDOW}-byte windows stand verbatim in {where}, the longest "
+            f"stretch has {len(overlap.longest)} bytes."
+        )
+        if recited:
+            found.append(("warning", f"The samples recite: {seen}"))
+        elif share <= OWN_SHARE:
+            found.append(("note", f"The samples are the model's own: {seen}"))
         else:
-            found.append((
-                "note",
-                f"Training loss {train:.2f} and validation loss {val:.2f} lie {gap:+.2f} nats "
-                f"apart: no sign of memorisation.",
-            ))  # fmt: skip
-    elif val is None and train is not None and run.recipe_name != SEED_RECIPE:
-        doubtful = train < LOW_LOSS or (epochs or 0) > MANY_EPOCHS
+            found.append(("note", f"The samples are partly recited: {seen}"))
+    return found
+
+
+def _on_held_out_text(run: Run, val: float, recited: bool) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    train, bigram = run.train_loss, run.baselines.get("bigram")
+    learnt = bigram is None or val < bigram
+    gap = val - train if train is not None else 0.0
+    epochs = number(run.summary, "epochs")
+    if gap > GAP_NATS and epochs is not None and epochs <= 1.0:
         found.append((
-            "warning" if doubtful else "note",
-            f"No validation split: a training loss of {train:.2f}"
-            + (f" after {epochs:.1f} epochs" if epochs else "")
-            + " cannot be told from recitation by itself.",
+            "note",
+            f"The validation loss {val:.2f} lies {gap:.2f} nats above the training loss: the "
+            f"held-out text is harder. No text was read twice, so none can have been learnt by "
+            f"heart.",
         ))  # fmt: skip
-    losses = [e["val_loss"] for e in run.evaluations if "val_loss" in e]
-    if losses and losses[-1] - min(losses) > RISE_NATS:
-        best = run.evaluations[losses.index(min(losses))]
+    elif gap > GAP_NATS:
         found.append((
             "warning",
-            f"Overfitting: the validation loss was {min(losses):.2f} at step {best.get('step')} "
-            f"and rose to {losses[-1]:.2f}. The saved weights are the last, not the best.",
+            f"Memorisation: the loss is {train:.2f} on the training text and {val:.2f} on "
+            f"held-out text. The gap of {gap:.2f} nats means a token of the training text is "
+            f"{math.exp(min(gap, 99)):.3g} times as likely as one of new text: the model is "
+            f"learning the file, not the language. Fewer steps, more text or dropout help.",
         ))  # fmt: skip
-    bigram = (run.summary.get("baselines") or {}).get("bigram")
-    if val is not None and bigram is not None and val >= bigram:
+    elif train is not None and gap < -EASIER_NATS:
+        found.append((
+            "note",
+            f"The validation loss {val:.2f} lies below the training loss {train:.2f}: the "
+            f"held-out text is easier than the training text, or dropout weighs on the latter. "
+            f"The two say nothing about memorisation then.",
+        ))  # fmt: skip
+    elif train is not None and learnt and not recited:
+        found.append((
+            "note",
+            f"Training loss {train:.2f} and validation loss {val:.2f} lie {gap:+.2f} nats "
+            f"apart: no sign of memorisation.",
+        ))  # fmt: skip
+    losses = [(loss, step) for step, loss in _points(run.evaluations, "val_loss")]
+    best, step = min(losses, default=(val, 0))
+    if val - best > RISE_NATS:
+        found.append((
+            "warning",
+            f"Overfitting: the validation loss was {best:.2f} at step {step:,} and rose to "
+            f"{val:.2f}. model/ holds the last weights, not the best.",
+        ))  # fmt: skip
+    if bigram is not None and not learnt:
         found.append((
             "warning",
             f"The validation loss {val:.2f} is not below the {bigram:.2f} that counting pairs of "
             f"tokens gives: the model has not learnt to use context yet.",
         ))  # fmt: skip
-    if overlap is not None:
-        found.append(_overlap_verdict(overlap))
     return found
 
 
-def _overlap_verdict(overlap: Overlap) -> tuple[str, str]:
-    share, longest = overlap.shares.get(32, 0.0), len(overlap.longest)
-    if share > RECITED_SHARE or longest >= RECITED_BYTES:
+def _without_held_out_text(run: Run, train: float) -> tuple[str, str]:
+    epochs = number(run.summary, "epochs") or 0.0
+    after = f" after {epochs:.1f} epochs" if epochs else ""
+    tokens = number(run.summary, "corpus_tokens")
+    after += f" over {tokens:,.0f} tokens" if epochs and tokens else ""
+    advice = "Run it with --val-fraction 0.1 to get a number that says more."
+    if train < RECITED_LOSS and epochs > MANY_EPOCHS:
         return (
             "warning",
-            f"The samples recite: {share:.0%} of their 32-byte windows stand verbatim in the "
-            f"training text, the longest stretch has {longest} bytes.",
+            f"A loss of {train:.2g}{after} is recitation: the model has learnt this text by "
+            f"heart. It says nothing about text the model has not seen. {advice}",
         )
+    doubtful = train < LOW_LOSS or epochs > MANY_EPOCHS
     return (
-        "note",
-        f"The samples are the model's own: {share:.0%} of their 32-byte windows stand verbatim in "
-        f"the training text, the longest stretch has {longest} bytes.",
+        "warning" if doubtful else "note",
+        f"No validation split: a training loss of {train:.2f}{after} cannot be told from "
+        f"recitation by itself. {advice}",
     )
-
-
-# ---- curves
-
-
-def svg_plot(
-    series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]],
-    levels: Sequence[tuple[str, float]] = (),
-    title: str = "",
-    size: tuple[int, int] = (760, 300),
-    log_y: bool = False,
-) -> str:
-    """A line plot as inline SVG.
-
-    Args:
-        series: (name, style, points); style is "line", "dots" or "crosses".
-        levels: (name, y): horizontal lines.
-        title: Above the plot.
-        size: Width and height in pixels.
-        log_y: Logarithmic y axis.
-    """
-    series = [(n, s, [(x, y) for x, y in p if math.isfinite(y)]) for n, s, p in series]
-    points = [p for _, _, ps in series for p in ps]
-    if not points:
-        return f"<p>{html.escape(title)}: n/a</p>"
-    ys = [y for _, y in points] + [y for _, y in levels]
-    log_y = log_y and min(ys) > 0
-
-    def scale(y: float) -> float:
-        return math.log10(y) if log_y else y
-
-    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    y0, y1 = scale(min(ys)), scale(max(ys))
-    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
-    W, H = size
-    left, right, top, bottom = 56, 12, 28, 30
-
-    def px(x: float) -> float:
-        return left + (x - x0) / (x1 - x0) * (W - left - right)
-
-    def py(y: float) -> float:
-        return H - bottom - (scale(y) - y0) / (y1 - y0) * (H - top - bottom)
-
-    out = [
-        f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{html.escape(title)}">',
-        f'<text x="{left}" y="16" class="t">{html.escape(title)}</text>',
-    ]
-    for i in range(5):
-        y = y0 + (y1 - y0) * i / 4
-        value = 10**y if log_y else y
-        at = H - bottom - (H - top - bottom) * i / 4
-        out.append(f'<line x1="{left}" x2="{W - right}" y1="{at:.1f}" y2="{at:.1f}" class="g"/>')
-        out.append(f'<text x="{left - 6}" y="{at + 4:.1f}" class="a e">{value:.3g}</text>')
-        x = x0 + (x1 - x0) * i / 4
-        out.append(f'<text x="{px(x):.1f}" y="{H - 10}" class="a m">{x:.6g}</text>')
-    for name, level in levels:
-        out.append(
-            f'<line x1="{left}" x2="{W - right}" y1="{py(level):.1f}" y2="{py(level):.1f}" '
-            f'class="l"/><text x="{W - right}" y="{py(level) - 4:.1f}" class="a e">'
-            f"{html.escape(name)} {level:.2f}</text>"
-        )
-    legend_x = left + 260.0
-    for i, (name, style, line) in enumerate(series):
-        if not line:
-            continue
-        # More points than pixels only cost bytes; the last one always stays.
-        every = max(1, len(line) // 1500)
-        line = [*line[:-1:every], line[-1]]
-        places = [(px(x), py(y)) for x, y in line]
-        if style == "crosses":
-            d = "".join(f"M{x - 4:.1f} {y:.1f}h8M{x:.1f} {y - 4:.1f}v8" for x, y in places)
-        else:
-            d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        out.append(f'<path d="{d}" class="s s{i}"/>')
-        if style == "dots":
-            out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" class="f{i}"/>' for x, y in places]
-        out.append(f'<rect x="{legend_x:.0f}" y="8" width="10" height="10" class="f{i}"/>')
-        out.append(f'<text x="{legend_x + 14:.0f}" y="17" class="a">{html.escape(name)}</text>')
-        legend_x += 30 + 7 * len(name)
-    return "".join(out) + "</svg>"
-
-
-def _points(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(r["step"], r[key]) for r in rows if isinstance(r.get(key), int | float)]
 
 
 # ---- the page
 
+# Colours with some transparency do on a light page and on a dark one; the demo shares them.
 STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:800px;margin:2em auto;padding:0 1em;color:#1b1f24}
-table{border-collapse:collapse}td,th{padding:2px 14px 2px 0;text-align:left;vertical-align:top}
-td.n{font-variant-numeric:tabular-nums}pre{white-space:pre-wrap;background:#f5f6f8;padding:10px}
-.warning{background:#fff1d6;border-left:4px solid #d98a00;padding:8px 12px}
-.note{background:#e9f3ec;border-left:4px solid #3a8f57;padding:8px 12px}
-mark{background:#ffd8a8}svg{width:100%;height:auto}
-.g{stroke:#e3e6ea}.l{stroke:#888;stroke-dasharray:5 4}.s{fill:none;stroke-width:1.4}
-.t{font-size:14px;font-weight:600}.a{font-size:11px;fill:#555}.e{text-anchor:end}.m{text-anchor:middle}
-.s0{stroke:#2563b0}.f0{fill:#2563b0}.s1{stroke:#c2410c}.f1{fill:#c2410c}.s2{stroke:#111}.f2{fill:#111}
+.warning,.note{border-left:4px solid #d98a00;background:#d98a0026;padding:6px 10px}
+.note{border-color:#3a8f57;background:#3a8f5726}
+.prompt{opacity:.65}mark{background:#ff9a3c66;color:inherit}
+.curve svg{display:block;width:100%;max-width:640px;height:auto}
+"""
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:800px;margin:1em auto;padding:0 1em}
+table{border-collapse:collapse}
+td,th{padding:2px 14px 2px 0;text-align:left;vertical-align:top;font-variant-numeric:tabular-nums}
+pre{background:#88888822;padding:10px}
+pre,td,p,h1{white-space:pre-wrap;overflow-wrap:anywhere}
+{{ style }}</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for kind, line in verdicts %}<p class="{{ kind }}">{{ line }}</p>
+{% endfor %}
+<h2>Numbers</h2>
+<table>
+{% for name, value in facts %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
+{% endfor %}</table>
+{% if curves %}<h2>Curves</h2>
+{% for curve in curves %}<div class="curve">{{ curve }}</div>
+{% endfor %}{% endif %}
+{% if published %}<h2>Beside the published run</h2>
+<table>
+<tr><th>step</th><th>published loss</th><th>this run</th></tr>
+{% for row in published %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+<p>The published run stopped after 4,176 steps of 4,096 tokens, 50.6 epochs.</p>
+{% endif %}
+{% if overlap and overlap.shares %}<h2>What of the samples stands in the training text</h2>
+<table>
+<tr><th>window, bytes</th><th>share of the samples' windows found verbatim</th></tr>
+{% for size, share in overlap.shares.items() %}
+<tr><td>{{ size }}</td><td>{{ "{:.1%}".format(share) }}</td></tr>
+{% endfor %}</table>
+{% if not whole %}<p>Only the first {{ "{:,}".format(searched) }} bytes of the training text were \
+searched.</p>{% endif %}
+{% if overlap.longest %}<p>The longest stretch, {{ overlap.longest | length }} bytes:</p>
+<pre>{{ overlap.longest.decode("utf-8", "replace") }}</pre>{% endif %}
+{% endif %}
+{% if samples %}<h2>Samples</h2>
+{% if overlap %}<p>Marked: at least 32 bytes found verbatim.</p>{% endif %}
+{% for prompt, text in samples %}<pre><span class="prompt">{{ prompt }}</span>{{ text }}</pre>
+{% endfor %}{% endif %}
+<h2>Configuration</h2>
+<details><summary>config.json</summary><pre>{{ config }}</pre></details>
+</body>
+</html>
 """
 
 
-def _number(value: Any, form: str = ",.0f", unit: str = "") -> str:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return "n/a"
-    return f"{value:{form}}{unit}"
+def facts(run: Run, corpus_bytes: int = 0) -> list[tuple[str, str]]:
+    """(name, value) of what is known of a run.
 
-
-def facts(run: Run, corpus_bytes: int) -> list[tuple[str, str]]:
-    """(name, value) rows of the table; n/a for what the run does not say."""
-    s, val = run.summary, run.val_loss
-    tokens = s.get("corpus_tokens")
-    bytes_per_token = corpus_bytes / tokens if tokens and corpus_bytes else None
-    bits = val / (math.log(2) * bytes_per_token) if val is not None and bytes_per_token else None
-    train_s, wall_s = s.get("train_s"), s.get("wall_s")
-    parameters = run.config.get("parameters")
-    return [
-        ("recipe", run.recipe_name or "n/a"),
-        ("model", f"{run.config.get('recipe', {}).get('model', 'n/a')}, "
-                  f"{_number(parameters)} parameters"),
-        ("training text", _number(corpus_bytes or None, ",.0f", " bytes")),
-        ("training tokens", _number(tokens)),
-        ("tokens seen", _number(s.get("tokens_seen"))),
-        ("epochs (times the text was read)", _number(s.get("epochs"), ".2f")),
-        ("steps", _number(s.get("final_step", len(run.steps) or None))),
-        ("trained context", _number(s.get("trained_context"), ",.0f", " tokens")),
-        ("training loss, last 5% of steps", _number(run.train_loss, ".4f", " nats per token")),
-        ("validation loss", _number(val, ".4f", " nats per token")),
-        ("perplexity, held-out text", _number(math.exp(val) if val is not None else None, ",.2f")),
-        ("bits per byte, held-out text", _number(bits, ".3f")),
-        *(
-            (f"validation loss of counting ({name})", _number(loss, ".4f", " nats per token"))
-            for name, loss in (s.get("baselines") or {}).items()
-        ),
-        ("time in steps", _number(train_s, ",.1f", " s")),
-        ("time in all, start-up included", _number(wall_s, ",.1f", " s")),
-        ("speed", _number(s.get("tokens_per_s"), ",.0f", " tokens/s")),
-        ("device", str(s.get("device") or run.config.get("device") or "n/a")),
-        ("weights file", _number(s.get("model_bytes"), ",.0f", " bytes")),
+    Args:
+        run: The run.
+        corpus_bytes: Size of the training text; 0 where it is not known.
+    """
+    summary, nats = run.summary, " nats per token"
+    val, parameters = run.val_loss, number(run.config, "parameters")
+    model = str(run.part("recipe").get("model", ""))
+    size = f"{parameters:,.0f} parameters" if parameters else ""
+    rows: list[tuple[str, float | None, str]] = [
+        ("training text", corpus_bytes or None, ",.0f bytes"),
+        ("training tokens", number(summary, "corpus_tokens"), ",.0f"),
+        ("tokens seen", number(summary, "tokens_seen"), ",.0f"),
+        ("epochs (times the text was read)", number(summary, "epochs"), ".2f"),
+        ("steps", run.num_steps, ",.0f"),
+        ("trained context", number(summary, "trained_context"), ",.0f tokens"),
+        ("training loss, last 5% of steps", run.train_loss, ".4f" + nats),
+        ("validation loss", val, ".4f" + nats),
+        ("perplexity, held-out text", None if val is None else math.exp(min(val, 99)), ",.2f"),
+        ("bits per byte, held-out text", number(summary, "val_bits_per_byte"), ".3f"),
+        *((f"validation loss of counting ({name})", loss, ".4f" + nats)
+          for name, loss in run.baselines.items()),
+        ("time in steps", number(summary, "train_s"), ",.1f s"),
+        ("time in all, start-up included", number(summary, "wall_s"), ",.1f s"),
+        ("speed", number(summary, "tokens_per_s"), ",.0f tokens/s"),
+        ("weights file", number(summary, "model_bytes"), ",.0f bytes"),
     ]  # fmt: skip
+    texts = [
+        ("recipe", run.recipe_name),
+        ("model", ", ".join(filter(None, (model, size)))),
+        ("device", str(summary.get("device") or run.config.get("device") or "")),
+    ]
+    for name, value, form in rows:
+        spec, _, unit = form.partition(" ")
+        if value is not None:
+            texts.append((name, f"{value:{spec}} {unit}".strip()))
+    return [(name, text) for name, text in texts if text]
 
 
-def loss_curve(run: Run) -> str:
-    """Training and validation loss over the steps, with the published run for the seed recipe."""
-    published = PUBLISHED_LOSS if run.recipe_name == SEED_RECIPE else ()
-    return svg_plot(
-        [
-            ("training", "line", _points(run.steps, "loss")),
-            ("validation", "dots", _points(run.evaluations, "val_loss")),
-            ("published run", "crosses", published),
-        ],
-        [*(run.summary.get("baselines") or {}).items()],
-        "loss, nats per token",
-        log_y=bool(published),
-    )
-
-
-def _curves(run: Run) -> str:
-    return loss_curve(run) + "".join(
-        svg_plot([(key, "line", _points(run.steps, key))], (), title, (760, 170))
-        for key, title in (
-            ("lr", "learning rate"),
-            ("grad_norm", "gradient norm before clipping"),
-            ("tokens_per_s", "tokens per second"),
-        )
-    )
-
-
-def _published_table(run: Run) -> str:
-    if run.recipe_name != SEED_RECIPE:
-        return ""
-    ours = dict(_points(run.steps, "loss"))
-    rows = "".join(
-        f"<tr><td class=n>{step:,}</td><td class=n>{loss:.3g}</td>"
-        f"<td class=n>{_number(ours.get(step), '.3g')}</td></tr>"
-        for step, loss in PUBLISHED_LOSS
-    )
-    return (
-        "<h2>Beside the published run</h2><table><tr><th>step</th><th>published loss</th>"
-        f"<th>this run</th></tr>{rows}</table><p>The published run stopped at step 4,175, after "
-        "4,176 steps of 4,096 tokens: 17.1 million tokens, 50.6 epochs.</p>"
-    )
+def loss_figure(run: Run) -> "Figure":
+    """Training and validation loss over the steps, with the published run where it is repeated."""
+    evaluations = _points(run.evaluations, "val_loss")
+    return plot.loss_curve(_points(run.steps, "loss"), evaluations, run.published, run.baselines)
 
 
 def mark_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
@@ -361,87 +409,72 @@ def mark_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
     return "".join(out)
 
 
-def _overlap_html(overlap: Overlap | None, samples: Sequence[str], cut: bool) -> str:
-    if overlap is None:
-        return "<h2>Samples</h2><p>n/a</p>"
-    rows = "".join(
-        f"<tr><td class=n>{size}</td><td class=n>{share:.1%}</td></tr>"
-        for size, share in overlap.shares.items()
-    )
-    texts = "".join(
-        f"<pre>{mark_spans(sample, spans)}</pre>"
-        for sample, spans in zip(samples, overlap.spans, strict=True)
-    )
-    longest = html.escape(overlap.longest.decode("utf-8", "replace"))
-    note = "<p>Only the first 128 MiB of the training text were searched.</p>" if cut else ""
-    return (
-        "<h2>What the model writes, and what of it stands in the training text</h2>"
-        "<table><tr><th>window, bytes</th><th>share of the samples' windows found verbatim</th>"
-        f"</tr>{rows}</table>{note}<p>Longest stretch: {len(overlap.longest)} bytes.</p>"
-        f"<pre>{longest}</pre><h2>Samples</h2><p>Marked: at least 32 bytes found verbatim.</p>"
-        f"{texts}"
-    )
-
-
-def write_report(run: Path, corpus: bytes, samples: Sequence[str] | None = None) -> Path:
-    """Write report.html and report.json into a run folder.
+def write_report(folder: Path, corpus: bytes, whole: bool = True) -> list[tuple[str, str]]:
+    """Write report.html, report.json and loss.png into a run folder.
 
     Args:
-        run: Run folder with any of summary.json, config.json, metrics.jsonl, samples.txt.
+        folder: Run folder with any of summary.json, config.json, metrics.jsonl, samples.txt.
         corpus: UTF-8 bytes of the training part of the text; up to 32 MiB a copy is kept as
             corpus.txt, in which the demo looks up what it highlights.
-        samples: Texts the model made; None takes the model's parts of samples.txt.
+        whole: `corpus` is all of it.
 
     Returns:
-        The path of report.html.
+        The verdicts.
     """
-    record = read_run(run)
-    if samples is None:
-        file = run / "samples.txt"
-        samples = split_samples(file.read_text(encoding="utf-8")) if file.is_file() else []
-    searched = corpus[:MAX_CORPUS_BYTES]
-    overlap = find_overlap(samples, searched) if samples and searched else None
-    if 0 < len(corpus) <= KEEP_CORPUS_BYTES:
-        (run / CORPUS_FILE).write_bytes(corpus)
-    judged = verdicts(record, overlap)
-    table = facts(record, len(corpus))
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td class=n>{html.escape(value)}</td></tr>"
-        for name, value in table
-    )
-    title = f"Run {run.name}"
-    details = html.escape(json.dumps(record.config, indent=2))
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
-        f"</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
-        + "".join(f'<p class="{kind}">{html.escape(line)}</p>' for kind, line in judged)
-        + f"<h2>Numbers</h2><table>{rows}</table><h2>Curves</h2>{_curves(record)}"
-        + _published_table(record)
-        + _overlap_html(overlap, samples, len(corpus) >= MAX_CORPUS_BYTES)
-        + f"<h2>Configuration</h2><details><summary>config.json</summary><pre>{details}</pre>"
-        "</details></body></html>\n"
-    )
-    path = run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    from jinja2 import Environment  # only at the end of a run
+    from markupsafe import Markup
+
+    run, samples = read_run(folder), read_samples(folder)
+    texts = [text for _, text in samples]
+    overlap = find_overlap(texts, corpus) if samples and corpus else None
+    if corpus and whole and len(corpus) <= KEEP_CORPUS_BYTES:
+        write_atomically(folder / CORPUS_FILE, corpus)
+    judged, table = verdicts(run, overlap, whole), facts(run, len(corpus) if whole else 0)
+    figures = {}
+    if run.steps:
+        figures["loss"] = loss_figure(run)
+        plot.save(figures["loss"], folder / "loss.png")
+        figures["learning rate, gradient norm, speed"] = plot.step_curves({
+            "learning rate": _points(run.steps, "lr"),
+            "gradient norm before clipping": _points(run.steps, "grad_norm"),
+            "tokens per second": _points(run.steps, "tokens_per_s"),
+        })  # fmt: skip
+    ours = dict(_points(run.steps, "loss"))
+    spans = overlap.spans if overlap else [[] for _ in samples]
+    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE).render(
+        title=f"Run {folder.resolve().name}",
+        style=Markup(STYLE),
+        verdicts=judged,
+        facts=table,
+        curves=[Markup(plot.inline_svg(figure, label)) for label, figure in figures.items()],
+        published=[(f"{step:,}", f"{loss:.3g}", f"{ours[step]:.3g}" if step in ours else "")
+                   for step, loss in run.published],
+        overlap=overlap,
+        whole=whole,
+        searched=len(corpus),
+        samples=[(prompt, Markup(mark_spans(text, marks)))
+                 for (prompt, text), marks in zip(samples, spans, strict=True)],
+        config=json.dumps(run.config, indent=2),
+    )  # fmt: skip
+    write_atomically(folder / "report.html", page)
+    found = overlap and {
+        "longest_bytes": len(overlap.longest),
+        "longest": overlap.longest.decode("utf-8", "replace"),
+        "shares": overlap.shares,
+        "covered": overlap.covered,
+    }
     content = {
         "verdicts": [{"kind": kind, "text": line} for kind, line in judged],
         "facts": dict(table),
-        "train_loss": record.train_loss,
-        "val_loss": record.val_loss,
-        "overlap": None
-        if overlap is None
-        else {
-            "longest_bytes": len(overlap.longest),
-            "longest": overlap.longest.decode("utf-8", "replace"),
-            "shares": {str(size): share for size, share in overlap.shares.items()},
-            "covered": overlap.covered,
-        },
+        "train_loss": run.train_loss,
+        "val_loss": run.val_loss,
+        "overlap": found,
     }
-    (run / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return path
+    write_atomically(folder / "report.json", json.dumps(content, indent=2) + "\n")
+    return judged
 
 
-def report_run(run: Path, train_tokens: np.ndarray, say: Callable[[str], None]) -> None:
+def report_run(run: Path, train_tokens: Tokens, say: Callable[[str], None]) -> None:
     """The end of a training run: write the report, say its warnings and where it is.
 
     Args:
@@ -449,16 +482,15 @@ def report_run(run: Path, train_tokens: np.ndarray, say: Callable[[str], None]) 
         train_tokens: (N,) GPT-2 token ids of the training part.
         say: Called with each line.
     """
-    corpus = bytearray()
-    for at in range(0, len(train_tokens), DECODE_TOKENS):
-        if len(corpus) >= MAX_CORPUS_BYTES:
-            break
-        corpus += get_encoding().decode_bytes(train_tokens[at : at + DECODE_TOKENS].tolist())
-    path = write_report(run, bytes(corpus))
-    for verdict in _read_object(run / "report.json")["verdicts"]:
-        if verdict["kind"] == "warning":
-            say(f"warning: {verdict['text']}")
-    say(f"report: {path}")
+    corpus, at = bytearray(), 0
+    while at < len(train_tokens) and len(corpus) < MAX_CORPUS_BYTES:
+        tokens = np.asarray(train_tokens[at : at + DECODE_TOKENS])
+        corpus += get_encoding().decode_bytes(tokens.tolist())
+        at += DECODE_TOKENS
+    for kind, line in write_report(run, bytes(corpus), at >= len(train_tokens)):
+        if kind == "warning":
+            say(f"warning: {line}")
+    say(f"report: {run / 'report.html'}")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -474,14 +506,16 @@ def main(args: list[str] | None = None) -> None:
         """
         if not run.is_dir():
             raise FileNotFoundError(f"report: no such run folder: {run}")
-        text = corpus or run / CORPUS_FILE
         if corpus is not None and not corpus.is_file():
             raise FileNotFoundError(f"report: no such file: {corpus}")
-        path = write_report(run, text.read_bytes() if text.is_file() else b"")
-        content = _read_object(run / "report.json")
-        for verdict in content["verdicts"]:
-            print(f"{verdict['kind']}: {verdict['text']}")
-        print(f"report: {path}")
+        text, path = b"", corpus or run / CORPUS_FILE
+        if path.is_file():
+            with path.open("rb") as file:
+                text = file.read(MAX_CORPUS_BYTES + 1)
+        whole = len(text) <= MAX_CORPUS_BYTES
+        for kind, line in write_report(run, text[:MAX_CORPUS_BYTES], whole):
+            print(f"{kind}: {line}")
+        print(f"report: {run / 'report.html'}")
 
     try:
         tyro.cli(command, prog="python -m training.report", args=args)

@@ -19,7 +19,7 @@ import torch
 from model import GPT
 from model.generate import Sampling, generate_text
 from model.tokenizer import decode, get_encoding
-from training import metrics, plot
+from training import metrics
 from training.baselines import ngram_losses
 from training.checkpoint import Checkpoint
 from training.data import DataLoaderLite, Prefetcher, Tokens
@@ -28,14 +28,13 @@ from training.evaluate import eval_pieces, evaluate_tokens
 from training.machines import mfu
 from training.metrics import RunLog
 from training.plan import Plan
-from training.recipes import PUBLISHED_LOSS, Recipe
-from training.report import report_run
+from training.recipes import Recipe
+from training.report import DECODE_TOKENS, report_run
 from training.resume import Progress
 
 NUM_SAMPLES = 4
 PROMPT_TOKENS = 8
 SAMPLE_TOKENS = 120
-MAX_REPORT_TOKENS = 25_000_000  # about 100 MB of text searched for what the samples recite
 MAX_VAL_TOKENS = 10_485_760  # of the last evaluation; a long corpus has more than it can tell apart
 
 
@@ -167,7 +166,7 @@ def finish(
     reached: int | None,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """Last evaluation, weights, samples, curve, summary, report; in that order.
+    """Last evaluation, weights, samples, summary, report; in that order.
 
     Args:
         run, model, log, progress: After the last step.
@@ -178,11 +177,10 @@ def finish(
     train_s = sum(r.ms for r in log.records) / 1000.0
     num_steps = len(log.records)
     tokens_seen = num_steps * recipe.tokens_per_step
-    val_loss, baselines, evaluations = None, {}, progress.evaluations
+    val_loss, bits_per_byte, baselines = None, None, {}
     if len(run.val_tokens) > 1:
         with autocast():
             val_loss = run.validate(model, MAX_VAL_TOKENS)
-        evaluations = [*progress.evaluations, (num_steps, val_loss)]
         log.event("eval", step=num_steps, val_loss=val_loss)
     if not run.world.is_main:
         return
@@ -191,20 +189,20 @@ def finish(
             np.asarray(t[:MAX_VAL_TOKENS]) for t in (run.train_tokens, run.val_tokens)
         )
         baselines = ngram_losses(counted, scored, model.config.vocab_size)
+        num_bytes = len(get_encoding().decode_bytes(scored[:DECODE_TOKENS].tolist()))
+        bits_per_byte = val_loss * len(scored[:DECODE_TOKENS]) / (math.log(2) * num_bytes)
         beside = ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items())
         log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
     model.save_pretrained(out / "model")
     model.residual_dtype = None  # as whoever loads the saved model runs it
     _write_samples(run, model, log.say)
-    published = PUBLISHED_LOSS if run.preset == "shakespeare-124m" else ()
-    losses = [(record.step, record.loss) for record in log.records]
-    plot.save(plot.loss_curve(losses, evaluations, published, baselines), out / "loss.png")
     summary = {
         "final_step": num_steps,
         "reached_target_at": reached,
         "saved_after_step": num_steps - 1,
         "train_loss": log.records[-1].loss,
         "val_loss": val_loss,
+        "val_bits_per_byte": bits_per_byte,
         "baselines": baselines,
         "tokens_seen": tokens_seen,
         "corpus_tokens": len(run.train_tokens),
@@ -218,7 +216,7 @@ def finish(
         "device": plan.device_name,
     }
     metrics.write_json(out / "summary.json", summary)
-    report_run(out, np.asarray(run.train_tokens[:MAX_REPORT_TOKENS]), log.say)
+    report_run(out, run.train_tokens, log.say)
     log.say(
         f"done: {num_steps} steps, {tokens_seen:,} tokens, {summary['epochs']:.1f} epochs, "
         f"{summary['tokens_per_s']:,.0f} tok/s, {summary['wall_s']:.0f} s in all; see {out}"
