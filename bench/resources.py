@@ -14,7 +14,6 @@ Speed does not follow from this table; that a row could never be fast sometimes 
 import argparse
 import concurrent.futures
 import importlib
-import inspect
 import json
 import multiprocessing
 import os
@@ -29,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import kernels
-from kernels._launch import AotCase, cdiv
+from kernels._aot import AotCase
+from kernels._launch import cdiv
 from kernels._op import INTERPRETED
 
 
@@ -83,14 +83,9 @@ def build(case: AotCase, arch: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = case.kernel
-    constexprs = dict(case.constexprs)
-    for parameter in inspect.signature(kernel.fn).parameters.values():
-        if parameter.name not in case.signature and parameter.name not in constexprs:
-            if parameter.default is parameter.empty:
-                raise ValueError(f"{case.label}: {parameter.name} is in no signature or constexpr")
-            constexprs[parameter.name] = parameter.default
-    names = kernel.arg_names
+    kernel, names = case.kernel, case.kernel.arg_names
+    for name in [p.name for p in kernel.params if p.is_constexpr and p.name in case.signature]:
+        raise ValueError(f"{case.label}: {name} is a constexpr and has no value")
     # Without the divisibility the JIT would find on nice shapes, loads are neither wide nor async.
     divisible = {
         (i,): [["tt.divisibility", 16]]
@@ -101,12 +96,10 @@ def build(case: AotCase, arch: int) -> Any:
     source = ASTSource(
         fn=kernel,
         signature={name: case.signature.get(name, "constexpr") for name in names},
-        constexprs=constexprs,
+        constexprs=dict(case.constexprs),
         attrs=divisible,
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    if case.maxnreg is not None:
-        options["maxnreg"] = case.maxnreg
+    options = {k: v for k, v in case.launch.kwargs().items() if k not in names}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -225,41 +225,6 @@ def precision_of(math: str) -> str:
     return "tf32" if math == "tf32" else "ieee"
 
 
-@dataclass(frozen=True)
-class AotCase:
-    """One build of one kernel, as `bench.resources` compiles and checks it without a GPU.
-
-    Every kernel module has `aot_cases(arch: int) -> Iterator[AotCase]`, which yields each build
-    its launch function can choose on that compute capability: the table rows of 80, 90 and 100,
-    and the safe row for every arch. It builds the launch through the same function as the op, so
-    a row cannot ship unchecked.
-
-    Args:
-        op: public op the kernel belongs to, e.g. "layer_norm".
-        kernel: the `@triton.jit` function.
-        label: what tells this row from its neighbours, e.g. "C=768 bf16 safe".
-        signature: type of each non-constexpr argument, e.g. {"x_ptr": "*bf16", "C": "i32",
-            "eps": "fp32"}; a host descriptor is "tensordesc<bf16[128, 64]>".
-        constexprs: every constexpr argument, and None for a pointer that is not passed.
-        num_warps, num_stages, maxnreg: as in the launch.
-        mma_rows: rows of the smallest `tl.dot` tile with 16-bit or TF32 operands. From 64 on,
-            sm_90 must use HGMMA. 0: no `tl.dot`, or exact fp32.
-        unaligned: arguments that need not be a multiple of 16 (bytes for a pointer); all other
-            pointers and integers are compiled as multiples, as triton specialises nice shapes.
-    """
-
-    op: str
-    kernel: Any
-    label: str
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    num_warps: int
-    num_stages: int
-    mma_rows: int = 0
-    unaligned: tuple[str, ...] = ()
-    maxnreg: int | None = None
-
-
 def next_pow2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 

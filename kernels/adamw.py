@@ -46,7 +46,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import AotCase, Key, arch, cdiv, launch_for
+from kernels._aot import AotCase, aot_case
+from kernels._launch import Key, arch, cdiv, launch_for
 from kernels._op import INTERPRETED, check_device, register
 
 # A program's share: large enough that the loads of its table row are lost in it, small enough that
@@ -599,25 +600,13 @@ def _check(slot: Slot, device: torch.device) -> None:
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
     """The four builds, the same for every arch."""
-    table = {"table_ptr": "*i64"}
-    chunks = {**table, "chunks_ptr": "*i32"}
-    scalars = {"scalars_ptr": "*fp32", "found_inf_ptr": "*fp32"}
-    for kernel, label, signature, constexprs, name in (
-        (_adamw_norm_kernel, "sums of squares", {**chunks, "partial_ptr": "*fp32"},
-         {"reached": None, "CHUNK": CHUNK}, "norm"),
-        (_adamw_clip_kernel, "norm and coefficient",
-         {"partial_ptr": "*fp32", "out_ptr": "*fp32", "P": "i32", "max_norm": "fp32"}, {},
-         "clip"),
-        (_adamw_advance_kernel, "step counts",
-         {**table, **scalars, "numbers_ptr": "*fp64", "N": "i32"}, {"reached": None},
-         "advance"),
-        (_adamw_kernel, "update", {**chunks, **scalars, "clip_ptr": "*fp32"},
-         {"reached": None, "CHUNK": CHUNK}, "step"),
-    ):  # fmt: skip
-        launch = launch_for(launch_key(name, arch))
-        yield AotCase(
-            op="adamw", kernel=kernel, label=label, signature=signature,
-            constexprs={**constexprs, **dict(launch.blocks)},
-            num_warps=launch.num_warps, num_stages=launch.num_stages,
-            unaligned=("clip_ptr", "found_inf_ptr", "P", "N"),
+    for name, kernel, label in (
+        ("norm", _adamw_norm_kernel, "sums of squares"),
+        ("clip", _adamw_clip_kernel, "norm and coefficient"),
+        ("advance", _adamw_advance_kernel, "step counts"),
+        ("step", _adamw_kernel, "update"),
+    ):
+        yield aot_case(
+            "adamw", kernel, label, launch_for(launch_key(name, arch)), "fp32",
+            {"reached": None, "CHUNK": CHUNK}, unaligned=("clip_ptr", "found_inf_ptr", "P", "N"),
         )  # fmt: skip

@@ -41,7 +41,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import AotCase, Key, arch, cdiv, launch_for, math_of, next_pow2, precision_of
+from kernels._aot import AotCase, aot_case
+from kernels._launch import Key, Launch, arch, cdiv, launch_for, math_of, next_pow2, precision_of
 from kernels._op import (
     autocast_dtype,
     check_device,
@@ -487,20 +488,26 @@ def _is_short(direction: str, qkv: Tensor, n_head: int) -> bool:
     return qkv.shape[1] <= _short_t(direction, qkv.element_size(), D, arch(qkv.device))
 
 
-def _constexprs(kernel: str, math: str, D: int, T: int) -> dict[str, Any]:
-    """Constexprs that the launch leaves open."""
-    fixed = {"D": D, "INPUT_PRECISION": precision_of(math)}
-    return fixed | {"BLOCK_T": _block_t(T)} if kernel == "short" else fixed
+def _own_block(kernel: str) -> str:
+    """The block of the tokens that a program answers for; these are the rows of S, or of S^T."""
+    return {"short": "BLOCK_T", "dkdv": "BLOCK_N"}.get(kernel, "BLOCK_M")
+
+
+def _launch(kernel: str, math: str, D: int, T: int, arch: int) -> tuple[Launch, dict[str, Any]]:
+    """The launch, and the constexprs it leaves open."""
+    fixed: dict[str, Any] = {"D": D, "INPUT_PRECISION": precision_of(math)}
+    if kernel == "short":
+        fixed["BLOCK_T"] = _block_t(T)
+    return launch_for(launch_key(kernel, math, D, T, arch)), fixed
 
 
 def _plan(kernel: str, qkv: Tensor, n_head: int) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and keyword arguments of one launch."""
     B, T, C3 = qkv.shape
     D, math = C3 // (3 * n_head), math_of(qkv.dtype)
-    launch = launch_for(launch_key(kernel, math, D, T, arch(qkv.device)))
-    kwargs = {**_constexprs(kernel, math, D, T), **launch.kwargs()}
-    block = {"short": "BLOCK_T", "dkdv": "BLOCK_N"}.get(kernel, "BLOCK_M")
-    return (cdiv(T, kwargs[block]) * B * n_head,), kwargs
+    launch, fixed = _launch(kernel, math, D, T, arch(qkv.device))
+    kwargs = {**fixed, **launch.kwargs()}
+    return (cdiv(T, kwargs[_own_block(kernel)]) * B * n_head,), kwargs
 
 
 def _fwd_fake(qkv: Tensor, n_head: int, save_lse: bool) -> tuple[Tensor, Tensor]:
@@ -609,44 +616,25 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Builds the launches above choose on `arch`; of each short kernel the longest, and T = 64.
-
-    fp16 builds as bf16 does. fp32 at D = 64 alone, and nothing but GPT-2's D and the widest on the
-    chips that run the safe rows only: a build takes a second or more.
-    """
+    """Builds the launches above choose on `arch`: not all, as each takes a second or more."""
     kernels = {
         "fwd": _attention_fwd_kernel, "dq": _attention_dq_kernel, "dkdv": _attention_dkdv_kernel,
         "short fwd": _attention_short_fwd_kernel, "short bwd": _attention_short_bwd_kernel,
     }  # fmt: skip
     builds = [("bf16", 2, "16-bit", D) for D in HEAD_DIMS]
     builds += [("fp32", 4, "tf32", 64), ("fp32", 4, "ieee", 64)]
-    if arch not in (80, 90, 100):
+    if arch not in (80, 90, 100):  # which have rows of their own
         builds = builds[2:4]
     for name, (dtype, itemsize, math, D) in product(kernels, builds):
-        lengths = [1024]
-        if name.startswith("short"):
-            longest = _short_t(name[6:], itemsize, D, arch)
-            lengths = sorted({min(64, longest), longest})
-        for T in lengths:
-            yield _aot_case(kernels[name], name, dtype, math, D, T, arch)
-
-
-def _aot_case(kernel: Any, name: str, dtype: str, math: str, D: int, T: int, arch: int) -> AotCase:
-    launched = name.split()[0]
-    launch = launch_for(launch_key(launched, math, D, T, arch))
-    constexprs = {**_constexprs(launched, math, D, T), **dict(launch.blocks)}
-    sizes = {key: size for key, size in constexprs.items() if key.startswith("BLOCK")}
-    if name.endswith("fwd"):
-        constexprs["STORE_LSE"] = True
-    types = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "T": "i32", "H": "i32", "scale": "fp32"}
-    signature = {
-        arg: types.get(arg, f"*{dtype}") for arg in kernel.arg_names if arg not in constexprs
-    }
-    blocks = " ".join(f"{key[6:]}{size}" for key, size in sizes.items())
-    return AotCase(
-        op="causal_attention", kernel=kernel, signature=signature, constexprs=constexprs,
-        label=f"{name} D={D} {'tf32' if math == 'tf32' else dtype} {blocks}",
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
-        mma_rows=0 if math == "ieee" else max(sizes.values()),  # the program's own block, of S
-        unaligned=("T", "H"),
-    )  # fmt: skip
+        which, _, direction = name.partition(" ")
+        longest = _short_t(direction, itemsize, D, arch) if direction else 1024
+        for T in sorted({min(64, longest), longest}) if direction else (longest,):
+            launch, fixed = _launch(which, math, D, T, arch)
+            sizes = {k: v for k, v in (fixed | dict(launch.blocks)).items() if k[:6] == "BLOCK_"}
+            blocks = " ".join(f"{key[6:]}{size}" for key, size in sizes.items())
+            yield aot_case(
+                "causal_attention", kernels[name],
+                f"{name} D={D} {'tf32' if math == 'tf32' else dtype} {blocks}", launch, dtype,
+                {**fixed, "STORE_LSE": True}, mma="" if math == "ieee" else _own_block(which),
+                unaligned=("T", "H"),
+            )  # fmt: skip

@@ -38,6 +38,7 @@ Source: Hendrycks, Gimpel 2016, https://arxiv.org/abs/1606.08415 (the tanh form 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from collections.abc import Iterator
+from itertools import product
 from math import log2, pi
 from typing import Any
 
@@ -46,8 +47,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._aot import AotCase, aot_case
 from kernels._launch import (
-    AotCase,
     Key,
     Launch,
     arch,
@@ -409,36 +410,18 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
     return y.view_as(x)
 
 
-# (C, label) of the builds checked without a GPU: GPT-2, masks in N and K, no alignment.
-_AOT_WIDTHS = ((768, "C=768"), (80, "C=80 masked"), (50, "C=50 unaligned"))
-
-
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Every build a launch can choose on `arch`; see `AotCase`."""
-    seen: set[tuple[Any, ...]] = set()
-    for math, dtype in (("16-bit", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
-        for C, label in _AOT_WIDTHS:
-            for M, bucket in ((65536, "large"), (1024, "small")):
-                for name, kernel, tensors in (
-                    ("up", _gelu_mlp_up_kernel, ("x_ptr", "w_ptr", "g_ptr", "d_ptr")),
-                    ("down", _gelu_mlp_down_kernel, ("dy_ptr", "w_ptr", "d_ptr", "dh_ptr")),
-                ):
-                    launch = launch_for(launch_key(name, M, C, math, arch))
-                    if (name, math, C, launch) in seen:
-                        continue
-                    seen.add((name, math, C, launch))
-                    fp32 = "b_ptr" if name == "up" else "sums_ptr"
-                    signature = dict.fromkeys(tensors, f"*{dtype}") | {fp32: "*fp32"}
-                    constexprs = dict(launch.blocks) | _constexprs(launch, math, C)
-                    yield AotCase(
-                        op="gelu_mlp",
-                        kernel=kernel,
-                        label=f"{name} {label} {dtype if math == '16-bit' else math} {bucket}",
-                        signature=signature | {"M": "i32", "N": "i32", "K": "i32"},
-                        constexprs=constexprs | ({"SAVE_D": True} if name == "up" else {}),
-                        num_warps=launch.num_warps,
-                        num_stages=launch.num_stages,
-                        maxnreg=launch.maxnreg,
-                        mma_rows=0 if math == "ieee" else constexprs["BLOCK_M"],
-                        unaligned=(*tensors, fp32, "M", "N", "K") if C % 16 else ("M",),
-                    )
+    """Every build a launch can choose on `arch`: GPT-2, masks in N and K, no alignment."""
+    for (math, dtype, how), (C, width), (name, kernel) in product(
+        (("16-bit", "bf16", "bf16"), ("tf32", "fp32", "tf32"), ("ieee", "fp32", "ieee")),
+        ((768, "C=768"), (80, "C=80 masked"), (50, "C=50 unaligned")),
+        (("up", _gelu_mlp_up_kernel), ("down", _gelu_mlp_down_kernel)),
+    ):
+        small, large = (launch_for(launch_key(name, M, C, math, arch)) for M in (1, LARGE_M))
+        for launch, size in {small: "small", large: "large"}.items():  # one build if they are one
+            yield aot_case(
+                "gelu_mlp", kernel, f"{name} {width} {how} {size}", launch, dtype,
+                {**_constexprs(launch, math, C), "SAVE_D": True},
+                mma="" if math == "ieee" else "BLOCK_M",
+                unaligned=kernel.arg_names if C % 16 else ("M",),
+            )  # fmt: skip

@@ -41,8 +41,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._aot import AotCase, aot_case
 from kernels._launch import (
-    AotCase,
     Key,
     Launch,
     arch,
@@ -98,7 +98,7 @@ def safe_launch(kernel: str, C: int, itemsize: int, arch: int) -> Launch:
 
 def _launch(
     kernel: str, M: int, C: int, dtype: torch.dtype, arch: int
-) -> tuple[Launch, dict[str, int]]:
+) -> tuple[Launch, dict[str, Any]]:
     """The launch on M rows of h, and the constexprs it leaves open."""
     safe = safe_launch(kernel, C, dtype.itemsize, arch)
     launch = launch_for(launch_key(kernel, M, C, dtype, arch), safe)
@@ -530,6 +530,7 @@ def add_layer_norm(
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
     """Each build the launches above can choose on `arch`, at the widths and dtypes that matter."""
+    kernels = {"fwd": _layer_norm_fwd_kernel, "bwd": _layer_norm_bwd_kernel}
     for C, x, h in (
         (768, "bf16", "fp32"),  # GPT-2, residual stream fp32
         (768, "bf16", "bf16"),  # and bf16
@@ -537,42 +538,15 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         (6400, "bf16", "fp32"),
         (MAX_C, "bf16", "fp32"),
     ):
-        dtype = torch.float32 if h == "fp32" else torch.bfloat16
-        dx = {"dx_ptr": f"*{x}"} if x != h else {}
-        types = {"weight_ptr": "*fp32", "stats_ptr": "*fp32", "h_ptr": f"*{h}", "M": "i32"}
-        for kernel, direction, tensors, absent in (
-            (_layer_norm_fwd_kernel, "fwd", {"x_ptr": f"*{x}", "residual_ptr": f"*{h}",
-             "bias_ptr": "*fp32", "y_ptr": f"*{x}", "eps": "fp32"}, {}),
-            (_layer_norm_bwd_kernel, "bwd", {"dy_ptr": f"*{x}", "dh_out_ptr": f"*{h}",
-             "dh_ptr": f"*{h}", "partial_ptr": "*fp32", **dx}, {} if dx else {"dx_ptr": None}),
-        ):  # fmt: skip
-            launch, fixed = _launch(direction, 65536, C, dtype, arch)
-            yield AotCase(
-                op="add_layer_norm", kernel=kernel, label=f"{direction} C={C} x={x} h={h}",
-                signature={**types, **tensors},
-                constexprs={**fixed, **dict(launch.blocks), **absent},
-                num_warps=launch.num_warps, num_stages=launch.num_stages,
-            )  # fmt: skip
-    launch, fixed = _launch("fwd", 65536, 768, torch.bfloat16, arch)
-    yield AotCase(
-        op="layer_norm", kernel=_layer_norm_fwd_kernel, label="fwd C=768 bf16",
-        signature={"x_ptr": "*bf16", "weight_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": "*bf16",
-                   "stats_ptr": "*fp32", "M": "i32", "eps": "fp32"},
-        constexprs={**fixed, "residual_ptr": None, "h_ptr": None, **dict(launch.blocks)},
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
-    )  # fmt: skip
-    launch, fixed = _launch("bwd", 65536, 768, torch.bfloat16, arch)
-    yield AotCase(
-        op="layer_norm", kernel=_layer_norm_bwd_kernel, label="bwd C=768 bf16",
-        signature={"dy_ptr": "*bf16", "h_ptr": "*bf16", "weight_ptr": "*fp32",
-                   "stats_ptr": "*fp32", "dh_ptr": "*bf16", "partial_ptr": "*fp32", "M": "i32"},
-        constexprs={**fixed, "dh_out_ptr": None, "dx_ptr": None, **dict(launch.blocks)},
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
-    )  # fmt: skip
+        stream = dict.fromkeys(("residual_ptr", "h_ptr", "dh_out_ptr", "dh_ptr"), f"*{h}")
+        for name, kernel in kernels.items():
+            dtype = torch.float32 if h == "fp32" else torch.bfloat16
+            launch, fixed = _launch(name, 65536, C, dtype, arch)
+            label, fixed = f"{name} C={C} x={x} h={h}", fixed | ({"dx_ptr": None} if x == h else {})
+            yield aot_case("add_layer_norm", kernel, label, launch, x, fixed, types=stream)
+    for name, absent in (("fwd", ("residual_ptr", "h_ptr")), ("bwd", ("dh_out_ptr", "dx_ptr"))):
+        launch, fixed = _launch(name, 65536, 768, torch.bfloat16, arch)
+        fixed |= dict.fromkeys(absent)
+        yield aot_case("layer_norm", kernels[name], f"{name} C=768 bf16", launch, "bf16", fixed)
     launch = launch_for(Key("layer_norm.sum", "fp32", "C=768", arch))
-    yield AotCase(
-        op="layer_norm", kernel=_sum_partials_kernel, label="sum of partials",
-        signature={"partial_ptr": "*fp32", "dweight_ptr": "*fp32", "dbias_ptr": "*fp32",
-                   "P": "i32", "C": "i32"},
-        constexprs=dict(launch.blocks), num_warps=launch.num_warps, num_stages=launch.num_stages,
-    )  # fmt: skip
+    yield aot_case("layer_norm", _sum_partials_kernel, "sum of partials", launch, "fp32")

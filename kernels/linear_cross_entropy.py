@@ -39,7 +39,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import AotCase, Key, arch, cdiv, launch_for, math_of, precision_of
+from kernels._aot import AotCase, aot_case
+from kernels._launch import Key, arch, cdiv, launch_for, math_of, precision_of
 from kernels._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
 from kernels.reference import check_targets
 
@@ -325,68 +326,27 @@ def _accumulate_mm(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Every build a launch can choose at GPT-2's shape; see `AotCase`."""
-
-    def case(kernel: Any, label: str, types: dict[str, str], constexprs: dict[str, Any],
-             num_warps: int, num_stages: int = 3, mma_rows: int = 0) -> AotCase:  # fmt: skip
-        return AotCase(
-            "linear_cross_entropy", kernel, label, types, constexprs, num_warps, num_stages,
-            mma_rows, unaligned=("V", "S", "ignore_index"),
-        )  # fmt: skip
-
-    def blocks_of(kernel: str) -> dict[str, Any]:
-        return dict(launch_for(launch_key(kernel, "16-bit", arch)).blocks)
-
-    rows = dict.fromkeys(("target_logit_ptr", "max_ptr", "sum_ptr", "stored_sum_ptr"), "*fp32")
-    ids = {"targets_ptr": "*i64", **rows}
-    for dtype, operands, even_k, grad in (
-        ("bf16", "16-bit", True, True),
-        ("bf16", "16-bit", True, False),
-        ("bf16", "16-bit", False, True),
-        ("fp16", "16-bit", True, True),
-        ("fp32", "tf32", True, True),
-        ("fp32", "tf32", False, True),
-        ("fp32", "ieee", True, True),
-        ("fp32", "ieee", False, True),
+    """Every build a launch can choose at GPT-2's shape."""
+    gemm = _linear_cross_entropy_logits_kernel
+    for name, kernel, label, dtype, math, even_k, grad in (
+        ("logits", gemm, "bf16 train", "bf16", "16-bit", True, True),
+        ("logits", gemm, "bf16 eval", "bf16", "16-bit", True, False),
+        ("logits", gemm, "bf16 train, ragged C", "bf16", "16-bit", False, True),
+        ("logits", gemm, "fp16 train", "fp16", "16-bit", True, True),
+        ("logits", gemm, "tf32 train", "fp32", "tf32", True, True),
+        ("logits", gemm, "tf32 train, ragged C", "fp32", "tf32", False, True),
+        ("logits", gemm, "ieee train", "fp32", "ieee", True, True),
+        ("logits", gemm, "ieee train, ragged C", "fp32", "ieee", False, True),
+        ("rows", _linear_cross_entropy_rows_kernel, "train", "bf16", "16-bit", True, True),
+        ("dlogits", _linear_cross_entropy_dlogits_kernel, "bf16", "bf16", "16-bit", True, True),
+        ("mean", _linear_cross_entropy_mean_kernel, "any", "bf16", "16-bit", True, True),
+        ("scale", _linear_cross_entropy_scale_kernel, "bf16", "bf16", "16-bit", True, True),
     ):
-        pointers = dict.fromkeys(("x_ptr", "w_ptr", "logits_ptr"), f"*{dtype}")
-        launch = launch_for(launch_key("logits", operands, arch))
-        blocks = dict(launch.blocks)
-        label = f"{operands if dtype == 'fp32' else dtype} {'train' if grad else 'eval'}"
-        yield case(
-            _linear_cross_entropy_logits_kernel,
-            label + ("" if even_k else ", ragged C"),
-            {**pointers, **ids, "M": "i32", "C": "i32", "V": "i32",
-             "num_stored": "i32", "Vp": "i32"},
-            {**blocks, "PRECISION": precision_of(operands),
-             "EVEN_K": even_k, "GRAD": grad},
-            launch.num_warps, launch.num_stages, 0 if operands == "ieee" else blocks["BLOCK_M"],
-        )  # fmt: skip
-    yield case(
-        _linear_cross_entropy_rows_kernel, "train",
-        {**ids, "loss_ptr": "*fp32", "row_max_ptr": "*bf16", "row_scale_ptr": "*fp32",
-         "M": "i32", "S": "i32", "V": "i32", "ignore_index": "i32"},
-        {**blocks_of("rows"), "GRAD": True}, 4,
-    )  # fmt: skip
-    yield case(
-        _linear_cross_entropy_dlogits_kernel, "bf16",
-        {"targets_ptr": "*i64", "row_max_ptr": "*bf16", "row_scale_ptr": "*fp32",
-         "logits_ptr": "*bf16", "M": "i32", "V": "i32", "num_stored": "i32", "Vp": "i32",
-         "ignore_index": "i32"},
-        blocks_of("dlogits"), 8,
-    )  # fmt: skip
-    yield case(
-        _linear_cross_entropy_mean_kernel, "any",
-        {"targets_ptr": "*i64", "row_loss_ptr": "*fp32", "loss_ptr": "*fp32",
-         "inv_count_ptr": "*fp32", "M": "i32", "ignore_index": "i32"},
-        blocks_of("mean"), 8,
-    )  # fmt: skip
-    yield case(
-        _linear_cross_entropy_scale_kernel, "bf16",
-        {"grad_ptr": "*bf16", "dloss_ptr": "*fp32", "inv_count_ptr": "*fp32", "out_ptr": "*bf16",
-         "numel": "i32"},
-        blocks_of("scale"), 8,
-    )  # fmt: skip
+        launch = launch_for(launch_key(name, math, arch))
+        fixed = {"PRECISION": precision_of(math), "EVEN_K": even_k, "GRAD": grad}
+        mma = "BLOCK_M" if kernel is gemm and math != "ieee" else ""
+        yield aot_case("linear_cross_entropy", kernel, label, launch, dtype, fixed, mma=mma,
+                       unaligned=("V", "S", "ignore_index"))  # fmt: skip
 
 
 def _fwd_fake(

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
-from kernels._launch import AotCase
+from kernels._aot import AotCase, aot_case
+from kernels._launch import Launch
 
 
 @triton.jit
@@ -18,39 +19,28 @@ def _spilling_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 @triton.jit
-def _matmul_kernel(a_ptr, b_ptr, y_ptr, K, N: tl.constexpr, PRECISION: tl.constexpr):
-    offs = tl.arange(0, N)
-    acc = tl.zeros((N, N), tl.float32)
-    for k in range(0, K, N):
+def _matmul_kernel(a_ptr, b_ptr, y_ptr, K, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+    offs = tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_N):
         a = tl.load(a_ptr + offs[:, None] * K + k + offs[None, :])
-        b = tl.load(b_ptr + (k + offs)[:, None] * N + offs[None, :])
+        b = tl.load(b_ptr + (k + offs)[:, None] * BLOCK_N + offs[None, :])
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    tl.store(y_ptr + offs[:, None] * N + offs[None, :], acc)
+    tl.store(y_ptr + offs[:, None] * BLOCK_N + offs[None, :], acc)
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    yield AotCase(
-        op="layer_norm", kernel=_spilling_kernel, label="spills",
-        signature={"x_ptr": "*fp32", "y_ptr": "*fp32"}, constexprs={"N": 128},
-        num_warps=1, num_stages=1,
-    )  # fmt: skip
-    matmul = {"a_ptr": "*fp32", "b_ptr": "*fp32", "y_ptr": "*fp32", "K": "i32"}
-    yield AotCase(
-        op="gelu_mlp", kernel=_matmul_kernel, label="wants too much shared memory",
-        signature=matmul, constexprs={"N": 128, "PRECISION": "tf32"}, num_warps=8, num_stages=6,
-        mma_rows=128,
-    )  # fmt: skip
-    yield AotCase(
-        op="gelu_mlp", kernel=_matmul_kernel, label="claims TF32, is exact",
-        signature=matmul, constexprs={"N": 64, "PRECISION": "ieee"}, num_warps=4, num_stages=2,
-        mma_rows=64,
-    )  # fmt: skip
-    yield AotCase(
-        op="gelu_mlp", kernel=_matmul_kernel, label="does not build",
-        signature=matmul, constexprs={"N": 48, "PRECISION": "tf32"}, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    yield AotCase(
-        op="gelu_mlp", kernel=_matmul_kernel, label="sound",
-        signature=matmul, constexprs={"N": 64, "PRECISION": "tf32"}, num_warps=4, num_stages=2,
-        mma_rows=64,
-    )  # fmt: skip
+    yield aot_case(
+        "layer_norm", _spilling_kernel, "spills", Launch((("N", 128),), num_warps=1), "fp32"
+    )
+    for label, block, warps, stages, precision in (
+        ("wants too much shared memory", 128, 8, 6, "tf32"),
+        ("claims TF32, is exact", 64, 4, 2, "ieee"),
+        ("does not build", 48, 4, 2, "tf32"),
+        ("sound", 64, 4, 2, "tf32"),
+    ):
+        launch = Launch((("BLOCK_N", block),), warps, stages)
+        constexprs = {"PRECISION": precision}
+        yield aot_case(
+            "gelu_mlp", _matmul_kernel, label, launch, "fp32", constexprs, mma="BLOCK_N"
+        )  # fmt: skip
