@@ -134,14 +134,14 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     refuse_mismatch(world, "facts", same)
     initial = GPT.from_pretrained(cfg.init) if cfg.init else None
     out = Path(world.first("out", lambda: str(open_run_folder(cfg.out, cfg.preset, recipe))))
-    found = resume.find(cfg.resume, out, world)
-    if found is not None:
-        notes = resume.check_recipe(found[1], recipe, corpus.sha256, cfg.override)
-        notes += resume.check_plan(found[1], plan)
-        world.say("\n".join([f"resume: {found[0]}, {found[1].step} steps done", *notes]))
+    saved = resume.find(cfg.resume, out, world, recipe, corpus.sha256, cfg.override)
+    if saved is not None:
+        notes = resume.check_recipe(saved, recipe, corpus.sha256, cfg.override)
+        notes += resume.check_plan(saved, plan)
+        world.say("\n".join([f"resume: {saved.path}, {saved.step} steps done", *notes]))
     flags = {k: v for k, v in asdict(cfg).items() if k != "recipe"}
     return Run(cfg.preset, recipe, plan, world, out, flags, train_tokens, val_tokens, facts,
-               found and found[1], initial)  # fmt: skip
+               saved, initial)  # fmt: skip
 
 
 def train(cfg: Config, run: Run, stop: StopRequest) -> int:

@@ -207,7 +207,7 @@ def full_disk(run: Small) -> str | None:
         assert "training goes on" in output, output[-2000:]
         left = checkpoint.newest_good(mount / "run" / "checkpoints", print)
         assert left is not None, "the checkpoint written before the disk was full must stay"
-        return f"warned {output.count('training goes on')} times, step {left[1].step} kept"
+        return f"warned {output.count('training goes on')} times, step {left.step} kept"
     finally:
         subprocess.run(["umount", str(mount)], check=True)
 

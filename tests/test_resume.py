@@ -188,7 +188,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, damage):
     lines: list[str] = []
     found = newest_good(tmp_path, lines.append)
     assert found is not None
-    assert found[1].step == 1
+    assert found.step == 1
     assert len(lines) == 1
     assert "step-00000002" in lines[0]
 
@@ -199,7 +199,7 @@ def test_full_disk_keeps_the_old_checkpoint_and_says_so_each_time(tmp_path, monk
     writer.submit(sample_checkpoint, 1)
     writer.wait()
 
-    def full(path, data):
+    def full(path, data, say):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_write_file", full)

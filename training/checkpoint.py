@@ -15,11 +15,14 @@ skips and takes the one before.
 """
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,15 +31,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from model.edge import is_int, one_line
+from training import schema
+from training.schema import COUNT, OBJECT, TEXT, Every, Must
+
 FORMAT = "fused-gpt-checkpoint"
 VERSION = 2  # 1 had no config.json, and the weights in the layout of the module
-_NAME = re.compile(r"step-(\d{8})$")
+MANIFEST = {
+    "format": Must(repr(FORMAT), lambda v: v == FORMAT),
+    "version": Must(f"from 1 to {VERSION}", lambda v: is_int(v) and 1 <= v <= VERSION),
+    "step": Must("of at most 8 digits", lambda v: COUNT.holds(v) and v < 10**8),
+    "files": Every({"bytes": COUNT, "sha256": TEXT}, r"[a-z]{1,32}\.(json|safetensors)"),
+    "sha256": TEXT,
+}
+MAX_JSON_BYTES = 16 << 20
+MAX_HEADER_BYTES = 16 << 20  # of a safetensors file, beside its tensors
+_NAME = re.compile(r"step-\d{8}")
 _TEMPORARY = ".writing-"
+_REPLACED = f"{_TEMPORARY}replaced-"
+# What file systems answer to a call that they lack.
+_LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF,
+            errno.EPERM, errno.EACCES, errno.EISDIR, errno.EXDEV}  # fmt: skip
+
+
+# Given a checkpoint without its tensors, the schema of those.
+Expected = Callable[["Checkpoint"], dict[str, dict[str, Must]]]
 
 
 class CheckpointError(ValueError):
@@ -53,7 +76,7 @@ class Checkpoint:
         state: JSON values (schedule, loader position, recipe, plan, counters).
         config: config.json, as a model folder has it; None in a checkpoint of version 1.
         best: Step of the best evaluation so far, whose checkpoint is never thinned out; not saved.
-        sha256: Of the manifest, where it was read from a disk.
+        path, sha256: Where it was read from, and of its manifest.
     """
 
     step: int
@@ -61,6 +84,7 @@ class Checkpoint:
     state: dict[str, Any]
     config: dict[str, Any] | None = None
     best: int | None = None
+    path: Path | None = None
     sha256: str = ""
 
 
@@ -85,7 +109,7 @@ def snapshot(
         group: {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in named.items()}
         for group, named in tensors.items()
     }
-    return Checkpoint(step, copies, json.loads(json.dumps(state)), config, best)
+    return Checkpoint(step, copies, json.loads(json.dumps(state, allow_nan=False)), config, best)
 
 
 def _canonical(value: Any) -> bytes:
@@ -93,25 +117,51 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _write_file(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def _as_far_as_possible(say: Callable[[str], None], call: str, lost: str) -> Iterator[None]:
+    """A call that some file systems lack: what is lost without it is said."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _LACKING:
+            raise
+        say(f"checkpoint: this file system does not {call} ({error.strerror}): {lost}")
+
+
+def _write_file(path: Path, data: bytes, say: Callable[[str], None]) -> None:
     with open(path, "wb") as f:
         f.write(data)
         f.flush()
-        os.fsync(f.fileno())
+        with _as_far_as_possible(say, "fsync", "a power cut may damage the newest checkpoints"):
+            os.fsync(f.fileno())
 
 
-def _fsync_folder(path: Path) -> None:
+def _fsync_folder(path: Path, say: Callable[[str], None]) -> None:
     if os.name == "nt":  # folders cannot be opened there; the rename is still atomic
         return
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    lost = "a power cut may lose the newest checkpoint, and a run then goes on from the one before"
+    with _as_far_as_possible(say, "fsync folders", lost):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
-def write(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint` below `folder` atomically.
+def _move(folder: Path, target: Path, say: Callable[[str], None]) -> None:
+    """Rename a folder; copy it, the manifest last, where that is not possible."""
+    lost = "a write that is cut short leaves a folder without manifest, which is skipped"
+    with _as_far_as_possible(say, "rename folders", lost):
+        folder.rename(target)
+        return
+    target.mkdir()
+    for file in sorted(folder.iterdir(), key=lambda f: f.name == "manifest.json"):
+        shutil.copyfile(file, target / file.name)
+    shutil.rmtree(folder)
+
+
+def write(folder: Path, checkpoint: Checkpoint, say: Callable[[str], None] = print) -> Path:
+    """Write `checkpoint` below `folder` atomically; `say` hears of what the file system lacks.
 
     Returns:
         The final path, `folder/step-%08d`.
@@ -129,7 +179,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         files: dict[str, dict[str, Any]] = {}
 
         def put(name: str, data: bytes) -> None:
-            _write_file(temporary / name, data)
+            _write_file(temporary / name, data, say)
             files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
         for group, named in checkpoint.tensors.items():
@@ -144,61 +194,78 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
             "files": files,
         }
         digest = hashlib.sha256(_canonical(manifest)).hexdigest()
-        _write_file(temporary / "manifest.json", _canonical({**manifest, "sha256": digest}))
-        _fsync_folder(temporary)
+        _write_file(temporary / "manifest.json", _canonical({**manifest, "sha256": digest}), say)
+        _fsync_folder(temporary, say)
         if final.exists():  # the same step again, after a rollback: the older one steps aside
-            aside = folder / f"{_TEMPORARY}replaced-{final.name}"
-            final.rename(aside)
-            temporary.rename(final)
+            aside = folder / f"{_REPLACED}{final.name}"
+            _move(final, aside, say)
+            _move(temporary, final, say)
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            temporary.rename(final)
-        _fsync_folder(folder)
+            _move(temporary, final, say)
+        _fsync_folder(folder, say)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _read_file(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes; no link is followed, no pipe waited for."""
+    flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
     try:
-        raw = (path / "manifest.json").read_bytes()
-        manifest = json.loads(raw)
-    except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {path}: no manifest.json; not a checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path}: manifest.json is unreadable: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {path}: manifest.json is not of format {FORMAT!r}")
-    digest = manifest.pop("sha256", None)
-    expected = hashlib.sha256(_canonical(manifest)).hexdigest()
-    # Comparing the bytes too: a flip that leaves the parsed value alone is still a flip.
-    if digest != expected or raw != _canonical({**manifest, "sha256": digest}):
-        raise CheckpointError(f"checkpoint {path}: manifest.json does not match its own checksum")
-    if manifest["version"] not in (1, VERSION):
+        with open(os.open(path, os.O_RDONLY | flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+                raise OSError(f"it must be a regular file of at most {limit:,} bytes")
+            return file.read(limit + 1)
+    except OSError as error:
+        reason = "it is a link" if path.is_symlink() else error.strerror or error
+        raise CheckpointError(f"checkpoint {path.parent}: {path.name}: {reason}") from None
+
+
+def _parse(path: Path, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"checkpoint {path}: version {manifest['version']}, this program reads 1 and {VERSION}"
-        )
-    return manifest
+            f"checkpoint {path.parent}: {path.name} is no JSON: {error}"
+        ) from None
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, expected: Expected | None = None) -> Checkpoint:
     """Read and verify a checkpoint folder.
 
+    Args:
+        path: The folder; it may come from a stranger.
+        expected: Given the checkpoint without its tensors, returns the schema of its `tensors`,
+            which limits what is read of them. None takes what the manifest names.
+
     Raises:
-        CheckpointError: a file is missing, truncated, changed or foreign; the message names it.
+        CheckpointError: a file is missing, truncated, changed, foreign, or not as expected; the
+            message names it.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"checkpoint {path}: no such folder")
-    manifest = _manifest(path)
-    tensors: dict[str, dict[str, Tensor]] = {}
-    texts: dict[str, Any] = {}
-    for name, entry in manifest["files"].items():
-        try:
-            data = (path / name).read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {path}: {name} is missing: {error}") from None
+    try:
+        return _read(path, expected)
+    except schema.Mismatch as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from None
+
+
+def _read(path: Path, expected: Expected | None) -> Checkpoint:
+    if path.is_symlink() or not path.is_dir():
+        raise CheckpointError(f"checkpoint {path}: no such folder, or a link to one")
+    raw = _read_file(path / "manifest.json", MAX_JSON_BYTES)
+    manifest = _parse(path / "manifest.json", raw)
+    schema.check("manifest.json", manifest, MANIFEST)
+    files, digest = manifest["files"], manifest["sha256"]
+    own = hashlib.sha256(_canonical({k: v for k, v in manifest.items() if k != "sha256"}))
+    # Comparing the bytes too: a flip that leaves the parsed value alone is still a flip.
+    if digest != own.hexdigest() or raw != _canonical(manifest):
+        raise CheckpointError(f"checkpoint {path}: manifest.json does not match its own checksum")
+
+    def verified(name: str, limit: int) -> bytes:
+        data, entry = _read_file(path / name, limit), files[name]
         if len(data) != entry["bytes"]:
             raise CheckpointError(
                 f"checkpoint {path}: {name} has {len(data)} bytes, "
@@ -206,39 +273,70 @@ def read(path: Path) -> Checkpoint:
             )
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CheckpointError(f"checkpoint {path}: {name} does not match its checksum")
+        return data
+
+    texts = {name: _parse(path / name, verified(name, MAX_JSON_BYTES))
+             for name in files if name.endswith(".json")}  # fmt: skip
+    wanted = ("state.json", "config.json")[: manifest["version"]]
+    schema.check("manifest.json: files", texts, dict.fromkeys(wanted, OBJECT))
+    saved = Checkpoint(manifest["step"], {}, texts["state.json"], texts.get("config.json"),
+                       path=path, sha256=digest)  # fmt: skip
+    groups = {name.removesuffix(".safetensors"): name for name in files if name not in texts}
+    kinds = expected(saved) if expected else None
+    if kinds is not None:
+        schema.check("manifest.json: files", groups, dict.fromkeys(kinds, TEXT))
+    for group, name in groups.items():
+        limit = files[name]["bytes"]
+        if kinds is not None:
+            limit = MAX_HEADER_BYTES + sum(kind.num_bytes for kind in kinds[group].values())
+        data = verified(name, limit)
         try:
-            if name.endswith(".json"):
-                texts[name] = json.loads(data)
-            else:
-                tensors[name.removesuffix(".safetensors")] = load_tensors(data)
-        except (ValueError, SafetensorError) as error:  # written by another program
-            raise CheckpointError(f"checkpoint {path}: {name} is unreadable: {error}") from None
-    digest = hashlib.sha256(_canonical(manifest)).hexdigest()
-    return Checkpoint(
-        manifest["step"], tensors, texts.get("state.json", {}), texts.get("config.json"),
-        sha256=digest,
-    )  # fmt: skip
+            saved.tensors[group] = load_tensors(data)
+        except Exception as error:  # of many kinds: another program may have written it
+            raise CheckpointError(
+                f"checkpoint {path}: {name} is unreadable: {one_line(error, 160)}"
+            ) from None
+        if kinds is not None:
+            schema.check(group, saved.tensors[group], kinds[group])
+    return saved
 
 
 def paths(folder: Path) -> list[Path]:
     """Checkpoint folders below `folder`, oldest first; not verified."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if _NAME.search(p.name) and p.is_dir())
+    entries = [p for p in folder.iterdir() if _NAME.fullmatch(p.name.removeprefix(_REPLACED))]
+    # One that was being replaced counts where a kill came before its successor.
+    found = {p.name.removeprefix(_REPLACED): p for p in sorted(entries)}
+    return [found[name] for name in sorted(found) if found[name].is_dir()]
 
 
-def newest_good(folder: Path, say: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(path.name[-8:])
+
+
+def newest_good(
+    folder: Path,
+    say: Callable[[str], None],
+    expected: Expected | None = None,
+) -> Checkpoint | None:
     """The newest checkpoint that verifies; each one skipped is named through `say`."""
+    if folder.is_symlink():
+        raise CheckpointError(f"checkpoint {folder}: a link; name the folder it leads to")
     for path in reversed(paths(folder)):
         try:
-            return path, read(path)
+            return read(path, expected)
         except CheckpointError as error:
-            say(f"{error}; trying the one before")
+            say(f"{one_line(error)}; trying the one before")
     return None
 
 
 def clean(folder: Path) -> None:
-    """Remove temporary folders that a killed writer left. Call while holding the run's lock."""
+    """Put away what a killed writer left. Call while holding the run's lock."""
+    for path in paths(folder):
+        if path.name.startswith(_REPLACED):
+            path.rename(folder / path.name.removeprefix(_REPLACED))
     if folder.is_dir():
         for path in folder.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -256,8 +354,10 @@ class Writer:
     def __init__(self, folder: Path, keep_last: int, say: Callable[[str], None]):
         self.folder = folder
         self.keep_last = keep_last
-        self.say = say
-        self.last_good: int | None = None
+        self.say = functools.cache(say)  # what the file system lacks is said once
+        here = paths(folder)
+        self.last_good = step_of(here[-1]) if here else None
+        self.failure: str | None = None  # of the last write, if it failed
         self.write_ms = 0.0  # of the last write, on the background thread
         self._thread: threading.Thread | None = None
 
@@ -293,21 +393,29 @@ class Writer:
             self._thread.join()
             self._thread = None
 
+    def finish(self) -> None:
+        """As `wait`, at the end of a run.
+
+        Raises:
+            CheckpointError: there should be a checkpoint, and not one could be written.
+        """
+        self.wait()
+        if self.failure and self.last_good is None:
+            raise CheckpointError(f"checkpoint: none could be written: {self.failure}")
+
     def _run(self, checkpoint: Checkpoint) -> None:
         start = time.perf_counter()
         try:
-            write(self.folder, checkpoint)
-        except OSError as error:
+            write(self.folder, checkpoint, self.say)
+        except Exception as error:  # whatever it is: the run outlives its checkpoint
             last = "none" if self.last_good is None else f"step {self.last_good}"
-            self.say(
-                f"checkpoint: step {checkpoint.step} could not be written ({error}); training "
-                f"goes on, last good one: {last}"
-            )
+            self.failure = f"step {checkpoint.step} could not be written ({error})"
+            self.say(f"checkpoint: {self.failure}; training goes on, last good one: {last}")
             return
-        self.last_good = checkpoint.step
+        self.last_good, self.failure = checkpoint.step, None
         self.write_ms = 1e3 * (time.perf_counter() - start)
         for path in paths(self.folder)[: -self.keep_last or None]:
-            if int(path.name[-8:]) != checkpoint.best:
+            if step_of(path) != checkpoint.best:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -358,6 +466,25 @@ def rng_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         states |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     return states
+
+
+def _can_be_set(state: Tensor) -> bool:
+    """Whether a generator takes it; those of devices that are not here are not tried."""
+    try:
+        if len(state) == len(_CPU_STATE):
+            torch.Generator().set_state(state)
+        elif torch.cuda.is_available():
+            torch.Generator("cuda").set_state(state)
+    except RuntimeError:
+        return False
+    return True
+
+
+_CPU_STATE, _CUDA_STATE = torch.get_rng_state(), torch.empty(16, dtype=torch.uint8)
+RNG = {
+    "cpu": schema.tensor(_CPU_STATE, 0, 255, also=_can_be_set),
+    **{f"cuda{i}?": schema.tensor(_CUDA_STATE, 0, 255, also=_can_be_set) for i in range(256)},
+}
 
 
 def set_rng_state(states: dict[str, Tensor]) -> None:

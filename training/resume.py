@@ -5,6 +5,7 @@ the number of rows drawn, and how much of metrics.jsonl belongs to the steps don
 (order of the samples, schedule) is a function of those and of the recipe.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,14 +15,33 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT, hf
-from training import checkpoint
+from model.edge import one_line, quoted
+from training import checkpoint, schema
 from training.checkpoint import Checkpoint, CheckpointError
 from training.distributed import World, refuse_mismatch
-from training.guard import Guard
+from training.guard import Guard, GuardConfig
 from training.metrics import RunLog
 from training.optim import AdamW
 from training.plan import Plan
 from training.recipes import Recipe
+from training.schema import COUNT, MOST, NUMBER, SCALAR, Every, Must
+
+_RANGE = Must(
+    "a range [first, last) with first < last",
+    lambda v: isinstance(v, list) and [*map(COUNT.holds, v)] == [True] * 2 and v[0] < v[1],
+)
+STATE = {
+    "progress": {
+        "step": COUNT,
+        "position": COUNT,
+        "skips": [_RANGE],
+        "metrics_bytes": COUNT,
+        "evaluations": [(COUNT, NUMBER)],
+    },
+    "recipe": Every(SCALAR),
+    "plan": Every(Must("a plain value", lambda v: isinstance(v, list) or SCALAR.holds(v))),
+    "guard?": {"in_a_row": COUNT, "skipped": COUNT, "rollbacks": COUNT, "positions": [COUNT]},
+}
 
 # Fields of a plan that may change the last bits of a loss.
 _NUMERICS = ("device", "device_name", "num_threads", "ops", "dtype", "compile",
@@ -99,6 +119,51 @@ def capture(
     return checkpoint.snapshot(progress.step, tensors, state, config, progress.best)
 
 
+def expect(model: GPT, accept: Callable[[Checkpoint], object] = bool) -> checkpoint.Expected:
+    """What `checkpoint.read` must find for a run of `model`, which may be on the device "meta".
+
+    Args:
+        model: Decides names and shapes.
+        accept: Called once the state is known to be well formed; may raise to refuse it.
+    """
+
+    def tensors(saved: Checkpoint) -> dict[str, dict[str, Must]]:
+        schema.check("state.json", saved.state, STATE)
+        step, steps = saved.state["progress"]["step"], saved.state["recipe"].get("max_steps")
+        schema.check("state.json: max_steps", steps, COUNT)
+        if step != saved.step or step > steps:
+            raise schema.Mismatch(
+                f"state.json: {step} steps are done of {steps}, and the manifest says {saved.step}"
+            )
+        accept(saved)
+        parameters = dict(model.named_parameters())
+        weights = parameters if saved.config is None else hf.file_tensors(model)
+        groups = {
+            "model": {name: schema.tensor(t) for name, t in weights.items()},
+            "optimizer": {
+                f"{name}.{kind}": of
+                for name, p in parameters.items()
+                for kind, of in {
+                    "step": schema.tensor(torch.empty(()), 0, step),
+                    "exp_avg": schema.tensor(p),
+                    "exp_avg_sq": schema.tensor(p, 0),
+                }.items()
+                if step  # before the first step there are none
+            },
+            "rng": checkpoint.RNG,
+        }
+        if "guard" in saved.state:
+            window = torch.empty(GuardConfig().window)
+            count = torch.empty((), dtype=torch.int64)
+            groups["guard"] = {
+                "losses": schema.tensor(window, nan=True),
+                "count": schema.tensor(count, 0, MOST),
+            }
+        return groups
+
+    return tensors
+
+
 def restore(
     saved: Checkpoint,
     model: GPT,
@@ -111,36 +176,33 @@ def restore(
         The progress to go on from.
 
     Raises:
-        CheckpointError: names or shapes are not those of this model.
+        CheckpointError: it is not a checkpoint of this model. Nothing has been changed then.
     """
+    try:
+        groups = expect(model)(saved)
+        schema.check("tensors", saved.tensors, groups)
+    except schema.Mismatch as error:
+        raise CheckpointError(f"checkpoint {saved.path or ''}: {error}") from None
     own = model.state_dict() if saved.config is None else hf.file_tensors(model)
-    _same_names("model", set(own), set(saved.tensors["model"]))
     for name, value in saved.tensors["model"].items():
-        if own[name].shape != value.shape:
-            raise CheckpointError(
-                f"checkpoint: {name} has shape {tuple(value.shape)}, this model needs "
-                f"{tuple(own[name].shape)}"
-            )
         own[name].copy_(value)
-    moments = saved.tensors["optimizer"]
-    for name, parameter in model.named_parameters():
-        keys = [k for k in moments if k.rpartition(".")[0] == name]
-        state = optimizer.state[parameter]
-        for key in keys:
-            kind = key.rpartition(".")[2]
-            if kind in state:
-                state[kind].copy_(moments[key])
-            else:
-                # A step count stays where fused AdamW keeps it: beside the parameter.
-                state[kind] = moments[key].to(parameter.device, copy=True)
+    parameters = dict(model.named_parameters())
+    for key, value in saved.tensors["optimizer"].items():
+        name, _, kind = key.rpartition(".")
+        state = optimizer.state[parameters[name]]
+        if kind in state:
+            state[kind].copy_(value)
+        else:
+            # A step count stays where fused AdamW keeps it: beside the parameter.
+            state[kind] = value.to(parameters[name].device, copy=True)
     if isinstance(optimizer, AdamW):
         optimizer.refresh_working()
     if guard is not None and "guard" in saved.tensors:
         guard.load(saved.tensors["guard"], saved.state["guard"])
     checkpoint.set_rng_state(saved.tensors["rng"])
     values = dict(saved.state["progress"])
-    values["skips"] = [(int(a), int(b)) for a, b in values["skips"]]
-    values["evaluations"] = [(int(a), float(b)) for a, b in values["evaluations"]]
+    values["skips"] = [(a, b) for a, b in values["skips"]]
+    values["evaluations"] = [(a, float(b)) for a, b in values["evaluations"]]
     return Progress(**values)
 
 
@@ -164,7 +226,7 @@ def roll_back(
     Raises:
         RunFailed: no rollbacks are left, or there is nothing to go back to.
     """
-    found = checkpoint.newest_good(folder / "checkpoints", log.say)
+    found = checkpoint.newest_good(folder / "checkpoints", log.say, expect(model))
     if action == "give_up" or found is None:
         why = "there is no checkpoint to go back to" if found is None else "no rollbacks are left"
         raise RunFailed(
@@ -174,7 +236,7 @@ def roll_back(
         )
     rollbacks, skipped = guard.rollbacks + 1, guard.skipped
     ranges = [(end - rows_per_step, end) for end in guard.positions]
-    progress = restore(found[1], model, optimizer, guard)
+    progress = restore(found, model, optimizer, guard)
     guard.rollbacks, guard.skipped = rollbacks, skipped
     progress.skips += [r for r in ranges if r not in progress.skips]
     log.rewind(progress.step)
@@ -183,52 +245,57 @@ def roll_back(
     return progress
 
 
-def _same_names(what: str, own: set[str], saved: set[str]) -> None:
-    if own != saved:
-        missing, foreign = sorted(own - saved)[:3], sorted(saved - own)[:3]
-        raise CheckpointError(f"checkpoint: {what} lacks {missing} and has unknown {foreign}")
-
-
-def find(choice: str, folder: Path, world: World) -> tuple[Path, Checkpoint] | None:
+def find(
+    choice: str,
+    folder: Path,
+    world: World,
+    recipe: Recipe,
+    data_sha256: str,
+    override: bool = False,
+) -> Checkpoint | None:
     """The checkpoint to go on from: rank 0 decides, and all must read the same one.
 
     Args:
         choice: "auto", "never", or the path of a checkpoint or of a run folder.
         folder: The run's own folder.
         world: The ranks.
+        recipe, data_sha256, override: As `check_recipe` takes them.
 
     Raises:
         CheckpointError: a path was given and nothing usable is there, or this rank cannot read
             what rank 0 decided on.
-        ValueError: the ranks read different ones.
+        ValueError: the recipe is another one, or the ranks read different checkpoints.
     """
-    found = _choose(choice, folder, world.say) if world.is_main else None
-    path = world.first("checkpoint", lambda: found and str(found[0]))
+    with torch.device("meta"):
+        model = GPT(recipe.model_config)
+    expected = expect(model, lambda saved: check_recipe(saved, recipe, data_sha256, override))
+
+    def choose() -> Checkpoint | None:
+        if choice == "never":
+            return None
+        path = folder if choice == "auto" else Path(os.path.realpath(choice))
+        if choice != "auto" and not (path / "checkpoints").is_dir():
+            return checkpoint.read(path, expected)
+        found = checkpoint.newest_good(path / "checkpoints", world.say, expected)
+        must = choice != "auto" or (override and checkpoint.paths(path / "checkpoints"))
+        if found is None and must:
+            raise CheckpointError(
+                f"checkpoint {path}: the folder holds none that can be used; --resume never "
+                "starts afresh"
+            )
+        return found
+
+    found = choose() if world.is_main else None
+    path = world.first("checkpoint", lambda: found and str(found.path))
     if path is not None and found is None:
         try:
-            found = Path(path), checkpoint.read(Path(path))
+            found = checkpoint.read(Path(path), expected)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error}; rank 0 goes on from there, so rank {world.rank} must see the same disk"
             ) from None
-    digest = found and {"step": found[1].step, "checkpoint": found[1].sha256}
-    refuse_mismatch(world, "found", digest or {})
-    return found
-
-
-def _choose(
-    choice: str, folder: Path, say: Callable[[str], None]
-) -> tuple[Path, Checkpoint] | None:
-    if choice == "never":
-        return None
-    if choice == "auto":
-        return checkpoint.newest_good(folder / "checkpoints", say)
-    path = Path(choice)
-    if (path / "manifest.json").exists() or not (path / "checkpoints").is_dir():
-        return path, checkpoint.read(path)
-    found = checkpoint.newest_good(path / "checkpoints", say)
-    if found is None:
-        raise CheckpointError(f"checkpoint {path}: the folder holds no good checkpoint")
+    digest = {"step": found.step, "checkpoint": found.sha256} if found else {}
+    refuse_mismatch(world, "found", digest)
     return found
 
 
@@ -260,7 +327,7 @@ def check_plan(saved: Checkpoint, plan: Plan) -> list[str]:
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
-        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        f"{one_line(name)} was {quoted(before.get(name))}, now {now.get(name)!r}"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
