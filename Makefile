@@ -24,7 +24,7 @@ PYTEST = $(PY) -m pytest -p no:benchmark --numprocesses auto --dist loadgroup \
 	$${MACHINE:+--machine "$$MACHINE"} $${OP:+"tests/test_$$OP.py"} $(ARGS)
 
 .PHONY: help setup setup-dev train doctor sample demo test test-slow test-gpu bench bench-step profile report \
-	numerics resources torture mutants check fix clean
+	numerics resources torture mutants matrix check fix clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -83,6 +83,9 @@ resources: setup-dev ## compile every kernel for every arch, no GPU needed (OP= 
 
 torture: setup-dev ## kill runs 50 times, flip bytes, fill a disk: about ten minutes
 	$(PY) -m tests.faults
+
+matrix: setup ## imports, builds and interpreter tests under older and newer torch and triton (ARGS=)
+	$(PY) -m tests.matrix $(ARGS)
 
 mutants: setup-dev ## plant faults in the kernels; the tests must notice (OP= ARGS=)
 	$(PY) -m tests.mutants $(OP_FLAG) $(ARGS)

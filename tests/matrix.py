@@ -1,0 +1,95 @@
+"""Imports, builds and the interpreter tests of the kernels under other versions, outside CI.
+
+    python -m tests.matrix
+    python -m tests.matrix 3.13/2.15.0/3.9.0      # Python, torch and triton
+
+Each is a throw-away environment of up to 6 GB, so they come one after another. A Python that is
+neither in PATH nor under pyenv is skipped, and said to be. The exit status is 1 if a row is red.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.mutants import TESTS
+
+ROOT = Path(__file__).parents[1]
+# The oldest and the newest that are supported, and the newest but one.
+DEFAULT = ("3.11/2.11.0/3.6.0", "3.12/2.14.1/3.8.0", "3.13/2.15.0/3.9.0")
+CHECKS = {
+    "imports": ["-c", "import train, kernels; kernels.TRITON; print('imports')"],
+    "builds": ["-m", "bench.resources"],
+    "tests": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow",
+              "tests/test_interpreter.py", *(file for files in TESTS.values() for file in files)],
+}  # fmt: skip
+
+
+def find_python(version: str) -> str | None:
+    pyenv = Path.home() / ".pyenv" / "versions"
+    found = sorted(pyenv.glob(f"{version}.*/bin/python{version}"))
+    return shutil.which(f"python{version}") or (str(found[-1]) if found else None)
+
+
+def make_environment(folder: Path, python: str, torch: str, triton: str) -> str:
+    """An environment of the pins of `make setup`, but for these two; returns its Python."""
+    subprocess.run([python, "-m", "venv", folder], check=True)
+    inside = str(folder / "bin" / "python")
+    pins = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    others = [pin for pin in pins if re.match(r"(?!torch|triton)\w", pin)]
+    pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, f"torch=={torch}"], check=True)
+    # torch asks for the triton it was released with; others are what this is about.
+    subprocess.run([*pip, "--no-deps", f"triton=={triton}"], check=True)
+    subprocess.run([*pip, *others, "pytest", "hypothesis"], check=True)
+    return inside
+
+
+def try_versions(row: str) -> bool:
+    """Run every check under one row; prints a line for each."""
+    version, torch, triton = row.split("/")
+    python = find_python(version)
+    if python is None:
+        print(f"{row}: skipped, there is no python{version} here", flush=True)
+        return True
+    # No compiled module and no kernel of another version may be found.
+    with tempfile.TemporaryDirectory(prefix="matrix-") as name:
+        environ = {**os.environ, "TRITON_CACHE_DIR": f"{name}/triton", "PYTHONPYCACHEPREFIX": name}
+        try:
+            inside = make_environment(Path(name, "venv"), python, torch, triton)
+        except subprocess.CalledProcessError as error:
+            print(f"{row}: RED, cannot be installed: {error}", flush=True)
+            return False
+        green = True
+        for what, command in CHECKS.items():
+            begun = time.monotonic()
+            done = subprocess.run([inside, *command], cwd=ROOT, env=environ, capture_output=True,
+                                  text=True, check=False)  # fmt: skip
+            lines = (done.stdout + done.stderr).strip().splitlines()
+            verdict = "green" if done.returncode == 0 else "RED"
+            print(f"{row}: {what} {verdict}, {time.monotonic() - begun:.0f} s: {lines[-1:]}")
+            if done.returncode:
+                print(*(f"    {line}" for line in lines[-40:]), sep="\n", flush=True)
+                green = False
+        return green
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("rows", nargs="*", default=DEFAULT, help="PYTHON/TORCH/TRITON")
+    args = parser.parse_args(argv)
+    if bad := [row for row in args.rows if not re.fullmatch(r"[\d.]+/[\w.+]+/[\w.+]+", row)]:
+        parser.error(f"rows: expected PYTHON/TORCH/TRITON, got {bad[0]!r}")
+    verdicts = [try_versions(row) for row in args.rows]
+    return 0 if all(verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
