@@ -48,7 +48,7 @@ def test_smoke_recipe_on_triton_gives_the_losses_of_eager(tmp_path: Path):
     for ops in ("eager", "triton"):
         flags = ["--preset", "smoke", "--data", str(tmp_path / "text.txt"), "--ops", ops,
                  "--out", str(tmp_path / ops), "--batch-size", "1", "--block-size", "16",
-                 "--steps", "3", "--val-fraction", "0", "--save-every", "0",
+                 "--steps", "2", "--val-fraction", "0", "--save-every", "0",
                  "--dtype", "fp32"]  # fmt: skip
         try:
             assert train.main(flags) == 0
@@ -57,7 +57,7 @@ def test_smoke_recipe_on_triton_gives_the_losses_of_eager(tmp_path: Path):
             torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
         lines = (tmp_path / ops / "metrics.jsonl").read_text().splitlines()
         losses[ops] = [json.loads(line)["loss"] for line in lines]
-    assert len(losses["triton"]) == 3
+    assert len(losses["triton"]) == 2  # before an update and after one
     torch.testing.assert_close(
         torch.tensor(losses["triton"]), torch.tensor(losses["eager"]), rtol=1e-5, atol=0
     )

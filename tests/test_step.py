@@ -427,10 +427,17 @@ def test_a_host_read_falls_back_and_leaves_the_stream(capsys: pytest.CaptureFixt
     assert "the step cannot be captured" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scope", ["model", "blocks"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_compiled_steps_equal_the_plain_loop(scope: str, dtype: str) -> None:
+slow = pytest.mark.slow  # each compiles for ten seconds and more
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scope"),
+    [("fp32", "model"), pytest.param("fp32", "blocks", marks=slow),
+     pytest.param("bf16", "model", marks=slow), pytest.param("bf16", "blocks", marks=slow)],
+)  # fmt: skip
+def test_compiled_steps_equal_the_plain_loop(dtype: Any, scope: Any) -> None:
+    if missing := detect("cpu").missing_tools:
+        pytest.skip(f"torch.compile needs {missing}")
     torch.compiler.reset()
     expected, _ = plain_loop(dtype, 20)
     step = make_step(choices(dtype=dtype, compile=True, compile_scope=scope))
