@@ -24,7 +24,8 @@ import torch
 from bench.record import Results, rounded
 from bench.timing import Replay, host_replay, interleave, ratio
 from model import GPT, MODELS
-from model.generate import Sampling, generate_tokens
+from model.decoder import generate_tokens
+from model.sampling import Sampling
 
 PROMPT_TOKENS = 16
 

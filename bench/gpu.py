@@ -590,7 +590,8 @@ def run_profile(job: Job) -> None:
 
 
 def run_generate(job: Job) -> None:
-    from model.generate import Sampling, generate_tokens
+    from model.decoder import generate_tokens
+    from model.sampling import Sampling
 
     sampling = Sampling(max_new_tokens=256, temperature=0.8)
     for dtype in (torch.bfloat16, torch.float32):

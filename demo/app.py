@@ -19,8 +19,9 @@ import gradio as gr
 import torch
 
 from model import GPT
-from model.generate import Sampling, latest_model, stream_text
-from model.hf import find_model
+from model.find import find_model, latest_model
+from model.sampling import Sampling
+from model.text import stream_text
 from model.tokenizer import get_encoding
 from training.overlap import Overlap, find_overlap
 from training.plot import inline_svg

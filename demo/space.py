@@ -16,8 +16,7 @@ import torch
 
 from demo.app import CORPUS_FILE, MAX_SAMPLES
 from model import GPT
-from model.generate import latest_model
-from model.hf import find_model
+from model.find import find_model, latest_model
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = "weights"  # laid out as a run folder; `model` is the name of a package of ours

@@ -90,9 +90,18 @@ class Transformer(nn.Module):
         self.dropout = config.dropout
         self.ops = ops
 
-    def forward(self, idx: Tensor, residual_dtype: torch.dtype | None) -> Tensor:
-        """idx (B, T) int64 -> ln_f of the last residual, (B, T, C)."""
-        residual = self.wte(idx) + self.wpe.weight[: idx.shape[1]]
+    def forward(
+        self,
+        idx: Tensor,
+        residual_dtype: torch.dtype | None,
+        positions: slice | Tensor | None = None,
+    ) -> Tensor:
+        """idx (B, T) int64 -> ln_f of the last residual, (B, T, C).
+
+        `positions` are those of the tokens, (B, T) or the same for all rows; None: from 0.
+        """
+        positions = slice(idx.shape[1]) if positions is None else positions
+        residual = self.wte(idx) + self.wpe.weight[positions]
         residual = _dropout(residual, self.dropout, self.training)
         if residual_dtype is not None:
             residual = residual.to(residual_dtype)
@@ -178,7 +187,7 @@ class GPT(nn.Module):
         return hf.from_pretrained(path, ops)
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write what GPT2LMHeadModel.from_pretrained reads; see model/hf.py."""
-        from model import hf
+        """Write what GPT2LMHeadModel.from_pretrained reads; see model/export.py."""
+        from model import export
 
-        hf.save_pretrained(self, path, dtype)
+        export.save_pretrained(self, path, dtype)

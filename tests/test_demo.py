@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from model.generate import Sampling, generate_text
+from model.sampling import Sampling
+from model.text import generate_text
 from model.tokenizer import get_encoding
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed")

@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 
 from kernels._op import INTERPRETED
 from model import GPT, GPTConfig, generate
-from model.generate import Decoder, Sampling, generate_text, generate_tokens, sample, stream_text
+from model.decoder import Decoder, generate_tokens
+from model.find import latest_model
+from model.sampling import Sampling, sample
+from model.text import _RowText, generate_text, stream_text
 from model.tokenizer import get_encoding
 from tests.pretend_cuda import pretend_cuda
 
@@ -147,8 +150,8 @@ def test_under_autocast_the_cache_has_the_dtype_of_the_keys(model: GPT):
     with torch.autocast("cpu", torch.bfloat16):
         decoder = Decoder(model, [[5, 90, 3], [1] * 60], GREEDY)
         cached = [decoder.step() for _ in range(8)]  # the second row slides meanwhile
-        assert decoder.cache is not None
-        assert decoder.cache.dtype == torch.bfloat16
+        assert decoder.cache.kv is not None
+        assert decoder.cache.kv.dtype == torch.bfloat16
         first = Decoder(model, [[5, 90, 3], [1] * 60], GREEDY, use_cache=False).step()
     assert cached[0] == first
 
@@ -194,8 +197,26 @@ def test_prompts_do_not_share_their_draws(model: GPT):
 
 def test_dropout_is_off_while_generating():
     model = random_model(replace(CONFIG, dropout=0.5)).train()
-    assert generate_tokens(model, [[1, 2]], GREEDY) == generate_tokens(model, [[1, 2]], GREEDY)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        tokens = generate_tokens(model, [[1, 2]], GREEDY)
+    assert tokens == generate_tokens(model, [[1, 2]], GREEDY)
     assert model.training
+    decoder = Decoder(model, [[1, 2]], GREEDY)  # made before the model is told, as for a stream
+    assert [decoder.step()[0] for _ in range(len(tokens[0]))] == tokens[0]
+
+
+def test_blocks_compiled_for_training_are_not_run():
+    """A prompt of another length at every prefill would have them compiled again and again."""
+    model = random_model()
+    expected = generate_tokens(model, [[5, 90, 3]], GREEDY, window=17)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("compiled")
+
+    for block in model.transformer.h:
+        block.compile(backend=refuse)
+    assert generate_tokens(model, [[5, 90, 3]], GREEDY, window=17) == expected
 
 
 # ---- the choice of a token
@@ -294,7 +315,7 @@ class ByteEncoding:
 
 
 def feed_bytes(raw: bytes, stop: tuple[str, ...]) -> list[str]:
-    row = generate._RowText(ByteEncoding(), stop)  # type: ignore[arg-type]
+    row = _RowText(ByteEncoding(), stop)  # type: ignore[arg-type]
     pieces = []
     for byte in raw:
         pieces.append(row.feed(byte))
@@ -327,7 +348,7 @@ def test_incomplete_character_at_the_end_becomes_one_mark():
 
 
 def test_end_of_text_ends_a_row():
-    row = generate._RowText(ByteEncoding(), ("xyz",))  # type: ignore[arg-type]
+    row = _RowText(ByteEncoding(), ("xyz",))  # type: ignore[arg-type]
     assert row.feed(ord("x")) == ""  # might become the stop string
     assert row.feed(256) == "x"
     assert row.done
@@ -612,4 +633,4 @@ def test_latest_model_is_the_newest(tmp_path: Path):
         (folder / "model.safetensors").write_text(json.dumps(i))
         stamp = 1_000_000 + i
         os.utime(folder / "model.safetensors", (stamp, stamp))
-    assert generate.latest_model(tmp_path) == tmp_path / "a" / "model"
+    assert latest_model(tmp_path) == tmp_path / "a" / "model"

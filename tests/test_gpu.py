@@ -147,10 +147,10 @@ def test_step_part_takes_what_matters_first(
 
 @interpreted_only
 def test_generate_part(job: gpu.Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    from model import generate
+    from model import sampling
 
-    real = generate.Sampling
-    monkeypatch.setattr(generate, "Sampling", lambda temperature, **_: real(3, temperature))
+    real = sampling.Sampling
+    monkeypatch.setattr(sampling, "Sampling", lambda temperature, **_: real(3, temperature))
     monkeypatch.setattr(gpu, "PROMPT", [1, 2, 3])
     gpu.run_generate(job)
     rows = job.results.rows("generate")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import GPT, MODELS, GPTConfig, hf
+from model import export as export_folder
 from model.nanogpt import load_nanogpt
 
 SMALL = GPTConfig(block_size=32, vocab_size=197, n_layer=2, n_head=2, n_embd=32)
@@ -320,7 +321,7 @@ def test_round_trip_is_exact(saved: tuple[GPT, Path]):
     assert again.training
     assert again.transformer.wte.weight[SMALL.vocab_size :].abs().max() == 0
     assert "context of 8 tokens" in (folder / "README.md").read_text()
-    assert {p.name for p in folder.iterdir()} == {*hf.EXPORTED} - {
+    assert {p.name for p in folder.iterdir()} == {*export_folder.EXPORTED} - {
         "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"
     }  # fmt: skip
     assert [*folder.parent.iterdir()] == [folder]  # nothing is left of the making
@@ -707,7 +708,7 @@ def test_an_export_that_fails_leaves_what_was(
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(hf, "save_file", full)
+    monkeypatch.setattr(export_folder, "save_file", full)
     for out in (folder, folder.parent / "a" / "b"):
         with pytest.raises(OSError, match="No space left"):
             model.save_pretrained(out)

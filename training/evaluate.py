@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from model.generate import evaluating, latest_model, resolve_window
+from model.decoder import evaluating, resolve_window
+from model.find import latest_model
 
 if TYPE_CHECKING:
     import tiktoken

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model import GPT, hf
+from model import GPT, export, hf
 from model.edge import one_line, quoted
 from training import checkpoint, schema
 from training.checkpoint import Checkpoint, CheckpointError
@@ -115,7 +115,7 @@ def capture(
     if guard is not None:
         tensors["guard"] = guard.tensors()
         state["guard"] = guard.state()
-    config = hf.hf_config(model, torch.float32)
+    config = export.hf_config(model, torch.float32)
     return checkpoint.snapshot(progress.step, tensors, state, config, progress.best)
 
 

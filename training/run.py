@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from model import GPT
-from model.generate import Sampling, generate_text
+from model.sampling import Sampling
+from model.text import generate_text
 from model.tokenizer import decode, get_encoding
 from training import metrics
 from training.baselines import ngram_losses

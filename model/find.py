@@ -1,0 +1,108 @@
+"""Where a model is: in a run, a folder or a file; and what a file is that holds none of ours."""
+
+from pathlib import Path
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def find_model(path: str | Path) -> Path:
+    """The folder or .safetensors file that holds the weights.
+
+    Args:
+        path: A model folder, a run folder (its `model/` is taken), or a .safetensors file.
+
+    Raises:
+        FileNotFoundError: nothing there, or no weights in it.
+        ValueError: a file of another kind.
+    """
+    if path == "":
+        raise ValueError("from_pretrained: the path is empty; name a run or a model folder")
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"from_pretrained: no such file or folder: {path}")
+    if not path.is_dir():
+        if path.suffix == ".safetensors" and path.is_file():
+            return path
+        raise ValueError(
+            f"from_pretrained: expected a folder or a .safetensors file, got {path}: "
+            f"{describe_file(path)}"
+        )
+    folders = (path, path / "model")
+    for folder in folders:
+        if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
+            return folder
+    suffixes = (*FOREIGN, ".bin")
+    other = next((f for d in folders for s in suffixes for f in sorted(d.glob(f"*{s}"))), None)
+    raise FileNotFoundError(
+        f"from_pretrained: {path} has neither {WEIGHTS} nor {INDEX}, nor a folder model/ with one"
+        + (f"; it has {other.name}: {describe_file(other)}" if other else "")
+    )
+
+
+def latest_model(runs: str | Path = "runs") -> Path:
+    """The model folder written last under `runs`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    weights = [p for p in Path(runs).glob("*/model/model.safetensors") if p.is_file()]
+    if not weights:
+        raise FileNotFoundError(
+            f"no model under {Path(runs)}/ yet: train one with `make train`, or name a folder "
+            f"with --model"
+        )
+    return max(weights, key=lambda p: p.stat().st_mtime).parent
+
+
+_PICKLE = (
+    "a pickle, which can run code when it is read; `python -m model.hf import-nanogpt FILE --out "
+    "DIR` converts a nanoGPT checkpoint; of a file you trust, transformers loads the folder and "
+    "writes safetensors with save_pretrained"
+)
+_CONVERT = f"; the library that wrote it can convert it, or look for {WEIGHTS} where it came from"
+FOREIGN = {
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".pkl"), _PICKLE),
+    ".h5": f"weights for TensorFlow{_CONVERT}",
+    ".msgpack": f"weights for Flax{_CONVERT}",
+    ".onnx": f"an ONNX graph{_CONVERT}",
+    ".gguf": f"weights for llama.cpp{_CONVERT}",
+}
+# What a file begins with says more than its name.
+_SIGNATURES = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the weights; `git lfs pull` gets them",
+    **dict.fromkeys((b"PK\x03\x04", b"\x80\x02", b"\x80\x04"), _PICKLE),
+    b"\x89HDF": FOREIGN[".h5"],
+    b"GGUF": FOREIGN[".gguf"],
+    b"<": "a web page; download the file itself",
+}
+
+
+def describe_file(file: Path) -> str:
+    """What a file is that is no safetensors file, and what to do about it."""
+    if not file.is_file():
+        return "not a regular file"
+    with open(file, "rb") as handle:
+        start = handle.read(64)
+    known = (what for signature, what in _SIGNATURES.items() if start.startswith(signature))
+    return next(known, FOREIGN.get(file.suffix, "not in the safetensors format, or damaged"))
+
+
+def regular(file: Path, named: Path) -> Path:
+    """`file`, once it is known to be a regular file in the folder a person named.
+
+    Links that leave it are not followed, but for those of the hub's cache (snapshots/<revision>/
+    beside blobs/).
+
+    Raises:
+        FileNotFoundError, ValueError: it is not.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"from_pretrained: no such file: {file}")
+    target, folder = file.resolve(), named.resolve()
+    cached = folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
+    if not (cached or folder in target.parents):
+        raise ValueError(f"from_pretrained: {file} is a link out of {named}; copy the file there")
+    if not target.is_file():
+        raise ValueError(f"from_pretrained: {file} is not a regular file")
+    return file
