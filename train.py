@@ -49,8 +49,8 @@ class Config:
     preset: str
     """Recipe: shakespeare-cpu, shakespeare-124m, fineweb-124m or smoke."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
-    """Text files, folders of .txt files, or a token file (.bin). Default: input.txt if it is
-    there, else tiny Shakespeare."""
+    """Text, JSONL, folders of them, or a token file or folder. Default: input.txt if it is there,
+    else tiny Shakespeare."""
     out: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Run folder. Default: runs/PRESET, with a number once that one holds a finished run."""
     init: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None

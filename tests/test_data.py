@@ -1,7 +1,12 @@
 """Text to tokens to batches: sources, the cache, and the order of the rows."""
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
+import os
+import pickle
 from collections import Counter
 from itertools import pairwise
 from math import log
@@ -15,6 +20,8 @@ from model import tokenizer
 from training import data
 from training.baselines import DISCOUNT, ngram_losses
 from training.data import Corpus, DataLoaderLite, Prefetcher, load_corpus
+from training.prepare import Config, prepare
+from training.shards import hash_file
 
 
 @pytest.fixture(autouse=True)
@@ -38,15 +45,23 @@ def no_network(url: str) -> bytes:
 
 
 def test_documents_are_joined_by_endoftext(tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("two\r\nlines", encoding="utf-8", newline="")
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.txt").write_text("<|endoftext|>", encoding="utf-8")
-    (tmp_path / "sub" / "ignored.md").write_text("no", encoding="utf-8")
-    ids = all_tokens(load_corpus([tmp_path]))
-    assert ids.count(tokenizer.EOT) == 1  # between the two, not the text that spells it
-    assert tokenizer.decode(ids) == "two\r\nlines<|endoftext|><|endoftext|>"
-    two_files = load_corpus([tmp_path / "b.txt", tmp_path / "sub" / "a.txt"])
-    assert all_tokens(two_files) == ids
+    corpus = tmp_path / "corpus"
+    (corpus / "sub").mkdir(parents=True)
+    (corpus / "b.txt").write_text("two\r\nlines", encoding="utf-8", newline="")
+    (corpus / "sub" / "a.md").write_text("<|endoftext|>", encoding="utf-8")
+    (corpus / "sub" / "c.JSONL").write_text('{"text": "x"}\n\n{"text": "y"}', encoding="utf-8")
+    (corpus / ".hidden").write_bytes(b"\0")
+    said: list[str] = []
+    ids = all_tokens(load_corpus([corpus], said.append))
+    assert said == [f"data: {corpus}: 1 .jsonl, 1 .md, 1 .txt"]
+    assert ids.count(tokenizer.EOT) == 3  # between the four, not the text that spells it
+    eot = "<|endoftext|>"
+    assert tokenizer.decode(ids) == f"two\r\nlines{eot}{eot}{eot}x{eot}y"
+    files = [corpus / "b.txt", *(corpus / "sub" / name for name in ("a.md", "c.JSONL"))]
+    assert all_tokens(load_corpus(files)) == ids
+    # What training.prepare makes of it is the same, each document after an endoftext.
+    prepare(Config((str(corpus),), str(tmp_path / "out"), processes=1), quiet=True)
+    assert all_tokens(load_corpus([tmp_path / "out"])) == [tokenizer.EOT, *ids]
 
 
 def test_cache_is_used_and_follows_the_source(tmp_path: Path, monkeypatch) -> None:
@@ -58,14 +73,17 @@ def test_cache_is_used_and_follows_the_source(tmp_path: Path, monkeypatch) -> No
     assert first.path.stat().st_size == 6
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizer, "encode", lambda _: pytest.fail("tokenised again"))
+        patch.setattr(data, "encode_piece", lambda _: pytest.fail("tokenised again"))
         assert all_tokens(load_corpus([text])) == all_tokens(first)
 
     text.write_text("one two four", encoding="utf-8")
     assert tokenizer.decode(all_tokens(load_corpus([text]))) == "one two four"
 
     text.write_text("one two three", encoding="utf-8")
-    first.path.write_bytes(b"\0\0\0\0")  # cut short
+    for damaged in (b"\0\0\0\0", b"\xff" * 6, b"", first.path.read_bytes()[::-1]):
+        first.path.write_bytes(damaged)
+        assert tokenizer.decode(all_tokens(load_corpus([text]))) == "one two three"
+    first.path.with_suffix(".json").write_text('{"tokens": "three"}')
     assert tokenizer.decode(all_tokens(load_corpus([text]))) == "one two three"
 
 
@@ -117,7 +135,7 @@ def test_offline_text_is_english_and_large_enough(monkeypatch: pytest.MonkeyPatc
 def test_tiny_shakespeare_token_count() -> None:
     root = Path(__file__).parents[1]
     places = [root / "input.txt", root / ".cache" / "tinyshakespeare.txt"]
-    known = (p for p in places if p.is_file() and data._hash_file(p) == data.SHAKESPEARE_SHA256)
+    known = (p for p in places if p.is_file() and hash_file(p) == data.SHAKESPEARE_SHA256)
     found = next(known, None)
     if found is None:
         pytest.skip("tiny Shakespeare is not on this machine (make train downloads it)")
@@ -129,44 +147,102 @@ def test_tiny_shakespeare_token_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        (b"", "empty"),
-        (b"caf\xe9", "not UTF-8: byte 0xe9 at offset 3"),
-        ("utf-16".encode("utf-16"), "not UTF-8: byte 0xff at offset 0"),
+        ("a", b"", "is empty"),
+        ("a.txt", b"caf\xe9", "not UTF-8: byte 0xe9 at offset 3; convert it"),
+        ("a.txt", "utf-16".encode("utf-16"), "is UTF-16, not UTF-8 text; .*iconv -f UTF-16"),
+        ("a.txt", "utf-16".encode("utf-16-le"), "is binary, not text: byte 0x00 at offset 1"),
+        ("a.jsonl.gz", gzip.compress(b"x"), "is gzip, not UTF-8 text; unpack it: gunzip"),
+        ("a.jsonl", gzip.compress(b"x"), "is gzip"),
+        ("a.txt.bz2", bz2.compress(b"x"), "is bzip2"),
+        ("a.txt.xz", lzma.compress(b"x"), "is xz"),
+        ("a.zst", b"\x28\xb5\x2f\xfd\x04\x00", "is zstandard, .* zstd -d"),
+        ("a.zip", b"PK\x03\x04\x14\0", "is a zip archive"),
+        ("a.parquet", b"PAR1\x15\x04", "is Parquet, .*to_json"),
+        ("a.pkl", pickle.dumps("x"), "is a pickle"),
+        ("a.safetensors", b"\x10\0\0\0\0\0\0\0{}", "is binary"),
+        ("a.json", b"{}", r"is JSON; write one object a line, {\"text\": ...}, and name it .jsonl"),
+        ("a.CSV", b"a,b", "is a table"),
     ],
 )
-def test_bad_text_files(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "bad.txt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        load_corpus([path])
+def test_what_is_no_text_is_refused_by_what_it_is(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    for read in (load_corpus, lambda paths: prepare(Config(tuple(map(str, paths)), "out"))):
+        with pytest.raises(ValueError, match=message):
+            read([tmp_path / name])
+    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == [name]
 
 
 def test_paths_that_hold_no_text(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file: .*absent\.txt"):
         load_corpus([tmp_path / "absent.txt"])
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=r"no \.txt file in the folder .*folder"):
-        load_corpus([tmp_path / "folder"])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"no \.txt, \.md, \.jsonl file in the folder .*folder"):
+        load_corpus([folder])
+    for name in ("a.txt", "b.png", "c.html"):
+        (folder / name).write_text("x")
+    with pytest.raises(ValueError, match=r"holds b.png and 1 more, which is not \.txt, \.md"):
+        load_corpus([folder])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="not a pipe or a device"):
+        load_corpus([tmp_path / "pipe"])
+    for empty in ([""], ["a.txt", ""]):
+        with pytest.raises(ValueError, match="must name a file or a folder, got nothing"):
+            load_corpus(empty)
+
+
+def write_tokens(path: Path, *ids: int) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(np.array(ids, dtype="<u2").tobytes())
+    return path
 
 
 def test_token_files(tmp_path: Path) -> None:
     path = tmp_path / "tokens.bin"
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_corpus([path])
-    path.write_bytes(np.array([15496, 995, 0], dtype="<u2").tobytes())
+    write_tokens(path, 15496, 995, 0)
     assert all_tokens(load_corpus([path])) == [15496, 995, 0]
     path.with_suffix(".json").write_text('{"encoding": "cl100k_base"}')
     with pytest.raises(ValueError, match="vocabulary 'cl100k_base', this model needs 'gpt2'"):
         load_corpus([path])
     path.with_suffix(".json").unlink()
-    path.write_bytes(np.array([15496, 50257], dtype="<u2").tobytes())
-    with pytest.raises(ValueError, match="holds token 50257"):
+    write_tokens(path, *[0] * 10**5, 65535, *[0] * 10**5)
+    with pytest.raises(ValueError, match=r"tokens.bin holds token 65535, GPT-2's vocabulary ends"):
         load_corpus([path])
     path.write_bytes(b"\0\0\0")
     with pytest.raises(ValueError, match="got 3 bytes"):
         load_corpus([path])
+
+
+def test_folders_of_token_files(tmp_path: Path) -> None:
+    """As nanoGPT, llm.c and build-nanogpt write them, beside the scripts that did."""
+    folder = tmp_path / "tokens"
+    for name, token in (("medieval_train.bin", 1), ("x_val_000000.bin", 2), ("readme.md", 0)):
+        write_tokens(folder / name, token, token)
+    corpus = load_corpus([folder])
+    assert (all_tokens(corpus), corpus.val and len(corpus.val)) == ([1, 1], 2)
+    with pytest.raises(ValueError, match=r"holds tokens and must stand alone, got 2 paths; name a"):
+        load_corpus([folder / "medieval_train.bin", folder / "x_val_000000.bin"])
+    (folder / "meta.pkl").write_bytes(b"")
+    for path in (folder, folder / "x_val_000000.bin"):
+        with pytest.raises(ValueError, match=r"meta.pkl says that .* are characters, as nanoGPT's"):
+            load_corpus([path])
+    with pytest.raises(ValueError, match=r"holds validation files alone: val.bin"):
+        load_corpus([write_tokens(tmp_path / "only" / "val.bin", 1).parent])
+
+
+@pytest.mark.parametrize(("fraction", "num_val"), [(0.002, 0), (0.015, 1)])
+def test_too_little_text_for_validation_is_refused_at_the_start(tmp_path, fraction, num_val):
+    path = write_tokens(tmp_path / "a.bin", *range(100))
+    assert len(load_corpus([path]).split(0.02)[1]) == 2
+    assert len(load_corpus([path]).split(0.0)[0]) == 100
+    with pytest.raises(ValueError, match=f"2 tokens, got {num_val} .*--val-fraction 0 for none"):
+        load_corpus([path]).split(fraction)
 
 
 # ---- order

@@ -1,19 +1,28 @@
 """Corpora in, shards out: nothing lost, nothing moved, whatever interrupts."""
 
 import json
+import os
 import random
 import struct
 import subprocess
 import sys
+import time
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from model import tokenizer
-from training import prepare, shards
-from training.prepare import Config, ShardWriter, cut, encode_piece, find_inputs
-from training.shards import TokenShards, find_shards, open_shard
+from training import prepare as prepare_module
+from training import shards, text
+from training.data import load_corpus
+from training.prepare import Config, main, prepare
+from training.shards import TokenShards, open_shard
+from training.text import cut, encode_piece
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["the", "king's", "1594", "na\u00efve", "\U0001f600", "--", "<|endoftext|>", "   ", "\n\n",
@@ -25,99 +34,308 @@ def random_text(seed: int, words: int) -> str:
     return "".join(draw.choice(WORDS) + draw.choice([" ", "\n", ""]) for _ in range(words))
 
 
+def config(path: Path, out: Path, **more: Any) -> Config:
+    return Config((str(path),), str(out), **{"processes": 1, **more})
+
+
 def run(cfg: Config) -> np.ndarray:
-    """Prepare in this process (no pool), then read everything back."""
-    writer = ShardWriter(cfg, [])
-    pieces = [p for path in find_inputs(cfg.inputs) for p in cut(path, cfg.key)]
-    for i, piece in enumerate(pieces):
-        data, documents = encode_piece(piece)
-        writer.add(i, np.frombuffer(data, dtype=np.uint16), documents)
-    writer.finish()
-    return np.concatenate([open_shard(cfg.out / s["file"]) for s in writer.index["shards"]])
+    """Prepare in this process, then read everything back."""
+    index = prepare(cfg, quiet=True)
+    return np.concatenate([open_shard(Path(cfg.out) / s["file"]) for s in index["shards"]])
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_cutting_a_text_does_not_change_its_tokens(tmp_path, monkeypatch, seed):
-    monkeypatch.setattr(prepare, "PIECE_BYTES", 97)  # many cuts, in the middle of everything
-    text = random_text(seed, 700)
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
-    assert len(list(cut(tmp_path / "a.txt", "text"))) > 10
-    got = run(Config((tmp_path / "a.txt",), tmp_path / "out", shard_tokens=331, processes=1))
-    want = np.concatenate([[tokenizer.EOT], tokenizer.encode(text)])
-    np.testing.assert_array_equal(got, want)
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many cuts, in the middle of everything; long runs need tokens to be cut at."""
+    monkeypatch.setattr(text, "PIECE_BYTES", 400)
+    monkeypatch.setattr(tokenizer, "BLOCK", 100)
+    monkeypatch.setattr(tokenizer, "MARGIN", 8)
+
+
+CHINESE = "\u4e2d\u6587\u6ca1\u6709\u7a7a\u683c\u3002"
+TEXTS = {
+    **{f"random {seed}": random_text(seed, 700) for seed in range(4)},
+    "base64": "".join(random.Random(5).choices("ABCabc0123456789+/", k=3000)),
+    "Chinese": CHINESE * 200,
+    "Chinese without a mark": "".join(random.Random(6).choices(CHINESE[:6], k=900)),
+    "newlines": "\n" * 3000 + "x",
+    "one letter": "a" * 3000,
+    "dashes and apostrophes": "--'" * 1000,
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_cutting_a_text_does_not_change_its_tokens(tmp_path, small_pieces, name):
+    """No text lacks places to cut: pieces stay small, the memory flat, the tokens the same."""
+    path = tmp_path / "a.txt"
+    path.write_text(TEXTS[name], encoding="utf-8", newline="")
+    pieces = list(cut(path))
+    assert len(pieces) > 6
+    assert max(p.end - p.start for p in pieces) <= 400
+    assert [(a.end, b.start) for a, b in pairwise(pieces)] == [(p.start,) * 2 for p in pieces[1:]]
+    got = run(config(path, tmp_path / "out", shard_tokens=331))
+    want = [tokenizer.EOT, *tokenizer.get_encoding().encode_ordinary(TEXTS[name])]
+    assert got.tolist() == want
 
 
 def test_jsonl_documents_each_follow_an_endoftext(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "PIECE_BYTES", 64)
+    monkeypatch.setattr(text, "PIECE_BYTES", 64)
     texts = [random_text(s, 12) for s in range(30)] + [""]
-    lines = "".join(json.dumps({"body": t, "id": 1}) + "\n" for t in texts)
-    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
-    cfg = Config((tmp_path,), tmp_path / "out", shard_tokens=100, val_tokens=150, key="body",
-                 processes=1)  # fmt: skip
+    lines = "".join(json.dumps({"body": t, "id": 1}) + "\r\n" for t in texts)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("\ufeff" + lines, encoding="utf-8", newline="")
+    cfg = config(tmp_path / "in", tmp_path / "out", shard_tokens=100, val_tokens=150, key="body")
     got = run(cfg)
     want = np.concatenate([p for t in texts for p in ([tokenizer.EOT], tokenizer.encode(t))])
     np.testing.assert_array_equal(got, want)
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert index["documents"] == len(texts)
     assert [s["tokens"] for s in index["shards"][:3]] == [100, 50, 100]  # 150 for validation
-    assert [p.name for p in find_shards(tmp_path / "out", "val")] == ["val-000000.bin",
-                                                                      "val-000001.bin"]  # fmt: skip
+    assert len(load_corpus([tmp_path / "out"]).split(0.1)[1]) == 150
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 7])
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, stop_after):
-    monkeypatch.setattr(prepare, "PIECE_BYTES", 300)
-    (tmp_path / "a.txt").write_text(random_text(3, 900), encoding="utf-8", newline="")
-    whole = run(Config((tmp_path / "a.txt",), tmp_path / "whole", shard_tokens=101, processes=1))
-    cfg = Config((tmp_path / "a.txt",), tmp_path / "cut", shard_tokens=101, processes=1)
-    pieces = list(cut(tmp_path / "a.txt", "text"))
-    for begin_anew in (True, False):
-        writer = ShardWriter(cfg, [])
-        start = writer.index["next_piece"]
-        assert bool(writer.index["shards"]) != begin_anew
-        last = stop_after if begin_anew else len(pieces)
-        for i in range(start, last):
-            data, documents = encode_piece(pieces[i])
-            writer.add(i, np.frombuffer(data, dtype=np.uint16), documents)
-    writer.finish()
-    got = np.concatenate([open_shard(cfg.out / s["file"]) for s in writer.index["shards"]])
-    np.testing.assert_array_equal(got, whole)
-    assert writer.index["documents"] == 1
+    monkeypatch.setattr(text, "PIECE_BYTES", 300)
+    path = tmp_path / "a.txt"
+    path.write_text(random_text(3, 900), encoding="utf-8", newline="")
+    whole = run(config(path, tmp_path / "whole", shard_tokens=101))
+    done: list[Path] = []
+
+    def interrupted(piece: text.Piece) -> tuple[bytes, int]:
+        if len(done) == stop_after:
+            raise KeyboardInterrupt
+        done.append(piece.path)
+        return encode_piece(piece)
+
+    cfg = config(path, tmp_path / "cut", shard_tokens=101)
+    monkeypatch.setattr(prepare_module, "encode_piece", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(cfg, quiet=True)
+    monkeypatch.setattr(prepare_module, "encode_piece", encode_piece)
+    assert {p.suffix for p in (tmp_path / "cut").iterdir()} == {".bin", ".json"}
+    with pytest.raises(ValueError, match="is not finished; run the same"):
+        load_corpus([tmp_path / "cut"])
+    np.testing.assert_array_equal(run(cfg), whole)
+    assert prepare(cfg)["documents"] == 1
 
 
-def test_the_command_with_two_processes_and_an_error(tmp_path):
+@pytest.mark.slow
+def test_the_command_with_two_processes(tmp_path):
     (tmp_path / "a.txt").write_text("hello world " * 1000, encoding="utf-8")
-    (tmp_path / "bad.txt").write_bytes(b"fine then \xff")
-
-    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "training.prepare", *map(str, arguments)],
-                              cwd=ROOT, capture_output=True, text=True, timeout=120)  # fmt: skip
-
-    done = command(tmp_path / "a.txt", "--out", tmp_path / "o", "--processes", 2)
+    (tmp_path / "b.txt").write_text("and more", encoding="utf-8")
+    command = [sys.executable, "-m", "training.prepare", tmp_path / "a.txt", tmp_path / "b.txt",
+               "--out", tmp_path / "o", "--processes", "2"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     tokens = open_shard(tmp_path / "o" / "train-000000.bin")
-    np.testing.assert_array_equal(tokens[1:], tokenizer.encode("hello world " * 1000))
-    failed = command(tmp_path / "bad.txt", "--out", tmp_path / "o2", "--processes", 1)
-    assert failed.returncode == 2
-    assert "byte 0xff at offset 10" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    want = [tokenizer.encode("hello world " * 1000), [tokenizer.EOT], tokenizer.encode("and more")]
+    np.testing.assert_array_equal(tokens[1:], np.concatenate(want))
+
+
+def test_pieces_stay_in_order_whatever_the_number_of_processes(tmp_path, small_pieces, monkeypatch):
+    """Threads stand in for the processes; each piece takes its own time."""
+    (tmp_path / "a.txt").write_text(random_text(7, 700), encoding="utf-8", newline="")
+    pieces = [*cut(tmp_path / "a.txt")]
+
+    def slowed(piece: text.Piece) -> tuple[bytes, int]:
+        time.sleep(0.01 * (piece.start % 3))
+        return encode_piece(piece)
+
+    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", lambda n, *_: ThreadPoolExecutor(n))
+    monkeypatch.setattr(prepare_module, "encode_piece", slowed)
+    assert [*prepare_module.encoded(pieces, 3)] == [encode_piece(piece) for piece in pieces]
+
+
+def test_the_commands_exit_codes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.txt").write_bytes(b"fine then \xff")
+    arguments = [str(tmp_path / "bad.txt"), "--out", str(tmp_path / "out")]
+
+    def fails(*arguments: str) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        return exit.value.code, capsys.readouterr().err
+
+    code, line = fails(*arguments)
+    assert (code, line.count("\n")) == (2, 1)
+    assert "bad.txt is not UTF-8: byte 0xff at offset 10" in line
+    assert fails(*arguments[:2], "") == (2, "error: prepare: out must not be empty\n")
+    monkeypatch.setattr(prepare_module, "prepare", Mock(side_effect=KeyboardInterrupt))
+    assert fails(*arguments)[0] == 130
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_process_is_one_line(tmp_path, monkeypatch):
+    pool = Mock(submit=Mock(side_effect=BrokenExecutor("a child process terminated abruptly")))
+    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", lambda *_: pool)
+    with pytest.raises(OSError, match=r"killed, perhaps for want of memory; .* --processes"):
+        next(prepare_module.encoded([text.Piece(tmp_path, 0, 1, "")], 2))
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [('{"txt": "b"}', "no field 'text'"), ("[1", "cannot be read"), ('{"text": 3}', "got int")],
+    [
+        ('{"txt": "b"}', "no text under 'text', got None"),
+        ("[1", "Expecting"),
+        ('{"text": 3}', "got 3"),
+        ("[1]", "no text under"),
+        ('{"text": "\\ud83d"}', r"U\+D83D is half of a surrogate pair"),
+        ("[" * 100_000, "recursion"),
+        ('{"text": ' + "9" * 5000 + "}", "4300 digits"),
+        (b'{"text": "\xff"}', "can't decode byte 0xff"),
+    ],
 )
-def test_bad_jsonl_names_the_line(tmp_path, line, reason):
+def test_bad_jsonl_names_the_line(tmp_path, line: str | bytes, reason: str):
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": "a"}\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=f"byte 14.*{reason}|{reason}.*byte 14"):
-        encode_piece(next(cut(path, "text")))
+    line = line.encode() if isinstance(line, str) else line
+    path.write_bytes(b'{"text": "a"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"bad.jsonl: line 2 at byte 14 .*{reason}"):
+        encode_piece(next(cut(path)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shard_tokens": 0}, "shard_tokens must be a whole number from 1"),
+        ({"shard_tokens": 10**30}, "shard_tokens must be a whole number from 1"),
+        ({"val_tokens": -1}, "val_tokens must be a whole number from 0"),
+        ({"val_tokens": 9}, "val_tokens must leave text to train on, got 9 of 9 bytes"),
+        ({"processes": 0}, "processes must be a whole number from 1"),
+        ({"processes": 10**9}, "processes must be a whole number from 1"),
+        ({"out": ""}, "out must not be empty"),
+        ({"key": ""}, "key must not be empty"),
+        ({"inputs": ()}, "no input"),
+        ({"inputs": ("",)}, "must name a file or a folder, got nothing"),
+        ({"inputs": ("a.txt", "in")}, "no .txt, .md, .jsonl file in the folder in"),
+        ({"inputs": ("a.bin",)}, "a.bin holds tokens already: train.py --data a.bin"),
+        ({"out": "a.txt"}, "a.txt is a file"),
+        ({"inputs": (".",)}, "out must be outside of the inputs"),
+        ({"out": "tokens"}, "tokens holds other token files"),
+    ],
+)
+def test_prepare_refuses_and_leaves_nothing_behind(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("some text")
+    for folder in ("in", "tokens"):
+        Path(folder).mkdir()
+    Path("tokens", "train.bin").write_bytes(b"1234")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        prepare(Config(**{"inputs": ("a.txt",), "out": "out", **changes}))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_text_that_is_all_for_validation_is_not_done(tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    with pytest.raises(ValueError, match="nothing is left to train on: 7 tokens in all"):
+        prepare(config(tmp_path / "a.txt", tmp_path / "out", val_tokens=9))
 
 
 def test_another_command_into_the_same_folder_is_refused(tmp_path):
-    ShardWriter(Config((tmp_path,), tmp_path, shard_tokens=10), []).finish()
-    with pytest.raises(ValueError, match="shard_tokens differ"):
-        ShardWriter(Config((tmp_path,), tmp_path, shard_tokens=20), [])
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("some text")
+    prepare(config(tmp_path / "a.txt", tmp_path / "out"))
+    for other, message in (
+        (config(tmp_path / "a.txt", tmp_path / "out", shard_tokens=20), "shard_tokens differ"),
+        (config(tmp_path / "b.txt", tmp_path / "out"), "inputs differ"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(other)
+
+
+def flip(path: Path, at: int = -2) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Config:
+    """A folder of three shards."""
+    (tmp_path / "a.txt").write_text("so are they all, all honourable men. " * 20)
+    cfg = config(tmp_path / "a.txt", tmp_path / "out", shard_tokens=80, val_tokens=60)
+    prepare(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["hashed", "sampled"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.unlink(), "train-000001.bin is missing, but index.json names it"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-2]), r"must be \d+ bytes by index.json, got"),
+        (flip, "train-000001.bin is not as index.json has it"),
+        (lambda p: p.rename(p.with_name("train-000009.bin")), "train-000009.bin is not named in"),
+        (lambda p: (p.rename(p.parent / "x"), p.symlink_to("x")), "is missing"),
+    ],
+)
+def test_shards_that_are_not_as_written_are_noticed_and_made_again(
+    prepared: Config, monkeypatch, damage, message, whole
+):
+    monkeypatch.setattr(shards, "FULL_BYTES", 10**9 if whole else 0)
+    out = Path(prepared.out)
+    before = np.asarray(load_corpus([out]).tokens)
+    damage(out / "train-000001.bin")
+    with pytest.raises(ValueError, match=message):
+        load_corpus([out])
+    prepare(prepared)
+    (out / "train-000009.bin").unlink(missing_ok=True)
+    np.testing.assert_array_equal(np.asarray(load_corpus([out]).tokens), before)
+
+
+def test_edits_that_keep_the_size_are_tokenised_again(prepared: Config):
+    source, out = Path(prepared.inputs[0]), Path(prepared.out)
+    times = source.stat()
+    source.write_text(source.read_text().replace("honourable", "d" * 10))
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert prepare(prepared)["shards"] == prepare(prepared)["shards"]
+    assert "honourable" not in tokenizer.decode(np.asarray(load_corpus([out]).tokens))
+    assert len([*out.iterdir()]) == len(prepare(prepared)["shards"]) + 1  # and none of the old ones
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shards": {}},
+        {"shards": None},
+        {"shards": [1]},
+        {"shards": [{"file": "../a.bin", "tokens": 1, "sha256": ""}]},
+        {"shards": [{"file": "/etc/passwd", "tokens": 1, "sha256": ""}]},
+        {"shards": [{"file": "train-000000.bin", "tokens": "1", "sha256": ""}]},
+        {"shards": [{"file": "train-000000.bin", "tokens": -1, "sha256": ""}]},
+        {"shards": [{"file": "train-000000.bin", "tokens": 1}]},
+        {"shards": [{"file": "train-000000.bin", "tokens": 10**30, "sha256": ""}] * 2},
+        {"next_piece": "x"},
+        {"done": None},
+        {"version": 9},
+        {"format": "mds"},
+        {"encoding": ["gpt2"]},
+    ],
+)
+def test_an_odd_index_is_refused_by_both(prepared: Config, changes):
+    path = Path(prepared.out, "index.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for read in (lambda: load_corpus([prepared.out]), lambda: prepare(prepared)):
+        with pytest.raises(ValueError, match=r"index.json|vocabulary|encoding differ"):
+            read()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 10**5, b"\xff", b'{"format": '])
+def test_an_index_that_is_no_json_is_refused(prepared: Config, content: bytes):
+    Path(prepared.out, "index.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        load_corpus([prepared.out])
+
+
+def test_the_first_format_still_opens(prepared: Config, monkeypatch):
+    path = Path(prepared.out, "index.json")
+    index = json.loads(path.read_text()) | {"version": 1}
+    for shard in index["shards"]:
+        del shard["samples"]
+    path.write_text(json.dumps(index))
+    for full in (0, 10**9):
+        monkeypatch.setattr(shards, "FULL_BYTES", full)
+        assert len(load_corpus([prepared.out]).tokens) > 80
 
 
 def write_llmc(path: Path, tokens: np.ndarray, magic: int = shards.LLMC_MAGIC) -> None:
@@ -144,9 +362,12 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     np.save(tmp_path / "float.npy", tokens.astype(np.float32))
     (tmp_path / "text.npy").write_text("not numpy")
     (tmp_path / "odd.bin").write_bytes(struct.pack("<3B", 1, 2, 3))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(100))
+    write_llmc(tmp_path / "none.bin", tokens[:0])
     for name, line in (("short.bin", "must be 3024 bytes"), ("llama.bin", "Llama 3"),
                        ("float.npy", "float32"), ("text.npy", "not a readable .npy"),
-                       ("odd.bin", "got 3 bytes")):  # fmt: skip
+                       ("odd.bin", "got 3 bytes"), ("pytorch_model.bin", "PyTorch's weights"),
+                       ("none.bin", "damaged or empty")):  # fmt: skip
         with pytest.raises(ValueError, match=line):
             open_shard(tmp_path / name)
 
@@ -159,3 +380,12 @@ def test_shards_behave_as_one_array():
     np.testing.assert_array_equal(view[at], whole[at])
     for first, last in ((0, 50), (3, 8), (7, 30), (29, 50), (40, 41), (10, 10)):
         np.testing.assert_array_equal(np.asarray(view[first:last]), whole[first:last])
+
+
+def test_an_id_outside_the_vocabulary_never_leaves_the_shards():
+    """Of a large corpus only samples are looked at when it is opened."""
+    view = TokenShards([np.array([1, 2], dtype=np.uint16), np.array([3, 65535], dtype=np.uint16)])
+    assert view[np.arange(3)].tolist() == [1, 2, 3]
+    for read in (lambda: view[np.arange(4)], lambda: np.asarray(view[1:])):
+        with pytest.raises(ValueError, match="holds token 65535, GPT-2's vocabulary ends at 50256"):
+            read()

@@ -12,7 +12,9 @@ over ranks whatever the micro-batch:
 import hashlib
 import importlib
 import json
+import re
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,32 +25,27 @@ import torch
 from torch import Tensor
 
 from model import tokenizer
-from model.files import write_atomically
+from model.files import replacing, write_atomically
 from training.recipes import Order
-from training.shards import SUFFIXES, TOKEN_DTYPE, TokenShards, open_shard
+from training.shards import (
+    INDEX,
+    TOKEN_DTYPE,
+    TokenShards,
+    check_encoding,
+    hash_file,
+    open_foreign,
+    open_prepared,
+)
+from training.text import KEY, cut, encode_piece, find_inputs, hash_files
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 DOWNLOAD_TIMEOUT_S = 5.0
+VALIDATION = re.compile(r"(?<![a-z])val(id(ation)?)?(?![a-z])")  # a word in a file's name
 
 Tokens = np.ndarray | TokenShards
-
-
-@dataclass(frozen=True)
-class Source:
-    """Documents and where they come from.
-
-    Args:
-        name: What to call it in messages and in config.json.
-        documents: UTF-8 text of each document.
-        sha256: Over the documents' bytes with their lengths.
-    """
-
-    name: str
-    documents: tuple[str, ...]
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -57,106 +54,92 @@ class Corpus:
 
     Args:
         tokens: (N,) uint16, memory-mapped.
-        name, sha256: Of the source, see `Source`.
+        name: What to call it in messages and in config.json.
+        sha256: Of what it was made from, see `hash_files`, or of the token files.
         path: The token file, or the folder of shards.
         val: (N_val,) uint16 where the source has a validation part of its own.
     """
 
-    tokens: Tokens
+    tokens: TokenShards
     name: str
     sha256: str
     path: Path
-    val: Tokens | None = None
+    val: TokenShards | None = None
 
-    def split(self, val_fraction: float) -> tuple[Tokens, Tokens]:
-        """Training part, and the validation part: the source's own, else the tail."""
+    def split(self, val_fraction: float) -> tuple[TokenShards, TokenShards]:
+        """Training part, and the validation part: the source's own, else the tail.
+
+        Raises:
+            ValueError: validation is asked for, and there is too little text for it.
+        """
+        num_val = int(len(self.tokens) * val_fraction)
+        first = len(self.tokens) - num_val
+        train, val = self.tokens[:first], self.tokens[first:]
         if self.val is not None and val_fraction > 0:
-            return self.tokens, self.val
-        num_train = len(self.tokens) - int(len(self.tokens) * val_fraction)
-        return self.tokens[:num_train], self.tokens[num_train:]
+            train, val = self.tokens, self.val
+        if val_fraction > 0 and len(val) < 2:
+            raise ValueError(
+                f"data: validation needs at least 2 tokens, got {len(val)} (val_fraction "
+                f"{val_fraction} of {len(self.tokens)}); take more text, a larger --val-fraction, "
+                "or --val-fraction 0 for none"
+            )
+        return train, val
 
 
 def load_corpus(paths: Sequence[str | Path], say: Callable[[str], None] = print) -> Corpus:
     """Tokens of `paths`, or of a text found without them.
 
     Args:
-        paths: UTF-8 text files, folders of .txt files, or one token file (.bin). Empty: input.txt
-            in the working directory, else tiny Shakespeare from the network, else text that
-            comes with Python.
+        paths: What `find_inputs` takes. Empty: input.txt in the working directory, else tiny
+            Shakespeare from the network, else text that comes with Python.
         say: Called with a line that says what was taken.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: empty, not UTF-8, a folder without text, or tokens of another vocabulary.
+        ValueError: no text and no tokens of GPT-2, by its name and what it is.
     """
-    if len(paths) == 1 and _holds_tokens(path := Path(paths[0])):
-        return open_tokens(path)
-    source = _read_documents([Path(p) for p in paths]) if paths else _default_source(say)
-    return _tokenise(source, tokenizer.cache_dir() / "tokens")
+    name, paths = (_name(paths), paths) if paths else _default_source(say)
+    inputs = find_inputs(paths)
+    if isinstance(inputs, Path):
+        return open_tokens(inputs)
+    if len(inputs) > len(paths):
+        counts = Counter(path.suffix.lower() for path in inputs)
+        say(f"data: {name}: {', '.join(f'{n} {suffix}' for suffix, n in sorted(counts.items()))}")
+    return _tokenise(inputs, name, tokenizer.cache_dir() / "tokens")
 
 
-def _holds_tokens(path: Path) -> bool:
-    """A token file, or a folder with one in it."""
-    if path.is_dir():
-        return any(p.suffix in SUFFIXES for p in path.iterdir())
-    return path.suffix in SUFFIXES
+def _name(paths: Sequence[str | Path]) -> str:
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
 
 def open_tokens(path: Path) -> Corpus:
     """Open a token file, or a folder of shards; formats in training/shards.py.
 
     In a folder, files with "val" in their name are the validation part and the others are trained
-    on. A JSON beside a file, or index.json in a folder, names the encoding.
+    on. A JSON beside a file names the encoding.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file is empty or odd, or was made with another vocabulary.
     """
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-    meta = _read_meta(path / "index.json" if path.is_dir() else _meta_path(path))
-    encoding = meta.get("encoding", tokenizer.ENCODING)
-    if encoding != tokenizer.ENCODING:
-        raise ValueError(
-            f"data: {path} was made with the vocabulary {encoding!r}, this model needs "
-            f"{tokenizer.ENCODING!r}; tokenise the text again"
-        )
-    if meta.get("done") is False:
-        raise ValueError(
-            f"data: {path} is not finished; run the same training.prepare command again"
-        )
-    val = [p for p in files if path.is_dir() and "val" in p.name]
-    parts = {p: open_shard(p) for p in files}
-    for file, tokens in parts.items():
-        if (largest := _largest(tokens)) >= tokenizer.VOCAB_SIZE:
-            raise ValueError(
-                f"data: {file} holds token {largest}, GPT-2's vocabulary ends at "
-                f"{tokenizer.VOCAB_SIZE - 1}; it was made with another vocabulary"
-            )
-    digest = hashlib.sha256()
-    for shard in meta.get("shards", ()):
-        digest.update(shard["sha256"].encode())
-    for file in [] if "shards" in meta or "sha256" in meta else files:
-        digest.update(_hash_file(file).encode())
-    sha256 = str(meta.get("sha256") or digest.hexdigest())
-    train = _join([parts[p] for p in files if p not in val])
-    return Corpus(train, str(meta.get("name", path)), sha256, path,
-                  _join([parts[p] for p in val]) if val else None)  # fmt: skip
+    check_encoding(path, _read_meta(path.with_suffix(".json")))
+    parts, sha256 = (open_prepared if (path / INDEX).exists() else open_foreign)(path)
+    val = [p for p in parts if path.is_dir() and VALIDATION.search(p.name.lower())]
+    if len(val) == len(parts):
+        raise ValueError(f"data: {path} holds validation files alone: {val[0].name}")
+    train = TokenShards([parts[p] for p in parts if p not in val])
+    return Corpus(train, str(path), sha256, path,
+                  TokenShards([parts[p] for p in val]) if val else None)  # fmt: skip
 
 
-def _join(parts: list[np.ndarray]) -> Tokens:
-    return parts[0] if len(parts) == 1 else TokenShards(parts)
-
-
-def _default_source(say: Callable[[str], None]) -> Source:
-    """input.txt, tiny Shakespeare, or Python's own manual, whichever comes first."""
+def _default_source(say: Callable[[str], None]) -> tuple[str, list[Path]]:
+    """Name and file of input.txt, tiny Shakespeare, or Python's manual, whichever comes first."""
     here = Path("input.txt")
     if here.is_file():
         say("data: input.txt of the working directory")
-        return _read_documents([here])
+        return str(here), [here]
     kept = tokenizer.cache_dir() / "tinyshakespeare.txt"
-    if not (kept.is_file() and _hash_file(kept) == SHAKESPEARE_SHA256):
+    if not (kept.is_file() and hash_file(kept) == SHAKESPEARE_SHA256):
         try:
             write_atomically(kept, _download(SHAKESPEARE_URL))
         except (OSError, ValueError) as error:
@@ -165,11 +148,12 @@ def _default_source(say: Callable[[str], None]) -> Source:
                 "reference that comes with Python (pydoc_data.topics). --data FILE takes your text"
             )
             topics = importlib.import_module("pydoc_data.topics").topics
-            documents = tuple(topics[name] for name in sorted(topics))
-            return Source("pydoc_data.topics", documents, _hash_documents(documents))
+            manual = kept.with_name("pydoc_data.topics.jsonl")
+            lines = (json.dumps({KEY: topics[name]}) + "\n" for name in sorted(topics))
+            write_atomically(manual, "".join(lines))
+            return "pydoc_data.topics", [manual]
     say("data: tiny Shakespeare. --data FILE takes your own text")
-    return Source("tiny Shakespeare", (text := kept.read_text(encoding="utf-8"),),
-                  _hash_documents((text,)))  # fmt: skip
+    return "tiny Shakespeare", [kept]
 
 
 def _download(url: str) -> bytes:
@@ -181,97 +165,47 @@ def _download(url: str) -> bytes:
     return data
 
 
-def _read_documents(paths: Sequence[Path]) -> Source:
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*.txt") if p.is_file())
-            if not inside:
-                raise ValueError(f"data: no .txt file in the folder {path}")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"data: no such file: {path}")
-    documents = tuple(_read_text(path) for path in files)
-    if not any(documents):
-        raise ValueError(f"data: {', '.join(map(str, paths))} is empty; it needs text to train on")
-    name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    return Source(name, documents, _hash_documents(documents))
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data: {path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            f"convert it, e.g. iconv -t UTF-8"
-        ) from None
-
-
-def _tokenise(source: Source, folder: Path) -> Corpus:
-    """Tokens of `source` from the cache, or into it. Documents are joined by <|endoftext|>."""
-    path = folder / f"{source.sha256[:16]}-{tokenizer.ENCODING}.bin"
-    meta = _read_meta(_meta_path(path))
-    size = path.stat().st_size if path.is_file() else -1
-    if meta.get("sha256") != source.sha256 or size != TOKEN_DTYPE.itemsize * meta.get("tokens", 0):
-        pieces: list[np.ndarray] = []
-        for document in source.documents:
-            if pieces:
-                pieces.append(np.array([tokenizer.EOT], dtype=TOKEN_DTYPE))
-            pieces.append(tokenizer.encode(document))
-        tokens = np.concatenate(pieces).astype(TOKEN_DTYPE)
+def _tokenise(files: Sequence[Path], name: str, folder: Path) -> Corpus:
+    """Tokens of text files from the cache, or into it. Documents are joined by <|endoftext|>."""
+    sha256 = hash_files(files)
+    path = folder / f"{sha256[:16]}-{tokenizer.ENCODING}.bin"
+    meta_path = path.with_suffix(".json")
+    # The text has been read whole already; reading its tokens adds little, and nothing less would
+    # notice a damaged cache.
+    kept = _read_meta(meta_path)
+    if not (path.is_file() and kept.get("sha256") == sha256
+            and kept.get("tokens_sha256") == hash_file(path)):  # fmt: skip
+        with replacing(path) as partial:
+            documents = 0
+            with partial.open("wb") as out:
+                for data, begun in (encode_piece(piece) for file in files for piece in cut(file)):
+                    out.write(data if documents else data[TOKEN_DTYPE.itemsize :])
+                    documents += begun
+            if not (size := partial.stat().st_size):
+                raise ValueError(f"data: {name} holds no text to train on")
+            tokens_sha256 = hash_file(partial)
         meta = {
-            "name": source.name,
-            "sha256": source.sha256,
+            "name": name,
+            "sha256": sha256,
+            "tokens_sha256": tokens_sha256,
             "encoding": tokenizer.ENCODING,
-            "documents": len(source.documents),
-            "tokens": len(tokens),
+            "documents": documents,
+            "tokens": size // TOKEN_DTYPE.itemsize,
             "dtype": "uint16",
         }
         # The JSON last: without it the token file counts as absent.
-        write_atomically(path, tokens.tobytes())
-        write_atomically(_meta_path(path), json.dumps(meta, indent=1))
-    tokens = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
-    return Corpus(tokens, source.name, source.sha256, path)
-
-
-def _meta_path(path: Path) -> Path:
-    return path.with_suffix(".json")
+        write_atomically(meta_path, json.dumps(meta, indent=1))
+    tokens = TokenShards([np.memmap(path, dtype=TOKEN_DTYPE, mode="r")])
+    return Corpus(tokens, name, sha256, path)
 
 
 def _read_meta(path: Path) -> dict:
     """The JSON that describes a token file; empty when absent or unreadable."""
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return meta if isinstance(meta, dict) else {}
-
-
-def _largest(tokens: np.ndarray) -> int:
-    """Largest id; of a long file in 64 places, for reading 20 GB at every start is no check."""
-    piece = 1 << 20
-    starts = range(0, len(tokens), piece)
-    if len(starts) > 64:
-        starts = np.linspace(0, len(tokens) - piece, 64, dtype=np.int64).tolist()
-    return max(int(tokens[i : i + piece].max()) for i in starts)
-
-
-def _hash_documents(documents: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for document in documents:
-        data = document.encode()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class DataLoaderLite:

@@ -6,13 +6,23 @@
 
 All are memory-mapped: a corpus may be larger than the memory. Formats as read from nanoGPT's
 data/*/prepare.py, llm.c's dev/data/data_common.py and build-nanogpt's fineweb.py.
+
+A folder that training.prepare wrote has an index.json, which is believed only as far as the files
+bear it out: their names, sizes and SHA-256 are checked when they are opened. Of a folder of more
+than FULL_BYTES, 64 samples of each file are hashed instead.
 """
 
+import hashlib
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
+
+from model import tokenizer
+from model.edge import is_int, quoted
 
 TOKEN_DTYPE = np.dtype("<u2")  # GPT-2's 50,257 ids fit
 LLMC_MAGIC = 20240520
@@ -20,6 +30,22 @@ _LLMC_HEADER = 256  # int32 words
 _LLMC_LLAMA_MAGIC = 20240801  # the same layout with uint32 tokens of Llama 3's vocabulary
 
 SUFFIXES = (".bin", ".npy")
+INDEX = "index.json"
+FORMAT, VERSION = "fused-gpt-tokens", 2
+FULL_BYTES = 1 << 30  # of token files that are hashed whole; about a second
+_SAMPLES, _SAMPLE_TOKENS = 64, 2048
+_AGAIN = "run the same training.prepare command again"
+
+
+def holds_tokens(path: Path) -> bool:
+    """A token file, or a folder with one in it."""
+    if path.is_dir():
+        return (path / INDEX).exists() or any(holds_tokens(p) for p in _token_files(path))
+    return path.suffix.lower() in SUFFIXES
+
+
+def _token_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -37,14 +63,18 @@ def open_shard(path: Path) -> np.ndarray:
     """
     if not path.is_file():
         raise FileNotFoundError(f"data: no such file: {path}")
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return _open_npy(path)
+    with path.open("rb") as file:
+        start = file.read(4 * _LLMC_HEADER)
+    if start.startswith((b"PK\x03\x04", b"\x80\x02\x8a\n")):
+        raise ValueError(f"data: {path} holds PyTorch's weights, not tokens; weights go to --init")
     num_bytes = path.stat().st_size
     if num_bytes == 0 or num_bytes % TOKEN_DTYPE.itemsize:
         raise ValueError(
             f"data: {path} must hold uint16 tokens, got {num_bytes} bytes; --data takes text too"
         )
-    header = np.fromfile(path, dtype="<i4", count=_LLMC_HEADER)
+    header = np.frombuffer(start[: len(start) // 4 * 4], dtype="<i4")
     if len(header) == _LLMC_HEADER and header[0] == _LLMC_LLAMA_MAGIC:
         raise ValueError(
             f"data: {path} is an llm.c shard of Llama 3 tokens (magic {_LLMC_LLAMA_MAGIC}); this "
@@ -54,10 +84,10 @@ def open_shard(path: Path) -> np.ndarray:
     # a version word of 1 and a size that fits make a mistake impossible in practice.
     if len(header) == _LLMC_HEADER and header[0] == LLMC_MAGIC and header[1] == 1:
         expected = 4 * _LLMC_HEADER + TOKEN_DTYPE.itemsize * int(header[2])
-        if num_bytes != expected:
+        if num_bytes != expected or not header[2]:
             raise ValueError(
                 f"data: {path} must be {expected} bytes for the {header[2]} tokens its header "
-                f"names, got {num_bytes}; it is truncated or damaged"
+                f"names, got {num_bytes}; it is truncated, damaged or empty"
             )
         return np.memmap(path, dtype=TOKEN_DTYPE, mode="r", offset=4 * _LLMC_HEADER)
     return np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
@@ -76,22 +106,157 @@ def _open_npy(path: Path) -> np.ndarray:
     return tokens
 
 
-def find_shards(folder: Path, split: str) -> list[Path]:
-    """Token files of one split in `folder`, by name; [] when it holds none.
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_samples(tokens: np.ndarray) -> str:
+    """SHA-256 of 64 places of a file, both ends included."""
+    last = max(len(tokens) - _SAMPLE_TOKENS, 0)
+    digest = hashlib.sha256()
+    for start in np.linspace(0, last, _SAMPLES, dtype=np.int64).tolist():
+        digest.update(tokens[start : start + _SAMPLE_TOKENS].tobytes())
+    return digest.hexdigest()
+
+
+def open_foreign(path: Path) -> tuple[dict[Path, np.ndarray], str]:
+    """Token files of other programs; also one of ours that is named by itself.
 
     Args:
-        folder: Where prepare.py, nanoGPT, llm.c or build-nanogpt wrote.
-        split: "train" or "val"; a file belongs to the split its name contains.
+        path: A file, or a folder of them.
+
+    Returns:
+        Tokens by file, and the SHA-256 of all.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file is odd or was made with another vocabulary.
     """
-    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
-    return [p for p in files if split in p.name]
+    folder = path if path.is_dir() else path.parent
+    if (pickle := folder / "meta.pkl").exists():
+        raise ValueError(
+            f"data: {pickle} says that the tokens beside it are characters, as nanoGPT's "
+            "shakespeare_char has them, not GPT-2's; give the text itself"
+        )
+    parts = {file: open_shard(file) for file in (_token_files(path) if path.is_dir() else [path])}
+    digest = hashlib.sha256()
+    for file, tokens in parts.items():
+        for start in range(0, len(tokens), 1 << 22):
+            check_vocabulary(tokens[start : start + (1 << 22)], file)
+        digest.update(hash_file(file).encode())
+    return parts, digest.hexdigest()
+
+
+def open_prepared(folder: Path) -> tuple[dict[Path, np.ndarray], str]:
+    """Shards that training.prepare wrote; like `open_foreign`.
+
+    Raises:
+        ValueError: they are not what index.json says, or not finished.
+    """
+    index = read_index(folder)
+    check_encoding(folder, index)
+    if not (index["done"] and index["shards"]):
+        raise ValueError(f"data: {folder} is not finished; {_AGAIN}")
+    named = [folder / shard["file"] for shard in index["shards"]]
+    if others := [p for p in _token_files(folder) if p not in named]:
+        raise ValueError(f"data: {others[0]} is not named in {INDEX}; move it out of the folder")
+    whole = sum(shard["tokens"] for shard in index["shards"]) * TOKEN_DTYPE.itemsize <= FULL_BYTES
+    parts = {path: check_shard(path, shard, whole)
+             for path, shard in zip(named, index["shards"], strict=True)}  # fmt: skip
+    digest = hashlib.sha256("".join(shard["sha256"] for shard in index["shards"]).encode())
+    return parts, digest.hexdigest()
+
+
+def check_shard(path: Path, shard: dict[str, Any], whole: bool) -> np.ndarray:
+    """Open a shard that index.json names.
+
+    Args:
+        path: Where it should be.
+        shard: What index.json says of it.
+        whole: Hash all of it, not samples.
+
+    Raises:
+        ValueError: it is missing, truncated, changed, or a link to something else.
+    """
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"data: {path} is missing, but {INDEX} names it; {_AGAIN}")
+    expected = TOKEN_DTYPE.itemsize * shard["tokens"]
+    if (size := path.stat().st_size) != expected:
+        raise ValueError(f"data: {path} must be {expected} bytes by {INDEX}, got {size}; {_AGAIN}")
+    tokens = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
+    # Folders of version 1 have no samples.
+    same = (
+        hash_file(path) == shard["sha256"]
+        if whole
+        else hash_samples(tokens) == shard.get("samples", hash_samples(tokens))
+    )
+    if not same:
+        raise ValueError(f"data: {path} is not as {INDEX} has it (SHA-256); {_AGAIN}")
+    return tokens
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """index.json of a prepared folder; the fields that are used have the right types.
+
+    Raises:
+        ValueError: it is no index of ours, or damaged.
+    """
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"data: {path} cannot be read: {error}") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"data: {path} is not of format {FORMAT!r}; training.prepare writes that")
+    if index.get("version") not in (1, VERSION):
+        raise ValueError(
+            f"data: {path} must have version 1 or {VERSION}, got {quoted(index.get('version'))}"
+        )
+    shards = index.get("shards")
+    names = [_shard_name(shard) for shard in shards] if isinstance(shards, list) else [""]
+    counts = [index.get(name) for name in ("documents", "next_piece", "skip_tokens")]
+    typed = isinstance(index.get("done"), bool) and all(map(is_int, counts))
+    if "" in names or len({*names}) < len(names) or not typed:
+        raise ValueError(
+            f"data: {path} is damaged: 'shards' must be different files with tokens and SHA-256, "
+            f"and done, documents, next_piece and skip_tokens numbers; {_AGAIN} with another --out"
+        )
+    return index
+
+
+def _shard_name(shard: Any) -> str:
+    """File name in an entry of index.json; "" if something in it cannot be."""
+    if not isinstance(shard, dict):
+        return ""
+    name, tokens = str(shard.get("file")), shard.get("tokens", 0)
+    fits = re.fullmatch(r"(train|val)-\d{6,}\.bin", name) and isinstance(shard.get("sha256"), str)
+    return name if fits and is_int(tokens) and tokens > 0 else ""
+
+
+def check_encoding(path: Path, description: dict[str, Any]) -> None:
+    """Raise ValueError where a JSON beside tokens names another vocabulary than GPT-2's."""
+    if (encoding := description.get("encoding", tokenizer.ENCODING)) != tokenizer.ENCODING:
+        raise ValueError(
+            f"data: {path} was made with the vocabulary {quoted(encoding)}, this model needs "
+            f"{tokenizer.ENCODING!r}; tokenise the text again"
+        )
+
+
+def check_vocabulary(tokens: np.ndarray, where: object) -> None:
+    """Raise ValueError for an id that GPT-2's vocabulary does not have."""
+    if tokens.size and (largest := int(tokens.max())) >= tokenizer.VOCAB_SIZE:
+        raise ValueError(
+            f"data: {where} holds token {largest}, GPT-2's vocabulary ends at "
+            f"{tokenizer.VOCAB_SIZE - 1}; it was made with another vocabulary, or is damaged"
+        )
 
 
 class TokenShards:
     """Several one-dimensional arrays as one, without copying them.
 
     Supports what a loader needs: `len`, slices with step 1 (another view), and integer arrays of
-    any shape (a gather).
+    any shape (a gather). What is read is checked: no id outside the vocabulary leaves it.
 
     Args:
         parts: (N_i,) uint16 each.
@@ -126,9 +291,11 @@ class TokenShards:
         for i in np.unique(owner):
             inside = owner == i
             out[inside] = self.parts[i][at[inside] - (self.ends[i] - len(self.parts[i]))]
+        check_vocabulary(out, "the corpus")
         return out
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         """All of it in memory; for small views such as an evaluation's tokens."""
         whole = np.concatenate(self.parts) if self.parts else np.empty(0, dtype=TOKEN_DTYPE)
+        check_vocabulary(whole, "the corpus")
         return whole if dtype is None else whole.astype(dtype)
