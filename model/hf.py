@@ -103,10 +103,15 @@ def _read_config(path: Path) -> tuple[GPTConfig, dict[str, int]]:
             )
     if raw.get("activation_function") == "gelu":
         _note(ERF_NOTE)
+    return config, read_contexts(raw, f"from_pretrained: {path}", config.block_size)
+
+
+def read_contexts(raw: Mapping[str, Any], where: str, block_size: int) -> dict[str, int]:
+    """Those of CONTEXTS that a config.json has; none is longer than the positions."""
     contexts = {key: raw[key] for key in CONTEXTS if raw.get(key) is not None}
     for key, value in contexts.items():
-        check_int(f"from_pretrained: {path}", key, value, 1, LARGEST["block_size"])
-    return config, {key: min(value, config.block_size) for key, value in contexts.items()}
+        check_int(where, key, value, 1, LARGEST["block_size"])
+    return {key: min(value, block_size) for key, value in contexts.items()}
 
 
 def _guess_config(path: Path, shapes: Mapping[str, list[int]]) -> GPTConfig:

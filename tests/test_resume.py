@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,15 +82,29 @@ def test_every_checkpoint_is_a_model_folder(small, tmp_path):
     from_run, ours = GPT.from_pretrained(run.folder / "calm"), GPT.from_pretrained(folder)
     assert ours.trained_context == 32
     for name, value in from_run.state_dict().items():
-        assert torch.equal(ours.state_dict()[name][: len(value)], value), (
-            name
-        )  # it has all positions
+        # A checkpoint has all positions, a model those that were trained.
+        assert torch.equal(ours.state_dict()[name][: len(value)], value), name
     hf.main(["export", str(folder), "--out", str(tmp_path / "exported")])
     assert (tmp_path / "exported" / "model.safetensors").is_file()
     still = ("--init", str(folder), "--max-lr", "0", "--min-lr", "0", "--steps", "1")
     assert in_process(run, "tuned", *still) == 0
     tuned = GPT.from_pretrained(run.folder / "tuned")
     assert torch.equal(tuned.transformer.wte.weight, ours.transformer.wte.weight)
+
+
+def test_a_resumed_fine_tuning_keeps_the_positions_it_came_with(small):
+    run, _ = small
+    now = checkpoint.read(run.checkpoints("calm") / f"step-{run.steps:08d}")
+    recipe = Recipe(model="smoke", block_size=32)
+    model = GPT(recipe.model_config)
+    model.trained_context = 32
+    assert now.config is not None
+    tuned = replace(now, config={**now.config, "trained_context": 48, "fine_tuned_context": 32})
+    train.resume.restore(tuned, model, configure_adamw(model, recipe), None)
+    assert (model.trained_context, model.fine_tuned_context) == (48, 32)
+    odd = replace(now, config={**now.config, "trained_context": "all"})
+    with pytest.raises(CheckpointError, match="trained_context must be a whole number"):
+        train.resume.restore(odd, model, configure_adamw(model, recipe), None)
 
 
 def test_checkpoint_of_version_1_still_resumes(small, tmp_path):

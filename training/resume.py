@@ -181,8 +181,12 @@ def restore(
     try:
         groups = expect(model)(saved)
         schema.check("tensors", saved.tensors, groups)
-    except schema.Mismatch as error:
+        contexts = hf.read_contexts(saved.config or {}, "config.json", model.config.block_size)
+    except ValueError as error:
         raise CheckpointError(f"checkpoint {saved.path or ''}: {error}") from None
+    # The run may be a fine-tuning whose --init is no longer named.
+    model.trained_context = max(model.trained_context, contexts.get("trained_context", 1))
+    model.fine_tuned_context = model.fine_tuned_context or contexts.get("fine_tuned_context")
     own = model.state_dict() if saved.config is None else hf.file_tensors(model)
     for name, value in saved.tensors["model"].items():
         own[name].copy_(value)
