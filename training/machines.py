@@ -105,6 +105,48 @@ def ram_bytes() -> int:
         return 0
 
 
+def free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that can still be taken here without swapping; 0 where the system does not tell.
+
+    What the machine has available, or what the limit of this process's cgroup (version 1 or 2)
+    or of one above it leaves, whichever is smaller. Cached files count as free in both.
+
+    Args:
+        proc, cgroups: Where the kernel says so.
+    """
+    meminfo, own = proc / "meminfo", proc / "self/cgroup"
+    if not meminfo.exists():
+        return 0
+    found = re.search(r"^MemAvailable: +(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+    free = [int(found[1]) << 10] if found else []
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, name = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = cgroups / controllers
+        here = root / name.strip("/")
+        # In a container the name may be one of the host's, and the limit stands at the root.
+        for folder in {here, root, *(p for p in here.parents if root in p.parents)}:
+            free += _left_in(folder)
+    return max(0, min(free, default=0))
+
+
+def _left_in(cgroup: Path) -> list[int]:
+    """Bytes that a cgroup's limit leaves; nothing where it sets none."""
+    for limit, used, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, taken = (int((cgroup / name).read_text()) for name in (limit, used))
+            stat = (cgroup / "memory.stat").read_text()
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        found = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)
+        return [most - taken + (int(found[1]) if found else 0)]
+    return []
+
+
 def nvidia_smi(*fields: str) -> dict[str, str]:
     """What nvidia-smi says of the first GPU now, by field; without what it does not know.
 
