@@ -7,12 +7,15 @@ time. Sizes follow the rest of the project: M = B * T rows, C width, H heads, V 
 to a multiple of 128.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from training.machines import free_bytes
 
 Inputs = dict[str, Any]
 MODES = ("fwd", "bwd", "both")
@@ -42,15 +45,9 @@ class Shape:
         return f"B={self.B} T={self.T}{width}"
 
 
-SHAPES: dict[str, Shape] = {
-    "b64t1024": Shape(64, 1024),  # 65,536 tokens: the throughput shape
-    "b16t64": Shape(16, 64),  # the seed recipe's micro-batch, 1,024 tokens
-    "b8t1024": Shape(8, 1024),
-    "b4t64": Shape(4, 64),  # what a CPU can time
-    "b2t256": Shape(2, 256),
-}
-GPU_SHAPES = ("b64t1024", "b16t64", "b8t1024")
-CPU_SHAPES = ("b4t64",)
+# The throughput shape, 65,536 tokens; the seed recipe's micro-batch, 1,024; and one between.
+GPU_SHAPES = (Shape(64, 1024), Shape(16, 64), Shape(8, 1024))
+CPU_SHAPES = (Shape(4, 64),)  # what a CPU can time
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class Case:
             require grad are the ones a backward fills. `dtype` is the activations'.
         bytes, flops: (shape, bytes per activation element, mode) -> the floor of one call.
         limit: Which measured matmul rate the flops are held against.
+        logits: Columns of the fp32 matrix that plain PyTorch makes on the way, four times.
         sweep: Shapes for the plot of this op, small to large.
         modes: A subset of MODES. The loss has no "bwd": the gradients come with the forward.
     """
@@ -74,6 +72,7 @@ class Case:
     limit: str
     sweep: tuple[Shape, ...]
     modes: tuple[str, ...] = MODES
+    logits: Callable[[Shape], int] = lambda s: 0
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -194,6 +193,7 @@ CASES: dict[str, Case] = {
             limit="matmul_k768_tflops",
             sweep=_TOKENS,
             modes=("fwd", "both"),
+            logits=lambda s: s.Vp,
         ),
     )
 }  # fmt: skip
@@ -207,15 +207,10 @@ def find_case(op: str) -> Case:
 
 
 def find_shape(name: str) -> Shape:
-    """A shape by name (`b64t1024`); any other `b<B>t<T>` is read as one, at GPT-2's width."""
-    if name in SHAPES:
-        return SHAPES[name]
-    b, _, t = name.removeprefix("b").partition("t")
-    if name.startswith("b") and b.isdigit() and t.isdigit() and int(b) and int(t):
-        return Shape(int(b), int(t))
-    raise ValueError(
-        f"bench: unknown shape {name!r}; known: {', '.join(SHAPES)}, or any b<B>t<T> such as b4t256"
-    )
+    """The shape of `b<B>t<T>`, at GPT-2's width."""
+    if found := re.fullmatch(r"b([1-9][0-9]{0,8})t([1-9][0-9]{0,8})", name):
+        return Shape(int(found[1]), int(found[2]))
+    raise ValueError(f"bench: a shape is b<B>t<T>, such as b64t1024, got {name!r}")
 
 
 def make_inputs(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0):
@@ -235,6 +230,24 @@ def floor_ms(case: Case, shape: Shape, dtype: torch.dtype, mode: str, limits: di
     if not flops:
         return bytes_ms
     return max(bytes_ms, flops / limits[case.limit] / 1e9)
+
+
+def check_memory(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a shape whose tensors cannot fit; on a GPU a provider that lacks room says so itself.
+
+    Raises:
+        ValueError: with what is needed and what is free.
+    """
+    need = case.bytes(shape, dtype.itemsize, "both")
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        need, free = need + 16 * shape.M * case.logits(shape), free_bytes()
+    if need > free > 0:
+        raise ValueError(
+            f"bench: {case.op} at {shape.label} needs about {need / 2**30:,.1f} GiB of memory, "
+            f"{free / 2**30:,.1f} GiB are free; take a smaller --shape"
+        )
 
 
 def smaller(shape: Shape, tokens: int) -> Shape:

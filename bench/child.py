@@ -14,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).parents[1]
 START_LIMIT_S = 120.0  # until the first answer: a child imports torch and opens the device
@@ -52,6 +52,7 @@ def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = 
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,
     ) as process:  # fmt: skip
+        _RUNNING.add(process.pid)
         try:
             text, _ = process.communicate(timeout=max(1.0, limit_s))
             return Ended(process.returncode, text)
@@ -61,6 +62,27 @@ def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = 
             return Ended(None, text)
         finally:
             end_session(process.pid)
+            _RUNNING.discard(process.pid)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C end what `run` has started, in all threads, and this process."""
+
+    def stop(signum: int, frame: object) -> None:
+        for pid in [*_RUNNING]:
+            end_session(pid)
+        raise SystemExit(128 + signum)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_RUNNING: set[int] = set()  # sessions of `run`
 
 
 def end_session(pid: int) -> None:
@@ -70,7 +92,15 @@ def end_session(pid: int) -> None:
 
 
 class ChildDied(Exception):
-    """There is no answer; the message says why, in one line."""
+    """There is no answer; the message says why, in one line.
+
+    Attributes:
+        is_short: It died for want of memory: killed by the system, or refused by the allocator.
+    """
+
+    @property
+    def is_short(self) -> bool:
+        return "ended with -9" in str(self) or "allocate memory" in str(self)
 
 
 class Child:
@@ -79,7 +109,7 @@ class Child:
     Args:
         command: Whose side is `serve`.
         limit_s: Within which it must have said its first word.
-        cwd: Where it runs.
+        cwd, env: As of subprocess.
 
     Attributes:
         first: Its first word.
@@ -89,17 +119,18 @@ class Child:
     """
 
     def __init__(
-        self, command: Sequence[str], limit_s: float = START_LIMIT_S, cwd: Path = ROOT
-    ) -> None:
+        self, command: Sequence[str], limit_s: float = START_LIMIT_S, cwd: Path = ROOT,
+        env: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 # `end` closes it
         self._at_work = True
         self.process = subprocess.Popen(
-            command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            bufsize=0, start_new_session=True,
+            command, cwd=cwd, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._errors, bufsize=0, start_new_session=True,
         )  # fmt: skip
         self.first = self._answer(limit_s)
 
-    def __enter__(self) -> "Child":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,9 +3,11 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from bench.cases import Shape, find_shape
 
 MAX_COUNT = 10**6  # of anything one counts: micro-batches, rounds, steps
 
@@ -19,6 +21,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+    """As argparse does, for those that `parse_known_args` has left."""
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def count(text: str) -> int:
@@ -35,6 +43,14 @@ def amount(text: str) -> float:
     if not (0 < found < math.inf):
         raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
     return found
+
+
+def shape(text: str) -> Shape:
+    """A shape by name."""
+    try:
+        return find_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def path(text: str) -> Path:

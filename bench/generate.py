@@ -1,184 +1,167 @@
 """Generation speed: our cached decoding, the uncached loop, transformers' generate.
 
-The three run the same random weights from the same prompt, greedily, in turn (A B C A B C ...),
-and must give the same tokens. transformers runs in a process of its own that lives through the
-bench and waits while the others run: beside our folder named `kernels` it would take that for
-the package it looks for.
+All run the same random weights from the same prompt, greedily, in turn (A B C A B C ...), and must
+give the same tokens, or the row is in doubt. transformers runs in a process of its own that lives
+through the bench and waits while the others run: beside our folder named `kernels` it would take
+that for the package it looks for.
 
     python -m bench.generate --model small --rounds 5
     python -m bench.generate --model 124m --no-uncached
+    python -m bench.generate --model 124m --device cuda --dtype bf16 --batch 16 --only cached
 """
 
-import json
-import subprocess
+import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench.record import Results, rounded
-from bench.timing import Replay, host_replay, interleave, ratio
+from bench import cli, timing
+from bench.child import Child, ChildDied
+from bench.record import Results
+from bench.rows import StepRow
+from bench.tables import rows_table
 from model import GPT, MODELS
 from model.decoder import generate_tokens
 from model.sampling import Sampling
 
+PROVIDERS = ("cached", "transformers", "uncached")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT_TOKENS = 16
-
+ANSWER_LIMIT_S = 600.0
 WORKER = """
-import json, sys, time
+import json, os, sys, time
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
 import torch
 from transformers import GPT2LMHeadModel
-folder, device = sys.argv[1:3]
-model = GPT2LMHeadModel.from_pretrained(folder).to(device).eval()
+folder, device, dtype = sys.argv[1:4]
+model = GPT2LMHeadModel.from_pretrained(folder).to(device, getattr(torch, dtype)).eval()
+print('"ready"', file=answers)
 for line in sys.stdin:
-    prompt, num = json.loads(line)
-    ids = torch.tensor([prompt], device=device)
-    mask = torch.ones_like(ids)
+    prompts, num = json.loads(line)
+    ids = torch.tensor(prompts, device=device)
     start = time.perf_counter()
-    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=num,
-                         min_new_tokens=num, pad_token_id=0)
-    tokens = out[0, len(prompt):].tolist()
-    ms = (time.perf_counter() - start) * 1e3
-    print("ANSWER" + json.dumps([ms, tokens]), flush=True)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                         max_new_tokens=num, min_new_tokens=num, pad_token_id=0)
+    tokens = out[:, ids.shape[1]:].tolist()
+    print(json.dumps([(time.perf_counter() - start) * 1e3, tokens]), file=answers)
 """
 
 
-@contextmanager
-def transformers_worker(folder: Path, device: str) -> Iterator[Any]:
-    """ask(prompt, num) -> (ms, tokens) in another process, whose path does not hold our folder."""
-    with subprocess.Popen(
-        [sys.executable, "-I", "-c", WORKER, str(folder), device],
-        cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:  # fmt: skip
-        assert process.stdin
-        assert process.stdout
-        stdin, stdout = process.stdin, process.stdout
-
-        def ask(prompt: list[int], num: int) -> tuple[float, list[int]]:
-            stdin.write(json.dumps([prompt, num]) + "\n")
-            stdin.flush()
-            for line in stdout:
-                if line.startswith("ANSWER"):
-                    ms, tokens = json.loads(line[6:])
-                    return ms, tokens
-            raise RuntimeError("generate: the transformers process ended; is it installed?")
-
-        try:
-            yield ask
-        finally:
-            stdin.close()
-            process.wait()
-
-
-def bench(model_name: str, num: int, rounds: int, uncached: bool, device: str) -> list[dict]:
-    """Rows of the result file, one for each contestant; raises when their tokens differ."""
+def make_model(name: str, num: int, device: str, dtype: torch.dtype) -> GPT:
+    """Random weights, wider than at init, or one token would win every step."""
     torch.manual_seed(0)
-    config = MODELS[model_name]
-    # transformers cannot slide a window, so give all three positions enough; they cost nothing.
-    config = replace(config, block_size=max(config.block_size, PROMPT_TOKENS + num))
-    model = GPT(config)
-    with torch.no_grad():  # wider than at init, or one token would win every step
+    config = MODELS[name]
+    # transformers cannot slide a window, so give all positions enough; they cost nothing.
+    model = GPT(replace(config, block_size=max(config.block_size, PROMPT_TOKENS + num)))
+    with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)
-        model.transformer.wte.weight[model.config.vocab_size :].zero_()
+        model.transformer.wte.weight[config.vocab_size :].zero_()
+    return model.to(device, dtype).eval()
+
+
+def measure(options: argparse.Namespace) -> list[StepRow]:
+    """A row for each contestant; one whose process dies, or whose tokens differ, is in doubt."""
+    num, dtype = options.tokens, DTYPES[options.dtype]
+    model = make_model(options.model, num, options.device, dtype)
     prompt = torch.randint(model.config.vocab_size, (PROMPT_TOKENS,)).tolist()
-    sampling = Sampling(max_new_tokens=num, temperature=0.0)
-    tokens: dict[str, list[int]] = {}
-    model.to(device)
+    prompts = [prompt] * options.batch
+    tokens: dict[str, list[list[int]]] = {}
+    failed: dict[str, str] = {}
 
-    def run(name: str, use_cache: bool) -> None:
-        tokens[name] = generate_tokens(model, [prompt], sampling, use_cache=use_cache)[0]
+    def ours(use_cache: bool, num: int = num) -> list[list[int]]:
+        sampling = Sampling(max_new_tokens=num, temperature=0.0)
+        found = generate_tokens(model, prompts, sampling, use_cache=use_cache)
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        return found
 
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        with transformers_worker(Path(folder), device) as ask:
+    def call(name: str, use_cache: bool) -> Callable[[], None]:
+        return lambda: tokens.__setitem__(name, ours(use_cache))
 
-            def run_transformers() -> float:
-                ms, tokens["transformers"] = ask(prompt, num)
-                return ms
+    replays: dict[str, timing.Replay] = {}
+    with ExitStack() as held:
+        for name, use_cache in (("cached", True), ("uncached", False)):
+            if name in options.only:
+                ours(use_cache, 4)  # a short run: a whole one takes minutes
+                replays[name] = timing.host_replay(call(name, use_cache))
+        if "transformers" in options.only:
+            folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+            model.save_pretrained(folder)
+            command = [sys.executable, "-I", "-c", WORKER, str(folder), options.device,
+                       str(dtype).removeprefix("torch.")]  # fmt: skip
+            try:
+                worker = held.enter_context(Child(command, cwd=folder))  # not beside our `kernels`
+                worker.ask([prompts, 4], ANSWER_LIMIT_S)
+            except ChildDied as why:
+                failed["transformers"] = str(why)
+            else:
 
-            replays = {
-                "cached": host_replay(lambda: run("cached", True)),
-                "transformers": Replay(run_transformers, "host"),
-            }
-            if uncached:
-                replays["uncached"] = host_replay(lambda: run("uncached", False))
-            for use_cache in (True, False):  # a short run each: a whole one takes minutes
-                short = replace(sampling, max_new_tokens=4)
-                generate_tokens(model, [prompt], short, use_cache=use_cache)
-            ask(prompt, 4)
-            timings = interleave(replays, rounds=rounds, seconds=1e9, warmup=0, min_rounds=1)
-    for name, found in tokens.items():
-        if found != tokens["cached"]:
-            at = next(
-                i for i, (a, b) in enumerate(zip(found, tokens["cached"], strict=True)) if a != b
-            )
-            raise ValueError(f"generate: {name} and cached differ at token {at} of {num}")
-    return [
-        rounded({
-            "model": model_name,
-            "provider": name,
-            "prompt_tokens": PROMPT_TOKENS,
-            "new_tokens": num,
-            "dtype": "fp32",
-            "rounds": len(timing.samples_ms),
-            "median_ms": timing.median_ms,
-            "quartiles_ms": timing.quartiles_ms,
-            "tokens_per_s": num / timing.median_ms * 1e3,
-            "cached_is_faster_by": ratio(timing, timings["cached"]),
-        })
-        for name, timing in timings.items()
-    ]  # fmt: skip
+                def theirs() -> float:
+                    ms, tokens["transformers"] = worker.ask([prompts, num], ANSWER_LIMIT_S)
+                    return ms
+
+                replays["transformers"] = timing.Replay(theirs, "host")
+        timed = timing.interleave(
+            replays, rounds=options.rounds, seconds=1e9, warmup=0, min_rounds=1, failed=failed
+        )
+    rows = []
+    for name in options.only:
+        row = StepRow(
+            model=options.model, shape=f"{options.batch} x {num} new tokens, {options.dtype}",
+            provider=name, tokens=options.batch * num, doubt=failed.get(name, ""),
+        )  # fmt: skip
+        if found := timed.get(name):
+            doubt = difference(tokens[name], tokens.get("cached", tokens[name]))
+            over = {n: timing.ratio(timed[n], found) for n in timed if n != name}
+            row = replace(row, doubt=doubt, over=over, **found.figures)
+        rows.append(row)
+    return rows
 
 
-def main(args: list[str] | None = None) -> None:
+def difference(found: list[list[int]], cached: list[list[int]]) -> str:
+    """Where the tokens differ from those of cached decoding; empty if nowhere."""
+    for a, b in zip(found, cached, strict=True):
+        if a != b:
+            at = next(i for i in range(len(b)) if a[i : i + 1] != b[i : i + 1])
+            return f"differs from cached at token {at} of {len(b)}"
+    return ""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """`python -m bench.generate`."""
-    import tyro
-
-    def command(
-        model: str = "small",
-        tokens: int = 256,
-        rounds: int = 5,
-        uncached: bool = True,
-        device: str = "cpu",
-        out: Path | None = None,
-    ) -> None:
-        """Time generation.
-
-        Args:
-            model: Size.
-            tokens: New tokens.
-            rounds: Samples of each.
-            uncached: Time the uncached loop too; minutes for 124m on a CPU.
-            device: cpu or cuda.
-            out: Result file or folder; without it only a table is printed.
-        """
-        if model not in MODELS:
-            raise ValueError(f"generate: unknown model {model!r}; expected one of {[*MODELS]}")
-        rows = bench(model, tokens, rounds, uncached, device)
-        for row in rows:
-            spread = "{:.0f} to {:.0f}".format(*row["quartiles_ms"])
-            print(
-                f"{model:6} {row['provider']:13} {row['median_ms']:9.0f} ms ({spread}) "
-                f"{row['tokens_per_s']:8.1f} tokens/s   cached: {row['cached_is_faster_by']:.2f}x"
-            )
-        if out is not None:
-            results = Results(torch.device(device), out)
-            for row in rows:
-                results.add("generate", row)
-
-    try:
-        tyro.cli(command, prog="python -m bench.generate", args=args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    parser = cli.Parser("bench.generate", __doc__)
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    parser.add_argument("--model", default="small", choices=[*MODELS])
+    parser.add_argument("--tokens", type=cli.count, default=256, help="new ones of each row")
+    parser.add_argument("--batch", type=cli.count, default=1, help="rows at once")
+    parser.add_argument("--dtype", default="fp32", choices=[*DTYPES])
+    parser.add_argument("--rounds", type=cli.count, default=5, help="samples of each")
+    parser.add_argument("--only", action="append", choices=PROVIDERS, help="repeat for several")
+    parser.add_argument("--no-uncached", action="store_true", help="which takes minutes for 124m")
+    parser.add_argument("--device", default="cpu", choices=devices)
+    parser.add_argument("--out", type=cli.path, help="also add the rows to this result file")
+    parser.add_argument("--commit", help="what is measured, where git is not at hand")
+    options = parser.parse_args(argv)
+    options.only = options.only or PROVIDERS[: 2 if options.no_uncached else 3]
+    rows = measure(options)
+    print(rows_table(
+        rows,
+        [("model", lambda r: r.model), ("who", lambda r: r.provider)],
+        [("ms", lambda r: f"{r.ms:,.0f}"), ("spread", lambda r: r.spread),
+         ("tokens/s", lambda r: f"{r.tokens_per_s:,.1f}"),
+         ("cached is x", lambda r: f"{1 / r.over['cached']:.2f}" if "cached" in r.over else "")],
+    ))  # fmt: skip
+    if options.out is not None:
+        results = Results(torch.device(options.device), options.out, options.commit)
+        results.add("generate", *rows)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -3,18 +3,21 @@
     python -m bench.ops                       # every op on this machine's shapes
     python -m bench.ops --op layer_norm --shape b8t1024 --provider eager --provider ours
     python -m bench.ops --sweep               # many sizes, for the plots
+    python -m bench.ops --benchmark-compare   # beside the run before this one
 
-The op's numerics are compared with float64 first; where they fail, the row says so and no speed is
-printed (the file has it as unverified_ms). Percent of limit is the time the copy and matmul rates
-of the same run allow (bytes and flops of `bench.cases`) over the measured time.
+It runs under pytest-benchmark (`bench/test_ops.py`), whose JSON is the result file and whose other
+options can be given too. All providers of an op are sampled in turn by the bench's own timer. The
+op's numerics are compared with float64 first; where they fail, the row is in doubt and no speed is
+printed. Percent of limit is the time the copy and matmul rates of the same run allow (bytes and
+flops of `bench.cases`) over the measured time.
 """
 
-import argparse
 import gc
 import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from bench import baseline, record, timing
+from bench import baseline, cli, record, timing
 from bench.cases import (
     CASES,
     CPU_SHAPES,
@@ -33,29 +36,31 @@ from bench.cases import (
     Case,
     Inputs,
     Shape,
+    check_memory,
     find_case,
-    find_shape,
     floor_ms,
     make_inputs,
-    smaller,
-)
-from bench.report import table
+)  # fmt: skip
+from bench.rows import OpRow
+from bench.tables import ops_table
 from kernels import parse_ops
 from tests import numerics
 
 Fn = Callable[..., Any]
 
-PROVIDERS = ("eager", "compile", "ours", "liger", "sdpa-flash", "sdpa-cudnn", "linear-ce")
+# Who does which ops.
+PROVIDERS: dict[str, tuple[str, ...]] = {
+    "eager": (*CASES,),
+    "compile": (*CASES,),
+    "ours": (*CASES,),
+    "liger": ("layer_norm", "linear_cross_entropy"),
+    "sdpa-flash": ("causal_attention",),
+    "sdpa-cudnn": ("causal_attention",),
+    "linear-ce": ("linear_cross_entropy",),
+}
 # F.linear_cross_entropy takes 20 times the time of the rest on a CPU: only when asked for.
 CPU_PROVIDERS = ("eager", "compile", "ours")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Tokens numerics are checked on. On CUDA enough for the launch rows of large M (from 4,096 rows on)
-# and for two chunks of the loss at GPT-2's vocabulary; the interpreter takes minutes there.
-CHECK_TOKENS = {"causal_attention": 4096, "linear_cross_entropy": 16384}
-DEFAULT_CHECK_TOKENS = 5120
-CHECK_LENGTH = 1023  # of attention's rows: long, and no multiple of a tile
-CPU_CHECK_TOKENS = {"linear_cross_entropy": 96}  # float64 logits of 50,304 columns: 39 MB
-DEFAULT_CPU_CHECK_TOKENS = 512
 
 
 class Unavailable(Exception):
@@ -79,28 +84,27 @@ def _liger(op: str) -> Fn:
     return loss
 
 
-def _linear_ce(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def _linear_ce() -> Fn:
     call: Any = getattr(F, "linear_cross_entropy", None)
     if call is None:
         raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
-    return call(x.flatten(0, -2), weight[:vocab_size], targets.flatten(), options=options)
 
+    def loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
+        return call(x.flatten(0, -2), weight[:vocab_size], targets.flatten(), options=options)
 
-def check_provider(name: str) -> None:
-    """Raise ValueError for an unknown provider; the message lists the known ones."""
-    if name not in PROVIDERS:
-        raise ValueError(f"bench: unknown provider {name!r}; known: {', '.join(PROVIDERS)}")
+    return loss
 
 
 def find_provider(name: str, op: str, device: torch.device) -> Fn:
-    """The callable of one provider.
+    """The callable of a provider that does this op.
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
-        Unavailable: it does not do this op, or cannot run here.
+        Unavailable: it cannot run here.
     """
-    check_provider(name)
+    if name not in PROVIDERS:
+        raise ValueError(f"bench: unknown provider {name!r}; known: {', '.join(PROVIDERS)}")
     cuda = device.type == "cuda"
     plain = baseline.OPS[op]
     if name == "eager":
@@ -109,18 +113,8 @@ def find_provider(name: str, op: str, device: torch.device) -> Fn:
         return torch.compile(plain, fullgraph=True, dynamic=False)
     if name == "ours":
         return getattr(parse_ops("triton" if cuda else "eager"), op)
-    does = {
-        "liger": ("layer_norm", "linear_cross_entropy"),
-        "sdpa-flash": ("causal_attention",),
-        "sdpa-cudnn": ("causal_attention",),
-        "linear-ce": ("linear_cross_entropy",),
-    }[name]
-    if op not in does:
-        raise Unavailable(f"{name} has no {op}")
     if name == "linear-ce":
-        if not hasattr(F, "linear_cross_entropy"):
-            raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
-        return _linear_ce
+        return _linear_ce()
     if not cuda:
         raise Unavailable(f"{name} needs a GPU")
     if name == "liger":
@@ -129,42 +123,16 @@ def find_provider(name: str, op: str, device: torch.device) -> Fn:
     return partial(plain, backend=backend)
 
 
-def check_shape(op: str, shape: Shape, device: torch.device) -> Shape:
-    """The cut of a shape that `check_numerics` runs on; rows of results carry its label."""
-    if device.type != "cuda":
-        return smaller(shape, CPU_CHECK_TOKENS.get(op, DEFAULT_CPU_CHECK_TOKENS))
-    if op == "causal_attention":
-        shape = replace(shape, T=min(shape.T, CHECK_LENGTH))
-    return smaller(shape, CHECK_TOKENS.get(op, DEFAULT_CHECK_TOKENS))
-
-
-def check_numerics(
-    op: str, shape: Shape, dtype: torch.dtype | str, device: torch.device, seed: int = 1
-) -> list[numerics.Comparison]:
-    """Ours against float64, held to twice the error of plain PyTorch, on `check_shape`.
-
-    Args:
-        dtype: As a name of `numerics.DTYPES` it brings its precision of fp32 products along
-            ("tf32", "fp32"); as a dtype it takes the one that is set.
-    """
-    if isinstance(dtype, str):
-        with numerics.precision(dtype) as known:
-            return check_numerics(op, shape, known, device, seed)
-    cut = check_shape(op, shape, device)
-    inputs = make_inputs(find_case(op), cut, dtype, device, seed)
-    plain = baseline.OPS[op]
-    return numerics.compare_runs(find_provider("ours", op, device), plain, plain, inputs, cut.M)
-
-
-def red_reason(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why no speed of ours may be shown; None where its numerics hold."""
+def doubt_of(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
+    """Why no speed of ours may be shown; empty where its numerics hold."""
     try:
-        failed = [str(c) for c in check_numerics(op, shape, dtype, device) if not c.holds]
+        ours = find_provider("ours", op, device)
+        found = numerics.check_op(ours, op, shape, dtype, device)
     except Exception as error:
         if timing.is_fatal(error):
             raise
         return f"not checked: {timing.reason_of(error)}"
-    return "; ".join(failed) or None
+    return "; ".join(str(c) for c in found if not c.holds)
 
 
 def make_call(fn: Fn, case: Case, mode: str, inputs: Inputs) -> timing.Call:
@@ -209,36 +177,26 @@ def measure(
     mode: str,
     device: torch.device,
     *,
-    providers: Sequence[str] = PROVIDERS,
+    providers: Sequence[str] = (*PROVIDERS,),
     rounds: int = 30,
     seconds: float = 4.0,
     checked: bool = True,
-) -> tuple[list[dict[str, Any]], dict[str, timing.Timing]]:
-    """Time one op in one mode, all providers in turn.
+    sweep: bool = False,
+) -> tuple[dict[str, OpRow], dict[str, timing.Timing]]:
+    """Time one op in one mode, all providers that do it in turn.
 
     Returns:
-        Rows for the result file, and the samples by provider. A provider that cannot run or fails
-        has a row with "skip". Ours, where its numerics fail, has one with "red", its time as
-        "unverified_ms" and no samples.
+        Rows and samples by provider. A provider that cannot run or fails has a row in doubt and no
+        samples; ours, where its numerics fail, a row in doubt.
 
     Raises:
-        ValueError: an unknown op, mode or provider.
         RuntimeError: CUDA is broken; nothing can be measured in this process any more.
     """
     case = find_case(op)
-    if mode not in case.modes:
-        raise ValueError(f"bench: {op} has modes {case.modes}, got {mode!r}")
-    for name in providers:
-        check_provider(name)
+    providers = [name for name in providers if op in PROVIDERS.get(name, (op,))]
     _allow_retained_backward()
     torch.compiler.reset()  # or a second shape meets the first one's graph and its recompile limit
-    dtype_name = next(name for name, known in DTYPES.items() if known == dtype)
-    identity = {"op": op, "shape": shape.label, "dtype": dtype_name, "mode": mode}
-    ours: dict[str, Any] = {}  # what the row of ours says of its check
-    if checked and "ours" in providers:
-        ours = {"checked": check_shape(op, shape, device).label}
-        if red := red_reason(op, shape, dtype, device):
-            ours["red"] = red
+    doubt = doubt_of(op, shape, dtype, device) if checked and "ours" in providers else ""
 
     set_bytes = int(case.bytes(shape, dtype.itemsize, mode))
     contestants: dict[str, list[timing.Call]] = {}
@@ -247,14 +205,14 @@ def measure(
     failed: dict[str, str] = {}
     stream = timing.capture_stream() if device.type == "cuda" else None
     with torch.cuda.stream(stream):  # type: ignore[arg-type] # None: no stream to enter
-        count = timing.num_sets(set_bytes, device)
-        sets = [make_inputs(case, shape, dtype, device, seed) for seed in range(count)]
+        num_sets = timing.num_sets(set_bytes, device)
+        sets = [make_inputs(case, shape, dtype, device, seed) for seed in range(num_sets)]
         for name in providers:
             try:
                 fn = find_provider(name, op, device)
                 calls = [make_call(fn, case, mode, inputs) for inputs in sets]
                 peaks[name], results = _peak_bytes(calls[0], device)
-                needs[name] = peaks[name] + (count - 1) * results
+                needs[name] = peaks[name] + (num_sets - 1) * results
                 contestants[name] = calls
             except Unavailable as why:
                 failed[name] = str(why)
@@ -267,45 +225,35 @@ def measure(
         contestants, device, set_bytes,
         needs=needs, failed=failed, rounds=rounds, seconds=seconds,
     )  # fmt: skip
-    state = timing.gpu_state() if device.type == "cuda" else {}
     limits = timing.limits(device)
     floor = floor_ms(case, shape, dtype, mode, limits)
     flops = case.flops(shape, dtype.itemsize, mode)
-    rows: list[dict[str, Any]] = []
-    if "red" in ours:
-        if found := timed.pop("ours", None):
-            ours["unverified_ms"] = found.median_ms
-        else:  # its numerics matter more than why it has no time
-            ours["red"] += f"; not timed: {failed.pop('ours')}"
-        rows.append({**identity, "provider": "ours", **ours})
-    rows += [{**identity, "provider": name, "skip": why} for name, why in failed.items()]
-    for name, found in timed.items():
-        q1, q3 = found.quartiles_ms
-        row: dict[str, Any] = {
-            **identity,
-            "provider": name,
-            **(ours if name == "ours" else {}),
-            "ms": found.median_ms,
-            "q1_ms": q1,
-            "q3_ms": q3,
-            "cov": found.cov,
-            "noisy": found.noisy,
-            "rounds": len(found.samples_ms),
-            "timed": found.mode,
-            "gbs": set_bytes / found.median_ms / 1e6,
-            "of_limit": floor / found.median_ms,
-        }
-        if flops:
-            row["tflops"] = flops / found.median_ms / 1e9
-        for other in ("eager", "compile"):
-            if other in timed and other != name:
-                row[f"over_{other}"] = timing.ratio(timed[other], found)
-        if device.type == "cuda":
-            row["peak_gib"] = peaks[name] / 2**30
-            row["gpu"] = state
-            if op == "causal_attention" and name in ("eager", "compile"):
-                row["backend"] = baseline.chosen_sdpa(sets[0]["qkv"], shape.H)
-        rows.append(row)
+    cuda = device.type == "cuda"
+    state = timing.gpu_state() if cuda else {}
+    dtype_name = next(name for name, known in DTYPES.items() if known == dtype)
+    rows: dict[str, OpRow] = {}
+    for name in providers:
+        values: dict[str, Any] = {"doubt": failed.get(name, "")}
+        if name == "ours" and checked:
+            values["checked"] = numerics.check_shape(op, shape, device).label
+            # Its numerics matter more than why it has no time.
+            values["doubt"] = "; not timed: ".join(filter(None, [doubt, values["doubt"]]))
+        if found := timed.get(name):
+            trusted = (o for o in ("eager", "compile") if o in timed and o != name)
+            values |= found.figures | {
+                "timed": found.mode, "gpu": state,
+                "gbs": set_bytes / found.median_ms / 1e6,
+                "tflops": flops / found.median_ms / 1e9 if flops else None,
+                "of_limit": floor / found.median_ms,
+                "over": {other: timing.ratio(timed[other], found) for other in trusted},
+                "peak_gib": peaks[name] / 2**30 if cuda else None,
+            }  # fmt: skip
+            if cuda and op == "causal_attention" and name in ("eager", "compile"):
+                values["backend"] = baseline.chosen_sdpa(sets[0]["qkv"], shape.H)
+        rows[name] = OpRow(
+            op=op, shape=shape.label, dtype=dtype_name, mode=mode, provider=name, sweep=sweep,
+            **values,
+        )  # fmt: skip
     del contestants, sets
     _free(device)
     return rows, timed
@@ -332,100 +280,90 @@ def _peak_bytes(call: timing.Call, device: torch.device) -> tuple[int, int]:
     return torch.cuda.max_memory_allocated(device) - before, after - before
 
 
-def ops_table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a provider; rates are GB/s for ops bound by memory, TFLOP/s for the rest."""
-    header = ["op", "mode", "who", "ms", "spread", "rate", "of limit", "x eager", "x compile"]
-    if any("peak_gib" in row for row in rows):
-        header.append("extra GiB")
-    lines = []
-    for row in rows:
-        start = [row["op"], row["mode"], row["provider"]]
-        if "ms" not in row:
-            why = f"not shown: {row['red']}" if row.get("red") else row["skip"]
-            lines.append(start + [why] + [""] * (len(header) - 4))
-            continue
-        rate = f"{row['tflops']:,.3g} TFLOP/s" if "tflops" in row else f"{row['gbs']:,.3g} GB/s"
-        spread = f"{100 * row['cov']:.1f}%" + (" !" if row["noisy"] else "")
-        who = row["provider"] + (f" ({row['backend'].lower()})" if "backend" in row else "")
-        cells = [row["op"], row["mode"], who, f"{row['ms']:.3g}", spread, rate]
-        cells += [f"{100 * row['of_limit']:.0f}%"]
-        cells += [f"{row[k]:.2f}" if k in row else "" for k in ("over_eager", "over_compile")]
-        if len(header) > len(cells):
-            cells.append(f"{row['peak_gib']:.2f}")
-        lines.append(cells)
-    return table(header, lines)
+def add_arguments(group: Any) -> None:
+    """The options of `bench/test_ops.py`, for pytest's parser and for argparse's."""
+    add = getattr(group, "addoption", None) or group.add_argument
+    add("--op", action="append", choices=[*CASES], default=[], help="repeat for several")
+    add("--shape", action="append", type=cli.shape, default=[], help="b<B>t<T>")
+    add("--mode", action="append", choices=MODES, default=[], help="default: all")
+    add("--provider", action="append", choices=[*PROVIDERS], default=[], help="default: all")
+    add("--dtype", choices=[*DTYPES], help="default: bf16 on a GPU, fp32 on a CPU")
+    add("--sweep", action="store_true", help="the sizes of each op's plot")
+    add("--seconds", type=cli.amount, default=4.0, help="budget of one op and mode")
+    add("--minutes", type=cli.amount, default=10.0, help="nothing begins after these")
+    add("--commit", help="what is measured, where git is not at hand")
+    add("--out", type=cli.path, default=record.RESULTS, help="result file or folder")
 
 
-def plan_measurements(
-    device: torch.device,
-    ops: Sequence[str] = (),
-    shapes: Sequence[str] = (),
-    sweep: bool = False,
-) -> Iterator[tuple[str, Shape, str]]:
-    """(op, shape, mode) to measure; names are checked before the first is measured."""
-    cases = [find_case(op) for op in ops] or list(CASES.values())
-    names = shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
-    chosen = [find_shape(name) for name in names]
-    for case in cases:
-        for shape in case.sweep if sweep else chosen:
-            for mode in case.modes:
-                yield case.op, shape, mode
+def plan_measurements(options: Any, device: torch.device) -> list[tuple[str, Shape, str]]:
+    """(op, shape, mode) to measure for the options of `add_arguments`.
+
+    Raises:
+        ValueError: a shape that cannot fit.
+    """
+    todo = []
+    for case in (CASES[op] for op in options.op or CASES):
+        usual = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+        for shape in case.sweep if options.sweep else options.shape or usual:
+            if not options.sweep:
+                check_memory(case, shape, dtype_of(options, device), device)
+            modes = options.mode or (("both",) if options.sweep else case.modes)
+            todo += [(case.op, shape, mode) for mode in case.modes if mode in modes]
+    return todo
 
 
-def default_providers(device: torch.device) -> tuple[str, ...]:
-    return PROVIDERS if device.type == "cuda" else CPU_PROVIDERS
+def providers_of(options: Any, device: torch.device) -> Sequence[str]:
+    if options.provider or device.type == "cpu":
+        return options.provider or CPU_PROVIDERS
+    # Compiling plain PyTorch anew for each size would take most of the time.
+    return [name for name in PROVIDERS if not (options.sweep and name == "compile")]
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def dtype_of(options: Any, device: torch.device) -> torch.dtype:
+    return DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--op", action="append", default=[], help=f"of {', '.join(CASES)}")
-    parser.add_argument("--shape", action="append", default=[], help="b<B>t<T>")
-    parser.add_argument(
-        "--provider", action="append", default=[], help=f"of {', '.join(PROVIDERS)}"
-    )
-    parser.add_argument("--mode", action="append", default=[], help=f"of {', '.join(MODES)}")
-    parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--sweep", action="store_true", help="the sizes of each op's plot")
-    parser.add_argument("--seconds", type=float, default=4.0, help="budget of one op and mode")
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
-    return parser.parse_args(argv)
+def run(argv: Sequence[str], results: record.Results) -> int:
+    """Measure in a process of its own, take the rows over, print the tables; the exit code.
+
+    Args:
+        argv: Options of `add_arguments`, checked before, and of pytest-benchmark. It keeps each
+            run under .benchmarks/, for its `--benchmark-compare`.
+    """
+    flags = ["-q", "--no-header", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    flags += ["--benchmark-only", "--benchmark-autosave", "--benchmark-sort=name"]
+    flags += ["--benchmark-columns=median,iqr,rounds", f"--command={results.about['command']}"]
+    if not any(part.startswith("--benchmark-") for part in argv):
+        flags.append("--benchmark-quiet")  # the tables below say more
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ops.json"
+        command = [sys.executable, "-m", "pytest", "bench/test_ops.py", *flags, *argv]
+        command += [f"--benchmark-json={path}", f"--commit={results.about['commit']}"]
+        code = subprocess.run(command, cwd=record.ROOT, env=env, check=False).returncode
+        found = record.load(path) if path.exists() else record.Result(results.about)
+    if found.sections:
+        results.absorb(found)
+    rows = found.rows("ops")
+    for shape in dict.fromkeys(row.shape for row in rows):
+        these = [row for row in rows if row.shape == shape]
+        print(f"\n{shape}, {these[0].dtype}\n\n{ops_table(these)}")
+    return {4: 2, 5: 0}.get(code, code)  # pytest's "wrong usage" and "nothing was selected"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    device = torch.device(args.device)
-    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
-    for name in args.provider:
-        check_provider(name)
-    todo = list(plan_measurements(device, args.op, args.shape, args.sweep))
-    results = record.Results(device, args.out)
-    results.put("limits", timing.limits(device))
-    rows: list[dict[str, Any]] = []
-    for op, shape, mode in todo:
-        if args.mode and mode not in args.mode:
-            continue
-        found, _ = measure(
-            op, shape, dtype, mode, device,
-            providers=args.provider or default_providers(device), seconds=args.seconds,
-        )  # fmt: skip
-        for row in found:
-            results.add("ops", row | ({"sweep": True} if args.sweep else {}))
-        rows += found
-        print(f"{op} {mode} {shape.label}: {len(found)} rows", file=sys.stderr, flush=True)
-    for label in dict.fromkeys(row["shape"] for row in rows):
-        print(f"\nOps, {label}, {device.type}")
-        print(ops_table([row for row in rows if row["shape"] == label and "skip" not in row]))
-    print(f"wrote {os.path.relpath(results.path)}")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser("bench.ops", __doc__)
+    add_arguments(parser)
+    given = [*(sys.argv[1:] if argv is None else argv)]
+    options, rest = parser.parse_known_args(given)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cli.refuse(parser, [part for part in rest if not part.startswith("--benchmark-")])
+    plan_measurements(options, device)  # refuses what cannot be measured
+    results = record.Results(device, options.out, options.commit)
+    code = run(given, results)
+    print(f"\nwrote {os.path.relpath(results.path)}")
+    return code
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(str(error))
+    cli.run(main)

@@ -6,21 +6,18 @@
 Once with fp32 gradients, once with bf16 working copies of the matrices, which bring bf16 gradients
 and are rewritten in the step. The bytes of the floor are those of kernels/adamw.py: per parameter
 28 for the step and 4 for the norm in fp32, 28 and 2 with a copy. After a few steps both must hold
-the same weights, or no time of ours is shown (the file has it as unverified_ms). Needs a GPU; the
-host is not timed.
+the same weights, or the row of ours is in doubt. Needs a GPU; the host is not timed.
 """
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from bench import baseline, record, timing
-from bench.report import table
+from bench import baseline, cli, record, timing
+from bench.rows import OpRow
+from bench.tables import over, rows_table
 from model import GPT, MODELS
 from training.optim import AdamW, TritonAdamW
 
@@ -67,20 +64,17 @@ def floor_bytes(parameters: Sequence[nn.Parameter], working: bool) -> int:
     return sum(p.numel() * (30 if working and p.dim() >= 2 else 32) for p in parameters)
 
 
-def red_reason(weights: dict[str, list[nn.Parameter]]) -> str | None:
-    """Why no time of ours may be shown; None where both hold the same weights."""
+def doubt_of(weights: dict[str, list[nn.Parameter]]) -> str:
+    """Why no time of ours may be shown; empty where both hold the same weights."""
     if "torch" not in weights:
         return "nothing to hold it against: torch failed"
     pairs = zip(weights["torch"], weights["triton"], strict=True)
     apart = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
-    return None if apart <= TOLERANCE else f"weights differ by {apart:.2g}, over {TOLERANCE}"
+    return "" if apart <= TOLERANCE else f"weights differ by {apart:.2g}, over {TOLERANCE}"
 
 
-def measure(
-    model: str, working: bool, device: torch.device, seconds: float
-) -> list[dict[str, Any]]:
-    """A row for each implementation; one that fails has "skip", ours with other weights "red"."""
-    identity = {"model": model, "working": working}
+def measure(model: str, working: bool, device: torch.device, seconds: float) -> list[OpRow]:
+    """A row for each implementation; one that fails, or ours with other weights, is in doubt."""
     steps: dict[str, Callable[[], Tensor]] = {}
     weights: dict[str, list[nn.Parameter]] = {}
     failed: dict[str, str] = {}
@@ -94,62 +88,56 @@ def measure(
             steps[kind], weights[kind] = step, parameters
         except Exception as error:
             timing.note_failure(failed, kind, error)
-    red = red_reason(weights) if "triton" in weights else None
+    doubt = doubt_of(weights) if "triton" in weights else ""
     nbytes = max((floor_bytes(each, working) for each in weights.values()), default=0)
     timed = timing.time_calls(
         {kind: [step] for kind, step in steps.items()}, device, nbytes,
         failed=failed, seconds=seconds,
     )  # fmt: skip
     limit = timing.limits(device)["copy_gbs"]
-    rows: list[dict[str, Any]] = [
-        {**identity, "who": kind, "skip": why} for kind, why in failed.items()
-    ]
-    for kind, found in timed.items():
-        row = {**identity, "who": kind}
-        if kind == "triton" and red:
-            rows.append(row | {"red": red, "unverified_ms": found.median_ms})
-            continue
-        gbs = nbytes / found.median_ms / 1e6
-        row |= {"ms": found.median_ms, "cov": found.cov, "mode": found.mode, "gbs": gbs}
-        row |= {"of_limit": gbs / limit}
-        if "torch" in timed:
-            row["over_torch"] = timing.ratio(timed["torch"], found)
+    rows = []
+    for kind in CLASSES:
+        row = OpRow(
+            op="optimizer", shape=model, dtype="bf16 copies" if working else "fp32", mode="step",
+            provider=kind, doubt=failed.get(kind, ""),
+        )  # fmt: skip
+        if found := timed.get(kind):
+            gbs = nbytes / found.median_ms / 1e6
+            row = replace(
+                row, doubt=doubt if kind == "triton" else "", timed=found.mode, gbs=gbs,
+                of_limit=gbs / limit, **found.figures,
+                over={n: timing.ratio(timed[n], found) for n in timed if n != kind},
+            )  # fmt: skip
         rows.append(row)
     return rows
 
 
+def run(model: str, device: torch.device, results: record.Results, seconds: float) -> int:
+    """Measure, write the rows, print the table; 1 where one is in doubt."""
+    rows = [row for working in (False, True) for row in measure(model, working, device, seconds)]
+    results.add("optimizer", *rows)
+    print(rows_table(
+        rows,
+        [("gradients", lambda r: r.dtype), ("who", lambda r: r.provider)],
+        [("ms", lambda r: f"{r.ms:.3g}"), ("spread", lambda r: r.spread),
+         ("GB/s", lambda r: f"{r.gbs:,.0f}"), ("of limit", lambda r: f"{r.of_limit:.0%}"),
+         ("x torch", over("torch"))],
+    ))  # fmt: skip
+    return 1 if any(row.doubt for row in rows) else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.optimizer", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", choices=MODELS, default="124m")
-    parser.add_argument("--seconds", type=float, default=5.0, help="budget of each table half")
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser = cli.Parser("bench.optimizer", __doc__)
+    parser.add_argument("--model", choices=[*MODELS], default="124m")
+    parser.add_argument("--seconds", type=cli.amount, default=5.0, help="of each table half")
+    parser.add_argument("--out", type=cli.path, default=record.RESULTS)
+    parser.add_argument("--commit", help="what is measured, where git is not at hand")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("bench.optimizer: needs a GPU; interpreted kernels have no speed to measure")
-        return 2
+        raise ValueError("bench: needs a GPU; interpreted kernels have no speed to measure")
     device = torch.device("cuda", torch.cuda.current_device())
-    return run(args.model, device, record.Results(device, args.out), args.seconds)
-
-
-def run(model: str, device: torch.device, results: record.Results, seconds: float) -> int:
-    """Measure, write the rows, print the table; 1 where one failed or the weights disagree."""
-    rows: list[dict[str, Any]] = []
-    for working in (False, True):
-        rows += measure(model, working, device, seconds)
-        results.put("optimizer", {"rows": rows})
-    lines = []
-    for row in rows:
-        who = ["bf16, copies" if row["working"] else "fp32", row["who"]]
-        if "ms" not in row:
-            lines.append([*who, f"not shown: {row.get('red') or row['skip']}", *[""] * 4])
-            continue
-        over = f"{row['over_torch']:.2f}" if "over_torch" in row else ""
-        lines.append([*who, f"{row['ms']:.3g}", f"{100 * row['cov']:.1f}%", f"{row['gbs']:,.0f}",
-                      f"{100 * row['of_limit']:.0f}%", over])  # fmt: skip
-    print(table(["gradients", "who", "ms", "spread", "GB/s", "of limit", "x torch"], lines))
-    return 0 if all("ms" in row for row in rows) else 1
+    return run(args.model, device, record.Results(device, args.out, args.commit), args.seconds)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -1,54 +1,46 @@
-"""Result files: one small JSON per (device, commit), written after every row.
+"""Result files: one small JSON per device and commit, written after every row.
 
     {"schema": ..., "device": {...}, "torch": ..., "commit": ..., "dirty": ..., "command": ...,
-     "limits": {...}, "numerics": [...], "ops": [...], "step": [...], "train": [...], ...}
+     "limits": {...}, "step": [...], "ops": [...], ...}
 
-A row that is measured again replaces the one with the same key, so a second run refreshes the file
-and an interrupted one leaves what it has.
+Each section holds rows of one type (`bench.rows`). A row that is measured again replaces the one
+with the same key, so a second run refreshes the file and an interrupted one leaves what it has.
 """
 
-import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.child import ROOT
+from bench.rows import SECTIONS, OpRow, Row, merged
+from model.files import write_atomically
 from training.machines import cpu_name, nvidia_smi
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
-SCHEMA = "fused-gpt/bench/1"
-
-# What tells a row of a section from its neighbours.
-KEYS: dict[str, tuple[str, ...]] = {
-    "numerics": ("op", "shape", "dtype", "result"),
-    "ops": ("op", "shape", "dtype", "mode", "provider", "sweep"),
-    "step": ("model", "shape", "accum", "provider"),
-    "ablation": ("model", "shape", "accum", "provider"),
-    "first_step": ("model", "shape", "provider", "cache"),
-    "profile": ("model", "shape", "provider", "kind"),
-    "train": ("kind", "recipe", "provider", "cache"),
-    "generate": ("model", "provider"),
-    "sanitizer": ("tool", "op"),
-    "tune": ("op", "kernel", "shape", "dtype"),
-}
+SCHEMA = "fused-gpt/bench/2"
+Keep = Callable[[Any], bool]
 
 
 def _output(*command: str) -> str:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
+    try:
         return subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
         ).stdout.strip()
-    return ""
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -88,12 +80,11 @@ def git_state() -> tuple[str, bool]:
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """Everything a reader needs to run it again; `commit` names it where git is not at hand."""
-    try:
+    triton_version = None
+    if find_spec("triton"):
         import triton
 
         triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
     found, dirty = git_state()
     return {
         "schema": SCHEMA,
@@ -114,14 +105,67 @@ def command_line() -> str:
     return shlex.join(["python", *(os.path.relpath(a) if os.path.isabs(a) else a for a in argv)])
 
 
-def file_name(env: dict[str, Any]) -> str:
-    device = env["device"]
-    name = device["name"] + (f" {device['cores']} cores" if device["type"] == "cpu" else "")
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return f"{slug}-{env['commit'][:8]}.json"
+@dataclass
+class Result:
+    """What is known of one device at one commit.
+
+    Args:
+        about: Device, versions, commit, date, command; and what is no list of rows: limits, parts.
+        sections: Rows by section.
+    """
+
+    about: dict[str, Any]
+    sections: dict[str, list[Row]] = field(default_factory=dict)
+
+    @property
+    def device(self) -> dict[str, Any]:
+        return self.about["device"]
+
+    @property
+    def file_name(self) -> str:
+        device = self.device
+        name = device["name"] + (f" {device['cores']} cores" if device["type"] == "cpu" else "")
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        return f"{slug}-{self.about['commit'][:8]}.json"
+
+    def rows(self, section: str) -> list[Any]:
+        """Rows of a section, of the type that SECTIONS has for it."""
+        return self.sections.get(section, [])
+
+    def join(self, later: "Result") -> "Result":
+        """Both as one; where both have a row, the later one's counts.
+
+        Raises:
+            ValueError: they differ in device, commit, torch or triton.
+        """
+        for key in ("device", "commit", "torch", "triton"):
+            if self.about[key] != later.about[key]:
+                raise ValueError(
+                    f"bench: results of one file must agree in {key}; it is {self.about[key]} and "
+                    f"{later.about[key]}; give another --out"
+                )
+        about = self.about | later.about
+        for name in ("parts", "limits"):
+            if name in about:
+                about[name] = self.about.get(name, {}) | later.about.get(name, {})
+        commands = [c for r in (self, later) for c in r.about["command"].split("; ")]
+        about["command"] = "; ".join(dict.fromkeys(commands))
+        # Rows cannot be told apart: clean where all are; None is "not known".
+        dirty = (self.about["dirty"], later.about["dirty"])
+        about["dirty"] = True if True in dirty else None if None in dirty else False
+        names = dict.fromkeys([*self.sections, *later.sections])
+        return Result(about, {n: merged(self.rows(n), later.rows(n)) for n in names})
+
+    def write(self, path: Path) -> None:
+        """JSON with one row a line."""
+        parts = [f" {json.dumps(name)}: {json.dumps(rounded(v))}" for name, v in self.about.items()]
+        for name, rows in self.sections.items():
+            lines = ",\n  ".join(json.dumps(rounded(row.values())) for row in rows)
+            parts.append(f" {json.dumps(name)}: [\n  {lines}\n ]")
+        write_atomically(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
-class Results:
+class Results(Result):
     """The open result file of this device and commit.
 
     Args:
@@ -133,57 +177,37 @@ class Results:
         ValueError: the file exists and is of another schema, device or commit.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        path: Path = RESULTS,
-        commit: str | None = None,
-    ):
-        env = environment(device, commit)
-        self.path = path if path.suffix == ".json" else path / file_name(env)
-        self.data: dict[str, Any] = {}
+    def __init__(self, device: torch.device, path: Path = RESULTS, commit: str | None = None):
+        super().__init__(environment(device, commit))
+        self.path = path if path.suffix == ".json" else path / self.file_name
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
         if self.path.exists():
-            self.data = load(self.path)
-            for key in ("commit", "device"):
-                if key in self.data and self.data[key] != env[key]:
-                    raise ValueError(
-                        f"bench: {self.path.name} is about {key} {self.data[key]}, this run about "
-                        f"{env[key]}; give another --out"
-                    )
-            # One dirty run taints the file: its rows cannot be told apart.
-            env["dirty"] = env["dirty"] or self.data.get("dirty")
-        self.data |= env
+            self._become(load(self.path).join(self))
 
-    def add(self, section: str, row: dict[str, Any]) -> None:
-        """Insert or replace a row and write the file."""
-        key = KEYS[section]
-        rows = [
-            old
-            for old in self.data.get(section, [])
-            if any(old.get(name) != row.get(name) for name in key)
-        ]
-        self.data[section] = [*rows, row]
-        self.write()
+    def add(self, section: str, *rows: Row) -> None:
+        """Insert or replace rows and write the file."""
+        assert all(isinstance(row, SECTIONS[section]) for row in rows)
+        self.sections[section] = merged(self.rows(section), rows)
+        self.write(self.path)
 
-    def put(self, section: str, value: dict[str, Any]) -> None:
-        """Set a section that is not a list of rows, such as limits."""
-        self.data[section] = value
-        self.write()
+    def put(self, name: str, value: Any) -> None:
+        """Set what is not a list of rows, such as limits, and write the file."""
+        self.about[name] = value
+        self.write(self.path)
 
-    def rows(self, section: str) -> list[dict[str, Any]]:
-        return self.data.get(section, [])
+    def absorb(self, later: Result) -> None:
+        """Take over what another result holds, and write the file."""
+        self._become(self.join(later))
+        self.write(self.path)
 
-    def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(dumps(self.data))
-        os.replace(part, self.path)  # a reader, or a kill, never sees half a file
+    def _become(self, other: Result) -> None:
+        self.about, self.sections = other.about, other.sections
 
 
 def rounded(value: Any, digits: int = 5) -> Any:
     """Floats to `digits` significant digits, in place of 17: the rest is noise and diff."""
     if isinstance(value, float):
-        return float(f"{value:.{digits}g}")
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {k: rounded(v, digits) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -191,77 +215,79 @@ def rounded(value: Any, digits: int = 5) -> Any:
     return value
 
 
-def dumps(data: dict[str, Any]) -> str:
-    """JSON with one row a line: small, and readable in a diff."""
-    parts = []
-    for key, value in rounded(data).items():
-        if isinstance(value, list) and value:
-            lines = ",\n  ".join(json.dumps(row) for row in value)
-            parts.append(f" {json.dumps(key)}: [\n  {lines}\n ]")
-        else:
-            parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+def load(path: Path) -> Result:
+    """Read a result file, ours or one of pytest-benchmark that `bench.ops` has written.
 
-
-def load(path: Path) -> dict[str, Any]:
-    """Read a result file; ValueError if it is not one of ours."""
+    Raises:
+        ValueError: it is neither.
+    """
     try:
         data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"bench: {path.name} is not JSON ({error})") from None
-    schema = data.get("schema") if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    about = data.get("about", data)  # what bench/conftest.py adds to pytest-benchmark's own
+    schema = about.get("schema") if isinstance(about, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"bench: {path.name} must have schema {SCHEMA!r}, has {schema!r}")
-    return data
+    try:
+        if about is not data:
+            ops = [_op_row(entry) for entry in data["benchmarks"]]
+            return Result(about, {"ops": [*ops, *(OpRow(**v) for v in data["not_timed"])]})
+        sections = {name: [kind(**values) for values in data.pop(name)]
+                    for name, kind in SECTIONS.items() if name in data}  # fmt: skip
+        return Result(data, sections)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"bench: a row of {path.name} cannot be read: {error}") from None
 
 
-def load_all(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """All result files of a folder, newest last."""
-    return sorted((load(path) for path in folder.glob("*.json")), key=lambda data: data["date"])
+def _op_row(entry: dict[str, Any]) -> OpRow:
+    """A benchmark of pytest-benchmark: its statistics, in seconds, and what is said of the op."""
+    stats = entry["stats"]
+    ms = {f"{q}ms": 1e3 * stats[name] for q, name in
+          (("", "median"), ("q1_", "q1"), ("q3_", "q3"))}  # fmt: skip
+    spread = {"cov": stats["stddev"] / stats["mean"], "rounds": stats["rounds"]}
+    return OpRow(**entry["extra_info"], **ms, **spread)
+
+
+def load_all(paths: Path | Sequence[Path] = RESULTS) -> list[Result]:
+    """The results of a folder or of files, newest last; those of one device and commit as one."""
+    if isinstance(paths, Path):
+        paths = sorted(paths.glob("*.json"))
+    found: dict[str, Result] = {}
+    for result in sorted(map(load, paths), key=lambda result: result.about["date"]):
+        key = json.dumps([result.about[k] for k in ("device", "commit", "torch", "triton")])
+        found[key] = found.pop(key).join(result) if key in found else result
+    return [*found.values()]
 
 
 def merge(paths: Sequence[Path], into: Path) -> Path:
-    """Make one result file of several calls on one machine; a row of the later file wins.
-
-    Later is by date, then as given. A file that already stands there takes part.
-
-    Args:
-        paths: Result files.
-        into: File or folder, as in `Results`.
-
-    Returns:
-        The file written.
+    """Make one result file of several, and of the one that stands there; the later row wins.
 
     Raises:
         ValueError: they differ in device, commit, torch or triton.
     """
-    files = {path.resolve(): load(path) for path in paths}
-    first = next(iter(files.values()))
-    target = into if into.suffix == ".json" else into / file_name(first)
-    if target.exists():
-        files = {target.resolve(): load(target)} | files
-    for path, data in files.items():
-        for key in ("device", "commit", "torch", "triton"):
-            if data[key] != first[key]:
-                raise ValueError(
-                    f"bench: files to merge must agree; {key} is {first[key]} in {paths[0].name}, "
-                    f"{data[key]} in {path.name}"
-                )
-    ordered = sorted(files.values(), key=lambda data: data["date"])
-    merged: dict[str, Any] = {}
-    for data in ordered:
-        joined: dict[str, Any] = {"parts": merged.get("parts", {}) | data.get("parts", {})}
-        for section in KEYS.keys() & data.keys():
-            names = KEYS[section]
-            again = {tuple(map(row.get, names)) for row in data[section]}
-            kept = [r for r in merged.get(section, []) if tuple(map(r.get, names)) not in again]
-            joined[section] = kept + data[section]
-        merged |= data | joined
-    commands = [command for data in ordered for command in data["command"].split("; ")]
-    dirty = [data["dirty"] for data in ordered]
-    merged["command"] = "; ".join(dict.fromkeys(commands))
-    # Clean where all are; None is "not known".
-    merged["dirty"] = True if True in dirty else None if None in dirty else False
+    whole = load(paths[0])
+    target = into if into.suffix == ".json" else into / whole.file_name
+    named = {path.resolve() for path in (*paths, *([target] if target.exists() else []))}
+    for result in load_all([*named]):
+        whole = whole.join(result)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(dumps(merged))
+    whole.write(target)
     return target
+
+
+def with_values(**want: Any) -> Keep:
+    """A predicate: the row has these values."""
+    return lambda row: all(getattr(row, name) == value for name, value in want.items())
+
+
+def newest(
+    results: Sequence[Result], device_type: str, section: str, keep: Keep = bool
+) -> Result | None:
+    """The latest result of that kind of device that has such rows (by default any) in `section`."""
+    return next(
+        (r for r in reversed(results)
+         if r.device["type"] == device_type and any(map(keep, r.rows(section)))),
+        None,
+    )  # fmt: skip

@@ -1,21 +1,22 @@
-"""The op bench under pytest-benchmark: `pytest bench/ --benchmark-json F --benchmark-compare`.
+"""The op bench under pytest-benchmark: `python -m bench.ops`, or pytest with the same options.
 
 One group per op, shape and mode, one entry per provider. All providers of a group are sampled in
 turn the first time one of them is asked for; pytest-benchmark then reads those samples through a
 clock that moves by exactly what was measured, so its statistics are of device time on CUDA.
 """
 
-import argparse
+import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from bench import ops, record, timing
+from bench import ops
 from bench.cases import Shape
+from bench.conftest import DEVICE, NOT_TIMED, STARTED
+
+FIGURES = ("ms", "q1_ms", "q3_ms", "cov", "rounds")  # what pytest-benchmark computes itself
 
 
 class RecordedClock:
@@ -36,46 +37,31 @@ CLOCK = RecordedClock()
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    providers = options.provider or ops.default_providers(device)
-    unknown = [name for name in providers if name not in ops.PROVIDERS]
-    if unknown:
-        known = ", ".join(ops.PROVIDERS)
-        raise pytest.UsageError(f"bench: unknown provider {unknown[0]!r}; known: {known}")
     try:
-        todo = list(ops.plan_measurements(device, options.op, options.shape))
+        todo = ops.plan_measurements(options, DEVICE)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    cases = [(*each, name) for each in todo for name in providers]
-    names = [f"{op}-{mode}-{shape.label.replace(' ', '')}-{who}" for op, shape, mode, who in cases]
-    metafunc.parametrize(("op", "shape", "mode", "provider"), cases, ids=names)
+    who = [(*each, name) for each in todo for name in ops.providers_of(options, DEVICE)
+           if each[0] in ops.PROVIDERS[name]]  # fmt: skip
+    kind = f"{options.dtype or ''}{'sweep' if options.sweep else ''}"
+    names = [f"{op}-{mode}-{shape.label.replace(' ', '')}{kind}-{name}"
+             for op, shape, mode, name in who]  # fmt: skip
+    metafunc.parametrize(("op", "shape", "mode", "provider"), who, ids=names)
 
 
 @pytest.fixture(scope="session")
-def results(bench_device: torch.device, bench_options: argparse.Namespace) -> record.Results:
-    results = record.Results(bench_device, Path(bench_options.out), bench_options.commit)
-    results.put("limits", timing.limits(bench_device))
-    return results
+def measured(pytestconfig: pytest.Config) -> Callable[..., Any]:
+    options = pytestconfig.option
 
-
-@pytest.fixture(scope="session")
-def measured(
-    bench_device: torch.device, bench_options: argparse.Namespace, results: record.Results
-) -> Callable[..., Any]:
     @cache
     def measure(op: str, shape: Shape, mode: str) -> Any:
-        rows, timed = ops.measure(
-            op,
-            shape,
-            ops.default_dtype(bench_device),
-            mode,
-            bench_device,
-            providers=bench_options.provider or ops.default_providers(bench_device),
-            seconds=bench_options.seconds,
-        )
-        for row in rows:
-            results.add("ops", row)
-        return {row["provider"]: row for row in rows}, timed
+        if time.monotonic() - STARTED > 60 * options.minutes:
+            pytest.skip("no time left")
+        return ops.measure(
+            op, shape, ops.dtype_of(options, DEVICE), mode, DEVICE,
+            providers=ops.providers_of(options, DEVICE), seconds=options.seconds,
+            sweep=options.sweep,
+        )  # fmt: skip
 
     return measure
 
@@ -84,10 +70,12 @@ def measured(
 def test_op(benchmark: Any, measured: Any, op: str, shape: Shape, mode: str, provider: str) -> None:
     rows, timed = measured(op, shape, mode)
     row = rows[provider]
-    if "skip" in row:
-        pytest.skip(f"{provider}: {row['skip']}")
-    assert not row.get("red"), f"numerics of {op} are wrong, so it is not timed: {row['red']}"
+    if row.doubt:
+        NOT_TIMED.append(row)
+        if provider == "ours":
+            pytest.fail(row.doubt, pytrace=False)
+        pytest.skip(f"{provider}: {row.doubt}")
     benchmark.group = f"{op} {mode} {shape.label}"
-    benchmark.extra_info |= row
+    benchmark.extra_info |= {k: v for k, v in row.values().items() if k not in FIGURES}
     samples = iter(timed[provider].samples_ms)
-    benchmark.pedantic(lambda: CLOCK.advance(next(samples) / 1e3), rounds=row["rounds"])
+    benchmark.pedantic(lambda: CLOCK.advance(next(samples) / 1e3), rounds=row.rounds)

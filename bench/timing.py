@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from training.machines import nvidia_smi
+from training.plan import Choices, detect, make_plan
+from training.probe import measure_rates
+from training.recipes import Recipe
 
 Call = Callable[[], Any]
 
-NOISY_COV = 0.05  # rows whose samples spread more than this are marked
 L2_MULTIPLE = 4  # data of one rotation over the L2 size: what a call finds there is not its own
 CPU_CACHE_BYTES = 32 << 20  # last-level cache of one group of cores, on most machines of today
 MAX_SETS = 64
@@ -71,8 +73,11 @@ class Timing:
         return statistics.stdev(self.samples_ms) / statistics.fmean(self.samples_ms)
 
     @property
-    def noisy(self) -> bool:
-        return self.cov > NOISY_COV
+    def figures(self) -> dict[str, Any]:
+        """What a row of `bench.record` keeps of it."""
+        q1, q3 = self.quartiles_ms
+        return {"ms": self.median_ms, "q1_ms": q1, "q3_ms": q3, "cov": self.cov,
+                "rounds": len(self.samples_ms)}  # fmt: skip
 
 
 def ratio(slow: Timing, fast: Timing) -> float:
@@ -236,6 +241,7 @@ def interleave(
     seconds: float = 10.0,
     warmup: int = 2,
     min_rounds: int = 3,
+    until: float = math.inf,
     failed: dict[str, str] | None = None,
 ) -> dict[str, Timing]:
     """Sample all contestants in turn, A B A B.
@@ -246,14 +252,15 @@ def interleave(
         seconds: Budget of the whole; once it is spent no further round begins.
         warmup: Rounds run and thrown away first.
         min_rounds: Rounds taken whatever they cost.
+        until: Of time.monotonic(); not even those begin after it.
         failed: Receives why a contestant fell out; without it the first error is raised.
     """
     samples: dict[str, list[float]] = {name: [] for name in replays}
     deadline = math.inf
     for done in range(-warmup, rounds):
         if done == 0:
-            deadline = time.perf_counter() + seconds
-        if done >= min_rounds and time.perf_counter() > deadline:
+            deadline = min(until, time.monotonic() + seconds)
+        if time.monotonic() > (deadline if done >= min_rounds else until):
             break
         for name in [*samples]:
             try:
@@ -264,7 +271,11 @@ def interleave(
                 continue
             if done >= 0:
                 samples[name].append(ms)
-    return {name: Timing(tuple(found), replays[name].mode) for name, found in samples.items()}
+    if failed is not None:
+        failed |= {name: "no time left" for name, found in samples.items() if not found}
+    return {
+        name: Timing(tuple(found), replays[name].mode) for name, found in samples.items() if found
+    }
 
 
 def time_calls(
@@ -332,57 +343,22 @@ def spin(device: torch.device) -> None:
 
 @cache
 def limits(device: torch.device) -> dict[str, float]:
-    """What this machine reaches on random data: the ceilings rows are held against.
+    """What this machine reaches, as `train.py --explain` measures it: what rows are held against.
 
     Returns:
-        copy_gbs: GB/s of a copy far larger than any cache, bytes read plus bytes written.
+        copy_gbs: GB/s of a copy larger than any cache, bytes read plus bytes written.
         matmul_tflops, matmul_k768_tflops: TFLOP/s of a large square matmul and of one with
             GPT-2's inner dimension 768; bf16 on CUDA, fp32 on the CPU.
-        bf16_over_fp32: CPU only; rate of a small bf16 matmul over that of the fp32 one.
     """
-    cuda = device.type == "cuda"
-    dtype = torch.bfloat16 if cuda else torch.float32
-    generator = torch.Generator(device).manual_seed(0)
-
-    def randn(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-    def best_ms(call: Call) -> float:
-        # A ceiling is the fastest sample, not the median: noise only ever slows it.
-        how = {"rounds": 10, "seconds": 2.0 if cuda else 0.5}
-        return min(time_calls({"": [call]}, device, 1 << 30, **how)[""].samples_ms)
-
-    def copy_gbs(count: int) -> float:
-        source = randn(count)
-        target = torch.empty_like(source)
-        return 2 * count * dtype.itemsize / best_ms(lambda: target.copy_(source)) / 1e6
-
-    def tflops(m: int, k: int, n: int, dtype: torch.dtype = dtype) -> float:
-        a, b = randn(m, k, dtype=dtype), randn(k, n, dtype=dtype)
-        out = torch.empty(m, n, device=device, dtype=dtype)
-        return 2 * m * k * n / best_ms(lambda: torch.mm(a, b, out=out)) / 1e9
-
-    size = 8192 if cuda else 1024
-    found = {
-        "copy_gbs": copy_gbs(1 << 29 if cuda else 1 << 24),
-        "matmul_tflops": tflops(size, size, size),
-        "matmul_k768_tflops": tflops(65536 if cuda else 1024, 768, 3072),
+    dtype = "bf16" if device.type == "cuda" else "fp32"
+    recipe, machine = Recipe(model="124m", batch_size=64, block_size=1024), detect(device.type)
+    choices = Choices(dtype=dtype, micro_batch_size=64)
+    rates = measure_rates(recipe, machine, make_plan(recipe, machine, choices))
+    return {
+        "copy_gbs": rates.copy_gbs,
+        "matmul_tflops": rates.matmul_gflops[dtype] / 1e3,
+        "matmul_k768_tflops": rates.shape_gflops / 1e3,
     }
-    if not cuda:
-        small = 256
-        found["bf16_over_fp32"] = tflops(small, small, small, torch.bfloat16) / tflops(
-            small, small, small
-        )
-    return found
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 is worth timing: always on CUDA, by measurement on a CPU.
-
-    A CPU without AVX512-BF16 or AMX converts each value in software, which can be 50 times slower
-    than fp32.
-    """
-    return device.type == "cuda" or limits(device)["bf16_over_fp32"] > 0.7
 
 
 _SMI_FIELDS = {

@@ -40,14 +40,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import ops, record, resources, timing
-from bench.cases import Shape, find_case, find_shape, make_inputs
+from bench import cli, ops, record, resources, timing
+from bench.cases import Shape, find_case, make_inputs
+from bench.rows import TuneRow
 from kernels import causal_attention, gelu_mlp, layer_norm, linear_cross_entropy
 from kernels._launch import (
     Key,
@@ -889,9 +889,11 @@ def run(
                     raise
                 continue
             if row["propose"]:
-                date = results.data["date"].partition(" ")[0]
+                date = results.about["date"].partition(" ")[0]
                 row["paste"] = source_of(row, f"{os.path.relpath(results.path)} {date}")
-            results.add("tune", row)
+            named = {f.name: row.pop(f.name) for f in fields(TuneRow) if f.name in row}
+            results.add("tune", TuneRow(**named, more=row))
+            row |= named
             print(f"{here}: {_line_of(row)}", flush=True)
 
 
@@ -952,27 +954,25 @@ def _short_text(launch: Launch) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser("bench.tune", __doc__)
     known = list(dict.fromkeys(knob.op for knob in KNOBS))
-    parser.add_argument("--op", action="append", default=[], help=f"of {', '.join(known)}")
-    parser.add_argument("--shape", action="append", default=[], help="b<B>t<T>")
-    parser.add_argument("--seconds", type=float, default=60.0, help="budget per kernel and shape")
-    parser.add_argument("--limit", type=int, help="candidates per kernel and shape, at most")
+    parser.add_argument("--op", action="append", default=[], choices=known)
+    parser.add_argument("--shape", action="append", default=[], type=cli.shape, help="b<B>t<T>")
+    parser.add_argument("--seconds", type=cli.amount, default=60.0, help="of a kernel and a shape")
+    parser.add_argument("--minutes", type=cli.amount, help="of all, shared among the kernels")
+    parser.add_argument("--limit", type=cli.count, help="candidates per kernel and shape, at most")
     parser.add_argument("--jobs", type=int, help="children that compile; default: cores less two")
     parser.add_argument("--list", action="store_true", help="say what would be tried; needs no GPU")
     parser.add_argument("--arch", type=int, default=90, help="of --list; default: 90")
-    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser.add_argument("--out", type=cli.path, default=record.RESULTS)
+    parser.add_argument("--commit", help="what is tuned, where git is not at hand")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
         become_child(torch.device(args.child))
         return
-    for op in args.op:
-        if op not in known:
-            raise ValueError(f"tune: unknown op {op!r}; known: {', '.join(known)}")
     knobs = [knob for knob in KNOBS if not args.op or knob.op in args.op]
-    shapes = [find_shape(name) for name in args.shape or ("b64t1024", "b16t64")]
+    shapes = args.shape or [Shape(64, 1024), Shape(16, 64)]
     jobs = default_jobs() if args.jobs is None else args.jobs
     if args.list:
         print(*list_plan(knobs, shapes, args.arch, max(jobs, 1)), sep="\n")
@@ -982,8 +982,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "tune: launch rows are chosen by time on a GPU; there is none here, only --list works"
         )
     device = torch.device("cuda")
-    results = record.Results(device, args.out)
-    run(knobs, shapes, device, results, seconds=args.seconds, limit=args.limit, jobs=jobs)
+    results = record.Results(device, args.out, args.commit)
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
+    run(knobs, shapes, device, results, seconds=args.seconds, deadline=deadline, limit=args.limit,
+        jobs=jobs)  # fmt: skip
 
 
 def become_child(device: torch.device) -> None:
@@ -995,7 +997,4 @@ def become_child(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(str(error))
+    cli.run(main)

@@ -1,5 +1,6 @@
-"""The bench measures what it says: timer, floors, baseline, gate, results, GPU parts."""
+"""The bench measures what it says: timer, floors, baseline, gate of an op, profile, commands."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,27 +8,23 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bench import baseline, ops, profile, record, report, step, timing, tune
+from bench import baseline, cli, contestants, figures, ops, profile, record, tables, timing
 from bench.cases import CASES, MODES, Shape, find_case, find_shape, floor_ms, make_inputs
+from bench.rows import ProfileRow
 from kernels import EAGER, TRITON, Ops
 from model import GPT, GPTConfig
-from training.plan import Choices
-from training.step import TrainStep
+from tests import numerics
+from training.machines import free_bytes
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 8, C=32, H=2, V=128)
 TINY_CONFIG = GPTConfig(block_size=16, vocab_size=128, n_layer=2, n_head=2, n_embd=32)
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """`ours` as on a GPU: the Triton ops, here in the interpreter."""
-    monkeypatch.setattr(ops, "parse_ops", lambda spec: TRITON)
 
 
 def test_timer_measures_a_sleep():
@@ -63,20 +60,23 @@ def test_interleave_takes_turns_and_keeps_the_budget():
 
         return timing.Replay(once, "host")
 
-    found = timing.interleave({n: replay(n) for n in clock}, rounds=4, seconds=9.0, warmup=1)
+    replays = {name: replay(name) for name in clock}
+    found = timing.interleave(replays, rounds=4, seconds=60.0, warmup=1)
     assert order == ["a", "b"] * 5
     assert found["a"].samples_ms == (1.0,) * 4
-    found = timing.interleave({n: replay(n) for n in clock}, rounds=50, seconds=0.0, min_rounds=3)
+    found = timing.interleave(replays, rounds=50, seconds=0.0, min_rounds=3)
     assert len(found["a"].samples_ms) == 3
+    failed: dict[str, str] = {}
+    late = time.monotonic() - 1.0
+    assert timing.interleave(replays, warmup=0, until=late, failed=failed) == {}
+    assert failed == dict.fromkeys(clock, "no time left")
 
 
 def test_ratio_is_paired_and_spread_is_marked():
     # Both slow down threefold half-way: the ratio of neighbours does not notice.
     slow, fast = timing.Timing([2, 2, 6, 6, 6]), timing.Timing([1, 1, 3, 3, 3])
     assert timing.ratio(slow, fast) == 2.0
-    assert fast.noisy
     steady = timing.Timing([1.0, 1.01, 1.02])
-    assert not steady.noisy
     assert steady.median_ms == 1.01
     assert steady.quartiles_ms == pytest.approx((1.005, 1.015))
 
@@ -116,25 +116,7 @@ def test_cases_state_the_known_work():
     )
 
 
-@pytest.mark.parametrize(
-    ("call", "known"),
-    [
-        (lambda: find_case("layernorm"), "add_layer_norm"),
-        (lambda: find_shape("64x1024"), "b64t1024"),
-        (lambda: ops.find_provider("torch", "layer_norm", CPU), "sdpa-cudnn"),
-        (lambda: next(step.measure(["fast"], step.Setup("smoke", TINY), CPU)), "eager fp32"),
-        (lambda: step.main(["--model", "125m"]), "124m"),
-        (lambda: tune.main(["--op", "gelu"]), "gelu_mlp"),
-        (lambda: report.fill("<!-- bench:speed -->\n<!-- /bench:speed -->", []), "step-gpu"),
-    ],
-)
-def test_unknown_names_list_the_known(call, known):
-    with pytest.raises(ValueError, match=rf"unknown .* known: .*{known}"):
-        call()
-
-
 def test_baseline_is_our_model_without_our_ops():
-    torch.manual_seed(0)
     ours, theirs = GPT(TINY_CONFIG), baseline.BaselineGPT(TINY_CONFIG)
     theirs.load_state_dict(ours.state_dict())
     idx, targets = torch.randint(128, (2, 2, 16))
@@ -149,141 +131,28 @@ def test_baseline_is_our_model_without_our_ops():
     assert "from kernels" not in source
 
 
-def test_red_numerics_hide_the_speed(monkeypatch):
+def test_wrong_numerics_hide_the_speed(monkeypatch):
     wrong = replace(EAGER, layer_norm=lambda **inputs: EAGER.layer_norm(**inputs) * 1.01)
     monkeypatch.setattr(ops, "parse_ops", lambda spec: wrong)
     monkeypatch.setattr(timing, "limits", lambda device: {"copy_gbs": 1.0})
-    how = {"providers": ["eager", "ours"], "seconds": 0.0, "rounds": 3}
-    rows, timed = ops.measure("layer_norm", TINY, torch.float32, "both", CPU, **how)
-    ours = next(row for row in rows if row["provider"] == "ours")
-    assert "over budget" in ours["red"]
-    assert "ms" not in ours
-    assert "ours" not in timed
-    assert "not shown" in ops.ops_table(rows)
+    how = {"providers": ["eager", "ours", "sdpa-flash"], "seconds": 0.0, "rounds": 3}
+    rows, _ = ops.measure("layer_norm", TINY, torch.float32, "both", CPU, **how)
+    assert {*rows} == {"eager", "ours"}  # who has no such op has no row
+    assert "over budget" in rows["ours"].doubt
+    assert "ours" not in rows["eager"].over
+    assert f"not shown: {rows['ours'].doubt[:20]}" in tables.ops_table([*rows.values()])
     monkeypatch.setattr(ops, "parse_ops", lambda spec: EAGER)
     rows, _ = ops.measure("layer_norm", TINY, torch.float32, "both", CPU, **how)
-    assert next(row for row in rows if row["provider"] == "ours")["over_eager"] > 0
+    assert rows["ours"].over["eager"] > 0
+    assert "not shown" not in tables.ops_table([*rows.values()])
 
 
-def test_step_rows_and_their_gate(monkeypatch):
-    monkeypatch.setitem(step.MODELS, "test", TINY_CONFIG)
-    setup = step.Setup("test", Shape(2, 16), accum=2)
-    known = step.known_providers(CPU)
-    eager = known["eager fp32"]
-
-    def ours(setup, device):  # as "ours fp32", not compiled: compiling takes 20 s
-        model = GPT(setup.config)
-        model.load_state_dict(step._weights(setup))
-        return step._contestant(model, device, bf16=False, compiled=False)
-
-    def other_weights(setup, device):
-        contestant = eager(setup, device)
-        assert isinstance(contestant, step.PlainLoop)
-        for p in contestant.parameters:
-            p.data.mul_(1.5)
-        return contestant
-
-    known = {"eager fp32": eager, "ours fp32": ours, "wrong": other_weights}
-    rows = list(step.measure([*known], setup, CPU, seconds=0.1, known=known))
-    right, wrong = rows[1], rows[2]
-    assert right["tokens"] == 64
-    assert right["tokens_per_s"] == pytest.approx(64 / right["ms"] * 1e3)
-    assert right["loss"] == pytest.approx(rows[0]["loss"], abs=1e-3)
-    assert right["over_eager_fp32"] > 0
-    assert "gradient norm" in wrong["red"]
-    assert "tokens_per_s" not in wrong
-    assert "not shown" in step.step_table(rows)
-
-
-def test_cpu_contestants_live_in_processes_of_their_own():
-    setup = step.Setup("smoke", Shape(2, 16), accum=2)
-    with step.Worker("eager fp32", setup, None) as worker:
-        assert worker.process.pid != os.getpid()
-        assert worker.step_ms() > 0
-        batches = step.make_batches(setup, CPU)
-        here = step.prepare(step.known_providers(CPU)["eager fp32"], setup, CPU, batches)
-        assert worker.prepared.losses == pytest.approx(here.losses, rel=1e-5)
-    assert worker.process.returncode == 0
-
-
-def test_our_contestant_takes_the_trainer_s_step():
-    setup = step.Setup("smoke", Shape(2, 16), accum=2)
-    batches = step.make_batches(setup, CPU)
-    ours = step.Ours(setup, CPU, Choices(compile=False, dtype="fp32"))
-    assert isinstance(ours.take_step, TrainStep)
-    assert ours.take_step.plan.num_micro_batches == 2
-    found = step.prepare(lambda *_: ours, setup, CPU, batches)
-    plain = step.prepare(step.known_providers(CPU)["eager fp32"], setup, CPU, batches)
-    assert found.losses == pytest.approx(plain.losses, rel=1e-3)  # its softmax has no padding
-    assert found.grad_norm == pytest.approx(plain.grad_norm, rel=1e-3)
-
-
-def test_against_nanogpt_takes_a_model_by_path(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"no such file.*git clone"):
-        step.load_nanogpt(tmp_path / "model.py")
-    (tmp_path / "model.py").write_text("GPT = None\n")
-    with pytest.raises(ValueError, match=r"must define GPT and GPTConfig, lacks \['GPTConfig'\]"):
-        step.load_nanogpt(tmp_path)
-    # A model of nanoGPT's interface: constructor arguments, names of weights, (logits, loss).
-    (tmp_path / "model.py").write_text(
-        "from dataclasses import dataclass\n"
-        "from torch import nn\n"
-        "from bench.baseline import BaselineGPT\n"
-        "from model import GPTConfig as G\n"
-        "@dataclass\n"
-        "class GPTConfig:\n"
-        "    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int\n"
-        "    dropout: float; bias: bool\n"
-        "class GPT(BaselineGPT):\n"
-        "    def __init__(self, c):\n"
-        "        super().__init__(G(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd))\n"
-        "    def forward(self, idx, targets):\n"
-        "        return None, super().forward(idx, targets)\n"
-    )
-    monkeypatch.setitem(step.MODELS, "test", TINY_CONFIG)
-    names = ["eager fp32", "nanogpt eager fp32"]
-    setup = step.Setup("test", Shape(2, 16))
-    known = step.known_providers(CPU, tmp_path)
-    known = {name: known[name] for name in names}
-    rows = list(step.measure(names, setup, CPU, seconds=0.0, known=known))
-    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], abs=1e-5)
-
-
-def test_results_keep_rows_replace_twins_and_refuse_strangers(tmp_path):
-    results = record.Results(CPU, tmp_path, commit="c" * 40)
-    row = {
-        "op": "layer_norm",
-        "shape": "B=1 T=1",
-        "dtype": "fp32",
-        "mode": "fwd",
-        "provider": "eager",
-    }
-    results.add("ops", row | {"ms": 1.0})
-    on_disk = record.load(results.path)  # written at once: an interrupted run keeps it
-    assert on_disk["ops"] == [row | {"ms": 1.0}]
-    assert {"device", "torch", "triton", "commit", "dirty", "command", "date"} <= {*on_disk}
-
-    again = record.Results(CPU, tmp_path, commit="c" * 40)
-    again.add("ops", row | {"ms": 2.0})
-    again.add("ops", row | {"provider": "ours", "ms": 1 / 3})
-    data = record.load(again.path)
-    assert [r["ms"] for r in data["ops"]] == [2.0, 0.33333]
-    assert [*tmp_path.iterdir()] == [again.path]
-
-    with pytest.raises(ValueError, match=r"is about commit ccc.* this run about ddd"):
-        record.Results(CPU, again.path, commit="d" * 40)
-    (tmp_path / "other.json").write_text('{"schema": "someone/else"}')
-    with pytest.raises(ValueError, match=r"other.json must have schema .* has 'someone/else'"):
-        record.load_all(tmp_path)
-    (tmp_path / "other.json").write_text('{"ops": [')
-    with pytest.raises(ValueError, match=r"other.json is not JSON"):
-        record.load_all(tmp_path)
-
-
-def test_committed_results_are_small_and_readable():
-    for path in record.RESULTS.glob("*.json"):
-        assert path.stat().st_size < 300_000, f"{path.name} is not small"
-        record.load(path)
+def test_the_gate_runs_on_triton_ops():
+    """That of every GPU row, here on the interpreted kernels."""
+    shape = Shape(1, 16, C=64)
+    found = numerics.check_op(TRITON.layer_norm, "layer_norm", shape, torch.bfloat16, CPU)
+    assert {c.name for c in found} == {"y", "dx", "dweight", "dbias"}
+    assert all(c.holds for c in found)
 
 
 def test_profile_sorts_names_into_kinds():
@@ -295,56 +164,159 @@ def test_profile_sorts_names_into_kinds():
         "triton_poi_fused_add_0": "elementwise", "who_knows": "other",
     }  # fmt: skip
     assert {name: profile.kind_of(name) for name in names} == names
-    rows = profile.by_kind([("aten::mm", 300.0, 2), ("x", 100.0, 1)], span_us=1000.0, rest="idle")
-    assert rows == [
-        ("GEMM", 0.3, 0.3, 2, ("aten::mm",)),
-        ("other", 0.1, 0.1, 1, ("x",)),
-        ("idle", 0.6, 0.6, 0, ()),
+    whose: Any = {"model": "m", "shape": "s", "provider": "p"}
+    times = [("aten::mm", 300.0, 2), ("x", 100.0, 1)]
+    assert profile.by_kind(times, span_us=1000.0, rest="idle", **whose) == [
+        ProfileRow(**whose, kind="GEMM", ms=0.3, share=0.3, calls=2, names=["aten::mm"]),
+        ProfileRow(**whose, kind="other", ms=0.1, share=0.1, calls=1, names=["x"]),
+        ProfileRow(**whose, kind="idle", ms=0.6, share=0.6),
     ]
 
 
 def test_profile_of_a_real_step(tmp_path, monkeypatch):
-    monkeypatch.setitem(step.MODELS, "test", TINY_CONFIG)
-    setup = step.Setup("test", Shape(2, 16))
+    monkeypatch.setitem(contestants.MODELS, "test", TINY_CONFIG)
+    setup = contestants.Setup("test", Shape(2, 16))
     rows, longest = profile.trace_step("eager fp32", setup, CPU, 2, tmp_path / "trace.json")
-    kinds = {kind for kind, *_ in rows}
+    kinds = {row.kind for row in rows}
     assert {"GEMM", "attention", "norm", "loss", "optimizer", "python"} <= kinds
     assert 0.5 < sum(row.share for row in rows) <= 1.2
     assert len(longest) == 10
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
-def test_numerics_gate_runs_on_triton_ops(interpreted):
-    """The gate of every GPU row, here on the interpreted kernels."""
-    found = ops.check_numerics("layer_norm", Shape(1, 16, C=64), torch.bfloat16, CPU)
-    assert {c.name for c in found} == {"y", "dx", "dweight", "dbias"}
-    assert all(c.holds for c in found)
-
-
 @pytest.mark.slow  # imports torch again and measures the machine's limits
-def test_pytest_benchmark_reads_the_measured_samples(tmp_path):
+def test_pytest_benchmark_keeps_and_compares_the_measured_samples(tmp_path):
     """`make bench OP=layer_norm` end to end, on a tiny shape."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "bench/test_ops.py", "-q", "--benchmark-only"]
-    command += ["-p", "no:cacheprovider", "--op", "layer_norm", "--shape", "b1t8", "--seconds"]
-    command += ["0.2", "--provider", "eager", "--provider", "ours", "--out", str(tmp_path)]
-    command += ["--benchmark-json", str(tmp_path / "benchmark.txt")]
-    out = subprocess.run(command, cwd=record.ROOT, env=env, capture_output=True, text=True)
-    assert out.returncode == 0, out.stdout + out.stderr
+    command = [sys.executable, "-m", "bench.ops", "--op", "layer_norm", "--shape", "b1t8"]
+    command += ["--seconds", "0.2", "--provider", "eager", "--provider", "ours"]
+    command += ["--out", str(tmp_path), f"--benchmark-storage=file://{tmp_path}/kept"]
+    out = None
+    for _ in range(2):
+        out = subprocess.run(command, cwd=record.ROOT, env=env, capture_output=True, text=True)
+        assert out.returncode == 0, out.stdout + out.stderr
+        command += ["--mode", "fwd", "--benchmark-compare"]
+    assert out
+    assert "(NOW)" in out.stdout
     [path] = tmp_path.glob("*.json")
-    rows = {(r["mode"], r["provider"]): r for r in record.load(path)["ops"]}
+    rows = {(row.mode, row.provider): row for row in record.load(path).rows("ops")}
     assert {*rows} == {(mode, who) for mode in MODES for who in ("eager", "ours")}
-    entries = json.loads((tmp_path / "benchmark.txt").read_text())["benchmarks"]
-    assert len(entries) == len(rows)
-    for entry in entries:
+    first, second = (json.loads(kept.read_text()) for kept in sorted(tmp_path.glob("kept/*/*")))
+    assert (len(first["benchmarks"]), len(second["benchmarks"])) == (6, 2)
+    for entry in second["benchmarks"]:
         row = rows[entry["extra_info"]["mode"], entry["extra_info"]["provider"]]
-        assert entry["stats"]["median"] * 1e3 == pytest.approx(row["ms"], rel=1e-3)
-        assert entry["stats"]["rounds"] == row["rounds"]
+        assert entry["stats"]["median"] * 1e3 == pytest.approx(row.ms, rel=1e-3)
+        assert entry["stats"]["rounds"] == row.rounds
 
 
 def test_every_op_is_in_the_sweeps_and_figures():
     assert [*CASES] == [f.name for f in fields(Ops)]
     for op, case in CASES.items():
-        assert f"sweep-{op}" in report.FIGURES
+        assert f"sweep-{op}" in figures.FIGURES
         assert len(case.sweep) >= 5
     assert np.all(np.diff([s.M for s in CASES["layer_norm"].sweep]) > 0)
+
+
+def write_cgroup(folder: Path, names: tuple[str, str, str], limit: str, used: int, cached: int):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip(names, (limit, str(used)), strict=False):
+        (folder / name).write_text(f"{text}\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cached}\n")
+
+
+def test_free_memory_is_what_the_machine_or_a_cgroup_leaves(tmp_path):
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    assert free_bytes(proc, groups) == 0  # unknown
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    assert free_bytes(proc, groups) == 8000 << 10
+    two = ("memory.max", "memory.current", "inactive_file")
+    (proc / "self/cgroup").write_text("0::/job/step\n")
+    write_cgroup(groups / "job/step", two, "max", 5, 0)
+    assert free_bytes(proc, groups) == 8000 << 10
+    write_cgroup(groups / "job", two, "1000000", 600000, 100000)  # of the one above it
+    assert free_bytes(proc, groups) == 500000
+    write_cgroup(groups / "job/step", two, "300000", 290000, 10)
+    assert free_bytes(proc, groups) == 10010
+    write_cgroup(groups / "job/step", two, "300000", 400000, 10)
+    assert free_bytes(proc, groups) == 0
+    one = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    (proc / "self/cgroup").write_text("4:memory:/docker/named-on-the-host\n1:cpu:/\n")
+    write_cgroup(groups / "memory", one, "700000", 100000, 0)
+    assert free_bytes(proc, groups) == 600000
+
+
+# Every command with what it cannot take; an empty list is what needs a GPU.
+HUGE = "b999999t999999"
+WRONG = [
+    ("bench", ["--op", "gelu"], "choose from"),
+    ("bench", ["--shape", HUGE], "take a smaller --shape"),
+    ("bench", ["--seconds", "-1"], "must be more than 0, got -1"),
+    ("bench", ["--out", ""], "got nothing"),
+    ("bench", ["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ("bench.ops", ["--op", ""], "choose from"),
+    ("bench.ops", ["--op", "gelu_mlp", "--shape", HUGE], "GiB are free; take a smaller --shape"),
+    ("bench.ops", ["--shape", "64x1024"], "a shape is b<B>t<T>, such as b64t1024, got '64x1024'"),
+    ("bench.ops", ["--shape", "b0t64"], "a shape is b<B>t<T>"),
+    ("bench.ops", ["--shape", ""], "a shape is b<B>t<T>"),
+    ("bench.ops", ["--mode", "backward"], "choose from"),
+    ("bench.ops", ["--provider", "torch"], "sdpa-cudnn"),
+    ("bench.ops", ["--dtype", "int8"], "choose from"),
+    ("bench.ops", ["--seconds", "nan"], "must be more than 0, got nan"),
+    ("bench.ops", ["--out", "README.md/x"], "Not a directory"),
+    ("bench.ops", ["--out", "bench/results/amd-epyc-2-cores-60eee570.json"], "must agree in"),
+    ("bench.step", ["--model", "125m"], "124m"),
+    ("bench.step", ["--shape", HUGE], "take a smaller --shape or --model"),
+    ("bench.step", ["--accum", "0"], "must be from 1 to 1,000,000, got 0"),
+    ("bench.step", ["--accum", "1e3"], "invalid count value"),
+    ("bench.step", ["--provider", "fast"], "unknown provider 'fast'; known: eager fp32"),
+    ("bench.step", ["--batch-sweep", "4,,8"], "invalid sizes value"),
+    ("bench.step", ["--length-sweep", "-4"], "must be from 1"),
+    ("bench.step", ["--against", "karpathy", "x"], "--against knows nanogpt, got 'karpathy'"),
+    ("bench.step", ["--against", "nanogpt", ""], "model.py (no such file)"),
+    ("bench.step", ["--against", "nanogpt", "nowhere"], "nowhere (no such file)"),
+    ("bench.step", ["--against", "nanogpt", "README.md"], "README.md cannot be imported"),
+    ("bench.step", ["--minutes", "inf"], "must be more than 0, got inf"),
+    ("bench.step", ["--ablation", "--device", "cpu"], "it needs a GPU"),
+    ("bench.profile", ["--steps", "0"], "must be from 1"),
+    ("bench.profile", ["--provider", "fast"], "unknown provider 'fast'"),
+    ("bench.profile", ["--shape", HUGE], "take a smaller --shape or --model"),
+    ("bench.generate", ["--model", "gpt5"], "choose from"),
+    ("bench.generate", ["--tokens", "1000000000000"], "must be from 1 to 1,000,000"),
+    ("bench.generate", ["--device", "tpu"], "choose from"),
+    ("bench.optimizer", ["--model", "big"], "choose from"),
+    ("bench.optimizer", [], "needs a GPU"),
+    ("bench.recipe", ["seed", "--data", "nowhere.txt"], "--data nowhere.txt does not exist"),
+    ("bench.recipe", ["curve"], "choose from"),
+    ("bench.report", ["--results", "nowhere"], "--results must be a folder, got nowhere"),
+    ("bench.report", ["--merge", "nowhere.json"], "nowhere.json"),
+    ("bench.report", ["--merge", "README.md"], "README.md is not JSON"),
+    ("bench.gpu", ["--out", "x", "--only", "numerics,speed"], "unknown part 'speed'; known: check"),
+    ("bench.gpu", ["--out", "x", "--data", "nowhere.txt"], "--data nowhere.txt does not exist"),
+    ("bench.gpu", ["--out", "x", "--minutes", "0"], "must be more than 0, got 0"),
+    ("bench.gpu", ["--out", "x"], "torch sees no GPU"),
+    ("bench.gpu", [], "the following arguments are required: --out"),
+    ("bench.tune", ["--op", "gelu"], "gelu_mlp"),
+    ("bench.tune", ["--limit", "0"], "must be from 1"),
+    ("bench.tune", ["--shape", "b4"], "a shape is b<B>t<T>"),
+    ("tests.numerics", ["--op", "gelu"], "choose from"),
+    ("tests.numerics", ["--dtype", "int8"], "choose from"),
+]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="some need that there is no GPU")
+@pytest.mark.parametrize(("module", "argv", "said"), WRONG)
+def test_what_is_asked_wrongly_is_one_line_and_exit_code_2(module, argv, said, capsys, monkeypatch):
+    monkeypatch.chdir(record.ROOT)
+    monkeypatch.setattr(sys, "argv", ["bench", *argv])
+    name = "bench.__main__" if module == "bench" else module
+    main = importlib.import_module(name).main
+    before = {*record.ROOT.glob("*"), *record.ROOT.glob("bench/*/*")}
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: main(argv))
+    out = capsys.readouterr()
+    assert end.value.code == 2, out
+    [line] = out.err.splitlines()
+    assert said in line
+    assert out.out == ""
+    assert {*record.ROOT.glob("*"), *record.ROOT.glob("bench/*/*")} == before

@@ -1,6 +1,5 @@
 """What the bench does on a GPU, run to its end on a pretended one; see tests/pretend_cuda.py."""
 
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from bench import ops, optimizer, profile, record, step, timing
+from bench import contestants, ops, optimizer, profile, record, step, timing, turns
 from bench.cases import CASES, Shape, find_shape
+from bench.contestants import Setup
+from bench.rows import OpRow, StepRow
+from bench.tables import ops_table, step_table
 from kernels import EAGER
 from kernels._op import INTERPRETED
 from kernels.linear_cross_entropy import chunk_rows
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU; needs t
 CUDA = torch.device("cuda")  # made here: inside pretend_cuda() it would be the CPU
 TINY = Shape(2, 4, C=16, H=1, V=128)
 TINY_CONFIG = GPTConfig(block_size=8, vocab_size=128, n_layer=1, n_head=1, n_embd=16)
-SETUP = step.Setup("test", Shape(1, 8))
+SETUP = Setup("test", Shape(1, 8))
 FATAL = "CUDA error: an illegal memory access was encountered"
 
 
@@ -40,7 +42,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     rates = dict.fromkeys(("copy_gbs", "matmul_tflops", "matmul_k768_tflops"), 1.0)
     monkeypatch.setattr(timing, "limits", lambda device: rates)
     monkeypatch.setattr(timing, "interleave", partial(timing.interleave, warmup=0, min_rounds=1))
-    monkeypatch.setitem(step.MODELS, "test", TINY_CONFIG)
+    monkeypatch.setitem(contestants.MODELS, "test", TINY_CONFIG)
     timing.capture_stream.cache_clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for a few elements, threads only wait for one another
@@ -50,14 +52,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     timing.capture_stream.cache_clear()
 
 
-def by_provider(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    assert len({row["provider"] for row in rows}) == len(rows)
-    return {row["provider"]: row for row in rows}
-
-
-def measure(op: str, mode: str = "both", **how: Any) -> dict[str, dict[str, Any]]:
+def measure(op: str, mode: str = "both", **how: Any) -> dict[str, OpRow]:
     how = {"providers": ["eager", "compile", "ours"], "rounds": 1, "seconds": 0.0} | how
-    return by_provider(ops.measure(op, TINY, torch.bfloat16, mode, CUDA, **how)[0])
+    return ops.measure(op, TINY, torch.bfloat16, mode, CUDA, **how)[0]
 
 
 def test_calls_that_can_be_captured_are_one_graph(pretended: Pretended) -> None:
@@ -125,18 +122,19 @@ def test_errors_are_fatal_or_have_one_line() -> None:
 
 @pytest.mark.parametrize("op", CASES)
 def test_every_provider_of_every_op_has_a_row(op: str, pretended: Pretended) -> None:
-    rows = measure(op, providers=ops.PROVIDERS)
-    assert {*rows} == {*ops.PROVIDERS}
+    rows = measure(op, providers=[*ops.PROVIDERS])
+    assert [*rows] == [name for name, does in ops.PROVIDERS.items() if op in does]
     for name in ("eager", "compile", "ours"):
         row = rows[name]
-        assert row["timed"] == "graph"
-        assert row["ms"] > 0
-        assert row["peak_gib"] == 1.0
-        assert row["over_compile" if name != "compile" else "over_eager"] > 0
-    assert rows["ours"]["checked"] == TINY.label
-    assert rows["liger"]["skip"]  # its kernels are not for the interpreter
+        assert row.timed == "graph"
+        assert row.ms > 0
+        assert row.peak_gib == 1.0
+        assert {*row.over} == {"eager", "compile"} - {name}
+    assert rows["ours"].checked == TINY.label
+    if "liger" in rows:
+        assert rows["liger"].doubt  # its kernels are not for the interpreter
     if op == "causal_attention":
-        assert rows["compile"]["backend"]
+        assert rows["compile"].backend
 
 
 def test_one_provider_s_failure_leaves_the_others(
@@ -167,11 +165,10 @@ def test_one_provider_s_failure_leaves_the_others(
     for first in (1, 5):  # when its calls are made, and when they are captured
         patched(odd, first)
         rows = measure("layer_norm", "fwd", checked=False)
-        assert rows["eager"]["skip"] == "AssertionError: no such layout"
-        assert rows["ours"]["ms"] > 0
-        assert rows["ours"]["over_compile"] > 0
+        assert rows["eager"].doubt == "AssertionError: no such layout"
+        assert rows["ours"].over["compile"] > 0
     patched(torch.OutOfMemoryError("CUDA out of memory. Tried to"), 5)
-    assert measure("layer_norm", "fwd", checked=False)["eager"]["skip"] == "out of memory"
+    assert measure("layer_norm", "fwd", checked=False)["eager"].doubt == "out of memory"
     patched(RuntimeError(FATAL), 5)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         measure("layer_norm", "fwd", checked=False)
@@ -236,31 +233,23 @@ def test_an_error_while_timing_drops_its_contestant_alone() -> None:
         timing.interleave({n: replay(n) for n in turns}, **how)
 
 
-def test_ours_red_or_unchecked_keeps_its_time_apart(
+def test_ours_wrong_or_unchecked_is_in_doubt(
     pretended: Pretended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        ops, "parse_ops",
-        lambda _: replace(EAGER, layer_norm=lambda **i: 1.1 * EAGER.layer_norm(**i)),
-    )  # fmt: skip
-    rows = measure("layer_norm", "fwd")
-    assert "over budget" in rows["ours"]["red"]
-    assert rows["ours"]["unverified_ms"] > 0
-    assert not {"ms", "skip", "over_compile"} & {*rows["ours"]}
-    assert "not shown" in ops.ops_table([*rows.values()])
-
     def broken(**_: Any) -> Tensor:
         raise TypeError("no such argument")
 
     monkeypatch.setattr(ops, "parse_ops", lambda _: replace(EAGER, layer_norm=broken))
     rows = measure("layer_norm", "fwd")
-    assert rows["ours"]["red"].startswith("not checked: TypeError: no such argument; not timed")
-    assert rows["compile"]["over_eager"] > 0
+    why = "TypeError: no such argument"
+    assert rows["ours"].doubt == f"not checked: {why}; not timed: {why}"
+    assert rows["compile"].over["eager"] > 0
+    assert f"not shown: not checked: {why}" in ops_table([*rows.values()])
 
 
 @pytest.mark.parametrize("op", CASES)
 def test_cuda_checks_the_kernels_it_times(op: str) -> None:
-    cut = ops.check_shape(op, find_shape("b64t1024"), CUDA)
+    cut = numerics.check_shape(op, find_shape("b64t1024"), CUDA)
     assert cut.M <= 16384
     if op in ("layer_norm", "add_layer_norm", "gelu_mlp"):
         assert cut.M > 4096  # their "large" rows
@@ -268,8 +257,8 @@ def test_cuda_checks_the_kernels_it_times(op: str) -> None:
         assert chunk_rows(cut.M, cut.Vp, 2) < cut.M
     if op == "causal_attention":
         assert (cut.B, cut.T) == (4, 1023)
-    assert ops.check_shape(op, find_shape("b64t1024"), torch.device("cpu")).M <= 512
-    assert ops.check_shape(op, TINY, CUDA) == TINY
+    assert numerics.check_shape(op, find_shape("b64t1024"), torch.device("cpu")).M <= 512
+    assert numerics.check_shape(op, TINY, CUDA) == TINY
 
 
 def test_all_three_runs_see_the_same_output_gradients() -> None:
@@ -283,9 +272,7 @@ def test_all_three_runs_see_the_same_output_gradients() -> None:
     assert [(c.name, c.ours, c.eager) for c in found] == [("y", 0.0, 0.0), ("dx", 0.0, 0.0)]
 
 
-def test_tf32_is_asked_for_and_given_back(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_tf32_is_asked_for_and_given_back(capsys: pytest.CaptureFixture) -> None:
     seen = []
 
     def attention(qkv: Tensor, n_head: int) -> Tensor:
@@ -293,119 +280,96 @@ def test_tf32_is_asked_for_and_given_back(
         seen.append((torch.get_float32_matmul_precision(), flash))
         return EAGER.causal_attention(qkv, n_head)
 
-    monkeypatch.setattr(ops, "parse_ops", lambda _: replace(EAGER, causal_attention=attention))
-    before = torch.get_float32_matmul_precision()
-    for dtype in ("tf32", "fp32", torch.float32):
-        found = ops.check_numerics("causal_attention", TINY, dtype, torch.device("cpu"))
+    before, cpu = torch.get_float32_matmul_precision(), torch.device("cpu")
+    for name in ("tf32", "fp32"):
+        with numerics.precision(name) as dtype:
+            found = numerics.check_op(attention, "causal_attention", TINY, dtype, cpu)
         assert all(c.holds for c in found)
         assert torch.get_float32_matmul_precision() == before
     # Plain attention must multiply in TF32 as well, which torch's fused kernels never do.
-    assert seen == [("high", False), ("highest", True), (before, True)]
+    assert seen == [("high", False), ("highest", True)]
     assert numerics.main(["--dtype", "tf32"]) == 0
     assert "tf32 left out: only a GPU multiplies in it" in capsys.readouterr().out
 
 
-def contestants(**choices: Any) -> dict[str, step.Build]:
-    known = step.known_providers(CUDA)
-    ours = step._ours(dtype="bf16", **choices)
+def test_numerics_of_a_gpu(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The rows of `python -m tests.numerics` there: results, reruns, and an op that fails."""
+    monkeypatch.setattr(numerics, "GPU_SHAPES", (TINY,))
+    monkeypatch.setattr(numerics, "RERUN_SHAPE", TINY)
+    monkeypatch.setattr(numerics, "NUM_RERUNS", 2)
+    argv = ["--op", "layer_norm", "--dtype", "bf16", "--commit", "0" * 40]
+    argv += ["--out", str(tmp_path / "x.json")]
+    assert numerics.main(argv) == 0
+    rows = record.load(tmp_path / "x.json").rows("checks")
+    assert {row.check for row in rows} == {"numerics bf16", "same bits bf16"}
+    assert "layer_norm B=2 T=4 C=16 H=1 dweight" in {row.what for row in rows}
+    assert not any(row.doubt for row in rows)
+    # A bit that moves, and an error, are in doubt and make it fail.
+    moves = iter([1.0] * 3 + [1.0, 1.0, 1.0 + 2**-7])
+    wrong = lambda **inputs: inputs["x"] * next(moves)  # noqa: E731
+    assert numerics.reruns_that_differ(wrong, "layer_norm", torch.bfloat16, CUDA) == 0
+    assert numerics.reruns_that_differ(wrong, "layer_norm", torch.bfloat16, CUDA) == 1
+    monkeypatch.setattr(numerics, "check_op", lambda *_: 1 / 0)
+    assert numerics.main(argv) == 1
+    failed = [row for row in record.load(tmp_path / "x.json").rows("checks") if row.doubt]
+    assert [row.doubt for row in failed] == ["ZeroDivisionError: division by zero"]
+
+
+def builds(**choices: Any) -> dict[str, contestants.Build]:
+    known = contestants.known_providers(CUDA)
+    ours = contestants._ours(dtype="bf16", **choices)
     return {"compile bf16": known["compile bf16"], "ours bf16": ours}
 
 
-def assert_step_rows(pretended: Pretended, known: dict[str, step.Build]) -> None:
-    rows = list(step.measure([*known], SETUP, CUDA, seconds=0.0, known=known))
-    assert [row["provider"] for row in rows] == ["compile bf16", "ours bf16", "ours bf16"]
+def assert_step_rows(pretended: Pretended, known: dict[str, contestants.Build]) -> None:
+    rows = [*turns.measure_cuda(known, SETUP, CUDA, 0.0)]
+    assert [row.provider for row in rows] == ["compile bf16", "ours bf16", "ours bf16"]
     compiled, first, ours = rows
-    assert not any(row["red"] for row in rows)
+    assert not any(row.doubt for row in rows)
     assert len(pretended.graphs) == 1  # ours was timed as it trains
-    assert first["over_compile_bf16"] == pytest.approx(compiled["ms"] / ours["ms"])
     # The twin stood before and after ours: what counts is the mean.
-    assert ours["twin_drift"] == pytest.approx(ours["twin_again_ms"] / compiled["ms"] - 1)
-    twin = (compiled["ms"] + ours["twin_again_ms"]) / 2
-    assert ours["over_compile_bf16"] == pytest.approx(twin / ours["ms"])
+    assert ours.rival_again_ms
+    twin = (compiled.ms + ours.rival_again_ms) / 2
+    assert ours.over["compile bf16"] == pytest.approx(twin / ours.ms)
+    [_, shown] = step.with_ratios({"compile bf16": compiled, "ours bf16": ours})
+    assert shown.over == ours.over
+    [_, shown] = step.with_ratios({"compile bf16": compiled, "ours bf16": first})
+    assert shown.over["compile bf16"] == pytest.approx(compiled.ms / first.ms)
 
 
 def test_a_step_and_its_compiled_twin(pretended: Pretended) -> None:
-    assert_step_rows(pretended, contestants(ops="eager", optimizer="torch"))
+    assert_step_rows(pretended, builds(ops="eager", optimizer="torch"))
 
 
 @pytest.mark.slow  # every kernel of twenty steps interpreted
 def test_a_step_of_triton_ops_and_its_compiled_twin(pretended: Pretended) -> None:
-    assert_step_rows(pretended, contestants())
+    assert_step_rows(pretended, builds())
 
 
-def test_a_contestant_that_fails_is_a_row(
-    pretended: Pretended, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def raising(error: Exception) -> step.Build:
-        def build(*_: Any) -> step.Contestant:
+def test_a_contestant_that_fails_is_a_row(pretended: Pretended) -> None:
+    def raising(error: Exception) -> contestants.Build:
+        def build(*_: Any) -> contestants.Contestant:
             raise error
 
         return build
 
-    known = contestants(ops="eager", optimizer="torch")
-    plain = step.known_providers(CUDA)["eager bf16"]
+    known = builds(ops="eager", optimizer="torch")
+    plain = contestants.known_providers(CUDA)["eager bf16"]
     known |= {"compile bf16": raising(AssertionError("inductor: no\nmore")), "eager bf16": plain}
-    monkeypatch.setattr(step, "known_providers", lambda *_: known)
-    results = record.Results(torch.device("cpu"), tmp_path, "c" * 40)
-    names = ["compile bf16", "ours bf16", "eager bf16"]
-    rows = by_provider(step.run(names, SETUP, CUDA, results, seconds=0.0))
-    assert rows["compile bf16"]["red"] == "AssertionError: inductor: no"
-    # Nothing came before it that it could agree with.
-    assert "compile bf16 failed" in rows["ours bf16"]["red"]
-    assert rows["ours bf16"]["unverified_tokens_per_s"] > 0
-    assert not {"ms", "tokens_per_s"} & {*rows["ours bf16"]}
-    assert rows["eager bf16"]["tokens_per_s"] > 0
-    assert results.rows("step") == [*rows.values()]
-    assert "nothing to hold it against" in step.step_table([*rows.values()])
-
-    known["compile bf16"] = raising(torch.OutOfMemoryError("CUDA out of memory"))
-    row = next(step.measure(names, SETUP, CUDA, known=known))
-    assert row["red"] == "out of memory"
+    rows: dict[str, StepRow] = {
+        row.provider: row for row in turns.measure_cuda(known, SETUP, CUDA, 0.0)
+    }
+    assert rows["compile bf16"].doubt == "AssertionError: inductor: no"
+    # Nothing came before it that it could agree with; what was measured is in the file.
+    assert rows["ours bf16"].doubt == "nothing to hold it against: compile bf16 failed"
+    assert rows["ours bf16"].ms > 0
+    assert rows["eager bf16"].tokens_per_s > 0
+    assert step_table([*rows.values()]).count("not shown") == 2
     known["compile bf16"] = raising(RuntimeError(FATAL))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        next(step.measure(names, SETUP, CUDA, known=known))
-
-
-def test_a_first_step_that_fails_or_hangs_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: dict[str, Any] = {"returncode": -9, "stdout": "", "stderr": ""}
-
-    def run(command: Any, **how: Any) -> Any:
-        assert how["timeout"] == 7.0
-        if not done:
-            raise subprocess.TimeoutExpired(command, 7.0)
-        return SimpleNamespace(**done)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    first = partial(step.first_step, "ours bf16", SETUP, CUDA, timeout_s=7.0)
-    assert [row["red"] for row in first()] == ["exit -9: nothing said"]
-    done |= {"returncode": 0, "stdout": "said by a library\n"}
-    assert [row["red"] for row in first()] == ["exit 0: nothing said"]
-    done["stdout"] = f'{step.ANSWER}{{"first_step_s": 1.0, "process_start_s": 9.0}}\nbye\n'
-    rows = list(first())
-    assert [row["cache"] for row in rows] == ["cold", "warm"]
-    assert all((row["first_step_s"], row["process_start_s"]) == (1.0, 9.0) for row in rows)
-    done.clear()
-    assert [row["red"] for row in first()] == ["no first step within 7 s"]
-
-
-def test_first_step_counts_from_the_start_of_the_process(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setitem(step.MODELS, "test", TINY_CONFIG)
-    monkeypatch.setattr(step, "seconds_since_start", lambda: 42.0)
-    argv = [*SETUP.flags, "--device", "cpu", "--first-step-child", "eager fp32"]
-    step.main(argv)
-    answer = capsys.readouterr().out
-    assert answer.startswith(step.ANSWER)
-    assert '"process_start_s": 42.0' in answer
-
-
-def test_weights_are_drawn_once_for_all() -> None:
-    step._draw_weights.cache_clear()
-    setup = step.Setup("smoke", Shape(2, 16))
-    step._weights(setup)["lm_head.weight"] = torch.zeros(1)  # as nanoGPT's builder does
-    assert "lm_head.weight" not in step._weights(setup)
-    assert step._draw_weights.cache_info().misses == 1
+        next(turns.measure_cuda(known, SETUP, CUDA, 0.0))
 
 
 def test_optimizer_rows(
@@ -417,11 +381,12 @@ def test_optimizer_rows(
     monkeypatch.setattr(optimizer, "CHECK_STEPS", 1)
     results = record.Results(torch.device("cpu"), tmp_path, "c" * 40)
     assert optimizer.run("test", CUDA, results, 0.0) == 0
-    rows = results.data["optimizer"]["rows"]
-    assert [(row["working"], row["who"]) for row in rows] == [
-        (False, "torch"), (False, "triton"), (True, "torch"), (True, "triton")
+    rows = results.rows("optimizer")
+    assert [(row.dtype, row.provider) for row in rows] == [
+        ("fp32", "torch"), ("fp32", "triton"), ("bf16 copies", "torch"), ("bf16 copies", "triton")
     ]  # fmt: skip
-    assert all(row["mode"] == "graph" and row["over_torch"] > 0 for row in rows)
+    assert all(row.timed == "graph" for row in rows)
+    assert all(row.over["torch"] > 0 for row in rows if row.provider == "triton")
     assert capsys.readouterr().out.count("triton") == 2
 
 
@@ -436,19 +401,15 @@ def test_an_optimizer_that_is_wrong_or_fails_leaves_the_other(
 
     monkeypatch.setitem(optimizer.CLASSES, "triton", Wrong)
     torch_row, ours = optimizer.measure("test", False, CUDA, 0.0)
-    assert torch_row["ms"] > 0
-    assert ours["red"].startswith("weights differ by nan")
-    assert ours["unverified_ms"] > 0
-    assert "ms" not in ours
+    assert not torch_row.doubt
+    assert ours.doubt.startswith("weights differ by nan")
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise ValueError("no such GPU")
 
     monkeypatch.setitem(optimizer.CLASSES, "triton", refuse)
     rows = optimizer.measure("test", False, CUDA, 0.0)
-    assert {row["who"]: row.get("skip") for row in rows} == {
-        "triton": "ValueError: no such GPU", "torch": None
-    }  # fmt: skip
+    assert [row.doubt for row in rows] == ["", "ValueError: no such GPU"]
 
 
 class Profiler:
@@ -495,8 +456,8 @@ def test_a_profiled_step_is_a_replay_and_spans_are_no_kernels(
 
     monkeypatch.setattr(profile, "profile", profiler)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(1))
-    known = contestants(ops="eager", optimizer="torch")
-    monkeypatch.setattr(step, "known_providers", lambda *_: known)
+    known = builds(ops="eager", optimizer="torch")
+    monkeypatch.setattr(contestants, "known_providers", lambda *_: known)
     rows, longest = profile.trace_step("ours bf16", SETUP, CUDA, 2, tmp_path / "trace.json")
     assert (made[0].graphs, made[0].captured) == (1, 0)
     assert len(freed) >= 2  # what came before, and this contestant
@@ -505,8 +466,4 @@ def test_a_profiled_step_is_a_replay_and_spans_are_no_kernels(
     assert found["attention"].ms == pytest.approx(0.15)
     assert found["attention"].names[0].startswith("cudnn_generated_fort_native_sdpa")
     assert longest[0][0] == "nvjet_tst_128x256"
-    results = record.Results(torch.device("cpu"), tmp_path, "c" * 40)
-    profile.save(results, "ours bf16", SETUP, rows)
-    saved = record.load(results.path)["profile"]
-    assert any("sdpa" in name for row in saved for name in row["names"])
     assert "| attention" in profile.profile_table(rows)

@@ -415,7 +415,8 @@ def test_a_run_on_a_pretended_gpu(tmp_path, monkeypatch, capsys, interpreted):
         captured = len(pretended.graphs)
         tune.run(knobs, [shape], device, results, seconds=60.0, deadline=0.0, jobs=0)
     _launch.arch.cache_clear()
-    [row] = record.load(results.path)["tune"]
+    [found] = record.load(results.path).rows("tune")
+    row = found.values() | found.more
     assert (row["kernel"], row["mode"], row["dtype"]) == ("layer_norm.fwd", "fwd", "bfloat16")
     assert (row["tried"], row["failed"]) == (3, 1)
     assert row["first_failure"] == "the child ended with 3: illegal access"

@@ -1,0 +1,367 @@
+"""Who takes part in `bench.step`: ours, plain PyTorch and nanoGPT, each as something that trains.
+
+Every contestant starts from the same weights. Ours runs the step train.py runs (training/step.py)
+by the plan train.py would make for this machine.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bench import baseline
+from bench.cases import Shape
+from kernels import Ops
+from model import GPT, MODELS, GPTConfig
+from training import memory
+from training.machines import free_bytes
+from training.metrics import seconds_since_start
+from training.optim import configure_adamw
+from training.plan import Choices, detect, make_plan
+from training.recipes import Recipe
+from training.step import TrainStep
+
+NUM_BATCHES = 8
+WARMUP_STEPS = 3
+PROCESS_BYTES = 700 << 20  # of a process beside its step: torch, and what compiling takes
+ABLATION = "ours bf16, "  # before what is switched back
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every contestant trains: model, physical batch, micro-batches a step."""
+
+    model: str
+    shape: Shape
+    accum: int = 1
+
+    @property
+    def config(self) -> GPTConfig:
+        config = MODELS[self.model]
+        if config.block_size >= self.shape.T:
+            return config
+        values = {f.name: getattr(config, f.name) for f in fields(config)}
+        return GPTConfig(**values | {"block_size": self.shape.T})
+
+    @property
+    def tokens(self) -> int:
+        return self.shape.M * self.accum
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {"model": self.model, "shape": self.shape.label, "accum": self.accum}
+
+    @property
+    def flags(self) -> list[str]:
+        """Command-line flags that give this setup."""
+        shape = f"b{self.shape.B}t{self.shape.T}"
+        return ["--model", self.model, "--shape", shape, "--accum", str(self.accum)]
+
+    @property
+    def need_bytes(self) -> int:
+        """What a process needs that runs plain PyTorch's step, by training/memory.py."""
+        return PROCESS_BYTES + memory.estimate(
+            self.config, self.shape.B, self.shape.T, dtype="fp32", ops="eager", compiled=True,
+            working_copies=False, num_micro_batches=self.accum,
+        ).total  # fmt: skip
+
+    def check_memory(self, device: torch.device) -> None:
+        """Refuse what nobody can train here, in bf16 neither.
+
+        Raises:
+            ValueError: with what is needed and what there is.
+        """
+        cuda = device.type == "cuda"
+        room = 2 * torch.cuda.mem_get_info(device)[1] if cuda else free_bytes()
+        if 0 < room < self.need_bytes:
+            raise ValueError(
+                f"bench: GPT-2 {self.model} at {self.shape.label} needs about "
+                f"{self.need_bytes / 2**30:,.1f} GiB of memory, there are {room / 2**30:,.1f}; "
+                "take a smaller --shape or --model"
+            )
+
+
+class Contestant(Protocol):
+    """Something that trains.
+
+    Attributes:
+        grad_norm: (), of the last step, before clipping; None before the first.
+    """
+
+    grad_norm: Tensor | None
+
+    def step(self, batches: Sequence[Batch]) -> Tensor:
+        """Train on micro-batches; their mean loss, ()."""
+        ...
+
+
+@dataclass
+class PlainLoop:
+    """Plain PyTorch: a model, its optimizer, and the loop everyone writes.
+
+    Args:
+        loss_of: (idx, targets) -> scalar loss.
+        parameters: What is clipped.
+        autocast: Context of the forward.
+        grad_norm: Of the last step, before clipping.
+    """
+
+    loss_of: Callable[[Tensor, Tensor], Tensor]
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    autocast: Callable[[], AbstractContextManager[Any]]
+    grad_norm: Tensor | None = None
+
+    def step(self, batches: Sequence[Batch]) -> Tensor:
+        loss = torch.zeros((), device=batches[0][0].device)
+        for idx, targets in batches:
+            with self.autocast():
+                micro = self.loss_of(idx, targets) / len(batches)
+            micro.backward()
+            loss += micro.detach()
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, baseline.CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+
+Build = Callable[[Setup, torch.device], Contestant]
+
+
+class Ours:
+    """The trainer's own step, by its own plan.
+
+    Args:
+        setup: As everywhere here; the plan keeps its micro-batches.
+        device: Where.
+        choices: What differs from the plan train.py would make.
+    """
+
+    def __init__(self, setup: Setup, device: torch.device, choices: Choices):
+        B, T = setup.shape.B, setup.shape.T
+        recipe = Recipe(
+            model=f"{setup.model},block_size={setup.config.block_size}", batch_size=B, block_size=T,
+            grad_accum_steps=setup.accum, max_lr=baseline.LEARNING_RATE,
+            min_lr=baseline.LEARNING_RATE, beta1=baseline.BETAS[0], beta2=baseline.BETAS[1],
+            grad_clip=baseline.CLIP_NORM, weight_decay=baseline.WEIGHT_DECAY,
+        )  # fmt: skip
+        machine = detect(device.type)
+        plan = make_plan(recipe, machine, replace(choices, micro_batch_size=B))
+        model = GPT(setup.config, plan.op_set)
+        model.load_state_dict(_weights(setup))
+        optimizer = configure_adamw(model.to(device), recipe, plan.optimizer)
+        self.take_step = TrainStep(model, optimizer, recipe, plan)
+        self.grad_norm: Tensor | None = None
+
+    def step(self, batches: Sequence[Batch]) -> Tensor:
+        outcome = self.take_step(_Rows(batches), baseline.LEARNING_RATE)
+        self.grad_norm = outcome.grad_norm
+        # The graph's buffers are written again by the next step.
+        return outcome.loss.clone()
+
+
+@dataclass
+class _Rows:
+    """A step's micro-batches as the loader hands them out: one after the other."""
+
+    batches: Sequence[Batch]
+
+    def next_batch(self) -> Batch:
+        idx, targets = zip(*self.batches, strict=True)
+        return torch.cat(idx), torch.cat(targets)
+
+
+def _weights(setup: Setup) -> dict[str, Tensor]:
+    """The same initial weights for all: drawn on the CPU, so that no device's RNG matters."""
+    return dict(_draw_weights(setup.config))
+
+
+@lru_cache(maxsize=1)  # drawing those of the 124M model takes 1.3 s, twice for every contestant
+def _draw_weights(config: GPTConfig) -> dict[str, Tensor]:
+    torch.manual_seed(1337)
+    return GPT(config).state_dict()
+
+
+def _plain(make_model: Callable[[Setup], nn.Module], bf16: bool, compiled: bool) -> Build:
+    """A model that returns its loss, or its loss last, in the plain loop."""
+
+    def build(setup: Setup, device: torch.device) -> Contestant:
+        model = make_model(setup).to(device)
+        call: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
+
+        def loss_of(idx: Tensor, targets: Tensor) -> Tensor:
+            out = call(idx, targets)
+            return out[-1] if isinstance(out, tuple) else out
+
+        def autocast() -> AbstractContextManager[Any]:
+            return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+        return PlainLoop(loss_of, [*model.parameters()], baseline.make_optimizer(model), autocast)
+
+    return build
+
+
+def _baseline(setup: Setup) -> nn.Module:
+    model = baseline.BaselineGPT(setup.config)
+    model.load_state_dict(_weights(setup))
+    return model
+
+
+def _nanogpt(path: Path) -> Callable[[Setup], nn.Module]:
+    def make_model(setup: Setup) -> nn.Module:
+        module, config = load_nanogpt(path), setup.config
+        sizes = {
+            name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")
+        }
+        wanted = module.GPTConfig(
+            **sizes, vocab_size=config.padded_vocab_size, dropout=0.0, bias=True
+        )
+        model, weights = module.GPT(wanted), _weights(setup)
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        model.load_state_dict(weights, strict=False)
+        return model
+
+    return make_model
+
+
+def load_nanogpt(path: Path) -> Any:
+    """Import a nanoGPT model.py by path.
+
+    Raises:
+        ValueError: the file is missing, is no Python or does not define GPT and GPTConfig.
+    """
+    if path.is_dir():
+        path = path / "model.py"
+    if not path.is_file():
+        raise ValueError(
+            f"bench: --against nanogpt needs the path of its model.py, got {path} (no such file); "
+            "get one with: git clone https://github.com/karpathy/nanoGPT"
+        )
+    module = ModuleType("nanogpt_model")
+    sys.modules[module.__name__] = module  # dataclasses look themselves up there
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    except Exception as error:
+        raise ValueError(f"bench: {path} cannot be imported: {error}") from error
+    missing = [name for name in ("GPT", "GPTConfig") if not hasattr(module, name)]
+    if missing:
+        raise ValueError(f"bench: {path} must define GPT and GPTConfig, lacks {missing}")
+    return module
+
+
+PLAIN = {"eager fp32": (False, False), "eager bf16": (True, False),
+         "compile fp32": (False, True), "compile bf16": (True, True)}  # fmt: skip
+
+
+def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[str, Build]:
+    """Every contestant by the name it has in tables; the order is the table's.
+
+    On the CPU ours runs the eager ops: Triton has no CPU target, and its interpreter is a test
+    instrument.
+    """
+    known = {name: _plain(_baseline, *mode) for name, mode in PLAIN.items()}
+    known |= {"ours fp32": _ours(dtype="fp32"), "ours bf16": _ours(dtype="bf16")}
+    if device.type == "cuda":
+        changes: dict[str, dict[str, Any]] = {
+            f"{f.name}=eager": {"ops": f"triton,{f.name}=eager"} for f in fields(Ops)
+        }
+        changes |= {
+            "no graph": {"cuda_graph": False}, "torch AdamW": {"optimizer": "torch"},
+            "no copies": {"working_copies": False}, "whole compile": {"compile_scope": "model"},
+        }  # fmt: skip
+        known |= {ABLATION + name: _ours(dtype="bf16", **how) for name, how in changes.items()}
+    if nanogpt is not None:
+        known |= {f"nanogpt {n}": _plain(_nanogpt(nanogpt), *mode) for n, mode in PLAIN.items()}
+    return known
+
+
+def _ours(**choices: Any) -> Build:
+    return lambda setup, device: Ours(setup, device, Choices(compile=True, **choices))
+
+
+def find_providers(
+    names: Sequence[str], device: torch.device, nanogpt: Path | None = None
+) -> dict[str, Build]:
+    """Those of the names; ValueError for an unknown one, with the known ones."""
+    known = known_providers(device, nanogpt)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"bench: unknown provider {name!r}; known: {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+def default_providers(device: torch.device, nanogpt: bool = False) -> list[str]:
+    """bf16 on a CPU only where the plan would take it."""
+    if device.type == "cuda":
+        names = ["eager fp32", "eager bf16", "compile bf16", "ours bf16"]
+        return [*names, *(["nanogpt compile bf16"] if nanogpt else [])]
+    names = ["eager fp32", "compile fp32", "ours fp32"]
+    if detect("cpu").has_bf16:
+        names += ["eager bf16", "compile bf16", "ours bf16"]
+    return [*names, *(["nanogpt eager fp32", "nanogpt compile fp32"] if nanogpt else [])]
+
+
+def make_batches(setup: Setup, device: torch.device) -> list[list[Batch]]:
+    """NUM_BATCHES steps of random tokens; random, because no contestant may profit from text."""
+    generator = torch.Generator().manual_seed(0)
+    size = (setup.shape.B, setup.shape.T + 1)
+
+    def micro() -> Batch:
+        tokens = torch.randint(setup.config.vocab_size, size, generator=generator).to(device)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    return [[micro() for _ in range(setup.accum)] for _ in range(NUM_BATCHES)]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a contestant's warm-up showed.
+
+    Args:
+        first_step_s: Of the first step alone.
+        losses: Of the warm-up's steps.
+        grad_norm: Of the first step.
+        process_start_s: From the start of the process, imports included, to the first step's end.
+        peak_bytes: Largest memory of its process, or on a GPU of the allocator.
+    """
+
+    first_step_s: float
+    losses: Sequence[float]
+    grad_norm: float
+    process_start_s: float = 0.0
+    peak_bytes: int = 0
+
+
+def prepare(
+    build: Build, setup: Setup, device: torch.device, batches: list[list[Batch]]
+) -> tuple[Contestant, Prepared]:
+    """Build a contestant and run its warm-up."""
+    contestant = build(setup, device)
+    _synchronize(device)
+    start = time.perf_counter()
+    losses = [contestant.step(batches[0])]
+    _synchronize(device)
+    first_step_s, process_start_s = time.perf_counter() - start, seconds_since_start()
+    assert contestant.grad_norm is not None
+    grad_norm = contestant.grad_norm.item()
+    losses += [contestant.step(batches[i % NUM_BATCHES]) for i in range(1, WARMUP_STEPS)]
+    figures = [loss.item() for loss in losses]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return contestant, Prepared(first_step_s, figures, grad_norm, process_start_s, peak)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,200 @@
+"""Plots of the result files: the same SVG for the same rows. `bench.report` has them drawn."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.cases import CASES
+from bench.record import Result, newest, with_values
+from bench.rows import OpRow, Row, SeedRow, StepRow
+from bench.tables import device_line, shown
+from training import plot
+from training.recipes import PRESETS, PUBLISHED_LOSS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LARGE = {"model": "124m", "shape": "B=64 T=1024", "accum": 1}  # the size of the goals
+MAX_BAR = 3.0  # of eager's time; a slower one is cut off there and keeps its number
+GRAY, BLUE, ORANGE = "#9aa0a6", "#4a7fb5", "#d9602b"
+COLOURS = {"eager": GRAY, "compile": BLUE, "ours": ORANGE, "liger": "#7b5ea7",
+           "sdpa-flash": "#3f9b6e", "sdpa-cudnn": "#a8a03a", "linear-ce": "#b5507c"}  # fmt: skip
+
+
+def colour(provider: str) -> str:
+    return COLOURS.get(provider.split(" ")[0], "#8f8f8f")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One image.
+
+    Args:
+        title: What it shows, in a line.
+        find: results -> the result it is of, and its rows; none where there is nothing to show.
+        draw: Draws them.
+    """
+
+    title: str
+    find: Callable[[Sequence[Result]], tuple[Result | None, list[Any]]]
+    draw: Callable[[Result, list[Any]], "Axes"]
+
+    def rows(self, results: Sequence[Result]) -> list[Any]:
+        return self.find(results)[1]
+
+
+def step_rows(device: str, results: Sequence[Result]) -> tuple[Result | None, list[StepRow]]:
+    """Of one size; on a GPU that of the goals, whatever was measured last."""
+    result = newest(results, device, "step")
+    rows: list[StepRow] = shown(result.rows("step")) if result else []
+    if not rows:
+        return None, []
+    first = next(filter(with_values(**LARGE), rows), rows[0])
+    same = with_values(model=first.model, shape=first.shape, accum=first.accum)
+    return result, [*filter(same, rows)]
+
+
+def draw_step(result: Result, rows: list[StepRow]) -> "Axes":
+    title = f"Training step, GPT-2 {rows[0].model}, {rows[0].shape}\n{device_line(result)}"
+    axes = plot.new_axes(title, "tokens/s")
+    for i, row in enumerate(rows):
+        low, high = (row.tokens / ms * 1e3 for ms in (row.q3_ms, row.q1_ms))
+        rate = row.tokens_per_s
+        bars = [[rate - low], [high - rate]]
+        axes.bar(i, rate, 0.6, color=colour(row.provider), yerr=bars, ecolor="#333333", capsize=3)
+        text = f"{rate:,.0f}" + (" !" if row.noisy else "")
+        axes.text(i, rate / 2, text, ha="center", va="center", color="white", fontsize=9)
+    axes.set_xticks(range(len(rows)), ["\n".join(r.provider.rsplit(" ", 1)) for r in rows])
+    if any(row.noisy for row in rows):
+        axes.set_xlabel("bars: quartiles; ! : samples spread over 5%", fontsize=8)
+    return axes
+
+
+def op_sizes(rows: Iterable[OpRow]) -> list[str]:
+    """Labels in the order of the rows, that of the goals first."""
+    labels = dict.fromkeys(row.shape for row in rows)
+    return sorted(labels, key=lambda label: label != LARGE["shape"])
+
+
+def op_rows(device: str, results: Sequence[Result]) -> tuple[Result | None, list[OpRow]]:
+    """Of one size, those that have a time of eager's to be held against."""
+    result = newest(results, device, "ops", with_values(mode="both", sweep=False))
+    rows = shown(result.rows("ops")) if result else []
+    rows = [r for r in rows if r.mode == "both" and not r.sweep
+            and (r.provider == "eager" or "eager" in r.over)]  # fmt: skip
+    return result, [row for row in rows if row.shape == op_sizes(rows)[0]]
+
+
+def draw_ops(result: Result, rows: list[OpRow]) -> "Axes":
+    ops = sorted({row.op for row in rows}, key=[*CASES].index)
+    who = list(dict.fromkeys(row.provider for row in rows))
+    title = f"Each op, forward and backward, {rows[0].shape}\n{device_line(result)}"
+    axes = plot.new_axes(title, "time, eager = 1 (lower is faster)")
+    groups = [[row for name in who for row in rows if (row.op, row.provider) == (op, name)]
+              for op in ops]  # fmt: skip
+    width = 0.8 / max(map(len, groups))
+    bars = {}
+    for i, group in enumerate(groups):
+        for j, row in enumerate(group):
+            share = 1 / row.over.get("eager", 1.0)
+            x, height = i + (j - (len(group) - 1) / 2) * width, min(share, MAX_BAR)
+            bars[row.provider] = axes.bar(x, height, width * 0.92, color=colour(row.provider))
+            text = f"{share:.2f}" if share < 10 else f"{share:.0f}"
+            behind = {"facecolor": "white", "linewidth": 0, "pad": 0.2}  # hides the line at 1
+            axes.text(x, height + 0.02, text, ha="center", fontsize=6, bbox=behind)
+    axes.set_xticks(range(len(ops)), [op.replace("_", "\n") for op in ops], fontsize=8)
+    axes.axhline(1, color="#777777", linewidth=0.8)
+    axes.legend([bars[name] for name in who], who, ncols=len(who), fontsize=8, frameon=False,
+                loc="upper right")  # fmt: skip
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.15)  # room for the legend
+    return axes
+
+
+def warmest(rows: Iterable[SeedRow]) -> SeedRow | None:
+    """Of seed runs the last with warm caches, which is taken to the target, or else the last."""
+    return max(enumerate(rows), key=lambda x: (x[1].cache == "warm", x[0]), default=(0, None))[1]
+
+
+def curve_rows(results: Sequence[Result]) -> tuple[Result | None, list[SeedRow]]:
+    def keep(row: SeedRow) -> bool:
+        return row.text == "tiny Shakespeare" and not row.doubt and bool(row.curve)
+
+    result = newest(results, "cuda", "seed", keep)
+    found = warmest(filter(keep, result.rows("seed"))) if result else None
+    return result, [found] if found else []
+
+
+def draw_curve(result: Result, rows: list[SeedRow]) -> "Axes":
+    title = f"Loss of the recipe shakespeare-124m\n{device_line(result)}"
+    curve = [(float(step), float(loss)) for step, loss in rows[0].curve]
+    goal = {"goal": PRESETS["shakespeare-124m"].target_loss}
+    return plot.loss_curve(curve, published=PUBLISHED_LOSS, levels=goal, title=title).axes[0]
+
+
+def sweep_rows(op: str, results: Sequence[Result]) -> tuple[Result | None, list[OpRow]]:
+    keep = with_values(op=op, mode="both", sweep=True)
+    result = newest(results, "cuda", "ops", keep)
+    return result, [row for row in shown(result.rows("ops")) if keep(row)] if result else []
+
+
+def draw_sweep(result: Result, rows: list[OpRow]) -> "Axes":
+    def rate(row: OpRow) -> float:
+        return row.gbs if row.tflops is None else row.tflops
+
+    unit = "GB/s" if rows[0].tflops is None else "TFLOP/s"
+    axes = plot.new_axes(f"{rows[0].op}, forward and backward\n{device_line(result)}", unit)
+    labels = list(dict.fromkeys(row.shape for row in rows))
+    for name in dict.fromkeys(row.provider for row in rows):
+        line = {labels.index(row.shape): rate(row) for row in rows if row.provider == name}
+        xs = sorted(line)
+        axes.plot(xs, [line[x] for x in xs], ".-", color=colour(name), label=name)
+    axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=20)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, frameon=False)
+    return axes
+
+
+FIGURES: dict[str, Figure] = {
+    "step-gpu": Figure("Tokens per second of a training step on a GPU",
+                       partial(step_rows, "cuda"), draw_step),
+    "step-cpu": Figure("Tokens per second of a training step on a CPU",
+                       partial(step_rows, "cpu"), draw_step),
+    "ops-gpu": Figure("Each op beside its rivals on a GPU", partial(op_rows, "cuda"), draw_ops),
+    "ops-cpu": Figure("Each op beside its rivals on a CPU", partial(op_rows, "cpu"), draw_ops),
+    "curve-gpu": Figure("Loss of the recipe shakespeare-124m on a GPU", curve_rows, draw_curve),
+    **{f"sweep-{op}": Figure(f"{op} over sizes", partial(sweep_rows, op), draw_sweep)
+       for op in CASES},
+}  # fmt: skip
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    """Of the rows a figure shows; it stands in the SVG, so a stale figure is found."""
+    values = [row.values() for row in rows]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def draw_all(results: Sequence[Result], folder: Path, ending: str = "svg") -> list[str]:
+    """Draw every figure that has data; their names."""
+    drawn = []
+    for name, figure in FIGURES.items():
+        result, rows = figure.find(results)
+        if result is not None and rows:
+            axes = figure.draw(result, rows)
+            path = folder / f"{name}.{ending}"
+            plot.save(axes.figure, path, f"rows {fingerprint(rows)}")  # type: ignore[arg-type]
+            drawn.append(name)
+    return drawn
+
+
+def stale(results: Sequence[Result], folder: Path) -> list[str]:
+    """Figures that are missing, or show other rows than the results have."""
+    found = []
+    for name, figure in FIGURES.items():
+        rows, path = figure.rows(results), folder / f"{name}.svg"
+        if rows and (not path.exists() or f"rows {fingerprint(rows)}" not in path.read_text()):
+            found.append(name)
+    return found

@@ -1,0 +1,287 @@
+"""Whole steps: who is held against whom, who takes turns with whom, and what memory allows."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import contestants, record, step, turns
+from bench.cases import Shape
+from bench.child import ChildDied
+from bench.contestants import Prepared, Setup
+from bench.rows import StepRow
+from bench.tables import step_table
+from model import GPTConfig
+from training.plan import Choices
+from training.step import TrainStep
+
+CPU = torch.device("cpu")
+SETUP = Setup("smoke", Shape(2, 16), accum=2)
+TINY = GPTConfig(block_size=16, vocab_size=128, n_layer=2, n_head=2, n_embd=32)
+GIB = 1 << 30
+RIGHT = Prepared(0.5, [10.8, 10.7], 4.0, peak_bytes=2 * GIB)
+
+
+class Machine:
+    """Contestants that only say how long they take, on a machine of so many bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, total_gib: float, seconds: float = 0.0):
+        self.total, self.seconds = total_gib * GIB, seconds
+        self.now = 0.0
+        self.alive: dict[str, int] = {}
+        self.events: list[str] = []
+        self.ms = {"a": 100.0, "b": 50.0, "c": 25.0, "d": 200.0, "e": 10.0}
+        self.killed: set[str] = set()  # where another is alive
+        self.prepared = dict.fromkeys(self.ms, RIGHT)
+        monkeypatch.setattr(turns, "free_bytes", lambda: int(self.total - sum(self.alive.values())))
+        monkeypatch.setattr(turns.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(Setup, "need_bytes", 2 * GIB)
+
+    def start(self, name: str, limit_s: float) -> Any:
+        self.events.append(f"+{name}")
+        self.now += min(self.seconds, limit_s)
+        if self.seconds > limit_s:
+            raise ChildDied(f"no answer in {limit_s:.0f} s: compiling")
+        if name in self.killed and self.alive:
+            raise ChildDied("it ended with -9: nothing said")
+        self.alive[name] = self.prepared[name].peak_bytes
+        return FakeRunner(self, name)
+
+    def measure(self, names: str, deadline: float = 1e9) -> dict[str, StepRow]:
+        found = turns.Turns(SETUP, self.start, 1.0, deadline).measure([*names])
+        rows = {}
+        for row in found:
+            self.events.append(f"row {row.provider}")
+            rows[row.provider] = row
+        assert not self.alive
+        return {row.provider: row for row in step.with_ratios(rows)}
+
+
+class FakeRunner:
+    def __init__(self, machine: Machine, name: str):
+        self.machine, self.name, self.prepared = machine, name, machine.prepared[name]
+
+    def step_ms(self, limit_s: float) -> float:
+        return self.machine.ms[self.name]
+
+    def end(self) -> None:
+        self.machine.events.append(f"-{self.name}")
+        del self.machine.alive[self.name]
+
+
+@pytest.fixture(autouse=True)
+def rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "RIVALS", ("a", "d"))
+
+
+def test_all_take_turns_where_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 100)
+    rows = machine.measure("abcde")
+    assert " ".join(machine.events).startswith("+a +b +c +d +e -a -b")
+    assert rows["b"].over == {"a": 2.0, "d": 4.0}
+
+
+def test_groups_with_the_first_in_each_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine(monkeypatch, 7)  # three of 2 GiB, and a fourth has 1 left
+    rows = machine.measure("abcde")
+    assert machine.events == [
+        *("+a", "+b", "+c", "-a", "-b", "-c", "row a", "row b", "row c"),
+        *("+a", "+d", "+e", "-a", "-d", "-e", "row d", "row e"),
+    ]
+    assert rows["c"].over == {"a": 4.0, "d": 8.0}  # by way of a: they never ran side by side
+    assert rows["a"].over == {"a": 1.0, "d": 2.0}
+
+
+def test_one_at_a_time_where_two_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 3)
+    rows = machine.measure("abc")
+    assert machine.events == [
+        *("+a", "-a", "+b", "-b", "row a", "row b", "+a", "-a", "+c", "-c", "row c"),
+    ]
+    assert rows["c"].over == {"a": 4.0}
+
+
+def test_what_fits_nowhere_is_a_row_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 1.5)
+    rows = machine.measure("ab")
+    assert machine.events == ["row a", "row b"]
+    assert rows["b"].doubt == "needs about 2.0 GiB of memory, 1.5 are free"
+    # One that takes more than was thought, and is killed, is tried again by itself.
+    machine = Machine(monkeypatch, 100)
+    machine.killed = {"c"}
+    rows = machine.measure("abcd")
+    assert not any(row.doubt for row in rows.values())
+    assert rows["c"].over == {"a": 4.0, "d": 8.0}
+
+
+def test_it_ends_within_the_time_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 100, seconds=100.0)
+    rows = machine.measure("abcde", deadline=1000.0)
+    assert not any(row.doubt for row in rows.values())
+    assert machine.now <= 1000.0
+    machine = Machine(monkeypatch, 3, seconds=100.0)  # one at a time takes longer
+    rows = machine.measure("abcde", deadline=550.0)
+    assert machine.now <= 550.0
+    assert [rows[name].ms for name in "abc"] == [100.0, 50.0, 25.0]
+    assert all("no answer in" in rows[name].doubt for name in "de")
+    late = Machine(monkeypatch, 100)
+    late.now = 2.0
+    assert "no time left" in late.measure("a", deadline=1.0)["a"].doubt
+
+
+def test_a_contestant_is_held_against_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 100)
+    machine.prepared["b"] = replace(RIGHT, losses=[10.8, 10.9])
+    machine.prepared["c"] = replace(RIGHT, grad_norm=float("nan"))
+    rows = machine.measure("abcd")
+    assert rows["b"].doubt == "warm loss 10.9000, reference 10.7000, tolerance 0.1"
+    assert rows["c"].doubt.startswith("gradient norm nan")
+    assert not rows["d"].doubt
+    assert not {"b", "c"} & {*rows["d"].over}
+    text = step_table([*rows.values()])
+    assert "not shown: gradient norm nan" in text
+    assert text.count("not shown") == 2
+
+
+def test_rows_state_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Machine(monkeypatch, 100).measure("a")["a"]
+    assert row.tokens == 64
+    assert row.tokens_per_s == 640.0
+    assert (row.losses, row.grad_norm, row.peak_gib) == ([10.8, 10.7], 4.0, 2.0)
+    assert row.tflops_palm == pytest.approx(row.tflops_llmc, rel=0.1)
+
+
+def test_workers_live_in_processes_of_their_own() -> None:
+    with turns.Worker("eager fp32", SETUP, "cpu", None, 120.0) as worker:
+        assert worker.process.pid != os.getpid()
+        assert worker.step_ms(60.0) > 0
+        batches = contestants.make_batches(SETUP, CPU)
+        build = contestants.known_providers(CPU)["eager fp32"]
+        _, here = contestants.prepare(build, SETUP, CPU, batches)
+        assert worker.prepared.losses == pytest.approx(here.losses, rel=1e-5)
+        assert worker.prepared.process_start_s > worker.prepared.first_step_s > 0
+        assert 0.1 * GIB < worker.prepared.peak_bytes < 8 * GIB
+    assert worker.process.returncode == 0
+
+
+def test_our_contestant_takes_the_trainer_s_step() -> None:
+    batches = contestants.make_batches(SETUP, CPU)
+    ours = contestants.Ours(SETUP, CPU, Choices(compile=False, dtype="fp32"))
+    assert isinstance(ours.take_step, TrainStep)
+    assert ours.take_step.plan.num_micro_batches == 2
+    _, found = contestants.prepare(lambda *_: ours, SETUP, CPU, batches)
+    build = contestants.known_providers(CPU)["eager fp32"]
+    _, plain = contestants.prepare(build, SETUP, CPU, batches)
+    assert found.losses == pytest.approx(plain.losses, rel=1e-3)  # its softmax has no padding
+    assert found.grad_norm == pytest.approx(plain.grad_norm, rel=1e-3)
+
+
+def test_a_wrong_model_shows_in_its_gradient_where_its_loss_is_right(monkeypatch) -> None:
+    monkeypatch.setitem(contestants.MODELS, "test", TINY)
+    setup = Setup("test", Shape(2, 16), accum=2)
+    batches = contestants.make_batches(setup, CPU)
+    build = contestants.known_providers(CPU)["eager fp32"]
+
+    def other_weights(setup: Setup, device: torch.device) -> contestants.Contestant:
+        contestant = build(setup, device)
+        assert isinstance(contestant, contestants.PlainLoop)
+        for p in contestant.parameters:
+            p.data.mul_(1.5)
+        return contestant
+
+    judge = turns.Judge()
+    right, wrong = (
+        contestants.prepare(each, setup, CPU, batches)[1] for each in (build, other_weights)
+    )
+    assert judge.doubt_of("eager fp32", right) == ""
+    assert judge.doubt_of("ours fp32", wrong).startswith("gradient norm")
+
+
+# A model of nanoGPT's interface: constructor arguments, names of weights, (logits, loss).
+NANOGPT = """
+from dataclasses import dataclass
+from bench.baseline import BaselineGPT
+from model import GPTConfig as G
+@dataclass
+class GPTConfig:
+    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int
+    dropout: float; bias: bool
+class GPT(BaselineGPT):
+    def __init__(self, c):
+        super().__init__(G(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd))
+    def forward(self, idx, targets):
+        return None, super().forward(idx, targets)
+"""
+
+
+def test_nanogpt_is_a_model_by_path(tmp_path, monkeypatch) -> None:
+    with pytest.raises(ValueError, match=r"no such file.*git clone"):
+        contestants.load_nanogpt(tmp_path / "model.py")
+    (tmp_path / "model.py").write_text("GPT = None\n")
+    with pytest.raises(ValueError, match=r"must define GPT and GPTConfig, lacks \['GPTConfig'\]"):
+        contestants.load_nanogpt(tmp_path)
+    (tmp_path / "model.py").write_text("import no_such_package\n")
+    with pytest.raises(ValueError, match="cannot be imported: No module named 'no_such_package'"):
+        contestants.load_nanogpt(tmp_path)
+    (tmp_path / "model.py").write_text(NANOGPT)
+    monkeypatch.setitem(contestants.MODELS, "test", TINY)
+    setup = Setup("test", Shape(2, 16))
+    known = contestants.known_providers(CPU, tmp_path)
+    batches = contestants.make_batches(setup, CPU)
+    theirs, plain = (
+        contestants.prepare(known[name], setup, CPU, batches)[1]
+        for name in ("nanogpt eager fp32", "eager fp32")
+    )
+    assert theirs.losses == pytest.approx(plain.losses, abs=1e-5)
+
+
+def test_weights_are_drawn_once_for_all() -> None:
+    contestants._draw_weights.cache_clear()
+    contestants._weights(SETUP)["lm_head.weight"] = torch.zeros(1)  # as nanoGPT's builder does
+    assert "lm_head.weight" not in contestants._weights(SETUP)
+    assert contestants._draw_weights.cache_info().misses == 1
+
+
+def test_a_first_step_that_fails_is_a_row_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class Worker:
+        prepared = Prepared(1.0, [], 0.0, process_start_s=9.0)
+
+        def __init__(self, *args: Any) -> None:
+            seen.append(args)
+            if len(seen) == 4:
+                raise ChildDied("no answer in 7 s: compiling")
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(step, "Worker", Worker)
+    rows = [*step.first_step("ours fp32", SETUP, CPU), *step.first_step("x", SETUP, CPU, 7.0)]
+    assert [(row.cache, row.process_start_s) for row in rows] == [
+        ("cold", 9.0), ("warm", 9.0), ("cold", 9.0), ("warm", 0.0)
+    ]  # fmt: skip
+    assert rows[3].doubt == "no answer in 7 s: compiling"
+    caches = [args[-1]["TRITON_CACHE_DIR"] for args in seen]
+    assert caches[0] == caches[1] != caches[2]
+
+
+def test_each_row_is_written_as_it_comes(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 3)
+    results = record.Results(CPU, tmp_path, commit="c" * 40)
+
+    def measure(*_: Any, **__: Any) -> Any:
+        for row in turns.Turns(SETUP, machine.start, 1.0, 1e9).measure("ab"):
+            yield row
+            names = [r.provider for r in record.load(results.path).rows("step")]
+            assert names[-1] == row.provider
+
+    monkeypatch.setattr(step, "measure", measure)
+    step.run("ab", SETUP, CPU, results)
+    assert record.load(results.path).rows("step")[1].over == {"a": 2.0}
