@@ -160,6 +160,7 @@ def test_tiny_shakespeare_token_count() -> None:
         ("a.zst", b"\x28\xb5\x2f\xfd\x04\x00", "is zstandard, .* zstd -d"),
         ("a.zip", b"PK\x03\x04\x14\0", "is a zip archive"),
         ("a.parquet", b"PAR1\x15\x04", "is Parquet, .*to_json"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         ("a.pkl", pickle.dumps("x"), "is a pickle"),
         ("a.safetensors", b"\x10\0\0\0\0\0\0\0{}", "is binary"),
         ("a.json", b"{}", r"is JSON; write one object a line, {\"text\": ...}, and name it .jsonl"),

@@ -119,10 +119,18 @@ def test_command_line(model: GPT, tmp_path: Path, capsys: pytest.CaptureFixture[
     evaluate.main(args)
     assert f"loss {result['loss']:.4f} nats per token" in capsys.readouterr().out
     (tmp_path / "bad.txt").write_bytes(b"a\xff")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     for bad, message in (
         (["--model", str(tmp_path / "none"), *args[2:]], "no such file or folder"),
         ([*args[:2], "--text", "none.txt"], "no such file: none.txt"),
         ([*args[:2], "--text", str(tmp_path / "bad.txt")], "byte 0xff at offset 1"),
+        ([*args[:2], "--text", ""], "must name a file or a folder, got nothing"),
+        ([*args[:2], "--text", str(tmp_path / "a.jsonl")], "must be one file of plain text"),
+        ([*args[:2], "--text", str(tmp_path / "m")], "the folder "),
+        (["--model", "", *args[2:]], "the path is empty"),
+        ([*args, "--max-tokens", "-5"], "max_tokens must be a whole number from 2"),
+        ([*args, "--max-tokens", "0"], "max_tokens must be a whole number from 2"),
+        ([*args, "--window", "99"], "window must be a whole number from 2 to 16"),
     ):
         with pytest.raises(SystemExit) as stop:
             evaluate.main(bad)

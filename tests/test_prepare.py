@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 from model import tokenizer
+from training import documents, shards
 from training import prepare as prepare_module
-from training import shards, text
 from training.data import load_corpus
+from training.documents import cut, encode_piece
 from training.prepare import Config, main, prepare
 from training.shards import TokenShards, open_shard
-from training.text import cut, encode_piece
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["the", "king's", "1594", "na\u00efve", "\U0001f600", "--", "<|endoftext|>", "   ", "\n\n",
@@ -47,7 +47,7 @@ def run(cfg: Config) -> np.ndarray:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many cuts, in the middle of everything; long runs need tokens to be cut at."""
-    monkeypatch.setattr(text, "PIECE_BYTES", 400)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 400)
     monkeypatch.setattr(tokenizer, "BLOCK", 100)
     monkeypatch.setattr(tokenizer, "MARGIN", 8)
 
@@ -79,7 +79,7 @@ def test_cutting_a_text_does_not_change_its_tokens(tmp_path, small_pieces, name)
 
 
 def test_jsonl_documents_each_follow_an_endoftext(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "PIECE_BYTES", 64)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 64)
     texts = [random_text(s, 12) for s in range(30)] + [""]
     lines = "".join(json.dumps({"body": t, "id": 1}) + "\r\n" for t in texts)
     (tmp_path / "in").mkdir()
@@ -96,13 +96,13 @@ def test_jsonl_documents_each_follow_an_endoftext(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop_after", [1, 3, 7])
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, stop_after):
-    monkeypatch.setattr(text, "PIECE_BYTES", 300)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 300)
     path = tmp_path / "a.txt"
     path.write_text(random_text(3, 900), encoding="utf-8", newline="")
     whole = run(config(path, tmp_path / "whole", shard_tokens=101))
     done: list[Path] = []
 
-    def interrupted(piece: text.Piece) -> tuple[bytes, int]:
+    def interrupted(piece: documents.Piece) -> tuple[bytes, int]:
         if len(done) == stop_after:
             raise KeyboardInterrupt
         done.append(piece.path)
@@ -138,7 +138,7 @@ def test_pieces_stay_in_order_whatever_the_number_of_processes(tmp_path, small_p
     (tmp_path / "a.txt").write_text(random_text(7, 700), encoding="utf-8", newline="")
     pieces = [*cut(tmp_path / "a.txt")]
 
-    def slowed(piece: text.Piece) -> tuple[bytes, int]:
+    def slowed(piece: documents.Piece) -> tuple[bytes, int]:
         time.sleep(0.01 * (piece.start % 3))
         return encode_piece(piece)
 
@@ -169,7 +169,7 @@ def test_a_killed_process_is_one_line(tmp_path, monkeypatch):
     pool = Mock(submit=Mock(side_effect=BrokenExecutor("a child process terminated abruptly")))
     monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", lambda *_: pool)
     with pytest.raises(OSError, match=r"killed, perhaps for want of memory; .* --processes"):
-        next(prepare_module.encoded([text.Piece(tmp_path, 0, 1, "")], 2))
+        next(prepare_module.encoded([documents.Piece(tmp_path, 0, 1, "")], 2))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from model import tokenizer
 from model.files import replacing, write_atomically
+from training.documents import KEY, cut, encode_piece, find_inputs, hash_files
 from training.recipes import Order
 from training.shards import (
     INDEX,
@@ -36,7 +37,6 @@ from training.shards import (
     open_foreign,
     open_prepared,
 )
-from training.text import KEY, cut, encode_piece, find_inputs, hash_files
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

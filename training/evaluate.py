@@ -21,11 +21,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
-from model import GPT
+from model import GPT, tokenizer
 from model.decoder import evaluating, resolve_window
+from model.edge import check_int, exits
 from model.find import latest_model
+from training.documents import find_inputs, is_jsonl
 
 if TYPE_CHECKING:
     import tiktoken
@@ -133,11 +136,13 @@ def evaluate_text(
         encoding: GPT-2's.
         text: UTF-8.
         window: See `evaluate_tokens`.
-        max_tokens: Read no more than the first so many.
+        max_tokens: Read no more than the first so many, at least 2.
 
     Raises:
         ValueError: not UTF-8 (with the offset), too short, or a model of another vocabulary.
     """
+    if max_tokens is not None:
+        check_int("evaluate", "max_tokens", max_tokens, 2, 10**12)
     if model.config.vocab_size < encoding.n_vocab:
         raise ValueError(
             f"evaluate: the model has {model.config.vocab_size} tokens, the encoding "
@@ -150,7 +155,7 @@ def evaluate_text(
             f"evaluate: the text is not UTF-8: byte 0x{text[error.start]:02x} at offset "
             f"{error.start}"
         ) from None
-    tokens = encoding.encode_to_numpy(string, disallowed_special=())[:max_tokens]
+    tokens = tokenizer.encode(string)[:max_tokens]
     loss = evaluate_tokens(model, tokens, window=window)
     num_bytes = len(encoding.decode_bytes(tokens[1:].tolist()))
     num = len(tokens) - 1
@@ -177,8 +182,8 @@ class Options:
         json: Print one JSON object.
     """
 
-    text: Path
-    model: Path | None = None
+    text: str
+    model: str | None = None
     window: int | None = None
     max_tokens: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -186,45 +191,40 @@ class Options:
 
 
 def _run(options: Options) -> dict[str, Any]:
-    from model.tokenizer import get_encoding
-
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("evaluate: --device cuda, but torch sees no GPU here; use --device cpu")
-    if str(options.text) == "-":
+    if options.text == "-":
         text = sys.stdin.buffer.read()
-    elif options.text.is_file():
-        text = options.text.read_bytes()
     else:
-        raise FileNotFoundError(f"evaluate: no such file: {options.text}")
-    path = options.model or latest_model()
+        files = find_inputs([options.text])
+        if isinstance(files, Path) or len(files) > 1 or is_jsonl(files[0]):
+            raise ValueError(f"evaluate: --text must be one file of plain text, got {options.text}")
+        text = files[0].read_bytes()
+    path = latest_model() if options.model is None else options.model
     model = GPT.from_pretrained(path).to(device)
+    encoding = tokenizer.get_encoding()
     result = evaluate_text(
-        model, get_encoding(), text, window=options.window, max_tokens=options.max_tokens
+        model, encoding, text, window=options.window, max_tokens=options.max_tokens
     )
-    return {"model": str(path), "text": str(options.text), **asdict(result)}
+    return {"model": str(path), "text": options.text, **asdict(result)}
 
 
 def main(args: list[str] | None = None) -> None:
     """`python -m training.evaluate`."""
-    import tyro
-
-    try:
+    with exits():
         options = tyro.cli(Options, prog="python -m training.evaluate", args=args)
         result = _run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    if options.json:
-        print(json.dumps(result))
-        return
-    print(
-        f"loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}, "
-        f"{result['bits_per_byte']:.4f} bits per byte ({result['num_tokens']:,} tokens, "
-        f"{result['num_bytes']:,} bytes, window {result['window']}, {result['model']})"
-    )
+        if options.json:
+            print(json.dumps(result))
+            return
+        print(
+            f"loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}, "
+            f"{result['bits_per_byte']:.4f} bits per byte ({result['num_tokens']:,} tokens, "
+            f"{result['num_bytes']:,} bytes, window {result['window']}, {result['model']})"
+        )
 
 
 if __name__ == "__main__":

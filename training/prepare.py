@@ -1,6 +1,6 @@
 """Tokenise a corpus into shards: `python -m training.prepare corpus/ --out data/corpus`.
 
-Text and JSONL (training/text.py) become headerless uint16 shards of equal size, each document
+Text and JSONL (training/documents.py) become headerless uint16 shards of equal size, each document
 preceded by <|endoftext|>. Pieces of the inputs are tokenised by several processes and joined in
 order, so the memory stays flat and the result does not depend on the number of processes.
 index.json records what is done and what it was made from: the same command after an interruption
@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from model import tokenizer
 from model.edge import check_int, exits
 from model.files import write_atomically
+from training.documents import KEY, PIECE_BYTES, Piece, cut, encode_piece, find_inputs, hash_files
 from training.machines import num_cores
 from training.shards import (
     FORMAT,
@@ -39,7 +40,6 @@ from training.shards import (
     holds_tokens,
     read_index,
 )
-from training.text import KEY, PIECE_BYTES, Piece, cut, encode_piece, find_inputs, hash_files
 
 
 @dataclass(frozen=True)

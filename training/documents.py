@@ -38,6 +38,7 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"PAR1", "Parquet", "write its text as JSONL, with pandas: "
      "read_parquet(FILE).to_json(OUT, orient='records', lines=True)"),
     (b"ARROW1", "Arrow", "write its text as JSONL"),
+    (b"version https://git-lfs", "a pointer of Git LFS", "git lfs pull gets the file"),
     (b"%PDF", "PDF", "extract its text: pdftotext"),
     (b"\x80", "a pickle, perhaps of PyTorch", "weights go to --init"),
     (b"\xff\xfe", "UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
@@ -127,7 +128,7 @@ def hash_files(files: Sequence[Path]) -> str:
     """SHA-256 over the files' bytes with their lengths."""
     digest = hashlib.sha256()
     for path in files:
-        if _is_jsonl(path):
+        if is_jsonl(path):
             digest.update(f"{JSONL} {KEY} ".encode())
         digest.update(path.stat().st_size.to_bytes(8, "little"))
         with path.open("rb") as file:
@@ -146,7 +147,7 @@ def cut(path: Path, key: str = KEY) -> Iterator[Piece]:
         ValueError: a JSONL line that is too long to be read.
     """
     size = path.stat().st_size
-    find_end = _line_end if _is_jsonl(path) else _text_end
+    find_end = _line_end if is_jsonl(path) else _text_end
     start = 0
     with path.open("rb") as file:
         while True:
@@ -200,7 +201,7 @@ def encode_piece(piece: Piece) -> tuple[bytes, int]:
     with piece.path.open("rb") as file:
         file.seek(piece.start)
         data = file.read(piece.end - piece.start)
-    if _is_jsonl(piece.path):
+    if is_jsonl(piece.path):
         parts = [part for tokens in _documents(piece, data) for part in (_EOT, tokens)]
         return b"".join(part.tobytes() for part in parts), len(parts) // 2
     try:
@@ -244,5 +245,5 @@ def _line_number(path: Path, offset: int) -> int:
     return count
 
 
-def _is_jsonl(path: Path) -> bool:
+def is_jsonl(path: Path) -> bool:
     return path.suffix.lower() == JSONL
