@@ -45,7 +45,7 @@ $(VENV)/.setup-dev: requirements-dev.txt $(VENV)/.setup
 train: setup ## train, sample, draw the loss curve, save the model (DATA= PRESET= STEPS= OUT= ARGS=)
 	$(PY) train.py $(TRAIN_FLAGS)
 
-doctor: setup ## what limits training on this machine and what to change; under a minute (PRESET= ARGS=)
+doctor: setup ## what limits training on this machine and what to change; half a minute (PRESET= ARGS=)
 	$(PY) train.py --explain $(TRAIN_FLAGS)
 
 sample: setup ## continue a prompt with the newest model, or another (PROMPT= MODEL= ARGS=)

@@ -46,12 +46,14 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("-m gpu: torch sees no CUDA device")
 
 
+@pytest.hookimpl(optionalhook=True)  # tests/matrix.py has no xdist
 def pytest_xdist_auto_num_workers() -> int:
     """One per core as far as memory goes; on a GPU one process, which has it to itself."""
     if torch.cuda.is_available():
         return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(len(os.sched_getaffinity(0)), 8, memory // WORKER_BYTES))
+    return max(1, min(cores or 1, 8, memory // WORKER_BYTES))
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at groups
@@ -64,7 +66,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # Tests that share a fixture go to one worker, so that it is made once.
         assert isinstance(item, pytest.Function)
         fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if any(each[-1].scope == "module" for each in fixtures):
+        shares = any(each[-1].scope == "module" for each in fixtures)
+        if shares and config.pluginmanager.hasplugin("xdist"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 

@@ -1,5 +1,6 @@
 """What `--explain` would say of machines that are not at hand, and what it says of this one."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -170,12 +171,42 @@ def test_probe_times_the_phases_of_a_step(quick):
     assert got.tokens_per_s == pytest.approx(64 / got.step_s)
 
 
-def test_probe_of_a_slow_step_scales_one_micro_batch(quick):
+def test_probe_of_a_slow_step_scales_a_few_rows(quick):
     plan = make_plan(TINY, detect("cpu"), Choices(dtype="fp32"))
     got = probe_steps(TINY, plan, TOKENS, limit_s=0.0)
     assert got.steps == 1
-    assert "one micro-batch of 2, its time scaled" in got.note
-    assert "no warm-up" in got.note
+    assert got.note == "1 of 4 rows, their time scaled, no warm-up"
+
+
+def test_a_busy_machine_compiles_nothing(quick, monkeypatch):
+    """Compiling is what a busy machine makes longest: 160 s for 20."""
+    plan = make_plan(TINY, detect("cpu"), Choices(dtype="fp32", compile=True))
+    monkeypatch.setattr(probe_module, "slowdown", lambda: 4.0)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    got = probe_steps(TINY, plan, TOKENS)
+    assert got.note == "not compiled: this machine is busy, it would take 80 s"
+
+
+def test_slowdown_counts_the_time_of_others(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(probe_module.time, "perf_counter", lambda: next(clock) * 0.1)
+    monkeypatch.setattr(probe_module.time, "thread_time", lambda: next(clock) * 0.025)
+    assert probe_module.slowdown(0.35) == pytest.approx(0.4 / 0.1, rel=0.3)
+
+
+def test_rates_take_what_time_there_is(monkeypatch):
+    """A product that takes longer than that is measured once, not five times."""
+    calls = 0
+
+    def slow(*_: object, **__: object) -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.06)
+
+    monkeypatch.setattr(torch, "mm", slow)
+    monkeypatch.setattr(probe_module, "RATE_S", 0.05)
+    measure_rates(TINY, replace(CPU, has_bf16=False), replace(CPU_PLAN, dtype="fp32"))
+    assert calls == 4  # two products, each once to warm up
 
 
 def test_explain_prints_every_part(quick, monkeypatch):

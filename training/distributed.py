@@ -205,7 +205,9 @@ def meet() -> World:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OSError(f"distributed: the ranks did not meet at {where}: {error}") from None
     store.set_timeout(TIMEOUT)
-    return World(rank, size, local_rank, store)
+    # torchrun has one store for all restarts: what a dead rank left must not answer a living one.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return World(rank, size, local_rank, dist.PrefixStore(f"{attempt}/{size}", store))
 
 
 def _environment(name: str, default: str | None, below: int) -> int:

@@ -184,10 +184,11 @@ def explain(
     got = probe(PROBE_S)
     note = f" ({got.note})" if got.note else ""
     used = mfu(recipe.model_config, recipe.block_size, got.tokens_per_s, machine.name)
-    flops = "n/a, no datasheet peak for this device" if used is None else f"{100 * used:.1f}%"
-    say(f"measured: {got.steps} steps{note}, {1e3 * got.step_s:,.1f} ms each, "
-        f"{got.tokens_per_s:,.0f} tok/s, {100 * bound_s / got.step_s:.0f}% of the estimate, MFU "
-        f"{flops}")  # fmt: skip
+    flops = "" if used is None else f", MFU {100 * used:.1f}%"
+    say(
+        f"measured: {got.steps} steps{note}, {1e3 * got.step_s:,.1f} ms each, "
+        f"{got.tokens_per_s:,.0f} tok/s, {100 * bound_s / got.step_s:.0f}% of the estimate{flops}"
+    )
     total = sum(got.phases.values())
     say("\n".join(f"  {name:10}{1e3 * s:10,.1f} ms {100 * s / total:5.1f}%"
                   for name, s in got.phases.items()))  # fmt: skip

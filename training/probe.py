@@ -29,6 +29,8 @@ MAX_STEPS = 10
 PROBE_S = 20.0  # with the import, the rates and a step of GPT-2 124M on two cores under a minute
 # Of a step; above it ten compiled steps and the compiling take more than a minute of two cores.
 MAX_COMPILED_FLOPS = 2e11
+RATE_S = 0.8  # for each rate that is measured
+COMPILE_S, MAX_COMPILE_S = 20.0, 40.0  # what it takes two idle cores, and what it may take here
 PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer")
 # nvidia-smi's names of the fields of `Rates` that it fills.
 SMI_FIELDS = {"power.limit": "power_limit_w", "power.max_limit": "power_max_w",
@@ -96,13 +98,13 @@ class Probe:
 
 
 def measure_rates(recipe: Recipe, machine: Machine, plan: Plan) -> Rates:
-    """Copy and matmul rates of this machine; about 4 s on a CPU, medians of several repetitions."""
+    """Copy and matmul rates of this machine; about 4 s on a CPU, each the median of some."""
     cuda, device = machine.device == "cuda", torch.device(machine.device)
 
-    def median_s(call: Callable[[], object], budget_s: float = 0.8) -> float:
+    def median_s(call: Callable[[], object]) -> float:
+        samples, deadline = [], time.perf_counter() + RATE_S
         call()
-        samples, deadline = [], time.perf_counter() + budget_s
-        while len(samples) < 5 or (len(samples) < 50 and time.perf_counter() < deadline):
+        while not samples or (len(samples) < 50 and time.perf_counter() < deadline):
             with _elapsed(cuda) as read:
                 call()
             samples.append(read())
@@ -141,19 +143,22 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     """Take up to ten steps as train.py takes them, its numerics set before, and time their phases.
 
     Args:
-        recipe, plan: What to run. Not compiled where a step on a CPU is longer than compiling.
+        recipe, plan: What to run. Not compiled on a CPU that is busy, or where a step takes longer.
         tokens: (N,) uint16, to draw rows from.
-        limit_s: No step begins after so many seconds. On a CPU, where one micro-batch of many
-            shows that a step would take more than half of it, that micro-batch is scaled.
+        limit_s: No step begins that would end after so many seconds. On a CPU a row is timed
+            first; where a step would take more than half of this, it takes fewer and is scaled.
 
     Raises:
         ValueError: `tokens` is shorter than a batch.
     """
     cuda, device, notes = plan.device == "cuda", torch.device(plan.device), []
     flops = flops_per_token(recipe.model_config, recipe.block_size) * recipe.tokens_per_step
-    if plan.compile and not cuda and flops > MAX_COMPILED_FLOPS:
-        plan = replace(plan, compile=False)
-        notes.append("not compiled")
+    if plan.compile and not cuda:
+        if flops > MAX_COMPILED_FLOPS:
+            notes.append("not compiled")
+        elif (compile_s := COMPILE_S * slowdown()) > MAX_COMPILE_S:
+            notes.append(f"not compiled: this machine is busy, it would take {compile_s:.0f} s")
+        plan = replace(plan, compile=not notes)
     if cuda:  # what `measure_rates` held is not the step's
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -182,13 +187,16 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
             gc.collect()
             torch.cuda.empty_cache()
         deadline = time.perf_counter() + limit_s  # compiling, above or in the first step, is apart
+        rows = recipe.rows_per_step
+        if not (cuda or plan.compile):
+            _timed_step(take, batches, clock, 1)
+            rows = min(rows, max(1, int(rows * limit_s / 2 / sum(clock.steps[0].values()))))
+        if rows < recipe.rows_per_step:
+            notes.append(f"{rows} of {recipe.rows_per_step} rows, their time scaled")
         while len(clock.steps) <= MAX_STEPS and (
             len(clock.steps) < (2 if cuda else 1) or time.perf_counter() + clock.last_s < deadline
         ):
-            scaled = _timed_step(take, batches, clock, limit_s)
-            if scaled > 1:
-                notes.append(f"one micro-batch of {scaled}, its time scaled")
-                break
+            _timed_step(take, batches, clock, rows)
     kept = clock.steps[1:] or clock.steps  # the first warms caches up
     notes += [] if len(clock.steps) > 1 else ["no warm-up"]
     phases = {p: statistics.median(step[p] for step in kept) for p in PHASES}
@@ -219,7 +227,7 @@ class _Clock:
         event.record()
         self.marks.append((phase, event))
 
-    def end_step(self, started: float, scale: int) -> None:
+    def end_step(self, started: float, scale: float) -> None:
         self.host.append(time.perf_counter() - started)
         if self.cuda:
             torch.cuda.synchronize()
@@ -232,33 +240,37 @@ class _Clock:
         self.marks.clear()
 
 
-def _timed_step(take: TrainStep, batches: Prefetcher, clock: _Clock, limit_s: float) -> int:
-    """The step of training/step.py with marks in it; returns what micro-batches were scaled by."""
-    optimizer, num_micro, scale = take.optimizer, take.plan.num_micro_batches, 1
+def _timed_step(take: TrainStep, batches: Prefetcher, clock: _Clock, num_rows: int) -> None:
+    """The step of training/step.py with marks in it; of fewer rows it is scaled to all."""
+    optimizer, micro = take.optimizer, take.plan.micro_batch_size
     started = time.perf_counter()
     clock.mark("")
     idx, targets = batches.next_batch()
     clock.mark("data")
     loss = torch.zeros((), device=idx.device)
-    for rows in zip(idx.chunk(num_micro), targets.chunk(num_micro), strict=True):
+    for rows in zip(idx[:num_rows].split(micro), targets[:num_rows].split(micro), strict=True):
         with take.autocast():
-            part = take.forward(*rows) / num_micro
+            part = take.forward(*rows) / take.plan.num_micro_batches
         clock.mark("forward")
         part.backward()
-        if num_micro > 1:
+        if take.plan.num_micro_batches > 1:
             optimizer.fold_working_gradients()
         clock.mark("backward")
         loss += part.detach()
-        if not clock.cuda and num_micro * (time.perf_counter() - started) > limit_s / 2:
-            scale = num_micro
-            break
     norm = optimizer.clip(take.recipe.grad_clip)
     optimizer.found_inf = take.guard.judge(loss, norm) if take.guard else None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     clock.mark("optimizer")
-    clock.end_step(started, scale)
-    return scale
+    clock.end_step(started, len(idx) / num_rows)
+
+
+def slowdown(sample_s: float = 0.3) -> float:
+    """How many times as long as alone a thread takes now: 1 on an idle machine."""
+    started, busy = time.perf_counter(), time.thread_time()
+    while (wall := time.perf_counter() - started) < sample_s:
+        pass
+    return wall / max(time.thread_time() - busy, 1e-3)
 
 
 @contextlib.contextmanager
