@@ -6,12 +6,12 @@ python -m model.generate --model runs/smoke --prompt - --num-samples 3 < prompt.
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 
-from model.edge import exits
+from model.edge import exits, one_line
 from model.find import latest_model
 from model.gpt import GPT
 from model.sampling import Sampling
@@ -35,11 +35,10 @@ def _read_stdin() -> str:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Sampling):
     """Generate text with a trained model.
 
     Args:
-        sampling: How the next token is chosen.
         model: Run, model folder or .safetensors file; without it the newest under runs/.
         prompt: Text to continue, several for a batch; - reads stdin; "" starts a document.
         num_samples: Texts for each prompt.
@@ -48,7 +47,6 @@ class Options:
         dtype: Of weights and activations.
     """
 
-    sampling: Sampling
     model: str | None = None
     prompt: tuple[str, ...] = ("",)
     num_samples: int = 1
@@ -56,11 +54,18 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["fp32", "bf16"] = "fp32"
 
+    def __post_init__(self) -> None:
+        """Nothing: tyro would print what is raised here as a box of several lines."""
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(**{f.name: getattr(self, f.name) for f in fields(Sampling)})
+
 
 def _run(options: Options) -> None:
     from model.tokenizer import get_encoding  # loading the vocabulary can wait for a valid command
 
-    device = options.device
+    sampling, device = options.sampling, options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
@@ -70,7 +75,7 @@ def _run(options: Options) -> None:
     model = GPT.from_pretrained(path)
     model = model.to(device, torch.bfloat16 if options.dtype == "bf16" else torch.float32)
     pieces = stream_text(
-        model, get_encoding(), prompts, options.sampling,
+        model, get_encoding(), prompts, sampling,
         num_samples=options.num_samples, window=options.window,
         notify=lambda line: print(f"note: {line}", file=sys.stderr),
     )  # fmt: skip
@@ -91,9 +96,8 @@ def _run(options: Options) -> None:
             prompt = prompts[r // options.num_samples]
             print(f"--- {r + 1} of {num_rows}\n{prompt}{text}")
     print(
-        f"{path}: {sum(counts)} tokens in {elapsed:.2f} s, "
-        f"{sum(counts) / max(elapsed, 1e-9):.1f} tokens/s "
-        f"on {device}",
+        f"{one_line(path)}: {sum(counts)} tokens in {elapsed:.2f} s, "
+        f"{sum(counts) / max(elapsed, 1e-9):.1f} tokens/s on {device}",
         file=sys.stderr,
     )
 
@@ -103,9 +107,7 @@ def main(args: list[str] | None = None) -> None:
     import tyro
 
     with exits():
-        _run(
-            tyro.cli(tyro.conf.OmitArgPrefixes[Options], prog="python -m model.generate", args=args)
-        )
+        _run(tyro.cli(Options, prog="python -m model.generate", args=args))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ from model.hf import (
 
 def _load(file: Path) -> dict:
     """What torch.save wrote, once it is known to be tensors and plain values in a dict."""
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"import-nanogpt: no such file: {file}")
+    if not file.is_file():
+        raise ValueError(f"import-nanogpt: {file} is not a regular file; name the .pt file itself")
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         content = None if foreign else torch.load(file, "cpu", weights_only=True, mmap=True)

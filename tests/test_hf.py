@@ -827,6 +827,7 @@ def spoiled(file: Path, **changes: object) -> None:
 
 
 NANOGPT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a folder": (lambda f: (f.unlink(), f.mkdir()), "not a regular file"),
     "text": (lambda f: f.write_text("hello"), "no checkpoint"),
     "nothing": (lambda f: f.write_bytes(b""), "no checkpoint"),
     "cut short": (lambda f: f.write_bytes(f.read_bytes()[:3000]), "no checkpoint"),
