@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from model import GPT, hf
-from training import checkpoint, distributed, metrics, resume
+from training import checkpoint, distributed, folder, metrics, resume
 from training.data import load_corpus
 from training.distributed import ALONE, World, refuse_mismatch, share
 from training.explain import explain, probe_steps
@@ -29,7 +29,7 @@ from training.optim import configure_adamw
 from training.plan import Choices, detect, make_plan
 from training.recipes import Recipe, find_preset, spell_model
 from training.resume import Progress, RunFailed
-from training.run import Run, data_loader, finish, open_run_folder
+from training.run import Run, data_loader, finish
 from training.signals import EXIT_RESUMABLE, StopRequest
 from training.step import TrainStep, start_process
 
@@ -133,12 +133,13 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
             "data": corpus.sha256, "torch": torch.__version__}  # fmt: skip
     refuse_mismatch(world, "facts", same)
     initial = GPT.from_pretrained(cfg.init) if cfg.init else None
-    out = Path(world.first("out", lambda: str(open_run_folder(cfg.out, cfg.preset, recipe))))
+    out = Path(world.first("out", lambda: str(folder.name(cfg.out, cfg.preset))))
     saved = resume.find(cfg.resume, out, world, recipe, corpus.sha256, cfg.override)
     if saved is not None:
         notes = resume.check_recipe(saved, recipe, corpus.sha256, cfg.override)
         notes += resume.check_plan(saved, plan)
         world.say("\n".join([f"resume: {saved.path}, {saved.step} steps done", *notes]))
+    world.first("folder", lambda: folder.make(out, recipe))
     flags = {k: v for k, v in asdict(cfg).items() if k != "recipe"}
     return Run(cfg.preset, recipe, plan, world, out, flags, train_tokens, val_tokens, facts,
                saved, initial)  # fmt: skip
@@ -185,7 +186,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             if guard and action in ("rollback", "give_up"):
                 writer.wait()
                 world.barrier()
-                progress = resume.roll_back(run.out, action, guard, log, model, optimizer,
+                progress = resume.roll_back(run.out, world, action, guard, log, model, optimizer,
                                             recipe.rows_per_step)  # fmt: skip
                 batches.seek(progress.position, progress.skips)
                 continue
@@ -198,7 +199,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 save |= progress.best == step and cfg.save_interval > 0
                 log.event("eval", step=step, val_loss=val_loss)
                 log.say(f"step {step:5d} | validation loss {val_loss:.4f}")
-            if (save or stopping or (done and cfg.save_interval)) and world.is_main:
+            save = save or stopping or (done and cfg.save_interval > 0)
+            if save and world.is_main and step <= recipe.max_steps:  # beyond: nothing was done
                 with log.aside():
                     progress.position, progress.metrics_bytes = batches.position, log.num_bytes
                     cost = writer.submit(resume.capture, progress, model, optimizer, guard, recipe,
@@ -216,6 +218,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                      outcome.asked_to_stop)  # fmt: skip
             progress.step += 1
         finish(run, model, log, progress, reached, take_step.autocast)
+        writer.finish()
     if stop:  # it came after the last step; everything is written
         world.say(f"{stop.signal}: the run is complete")
     return 0
@@ -223,8 +226,10 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
 
 def leave(run: Run, step: int, writer: checkpoint.Writer, log: RunLog, stop: StopRequest) -> int:
     """Say how to go on; the checkpoint is on disk when this returns."""
-    writer.wait()
+    writer.finish()
     run.world.barrier()
+    if run.world.size > 1 and run.world.is_main:
+        (run.out / folder.STOPPED).touch()  # torchrun takes this for a failure and starts again
     log.event("stopped", step=step, signal=stop.signal)
     log.say(
         f"{stop.signal or 'another rank'}: stopped after {step} steps, last good checkpoint: step "
@@ -281,10 +286,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if cfg.explain:
                 return explain_plan(cfg)
             run = prepare(cfg, world)
-            if world.is_main:
-                held.enter_context(checkpoint.lock(run.out))
-                checkpoint.clean(run.out / "checkpoints")
-            world.first("locked", lambda: True)
+            opened = folder.opened(run.out, run.saved, world.say)
+            if world.first("stopped", lambda: held.enter_context(opened)):
+                return EXIT_RESUMABLE
         except (ValueError, OSError) as error:
             world.complain(f"train.py: {' '.join(str(error).split())}")
             return 2

@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,8 +12,8 @@ import torch
 
 import train
 from model import GPT, hf
-from tests.faults import ROOT, Small, disturb, flip_bytes, wait_for
-from training import checkpoint
+from tests.faults import Small, disturb, flip_bytes, wait_for
+from training import checkpoint, folder
 from training.checkpoint import Checkpoint, CheckpointError, Writer, newest_good
 from training.guard import Guard, GuardConfig
 from training.optim import configure_adamw
@@ -135,7 +133,8 @@ def test_changed_recipe_is_refused_with_both_values(small):
 
 def test_second_process_on_a_run_folder_is_refused(small):
     run, _ = small
-    with checkpoint.lock(run.folder / "busy"):
+    (run.folder / "busy").mkdir()
+    with folder.opened(run.folder / "busy", None, print):
         code, output = run.finish("busy")
     assert code == 2
     assert f"in use by process {os.getpid()}" in output
@@ -234,15 +233,6 @@ def test_old_checkpoints_go_but_not_the_best(tmp_path):
     assert [p.name[-1] for p in checkpoint.paths(tmp_path)] == ["1", "4", "5"]
 
 
-def test_lock_of_a_killed_process_is_free(tmp_path):
-    code = f"from training.checkpoint import lock; import os; from pathlib import Path\n"\
-           f"with lock(Path({str(tmp_path)!r})): os.kill(os.getpid(), 9)"  # fmt: skip
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=60)
-    assert (tmp_path / "run.lock").read_text().strip().isdigit()
-    with checkpoint.lock(tmp_path):
-        pass
-
-
 def judge(guard: Guard, loss: float, norm: float = 1.0) -> bool:
     return bool(guard.judge(torch.tensor(loss), torch.tensor(norm)))
 
@@ -320,6 +310,18 @@ def test_bad_steps_in_a_row_roll_back_and_their_data_is_left_out(small, monkeypa
     assert saved.state["progress"]["skips"] == [[rows * s, rows * (s + 1)] for s in (5, 6, 7)]
     # Ten steps of data, and three more that were left out.
     assert saved.state["progress"]["position"] == rows * 13
+
+
+def test_a_fresh_start_takes_nothing_from_an_older_run(small, monkeypatch, capsys):
+    run, _ = small
+    shutil.copytree(run.folder / "calm", run.folder / "afresh")
+    plant_nan(monkeypatch, {1, 2, 3})
+    flags = ("--resume", "never", "--steps", "6", "--save-every", "5")
+    assert in_process(run, "afresh", *flags) == 1
+    assert "there is no checkpoint to go back to" in capsys.readouterr().err
+    assert not checkpoint.paths(run.checkpoints("afresh"))
+    aside = checkpoint.paths(run.folder / "afresh" / "earlier-1" / "checkpoints")
+    assert aside[-1].name == f"step-{run.steps:08d}"
 
 
 def test_guard_gives_up_with_a_report(small, monkeypatch, capsys):

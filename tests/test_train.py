@@ -319,8 +319,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 
 def test_full_disk_is_seen_before_training(text: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("training.run.shutil.disk_usage", lambda _: usage(1 << 30, 1 << 30, 4096))
+    usage = namedtuple("usage", "total used free")(1 << 30, 1 << 30, 4096)
+    monkeypatch.setattr("training.folder.shutil.disk_usage", lambda _: usage)
     out = tmp_path / "new" / "run"
     assert train.main(["--preset", "smoke", "--data", str(text), "--out", str(out)]) == 2
     assert "4,096 bytes free, the model alone needs" in capsys.readouterr().err

@@ -419,47 +419,6 @@ class Writer:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one process.
-
-    The operating system drops the lock with the process, so a killed run leaves none behind; the
-    process id in the file is only for the message.
-
-    Raises:
-        ValueError: another process holds it; the message names that process.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.lock"
-    with open(path, "a+", encoding="utf-8") as f:
-        if not _try_lock(f.fileno()):
-            f.seek(0)
-            holder = f.read().strip() or "unknown"
-            raise ValueError(
-                f"run: {folder} is in use by process {holder}; wait for it or choose another --out"
-            )
-        f.seek(0)
-        f.truncate()
-        f.write(f"{os.getpid()}\n")
-        f.flush()
-        yield
-
-
-def _try_lock(fd: int) -> bool:
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # pyright: ignore
-        else:
-            import fcntl
-
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def rng_state() -> dict[str, Tensor]:
     """Generator states of the process: CPU, and every CUDA device in use."""
     states = {"cpu": torch.get_rng_state()}

@@ -210,6 +210,11 @@ def meet() -> World:
     return World(rank, size, local_rank, dist.PrefixStore(f"{attempt}/{size}", store))
 
 
+def is_restart() -> bool:
+    """Whether torchrun has started this job before: a rank failed, or was asked to stop."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def _environment(name: str, default: str | None, below: int) -> int:
     value = os.environ.get(name, default)
     if value is None or not (value.isdecimal() and int(value) < below):

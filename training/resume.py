@@ -212,6 +212,7 @@ def restore(
 
 def roll_back(
     folder: Path,
+    world: World,
     action: str,
     guard: Guard,
     log: RunLog,
@@ -223,6 +224,7 @@ def roll_back(
 
     Args:
         folder: Run folder; no checkpoint is being written.
+        world: The ranks.
         action: "rollback" or "give_up", as the guard said.
         guard, log, model, optimizer: Live; taken back.
         rows_per_step: Rows a bad step drew.
@@ -230,7 +232,13 @@ def roll_back(
     Raises:
         RunFailed: no rollbacks are left, or there is nothing to go back to.
     """
-    found = checkpoint.newest_good(folder / "checkpoints", log.say, expect(model))
+    expected = expect(model)
+    found = _agreed(
+        f"rollback {guard.rollbacks}",
+        lambda: checkpoint.newest_good(folder / "checkpoints", log.say, expected),
+        expected,
+        world,
+    )
     if action == "give_up" or found is None:
         why = "there is no checkpoint to go back to" if found is None else "no rollbacks are left"
         raise RunFailed(
@@ -289,17 +297,27 @@ def find(
             )
         return found
 
+    return _agreed("checkpoint", choose, expected, world)
+
+
+def _agreed(
+    key: str,
+    choose: Callable[[], Checkpoint | None],
+    expected: checkpoint.Expected,
+    world: World,
+) -> Checkpoint | None:
+    """What rank 0 chooses, read by every rank."""
     found = choose() if world.is_main else None
-    path = world.first("checkpoint", lambda: found and str(found.path))
-    if path is not None and found is None:
-        try:
+    path = world.first(key, lambda: found and str(found.path))
+    try:
+        if path is not None and found is None:
             found = checkpoint.read(Path(path), expected)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error}; rank 0 goes on from there, so rank {world.rank} must see the same disk"
-            ) from None
-    digest = {"step": found.step, "checkpoint": found.sha256} if found else {}
-    refuse_mismatch(world, "found", digest)
+        digest = {"step": found.step, "checkpoint": found.sha256} if found else {}
+        refuse_mismatch(world, f"{key} read", digest)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; rank 0 goes on from there, so rank {world.rank} must see the same disk"
+        ) from None
     return found
 
 

@@ -5,8 +5,6 @@ loss.png, summary.json and report.html.
 """
 
 import math
-import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -124,39 +122,6 @@ def data_loader(
                           recipe.block_size, recipe.order, recipe.seed,
                           wrap_rows=recipe.batch_size, rank=world.rank, world_size=world.size,
                           position=progress.position, skips=progress.skips)  # fmt: skip
-
-
-def open_run_folder(out: str | None, preset: str, recipe: Recipe) -> Path:
-    """Make the folder and show that it takes what the run will write.
-
-    Args:
-        out: Its path; None is runs/`preset`, numbered once that one holds a finished run.
-        preset, recipe: What will run there.
-
-    Raises:
-        ValueError: it is a file, cannot be written, or the disk is too full for the model.
-    """
-    numbered = (Path("runs", preset + (f"-{n}" if n > 1 else "")) for n in range(1, 10**6))
-    folder = Path(out) if out else next(p for p in numbered if not (p / "summary.json").exists())
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out: {folder} is a file; --out names a folder")
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\0" * 4096)
-        with torch.device("meta"):
-            parameters = GPT(recipe.model_config).parameters()
-        needed = 4 * sum(p.numel() for p in parameters) + (1 << 20)
-        if (free := shutil.disk_usage(folder).free) < needed:
-            raise OSError(f"{free:,} bytes free, the model alone needs {needed:,}")
-    except OSError as error:
-        for path in missing:
-            if path.exists():
-                path.rmdir()
-        reason = error.strerror or error
-        raise ValueError(f"out: cannot write to {folder}: {reason}; choose another --out") from None
-    return folder
 
 
 def finish(

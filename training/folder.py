@@ -1,0 +1,165 @@
+"""The folder of a run: for one process, with no way out, and nothing of an earlier run lost."""
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from model import GPT
+from training import checkpoint, distributed
+from training.checkpoint import Checkpoint
+from training.recipes import Recipe
+
+LOCK = "run.lock"
+STOPPED = "stopped"  # there once a job of several ranks was asked to stop
+CHECKPOINTS = "checkpoints"
+LOG = "metrics.jsonl"
+# All that a run writes beside its lock.
+WRITTEN = (CHECKPOINTS, LOG, "config.json", "loss.png", "model", "report.html", "samples.txt",
+           "summary.json", "tensorboard")  # fmt: skip
+
+
+def name(out: str | None, preset: str) -> Path:
+    """Path of the folder: `out`, or runs/`preset`, numbered once that one holds a finished run."""
+    numbered = (Path("runs", preset + (f"-{n}" if n > 1 else "")) for n in count(1))
+    return Path(out) if out else next(p for p in numbered if not (p / "summary.json").exists())
+
+
+def make(folder: Path, recipe: Recipe) -> None:
+    """Make the folder and show that it takes what the run will write.
+
+    Raises:
+        ValueError: it is a file, cannot be written, or the disk is too full for the model.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is a file; --out names a folder")
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * 4096)
+        with torch.device("meta"):
+            parameters = GPT(recipe.model_config).parameters()
+        needed = 4 * sum(p.numel() for p in parameters) + (1 << 20)
+        if (free := shutil.disk_usage(folder).free) < needed:
+            raise OSError(f"{free:,} bytes free, the model alone needs {needed:,}")
+    except OSError as error:
+        for path in missing:
+            if path.exists():
+                path.rmdir()
+        reason = error.strerror or error
+        raise ValueError(f"out: cannot write to {folder}: {reason}; choose another --out") from None
+
+
+@contextlib.contextmanager
+def opened(folder: Path, saved: Checkpoint | None, say: Callable[[str], None]) -> Iterator[bool]:
+    """Hold the folder for one process, ready to go on from `saved` or to start afresh.
+
+    Gives whether to leave at once: torchrun has restarted a job that was asked to stop.
+
+    Raises:
+        ValueError: another process holds it; it would lead a write out of it; or it holds files of
+            these names that no run wrote.
+    """
+    _refuse_links(folder, LOCK)
+    with _lock(folder / LOCK, say):
+        for written in (*WRITTEN, STOPPED):
+            _refuse_links(folder, written)
+        stopped = distributed.is_restart() and (folder / STOPPED).exists()
+        if not stopped:
+            (folder / STOPPED).unlink(missing_ok=True)
+            checkpoint.clean(folder / CHECKPOINTS)
+            _set_aside(folder, saved, say)
+        yield stopped
+
+
+def _refuse_links(folder: Path, written: str) -> None:
+    """A folder may come from a stranger: a link in it must not choose which file is overwritten."""
+    path = folder / written
+    inside = path.iterdir() if path.is_dir() and not path.is_symlink() else ()
+    for entry in (path, *inside):
+        mode = entry.lstat().st_mode if os.path.lexists(entry) else stat.S_IFREG
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ValueError(
+                f"run: {entry} is a link, a pipe or a device, and a run writes to its own files "
+                "only; remove it, or choose another --out (which may be a link itself)"
+            )
+
+
+def _set_aside(folder: Path, saved: Checkpoint | None, say: Callable[[str], None]) -> None:
+    """Move away what an earlier run left and this one would delete, overwrite or roll back to."""
+    here = folder / CHECKPOINTS
+    if saved and saved.path and here.is_dir() and saved.path.parent.samefile(here):
+        moved = [p for p in checkpoint.paths(here) if checkpoint.step_of(p) > saved.step]
+    else:
+        moved = [folder / written for written in WRITTEN if (folder / written).exists()]
+        if moved and not (here in moved or folder / LOG in moved):
+            raise ValueError(
+                f"out: {folder} holds {', '.join(p.name for p in moved)}, which no run wrote; "
+                "choose another --out"
+            )
+    if not moved:
+        return
+    aside = next(p for n in count(1) if not os.path.lexists(p := folder / f"earlier-{n}"))
+    for path in moved:
+        target = aside / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    say(f"run: {', '.join(p.name for p in moved)} of an earlier run moved to {aside}")
+
+
+@contextlib.contextmanager
+def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a file that only one process can hold.
+
+    The operating system drops the lock with the process, so a killed run leaves none behind; the
+    process id in the file is only for the message.
+
+    Raises:
+        ValueError: another process holds it; the message names that process.
+    """
+    with open(path, "a+", encoding="utf-8") as f:
+        try:
+            held = _try_lock(f.fileno())
+        except OSError as error:
+            held = True
+            say(
+                f"run: this file system has no locks ({error.strerror}); a second process in "
+                f"{path.parent} would not be noticed"
+            )
+        f.seek(0)
+        if not held:
+            holder = f.read(32).strip()
+            raise ValueError(
+                f"run: {path.parent} is in use by process {holder if holder.isdecimal() else '?'}; "
+                "wait for it or choose another --out"
+            )
+        f.truncate()
+        f.write(f"{os.getpid()}\n")
+        f.flush()
+        yield
+
+
+def _try_lock(fd: int) -> bool:
+    """False where another process holds it; OSError where there are no locks."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # pyright: ignore
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise
+        return False
+    return True
