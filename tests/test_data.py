@@ -215,18 +215,23 @@ def test_token_files(tmp_path: Path) -> None:
     write_tokens(path, *[0] * 10**5, 65535, *[0] * 10**5)
     with pytest.raises(ValueError, match=r"tokens.bin holds token 65535, GPT-2's vocabulary ends"):
         load_corpus([path])
+    path.write_bytes(np.arange(100, dtype="<u4").tobytes())
+    with pytest.raises(ValueError, match="every other one is 0; are they uint32"):
+        load_corpus([path])
     path.write_bytes(b"\0\0\0")
     with pytest.raises(ValueError, match="got 3 bytes"):
         load_corpus([path])
 
 
-def test_folders_of_token_files(tmp_path: Path) -> None:
+def test_folders_of_token_files(tmp_path: Path, monkeypatch) -> None:
     """As nanoGPT, llm.c and build-nanogpt write them, beside the scripts that did."""
     folder = tmp_path / "tokens"
     for name, token in (("medieval_train.bin", 1), ("x_val_000000.bin", 2), ("readme.md", 0)):
         write_tokens(folder / name, token, token)
     corpus = load_corpus([folder])
     assert (all_tokens(corpus), corpus.val and len(corpus.val)) == ([1, 1], 2)
+    monkeypatch.chdir(folder)
+    assert all_tokens(load_corpus(["."])) == [1, 1]
     with pytest.raises(ValueError, match=r"holds tokens and must stand alone, got 2 paths; name a"):
         load_corpus([folder / "medieval_train.bin", folder / "x_val_000000.bin"])
     (folder / "meta.pkl").write_bytes(b"")

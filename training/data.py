@@ -122,7 +122,8 @@ def open_tokens(path: Path) -> Corpus:
         FileNotFoundError: no such file.
         ValueError: a file is empty or odd, or was made with another vocabulary.
     """
-    check_encoding(path, _read_meta(path.with_suffix(".json")))
+    if path.is_file():
+        check_encoding(path, _read_meta(path.with_suffix(".json")))
     parts, sha256 = (open_prepared if (path / INDEX).exists() else open_foreign)(path)
     val = [p for p in parts if path.is_dir() and VALIDATION.search(p.name.lower())]
     if len(val) == len(parts):
