@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kernels import parse_ops
 from model import GPT, MODELS, GPTConfig
-from training.memory import MemoryEstimate, estimate, largest_micro_batch
+from training.memory import MemoryEstimate, estimate
 from training.optim import configure_adamw
 from training.plan import Plan
 from training.recipes import Recipe
@@ -163,39 +163,7 @@ def test_gpt2_at_64_rows_is_what_arithmetic_says():
     assert (small.weights, small.optimizer) == (4 * parameters, 8 * parameters)
 
 
-# (model, ops, rows of a step, GB, rows at once) at T = 1024 in bf16. 64 rows of 124m need 25 GB;
-# weights, moments and gradients of 1558m 25 GB before the first activation.
-DECISIONS = [
-    ("124m", "triton", 512, 24, 32), ("124m", "triton", 512, 40, 64),
-    ("124m", "triton", 512, 80, 128), ("124m", "triton", 512, 141, 256),
-    ("124m", "triton", 512, 180, 256), ("124m", "eager", 512, 80, 128),
-    ("350m", "triton", 512, 80, 64), ("774m", "triton", 512, 80, 32),
-    ("1558m", "triton", 512, 40, 2), ("1558m", "triton", 512, 80, 16),
-    ("124m", "triton", 480, 40, 96), ("124m", "triton", 7, 24, 7),
-    ("124m", "triton", 13, 5, 1),  # a prime: all at once or one by one
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "ops", "rows", "gb", "want"), DECISIONS)
-def test_largest_micro_batch(name, ops, rows, gb, want):
-    how: dict[str, Any] = HOW | {"ops": ops}
-    got = largest_micro_batch(MODELS[name], rows, 1024, int(gb * 1e9), **how)
-    assert got == want
-    assert rows % got == 0
-
-    def total(micro: int) -> int:
-        num = rows // micro
-        return estimate(MODELS[name], micro, 1024, **how, num_micro_batches=num).total
-
-    assert total(got) <= gb * 1e9
-    more = [d for d in range(got + 1, rows + 1) if rows % d == 0]
-    assert all(total(d) > gb * 1e9 for d in more)
-
-
-def test_what_cannot_fit_says_both_figures():
-    with pytest.raises(ValueError, match=r"one row of 1024 tokens needs about 3\d\.\d+ GB, the b.* "
-                                         r"24\.00 GB"):  # fmt: skip
-        largest_micro_batch(MODELS["1558m"], 512, 1024, 24_000_000_000, **HOW)
+def test_what_is_no_step_is_refused():
     with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
         estimate(MODELS["124m"], 0, 1024, **HOW, num_micro_batches=1)
     fp8: dict[str, Any] = HOW | {"dtype": "fp8"}

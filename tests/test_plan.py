@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training import machines, plan
-from training.plan import Choices, EagerWin, Machine, Plan, detect, make_plan
+from training.plan import Choices, Machine, Plan, detect, make_plan
 from training.recipes import PRESETS
 
 GIB = 2**30
@@ -79,6 +79,13 @@ def test_more_memory_more_rows() -> None:
     assert sizes[0] < sizes[-1]
 
 
+@pytest.mark.parametrize(("rows", "gib", "want"), [(480, 40, 80), (7, 24, 7), (13, 5, 1)])
+def test_rows_at_once_divide_those_of_a_step(rows: int, gib: int, want: int) -> None:
+    recipe = replace(FINEWEB, batch_size=1, grad_accum_steps=rows)
+    machine = replace(MACHINES["H200"], memory_bytes=gib * 2**30)
+    assert make_plan(recipe, machine).micro_batch_size == want
+
+
 def test_a_model_that_cannot_fit_says_so() -> None:
     huge = replace(FINEWEB, model="1558m")
     with pytest.raises(ValueError, match=r"one row of 1558m at T=1024 needs about .* Tesla T4 has"):
@@ -132,20 +139,6 @@ def test_without_the_triton_package() -> None:
     assert "ops eager: triton is not installed; pip install triton" in made.notes
     with pytest.raises(ValueError, match="needs the triton package; pip install triton"):
         make_plan(SEED, bare, Choices(ops="triton"))
-
-
-def test_an_op_that_lost_its_measurement_runs_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    win = EagerWin("causal_attention", 90, "bf16", (512, 1024), (512, 2048), "made up")
-    monkeypatch.setattr(plan, "EAGER_WINS", (win,))
-    assert make_plan(FINEWEB, MACHINES["H200"]).ops == "triton,causal_attention=eager"
-    others = [
-        make_plan(SEED, MACHINES["H200"]),  # T = 64
-        make_plan(FINEWEB, MACHINES["A100"]),
-        make_plan(FINEWEB, MACHINES["H200"], Choices(dtype="fp32")),
-        make_plan(replace(FINEWEB, model="774m"), MACHINES["H200"]),  # 1280 wide
-        make_plan(FINEWEB, MACHINES["H200"], Choices(ops="triton")),  # asked for by name
-    ]
-    assert {made.ops for made in others} == {"triton"}
 
 
 def test_compiling_where_it_cannot_pay_or_cannot_work() -> None:

@@ -41,7 +41,8 @@ from kernels import EAGER, parse_ops
 from kernels.reference import CHUNK_TOKENS
 from model import GPTConfig
 
-LOGITS_TILE = 128  # columns of which the triton loss keeps three fp32 partials a row
+# The Triton loss keeps three fp32 numbers for each row and each this many columns of logits.
+HALF_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,8 @@ def estimate(
     chosen = parse_ops(ops)
     M, C, H, L = rows * T, config.n_embd, config.n_head, config.n_layer
     e, r = (4, 4) if dtype == "fp32" else (2, 2 if residual == "bf16" else 4)
-    first_stats, stats = (
-        8 if mine is eager else 12
-        for mine, eager in ((chosen.layer_norm, EAGER.layer_norm),
-                            (chosen.add_layer_norm, EAGER.add_layer_norm))
-    )  # fmt: skip
+    first_stats = 8 if chosen.layer_norm is EAGER.layer_norm else 12
+    stats = 8 if chosen.add_layer_norm is EAGER.add_layer_norm else 12
     head = 4 * config.padded_vocab_size * C  # the tied embedding, fp32
     matrices = 12 * C * C * L
     num_parameters = head // 4 + config.block_size * C + matrices + 13 * C * L + 2 * C
@@ -139,7 +137,7 @@ def estimate(
         from kernels.linear_cross_entropy import chunk_rows  # needs triton, as these ops do
 
         logits = chunk_rows(M, config.padded_vocab_size, e) * config.padded_vocab_size
-        loss += e * logits + 3 * 4 * logits // (LOGITS_TILE // 2)
+        loss += e * logits + 3 * 4 * logits // HALF_TILE
     weights = 4 * num_parameters
     folded = working if num_micro_batches > 1 else 0  # bf16 gradients on their way into fp32 ones
     grads = weights if folded or not working else weights - working
@@ -153,48 +151,7 @@ def estimate(
     }
     peak = max(moments, key=lambda name: moments[name])
     beside = {"bottom": max(before, grads - head), "update": grads}.get(peak, before + activations)
+    workspace = moments[peak] - beside
     return MemoryEstimate(
-        weights=weights, gradients=grads, optimizer=2 * weights, working=working,
-        activations=activations, workspace=moments[peak] - beside, peak=peak,
-        moments=tuple(moments.items()),
-    )  # fmt: skip
-
-
-def largest_micro_batch(
-    config: GPTConfig,
-    recipe_rows: int,
-    T: int,
-    budget_bytes: int,
-    *,
-    dtype: str,
-    ops: str,
-    compiled: bool,
-    working_copies: bool,
-    residual: str = "fp32",
-) -> int:
-    """The most rows at once that fit, among the divisors of a step's rows.
-
-    Args:
-        config: The shape.
-        recipe_rows: Rows of a step. T: tokens of a row.
-        budget_bytes: For `MemoryEstimate.total`.
-        dtype, ops, compiled, working_copies, residual: As in `estimate`.
-
-    Raises:
-        ValueError: not even one row at a time fits, or as `estimate` raises.
-    """
-
-    def total(rows: int) -> int:
-        return estimate(
-            config, rows, T, dtype=dtype, ops=ops, compiled=compiled,
-            working_copies=working_copies, num_micro_batches=recipe_rows // rows,
-            residual=residual,
-        ).total  # fmt: skip
-
-    for rows in range(recipe_rows, 0, -1):
-        if recipe_rows % rows == 0 and total(rows) <= budget_bytes:
-            return rows
-    raise ValueError(
-        f"memory: one row of {T} tokens needs about {total(1) / 1e9:.2f} GB, the budget is "
-        f"{budget_bytes / 1e9:.2f} GB; take a smaller --model or --block-size"
+        weights, grads, 2 * weights, working, activations, workspace, peak, tuple(moments.items())
     )

@@ -34,31 +34,6 @@ MIN_TRITON_ARCH = 80  # the oldest the kernels are built and checked for; see ke
 
 
 @dataclass(frozen=True)
-class EagerWin:
-    """A measured case in which PyTorch's own op beats ours, and `auto` takes it.
-
-    Args:
-        op: Name in `kernels.Ops`.
-        arch: Compute capability, 90 for an H100 or H200.
-        dtype: "bf16" or "fp32".
-        n_embd: Widths from the first to the second, both included.
-        T: Row lengths likewise.
-        source: Result file and date of the measurement.
-    """
-
-    op: str
-    arch: int
-    dtype: str
-    n_embd: tuple[int, int]
-    T: tuple[int, int]
-    source: str
-
-
-# A person commits a row from bench/results; none has been measured yet.
-EAGER_WINS: tuple[EagerWin, ...] = ()
-
-
-@dataclass(frozen=True)
 class Choices:
     """What a person may decide instead of the plan; each field is a flag of train.py."""
 
@@ -215,7 +190,7 @@ def make_plan(recipe: Recipe, machine: Machine, choices: Choices | None = None) 
     notes: list[str] = []
     on_cuda = machine.device == "cuda"
     dtype = _choose_dtype(asked.dtype, machine, notes)
-    ops = _choose_ops(asked.ops, recipe, machine, dtype, notes)
+    ops = _choose_ops(asked.ops, machine, notes)
     compile = _choose_compile(asked.compile, recipe, machine, notes)
     scope = ("blocks" if on_cuda else "model") if asked.compile_scope == "auto" else (
         asked.compile_scope
@@ -313,7 +288,7 @@ def _choose_optimizer(wanted: str, machine: Machine, notes: list[str]) -> str:
     return "triton" if runs_triton and machine.device == "cuda" else "torch"
 
 
-def _choose_ops(ops: str, recipe: Recipe, machine: Machine, dtype: str, notes: list[str]) -> str:
+def _choose_ops(ops: str, machine: Machine, notes: list[str]) -> str:
     if ops == "auto":
         why = None
         if machine.device == "cpu":
@@ -326,9 +301,7 @@ def _choose_ops(ops: str, recipe: Recipe, machine: Machine, dtype: str, notes: l
             notes.append(f"ops eager: {why}")
             return "eager"
         notes.append(f"ops triton: sm_{machine.arch}")
-        wins = [w for w in EAGER_WINS if _holds(w, recipe, machine, dtype)]
-        notes += [f"op {w.op} eager: faster here by {w.source}" for w in wins]
-        return ",".join(["triton", *(f"{w.op}=eager" for w in wins)])
+        return "triton"
     # Parsed without building the set: triton may not be importable here.
     base, *exceptions = (part.strip() for part in ops.split(","))
     wants_triton = base == "triton" or any(e.endswith("=triton") for e in exceptions)
@@ -343,15 +316,6 @@ def _choose_ops(ops: str, recipe: Recipe, machine: Machine, dtype: str, notes: l
         raise ValueError(f"ops: {ops!r} needs the triton package; pip install triton")
     parse_ops(ops)
     return ops
-
-
-def _holds(win: EagerWin, recipe: Recipe, machine: Machine, dtype: str) -> bool:
-    width, T = recipe.model_config.n_embd, recipe.block_size
-    return (
-        (win.arch, win.dtype) == (machine.arch, dtype)
-        and win.n_embd[0] <= width <= win.n_embd[1]
-        and win.T[0] <= T <= win.T[1]
-    )
 
 
 def _choose_compile(
