@@ -155,10 +155,10 @@ class Decoder:
         model: GPT,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        *,
         sample_numbers: Sequence[int] | None = None,
         window: int | None = None,
         use_cache: bool = True,
+        *,
         vocab_size: int | None = None,
     ):
         self.model = model
@@ -376,9 +376,7 @@ def generate_tokens(
     new: list[list[int]] = [[] for _ in rows]
     done = [False] * len(rows)
     with evaluating(model):
-        decoder = Decoder(
-            model, rows, sampling, sample_numbers=numbers, window=window, use_cache=use_cache
-        )
+        decoder = Decoder(model, rows, sampling, numbers, window, use_cache)
         for _ in range(sampling.max_new_tokens):
             for r, token in enumerate(decoder.step()):
                 done[r] = done[r] or token == stop_token

@@ -23,8 +23,8 @@ from model.hf import CONFIG, CONTEXTS, GPT2_VOCAB, file_tensors, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 # All that an export writes. Into a folder that holds anything else nothing is written.
-EXPORTED = (CONFIG, "generation_config.json", "README.md", "tokenizer.json",
-            "tokenizer_config.json", "vocab.json", "merges.txt", WEIGHTS)  # fmt: skip
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+EXPORTED = (CONFIG, "generation_config.json", "README.md", *TOKENIZER, WEIGHTS)
 PARTIAL = ".export-"  # an export in the making
 
 
@@ -82,11 +82,9 @@ def _write_tokenizer(folder: Path, model_max_length: int) -> None:
             "padding": None,
             "added_tokens": [
                 {
+                    **dict.fromkeys(("single_word", "lstrip", "rstrip"), False),
                     "id": vocab[END_OF_TEXT],
                     "content": END_OF_TEXT,
-                    "single_word": False,
-                    "lstrip": False,
-                    "rstrip": False,
                     "normalized": True,
                     "special": True,
                 }
@@ -95,18 +93,7 @@ def _write_tokenizer(folder: Path, model_max_length: int) -> None:
             "pre_tokenizer": {**byte_level, "trim_offsets": True},
             "post_processor": {**byte_level, "trim_offsets": False},
             "decoder": {**byte_level, "trim_offsets": True},
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": "",
-                "end_of_word_suffix": "",
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": vocab,
-                "merges": pairs,
-            },
+            "model": {"type": "BPE", "vocab": vocab, "merges": pairs},
         },
     )
     _write_json(

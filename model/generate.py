@@ -74,11 +74,12 @@ def _run(options: Options) -> None:
     path = latest_model() if options.model is None else options.model
     model = GPT.from_pretrained(path)
     model = model.to(device, torch.bfloat16 if options.dtype == "bf16" else torch.float32)
-    pieces = stream_text(
-        model, get_encoding(), prompts, sampling,
-        num_samples=options.num_samples, window=options.window,
-        notify=lambda line: print(f"note: {line}", file=sys.stderr),
-    )  # fmt: skip
+
+    def note(line: str) -> None:
+        print(f"note: {line}", file=sys.stderr)
+
+    more = {"num_samples": options.num_samples, "window": options.window, "notify": note}
+    pieces = stream_text(model, get_encoding(), prompts, sampling, **more)
     num_rows = len(prompts) * options.num_samples
     texts, counts = [""] * num_rows, [0] * num_rows
     start = time.perf_counter()

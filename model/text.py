@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model import tokenizer
 from model.decoder import Decoder, evaluating, resolve_window, rows_of
@@ -125,10 +125,8 @@ def stream_text(
                 f"only its last {limit} are read"
             )
     rows, numbers = rows_of(ids, num_samples)
-    decoder = Decoder(
-        model, rows, sampling, sample_numbers=numbers, window=window, use_cache=use_cache,
-        vocab_size=encoding.n_vocab,
-    )  # fmt: skip
+    known = encoding.n_vocab  # a padded vocabulary has logits for ids that are no tokens
+    decoder = Decoder(model, rows, sampling, numbers, limit, use_cache, vocab_size=known)
     return _pieces(decoder, [_RowText(encoding, sampling.stop) for _ in rows])
 
 
@@ -154,18 +152,10 @@ def generate_text(
     encoding: "tiktoken.Encoding",
     prompts: Sequence[str],
     sampling: Sampling,
-    *,
-    num_samples: int = 1,
-    window: int | None = None,
-    use_cache: bool = True,
-    notify: Callable[[str], None] | None = None,
+    **more: Any,
 ) -> list[str]:
-    """The continuation of each row, prompts not included; see `stream_text`."""
-    pieces = stream_text(
-        model, encoding, prompts, sampling,
-        num_samples=num_samples, window=window, use_cache=use_cache, notify=notify,
-    )  # fmt: skip
-    texts = [""] * (len(prompts) * num_samples)
-    for piece in pieces:
-        texts[piece.row] += piece.text
-    return texts
+    """The continuation of each row, prompts not included; arguments as for `stream_text`."""
+    texts: dict[int, str] = {}
+    for piece in stream_text(model, encoding, prompts, sampling, **more):
+        texts[piece.row] = texts.get(piece.row, "") + piece.text
+    return [texts[r] for r in sorted(texts)]

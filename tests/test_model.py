@@ -115,9 +115,8 @@ def test_parity_with_hugging_face(tmp_path: Path) -> None:
 
 def test_published_sizes() -> None:
     # From Radford et al.'s released weights.
-    published = {"124m": 124_439_808, "350m": 354_823_168, "774m": 774_030_080,
-                 "1558m": 1_557_611_200}  # fmt: skip
-    for name, count in published.items():
+    published = (124_439_808, 354_823_168, 774_030_080, 1_557_611_200)
+    for name, count in zip(("124m", "350m", "774m", "1558m"), published, strict=True):
         with torch.device("meta"):
             model = GPT(MODELS[name])
         assert model.num_parameters() == count
