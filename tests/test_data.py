@@ -18,8 +18,8 @@ import torch
 
 from model import tokenizer
 from training import data
-from training.baselines import DISCOUNT, ngram_losses
 from training.data import Corpus, DataLoaderLite, Prefetcher, load_corpus
+from training.ngrams import DISCOUNT, ngram_losses
 from training.prepare import Config, prepare
 from training.shards import hash_file
 

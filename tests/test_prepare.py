@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from model import tokenizer
+from model import files, tokenizer
 from training import documents, shards
 from training import prepare as prepare_module
 from training.data import load_corpus
@@ -118,6 +118,25 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, stop
         load_corpus([tmp_path / "cut"])
     np.testing.assert_array_equal(run(cfg), whole)
     assert prepare(cfg)["documents"] == 1
+
+
+def test_a_kill_after_any_write_of_the_index_loses_and_doubles_nothing(tmp_path, monkeypatch):
+    path, written = tmp_path / "a.txt", 0
+    path.write_text(random_text(3, 60), encoding="utf-8", newline="")
+    whole = run(config(path, tmp_path / "whole", shard_tokens=101))
+
+    def killed(target: Path, data: str) -> None:
+        nonlocal written
+        files.write_atomically(target, data)
+        if (written := written - 1) == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "write_atomically", killed)
+    for stop_after in range(1, len(whole) // 101 + 2):
+        cfg, written = config(path, tmp_path / f"{stop_after}", shard_tokens=101), stop_after
+        with pytest.raises(KeyboardInterrupt):
+            prepare(cfg, quiet=True)
+        np.testing.assert_array_equal(run(cfg), whole)
 
 
 @pytest.mark.slow
@@ -387,5 +406,5 @@ def test_an_id_outside_the_vocabulary_never_leaves_the_shards():
     view = TokenShards([np.array([1, 2], dtype=np.uint16), np.array([3, 65535], dtype=np.uint16)])
     assert view[np.arange(3)].tolist() == [1, 2, 3]
     for read in (lambda: view[np.arange(4)], lambda: np.asarray(view[1:])):
-        with pytest.raises(ValueError, match="holds token 65535, GPT-2's vocabulary ends at 50256"):
+        with pytest.raises(OSError, match="holds token 65535, GPT-2's vocabulary ends at 50256"):
             read()

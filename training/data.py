@@ -129,8 +129,8 @@ def open_tokens(path: Path) -> Corpus:
     if len(val) == len(parts):
         raise ValueError(f"data: {path} holds validation files alone: {val[0].name}")
     train = TokenShards([parts[p] for p in parts if p not in val])
-    return Corpus(train, str(path), sha256, path,
-                  TokenShards([parts[p] for p in val]) if val else None)  # fmt: skip
+    own_val = TokenShards([parts[p] for p in val]) if val else None
+    return Corpus(train, str(path), sha256, path, own_val)
 
 
 def _default_source(say: Callable[[str], None]) -> tuple[str, list[Path]]:
@@ -174,8 +174,8 @@ def _tokenise(files: Sequence[Path], name: str, folder: Path) -> Corpus:
     # The text has been read whole already; reading its tokens adds little, and nothing less would
     # notice a damaged cache.
     kept = _read_meta(meta_path)
-    if not (path.is_file() and kept.get("sha256") == sha256
-            and kept.get("tokens_sha256") == hash_file(path)):  # fmt: skip
+    same = kept.get("sha256") == sha256 and path.is_file()
+    if not (same and kept.get("tokens_sha256") == hash_file(path)):
         with replacing(path) as partial:
             documents = 0
             with partial.open("wb") as out:

@@ -66,9 +66,9 @@ class Config:
         for name in ("out", "key"):
             if not getattr(self, name):
                 raise ValueError(f"prepare: {name} must not be empty")
-        for name, least, most in (("shard_tokens", 1, 10**12), ("val_tokens", 0, 10**12),
-                                  ("processes", 1, 4 * num_cores())):  # fmt: skip
-            check_int("prepare", name, getattr(self, name), least, most)
+        check_int("prepare", "shard_tokens", self.shard_tokens, 1, 10**12)
+        check_int("prepare", "val_tokens", self.val_tokens, 0, 10**12)
+        check_int("prepare", "processes", self.processes, 1, 4 * num_cores())
 
 
 class ShardWriter:
@@ -87,17 +87,22 @@ class ShardWriter:
 
     def __init__(self, cfg: Config, inputs: Sequence[Path]):
         self.cfg, self.out = cfg, Path(cfg.out)
-        self.index: dict[str, Any] = {
-            "format": FORMAT, "version": VERSION, "encoding": tokenizer.ENCODING,
-            "dtype": "uint16", "inputs": [str(path) for path in inputs],
-            "sha256": hash_files(inputs), "key": cfg.key, "piece_bytes": PIECE_BYTES,
-            "shard_tokens": cfg.shard_tokens, "val_tokens": cfg.val_tokens, "shards": [],
-            "documents": 0, "next_piece": 0, "skip_tokens": 0, "done": False,
-        }  # fmt: skip
+        command = {
+            "format": FORMAT,
+            "version": VERSION,
+            "encoding": tokenizer.ENCODING,
+            "inputs": [str(path) for path in inputs],
+            "key": cfg.key,
+            "piece_bytes": PIECE_BYTES,
+            "shard_tokens": cfg.shard_tokens,
+            "val_tokens": cfg.val_tokens,
+        }
+        self.index: dict[str, Any] = command | {"sha256": hash_files(inputs), "shards": []}
+        self.index |= {"documents": 0, "next_piece": 0, "skip_tokens": 0, "done": False}
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"prepare: {self.out} is a file; --out names a folder")
         if (self.out / INDEX).exists():
-            self._resume()
+            self._resume([*command])
         elif self.out.exists() and holds_tokens(self.out):
             raise ValueError(f"prepare: {self.out} holds other token files; choose another --out")
         self._partial = self.out / ".shard.partial"
@@ -105,10 +110,8 @@ class ShardWriter:
         self._count, self._digest = 0, hashlib.sha256()  # of the shard being filled
         self.tokens = sum(shard["tokens"] for shard in self.index["shards"])
 
-    def _resume(self) -> None:
+    def _resume(self, fixed: list[str]) -> None:
         old = read_index(self.out)
-        fixed = ("version", "encoding", "inputs", "key", "piece_bytes", "shard_tokens",
-                 "val_tokens")  # fmt: skip
         changed = [name for name in fixed if old.get(name) != self.index[name]]
         if changed:
             raise ValueError(
@@ -131,9 +134,7 @@ class ShardWriter:
 
     def _target(self) -> tuple[str, int]:
         """Split and size of the shard being filled; validation comes first."""
-        done = self.tokens - self._count
-        left = self.cfg.val_tokens - done
-        size = self.cfg.shard_tokens
+        size, left = self.cfg.shard_tokens, self.cfg.val_tokens - (self.tokens - self._count)
         return ("val", min(left, size)) if left > 0 else ("train", size)
 
     def add(self, piece: int, tokens: np.ndarray, documents: int) -> None:
@@ -158,14 +159,15 @@ class ShardWriter:
         Raises:
             ValueError: there was no text, or all of it is for validation.
         """
-        if self._count:
-            self._flush(self.index["next_piece"], self.index["skip_tokens"])
-        if not any(shard["file"].startswith("train") for shard in self.index["shards"]):
+        if self.tokens <= self.cfg.val_tokens:
             raise ValueError(
                 f"prepare: nothing is left to train on: {self.tokens:,} tokens in all, "
                 f"val_tokens {self.cfg.val_tokens:,}"
             )
+        # With the shard, or a kill in between would have its tokens added once more.
         self.index["done"] = True
+        if self._count:
+            self._flush(self.index["next_piece"], self.index["skip_tokens"])
         self._save()
 
     def close(self) -> None:
@@ -178,11 +180,10 @@ class ShardWriter:
         name = f"{split}-{number:06d}.bin"
         samples = hash_samples(np.memmap(self._partial, dtype=TOKEN_DTYPE, mode="r"))
         os.replace(self._partial, self.out / name)
-        self.index["shards"].append({"file": name, "tokens": self._count,
-                                     "sha256": self._digest.hexdigest(),
-                                     "samples": samples})  # fmt: skip
-        self.index |= {"next_piece": next_piece, "skip_tokens": skip_tokens,
-                       "documents": self._documents}  # fmt: skip
+        shard = {"file": name, "tokens": self._count, "sha256": self._digest.hexdigest()}
+        self.index["shards"].append(shard | {"samples": samples})
+        self.index |= {"next_piece": next_piece, "skip_tokens": skip_tokens}
+        self.index["documents"] = self._documents
         self._count, self._digest = 0, hashlib.sha256()
         self._save()
 
@@ -196,8 +197,8 @@ def encoded(pieces: Sequence[Piece], processes: int) -> Generator[tuple[bytes, i
         yield from map(encode_piece, pieces)
         return
     # spawn: a fork after torch or tiktoken has started threads can hang. Ctrl-C is for the parent.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), signal.signal,
-                               (signal.SIGINT, signal.SIG_IGN))  # fmt: skip
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), signal.signal, ignore)
     waiting: deque[Future[tuple[bytes, int]]] = deque()
     try:
         for piece in pieces:
@@ -230,20 +231,20 @@ def prepare(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         raise ValueError(f"prepare: {files} holds tokens already: train.py --data {files}")
     total = sum(path.stat().st_size for path in files)
     if cfg.val_tokens >= total:  # a token is a byte at least
-        raise ValueError(f"prepare: val_tokens must leave text to train on, got {cfg.val_tokens:,} "
-                         f"of {total:,} bytes")  # fmt: skip
+        got = f"{cfg.val_tokens:,} of {total:,} bytes"
+        raise ValueError(f"prepare: val_tokens must leave text to train on, got {got}")
     writer = ShardWriter(cfg, files)
     if writer.index["done"]:
         return writer.index
     pieces = [piece for path in files for piece in cut(path, cfg.key)]
-    bar = Progress(TextColumn("tokenising"), BarColumn(), TextColumn("{task.percentage:5.1f}%"),
-                   TextColumn("{task.fields[tokens]:,} tokens"), TimeRemainingColumn(),
-                   disable=quiet or not sys.stdout.isatty())  # fmt: skip
+    done = TextColumn("tokenised {task.percentage:5.1f}%, {task.fields[tokens]:,} tokens")
+    hidden = quiet or not (sys.stdout and sys.stdout.isatty())
+    bar = Progress(done, BarColumn(), TimeRemainingColumn(), disable=hidden)
     start = writer.index["next_piece"]
     results = encoded(pieces[start:], max(1, min(cfg.processes, len(pieces) - start)))
     with bar, contextlib.closing(writer), contextlib.closing(results):
-        done = sum(p.end - p.start for p in pieces[:start])
-        task = bar.add_task("", total=total, tokens=writer.tokens, completed=done)
+        before = sum(p.end - p.start for p in pieces[:start])
+        task = bar.add_task("", total=total, tokens=writer.tokens, completed=before)
         for i, (data, documents) in enumerate(results, start):
             writer.add(i, np.frombuffer(data, dtype=TOKEN_DTYPE), documents)
             bar.update(task, advance=pieces[i].end - pieces[i].start, tokens=writer.tokens)

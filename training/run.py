@@ -19,13 +19,13 @@ from model.sampling import Sampling
 from model.text import generate_text
 from model.tokenizer import decode, get_encoding
 from training import metrics
-from training.baselines import ngram_losses
 from training.checkpoint import Checkpoint
 from training.data import DataLoaderLite, Prefetcher, Tokens
 from training.distributed import World
 from training.evaluate import eval_pieces, evaluate_tokens
 from training.machines import mfu
 from training.metrics import RunLog
+from training.ngrams import ngram_losses
 from training.plan import Plan
 from training.recipes import Recipe
 from training.report import DECODE_TOKENS, report_run

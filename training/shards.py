@@ -167,8 +167,7 @@ def open_prepared(folder: Path) -> tuple[dict[Path, np.ndarray], str]:
     if others := [p for p in _token_files(folder) if p not in named]:
         raise ValueError(f"data: {others[0]} is not named in {INDEX}; move it out of the folder")
     whole = sum(shard["tokens"] for shard in index["shards"]) * TOKEN_DTYPE.itemsize <= FULL_BYTES
-    parts = {path: check_shard(path, shard, whole)
-             for path, shard in zip(named, index["shards"], strict=True)}  # fmt: skip
+    parts = {p: check_shard(p, s, whole) for p, s in zip(named, index["shards"], strict=True)}
     digest = hashlib.sha256("".join(shard["sha256"] for shard in index["shards"]).encode())
     return parts, digest.hexdigest()
 
@@ -190,13 +189,8 @@ def check_shard(path: Path, shard: dict[str, Any], whole: bool) -> np.ndarray:
     if (size := path.stat().st_size) != expected:
         raise ValueError(f"data: {path} must be {expected} bytes by {INDEX}, got {size}; {_AGAIN}")
     tokens = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
-    # Folders of version 1 have no samples.
-    same = (
-        hash_file(path) == shard["sha256"]
-        if whole
-        else hash_samples(tokens) == shard.get("samples", hash_samples(tokens))
-    )
-    if not same:
+    found = hash_file(path) if whole else hash_samples(tokens)
+    if found != shard.get("sha256" if whole else "samples", found):  # version 1 has no samples
         raise ValueError(f"data: {path} is not as {INDEX} has it (SHA-256); {_AGAIN}")
     return tokens
 
@@ -257,6 +251,14 @@ def check_vocabulary(tokens: np.ndarray, where: object) -> None:
         )
 
 
+def _intact(tokens: np.ndarray) -> np.ndarray:
+    try:
+        check_vocabulary(tokens, "the corpus")
+    except ValueError as error:  # it was opened, so this is a disk's failure and not a person's
+        raise OSError(str(error)) from None
+    return tokens
+
+
 class TokenShards:
     """Several one-dimensional arrays as one, without copying them.
 
@@ -296,11 +298,9 @@ class TokenShards:
         for i in np.unique(owner):
             inside = owner == i
             out[inside] = self.parts[i][at[inside] - (self.ends[i] - len(self.parts[i]))]
-        check_vocabulary(out, "the corpus")
-        return out
+        return _intact(out)
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         """All of it in memory; for small views such as an evaluation's tokens."""
         whole = np.concatenate(self.parts) if self.parts else np.empty(0, dtype=TOKEN_DTYPE)
-        check_vocabulary(whole, "the corpus")
-        return whole if dtype is None else whole.astype(dtype)
+        return _intact(whole) if dtype is None else _intact(whole).astype(dtype)
