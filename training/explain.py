@@ -94,8 +94,8 @@ def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: 
         (cuda and not machine.has_triton,
          "triton missing, so the ops are eager: pip install triton"),
         (bool(machine.missing_tools) and not plan.compile,
-         f"{', '.join(machine.missing_tools)} missing, so the model is not compiled: install the "
-         "system's C++ compiler"),
+         f"{', '.join(machine.missing_tools)} missing, so the model is not compiled: the system's "
+         "C++ compiler brings the tools"),
         (not machine.has_bf16 and plan.dtype == "fp32",
          f"fp32: {machine.name} has no fast bf16 products; only other hardware has"),
         (not machine.has_bf16 and plan.dtype == "bf16",

@@ -22,6 +22,7 @@ from training.recipes import Recipe
 
 # torch.compile on a CPU calls these; openssl hashes its precompiled headers.
 COMPILE_TOOLS = ("g++", "as", "ld", "openssl")
+NO_SPACE = "a torch in a folder without spaces"  # torch 2.13 does not quote it
 # Compiling takes about 20 s of CPU time with a cold cache and saves about a fifth of an fp32 run
 # (4 layers, 256 wide, 2 cores: 1264 -> 1553 tokens/s), so it pays for runs over 100 s. Flops
 # stand for time: 2 cores reach about 1e11 a second.
@@ -157,6 +158,7 @@ def detect(device: str = "auto") -> Machine:
     if device == "cuda" and not has_cuda:
         raise ValueError("device: cuda asked for, but torch sees no GPU; use --device cpu or auto")
     tools = tuple(t for t in COMPILE_TOOLS if shutil.which(t) is None)
+    tools += (NO_SPACE,) * (" " in str(torch.__file__))
     common = Machine(
         device="cpu",
         name=machines.cpu_name(),
@@ -323,11 +325,11 @@ def _choose_compile(
 ) -> bool:
     missing = ", ".join(machine.missing_tools)
     if wanted and missing:
-        raise ValueError(f"compile: torch.compile needs {missing} in PATH; leave --compile out")
+        raise ValueError(f"compile: torch.compile needs {missing}; leave --compile out")
     if wanted is not None:
         return wanted
     if missing:
-        notes.append(f"not compiled: torch.compile needs {missing} in PATH")
+        notes.append(f"not compiled: torch.compile needs {missing}")
         return False
     total = flops_per_token(recipe.model_config, recipe.block_size) * (
         recipe.tokens_per_step * recipe.max_steps
