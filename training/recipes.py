@@ -16,8 +16,8 @@ from model import MODELS, GPTConfig
 Order = Literal["sequential", "shuffled"]
 
 
-_CHANGEABLE: dict[str, type] = {"block_size": int, "n_layer": int, "n_head": int, "n_embd": int,
-                                "dropout": float}  # fmt: skip
+_SIZES = ("block_size", "n_layer", "n_head", "n_embd")
+_CHANGEABLE: dict[str, type] = dict.fromkeys(_SIZES, int) | {"dropout": float}
 
 
 def parse_model(spec: str) -> GPTConfig:
@@ -57,9 +57,8 @@ def spell_model(config: GPTConfig) -> str:
         if known == config:
             return name
     base = next(iter(MODELS))
-    changed = (f"{name}={getattr(config, name)}" for name in _CHANGEABLE
-               if getattr(config, name) != getattr(MODELS[base], name))  # fmt: skip
-    return ",".join([base, *changed])
+    changed = [n for n in _CHANGEABLE if getattr(config, n) != getattr(MODELS[base], n)]
+    return ",".join([base, *(f"{n}={getattr(config, n)}" for n in changed)])
 
 
 def _nearest(name: str, names: list[str]) -> str:
