@@ -170,7 +170,8 @@ def test_steps_done_again_count_once(tmp_path: Path):
     steps, evaluations, _ = read_metrics(path)
     assert [(s["step"], s["loss"]) for s in steps] == [(0, 5), (1, 4), (2, 3.5), (3, 2.25), (4, 2)]
     assert [e["val_loss"] for e in evaluations] == [8.0]
-    with RunLog(tmp_path, 9, 1, lambda _: None, keep_bytes=path.stat().st_size) as log:
+    size = path.stat().st_size
+    with RunLog(tmp_path, 9, 1, lambda _: None, steps_done=5, keep_bytes=size) as log:
         assert [(r.step, r.loss) for r in log.records] == [(s["step"], s["loss"]) for s in steps]
 
 

@@ -16,6 +16,7 @@ from tests.faults import Small, disturb, flip_bytes, wait_for
 from training import checkpoint, folder
 from training.checkpoint import Checkpoint, CheckpointError, Writer, newest_good
 from training.guard import Guard, GuardConfig
+from training.metrics import RunLog, read_metrics
 from training.optim import configure_adamw
 from training.recipes import Recipe
 from training.signals import EXIT_AT_ONCE
@@ -352,3 +353,64 @@ def test_the_best_is_saved_when_found_and_kept_over_a_resume(small, monkeypatch)
     assert [p.name[-1] for p in checkpoint.paths(run.checkpoints("best"))] == ["4", "9"]
     # Fewer steps than are done: nothing is left to do.
     assert in_process(run, "best", *flags, "--steps", "3", "--override") == 0
+
+
+# ---- metrics.jsonl is never what a run depends on
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def garble(path):
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1], lines[2] = b"\0" * len(lines[1]), b'{"step": "two", "loss": []}\n'
+    path.write_bytes(b"".join(lines))
+
+
+DAMAGE = {
+    "lost": (lambda p: p.unlink(), "4 of the 4 steps done are missing"),
+    "empty": (lambda p: cut(p, 0), "4 of the 4"),
+    "short by half a line": (lambda p: cut(p, p.stat().st_size // 2), "of the 4 steps done"),
+    "damaged": (garble, "2 of the 4"),
+    "of nulls": (lambda p: p.write_bytes(b"\0" * p.stat().st_size), "4 of the 4"),
+    "no text": (lambda p: p.write_bytes(b"\xff\xfe" * 4000), "4 of the 4"),
+    "nested": (lambda p: p.write_bytes(b"[" * 100_000), "4 of the 4"),
+    "another kind": (lambda p: p.write_text('{"a": 1}\n' * 999), "4 of the 4"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_log_that_is_lost_or_damaged_is_said(tmp_path, capsys, what):
+    path = tmp_path / "metrics.jsonl"
+    one = torch.tensor(1.0)
+    with RunLog(tmp_path, 6, 1, lambda _: None) as log:
+        for step in range(4):
+            log.step(step, one, one, 1e-3)
+        log.finish()
+        kept = log.num_bytes
+        log.step(4, one, one, 1e-3)  # after the last checkpoint
+    capsys.readouterr()
+    damage, line = DAMAGE[what]
+    damage(path)
+    with RunLog(tmp_path, 6, 1, lambda _: None, steps_done=4, keep_bytes=kept) as log:
+        for step in (4, 5):
+            log.step(step, one, one, 1e-3)
+        log.finish()
+    out = capsys.readouterr().out
+    assert line in out
+    assert "the run goes on" in out
+    steps = [values["step"] for values in read_metrics(path)[0]]
+    assert steps[-2:] == [4, 5]
+
+
+def test_going_on_in_another_folder_and_without_a_log(small, capsys):
+    run, _ = small
+    flags = ("--override", "--steps", str(run.steps + 1), "--save-every", "0")
+    source = ("--resume", str(run.folder / "calm"))
+    assert in_process(run, "elsewhere", *flags, *source) == 0
+    out = capsys.readouterr().out
+    assert f"{run.steps} of the {run.steps} steps done are missing" in out
+    summary = json.loads((run.folder / "elsewhere" / "summary.json").read_text())
+    assert summary["final_step"] == run.steps + 1
+    assert b"\0" not in (run.folder / "elsewhere" / "metrics.jsonl").read_bytes()

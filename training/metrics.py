@@ -4,8 +4,10 @@ Device values are read one step late. On CUDA the copy to pinned memory is queue
 and awaited when the next one has been queued, so the GPU never waits for Python.
 """
 
+import contextlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import subprocess
@@ -22,7 +24,13 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from training.schema import COUNT, NUMBER, Mismatch, Must, check
+
 Log = Callable[[str], None]
+MAX_LOG_BYTES = 1 << 30  # some 5 million steps
+_MAYBE = Must("a number or null", lambda v: v is None or NUMBER.holds(v))
+_STEP = {"step": COUNT, "loss": _MAYBE, "lr": NUMBER, "grad_norm": _MAYBE, "ms": NUMBER,
+         "tokens_per_s": NUMBER, "mfu": _MAYBE}  # fmt: skip
 _NOT_WRITTEN = ("bad", "position", "stop")  # fields of a record that metrics.jsonl leaves out
 
 
@@ -73,8 +81,9 @@ class RunLog:
         mfu: Tokens per second to model flops utilisation, or None where the peak is unknown.
         log_every: Steps from one printed line to the next; metrics.jsonl has every step.
         tensorboard: Also write TensorBoard events.
-        keep_bytes: Length of metrics.jsonl to keep when a run goes on; what a killed process
-            wrote after its last checkpoint is cut off. 0 starts the file anew.
+        steps_done: Before this process. What metrics.jsonl lacks of them is said; the run goes on.
+        keep_bytes: Length of metrics.jsonl after them; what a killed process wrote after its last
+            checkpoint is cut off. 0 starts the file anew.
         quiet: Write and print nothing; the ranks beside the first.
 
     Attributes:
@@ -92,15 +101,16 @@ class RunLog:
         mfu: Callable[[float], float | None],
         log_every: int = 1,
         tensorboard: bool = False,
+        steps_done: int = 0,
         keep_bytes: int = 0,
         quiet: bool = False,
     ):
         self.tokens_per_step, self.mfu, self.log_every = tokens_per_step, mfu, log_every
         self.quiet = quiet
         path = Path(os.devnull) if quiet else folder / "metrics.jsonl"
-        self._file = path.open("a+", encoding="utf-8", newline="\n")
         if not quiet:
-            self._file.truncate(keep_bytes)
+            _cut_back(path, keep_bytes)
+        self._file = path.open("a+", encoding="utf-8", newline="\n")
         self._board = _summary_writer(folder) if tensorboard and not quiet else None
         self._pending: tuple[int, float, int, Tensor, torch.cuda.Event | float] | None = None
         self._unread: list[StepRecord] = []
@@ -108,7 +118,7 @@ class RunLog:
         self._mark = time.perf_counter()
         self.records: list[StepRecord] = []
         if not quiet:
-            self.records = [StepRecord(**values) for values in read_metrics(path)[0]]
+            self.records = _read_records(path, steps_done)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -118,6 +128,9 @@ class RunLog:
             disable=quiet or not sys.stdout.isatty(),
         )
         self._task = self._bar.add_task("training", total=max_steps)
+        if not quiet and (lost := steps_done - len(self.records)):
+            self.say(f"metrics.jsonl: {lost} of the {steps_done} steps done are missing in it or "
+                     "damaged; the curve has a gap there, and the run goes on")  # fmt: skip
 
     def __enter__(self) -> "RunLog":
         self._bar.start()
@@ -229,6 +242,35 @@ class RunLog:
     def _write(self, values: dict[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
+
+
+def _cut_back(path: Path, keep_bytes: int) -> None:
+    """Drop what follows `keep_bytes`, where a line ends there: else it is not the file it was."""
+    if path.is_file() and path.stat().st_size > MAX_LOG_BYTES:
+        path.rename(path.with_name("metrics-too-long.jsonl"))
+    with path.open("ab+") as file:
+        size = file.tell()
+
+        def line_ends(at: int) -> bool:
+            file.seek(max(0, at - 1))
+            return at == 0 or file.read(1) == b"\n"
+
+        if keep_bytes <= size and line_ends(keep_bytes):
+            file.truncate(keep_bytes)
+        elif not line_ends(size):
+            file.write(b"\n")  # the next line must not be glued to the half of one
+
+
+def _read_records(path: Path, steps_done: int) -> list[StepRecord]:
+    records = []
+    for values in read_metrics(path)[0]:
+        with contextlib.suppress(Mismatch):
+            check("metrics.jsonl", values, _STEP)
+            if values["step"] < steps_done:
+                for name in ("loss", "grad_norm"):
+                    values[name] = math.nan if values[name] is None else values[name]
+                records.append(StepRecord(**values))
+    return records
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], ...]:

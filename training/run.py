@@ -77,7 +77,7 @@ class Run:
             return mfu(recipe.model_config, recipe.block_size, tokens_per_s, plan.device_name)
 
         return RunLog(self.out, recipe.max_steps, recipe.tokens_per_step, utilisation,
-                      log_every or math.ceil(recipe.max_steps / 100), tensorboard,
+                      log_every or math.ceil(recipe.max_steps / 100), tensorboard, progress.step,
                       progress.metrics_bytes, quiet=not self.world.is_main)  # fmt: skip
 
     def write_config(self, model: GPT) -> None:
@@ -141,7 +141,7 @@ def finish(
     """
     recipe, plan, out = run.recipe, run.plan, run.out
     train_s = sum(r.ms for r in log.records) / 1000.0
-    num_steps = len(log.records)
+    num_steps = progress.step
     tokens_seen = num_steps * recipe.tokens_per_step
     val_loss, bits_per_byte, baselines = None, None, {}
     if len(run.val_tokens) > 1:
@@ -166,7 +166,7 @@ def finish(
         "final_step": num_steps,
         "reached_target_at": reached,
         "saved_after_step": num_steps - 1,
-        "train_loss": log.records[-1].loss,
+        "train_loss": log.records[-1].loss if log.records else None,
         "val_loss": val_loss,
         "val_bits_per_byte": bits_per_byte,
         "baselines": baselines,
@@ -174,7 +174,7 @@ def finish(
         "corpus_tokens": len(run.train_tokens),
         "epochs": tokens_seen / len(run.train_tokens),
         "trained_context": recipe.block_size,
-        "tokens_per_s": tokens_seen / train_s,
+        "tokens_per_s": len(log.records) * recipe.tokens_per_step / (train_s or math.inf),
         "train_s": train_s,
         "first_step_s": log.first_step_s,
         "wall_s": metrics.seconds_since_start(),
