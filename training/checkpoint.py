@@ -254,7 +254,8 @@ def read(path: Path, expected: Expected | None = None) -> Checkpoint:
 
 def _read(path: Path, expected: Expected | None) -> Checkpoint:
     if path.is_symlink() or not path.is_dir():
-        raise CheckpointError(f"checkpoint {path}: no such folder, or a link to one")
+        why = "a link" if path.is_symlink() else "no such folder"
+        raise CheckpointError(f"checkpoint {path}: {why}")
     raw = _read_file(path / "manifest.json", MAX_JSON_BYTES)
     manifest = _parse(path / "manifest.json", raw)
     schema.check("manifest.json", manifest, MANIFEST)
