@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import adamw
 from kernels._op import INTERPRETED
 from kernels.adamw import CHUNK, Slot, Tables
+from model import GPTConfig
 from training import resume
 from training.optim import AdamW, TritonAdamW
 
@@ -310,6 +312,8 @@ class Holder(nn.Module):
     def __init__(self, parameters: list[nn.Parameter]):
         super().__init__()
         self.all = nn.ParameterList(parameters)
+        self.config = GPTConfig()
+        self.trained_context, self.fine_tuned_context = 1, None
 
 
 def test_checkpoints_restore_in_place(device):
@@ -325,10 +329,10 @@ def test_checkpoints_restore_in_place(device):
     addresses = {n: t.data_ptr() for n, t in resume._optimizer_tensors(model, optimizer).items()}
     assert addresses == at
 
-    def restore(target: Holder, state: torch.optim.AdamW) -> None:
+    def restore(target: Any, state: torch.optim.AdamW) -> None:
         checkpoint = resume.Checkpoint(
             2, {"model": weights, "optimizer": saved, "rng": resume.checkpoint.rng_state()},
-            {"progress": {"skips": [], "evaluations": []}},
+            {"progress": asdict(resume.Progress(step=2)), "recipe": {"max_steps": 4}, "plan": {}},
         )  # fmt: skip
         resume.restore(checkpoint, target, state, None)
 

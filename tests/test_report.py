@@ -158,7 +158,7 @@ def test_steps_done_again_count_once(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     before = [step(i, 5.0 - i) for i in range(4)]
     back = {"event": "rolled_back", "to_step": 2, "skips": [], "rollbacks": 1}
-    path.write_text(rows(*before, evaluation(2, 8.0), evaluation(4, 9.0), back))
+    path.write_text(rows(*before, evaluation(2, 8.0), evaluation(4, 9.0), back), encoding="utf-8")
     steps, evaluations, events = read_metrics(path)
     assert [s["step"] for s in steps] == [0, 1]
     assert [e["val_loss"] for e in evaluations] == [8.0]
@@ -204,9 +204,11 @@ def write_run(folder: Path, **changes: Any) -> Path:
     losses = [5 + (loss - 5) * min(1.0, i / 90) for i in range(100)]
     found = [step(i, x) for i, x in enumerate(losses)]
     found += [evaluation(50 * (i + 1), v) for i, v in enumerate(vals)]
-    (folder / "metrics.jsonl").write_text(rows(*found, *changes.pop("lines", ())) + '{"step": 1')
+    (folder / "metrics.jsonl").write_text(
+        rows(*found, *changes.pop("lines", ())) + '{"step": 1', encoding="utf-8"
+    )
     for sample in changes.pop("samples", ()):
-        with (folder / "samples.txt").open("a") as file:
+        with (folder / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"[prompt] a prompt\n[model]{sample}\n\n")
     summary = {
         "final_step": 100, "val_loss": vals[-1] if vals else None, "val_bits_per_byte": 1.75,
@@ -214,8 +216,8 @@ def write_run(folder: Path, **changes: Any) -> Path:
         "train_s": 1.0, "wall_s": 3.5, "tokens_per_s": 102_400.0, "model_bytes": 1234,
         "device": "a <test> CPU", "baselines": {"unigram": 6.4, "bigram": 5.0},
     }  # fmt: skip
-    (folder / "summary.json").write_text(json.dumps(summary | changes))
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps(summary | changes), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
@@ -283,18 +285,18 @@ def test_verdicts(tmp_path: Path, changes: dict[str, Any], expected: set[str]):
 
 def test_numbers_in_verdicts(tmp_path: Path):
     write_report(write_run(tmp_path / "r", loss=2.0, vals=[4.3, 4.9]), TEXT.encode())
-    page = (tmp_path / "r" / "report.html").read_text()
+    page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
     assert "The gap of 2.90 nats" in page
     assert "was 4.30 at step 50" in page
     run = write_run(tmp_path / "heart", vals=[], loss=0.08, epochs=50.6, corpus_tokens=338_025)
     write_report(run, b"")
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text(encoding="utf-8")
     assert "A loss of 0.08 after 50.6 epochs over 338,025 tokens is recitation" in page
 
 
 def test_facts(tmp_path: Path):
     write_report(write_run(tmp_path / "r", samples=[OWN]), TEXT.encode())
-    facts = json.loads((tmp_path / "r" / "report.json").read_text())["facts"]
+    facts = json.loads((tmp_path / "r" / "report.json").read_text(encoding="utf-8"))["facts"]
     assert facts["tokens seen"] == "102,400"
     assert facts["perplexity, held-out text"] == "66.69"  # e^4.2
     assert facts["bits per byte, held-out text"] == "1.750"
@@ -306,7 +308,7 @@ def test_facts(tmp_path: Path):
 def test_the_published_run_stands_beside_a_repetition_of_it_only(tmp_path: Path):
     run = write_run(tmp_path / "same", config=SEED_CONFIG, vals=[], loss=0.08)
     write_report(run, TEXT.encode())
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text(encoding="utf-8")
     assert "<td>4,175</td><td>0.082</td><td></td>" in page
     assert page.count("published run</text>") == 1
     for part, changed in (("recipe", {"max_lr": 1e-4}), ("recipe", {"model": "mini"}),
@@ -340,7 +342,7 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path):
         tmp_path / "r<b>", samples=[evil + TEXT[:60]], config=config, baselines=baselines
     )
     write_report(run, TEXT.encode())
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text(encoding="utf-8")
     parser = Outside()
     parser.feed(page)
     assert parser.urls == []
@@ -358,7 +360,7 @@ def test_empty_run_folder(tmp_path: Path):
     assert write_report(tmp_path, b"") == []
     assert not (tmp_path / "corpus.txt").exists()
     assert not (tmp_path / "loss.png").exists()
-    content = json.loads((tmp_path / "report.json").read_text())
+    content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert content == {"verdicts": [], "facts": {}, "train_loss": None, "val_loss": None,
                        "overlap": None}  # fmt: skip
 
@@ -370,20 +372,23 @@ def test_empty_run_folder(tmp_path: Path):
 )  # fmt: skip
 def test_odd_files_make_no_traceback(tmp_path: Path, content: str):
     for name in ("summary.json", "config.json", "metrics.jsonl"):
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="utf-8")
     (tmp_path / "samples.txt").write_bytes(b"\xff")
     write_report(tmp_path, TEXT.encode())
 
 
 def test_only_the_models_part_of_a_sample_counts(tmp_path: Path):
-    (tmp_path / "samples.txt").write_text(f"[prompt] {TEXT[:300]}\n[model] own words\n\n")
+    (tmp_path / "samples.txt").write_text(
+        f"[prompt] {TEXT[:300]}\n[model] own words\n\n", encoding="utf-8"
+    )
     write_report(tmp_path, TEXT.encode())
-    assert json.loads((tmp_path / "report.json").read_text())["overlap"]["longest_bytes"] == 0
+    facts = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert facts["overlap"]["longest_bytes"] == 0
 
 
 def test_a_strangers_links_are_not_written_through(tmp_path: Path):
     outside = tmp_path / "outside"
-    outside.write_text("kept")
+    outside.write_text("kept", encoding="utf-8")
     run = write_run(tmp_path / "r")
     for name in ("report.html", "report.json", "corpus.txt", "loss.png"):
         (run / name).symlink_to(outside)
@@ -397,19 +402,19 @@ def test_end_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(report, "DECODE_TOKENS", 1000)
     lines: list[str] = []
     report.report_run(run, tokens, lines.append)
-    assert (run / "corpus.txt").read_text() == TEXT
+    assert (run / "corpus.txt").read_text(encoding="utf-8") == TEXT
     assert lines[0].startswith("warning: Memorisation: the loss is 2.0")
     assert lines[1:] == [f"report: {run / 'report.html'}"]
     assert (run / "loss.png").stat().st_size > 9000
     monkeypatch.setattr(report, "MAX_CORPUS_BYTES", 9000)  # and of a longer text
     report.report_run(run, tokens, lines.append)
-    page = (run / "report.html").read_text()
+    page = (run / "report.html").read_text(encoding="utf-8")
     assert re.search(r"Only the first [\d,]+ bytes", page)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = write_run(tmp_path / "r", loss=2.0)
-    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     report.main([str(run), "--corpus", str(tmp_path / "text.txt")])
     assert "warning: Memorisation" in capsys.readouterr().out
     for args in ([str(tmp_path / "none")], [str(run), "--corpus", "none.txt"], [],
