@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import struct
 import subprocess
 import sys
@@ -182,6 +183,18 @@ def test_the_commands_exit_codes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare_module, "prepare", Mock(side_effect=KeyboardInterrupt))
     assert fails(*arguments)[0] == 130
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_names_the_folder_and_leaves_no_half_shard(tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be " * 100)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"prepare: cannot write to .*out: File too large"):
+            prepare(config(tmp_path / "a.txt", tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 def test_a_killed_process_is_one_line(tmp_path, monkeypatch):

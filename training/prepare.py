@@ -144,9 +144,13 @@ class ShardWriter:
         while used < len(tokens):
             part = tokens[used : used + self._target()[1] - self._count]
             used += len(part)
-            self.out.mkdir(parents=True, exist_ok=True)
-            with self._partial.open("ab" if self._count else "wb") as file:
-                file.write(part.tobytes())
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                with self._partial.open("ab" if self._count else "wb") as file:
+                    file.write(part.tobytes())
+            except OSError as error:  # a full disk names no file
+                reason = error.strerror or error
+                raise OSError(f"prepare: cannot write to {self.out}: {reason}") from None
             self._digest.update(part.tobytes())
             self._count += len(part)
             self.tokens += len(part)
