@@ -6,6 +6,7 @@ changes what is trained; the one exception, a bf16 residual stream, must be aske
 """
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,6 @@ from training.recipes import Recipe
 
 # torch.compile on a CPU calls these; openssl hashes its precompiled headers.
 COMPILE_TOOLS = ("g++", "as", "ld", "openssl")
-NO_SPACE = "a torch in a folder without spaces"  # torch 2.13 does not quote it
 # Compiling takes about 20 s of CPU time with a cold cache and saves about a fifth of an fp32 run
 # (4 layers, 256 wide, 2 cores: 1264 -> 1553 tokens/s), so it pays for runs over 100 s. Flops
 # stand for time: 2 cores reach about 1e11 a second.
@@ -31,6 +31,8 @@ EVAL_TOKENS = {"cpu": 8192, "cuda": 1 << 20}  # about a second of an evaluation 
 # Of a GPU's memory, for a step as the model in training/memory.py counts it. The rest is the CUDA
 # context, cuBLAS workspaces, the allocator's fragments and what a desktop holds.
 MEMORY_SHARE = 0.85
+ID_BYTES = 32  # per token of a step: ids and targets in the step's buffers, and those read ahead
+UNKNOWN_BYTES = 1 << 40  # where the system does not tell: no more than any machine has
 MIN_TRITON_ARCH = 80  # the oldest the kernels are built and checked for; see kernels/_op.py
 
 
@@ -143,7 +145,8 @@ class Plan:
             f"{self.optimizer} AdamW",
             *(["one CUDA graph"] if self.cuda_graph else []),
             *(["bf16 residual stream: changed numerics"] if self.residual == "bf16" else []),
-            f"about {self.memory_bytes / 2**30:.1f} GiB",
+            f"about {self.memory_bytes / 2**30:.1f} GiB for a step, beside "
+            + ("the 0.5 to 1 of torch itself" if self.device == "cpu" else "CUDA's own 0.5"),
         ]
         return ", ".join(parts)
 
@@ -158,7 +161,6 @@ def detect(device: str = "auto") -> Machine:
     if device == "cuda" and not has_cuda:
         raise ValueError("device: cuda asked for, but torch sees no GPU; use --device cpu or auto")
     tools = tuple(t for t in COMPILE_TOOLS if shutil.which(t) is None)
-    tools += (NO_SPACE,) * (" " in str(torch.__file__))
     common = Machine(
         device="cpu",
         name=machines.cpu_name(),
@@ -219,8 +221,12 @@ def make_plan(recipe: Recipe, machine: Machine, choices: Choices | None = None) 
         return memory.estimate(
             recipe.model_config, micro, recipe.block_size, dtype=dtype, ops=ops, compiled=compile,
             working_copies=working_copies, num_micro_batches=rows // micro, residual=asked.residual,
-        ).total  # fmt: skip
+        ).total + ID_BYTES * rows * recipe.block_size  # fmt: skip
 
+    # Far too large is refused, whoever insists: building such a model would end the machine.
+    memory_bytes = machine.memory_bytes or UNKNOWN_BYTES
+    if needs(1) > (4 if asked.micro_batch_size else 1) * memory_bytes:
+        raise ValueError(_too_large(recipe, machine, needs(1)))
     micro = asked.micro_batch_size or recipe.batch_size
     if on_cuda and not asked.micro_batch_size:
         micro = _merge_micro_batches(recipe, machine, needs, notes)
@@ -249,19 +255,26 @@ def _merge_micro_batches(
 ) -> int:
     """The largest physical batch that fits: fewer launches, larger GEMMs, the same rows."""
     rows, budget = recipe.rows_per_step, int(MEMORY_SHARE * machine.memory_bytes)
-    divisors = [d for d in range(rows, 0, -1) if rows % d == 0]
+    small = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
+    divisors = sorted({*small, *(rows // d for d in small)}, reverse=True)
     micro = next((d for d in divisors if needs(d) <= budget), 0)
     if not micro:
-        raise ValueError(
-            f"memory: one row of {recipe.model} at T={recipe.block_size} needs about "
-            f"{needs(1) / 2**30:.1f} GiB, {machine.name} has {budget / 2**30:.1f} GiB to give; "
-            "take a smaller --model or --block-size, or insist with --micro-batch-size 1"
-        )
+        raise ValueError(_too_large(recipe, machine, needs(1)))
     if micro > recipe.batch_size:
         notes.append(f"micro-batches of {recipe.batch_size} rows merged into {micro}: same rows")
     elif micro < recipe.batch_size:
         notes.append(f"micro-batches of {recipe.batch_size} rows cut to {micro}: memory")
     return micro
+
+
+def _too_large(recipe: Recipe, machine: Machine, needed: int) -> str:
+    rows, budget = recipe.rows_per_step, MEMORY_SHARE * (machine.memory_bytes or UNKNOWN_BYTES)
+    return (
+        f"memory: one row of {recipe.model} at T={recipe.block_size} needs about "
+        f"{needed / 2**30:,.1f} GiB (ids of the {rows:,} rows of a step included), {machine.name} "
+        f"has {budget / 2**30:,.1f} GiB to give; take a smaller --model, --block-size or "
+        "--grad-accum-steps, or insist with --micro-batch-size 1"
+    )
 
 
 def _choose_dtype(dtype: str, machine: Machine, notes: list[str]) -> str:
@@ -325,11 +338,11 @@ def _choose_compile(
 ) -> bool:
     missing = ", ".join(machine.missing_tools)
     if wanted and missing:
-        raise ValueError(f"compile: torch.compile needs {missing}; leave --compile out")
+        raise ValueError(f"compile: torch.compile needs {missing} in PATH; leave --compile out")
     if wanted is not None:
         return wanted
     if missing:
-        notes.append(f"not compiled: torch.compile needs {missing}")
+        notes.append(f"not compiled: torch.compile needs {missing} in PATH")
         return False
     total = flops_per_token(recipe.model_config, recipe.block_size) * (
         recipe.tokens_per_step * recipe.max_steps

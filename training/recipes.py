@@ -12,12 +12,16 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from model import MODELS, GPTConfig
+from training.schema import MOST
 
 Order = Literal["sequential", "shuffled"]
+MAX_FLOAT = 1e30  # of a field of a recipe: the optimizer computes in fp32, which ends at 3e38
+# What a checkpoint may hold, and a generator take.
+MAX_COUNTS = dict.fromkeys(("warmup_steps", "horizon_steps", "max_steps", "batch_size",
+                            "block_size", "grad_accum_steps"), MOST) | {"seed": 2**63}  # fmt: skip
 
-
-_SIZES = ("block_size", "n_layer", "n_head", "n_embd")
-_CHANGEABLE: dict[str, type] = dict.fromkeys(_SIZES, int) | {"dropout": float}
+_CHANGEABLE: dict[str, type] = {"block_size": int, "n_layer": int, "n_head": int, "n_embd": int,
+                                "dropout": float}  # fmt: skip
 
 
 def parse_model(spec: str) -> GPTConfig:
@@ -57,8 +61,9 @@ def spell_model(config: GPTConfig) -> str:
         if known == config:
             return name
     base = next(iter(MODELS))
-    changed = [n for n in _CHANGEABLE if getattr(config, n) != getattr(MODELS[base], n)]
-    return ",".join([base, *(f"{n}={getattr(config, n)}" for n in changed)])
+    changed = (f"{name}={getattr(config, name)}" for name in _CHANGEABLE
+               if getattr(config, name) != getattr(MODELS[base], name))  # fmt: skip
+    return ",".join([base, *changed])
 
 
 def _nearest(name: str, names: list[str]) -> str:
@@ -118,6 +123,15 @@ class Recipe:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"recipe: {name} must be finite and at least 0, got {value}")
+            if value > MAX_FLOAT:
+                raise ValueError(f"recipe: {name} must be at most {MAX_FLOAT:g}, got {value}")
+        if self.eps < 1 / MAX_FLOAT:  # a weight without a gradient would become 0 / 0
+            raise ValueError(f"recipe: eps must be at least {1 / MAX_FLOAT:g}, got {self.eps}")
+        for name, most in MAX_COUNTS.items():
+            if getattr(self, name) > most:
+                raise ValueError(
+                    f"recipe: {name} must be at most {most}, got {getattr(self, name)}"
+                )
         for name in ("warmup_steps", "horizon_steps", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe: {name} must be at least 0, got {getattr(self, name)}")
