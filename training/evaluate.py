@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,6 +65,7 @@ def evaluate_tokens(
     *,
     window: int | None = None,
     batch_size: int | None = None,
+    poll: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean loss in nats per token.
 
@@ -72,6 +74,7 @@ def evaluate_tokens(
         tokens: (N,) token ids of any integer type, N >= 2.
         window: Row length T; None is the trained context.
         batch_size: Rows per forward; None takes about 4096 tokens.
+        poll: Called before each forward; may raise to end it.
 
     Raises:
         ValueError: fewer than two tokens, or a bad window.
@@ -87,6 +90,7 @@ def evaluate_tokens(
     with evaluating(model), torch.no_grad():
         at = 0
         while at < num:
+            poll()
             rows = min(rows_at_once, (num - at) // T)
             B, S = (rows, T) if rows else (1, num - at)  # the last row is shorter
             chunk = tokens[at : at + B * S + 1]
@@ -157,11 +161,13 @@ def evaluate_text(
         ) from None
     tokens = tokenizer.encode(string)[:max_tokens]
     loss = evaluate_tokens(model, tokens, window=window)
+    if not math.isfinite(loss):
+        raise ValueError(f"evaluate: the loss is {loss}; the model's weights are not usable")
     num_bytes = len(encoding.decode_bytes(tokens[1:].tolist()))
     num = len(tokens) - 1
     return Evaluation(
         loss=loss,
-        perplexity=math.exp(loss),
+        perplexity=math.exp(min(loss, 700.0)),  # fp64 ends at exp(709)
         bits_per_byte=loss * num / (math.log(2) * num_bytes),
         num_tokens=num,
         num_bytes=num_bytes,
