@@ -6,12 +6,19 @@ Three commands:
     python train.py --preset shakespeare-124m        GPT-2 124M until it knows its text by heart
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until there is a run to save, Ctrl-C ends the process in silence, the imports below included.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
 import contextlib
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +26,7 @@ import torch
 import tyro
 
 from model import GPT, hf
-from training import checkpoint, distributed, folder, metrics, resume
+from training import checkpoint, console, distributed, folder, metrics, resume, signals
 from training.data import load_corpus
 from training.distributed import ALONE, World, refuse_mismatch, share
 from training.explain import explain, probe_steps
@@ -30,7 +37,7 @@ from training.plan import Choices, detect, make_plan
 from training.recipes import Recipe, find_preset, spell_model
 from training.resume import Progress, RunFailed
 from training.run import Run, data_loader, finish
-from training.signals import EXIT_RESUMABLE, StopRequest
+from training.signals import EXIT_RESUMABLE, Stopped, StopRequest
 from training.step import TrainStep, start_process
 
 DEFAULT_PRESET = {"cpu": "shakespeare-cpu", "cuda": "shakespeare-124m"}
@@ -86,6 +93,10 @@ class Config:
         for name, least in bounds.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"config: {name} must be at least {least}, got {value}")
+        paths = {"out": (self.out,), "init": (self.init,), "resume": (self.resume,)}
+        for name, values in {**paths, "data": self.data}.items():
+            if "" in values:
+                raise ValueError(f"config: --{name} is empty; name a path, or leave it out")
 
     @property
     def eval_interval(self) -> int:
@@ -127,6 +138,11 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     corpus = world.in_turn("tokens", lambda: load_corpus(cfg.data, world.say))
     train_tokens, val_tokens = corpus.split(recipe.val_fraction)
     data_loader(recipe, plan, train_tokens, world)  # raises where the text is too short for a batch
+    if recipe.val_fraction > 0 and len(val_tokens) < 2:
+        raise ValueError(
+            f"data: validation needs at least 2 tokens, got {len(val_tokens)}: val_fraction "
+            f"{recipe.val_fraction} of {len(corpus.tokens):,}; take a larger one, or 0 for none"
+        )
     facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(train_tokens),
              "val_tokens": len(val_tokens)}  # fmt: skip
     same = {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()},
@@ -137,7 +153,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     saved = resume.find(cfg.resume, out, world, recipe, corpus.sha256, cfg.override)
     if saved is not None:
         notes = resume.check_recipe(saved, recipe, corpus.sha256, cfg.override)
-        notes += resume.check_plan(saved, plan)
+        notes += resume.check_rate(saved, recipe) + resume.check_plan(saved, plan)
         world.say("\n".join([f"resume: {saved.path}, {saved.step} steps done", *notes]))
     world.first("folder", lambda: folder.make(out, recipe))
     flags = {k: v for k, v in asdict(cfg).items() if k != "recipe"}
@@ -168,6 +184,15 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     reached: int | None = None
     stopping = bool(stop)
 
+    def save_checkpoint() -> None:
+        if not world.is_main or progress.step > recipe.max_steps:  # beyond: nothing was done
+            return
+        with log.aside():
+            progress.position, progress.metrics_bytes = batches.position, log.num_bytes
+            cost = writer.submit(resume.capture, progress, model, optimizer, guard, recipe, plan,
+                                 run.corpus["sha256"])  # fmt: skip
+        log.event("checkpoint", step=progress.step, **cost)
+
     with log, writer, contextlib.closing(batches):
         while True:
             step = progress.step
@@ -176,6 +201,12 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             action = "ok"
             for record in log.read(wait=evaluate or save or stopping or step >= recipe.max_steps):
                 stopping |= record.stop  # several ranks agree through the late value
+                if guard is None and not record.finite:
+                    raise RunFailed(
+                        f"step {record.step}: the loss is {record.loss}, the gradient norm "
+                        f"{record.grad_norm}, and without a guard nothing undoes that; a lower "
+                        "--max-lr, more --warmup-steps or --guard may help"
+                    )
                 if reached is None and record.loss < recipe.target_loss:
                     reached = record.step
                 if guard and (action := guard.observe(record.bad, record.position)) != "ok":
@@ -194,19 +225,17 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             done = reached is not None or step >= recipe.max_steps
             if evaluate and not (stopping or done or step in dict(progress.evaluations)):
                 with log.aside(), take_step.autocast():
-                    val_loss = run.validate(model, plan.eval_tokens)
-                progress.evaluations.append((step, val_loss))
+                    val_loss = run.validate(model, run.val_tokens, plan.eval_tokens)
+                if math.isfinite(val_loss):  # else the next step's loss tells
+                    progress.evaluations.append((step, val_loss))
                 save |= progress.best == step and cfg.save_interval > 0
                 log.event("eval", step=step, val_loss=val_loss)
                 log.say(f"step {step:5d} | validation loss {val_loss:.4f}")
-            save = save or stopping or (done and cfg.save_interval > 0)
-            if save and world.is_main and step <= recipe.max_steps:  # beyond: nothing was done
-                with log.aside():
-                    progress.position, progress.metrics_bytes = batches.position, log.num_bytes
-                    cost = writer.submit(resume.capture, progress, model, optimizer, guard, recipe,
-                                         plan, run.corpus["sha256"])  # fmt: skip
-                log.event("checkpoint", step=step, **cost)
+            if save or stopping or (done and cfg.save_interval):
+                save_checkpoint()
             if stopping:
+                writer.finish()
+                world.barrier()
                 return leave(run, step, writer, log, stop)
             if done:
                 log.finish()
@@ -217,7 +246,12 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             log.step(step, outcome.loss, outcome.grad_norm, lr, batches.position, outcome.bad,
                      outcome.asked_to_stop)  # fmt: skip
             progress.step += 1
-        finish(run, model, log, progress, reached, take_step.autocast)
+        try:
+            finish(run, model, log, progress, reached, take_step.autocast, stop.check)
+        except Stopped:  # on this rank; each leaves by itself
+            if not cfg.save_interval:
+                save_checkpoint()
+            return leave(run, progress.step, writer, log, stop)
         writer.finish()
     if stop:  # it came after the last step; everything is written
         world.say(f"{stop.signal}: the run is complete")
@@ -227,26 +261,33 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
 def leave(run: Run, step: int, writer: checkpoint.Writer, log: RunLog, stop: StopRequest) -> int:
     """Say how to go on; the checkpoint is on disk when this returns."""
     writer.finish()
-    run.world.barrier()
     if run.world.size > 1 and run.world.is_main:
         (run.out / folder.STOPPED).touch()  # torchrun takes this for a failure and starts again
     log.event("stopped", step=step, signal=stop.signal)
     log.say(
         f"{stop.signal or 'another rank'}: stopped after {step} steps, last good checkpoint: step "
-        f"{writer.last_good}; the same command with --out {run.out} goes on"
+        f"{writer.last_good}; the same command with --out {shlex.quote(str(run.out))} goes on"
     )
     return EXIT_RESUMABLE
 
 
 def parse(arguments: Sequence[str]) -> Config:
     """Read the flags; the preset and the weights to start from decide the defaults."""
-    preset = _value_of("--preset", arguments)
-    preset = preset or DEFAULT_PRESET["cuda" if torch.cuda.is_available() else "cpu"]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--preset", "--init", "--model"):
+        first.add_argument(flag)
+    try:
+        given, _ = first.parse_known_args(arguments)
+    except argparse.ArgumentError:  # a value is missing, as tyro will say
+        given = argparse.Namespace(preset=None, init=None, model=None)
+    preset = given.preset
+    if preset is None:
+        preset = DEFAULT_PRESET["cuda" if torch.cuda.is_available() else "cpu"]
     recipe = find_preset(preset)
-    if init := _value_of("--init", arguments):
-        if _value_of("--model", arguments):
-            raise ValueError(f"model: --init {init} decides the model; leave --model out")
-        recipe = replace(recipe, model=spell_model(hf.read_config(init)))
+    if given.init:
+        if given.model:
+            raise ValueError(f"model: --init {given.init} decides the model; leave --model out")
+        recipe = replace(recipe, model=spell_model(hf.read_config(given.init)))
     # tyro wants a value after a flag of three states.
     states = ("compile", "working-copies", "cuda-graph")
     values = {f"--{name}": ["True"] for name in states} | {
@@ -255,13 +296,6 @@ def parse(arguments: Sequence[str]) -> Config:
     spelled = [part for flag in arguments for part in (flag, *values.get(flag, ()))]
     default = Config(recipe=recipe, preset=preset)
     return tyro.cli(Config, args=spelled, default=default, config=(tyro.conf.OmitArgPrefixes,))
-
-
-def _value_of(name: str, arguments: Sequence[str]) -> str | None:
-    """What follows the last flag `name`, before tyro reads them all."""
-    found = [value for flag, value in pairwise([*arguments, ""]) if flag == name]
-    found += [f.partition("=")[2] for f in arguments if f.startswith(name + "=")]
-    return found[-1] if found else None
 
 
 def explain_plan(cfg: Config) -> int:
@@ -277,8 +311,9 @@ def explain_plan(cfg: Config) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 for what was asked wrongly, 1 for a run that failed, 75 for one to go on with."""
-    world = ALONE
+    world, stop = ALONE, StopRequest()
     with contextlib.ExitStack() as held:
+        held.enter_context(console.surviving(lambda: bool(stop)))
         try:
             world = held.enter_context(distributed.meet())
             cfg = parse(sys.argv[1:] if arguments is None else arguments)
@@ -292,7 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             world.complain(f"train.py: {' '.join(str(error).split())}")
             return 2
-        stop = held.enter_context(StopRequest(world.say))
+        stop.say = world.say
+        held.enter_context(stop)
         recipe = cfg.recipe
         world.say(
             f"recipe: {cfg.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens a "
@@ -301,10 +337,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         world.say("\n  ".join([run.plan.describe(), *run.plan.notes]))
         try:
             return train(cfg, run, stop)
-        except (RunFailed, checkpoint.CheckpointError) as error:
+        except (RunFailed, checkpoint.CheckpointError, torch.OutOfMemoryError) as error:
             print(f"train.py: {error}", file=sys.stderr)
+            return 1
+        except OSError as error:  # a full disk, a file system that went away
+            print(f"train.py: {error}; what {run.out} holds stays, and the same command goes on "
+                  "from its newest checkpoint", file=sys.stderr)  # fmt: skip
             return 1
 
 
 if __name__ == "__main__":
-    distributed.end_process(main())
+    exit_code = main()
+    signals.ignore()
+    distributed.end_process(exit_code)

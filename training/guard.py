@@ -71,7 +71,7 @@ class Guard:
     in_a_row: int = 0
     skipped: int = 0
     rollbacks: int = 0
-    positions: list[Any] = field(default_factory=list)  # data positions of the bad steps in a row
+    positions: list[Any] = field(default_factory=list)  # rows drawn after each bad step of the row
 
     def __post_init__(self) -> None:
         self.losses = torch.full((self.config.window,), float("nan"), device=self.device)
@@ -106,7 +106,7 @@ class Guard:
 
         Args:
             bad: The late value of `judge`.
-            position: Loader position the step's data began at (JSON value).
+            position: Rows drawn after the step's batches.
 
         Returns:
             "ok", "skipped", "rollback" (patience is used up) or "give_up" (so are the rollbacks).

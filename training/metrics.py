@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
+from model.files import write_atomically
 from training.schema import COUNT, NUMBER, Mismatch, Must, check
 
-Log = Callable[[str], None]
 MAX_LOG_BYTES = 1 << 30  # some 5 million steps
 _MAYBE = Must("a number or null", lambda v: v is None or NUMBER.holds(v))
 _STEP = {"step": COUNT, "loss": _MAYBE, "lr": NUMBER, "grad_norm": _MAYBE, "ms": NUMBER,
@@ -62,12 +63,15 @@ class StepRecord:
     position: int = 0
     stop: bool = False
 
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
     def line(self) -> str:
-        mfu = "n/a" if self.mfu is None else f"{100 * self.mfu:.1f}%"
+        mfu = "" if self.mfu is None else f" | mfu {100 * self.mfu:.1f}%"
         return (
             f"step {self.step:5d} | loss {self.loss:7.4f} | lr {self.lr:.2e} | norm "
-            f"{self.grad_norm:7.3f} | {self.ms:7.1f} ms | {self.tokens_per_s:9,.0f} tok/s "
-            f"| mfu {mfu}"
+            f"{self.grad_norm:7.3f} | {self.ms:7.1f} ms | {self.tokens_per_s:9,.0f} tok/s{mfu}"
         )
 
 
@@ -110,10 +114,11 @@ class RunLog:
         path = Path(os.devnull) if quiet else folder / "metrics.jsonl"
         if not quiet:
             _cut_back(path, keep_bytes)
-        self._file = path.open("a+", encoding="utf-8", newline="\n")
+        self._file = path.open("ab", buffering=0)  # a line that fails is not tried again later
         self._board = _summary_writer(folder) if tensorboard and not quiet else None
         self._pending: tuple[int, float, int, Tensor, torch.cuda.Event | float] | None = None
         self._unread: list[StepRecord] = []
+        self._broken = False  # a line of metrics.jsonl is missing, or half there
         self._pinned: list[Tensor] = []
         self._mark = time.perf_counter()
         self.records: list[StepRecord] = []
@@ -137,16 +142,20 @@ class RunLog:
         self._mark = time.perf_counter()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
         self._bar.stop()
+        if kind is not None:
+            self.event("failed", reason=str(error))
         self._file.close()
         if self._board is not None:
             self._board.close()
 
     def say(self, line: str) -> None:
         """Print a line; above the bar where there is one."""
-        if not self.quiet:
-            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if self._bar.disable and not self.quiet:
+            print(line, flush=True)
+        elif not self.quiet:
+            self._bar.console.print(Text(line), soft_wrap=True)
 
     def step(
         self,
@@ -230,7 +239,7 @@ class RunLog:
     @property
     def num_bytes(self) -> int:
         """Length of metrics.jsonl so far."""
-        return os.fstat(self._file.fileno()).st_size  # every write is flushed
+        return os.fstat(self._file.fileno()).st_size
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -240,8 +249,15 @@ class RunLog:
         self._mark = time.perf_counter()
 
     def _write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        """Append a line; a full disk costs the log and not the run."""
+        line = ("\n" if self._broken else "") + to_json(values) + "\n"
+        try:
+            if self._file.write(line.encode()) != len(line):
+                raise OSError("No space left for a whole line")
+        except OSError as error:
+            if not self._broken:
+                self.say(f"metrics.jsonl: cannot be written ({error}); the run goes on")
+            self._broken = True
 
 
 def _cut_back(path: Path, keep_bytes: int) -> None:
@@ -333,8 +349,22 @@ def environment() -> dict[str, Any]:
     }
 
 
+def to_json(values: Any, indent: int | None = None) -> str:
+    """JSON, with null for a number that is not finite: JSON has no word for it."""
+
+    def spelled(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {key: spelled(inner) for key, inner in value.items()}
+        return [*map(spelled, value)] if isinstance(value, list | tuple) else value
+
+    return json.dumps(spelled(values), indent=indent, allow_nan=False)
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """A reader, or a full disk, finds the whole file or the one before."""
+    write_atomically(path, to_json(values, indent=2) + "\n")
 
 
 def seconds_since_start() -> float:

@@ -5,9 +5,11 @@ the number of rows drawn, and how much of metrics.jsonl belongs to the steps don
 (order of the samples, schedule) is a function of those and of the recipe.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +337,18 @@ def check_recipe(saved: Checkpoint, recipe: Recipe, data_sha256: str, override: 
             "afresh"
         )
     return [f"resume: recipe overridden: {change}" for change in changed]
+
+
+def check_rate(saved: Checkpoint, recipe: Recipe) -> list[str]:
+    """A line about a learning rate that is not the one the saved recipe would go on at."""
+    step, known = saved.step, {f.name for f in fields(Recipe)}
+    with suppress(TypeError, ValueError):  # a recipe of another version
+        before = Recipe(**{k: v for k, v in saved.state["recipe"].items() if k in known})
+        was, now = before.learning_rate(max(step - 1, 0)), recipe.learning_rate(step)
+        if not math.isclose(now, before.learning_rate(step), rel_tol=0.01):
+            return [f"resume: the learning rate was {was:.2e} in the last step and goes on at "
+                    f"{now:.2e}; --max-lr, --min-lr and --horizon-steps decide it"]  # fmt: skip
+    return []
 
 
 def check_plan(saved: Checkpoint, plan: Plan) -> list[str]:

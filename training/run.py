@@ -16,7 +16,7 @@ import torch
 
 from model import GPT
 from model.sampling import Sampling
-from model.text import generate_text
+from model.text import stream_text
 from model.tokenizer import decode, get_encoding
 from training import metrics
 from training.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ from training.ngrams import ngram_losses
 from training.plan import Plan
 from training.recipes import Recipe
 from training.report import DECODE_TOKENS, report_run
-from training.resume import Progress
+from training.resume import Progress, RunFailed
 
 NUM_SAMPLES = 4
 PROMPT_TOKENS = 8
@@ -95,15 +95,28 @@ class Run:
         }
         metrics.write_json(self.out / "config.json", values)
 
-    def validate(self, model: GPT, max_tokens: int) -> float:
-        """Validation loss in nats per token; the ranks share the work."""
+    def validate(
+        self,
+        model: GPT,
+        scored: Tokens,
+        max_tokens: int,
+        poll: Callable[[], None] = lambda: None,
+    ) -> float:
+        """Loss in nats per token; the ranks share the work.
+
+        Args:
+            model: The model.
+            scored: What it is to predict, 2 tokens at least.
+            max_tokens: Of longer texts as many, from all over them.
+            poll: Called between batches; may raise to end it.
+        """
         world, total, weight = self.world, 0.0, 0
-        pieces = eval_pieces(len(self.val_tokens), max_tokens, self.recipe.block_size, world.size)
+        pieces = eval_pieces(len(scored), max_tokens, self.recipe.block_size, world.size)
         # The blocks of a plan may be compiled for training; a graph without gradients is another.
         with torch.compiler.set_stance("force_eager"):
             for first, last in pieces[world.rank :: world.size]:
-                tokens = np.asarray(self.val_tokens[first:last])
-                loss = evaluate_tokens(model, tokens, window=self.recipe.block_size)
+                tokens = np.asarray(scored[first:last])
+                loss = evaluate_tokens(model, tokens, window=self.recipe.block_size, poll=poll)
                 total += loss * (len(tokens) - 1)
                 weight += len(tokens) - 1
         return world.mean(total, weight, self.plan.device)
@@ -131,6 +144,7 @@ def finish(
     progress: Progress,
     reached: int | None,
     autocast: Callable[[], AbstractContextManager[Any]],
+    poll: Callable[[], None],
 ) -> None:
     """Last evaluation, weights, samples, summary, report; in that order.
 
@@ -138,16 +152,27 @@ def finish(
         run, model, log, progress: After the last step.
         reached: Step whose loss fell below the recipe's target, if one did.
         autocast: Context of the evaluation, as of those during the run.
+        poll: Raises where the run is to stop.
     """
     recipe, plan, out = run.recipe, run.plan, run.out
     train_s = sum(r.ms for r in log.records) / 1000.0
     num_steps = progress.step
     tokens_seen = num_steps * recipe.tokens_per_step
     val_loss, bits_per_byte, baselines = None, None, {}
+    # Without a validation part a row tells whether the last update left a usable model.
+    scored = (
+        run.val_tokens if len(run.val_tokens) > 1 else run.train_tokens[: recipe.block_size + 1]
+    )
+    with autocast():
+        loss = run.validate(model, scored, MAX_VAL_TOKENS, poll)
     if len(run.val_tokens) > 1:
-        with autocast():
-            val_loss = run.validate(model, MAX_VAL_TOKENS)
+        val_loss = loss
         log.event("eval", step=num_steps, val_loss=val_loss)
+    if not math.isfinite(loss):
+        raise RunFailed(
+            f"step {num_steps}: after it the loss is {loss}; a lower --max-lr or more "
+            "--warmup-steps may help, with --resume never"
+        )
     if not run.world.is_main:
         return
     if val_loss is not None:
@@ -159,14 +184,15 @@ def finish(
         bits_per_byte = val_loss * len(scored[:DECODE_TOKENS]) / (math.log(2) * num_bytes)
         beside = ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items())
         log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
+    poll()
     model.save_pretrained(out / "model")
     model.residual_dtype = None  # as whoever loads the saved model runs it
-    _write_samples(run, model, log.say)
+    _write_samples(run, model, log.say, poll)
     summary = {
         "final_step": num_steps,
         "reached_target_at": reached,
         "saved_after_step": num_steps - 1,
-        "train_loss": log.records[-1].loss if log.records else None,
+        "train_loss": next((r.loss for r in reversed(log.records) if r.finite), None),
         "val_loss": val_loss,
         "val_bits_per_byte": bits_per_byte,
         "baselines": baselines,
@@ -189,7 +215,9 @@ def finish(
     )
 
 
-def _write_samples(run: Run, model: GPT, say: Callable[[str], None]) -> None:
+def _write_samples(
+    run: Run, model: GPT, say: Callable[[str], None], poll: Callable[[], None]
+) -> None:
     """samples.txt: continuations of a few words of held-out text, within the trained context."""
     text = run.val_tokens
     if len(text) <= PROMPT_TOKENS * NUM_SAMPLES:
@@ -197,7 +225,10 @@ def _write_samples(run: Run, model: GPT, say: Callable[[str], None]) -> None:
     starts = np.linspace(0, len(text) - PROMPT_TOKENS, NUM_SAMPLES + 1, dtype=int)[:-1]
     prompts = [decode(np.asarray(text[i : i + PROMPT_TOKENS])) for i in starts]
     sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=run.recipe.seed)
-    answers = generate_text(model, get_encoding(), prompts, sampling)
+    answers = [""] * len(prompts)
+    for piece in stream_text(model, get_encoding(), prompts, sampling):
+        answers[piece.row] += piece.text
+        poll()
     with (run.out / "samples.txt").open("w", encoding="utf-8") as file:
         for prompt, answer in zip(prompts, answers, strict=True):
             file.write(f"[prompt] {prompt}\n[model]{answer}\n\n")

@@ -1,0 +1,143 @@
+"""Whatever becomes of the console, and whenever a signal comes, a run goes on or is saved."""
+
+import io
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from training import console
+from training.console import surviving
+from training.metrics import RunLog
+from training.signals import StopRequest
+
+
+@pytest.fixture
+def pipe():
+    """A pipe's reading end, and a stream to write to."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", encoding="utf-8") as stream:
+        yield reading, stream
+    os.close(reading)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_what_the_console_cannot_encode_is_escaped(encoding, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+    with surviving(lambda: False):
+        print("snow \u2603, a byte that is not UTF-8 \udce9")
+    assert b"\\udce9" in raw.getvalue()
+    assert (b"\\u2603" in raw.getvalue()) == (encoding != "utf-8")
+
+
+def test_a_reader_that_goes_away_is_said_once_and_ends_nothing(pipe, monkeypatch, capfd):
+    reading, stream = pipe
+    monkeypatch.setattr(sys, "stdout", stream)
+    with surviving(lambda: False):
+        print("one")
+        with open(os.devnull, encoding="utf-8") as null:
+            os.dup2(null.fileno(), reading)  # nobody holds the pipe's reading end
+        print("two")
+        print("three")
+    print("and after it", file=stream, flush=True)  # as the interpreter does at its end
+    assert capfd.readouterr().err.count("standard output is lost") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_log_ends_nothing(monkeypatch, capfd):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with surviving(lambda: False):
+            print("one")
+    assert "No space left" in capfd.readouterr().err
+
+
+def test_closed_streams_are_no_streams(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has them after `>&- 2>&-`
+    monkeypatch.setattr(sys, "stderr", None)
+    with surviving(lambda: False):
+        print("to nobody")
+        print("to nobody", file=sys.stderr)
+        sys.stdout.flush()
+    assert sys.stdout is None
+
+
+def test_all_is_written_to_a_reader_that_takes_its_time(pipe, monkeypatch):
+    reading, stream = pipe
+    monkeypatch.setattr(sys, "stdout", stream)
+    got = []
+
+    def read() -> None:
+        while not got or got[-1]:
+            got.append(os.read(reading, 100))
+
+    reader = threading.Thread(target=read)
+    with surviving(lambda: False):
+        reader.start()
+        for i in range(5000):
+            print(f"line {i:40d}")
+    stream.close()
+    reader.join()
+    assert b"".join(got).splitlines() == [b"line %40d" % i for i in range(5000)]
+
+
+def test_nobody_reads_and_the_run_is_to_stop(pipe, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdout", pipe[1])
+    monkeypatch.setattr(console, "PATIENCE_S", 0.3)
+    hurried = threading.Event()
+    with surviving(hurried.is_set):
+        threading.Timer(0.2, hurried.set).start()
+        for _ in range(3000):  # more than a pipe holds
+            print("x" * 60)
+    assert "nobody reads it" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
+def test_a_signal_in_the_middle_of_a_print(monkeypatch):
+    """A handler that prints there raises "reentrant call", or waits for itself."""
+
+    class Pipe(io.RawIOBase):
+        written = b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data) -> int:
+            if not self.written:
+                self.written += bytes(data)
+                for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
+                    os.kill(os.getpid(), number)
+            self.written += bytes(data)
+            return len(data)
+
+    raw = Pipe()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(raw), "utf-8"))
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest(lambda line: print(line, flush=True)) as stop:
+        print("a line", flush=True)
+    assert stop.signal == "SIGINT"
+    assert raw.written.count(b"stopping as soon as") == 4
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
+def test_nohup_is_obeyed(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(print) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_name_is_printed_as_it_is(terminal, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    log = RunLog(tmp_path, 3, 100, lambda _: None)
+    log.say("--out /runs/a:cat:b[bold]c")
+    assert "--out /runs/a:cat:b[bold]c" in capsys.readouterr().out

@@ -1,0 +1,269 @@
+"""How a run ends when it does not end well: signals, losses that are no numbers, a full disk."""
+
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import train
+from tests.faults import Small, wait_for
+from training import report, run
+from training.metrics import RunLog, read_metrics, to_json
+from training.signals import EXIT_RESUMABLE
+
+posix_only = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
+WORDS = "the king said to his people that no man shall want for bread while I have bread to give"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = WORDS.split()
+    path = tmp_path_factory.mktemp("text") / "input.txt"
+    lines = (" ".join(words[i * k % len(words)] for k in range(12)) for i in range(60))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def keep_numerics():
+    """A run switches deterministic algorithms on for its process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
+
+
+@pytest.fixture
+def start(text: Path, tmp_path: Path) -> Callable[..., int]:
+    """A run of a tiny model in `tmp_path`/run, in this process; its exit code."""
+
+    def start(*arguments: str) -> int:
+        fixed = ["--preset", "smoke", "--model", "smoke,n_layer=1,n_embd=16,n_head=1", "--dtype",
+                 "fp32", "--steps", "6", "--batch-size", "2", "--block-size", "16", "--data",
+                 str(text), "--out", str(tmp_path / "run"), "--save-every", "0"]  # fmt: skip
+        return train.main([*fixed, *arguments])
+
+    return start
+
+
+def strict(path: Path) -> Any:
+    """JSON as the standard has it."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{path} holds {word}")
+
+    parts = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else None
+    if parts is None:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    return [json.loads(line, parse_constant=refuse) for line in parts]
+
+
+# ---- signals
+
+
+@posix_only
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
+def test_each_signal_saves_and_leaves(name, start, tmp_path, monkeypatch, capsys):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    rate = train.Recipe.learning_rate
+
+    def signal_in_step_2(recipe: train.Recipe, step: int) -> float:
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return rate(recipe, step)
+
+    monkeypatch.setattr(train.Recipe, "learning_rate", signal_in_step_2)
+    assert start() == EXIT_RESUMABLE
+    assert signal.getsignal(number) is before
+    assert f"{name}: stopped after 3 steps" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+    monkeypatch.undo()
+    assert start() == 0
+    assert [s["step"] for s in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]] == [*range(6)]
+
+
+@posix_only
+@pytest.mark.parametrize(("where", "saving"), [("evaluation", "0"), ("samples", "4")])
+def test_the_end_of_a_run_answers_too(where, saving, start, tmp_path, monkeypatch):
+    """Within a batch or a token, and the same command does the rest."""
+    count = [0]
+    if where == "evaluation":
+        real = run.evaluate_tokens
+
+        def evaluate(*arguments, poll, **keywords):
+            def polled() -> None:
+                count[0] += 1
+                if count[0] == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                poll()
+
+            return real(*arguments, poll=polled, **keywords)
+
+        monkeypatch.setattr("training.evaluate.BATCH_TOKENS", 16)
+        monkeypatch.setattr(run, "evaluate_tokens", evaluate)
+    else:
+        real = run.stream_text
+
+        def stream(*arguments, **keywords):
+            for piece in real(*arguments, **keywords):
+                count[0] += 1
+                if count[0] == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield piece
+
+        monkeypatch.setattr(run, "stream_text", stream)
+    assert start("--save-every", saving) == EXIT_RESUMABLE
+    assert count[0] == 2
+    out = tmp_path / "run"
+    assert (out / "checkpoints" / "step-00000006").is_dir()
+    assert not (out / "summary.json").exists()
+    monkeypatch.undo()
+    assert start("--save-every", saving) == 0
+    steps, evaluations, _ = read_metrics(out / "metrics.jsonl")
+    assert ([s["step"] for s in steps], len(evaluations)) == ([*range(6)], 1)
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="makes a pipe short")
+def test_a_log_that_nobody_reads_does_not_hold_up_the_answer(tmp_path):
+    """Standard output is a full pipe: SIGTERM used to end in "reentrant call", or nowhere."""
+    small = Small(tmp_path, steps=100_000, save_every=0, flags=("--log-every", "1"))
+    process = small.start("run")
+    assert process.stdout is not None
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # some 40 steps
+    log = tmp_path / "run" / "metrics.jsonl"
+    try:
+        assert wait_for(process, "file", log, 0.0)
+        deadline, size = time.monotonic() + 200.0, -1
+        while time.monotonic() < deadline and (size != log.stat().st_size or size < 1000):
+            size = log.stat().st_size
+            time.sleep(1.0)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=200) == EXIT_RESUMABLE
+        assert "Traceback" not in process.stdout.read()
+    finally:
+        process.kill()
+
+
+# ---- numbers that are not finite
+
+
+def test_without_a_guard_the_first_loss_that_is_no_number_ends_the_run(start, tmp_path, capsys):
+    assert start("--no-guard", "--max-lr", "1e25", "--min-lr", "1e25", "--steps", "400") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: step ")
+    assert "without a guard nothing undoes that" in error
+    assert error.count("\n") == 1
+    out = tmp_path / "run"
+    rows = strict(out / "metrics.jsonl")
+    assert len(rows) < 10
+    assert rows[-1]["event"] == "failed"
+    assert rows[-2]["loss"] is None or rows[-2]["grad_norm"] is None
+    assert not (out / "summary.json").exists()
+    assert not (out / "model").exists()
+    report.main([str(out)])
+    said = capsys.readouterr().out
+    assert "warning: This run failed" in said
+    assert "memorisation" not in said.lower()
+    strict(out / "report.json")
+    assert start("--no-guard", "--max-lr", "1e25", "--min-lr", "1e25", "--steps", "400") == 1
+
+
+@pytest.mark.parametrize("val_fraction", ["0", "0.1"])
+def test_a_model_that_is_not_finite_is_no_result(
+    val_fraction, start, tmp_path, monkeypatch, capsys
+):
+    """The last update breaks the model, which no step is left to see."""
+    rate = train.Recipe.learning_rate
+    monkeypatch.setattr(
+        train.Recipe, "learning_rate", lambda recipe, step: rate(recipe, step) if step < 5 else 1e30
+    )
+    assert start("--val-fraction", val_fraction) == 1
+    assert "step 6: after it the loss is nan" in capsys.readouterr().err
+    rows = strict(tmp_path / "run" / "metrics.jsonl")
+    assert [r["event"] for r in rows if "event" in r][-1] == "failed"
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    values = {"a": [1.0, float("nan"), {"b": (float("inf"), 2)}], "c": True}
+    assert json.loads(to_json(values)) == {"a": [1.0, None, {"b": [None, 2]}], "c": True}
+    with RunLog(tmp_path, 2, 10, lambda _: None) as log:
+        log.step(0, torch.tensor(float("nan")), torch.tensor(float("inf")), 1e-3)
+        log.finish()
+    (row,) = strict(tmp_path / "metrics.jsonl")
+    assert (row["loss"], row["grad_norm"]) == (None, None)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    again = RunLog(tmp_path, 2, 10, lambda _: None, keep_bytes=size)
+    assert not again.records[0].finite
+    again.records[0].line()
+
+
+# ---- disks
+
+
+@pytest.mark.parametrize("what", ["model", "curve", "summary"])
+def test_a_full_disk_at_the_end_is_a_line(what, start, tmp_path, monkeypatch, capsys):
+    def full(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "run" / what))
+
+    def full_for_safetensors(*arguments: Any, **keywords: Any) -> None:
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    if what == "model":
+        monkeypatch.setattr("model.export.save_file", full_for_safetensors)
+    elif what == "curve":
+        monkeypatch.setattr("training.plot.save", full)
+    else:
+        real = run.metrics.write_json
+        monkeypatch.setattr(
+            run.metrics, "write_json", lambda p, v: (full if p.stem == what else real)(p, v)
+        )
+    assert start("--save-every", "3") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "No space left" in error
+    assert "the same command goes on" in error
+    monkeypatch.undo()
+    assert start("--save-every", "3") == 0
+    assert strict(tmp_path / "run" / "summary.json")["final_step"] == 6
+    assert "failed" not in {e["event"] for e in read_metrics(tmp_path / "run" / "metrics.jsonl")[2]}
+
+
+def test_a_log_that_cannot_be_written_costs_the_log(start, tmp_path, monkeypatch, capsys):
+    opened = RunLog.__init__
+
+    def open_full(self, *arguments: Any, **keywords: Any) -> None:
+        opened(self, *arguments, **keywords)
+        self._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    monkeypatch.setattr(RunLog, "__init__", open_full)
+    assert start() == 0
+    assert capsys.readouterr().out.count("metrics.jsonl: cannot be written") == 1
+    assert strict(tmp_path / "run" / "summary.json")["final_step"] == 6
+
+
+# ---- what is said
+
+
+def test_a_longer_run_says_what_becomes_of_the_learning_rate(start, capsys):
+    assert start("--save-every", "6") == 0
+    capsys.readouterr()
+    assert start("--save-every", "6", "--override", "--steps", "12") == 0
+    said = capsys.readouterr().out
+    before, after = (replace(train.find_preset("smoke"), max_steps=n) for n in (6, 12))
+    assert after.learning_rate(6) > 2 * before.learning_rate(5)
+    assert (f"the learning rate was {before.learning_rate(5):.2e} in the last step and goes on at "
+            f"{after.learning_rate(6):.2e}") in said  # fmt: skip
+    assert start("--save-every", "6", "--override", "--steps", "12", "--seed", "5") == 0
+    assert "the learning rate was" not in capsys.readouterr().out

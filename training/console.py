@@ -1,0 +1,123 @@
+"""What a run prints. Whatever becomes of the console, the run goes on without it.
+
+A terminal is closed, a pipe loses its reader or is never read, a disk fills up under a log file,
+cp1252 has no word for a sample: none of these is a reason to lose a run.
+"""
+
+import contextlib
+import io
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+PATIENCE_S = 5.0  # for a reader that does not read, once the run has been asked to stop
+
+
+class _Survivor(io.RawIOBase):
+    """Writes to a text stream until it takes nothing any more, then to nobody.
+
+    A thread writes, because a write to a full pipe cannot be given up by whoever is in it.
+
+    Args:
+        stream: Standard output or error as Python opened it.
+        name: "stdout" or "stderr".
+        hurried: Whether the run was asked to stop.
+    """
+
+    def __init__(self, stream: TextIO, name: str, hurried: Callable[[], bool]):
+        self.stream, self.name, self.hurried = stream, name, hurried
+        self.lost, self.process = False, os.getpid()
+        try:
+            self.number: int | None = stream.fileno()
+        except (OSError, ValueError, AttributeError):  # a test's capture
+            self.number = None
+        self.pieces: queue.SimpleQueue[tuple[bytes, threading.Event] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, name=name, daemon=True).start()
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def isatty(self) -> bool:
+        return not self.lost and self.stream.isatty()
+
+    def write(self, data: bytes) -> int:  # pyright: ignore
+        if self.process != os.getpid():  # a fork, which has no thread, or after the run
+            with contextlib.suppress(OSError, ValueError):
+                self._send(bytes(data))
+        elif not self.lost:
+            waited, done = 0.0, threading.Event()
+            self.pieces.put((bytes(data), done))
+            while not done.wait(0.1) and not self.lost:
+                waited += 0.1 * self.hurried()
+                if waited > PATIENCE_S:
+                    self._lose("nobody reads it")
+        return len(data)
+
+    def end_thread(self) -> None:
+        self.process = 0
+        self.pieces.put(None)
+
+    def _serve(self) -> None:
+        while piece := self.pieces.get():
+            data, done = piece
+            try:
+                self._send(data)
+            except (OSError, ValueError) as error:
+                self._lose(error)
+            done.set()
+
+    def _send(self, data: bytes) -> None:
+        if self.number is None:
+            self.stream.write(data.decode(self.stream.encoding or "utf-8"))
+            self.stream.flush()
+            return
+        while data and not self.lost:
+            data = data[os.write(self.number, data) :]
+
+    def _lose(self, reason: object) -> None:
+        self.lost = True
+        if self.number is not None:  # what libraries print there may not fail either
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.number)
+            os.close(null)
+        if self.name == "stdout":
+            print(f"standard output is lost ({reason}); the run goes on without its printed log, "
+                  "metrics.jsonl has every step", file=sys.stderr)  # fmt: skip
+
+
+@contextlib.contextmanager
+def surviving(hurried: Callable[[], bool]) -> Iterator[None]:
+    """Standard output and error that never raise and never hold up a run that is to stop.
+
+    Args:
+        hurried: Whether the run was asked to stop.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file would get its number, and what libraries print
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    survivors = []
+    for name, stream in before.items():
+        stream = stream or io.StringIO()  # None: it was closed before Python began
+        stream.flush()
+        survivors.append(_Survivor(stream, name, hurried))
+        wrapped = io.TextIOWrapper(
+            survivors[-1], stream.encoding, "backslashreplace", line_buffering=True
+        )
+        setattr(sys, name, wrapped)
+    try:
+        yield
+    finally:
+        for name, stream in before.items():
+            getattr(sys, name).flush()
+            setattr(sys, name, stream)
+        for survivor in survivors:
+            survivor.end_thread()
