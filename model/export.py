@@ -140,8 +140,12 @@ def model_card(model: GPT, config: GPTConfig) -> str:
     )
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Raise ValueError where `folder` holds anything that no export wrote."""
+def check_folder(folder: Path) -> None:
+    """Raise ValueError unless `folder` is not there, empty, or holds an earlier export alone."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"save_pretrained: {folder} is a file; name a folder")
     entries = [p for p in folder.iterdir() if not p.name.startswith(PARTIAL)]
     foreign = [p.name for p in entries if p.is_symlink() or p.name not in EXPORTED]
     if entries and not foreign:
@@ -153,7 +157,7 @@ def _refuse_foreign(folder: Path) -> None:
     if foreign:
         raise ValueError(
             f"save_pretrained: {folder} must be new, empty or an earlier export, and it holds "
-            f"{quoted(min(foreign))}; name another folder"
+            f"{quoted(min(foreign))}; move that, or name another folder"
         )
 
 
@@ -179,10 +183,7 @@ def save_pretrained(model: GPT, path: str | Path, dtype: torch.dtype = torch.flo
     if path == "":
         raise ValueError("save_pretrained: the path is empty; name a folder")
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"save_pretrained: {folder} is a file; name a folder")
-    if folder.exists():
-        _refuse_foreign(folder)
+    check_folder(folder)
     config = replace(model.config, block_size=min(model.trained_context, model.config.block_size))
     tensors: dict[str, Tensor] = {}
     for name, tensor in file_tensors(model).items():

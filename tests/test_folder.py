@@ -133,6 +133,15 @@ def test_going_on_from_elsewhere_moves_what_is_here_aside(tmp_path: Path) -> Non
     assert checkpoint.read(tmp_path / "a" / "checkpoints" / "step-00000004").step == 4
 
 
+def test_a_model_folder_that_would_be_refused_at_the_end_is_refused_now(tmp_path: Path) -> None:
+    saved = write_checkpoint(tmp_path, 4)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"model must be .* an earlier export.*'notes\.txt'"):
+        open_once(tmp_path, saved)
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+
+
 def test_files_that_no_run_wrote_stay_where_they_are(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "config.json").write_text("{}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT
+from model import GPT, export
 from training import checkpoint, distributed
 from training.checkpoint import Checkpoint
 from training.recipes import Recipe
@@ -77,6 +77,7 @@ def opened(folder: Path, saved: Checkpoint | None, say: Callable[[str], None]) -
             (folder / STOPPED).unlink(missing_ok=True)
             checkpoint.clean(folder / CHECKPOINTS)
             _set_aside(folder, saved, say)
+            export.check_folder(folder / "model")  # which would be refused after the last step
         yield stopped
 
 
