@@ -78,11 +78,22 @@ def test_a_folder_that_leads_elsewhere_is_refused(tmp_path: Path, name: str, kin
     elif kind == "file":
         away.write_text("mine")
     os.mkfifo(entry) if kind == "pipe" else entry.symlink_to(away)
-    with pytest.raises(ValueError, match=f"{name} is a link, a pipe or a device"):
+    with pytest.raises(ValueError, match=f"{name} is a link, a pipe or"):
         open_once(tmp_path / "run")
     assert entry.is_symlink() != (kind == "pipe")  # and there as it was
     assert kind != "file" or away.read_text() == "mine"
     assert kind != "folder" or not any(away.iterdir())
+
+
+def test_what_is_of_another_kind_is_refused(tmp_path: Path) -> None:
+    for name in ("metrics.jsonl", "stopped"):
+        (tmp_path / "a" / name).mkdir(parents=True)
+        with pytest.raises(ValueError, match=f"{name} is a link, a pipe or of another kind"):
+            open_once(tmp_path / "a")
+        (tmp_path / "a" / name).rmdir()
+    (tmp_path / "a" / "model").touch()
+    with pytest.raises(ValueError, match="model is a link, a pipe or of another kind"):
+        open_once(tmp_path / "a")
 
 
 def test_a_run_folder_may_be_a_link_itself(tmp_path: Path) -> None:
@@ -103,7 +114,7 @@ def test_a_fresh_start_moves_an_earlier_run_aside(tmp_path: Path) -> None:
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "config.json").write_text("{}")
         (line,) = open_once(tmp_path)
-        assert "checkpoints, metrics.jsonl, config.json, model of an earlier run moved to" in line
+        assert "checkpoints, model, metrics.jsonl, config.json of an earlier run moved to" in line
         aside = tmp_path / f"earlier-{n}"
         assert [p.name[-1] for p in checkpoint.paths(aside / "checkpoints")] == [str(n)]
         assert (aside / "metrics.jsonl").read_text() == f"metrics.jsonl {n}"
@@ -145,7 +156,7 @@ def test_a_model_folder_that_would_be_refused_at_the_end_is_refused_now(tmp_path
 def test_files_that_no_run_wrote_stay_where_they_are(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"config\.json, model, which no run wrote"):
+    with pytest.raises(ValueError, match=r"model, config\.json, which no run wrote"):
         open_once(tmp_path)
     assert (tmp_path / "config.json").read_text() == "{}"
     assert not (tmp_path / "earlier-1").exists()

@@ -276,12 +276,12 @@ def _read(path: Path, expected: Expected | None) -> Checkpoint:
             raise CheckpointError(f"checkpoint {path}: {name} does not match its checksum")
         return data
 
-    texts = {name: _parse(path / name, verified(name, MAX_JSON_BYTES))
-             for name in files if name.endswith(".json")}  # fmt: skip
+    names = [name for name in files if name.endswith(".json")]
+    texts = {name: _parse(path / name, verified(name, MAX_JSON_BYTES)) for name in names}
     wanted = ("state.json", "config.json")[: manifest["version"]]
     schema.check("manifest.json: files", texts, dict.fromkeys(wanted, OBJECT))
-    saved = Checkpoint(manifest["step"], {}, texts["state.json"], texts.get("config.json"),
-                       path=path, sha256=digest)  # fmt: skip
+    state, config = texts["state.json"], texts.get("config.json")
+    saved = Checkpoint(manifest["step"], {}, state, config, path=path, sha256=digest)
     groups = {name.removesuffix(".safetensors"): name for name in files if name not in texts}
     kinds = expected(saved) if expected else None
     if kinds is not None:

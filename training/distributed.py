@@ -83,8 +83,8 @@ class World:
                 )
             torch.cuda.set_device(self.local_rank)
         groups = dist.PrefixStore("groups", self.store)
-        dist.init_process_group("nccl" if on_cuda else "gloo", store=groups, rank=self.rank,
-                                world_size=self.size, timeout=TIMEOUT)  # fmt: skip
+        among = {"store": groups, "rank": self.rank, "world_size": self.size}
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT, **among)
 
     def say(self, line: str) -> None:
         """Print on rank 0 only."""
@@ -257,8 +257,8 @@ def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
         )
     rows = recipe.rows_per_step // world.size
     micro = max(d for d in range(1, plan.micro_batch_size + 1) if rows % d == 0)
-    return replace(plan, micro_batch_size=micro, num_micro_batches=rows // micro,
-                   cuda_graph=False, working_copies=False)  # fmt: skip
+    plan = replace(plan, cuda_graph=False, working_copies=False)
+    return replace(plan, micro_batch_size=micro, num_micro_batches=rows // micro)
 
 
 def refuse_mismatch(world: World, key: str, facts: dict[str, Any]) -> None:

@@ -21,9 +21,9 @@ LOCK = "run.lock"
 STOPPED = "stopped"  # there once a job of several ranks was asked to stop
 CHECKPOINTS = "checkpoints"
 LOG = "metrics.jsonl"
+FOLDERS = (CHECKPOINTS, "model", "tensorboard")
 # All that a run writes beside its lock.
-WRITTEN = (CHECKPOINTS, LOG, "config.json", "loss.png", "model", "report.html", "samples.txt",
-           "summary.json", "tensorboard")  # fmt: skip
+WRITTEN = (*FOLDERS, LOG, "config.json", "loss.png", "report.html", "samples.txt", "summary.json")
 
 
 def name(out: str | None, preset: str) -> Path:
@@ -48,8 +48,9 @@ def make(folder: Path, recipe: Recipe) -> None:
         with torch.device("meta"):
             parameters = GPT(recipe.model_config).parameters()
         needed = 4 * sum(p.numel() for p in parameters) + (1 << 20)
-        if (free := shutil.disk_usage(folder).free) < needed:
-            raise OSError(f"{free:,} bytes free, the model alone needs {needed:,}")
+        disk = shutil.disk_usage(folder)
+        if disk.total and disk.free < needed:  # some file systems do not count
+            raise OSError(f"{disk.free:,} bytes free, the model alone needs {needed:,}")
     except OSError as error:
         for path in missing:
             if path.exists():
@@ -84,14 +85,19 @@ def opened(folder: Path, saved: Checkpoint | None, say: Callable[[str], None]) -
 def _refuse_links(folder: Path, written: str) -> None:
     """A folder may come from a stranger: a link in it must not choose which file is overwritten."""
     path = folder / written
-    inside = path.iterdir() if path.is_dir() and not path.is_symlink() else ()
-    for entry in (path, *inside):
-        mode = entry.lstat().st_mode if os.path.lexists(entry) else stat.S_IFREG
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise ValueError(
-                f"run: {entry} is a link, a pipe or a device, and a run writes to its own files "
-                "only; remove it, or choose another --out (which may be a link itself)"
-            )
+    is_kind = stat.S_ISDIR if written in FOLDERS else stat.S_ISREG
+    if os.path.lexists(path) and not is_kind(path.lstat().st_mode):
+        raise _led_away(path)
+    for entry in path.iterdir() if written in FOLDERS and path.exists() else ():
+        if not (stat.S_ISREG(mode := entry.lstat().st_mode) or stat.S_ISDIR(mode)):
+            raise _led_away(entry)
+
+
+def _led_away(path: Path) -> ValueError:
+    return ValueError(
+        f"run: {path} is a link, a pipe or of another kind than a run makes it; a run writes to "
+        "its own files only: remove it, or choose another --out (which may be a link itself)"
+    )
 
 
 def _set_aside(folder: Path, saved: Checkpoint | None, say: Callable[[str], None]) -> None:

@@ -75,10 +75,8 @@ class AdamW(torch.optim.AdamW):
         for p, copy in copies.items():
             if p not in known:
                 raise ValueError(f"adamw: no parameter {tuple(p.shape)} here to attach a copy to")
-            if (
-                copy.dtype != torch.bfloat16 or copy.shape != p.shape or copy.device != p.device
-                or not copy.is_leaf or not copy.is_contiguous()
-            ):  # fmt: skip
+            fits = copy.dtype == torch.bfloat16 and copy.shape == p.shape
+            if not (fits and copy.device == p.device and copy.is_leaf and copy.is_contiguous()):
                 raise ValueError(
                     f"adamw: a working copy must be a contiguous bf16 leaf, {tuple(p.shape)} on "
                     f"{p.device}, got {copy.dtype}, {tuple(copy.shape)} on {copy.device}"
@@ -248,7 +246,8 @@ class TritonAdamW(AdamW):
         """What a kernel needs to know of each parameter with a gradient."""
         from kernels.adamw import Slot
 
-        self._fold([p for p in self._copies if p.grad is not None])  # two gradients: add them
+        # A weight and its copy may both have a gradient; a kernel reads one, so it gets the sum.
+        self._fold([p for p in self._copies if p.grad is not None])
         slots = []
         for i, group in enumerate(self.param_groups):
             lr = group["lr"]
@@ -264,13 +263,9 @@ class TritonAdamW(AdamW):
                     state["step"] = torch.zeros((), device=p.device)
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
-                slots.append(
-                    Slot(
-                        f"parameter {j} of group {i}", p, grad, state["exp_avg"],
-                        state["exp_avg_sq"], state["step"], copy, lr, group["betas"],
-                        group["eps"], group["weight_decay"],
-                    )
-                )  # fmt: skip
+                moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
+                rule = lr, group["betas"], group["eps"], group["weight_decay"]
+                slots.append(Slot(f"parameter {j} of group {i}", p, grad, *moments, copy, *rule))
         return slots
 
 

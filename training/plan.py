@@ -196,9 +196,9 @@ def make_plan(recipe: Recipe, machine: Machine, choices: Choices | None = None) 
     dtype = _choose_dtype(asked.dtype, machine, notes)
     ops = _choose_ops(asked.ops, machine, notes)
     compile = _choose_compile(asked.compile, recipe, machine, notes)
-    scope = ("blocks" if on_cuda else "model") if asked.compile_scope == "auto" else (
-        asked.compile_scope
-    )  # fmt: skip
+    scope: str = asked.compile_scope
+    if scope == "auto":
+        scope = "blocks" if on_cuda else "model"
     optimizer = _choose_optimizer(asked.optimizer, machine, notes)
     if asked.cuda_graph and not on_cuda:
         raise ValueError("cuda_graph: needs a GPU; leave --cuda-graph out")

@@ -45,10 +45,8 @@ STATE = {
     "guard?": {"in_a_row": COUNT, "skipped": COUNT, "rollbacks": COUNT, "positions": [COUNT]},
 }
 
-# Fields of a plan that may change the last bits of a loss.
-_NUMERICS = ("device", "device_name", "num_threads", "ops", "dtype", "compile",
-             "micro_batch_size", "num_micro_batches", "compile_scope", "optimizer",
-             "working_copies", "residual")  # fmt: skip
+# Fields of a plan that change no bit of a loss.
+_SAME_LOSSES = {"cuda_graph", "eval_tokens", "memory_bytes", "notes"}
 
 
 class RunFailed(RuntimeError):
@@ -353,9 +351,8 @@ def check_rate(saved: Checkpoint, recipe: Recipe) -> list[str]:
 
 def check_plan(saved: Checkpoint, plan: Plan) -> list[str]:
     """Lines about plan fields that differ: the same samples follow, the last bits may not."""
-    now = asdict(plan)
-    changed = _differences({k: saved.state["plan"].get(k) for k in _NUMERICS},
-                           {k: now[k] for k in _NUMERICS})  # fmt: skip
+    now = {k: v for k, v in asdict(plan).items() if k not in _SAME_LOSSES}
+    changed = _differences({k: saved.state["plan"].get(k) for k in now}, now)
     if not changed:
         return []
     return [f"resume: another plan ({'; '.join(changed)}): same samples, losses equal to rounding"]
