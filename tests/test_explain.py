@@ -180,7 +180,7 @@ def test_probe_of_a_slow_step_scales_a_few_rows(quick):
 
 def test_a_busy_machine_compiles_nothing(quick, monkeypatch):
     """Compiling is what a busy machine makes longest: 160 s for 20."""
-    plan = make_plan(TINY, detect("cpu"), Choices(dtype="fp32", compile=True))
+    plan = replace(make_plan(TINY, detect("cpu"), Choices(dtype="fp32")), compile=True)
     monkeypatch.setattr(probe_module, "slowdown", lambda: 4.0)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     got = probe_steps(TINY, plan, TOKENS)
