@@ -202,7 +202,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     (row,) = strict(tmp_path / "metrics.jsonl")
     assert (row["loss"], row["grad_norm"]) == (None, None)
     size = (tmp_path / "metrics.jsonl").stat().st_size
-    again = RunLog(tmp_path, 2, 10, lambda _: None, keep_bytes=size)
+    again = RunLog(tmp_path, 2, 10, lambda _: None, keep_bytes=size, steps_done=1)
     assert not again.records[0].finite
     again.records[0].line()
 
