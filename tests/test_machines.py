@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.machine.sitecustomize import MACHINES, pretend
 from training.plan import Machine
@@ -16,9 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_a_machine_is_what_its_name_says(name: str) -> None:
+def test_a_machine_is_what_its_name_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
-    plan: Any = SimpleNamespace(torch=SimpleNamespace(set_num_threads=threads.append))
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    plan: Any = SimpleNamespace()
     plan.detect = lambda device="auto": Machine(
         "cuda" if device == "cuda" else "cpu", "real", num_threads=7, has_bf16=name == "fp32"
     )

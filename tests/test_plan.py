@@ -156,7 +156,7 @@ def test_compiling_where_it_cannot_pay_or_cannot_work() -> None:
 
 
 def test_detection_sees_missing_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.shutil, "which", lambda tool: None if tool == "openssl" else tool)
+    monkeypatch.setattr(machines.shutil, "which", lambda tool: None if tool == "openssl" else tool)
     assert real_detect("cpu").missing_tools == ("openssl",)
 
 

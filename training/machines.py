@@ -5,17 +5,22 @@ One table for everything that compares a speed with what the hardware could do: 
 """
 
 import contextlib
+import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from model import GPTConfig
 from model.flops import flops_per_token
+
+# torch.compile on a CPU calls these; openssl hashes its precompiled headers.
+COMPILE_TOOLS = ("g++", "as", "ld", "openssl")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,66 @@ def mfu(config: GPTConfig, T: int, tokens_per_s: float, device_name: str) -> flo
     """Model flops utilisation in [0, 1] by the palm form; None for an unknown device."""
     card = find_card(device_name)
     return card and flops_per_token(config, T) * tokens_per_s / (card.tflops * 1e12)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the decisions depend on.
+
+    Args:
+        device: "cpu" or "cuda".
+        name: Device name as the vendor writes it.
+        arch: Compute capability, 90 for an H100; 0 on a CPU.
+        num_threads: Threads torch uses on the CPU.
+        has_bf16: bf16 products are faster than fp32: sm_80 on CUDA; on a CPU see `cpu_has_bf16`.
+        missing_tools: What torch.compile needs and the machine lacks.
+        interpreted: Triton kernels run on the CPU (TRITON_INTERPRET=1).
+        has_triton: triton can be imported.
+        memory_bytes: Of the GPU, or of the machine on a CPU; 0 is unknown.
+    """
+
+    device: str
+    name: str
+    arch: int = 0
+    num_threads: int = 1
+    has_bf16: bool = False
+    missing_tools: tuple[str, ...] = ()
+    interpreted: bool = False
+    has_triton: bool = True
+    memory_bytes: int = 0
+
+
+def detect(device: str = "auto") -> Machine:
+    """Describe this machine; `device` is auto, cpu or cuda.
+
+    Raises:
+        ValueError: cuda is asked for and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ValueError("device: cuda asked for, but torch sees no GPU; use --device cpu or auto")
+    tools = tuple(t for t in COMPILE_TOOLS if shutil.which(t) is None)
+    common = Machine(
+        device="cpu",
+        name=cpu_name(),
+        num_threads=torch.get_num_threads(),
+        missing_tools=tools,
+        interpreted=os.environ.get("TRITON_INTERPRET") == "1",
+        has_triton=importlib.util.find_spec("triton") is not None,
+        memory_bytes=ram_bytes(),
+    )
+    if device == "cpu" or not has_cuda:
+        return replace(common, has_bf16=cpu_has_bf16())
+    major, minor = torch.cuda.get_device_capability()
+    return replace(
+        common,
+        device="cuda",
+        name=torch.cuda.get_device_name(),
+        arch=10 * major + minor,
+        has_bf16=major >= 8,
+        memory_bytes=torch.cuda.get_device_properties().total_memory,
+        missing_tools=tuple(t for t in tools if t == "g++"),
+    )
 
 
 def cpuinfo(key: str) -> str:

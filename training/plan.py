@@ -1,28 +1,23 @@
 """How a recipe runs on this machine: device, ops, dtype, compilation, micro-batches, optimizer.
 
-`detect` looks at the machine, `make_plan` decides from that description and from what was asked
-for (`Choices`) alone, so every decision is testable for machines that are not at hand. A plan never
-changes what is trained; the one exception, a bf16 residual stream, must be asked for.
+`make_plan` decides from a description of the machine (`training/machines.py`) and from what was
+asked for (`training/choices.py`) alone, so every decision is testable for machines that are not at
+hand. A plan never changes what is trained; the one exception, a bf16 residual stream, must be asked
+for.
 """
 
-import importlib.util
 import math
-import os
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
-
-import torch
-import tyro
+from dataclasses import dataclass
 
 from kernels import Ops, parse_ops
 from model.flops import flops_per_token
-from training import machines, memory
+from training import memory
+from training.choices import Choices
+from training.machines import Machine
+from training.machines import detect as detect  # whoever makes a plan needs both
 from training.recipes import Recipe
 
-# torch.compile on a CPU calls these; openssl hashes its precompiled headers.
-COMPILE_TOOLS = ("g++", "as", "ld", "openssl")
 # Compiling takes about 20 s of CPU time with a cold cache and saves about a fifth of an fp32 run
 # (4 layers, 256 wide, 2 cores: 1264 -> 1553 tokens/s), so it pays for runs over 100 s. Flops
 # stand for time: 2 cores reach about 1e11 a second.
@@ -34,63 +29,6 @@ MEMORY_SHARE = 0.85
 ID_BYTES = 32  # per token of a step: ids and targets in the step's buffers, and those read ahead
 UNKNOWN_BYTES = 1 << 40  # where the system does not tell: no more than any machine has
 MIN_TRITON_ARCH = 80  # the oldest the kernels are built and checked for; see kernels/_op.py
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a person may decide instead of the plan; each field is a flag of train.py."""
-
-    ops: str = "auto"
-    """auto, eager, triton, or one with exceptions: triton,layer_norm=eager."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 is autocast with fp32 weights; auto takes it where the hardware multiplies bf16."""
-    compile: Annotated[bool | None, tyro.conf.arg(aliases=["--no-compile"], metavar="")] = None
-    """torch.compile the model, or do not. Default: where it can and where it pays."""
-    compile_scope: Literal["auto", "model", "blocks"] = "auto"
-    """Compile the model as one graph, or one block that all layers share: starts sooner."""
-    micro_batch_size: int = 0
-    """Rows of a physical batch; 0 is as many of a step's rows as fit on a GPU, the recipe's
-    batch_size on a CPU."""
-    optimizer: Literal["auto", "torch", "triton"] = "auto"
-    """Whose fused AdamW: PyTorch's or ours."""
-    working_copies: Annotated[
-        bool | None, tyro.conf.arg(aliases=["--no-working-copies"], metavar="")
-    ] = None
-    """bf16 copies of the fp32 weights, written by the optimizer, so that no micro-batch casts
-    them. Default: with bf16 on one device."""
-    cuda_graph: Annotated[bool | None, tyro.conf.arg(aliases=["--no-cuda-graph"], metavar="")] = (
-        None
-    )
-    """Replay the whole step as one CUDA graph. Default: on one GPU."""
-    residual: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of the residual stream under bf16. bf16 changes the numerics."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the decisions depend on.
-
-    Args:
-        device: "cpu" or "cuda".
-        name: Device name as the vendor writes it.
-        arch: Compute capability, 90 for an H100; 0 on a CPU.
-        num_threads: Threads torch uses on the CPU.
-        has_bf16: bf16 products are faster than fp32: sm_80 on CUDA; on a CPU see `cpu_has_bf16`.
-        missing_tools: What torch.compile needs and the machine lacks.
-        interpreted: Triton kernels run on the CPU (TRITON_INTERPRET=1).
-        has_triton: triton can be imported.
-        memory_bytes: Of the GPU, or of the machine on a CPU; 0 is unknown.
-    """
-
-    device: str
-    name: str
-    arch: int = 0
-    num_threads: int = 1
-    has_bf16: bool = False
-    missing_tools: tuple[str, ...] = ()
-    interpreted: bool = False
-    has_triton: bool = True
-    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,39 +87,6 @@ class Plan:
             + ("the 0.5 to 1 of torch itself" if self.device == "cpu" else "CUDA's own 0.5"),
         ]
         return ", ".join(parts)
-
-
-def detect(device: str = "auto") -> Machine:
-    """Describe this machine; `device` is auto, cpu or cuda.
-
-    Raises:
-        ValueError: cuda is asked for and there is none.
-    """
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise ValueError("device: cuda asked for, but torch sees no GPU; use --device cpu or auto")
-    tools = tuple(t for t in COMPILE_TOOLS if shutil.which(t) is None)
-    common = Machine(
-        device="cpu",
-        name=machines.cpu_name(),
-        num_threads=torch.get_num_threads(),
-        missing_tools=tools,
-        interpreted=os.environ.get("TRITON_INTERPRET") == "1",
-        has_triton=importlib.util.find_spec("triton") is not None,
-        memory_bytes=machines.ram_bytes(),
-    )
-    if device == "cpu" or not has_cuda:
-        return replace(common, has_bf16=machines.cpu_has_bf16())
-    major, minor = torch.cuda.get_device_capability()
-    return replace(
-        common,
-        device="cuda",
-        name=torch.cuda.get_device_name(),
-        arch=10 * major + minor,
-        has_bf16=major >= 8,
-        memory_bytes=torch.cuda.get_device_properties().total_memory,
-        missing_tools=tuple(t for t in tools if t == "g++"),
-    )
 
 
 def make_plan(recipe: Recipe, machine: Machine, choices: Choices | None = None) -> Plan:
