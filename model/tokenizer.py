@@ -61,8 +61,7 @@ def cache_dir() -> Path:
 def _cached_files() -> dict[str, Path]:
     """Where tiktoken looks for the files in our private cache, by name."""
     folder = cache_dir() / "tiktoken"
-    return {name: folder / hashlib.sha1((_SOURCE_URL + name).encode()).hexdigest()
-            for name in _SHA256}  # fmt: skip
+    return {n: folder / hashlib.sha1((_SOURCE_URL + n).encode()).hexdigest() for n in _SHA256}
 
 
 def _is_gpt2s(name: str, path: Path) -> bool:

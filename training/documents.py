@@ -27,23 +27,24 @@ MAX_LINE_BYTES = 256 << 20  # of a JSONL file; a line is read whole
 _EOT = np.array([tokenizer.EOT], dtype=TOKEN_DTYPE)
 _CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of a UTF-8 character but its first
 
-# How files begin that are no text, and the way out.
-_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
-    (b"\x1f\x8b", "gzip", "unpack it: gunzip -k"),
-    (b"\x28\xb5\x2f\xfd", "zstandard", "unpack it: zstd -d"),
-    (b"BZh", "bzip2", "unpack it: bunzip2 -k"),
-    (b"\xfd7zXZ", "xz", "unpack it: unxz -k"),
-    (b"PK\x03\x04", "a zip archive (.docx, .epub, .npz and .pt are zip too)", "unpack it"),
-    (b"7z\xbc\xaf", "a 7z archive", "unpack it"),
-    (b"PAR1", "Parquet", "write its text as JSONL, with pandas: "
-     "read_parquet(FILE).to_json(OUT, orient='records', lines=True)"),
-    (b"ARROW1", "Arrow", "write its text as JSONL"),
-    (b"version https://git-lfs", "a pointer of Git LFS", "git lfs pull gets the file"),
-    (b"%PDF", "PDF", "extract its text: pdftotext"),
-    (b"\x80", "a pickle, perhaps of PyTorch", "weights go to --init"),
-    (b"\xff\xfe", "UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
-    (b"\xfe\xff", "UTF-16", "convert it: iconv -f UTF-16 -t UTF-8"),
-)  # fmt: skip
+# How files begin that are no UTF-8 text: what they are, and the way out.
+_UTF16 = "UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
+_FOREIGN = {
+    b"\x1f\x8b": "gzip; unpack it: gunzip -k",
+    b"\x28\xb5\x2f\xfd": "zstandard; unpack it: zstd -d",
+    b"BZh": "bzip2; unpack it: bunzip2 -k",
+    b"\xfd7zXZ": "xz; unpack it: unxz -k",
+    b"PK\x03\x04": "a zip archive (.docx, .epub, .npz and .pt are zip too); unpack it",
+    b"7z\xbc\xaf": "a 7z archive; unpack it",
+    b"PAR1": "Parquet; write JSONL with pandas: read_parquet(FILE).to_json(OUT, orient='records', "
+    "lines=True)",
+    b"ARROW1": "Arrow; write its text as JSONL",
+    b"%PDF": "PDF; extract its text: pdftotext",
+    b"version https://git-lfs": "a pointer of Git LFS; git lfs pull gets the file",
+    b"\x80": "a pickle, perhaps of PyTorch; weights go to --init",
+    b"\xff\xfe": _UTF16,
+    b"\xfe\xff": _UTF16,
+}
 # Text, but not what a model should learn to write.
 _TABLES = {".json": "JSON", ".ndjson": "JSON", ".csv": "a table", ".tsv": "a table"}
 
@@ -117,9 +118,9 @@ def _check_text(path: Path) -> None:
         )
     with path.open("rb") as file:
         head = file.read(4096)
-    for magic, what, way_out in _FOREIGN:
+    for magic, what in _FOREIGN.items():
         if head.startswith(magic):
-            raise ValueError(f"data: {path} is {what}, not UTF-8 text; {way_out}")
+            raise ValueError(f"data: {path} must be UTF-8 text, it is {what}")
     if (at := head.find(0)) >= 0:
         raise ValueError(f"data: {path} is binary, not text: byte 0x00 at offset {at}")
 

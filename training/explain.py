@@ -94,8 +94,8 @@ def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: 
         (cuda and not machine.has_triton,
          "triton missing, so the ops are eager: pip install triton"),
         (bool(machine.missing_tools) and not plan.compile,
-         f"{', '.join(machine.missing_tools)} missing, so the model is not compiled: install the "
-         "system's C++ compiler"),
+         f"{', '.join(machine.missing_tools)} missing, so the model is not compiled: the system's "
+         "C++ compiler brings the tools"),
         (not machine.has_bf16 and plan.dtype == "fp32",
          f"fp32: {machine.name} has no fast bf16 products; only other hardware has"),
         (not machine.has_bf16 and plan.dtype == "bf16",
@@ -162,22 +162,23 @@ def explain(
     """
     versions = ", ".join(f"{k} {v}" for k, v in environment()["versions"].items() if v)
     rates = measure_rates(recipe, machine, plan)
-    say(f"machine: {machine.name}, {rates.cores} cores, {machine.num_threads} torch threads, "
-        f"{machine.memory_bytes / 1e9:.1f} GB of memory")  # fmt: skip
+    cores = f"{rates.cores} cores, {machine.num_threads} torch threads"
+    say(f"machine: {machine.name}, {cores}, {machine.memory_bytes / 1e9:.1f} GB of memory")
     cuda = f", CUDA {torch.version.cuda}, driver {rates.driver or 'unknown'}"
     say(f"  {platform.platform()}, {versions}{cuda if machine.device == 'cuda' else ''}")
     if rates.power_max_w:
-        say(f"  power limit {rates.power_limit_w:.0f} of {rates.power_max_w:.0f} W, clock under "
-            f"load {rates.sm_mhz:.0f} of {rates.sm_max_mhz:.0f} MHz")  # fmt: skip
+        clock = f"clock under load {rates.sm_mhz:.0f} of {rates.sm_max_mhz:.0f} MHz"
+        say(f"  power limit {rates.power_limit_w:.0f} of {rates.power_max_w:.0f} W, {clock}")
     say("\n  ".join([plan.describe(), *plan.notes]))
 
     matmul = ", ".join(f"{k} {v:,.0f}" for k, v in rates.matmul_gflops.items())
-    say(f"measured here: copy {rates.copy_gbs:,.1f} GB/s (read + written); matmul GFLOP/s: {matmul}"
-        f", {plan.dtype} in the model's shape {rates.shape_gflops:,.0f}")  # fmt: skip
+    shaped = f"{plan.dtype} in the model's shape {rates.shape_gflops:,.0f}"
+    copies = f"copy {rates.copy_gbs:,.1f} GB/s (read + written)"
+    say(f"measured here: {copies}; matmul GFLOP/s: {matmul}, {shaped}")
     bound_s = roofline_s(recipe, plan, rates.matmul(plan.dtype), rates.copy_gbs)
-    say(f"estimate from these rates: at most {recipe.tokens_per_step / bound_s:,.0f} tok/s "
-        f"({traffic_bytes(recipe, plan) / 1e9:.2f} GB of traffic beside the products of "
-        f"{recipe.tokens_per_step:,} tokens)")  # fmt: skip
+    tokens, traffic = recipe.tokens_per_step, f"{traffic_bytes(recipe, plan) / 1e9:.2f} GB"
+    beside = f"{traffic} of traffic beside the products of {tokens:,} tokens"
+    say(f"estimate from these rates: at most {tokens / bound_s:,.0f} tok/s ({beside})")
     say("this recipe elsewhere, computed from datasheets, not measured:")
     say("\n".join(f"  {line}" for line in elsewhere(recipe, plan)))
 
@@ -190,8 +191,8 @@ def explain(
         f"{got.tokens_per_s:,.0f} tok/s, {100 * bound_s / got.step_s:.0f}% of the estimate{flops}"
     )
     total = sum(got.phases.values())
-    say("\n".join(f"  {name:10}{1e3 * s:10,.1f} ms {100 * s / total:5.1f}%"
-                  for name, s in got.phases.items()))  # fmt: skip
+    for name, s in got.phases.items():
+        say(f"  {name:10}{1e3 * s:10,.1f} ms {100 * s / total:5.1f}%")
     say("  forward has the gradients of the head in it: the loss computes them with the logits")
     say("what would help:")
     lines = findings(recipe, machine, plan, rates, got) or ["nothing stands out"]

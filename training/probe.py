@@ -33,8 +33,12 @@ RATE_S = 0.8  # for each rate that is measured
 COMPILE_S, MAX_COMPILE_S = 20.0, 40.0  # what it takes two idle cores, and what it may take here
 PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer")
 # nvidia-smi's names of the fields of `Rates` that it fills.
-SMI_FIELDS = {"power.limit": "power_limit_w", "power.max_limit": "power_max_w",
-              "clocks.sm": "sm_mhz", "clocks.max.sm": "sm_max_mhz"}  # fmt: skip
+SMI_FIELDS = {
+    "power.limit": "power_limit_w",
+    "power.max_limit": "power_max_w",
+    "clocks.sm": "sm_mhz",
+    "clocks.max.sm": "sm_max_mhz",
+}
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,8 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     optimizer = configure_adamw(model, recipe, plan.optimizer)  # pyright: ignore
     guard = Guard(GuardConfig(), device) if recipe.guard else None
     take = TrainStep(model, optimizer, recipe, plan, guard, say=notes.append)
-    loader = DataLoaderLite(tokens, recipe.rows_per_step, recipe.block_size, recipe.order,
-                            recipe.seed, wrap_rows=recipe.batch_size)  # fmt: skip
+    B, T = recipe.rows_per_step, recipe.block_size
+    loader = DataLoaderLite(tokens, B, T, recipe.order, recipe.seed, wrap_rows=recipe.batch_size)
     clock = _Clock(cuda)
     replayed: list[float] = []
     peak = 0
@@ -204,8 +208,8 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     host = statistics.median(clock.host[1:] or clock.host) if cuda else 0.0
     if cuda and not peak:
         peak = torch.cuda.max_memory_allocated()
-    return Probe(len(seconds), phases, seconds, recipe.tokens_per_step, host, peak,
-                 ", ".join(notes))  # fmt: skip
+    note = ", ".join(notes)
+    return Probe(len(seconds), phases, seconds, recipe.tokens_per_step, host, peak, note)
 
 
 class _Clock:
