@@ -212,7 +212,7 @@ def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
         pytest.fail("the server did not start:\n" + "".join(lines))
     yield lines[-1].split()[1], log
     process.terminate()
-    process.wait(timeout=20)
+    process.wait(timeout=200)
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +386,7 @@ def test_space_folder_runs_by_itself(run: Path, tmp_path: Path):
         [sys.executable, "app.py"], out, {"GRADIO_SERVER_PORT": port, "PYTHONPATH": ""}
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while True:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=5) as answer:
@@ -399,7 +399,7 @@ def test_space_folder_runs_by_itself(run: Path, tmp_path: Path):
         assert config["title"] == "GPT-2, trained here"
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=200)
 
 
 def test_space_refuses_a_full_folder_and_a_missing_model(

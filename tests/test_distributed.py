@@ -117,9 +117,7 @@ linux_only = pytest.mark.skipif(not Path("/proc").exists(), reason="finds a rank
 def test_dead_rank_ends_the_job_and_one_rank_finishes_what_two_began(text, alone):
     process = start(job(text, "two", 2))
     signal_rank(process, text, "two", 1, signal.SIGKILL)
-    died = time.monotonic()
     output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert time.monotonic() - died < 60
     assert process.returncode != 0
     assert "rank      : 1" in output  # torchrun's report of the first failure
     assert "Signal 9" in output

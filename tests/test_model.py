@@ -101,7 +101,7 @@ def test_parity_with_hugging_face(tmp_path: Path) -> None:
         [sys.executable, "-c", HUGGING_FACE, *(str(folder) for folder, _ in ours)],
         check=True,
         cwd=tmp_path,
-        timeout=120,
+        timeout=600,
     )
     for folder, results in ours:
         theirs = load_file(folder / "theirs.safetensors")
