@@ -39,6 +39,7 @@ from training.resume import Progress, RunFailed
 from training.run import Run, data_loader, finish
 from training.signals import EXIT_RESUMABLE, Stopped, StopRequest
 from training.step import TrainStep, start_process
+from training.watch import Watch
 
 DEFAULT_PRESET = {"cpu": "shakespeare-cpu", "cuda": "shakespeare-124m"}
 
@@ -181,8 +182,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     batches = run.open_batches(progress)
     run.write_config(model)
     writer = checkpoint.Writer(run.out / "checkpoints", cfg.keep_last, log.say)
-    reached: int | None = None
-    stopping = bool(stop)
+    watch = Watch(log, guard, stop, recipe.target_loss, alone=world.size == 1)
 
     def save_checkpoint() -> None:
         if not world.is_main or progress.step > recipe.max_steps:  # beyond: nothing was done
@@ -197,24 +197,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         while True:
             step = progress.step
             evaluate, save = cfg.evaluates_before(step), cfg.saves_before(step)
-            stopping = stopping or (bool(stop) and world.size == 1)
-            action = "ok"
-            for record in log.read(wait=evaluate or save or stopping or step >= recipe.max_steps):
-                stopping |= record.stop  # several ranks agree through the late value
-                if guard is None and not record.finite:
-                    raise RunFailed(
-                        f"step {record.step}: the loss is {record.loss}, the gradient norm "
-                        f"{record.grad_norm}, and without a guard nothing undoes that; a lower "
-                        "--max-lr, more --warmup-steps or --guard may help"
-                    )
-                if reached is None and record.loss < recipe.target_loss:
-                    reached = record.step
-                if guard and (action := guard.observe(record.bad, record.position)) != "ok":
-                    log.event(action, step=record.step, loss=record.loss,
-                              grad_norm=record.grad_norm)  # fmt: skip
-                    if action != "skipped":
-                        break
-            if guard and action in ("rollback", "give_up"):
+            action = watch.catch_up(wait=evaluate or save or step >= recipe.max_steps)
+            if guard and action:
                 writer.wait()
                 world.barrier()
                 progress = resume.roll_back(run.out, world, action, guard, log, model, optimizer,
@@ -222,8 +206,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 batches.seek(progress.position, progress.skips)
                 continue
 
-            done = reached is not None or step >= recipe.max_steps
-            if evaluate and not (stopping or done or step in dict(progress.evaluations)):
+            done = watch.reached is not None or step >= recipe.max_steps
+            if evaluate and not (watch.stopping or done or step in dict(progress.evaluations)):
                 with log.aside(), take_step.autocast():
                     val_loss = run.validate(model, run.val_tokens, plan.eval_tokens)
                 if math.isfinite(val_loss):  # else the next step's loss tells
@@ -231,9 +215,9 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 save |= progress.best == step and cfg.save_interval > 0
                 log.event("eval", step=step, val_loss=val_loss)
                 log.say(f"step {step:5d} | validation loss {val_loss:.4f}")
-            if save or stopping or (done and cfg.save_interval):
+            if save or watch.stopping or (done and cfg.save_interval):
                 save_checkpoint()
-            if stopping:
+            if watch.stopping:
                 writer.finish()
                 world.barrier()
                 return leave(run, step, writer, log, stop)
@@ -247,7 +231,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                      outcome.asked_to_stop)  # fmt: skip
             progress.step += 1
         try:
-            finish(run, model, log, progress, reached, take_step.autocast, stop.check)
+            finish(run, model, log, progress, watch.reached, take_step.autocast, stop.check)
         except Stopped:  # on this rank; each leaves by itself
             if not cfg.save_interval:
                 save_checkpoint()

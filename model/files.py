@@ -29,6 +29,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write all of `data`, a str as UTF-8, or leave `path` as it was."""
+    """Write all of `data`, or leave `path` as it was.
+
+    A str becomes UTF-8, and what UTF-8 has no word for, as in a file name, an escape.
+    """
     with replacing(path) as partial:
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        partial.write_bytes(
+            data.encode(errors="backslashreplace") if isinstance(data, str) else data
+        )
