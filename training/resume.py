@@ -233,12 +233,14 @@ def roll_back(
         RunFailed: no rollbacks are left, or there is nothing to go back to.
     """
     expected = expect(model)
-    found = _agreed(
-        f"rollback {guard.rollbacks}",
-        lambda: checkpoint.newest_good(folder / "checkpoints", log.say, expected),
-        expected,
-        world,
-    )
+
+    def newest() -> Checkpoint | None:
+        return checkpoint.newest_good(folder / "checkpoints", log.say, expected)
+
+    try:
+        found = _agreed(f"rollback {guard.rollbacks}", newest, expected, world)
+    except ValueError as error:
+        raise RunFailed(f"guard: {error}") from None
     if action == "give_up" or found is None:
         why = "there is no checkpoint to go back to" if found is None else "no rollbacks are left"
         raise RunFailed(
