@@ -150,14 +150,24 @@ def test_compiling_where_it_cannot_pay_or_cannot_work() -> None:
     bare = Machine("cpu", "a CPU", missing_tools=("g++", "openssl"))
     made = make_plan(SEED, bare)
     assert not made.compile
-    assert "not compiled: torch.compile needs g++, openssl in PATH" in made.notes
-    with pytest.raises(ValueError, match=r"torch.compile needs g\+\+, openssl in PATH"):
+    assert "not compiled: torch.compile needs g++, openssl" in made.notes
+    with pytest.raises(ValueError, match=r"torch.compile needs g\+\+, openssl"):
         make_plan(SEED, bare, Choices(compile=True))
 
 
 def test_detection_sees_missing_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machines.shutil, "which", lambda tool: None if tool == "openssl" else tool)
     assert real_detect("cpu").missing_tools == ("openssl",)
+
+
+def test_a_torch_in_a_folder_with_a_space_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machines.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(machines.torch, "__file__", "/my projects/.venv/torch/__init__.py")
+    machine = real_detect("cpu")
+    assert machine.missing_tools == (machines.NO_SPACE,)
+    made = make_plan(SEED, machine)
+    assert not made.compile
+    assert any(machines.NO_SPACE in note for note in made.notes)
 
 
 def test_detection_sees_this_machine() -> None:

@@ -21,6 +21,7 @@ from model.flops import flops_per_token
 
 # torch.compile on a CPU calls these; openssl hashes its precompiled headers.
 COMPILE_TOOLS = ("g++", "as", "ld", "openssl")
+NO_SPACE = "a torch in a folder without spaces"  # torch 2.13 does not quote it
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def detect(device: str = "auto") -> Machine:
     if device == "cuda" and not has_cuda:
         raise ValueError("device: cuda asked for, but torch sees no GPU; use --device cpu or auto")
     tools = tuple(t for t in COMPILE_TOOLS if shutil.which(t) is None)
+    tools += (NO_SPACE,) * (" " in str(torch.__file__))
     common = Machine(
         device="cpu",
         name=cpu_name(),

@@ -243,11 +243,11 @@ def _choose_compile(
 ) -> bool:
     missing = ", ".join(machine.missing_tools)
     if wanted and missing:
-        raise ValueError(f"compile: torch.compile needs {missing} in PATH; leave --compile out")
+        raise ValueError(f"compile: torch.compile needs {missing}; leave --compile out")
     if wanted is not None:
         return wanted
     if missing:
-        notes.append(f"not compiled: torch.compile needs {missing} in PATH")
+        notes.append(f"not compiled: torch.compile needs {missing}")
         return False
     total = flops_per_token(recipe.model_config, recipe.block_size) * (
         recipe.tokens_per_step * recipe.max_steps
