@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.machines import free_bytes
-
 Inputs = dict[str, Any]
 MODES = ("fwd", "bwd", "both")
 
@@ -232,21 +230,16 @@ def floor_ms(case: Case, shape: Shape, dtype: torch.dtype, mode: str, limits: di
     return max(bytes_ms, flops / limits[case.limit] / 1e9)
 
 
-def check_memory(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a shape whose tensors cannot fit; on a GPU a provider that lacks room says so itself.
+def check_room(what: str, need: float, room: float) -> None:
+    """Refuse what cannot fit; a `room` of 0 is not known.
 
     Raises:
-        ValueError: with what is needed and what is free.
+        ValueError: with what is needed and what there is.
     """
-    need = case.bytes(shape, dtype.itemsize, "both")
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        need, free = need + 16 * shape.M * case.logits(shape), free_bytes()
-    if need > free > 0:
+    if need > room > 0:
         raise ValueError(
-            f"bench: {case.op} at {shape.label} needs about {need / 2**30:,.1f} GiB of memory, "
-            f"{free / 2**30:,.1f} GiB are free; take a smaller --shape"
+            f"bench: {what} needs about {need / 2**30:,.1f} GiB of memory, there are "
+            f"{room / 2**30:,.1f}; take a smaller one"
         )
 
 

@@ -1,26 +1,25 @@
 """The one way in which the bench runs other processes.
 
-`run` takes a command to its end or to its limit. A `Child` lives on: it answers each line of JSON
-with one of its own, and its side of that is `serve`. Each process gets a session of its own, so
-that whatever it started ends with it, and each says why it is gone: what it printed last.
+`run` takes a command to its end or to its limit. A `Child` lives on and answers what it is asked;
+its side of that is `serve`. Each process gets a session of its own, so that whatever it started
+ends with it, and each says why it is gone: what it printed last.
 """
 
 import contextlib
-import json
 import os
-import select
 import signal
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, Self
 
 ROOT = Path(__file__).parents[1]
-START_LIMIT_S = 120.0  # until the first answer: a child imports torch and opens the device
+START_LIMIT_S = 120.0  # until the first word: a child imports torch and opens the device
+PIPE = "BENCH_PIPE"  # names the file descriptor of a child's end
+_running: set[int] = set()  # sessions of `run`
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,14 @@ class Ended:
     @property
     def why(self) -> str:
         """How it ended, in words; empty where it ended well."""
-        if self.code == 0:
-            return ""
         if self.code is None:
             return "cut off"
-        return f"exit {self.code}: {last_line(self.text)}"
+        return f"exit {self.code}: {last_line(self.text)}" if self.code else ""
 
 
 def last_line(text: str) -> str:
-    """The last line that is not empty."""
-    return next((line.strip()[-200:] for line in reversed(text.splitlines()) if line.strip()),
-                "nothing said")  # fmt: skip
+    lines = [line.strip()[-200:] for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "nothing said"
 
 
 def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None) -> Ended:
@@ -52,7 +48,7 @@ def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = 
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", start_new_session=True,
     ) as process:  # fmt: skip
-        _RUNNING.add(process.pid)
+        _running.add(process.pid)
         try:
             text, _ = process.communicate(timeout=max(1.0, limit_s))
             return Ended(process.returncode, text)
@@ -62,7 +58,7 @@ def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = 
             return Ended(None, text)
         finally:
             end_session(process.pid)
-            _RUNNING.discard(process.pid)
+            _running.discard(process.pid)
 
 
 @contextlib.contextmanager
@@ -70,7 +66,7 @@ def ended_by_signals() -> Iterator[None]:
     """Inside, SIGTERM and Ctrl-C end what `run` has started, in all threads, and this process."""
 
     def stop(signum: int, frame: object) -> None:
-        for pid in [*_RUNNING]:
+        for pid in [*_running]:
             end_session(pid)
         raise SystemExit(128 + signum)
 
@@ -82,9 +78,6 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_RUNNING: set[int] = set()  # sessions of `run`
-
-
 def end_session(pid: int) -> None:
     """Kill whatever is left of a process and of all it started."""
     with contextlib.suppress(ProcessLookupError):
@@ -92,14 +85,11 @@ def end_session(pid: int) -> None:
 
 
 class ChildDied(Exception):
-    """There is no answer; the message says why, in one line.
-
-    Attributes:
-        is_short: It died for want of memory: killed by the system, or refused by the allocator.
-    """
+    """There is no answer; the message says why, in one line."""
 
     @property
     def is_short(self) -> bool:
+        """Whether memory ran out: killed by the system, or refused by the allocator."""
         return "ended with -9" in str(self) or "allocate memory" in str(self)
 
 
@@ -108,11 +98,8 @@ class Child:
 
     Args:
         command: Whose side is `serve`.
-        limit_s: Within which it must have said its first word.
+        limit_s: Within which it must have said its first word, which is then in `first`.
         cwd, env: As of subprocess.
-
-    Attributes:
-        first: Its first word.
 
     Raises:
         ChildDied: it ended, or took too long, before its first word.
@@ -122,12 +109,14 @@ class Child:
         self, command: Sequence[str], limit_s: float = START_LIMIT_S, cwd: Path = ROOT,
         env: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 # `end` closes it
-        self._at_work = True
+        self._pipe, theirs = Pipe()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 # `end` closes it
         self.process = subprocess.Popen(
-            command, cwd=cwd, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._errors, bufsize=0, start_new_session=True,
+            command, cwd=cwd, env={**(env or os.environ), PIPE: str(theirs.fileno())},
+            stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said,
+            pass_fds=[theirs.fileno()], start_new_session=True,
         )  # fmt: skip
+        theirs.close()
         self.first = self._answer(limit_s)
 
     def __enter__(self) -> Self:
@@ -137,66 +126,42 @@ class Child:
         self.end()
 
     def ask(self, task: Any, limit_s: float) -> Any:
-        """The answer to a task.
-
-        Raises:
-            ChildDied: it ended or took too long; it is gone then.
-        """
-        if self._errors.closed:
+        """The answer to a task; ChildDied if it ended or took too long, and it is gone then."""
+        if self._pipe.closed:
             raise ChildDied("it has ended before")
-        assert self.process.stdin is not None
-        self._at_work = True
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(task).encode() + b"\n")
+            self._pipe.send(task)
         return self._answer(limit_s)
 
     def _answer(self, limit_s: float) -> Any:
-        assert self.process.stdout is not None
-        said, end = b"", time.monotonic() + limit_s
-        while not said.endswith(b"\n"):
-            left = max(0.0, end - time.monotonic())
-            if not select.select([self.process.stdout], [], [], left)[0]:
-                raise ChildDied(self.end(f"no answer in {limit_s:.0f} s"))
-            part = os.read(self.process.stdout.fileno(), 1 << 16)
-            if not part:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(5)  # so that the exit code is its own
-                raise ChildDied(self.end("it closed its output"))
-            said += part
-        self._at_work = False
-        return json.loads(said)
+        why = ""
+        with contextlib.suppress(EOFError, ConnectionError):
+            if self._pipe.poll(limit_s):
+                return self._pipe.recv()
+            why = f"no answer in {limit_s:.0f} s"
+        raise ChildDied(self.end(why))
 
     def end(self, why: str = "") -> str:
-        """End it; returns why it is gone: its exit code, or `why` if it lived, and its last words.
-
-        A child at rest ends by itself when its input closes; one at work is killed.
-        """
-        if self._errors.closed:
+        """End it; returns why it is gone, its exit code or what is given, and its last words."""
+        if self._pipe.closed:
             return why
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        code = self.process.poll()
-        self.process.stdin.close()
-        if not self._at_work:
+        self._pipe.close()
+        if not why:  # at rest it ends by itself now, and what died has an exit code soon
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)
+                self.process.wait(5)
+        code = self.process.poll()
         end_session(self.process.pid)
         self.process.wait()
-        self.process.stdout.close()
-        self._errors.seek(0)
-        words = last_line(self._errors.read().decode(errors="replace"))
-        self._errors.close()
-        return f"{why if code is None else f'it ended with {code}'}: {words}"
+        self._said.seek(0)
+        words = last_line(self._said.read().decode(errors="replace"))
+        self._said.close()
+        return f"{why or f'it ended with {code}'}: {words}"
 
 
-def serve(prepare: Callable[[], tuple[Any, Callable[[Any], Any]]]) -> None:
-    """A child's side: the first word and the function that answers, then a line for each line.
-
-    Standard output is for answers alone; what kernels and libraries print goes with the errors.
-    """
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    first, answer = prepare()
-    print(json.dumps(first), file=answers)
-    for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), file=answers)
+def serve(first: Any, answer: Callable[[Any], Any]) -> None:
+    """A child's side: its first word, then an answer for each task."""
+    pipe = Connection(int(os.environ[PIPE]))
+    pipe.send(first)
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while True:
+            pipe.send(answer(pipe.recv()))

@@ -13,13 +13,13 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench import baseline
-from bench.cases import Shape
+from bench.cases import Shape, check_room
 from kernels import Ops
 from model import GPT, MODELS, GPTConfig
 from training import memory
@@ -49,25 +49,22 @@ class Setup:
     @property
     def config(self) -> GPTConfig:
         config = MODELS[self.model]
-        if config.block_size >= self.shape.T:
-            return config
-        values = {f.name: getattr(config, f.name) for f in fields(config)}
-        return GPTConfig(**values | {"block_size": self.shape.T})
+        return replace(config, block_size=max(config.block_size, self.shape.T))
 
     @property
     def tokens(self) -> int:
         return self.shape.M * self.accum
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What a row says of it."""
-        return {"model": self.model, "shape": self.shape.label, "accum": self.accum}
-
-    @property
     def flags(self) -> list[str]:
         """Command-line flags that give this setup."""
         shape = f"b{self.shape.B}t{self.shape.T}"
         return ["--model", self.model, "--shape", shape, "--accum", str(self.accum)]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a row says of it."""
+        return {"model": self.model, "shape": self.shape.label, "accum": self.accum}
 
     @property
     def need_bytes(self) -> int:
@@ -78,33 +75,10 @@ class Setup:
         ).total  # fmt: skip
 
     def check_memory(self, device: torch.device) -> None:
-        """Refuse what nobody can train here, in bf16 neither.
-
-        Raises:
-            ValueError: with what is needed and what there is.
-        """
+        """Raise ValueError for what nobody can train here, in bf16 neither."""
         cuda = device.type == "cuda"
         room = 2 * torch.cuda.mem_get_info(device)[1] if cuda else free_bytes()
-        if 0 < room < self.need_bytes:
-            raise ValueError(
-                f"bench: GPT-2 {self.model} at {self.shape.label} needs about "
-                f"{self.need_bytes / 2**30:,.1f} GiB of memory, there are {room / 2**30:,.1f}; "
-                "take a smaller --shape or --model"
-            )
-
-
-class Contestant(Protocol):
-    """Something that trains.
-
-    Attributes:
-        grad_norm: (), of the last step, before clipping; None before the first.
-    """
-
-    grad_norm: Tensor | None
-
-    def step(self, batches: Sequence[Batch]) -> Tensor:
-        """Train on micro-batches; their mean loss, ()."""
-        ...
+        check_room(f"GPT-2 {self.model} at {self.shape.label}", self.need_bytes, room)
 
 
 @dataclass
@@ -115,7 +89,7 @@ class PlainLoop:
         loss_of: (idx, targets) -> scalar loss.
         parameters: What is clipped.
         autocast: Context of the forward.
-        grad_norm: Of the last step, before clipping.
+        grad_norm: (), of the last step, before clipping.
     """
 
     loss_of: Callable[[Tensor, Tensor], Tensor]
@@ -125,6 +99,7 @@ class PlainLoop:
     grad_norm: Tensor | None = None
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
+        """Train on micro-batches; their mean loss, ()."""
         loss = torch.zeros((), device=batches[0][0].device)
         for idx, targets in batches:
             with self.autocast():
@@ -137,17 +112,8 @@ class PlainLoop:
         return loss
 
 
-Build = Callable[[Setup, torch.device], Contestant]
-
-
 class Ours:
-    """The trainer's own step, by its own plan.
-
-    Args:
-        setup: As everywhere here; the plan keeps its micro-batches.
-        device: Where.
-        choices: What differs from the plan train.py would make.
-    """
+    """The trainer's own step, by its own plan but for `choices`; with the batch as its loader."""
 
     def __init__(self, setup: Setup, device: torch.device, choices: Choices):
         B, T = setup.shape.B, setup.shape.T
@@ -157,8 +123,7 @@ class Ours:
             min_lr=baseline.LEARNING_RATE, beta1=baseline.BETAS[0], beta2=baseline.BETAS[1],
             grad_clip=baseline.CLIP_NORM, weight_decay=baseline.WEIGHT_DECAY,
         )  # fmt: skip
-        machine = detect(device.type)
-        plan = make_plan(recipe, machine, replace(choices, micro_batch_size=B))
+        plan = make_plan(recipe, detect(device.type), replace(choices, micro_batch_size=B))
         model = GPT(setup.config, plan.op_set)
         model.load_state_dict(_weights(setup))
         optimizer = configure_adamw(model.to(device), recipe, plan.optimizer)
@@ -166,21 +131,18 @@ class Ours:
         self.grad_norm: Tensor | None = None
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
-        outcome = self.take_step(_Rows(batches), baseline.LEARNING_RATE)
+        self.batches = batches
+        outcome = self.take_step(self, baseline.LEARNING_RATE)
         self.grad_norm = outcome.grad_norm
-        # The graph's buffers are written again by the next step.
-        return outcome.loss.clone()
-
-
-@dataclass
-class _Rows:
-    """A step's micro-batches as the loader hands them out: one after the other."""
-
-    batches: Sequence[Batch]
+        return outcome.loss.clone()  # the graph's buffers are written again by the next step
 
     def next_batch(self) -> Batch:
         idx, targets = zip(*self.batches, strict=True)
         return torch.cat(idx), torch.cat(targets)
+
+
+Contestant = PlainLoop | Ours
+Build = Callable[[Setup, torch.device], Contestant]
 
 
 def _weights(setup: Setup) -> dict[str, Tensor]:
@@ -222,12 +184,9 @@ def _baseline(setup: Setup) -> nn.Module:
 def _nanogpt(path: Path) -> Callable[[Setup], nn.Module]:
     def make_model(setup: Setup) -> nn.Module:
         module, config = load_nanogpt(path), setup.config
-        sizes = {
-            name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")
-        }
-        wanted = module.GPTConfig(
-            **sizes, vocab_size=config.padded_vocab_size, dropout=0.0, bias=True
-        )
+        sizes = {k: getattr(config, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
+        vocab_size = config.padded_vocab_size
+        wanted = module.GPTConfig(**sizes, vocab_size=vocab_size, dropout=0.0, bias=True)
         model, weights = module.GPT(wanted), _weights(setup)
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
         model.load_state_dict(weights, strict=False)
@@ -242,8 +201,7 @@ def load_nanogpt(path: Path) -> Any:
     Raises:
         ValueError: the file is missing, is no Python or does not define GPT and GPTConfig.
     """
-    if path.is_dir():
-        path = path / "model.py"
+    path = path / "model.py" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(
             f"bench: --against nanogpt needs the path of its model.py, got {path} (no such file); "
@@ -261,8 +219,13 @@ def load_nanogpt(path: Path) -> Any:
     return module
 
 
+# Name -> (bf16, compiled)
 PLAIN = {"eager fp32": (False, False), "eager bf16": (True, False),
          "compile fp32": (False, True), "compile bf16": (True, True)}  # fmt: skip
+
+
+def _ours(**choices: Any) -> Build:
+    return lambda setup, device: Ours(setup, device, Choices(compile=True, **choices))
 
 
 def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[str, Build]:
@@ -275,20 +238,16 @@ def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[s
     known |= {"ours fp32": _ours(dtype="fp32"), "ours bf16": _ours(dtype="bf16")}
     if device.type == "cuda":
         changes: dict[str, dict[str, Any]] = {
-            f"{f.name}=eager": {"ops": f"triton,{f.name}=eager"} for f in fields(Ops)
+            **{f"{f.name}=eager": {"ops": f"triton,{f.name}=eager"} for f in fields(Ops)},
+            "no graph": {"cuda_graph": False},
+            "torch AdamW": {"optimizer": "torch"},
+            "no copies": {"working_copies": False},
+            "whole compile": {"compile_scope": "model"},
         }
-        changes |= {
-            "no graph": {"cuda_graph": False}, "torch AdamW": {"optimizer": "torch"},
-            "no copies": {"working_copies": False}, "whole compile": {"compile_scope": "model"},
-        }  # fmt: skip
         known |= {ABLATION + name: _ours(dtype="bf16", **how) for name, how in changes.items()}
     if nanogpt is not None:
         known |= {f"nanogpt {n}": _plain(_nanogpt(nanogpt), *mode) for n, mode in PLAIN.items()}
     return known
-
-
-def _ours(**choices: Any) -> Build:
-    return lambda setup, device: Ours(setup, device, Choices(compile=True, **choices))
 
 
 def find_providers(
@@ -349,19 +308,13 @@ def prepare(
 ) -> tuple[Contestant, Prepared]:
     """Build a contestant and run its warm-up."""
     contestant = build(setup, device)
-    _synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
-    losses = [contestant.step(batches[0])]
-    _synchronize(device)
+    losses = [contestant.step(batches[0]).item()]  # read, so it has ended
     first_step_s, process_start_s = time.perf_counter() - start, seconds_since_start()
     assert contestant.grad_norm is not None
     grad_norm = contestant.grad_norm.item()
-    losses += [contestant.step(batches[i % NUM_BATCHES]) for i in range(1, WARMUP_STEPS)]
-    figures = [loss.item() for loss in losses]
+    losses += [contestant.step(batches[i % NUM_BATCHES]).item() for i in range(1, WARMUP_STEPS)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return contestant, Prepared(first_step_s, figures, grad_norm, process_start_s, peak)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    return contestant, Prepared(first_step_s, losses, grad_norm, process_start_s, peak)

@@ -34,22 +34,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT_TOKENS = 16
 ANSWER_LIMIT_S = 600.0
 WORKER = """
-import json, os, sys, time
-answers = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)
+import os, sys, time
+from multiprocessing.connection import Connection
 import torch
 from transformers import GPT2LMHeadModel
 folder, device, dtype = sys.argv[1:4]
 model = GPT2LMHeadModel.from_pretrained(folder).to(device, getattr(torch, dtype)).eval()
-print('"ready"', file=answers)
-for line in sys.stdin:
-    prompts, num = json.loads(line)
+pipe = Connection(int(os.environ["BENCH_PIPE"]))
+pipe.send("ready")
+while True:
+    prompts, num = pipe.recv()
     ids = torch.tensor(prompts, device=device)
     start = time.perf_counter()
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                          max_new_tokens=num, min_new_tokens=num, pad_token_id=0)
     tokens = out[:, ids.shape[1]:].tolist()
-    print(json.dumps([(time.perf_counter() - start) * 1e3, tokens]), file=answers)
+    pipe.send([(time.perf_counter() - start) * 1e3, tokens])
 """
 
 

@@ -36,7 +36,7 @@ from bench.cases import (
     Case,
     Inputs,
     Shape,
-    check_memory,
+    check_room,
     find_case,
     floor_ms,
     make_inputs,
@@ -45,6 +45,7 @@ from bench.rows import OpRow
 from bench.tables import ops_table
 from kernels import parse_ops
 from tests import numerics
+from training.machines import free_bytes
 
 Fn = Callable[..., Any]
 
@@ -299,14 +300,18 @@ def plan_measurements(options: Any, device: torch.device) -> list[tuple[str, Sha
     """(op, shape, mode) to measure for the options of `add_arguments`.
 
     Raises:
-        ValueError: a shape that cannot fit.
+        ValueError: a shape whose tensors cannot fit; on a GPU, where each provider says itself
+            that it lacks room, those of the op's interface alone.
     """
     todo = []
+    cuda, itemsize = device.type == "cuda", dtype_of(options, device).itemsize
+    room = torch.cuda.mem_get_info(device)[0] if cuda else free_bytes()
     for case in (CASES[op] for op in options.op or CASES):
-        usual = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+        usual = GPU_SHAPES if cuda else CPU_SHAPES
         for shape in case.sweep if options.sweep else options.shape or usual:
-            if not options.sweep:
-                check_memory(case, shape, dtype_of(options, device), device)
+            need = case.bytes(shape, itemsize, "both")
+            need += 0 if cuda else 16 * shape.M * case.logits(shape)
+            check_room(f"{case.op} at {shape.label}", 0 if options.sweep else need, room)
             modes = options.mode or (("both",) if options.sweep else case.modes)
             todo += [(case.op, shape, mode) for mode in case.modes if mode in modes]
     return todo

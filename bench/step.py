@@ -62,12 +62,10 @@ def with_ratios(rows: Mapping[str, StepRow]) -> list[StepRow]:
             return row.over[common] / rival.over[common]
         return rival.ms / row.ms
 
-    return [
-        replace(row, over={n: ratio(row, rival) for n, rival in timed.items()
-                           if is_rival(n)})
-        if name in timed else row
-        for name, row in rows.items()
-    ]  # fmt: skip
+    rivals = [row for name, row in timed.items() if is_rival(name)]
+    found = {name: {other.provider: ratio(row, other) for other in rivals}
+             for name, row in timed.items()}  # fmt: skip
+    return [replace(row, over=found.get(name, {})) for name, row in rows.items()]
 
 
 def measure(

@@ -3,7 +3,7 @@
 On a GPU one follows the other. On a CPU each lives in a process of its own, because ours changes
 how its process allocates memory, and they take turns: as many at a time as memory has room for,
 each group with the first contestant among them, by way of whom two of different groups are
-compared. Where not even two fit, each runs alone, between two runs of the first.
+compared. Where not even two fit, each runs alone, after the first has run alone again.
 """
 
 import gc
@@ -11,7 +11,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,49 +49,37 @@ RIVALS = ("eager fp32", "compile fp32", "compile bf16")  # and nanoGPT: ratios a
 ROOM = 1.15  # of what the largest contestant took so far, for the next one
 
 
-class Judge:
-    """Holds every contestant against the first that ran."""
+NO_REFERENCE = "nothing to hold it against: the first contestant failed"
 
-    def __init__(self) -> None:
-        self.reference: Prepared | None = None
-        self.failed = ""  # the first contestant, where it failed
 
-    def doubt_of(self, name: str, found: Prepared) -> str:
-        """Why a contestant's speed must not be shown; empty if its losses and gradient agree."""
-        if self.reference is None:
-            if self.failed and name.startswith("ours"):
-                return f"nothing to hold it against: {self.failed} failed"
-            self.reference = found
-        known = self.reference
-        for what, ours, theirs, tolerance in (
-            ("first loss", found.losses[0], known.losses[0], FIRST_LOSS_TOLERANCE),
-            ("warm loss", found.losses[-1], known.losses[-1], WARM_LOSS_TOLERANCE),
-            ("gradient norm", found.grad_norm, known.grad_norm,
-             GRAD_NORM_TOLERANCE * known.grad_norm),
-        ):  # fmt: skip
-            if not abs(ours - theirs) <= tolerance:  # NaN too
-                return f"{what} {ours:.4f}, reference {theirs:.4f}, tolerance {tolerance:.2g}"
-        return ""
-
-    def failure(self, name: str, setup: Setup, why: str) -> StepRow:
-        if self.reference is None:
-            self.failed = self.failed or name
-        return StepRow(**setup.identity, provider=name, tokens=setup.tokens, doubt=why)
+def disagreement(found: Prepared, known: Prepared | None) -> str:
+    """Why a contestant's speed must not be shown; empty if losses and gradient are the first's."""
+    if known is None:
+        return NO_REFERENCE
+    for what, ours, theirs, tolerance in (
+        ("first loss", found.losses[0], known.losses[0], FIRST_LOSS_TOLERANCE),
+        ("warm loss", found.losses[-1], known.losses[-1], WARM_LOSS_TOLERANCE),
+        ("gradient norm", found.grad_norm, known.grad_norm, GRAD_NORM_TOLERANCE * known.grad_norm),
+    ):
+        if not abs(ours - theirs) <= tolerance:  # NaN too
+            return f"{what} {ours:.4f}, reference {theirs:.4f}, tolerance {tolerance:.2g}"
+    return ""
 
 
 def make_row(
-    name: str, setup: Setup, device: torch.device, found: Prepared, timed: timing.Timing,
-    doubt: str, **more: Any,
+    name: str, setup: Setup, found: Prepared, timed: timing.Timing, known: Prepared | None,
+    card: str = "", **more: Any,
 ) -> StepRow:  # fmt: skip
-    """A row of the step section; flops by both formulas."""
+    """A row of the step section, held against the first contestant; flops by both formulas."""
     per_s = setup.tokens / timed.median_ms * 1e3 / 1e12
-    flops = {form: flops_per_token(setup.config, setup.shape.T, form) for form in ("palm", "llmc")}
-    card = find_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    palm, llmc = (flops_per_token(setup.config, setup.shape.T, f) for f in ("palm", "llmc"))
+    sheet = find_card(card)
     return StepRow(
-        **setup.identity, provider=name, tokens=setup.tokens, doubt=doubt, **timed.figures,
-        losses=found.losses, grad_norm=found.grad_norm, first_step_s=found.first_step_s,
-        tflops_palm=flops["palm"] * per_s, tflops_llmc=flops["llmc"] * per_s,
-        peak_tflops=card and card.tflops, **more,
+        **setup.identity, provider=name, tokens=setup.tokens, doubt=disagreement(found, known),
+        **timed.figures, losses=found.losses, grad_norm=found.grad_norm,
+        first_step_s=found.first_step_s, peak_gib=found.peak_bytes / 2**30 or None,
+        tflops_palm=palm * per_s, tflops_llmc=llmc * per_s, peak_tflops=sheet and sheet.tflops,
+        **more,
     )  # fmt: skip
 
 
@@ -115,10 +103,8 @@ def event_steps(
     """Device-event times between step ends, no synchronisation in between, as training runs."""
     contestant.step(batches[0])  # ours captures its graph in the fourth step
     torch.cuda.synchronize()
-    probe = timing.host_replay(
-        lambda: (contestant.step(batches[0]), torch.cuda.synchronize())
-    ).once()
-    steps = int(min(200, max(8, seconds * 1e3 / probe)))
+    probe_ms = timing.host_replay(lambda: contestant.step(batches[0]).item()).once()
+    steps = int(min(200, max(8, seconds * 1e3 / probe_ms)))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     marks[0].record()
     for i in range(steps):
@@ -153,37 +139,35 @@ def measure_cuda(
     Raises:
         RuntimeError: CUDA is broken; nothing can be measured in this process any more.
     """
-    judge = Judge()
     failed: dict[str, str] = {}
     times_ms: dict[str, float] = {}
+    first = None
     torch.set_float32_matmul_precision("high")
-    for name, build in builds.items():
+    for i, (name, build) in enumerate(builds.items()):
         found = None
         try:
             found = _time_cuda(build, setup, device, seconds)
         except Exception as error:
             timing.note_failure(failed, name, error)
         if found is None:  # outside the handler: the exception's frames hold the contestant
-            yield judge.failure(name, setup, failed[name])
+            yield StepRow(**setup.identity, provider=name, doubt=failed[name])
             continue
         prepared, timed, state = found
-        more: dict[str, Any] = {"peak_gib": prepared.peak_bytes / 2**30, "gpu": state}
-        doubt = judge.doubt_of(name, prepared)
-        row = make_row(name, setup, device, prepared, timed, doubt, **more)
+        first = first if i else prepared
+        card = torch.cuda.get_device_name(device)
+        row = make_row(name, setup, prepared, timed, first, card, gpu=state)
         yield row
-        if doubt:
-            continue
-        times_ms[name] = timed.median_ms
         twin = name.replace("ours", "compile")
-        if twin == name or twin not in times_ms:
-            continue
-        try:
-            again_ms = _time_cuda(builds[twin], setup, device, seconds)[1].median_ms
-        except Exception as error:
-            timing.note_failure(failed, f"{twin} again", error)
-            continue
-        over = (times_ms[twin] + again_ms) / 2 / row.ms
-        yield replace(row, rival_again_ms=again_ms, over={twin: over})
+        if twin != name and twin in times_ms and not row.doubt:
+            try:
+                again_ms = _time_cuda(builds[twin], setup, device, seconds)[1].median_ms
+            except Exception as error:
+                timing.note_failure(failed, f"{twin} again", error)
+            else:
+                over = (times_ms[twin] + again_ms) / 2 / row.ms
+                yield replace(row, rival_again_ms=again_ms, over={twin: over})
+        if not row.doubt:
+            times_ms[name] = row.ms
 
 
 class Runner(Protocol):
@@ -197,11 +181,7 @@ class Runner(Protocol):
 
 
 class Worker(Child):
-    """A contestant in a process of its own.
-
-    Raises:
-        ChildDied: it failed, or its warm-up took longer than `limit_s`.
-    """
+    """A contestant in a process of its own; ChildDied where it fails within `limit_s`."""
 
     def __init__(
         self, name: str, setup: Setup, device: str, nanogpt: Path | None, limit_s: float,
@@ -211,36 +191,27 @@ class Worker(Child):
         command += ["--device", device]
         command += ["--against", "nanogpt", str(nanogpt.resolve())] if nanogpt else []
         super().__init__(command, limit_s, env=env)
-        self.prepared = Prepared(**self.first)
+        self.prepared: Prepared = self.first
 
     def step_ms(self, limit_s: float) -> float:
         return self.ask("step", limit_s)
 
 
 def work(name: str, setup: Setup, device: torch.device, nanogpt: Path | None) -> None:
-    """A worker's side: the warm-up, then a step per line of input."""
-
-    def begin() -> tuple[Any, Callable[[Any], float]]:
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # as where the steps are timed
-        elif name.startswith("ours"):
-            start_process(make_plan(Recipe(model=setup.model), detect("cpu")), seed=0)
-        batches = make_batches(setup, device)
-        build = known_providers(device, nanogpt)[name]
-        contestant, prepared = prepare(build, setup, device, batches)
-        turns = itertools.cycle(batches)
-        replay = timing.host_replay(lambda: contestant.step(next(turns)))
-        return {
-            f.name: getattr(prepared, f.name) for f in fields(prepared)
-        }, lambda _: replay.once()
-
-    serve(begin)
+    """A worker's side: the warm-up, then a step for each time it is asked."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as where the steps are timed
+    elif name.startswith("ours"):
+        start_process(make_plan(Recipe(model=setup.model), detect("cpu")), seed=0)
+    batches = make_batches(setup, device)
+    contestant, prepared = prepare(known_providers(device, nanogpt)[name], setup, device, batches)
+    turns = itertools.cycle(batches)
+    replay = timing.host_replay(lambda: contestant.step(next(turns)))
+    serve(prepared, lambda _: replay.once())
 
 
 class Turns:
-    """Contestants on a CPU, as many at a time as memory has room for, the first always among them.
-
-    Where nobody fits beside the first, each runs alone, after the first has run alone again.
+    """Contestants on a CPU, taking turns.
 
     Args:
         setup: What they train.
@@ -253,15 +224,13 @@ class Turns:
         self, setup: Setup, start: Callable[[str, float], Runner], seconds: float, deadline: float
     ):
         self.setup, self.start, self.seconds, self.deadline = setup, start, seconds, deadline
-        self.judge = Judge()
         self.alive: dict[str, Runner] = {}
         self.prepared: dict[str, Prepared] = {}  # of all so far
         self.failed: dict[str, str] = {}
 
     def measure(self, names: Sequence[str]) -> Iterator[StepRow]:
         """A row for each name, as its group ends."""
-        todo = [*names]
-        first = todo[0]
+        first, todo = names[0], [*names]
         while todo:
             try:
                 timed = self._turns(first, [name for name in todo if name != first])
@@ -269,16 +238,21 @@ class Turns:
                 self._end()
             for name in [name for name in todo if name in timed or name in self.failed]:
                 todo.remove(name)
-                if name in timed:
-                    yield self._row(name, timed)
-                else:
-                    yield self.judge.failure(name, self.setup, self.failed[name])
-            if first in self.failed and todo:
-                first = todo[0]
+                if name not in timed:
+                    yield StepRow(**self.setup.identity, provider=name, doubt=self.failed[name])
+                    continue
+                # Of those who took turns: medians of the ratios of neighbours.
+                over = {other: timing.ratio(timed[other], timed[name]) for other in timed}
+                known = self.prepared.get(first)
+                yield make_row(name, self.setup, self.prepared[name], timed[name], known, over=over)
 
     def _turns(self, first: str, others: Sequence[str]) -> dict[str, timing.Timing]:
         """Time the first and those that fit beside it, or, where nobody does, one after it."""
-        self._begin(first)
+        if first not in self.failed:
+            self._begin(first)
+        if first not in self.prepared:
+            self.failed |= dict.fromkeys(others, NO_REFERENCE)
+            return {}
         for name in others if self.alive else ():
             if not self._begin(name):
                 break
@@ -328,14 +302,6 @@ class Turns:
             replays, rounds=20, seconds=self.seconds * len(replays), warmup=0, min_rounds=3,
             until=self.deadline, failed=self.failed,
         )  # fmt: skip
-
-    def _row(self, name: str, timed: Mapping[str, timing.Timing]) -> StepRow:
-        """Its ratios are to all it took turns with: medians of the ratios of neighbours."""
-        found = self.prepared[name]
-        doubt = self.judge.doubt_of(name, found)
-        over = {other: timing.ratio(timed[other], timed[name]) for other in timed}
-        return make_row(name, self.setup, CPU, found, timed[name], doubt, over=over,
-                        peak_gib=found.peak_bytes / 2**30)  # fmt: skip
 
     def _end(self) -> None:
         for runner in self.alive.values():

@@ -21,7 +21,7 @@ def answer(task):
         time.sleep(600)
     return [task]
 
-child.serve(lambda: ({"pid": os.getpid()}, answer))
+child.serve({"pid": os.getpid()}, answer)
 """
 COMMAND = [sys.executable, "-c", CHILD]
 

@@ -30,8 +30,8 @@ def step_row(provider: str, ms: float, shape: str = "b64t1024", **more: Any) -> 
     prepared = contestants.Prepared(20.0, [10.9, 10.8], 4.2)
     doubt = more.pop("doubt", "")
     timed = timing.Timing([(SECRET if doubt else ms) * x for x in (0.99, 1.0, 1.01)])
-    row = turns.make_row(provider, setup, CPU, prepared, timed, doubt, peak_gib=60.0)
-    return replace(row, peak_tflops=989.5, gpu={"sm_mhz": 1980}, **more)
+    row = turns.make_row(provider, setup, prepared, timed, prepared, "NVIDIA H200")
+    return replace(row, peak_gib=60.0, doubt=doubt, **more)
 
 
 def op_rows(op: str, shape: str, **more: Any) -> list[OpRow]:
@@ -498,7 +498,7 @@ def test_report_fills_blocks_and_nothing_else(tmp_path):
     prepared = contestants.Prepared(0.5, [10.8, 10.7], 1.0)
     for name, ms in (("eager fp32", 200.0), ("ours fp32", 100.0)):
         timed = timing.Timing([ms, ms, ms])
-        results.add("step", turns.make_row(name, setup, CPU, prepared, timed, ""))
+        results.add("step", turns.make_row(name, setup, prepared, timed, prepared))
     loaded = record.load_all(tmp_path / "results")
     text = "before\n<!-- bench:step-cpu -->\nold\n<!-- /bench:step-cpu -->\nafter\n"
     filled = report.fill(text, loaded)
