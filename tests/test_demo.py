@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -381,7 +382,9 @@ def test_space_folder_runs_by_itself(run: Path, tmp_path: Path):
     assert not [*out.rglob("__pycache__")]
     assert "context of 64 tokens" in (out / "README.md").read_text()
 
-    port = "7991"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     process = start_server(
         [sys.executable, "app.py"], out, {"GRADIO_SERVER_PORT": port, "PYTHONPATH": ""}
     )
