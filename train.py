@@ -272,12 +272,8 @@ def parse(arguments: Sequence[str]) -> Config:
         if given.model:
             raise ValueError(f"model: --init {given.init} decides the model; leave --model out")
         recipe = replace(recipe, model=spell_model(hf.read_config(given.init)))
-    # tyro wants a value after a flag of three states.
-    states = ("compile", "working-copies", "cuda-graph")
-    values = {f"--{name}": ["True"] for name in states} | {
-        f"--no-{name}": ["False"] for name in states
-    }
-    spelled = [part for flag in arguments for part in (flag, *values.get(flag, ()))]
+    off = {f"--no-{name}": f"--{name}=off" for name in ("compile", "working-copies", "cuda-graph")}
+    spelled = [off.get(flag, flag) for flag in arguments]
     default = Config(recipe=recipe, preset=preset)
     return tyro.cli(Config, args=spelled, default=default, config=(tyro.conf.OmitArgPrefixes,))
 

@@ -226,6 +226,14 @@ def test_every_recipe_field_is_a_flag_with_the_preset_as_default() -> None:
     assert (cfg.recipe.max_steps, cfg.recipe.seed, cfg.choices.compile) == (7, 3, False)
     assert (cfg.recipe.horizon_steps, cfg.recipe.model) == (200_000, "124m")
     assert train.parse(["--preset=smoke", "--max-steps", "9", "--compile"]).choices.compile is True
+    for flags, wanted in ((["--compile", "on", "--steps", "9"], True), (["--compile=off"], False),
+                          (["--compile", "auto"], None), ([], None), (["--no-compile"], False),
+                          (["--no-compile", "--compile"], True)):  # fmt: skip
+        assert train.parse(["--preset=smoke", *flags]).choices.compile is wanted
+    asked = train.parse(["--preset=smoke", "--working-copies", "off", "--no-cuda-graph"]).choices
+    assert (asked.working_copies, asked.cuda_graph) == (False, False)
+    with pytest.raises(SystemExit, match="2"):
+        train.parse(["--preset=smoke", "--compile", "maybe"])
     fields = {"max_lr": "0.5", "min_lr": "0.25", "warmup_steps": "3", "horizon_steps": "4",
               "max_steps": "5", "batch_size": "6", "block_size": "7", "grad_accum_steps": "8",
               "weight_decay": "0.5", "beta1": "0.25", "beta2": "0.5", "eps": "0.125",

@@ -5,6 +5,23 @@ from typing import Annotated, Literal
 
 import tyro
 
+_STATES = {"auto": None, "on": True, "off": False}
+
+
+def _read_switch(words: list[str]) -> bool | None:
+    word = words[0] if words else "on"  # the bare flag
+    if word not in _STATES:
+        raise ValueError(f"expected auto, on or off, got {word!r}")
+    return _STATES[word]
+
+
+# A flag of three states.
+Switch = Annotated[bool | None, tyro.constructors.PrimitiveConstructorSpec(
+    nargs=(0, 1), metavar="{auto,on,off}", instance_from_str=_read_switch,
+    is_instance=lambda value: value is None or isinstance(value, bool),
+    str_from_instance=lambda value: [word for word, is_ in _STATES.items() if is_ is value],
+)]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -14,8 +31,8 @@ class Choices:
     """auto, eager, triton, or one with exceptions: triton,layer_norm=eager."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 is autocast with fp32 weights; auto takes it where the hardware multiplies bf16."""
-    compile: Annotated[bool | None, tyro.conf.arg(aliases=["--no-compile"], metavar="")] = None
-    """torch.compile the model, or do not. Default: where it can and where it pays."""
+    compile: Switch = None
+    """torch.compile the model; auto does where it can and where it pays."""
     compile_scope: Literal["auto", "model", "blocks"] = "auto"
     """Compile the model as one graph, or one block that all layers share: starts sooner."""
     micro_batch_size: int = 0
@@ -23,14 +40,10 @@ class Choices:
     batch_size on a CPU."""
     optimizer: Literal["auto", "torch", "triton"] = "auto"
     """Whose fused AdamW: PyTorch's or ours."""
-    working_copies: Annotated[
-        bool | None, tyro.conf.arg(aliases=["--no-working-copies"], metavar="")
-    ] = None
+    working_copies: Switch = None
     """bf16 copies of the fp32 weights, written by the optimizer, so that no micro-batch casts
-    them. Default: with bf16 on one device."""
-    cuda_graph: Annotated[bool | None, tyro.conf.arg(aliases=["--no-cuda-graph"], metavar="")] = (
-        None
-    )
-    """Replay the whole step as one CUDA graph. Default: on one GPU."""
+    them; auto has them with bf16 on one device."""
+    cuda_graph: Switch = None
+    """Replay the whole step as one CUDA graph; auto does on one GPU."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the residual stream under bf16. bf16 changes the numerics."""
