@@ -78,8 +78,9 @@ def tensor(
         least, most = torch.aminmax(value.nan_to_num(0, LARGE * 2, -LARGE * 2) if nan else value)
         return bool(least >= low) and bool(most <= high) and also(value)
 
-    between = "finite" if (low, high) == (-LARGE, LARGE) else f"from {low:g} to {high:g}"
-    words = f"{dtype} of shape {tuple(shape)} with values {between}"
+    bounds = f"values from {low:g} to {high:g}"
+    values = "finite values" if (low, high) == (-LARGE, LARGE) else bounds
+    words = f"{dtype} of shape {tuple(shape)} with {values}"
     return Must(words.removeprefix("torch."), holds, like.numel() * like.element_size())
 
 
