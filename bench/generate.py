@@ -150,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit", help="what is measured, where git is not at hand")
     options = parser.parse_args(argv)
     options.only = options.only or PROVIDERS[: 2 if options.no_uncached else 3]
+    device = torch.device(options.device)
+    results = Results(device, options.out, options.commit) if options.out else None
     rows = measure(options)
     print(rows_table(
         rows,
@@ -158,8 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
          ("tokens/s", lambda r: f"{r.tokens_per_s:,.1f}"),
          ("cached is x", lambda r: f"{1 / r.over['cached']:.2f}" if "cached" in r.over else "")],
     ))  # fmt: skip
-    if options.out is not None:
-        results = Results(torch.device(options.device), options.out, options.commit)
+    if results:
         results.add("generate", *rows)
 
 

@@ -255,7 +255,7 @@ def run_all(job: Job, todo: Sequence[Command], minutes: float, results: record.R
 
 def parse_only(text: str) -> list[str]:
     """Parts by name or by group, in the order of running."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in PARTS and name not in GROUPS:
             raise ValueError(f"gpu: unknown part {name!r}; known: {', '.join([*GROUPS, *PARTS])}")

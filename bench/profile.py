@@ -95,7 +95,6 @@ def trace_step(
         span_us = (time.perf_counter() - start) * 1e6
     del contestant
     turns.free_device(device)
-    trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
     times: list[tuple[str, float, int]] = []
     for event in profiler.key_averages():
@@ -133,6 +132,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if cuda else "cpu")
     setup = Setup(args.model, args.shape)
     setup.check_memory(device)
+    find_providers([args.provider], device)
+    if args.trace.is_dir():
+        raise ValueError(f"bench: --trace must name a file, got the folder {args.trace}")
+    args.trace.parent.mkdir(parents=True, exist_ok=True)  # now, not after profiling
+    results = record.Results(device, args.out, args.commit) if args.out else None
     if cuda:
         torch.set_float32_matmul_precision("high")
     rows, longest = trace_step(args.provider, setup, device, args.steps, args.trace)
@@ -143,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in rows:
         if row.kind == "attention":  # which backend of SDPA, where it is not ours
             print("\nattention:", *row.names, sep="\n  ")
-    if args.out:
-        record.Results(device, args.out, args.commit).add("profile", *rows)
+    if results:
+        results.add("profile", *rows)
     print(f"\nwrote {os.path.relpath(args.trace)} (open in ui.perfetto.dev)")
 
 

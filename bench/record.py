@@ -221,6 +221,8 @@ def load(path: Path) -> Result:
     Raises:
         ValueError: it is neither.
     """
+    if path.exists() and not path.is_file():  # a device or a pipe would be read for ever
+        raise ValueError(f"bench: {path} is no regular file")
     try:
         data = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
