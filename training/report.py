@@ -12,7 +12,6 @@ import html
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from model.edge import exits, is_real
 from model.files import write_atomically
 from model.tokenizer import get_encoding
 from training import plot
@@ -50,10 +50,8 @@ RECITED_LOSS = 0.5  # after many epochs no other way leads there
 
 def number(values: Mapping[str, Any], key: str) -> float | None:
     """A finite number, or None: what stands in a file may be missing, NaN or of another type."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if abs(value) < 1e300 else None
+    value: Any = values.get(key)
+    return float(value) if is_real(value) and abs(value) < 1e300 else None
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -517,11 +515,8 @@ def main(args: list[str] | None = None) -> None:
             print(f"{kind}: {line}")
         print(f"report: {run / 'report.html'}")
 
-    try:
+    with exits():
         tyro.cli(command, prog="python -m training.report", args=args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":
