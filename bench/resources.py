@@ -5,15 +5,18 @@
     python -m bench.resources --json resources.json
 
 Each kernel module lists its builds in `aot_cases(arch)`. Every one is compiled for its arch and
-read back with the ptxas and nvdisasm that triton brings along. The table ends in a verdict, and the
-exit status is 1 if a build fails, spills, needs more shared memory than a block may have, has its
-WGMMA serialised, or does without HGMMA on sm_90 in a 16-bit or TF32 tile of 64 rows or more.
-Speed does not follow from this table; that a row could never be fast sometimes does.
+read back from what ptxas says meanwhile and from its machine code. The table ends in a verdict, and
+the exit status is 1 if a build fails, spills, needs more shared memory than a block may have, fits
+on an SM fewer times than its row counts on, has its WGMMA serialised, or does without HGMMA on
+sm_90 in a 16-bit or TF32 tile of 64 rows or more. Speed does not follow from this table; that a row
+could never be fast sometimes does.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -57,7 +60,7 @@ BLOCK_RESERVED_SHARED = 1024  # what the runtime keeps of each block's shared me
 HGMMA_MIN_ROWS = 64  # a warpgroup's WGMMA is 64 rows; smaller tiles rightly use HMMA
 TENSOR_OPS = ("HMMA", "HGMMA", "UTCHMMA")
 PROCESSES = 2
-REPORT_VERSION = 1  # part of the cache key; raise it when `_measure` reads something else
+REPORT_VERSION = 2  # part of the cache key; raise it when `_measure` reads something else
 
 
 @dataclass(frozen=True)
@@ -103,37 +106,38 @@ def build(case: AotCase, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _tool(name: str) -> str:
-    import triton
+def _build_aloud(case: AotCase, arch: int, again: bool) -> tuple[Any, str]:
+    """The build and what ptxas said of it: nothing if it was in triton's cache, unless `again`.
 
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+    In triton's own call of ptxas, because its choice of ptxas and its flags change the registers.
+    """
+    from triton import knobs
+
+    knobs.nvidia.dump_ptxas_log = True
+    knobs.compilation.always_compile = again
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        return build(case, arch), said.getvalue()
 
 
-def _measure(compiled: Any, arch: int) -> dict[str, Any]:
+def _measure(case: AotCase, arch: int) -> dict[str, Any]:
     """Registers, spills and warnings from ptxas; instructions from nvdisasm; kept on disk."""
     from triton import knobs
 
+    compiled, ptxas = _build_aloud(case, arch, again=False)
     cache = Path(knobs.cache.dir) / "fused_gpt_resources"
     kept = cache / f"{compiled.hash}-{REPORT_VERSION}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    ptx = compiled.asm["ptx"]
-    target = re.search(r"\.target (\w+)", ptx)
+    if not ptxas:
+        compiled, ptxas = _build_aloud(case, arch, again=True)
+    ptx, sass = compiled.asm["ptx"], ""
     threads = re.search(r"\.reqntid (\d+)", ptx)
-    assert target is not None
     assert threads is not None
-    with tempfile.TemporaryDirectory() as folder:
-        ptx_path, cubin_path = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx_path.write_text(ptx)
-        cubin_path.write_bytes(compiled.asm["cubin"])
-        ptxas = subprocess.run(
-            [_tool("ptxas-blackwell" if arch >= 100 else "ptxas"), "-v",
-             f"--gpu-name={target[1]}", str(ptx_path), "-o", str(Path(folder, "again.cubin"))],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
-        sass = ""
-        if "mma" in ptx:  # of mma.sync, wgmma or tcgen05.mma; nvdisasm is the slowest step here
-            command = [_tool("nvdisasm"), "-c", str(cubin_path)]
+    if "mma" in ptx:  # of mma.sync, wgmma or tcgen05.mma; nvdisasm is the slowest step here
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            command = [knobs.nvidia.nvdisasm.path, "-c", cubin.name]
             sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     frame = re.search(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", ptxas
@@ -146,6 +150,7 @@ def _measure(compiled: Any, arch: int) -> dict[str, Any]:
         "registers": int(registers[1]),
         "stack_bytes": int(frame[1]),
         "spill_bytes": int(frame[2]) + int(frame[3]),
+        "shared_bytes": compiled.metadata.shared,
         "threads": int(threads[1]),
         "serialised": "wgmma.mma_async instructions are serialized" in ptxas,
         "tensor_ops": {op: mnemonics[op] for op in TENSOR_OPS if mnemonics[op]},
@@ -174,22 +179,20 @@ def inspect_case(case: AotCase, arch: int) -> Resources:
     """Build, measure and judge one case."""
     name = case.kernel.__name__
     try:
-        compiled = build(case, arch)
-        found = _measure(compiled, arch)
+        found = _measure(case, arch)
     except Exception as error:  # whatever stops a build is a finding, not a crash
         reason = str(error).strip().splitlines() or [""]
         violation = f"does not build: {type(error).__name__}: {reason[-1][:200]}"
         return Resources(case.op, name, case.label, arch, violations=(violation,))
-    shared = compiled.metadata.shared
-    limit = ARCHS[arch].block_shared
+    shared, limit = found["shared_bytes"], ARCHS[arch].block_shared
     fit = blocks_per_sm(found["registers"], found["threads"], shared, arch)
     violations = []
     if found["stack_bytes"] or found["spill_bytes"]:
         violations.append(f"spills {found['spill_bytes']} B, stack {found['stack_bytes']} B")
     if shared > limit:
         violations.append(f"shared memory {shared} B, a block may have {limit}")
-    elif fit == 0:
-        violations.append("not one block fits on an SM")
+    elif fit < (wanted := case.launch.programs_per_sm):
+        violations.append(f"{fit} programs fit on an SM, the row counts on {wanted}")
     if found["serialised"]:
         violations.append("WGMMA is serialised")
     if arch == 90 and case.mma_rows >= HGMMA_MIN_ROWS and "HGMMA" not in found["tensor_ops"]:

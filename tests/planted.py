@@ -33,14 +33,14 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
     yield aot_case(
         "layer_norm", _spilling_kernel, "spills", Launch((("N", 128),), num_warps=1), "fp32"
     )
-    for label, block, warps, stages, precision in (
-        ("wants too much shared memory", 128, 8, 6, "tf32"),
-        ("claims TF32, is exact", 64, 4, 2, "ieee"),
-        ("does not build", 48, 4, 2, "tf32"),
-        ("sound", 64, 4, 2, "tf32"),
+    tf32, ieee = {"PRECISION": "tf32"}, {"PRECISION": "ieee"}
+    for label, block, warps, stages, programs, constexprs in (
+        ("wants too much shared memory", 128, 8, 6, 1, tf32),
+        ("claims TF32, is exact", 64, 4, 2, 1, ieee),
+        ("does not build", 48, 4, 2, 1, tf32),
+        ("lacks a constexpr", 64, 4, 2, 1, {}),
+        ("claims too many programs", 64, 4, 2, 8, tf32),
+        ("sound", 64, 4, 2, 2, tf32),
     ):
-        launch = Launch((("BLOCK_N", block),), warps, stages)
-        constexprs = {"PRECISION": precision}
-        yield aot_case(
-            "gelu_mlp", _matmul_kernel, label, launch, "fp32", constexprs, mma="BLOCK_N"
-        )  # fmt: skip
+        launch = Launch((("BLOCK_N", block),), warps, stages, programs_per_sm=programs)
+        yield aot_case("gelu_mlp", _matmul_kernel, label, launch, "fp32", constexprs, mma="BLOCK_N")

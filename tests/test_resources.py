@@ -39,13 +39,15 @@ def test_planted_faults_are_reported(tmp_path):
     report = tmp_path / "table.json"
     done = run_table("--module", "tests.planted", "--arch", "90", "--json", str(report))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "4 of them in violation" in done.stdout.splitlines()[-1]
+    assert "6 of them in violation" in done.stdout.splitlines()[-1]
     found = {row["label"]: row for row in json.loads(report.read_text())["rows"]}
     assert "spills" in found["spills"]["violations"][0]
     assert found["spills"]["spill_bytes"] > 0
     assert "a block may have 232448" in found["wants too much shared memory"]["violations"][0]
     assert "no HGMMA with 64 rows" in found["claims TF32, is exact"]["violations"]
     assert "does not build" in found["does not build"]["violations"][0]
+    assert "PRECISION is a constexpr and has no" in found["lacks a constexpr"]["violations"][0]
+    assert "the row counts on 8" in found["claims too many programs"]["violations"][0]
     assert found["sound"]["violations"] == []
     assert found["sound"]["tensor_ops"]["HGMMA"] > 0
 
