@@ -28,7 +28,7 @@ class AotCase:
 
     Args:
         op: public op the kernel belongs to, e.g. "layer_norm".
-        kernel: the `@triton.jit` function.
+        kernel: the `@jit` function.
         label: what tells this build from its neighbours, e.g. "fwd C=768 bf16".
         launch: the row.
         signature: type of each argument that is no constexpr, e.g. {"x_ptr": "*bf16", "C": "i32"}.

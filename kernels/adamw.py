@@ -32,21 +32,17 @@ Source: Loshchilov, Hutter 2019, https://arxiv.org/abs/1711.05101; tables of add
 in NVIDIA apex, multi_tensor_apply.
 """
 
-# Launches take num_warps, constexpr arguments plain numbers, and static_range is a loop: the triton
-# stubs know none of it.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels._aot import AotCase, aot_case
+from kernels._jit import jit
 from kernels._launch import Key, arch, cdiv, launch_for
 from kernels._op import INTERPRETED, check_device, register
 
@@ -85,7 +81,7 @@ EPSILON = tl.constexpr(6)
 SCALARS = tl.constexpr(8)
 
 
-@triton.jit
+@jit
 def _adamw_advance_kernel(
     table_ptr,  # (N, FIELDS) int64; writes through STEP, each () fp32
     numbers_ptr,  # the same memory as fp64
@@ -130,7 +126,7 @@ def _adamw_advance_kernel(
     tl.store(out_ptrs + EPSILON, eps.to(tl.float32), mask=mask)
 
 
-@triton.jit
+@jit
 def _update_chunk(
     row_ptr,  # (FIELDS,) int64: the row of the table
     scalars_ptr,  # (SCALARS,) fp32: of the same tensor
@@ -143,7 +139,8 @@ def _update_chunk(
 ):
     working = tl.load(row_ptr + WORKING)
     p_ptr = tl.load(row_ptr + PARAM).to(tl.pointer_type(tl.float32)) + first
-    g_ptr = tl.load(row_ptr + GRAD).to(tl.pointer_type(GRAD_DTYPE)) + first
+    g_type = tl.pointer_type(GRAD_DTYPE)  # pyright: ignore[reportArgumentType]
+    g_ptr = tl.load(row_ptr + GRAD).to(g_type) + first
     m_ptr = tl.load(row_ptr + EXP_AVG).to(tl.pointer_type(tl.float32)) + first
     v_ptr = tl.load(row_ptr + EXP_AVG_SQ).to(tl.pointer_type(tl.float32)) + first
     working_ptr = working.to(tl.pointer_type(tl.bfloat16)) + first
@@ -180,7 +177,7 @@ def _update_chunk(
             tl.store(working_ptr + offs, p.to(tl.bfloat16), mask=mask)
 
 
-@triton.jit
+@jit
 def _find_chunk(table_ptr, chunks_ptr, CHUNK: tl.constexpr):
     """Row of the table, first element, and what decides the branch: (bf16 gradient, whole)."""
     at = chunks_ptr + 2 * tl.program_id(0)
@@ -192,7 +189,7 @@ def _find_chunk(table_ptr, chunks_ptr, CHUNK: tl.constexpr):
     return row, first, (flags & BF16_GRAD) != 0, ((flags & ALIGNED) != 0) & fits
 
 
-@triton.jit
+@jit
 def _adamw_kernel(
     table_ptr,  # (N, FIELDS) int64; writes through PARAM, EXP_AVG, EXP_AVG_SQ, WORKING
     chunks_ptr,  # (programs, 2) int32: row of the table, chunk of that tensor
@@ -222,7 +219,7 @@ def _adamw_kernel(
                 _update_chunk(row_ptr, scalars_ptr, clip, first, tl.float32, False, CHUNK, BLOCK)
 
 
-@triton.jit
+@jit
 def _sum_squares(
     row_ptr,
     first,
@@ -232,7 +229,8 @@ def _sum_squares(
     BLOCK: tl.constexpr,
 ):
     """Sum of squares of a chunk of a gradient; arguments as in _update_chunk."""
-    g_ptr = tl.load(row_ptr + GRAD).to(tl.pointer_type(GRAD_DTYPE)) + first
+    g_type = tl.pointer_type(GRAD_DTYPE)  # pyright: ignore[reportArgumentType]
+    g_ptr = tl.load(row_ptr + GRAD).to(g_type) + first
     if WHOLE:
         g_ptr = tl.multiple_of(g_ptr, 16)
     rest = tl.load(row_ptr + NUMEL) - first
@@ -247,7 +245,7 @@ def _sum_squares(
     return tl.sum(acc, axis=0)
 
 
-@triton.jit
+@jit
 def _adamw_norm_kernel(
     table_ptr,  # (N, FIELDS) int64
     chunks_ptr,  # (programs, 2) int32
@@ -271,7 +269,7 @@ def _adamw_norm_kernel(
     tl.store(partial_ptr + tl.program_id(0), total)
 
 
-@triton.jit
+@jit
 def _adamw_clip_kernel(
     partial_ptr,  # (P,) fp32
     out_ptr,  # (2,) out, fp32: norm, clip coefficient

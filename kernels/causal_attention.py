@@ -29,19 +29,16 @@ Up to SHORT_T (128 in 16 bits at D = 64) a head is one tile: no loop, one launch
 Source: Dao 2023, https://arxiv.org/abs/2307.08691; delta inside dq saves its separate pass there.
 """
 
-# Launches take num_warps and plain values for constexpr arguments, unknown to the triton stubs.
-# pyright: reportCallIssue=false, reportArgumentType=false
-
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels._aot import AotCase, aot_case
+from kernels._jit import jit
 from kernels._launch import Key, Launch, arch, cdiv, launch_for, math_of, next_pow2, precision_of
 from kernels._op import (
     autocast_dtype,
@@ -56,19 +53,36 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two
 
 
-@triton.jit
+@jit
 def _qkv_base(qkv_ptr, head, T, H, D: tl.constexpr):
     """Where q of one head starts in packed (B, T, 3C), head = b * H + h."""
     return qkv_ptr + (head // H).to(tl.int64) * T * (3 * H * D) + (head % H) * D
 
 
-@triton.jit
+@jit
 def _y_base(y_ptr, head, T, H, D: tl.constexpr):
     """Where one head starts in (B, T, C)."""
     return y_ptr + (head // H).to(tl.int64) * T * (H * D) + (head % H) * D
 
 
-@triton.jit
+@jit
+def _place(T, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """Head and first token of this program. Blocks of one head are neighbours: k, v stay in L2."""
+    num_blocks = tl.cdiv(T, BLOCK)
+    head = tl.program_id(0) // num_blocks
+    block = tl.program_id(0) % num_blocks
+    if LAST_FIRST:
+        block = num_blocks - 1 - block
+    return head, block * BLOCK
+
+
+@jit
+def _tile(width, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Offsets of a (BLOCK, D) tile in rows of `width` elements; 32-bit, to save registers."""
+    return tl.arange(0, BLOCK)[:, None] * width + tl.arange(0, D)[None, :]
+
+
+@jit
 def _load_tile(ptrs, rows, T, MASKED: tl.constexpr):
     """A (rows, D) tile; with MASKED, rows from T on read as zeros."""
     if MASKED:
@@ -76,7 +90,7 @@ def _load_tile(ptrs, rows, T, MASKED: tl.constexpr):
     return tl.load(ptrs)
 
 
-@triton.jit
+@jit
 def _attend(
     q,  # (BLOCK_M, D)
     k_ptrs,  # (BLOCK_N, D) pointers
@@ -106,7 +120,7 @@ def _attend(
     return acc, new_max, row_sum
 
 
-@triton.jit
+@jit
 def _attention_fwd_kernel(
     qkv_ptr,  # (B, T, 3C)
     y_ptr,  # (B, T, C) out
@@ -121,17 +135,13 @@ def _attention_fwd_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     tl.static_assert(BLOCK_M % BLOCK_N == 0)  # the unmasked blocks end where the diagonal begins
-    num_blocks = tl.cdiv(T, BLOCK_M)
-    head = tl.program_id(0) // num_blocks  # blocks of one head are neighbours: its k, v stay in L2
     # Late queries see the most keys: starting them first keeps the last wave short.
-    first = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_M
+    head, first = _place(T, BLOCK_M, True)
     stride = 3 * H * D
     rows = first + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, D)[None, :]
-    # Block starts are 64-bit scalars, offsets inside a block 32-bit: no overflow, few registers.
-    tile_m = tl.arange(0, BLOCK_M)[:, None] * stride + dims
-    tile_n = cols[:, None] * stride + dims
+    # Block starts are 64-bit scalars: with the offsets inside a block no address overflows.
+    tile_m, tile_n = _tile(stride, BLOCK_M, D), _tile(stride, BLOCK_N, D)
     q_ptr = _qkv_base(qkv_ptr, head, T, H, D)
     kv_ptr = q_ptr + H * D  # k of the block at hand, v is H * D further
 
@@ -160,14 +170,14 @@ def _attention_fwd_kernel(
 
     y = acc / row_sum[:, None]
     y_ptr = _y_base(y_ptr, head, T, H, D) + first.to(tl.int64) * (H * D)
-    tile_y = tl.arange(0, BLOCK_M)[:, None] * (H * D) + dims
+    tile_y = _tile(H * D, BLOCK_M, D)
     tl.store(y_ptr + tile_y, y.to(y_ptr.dtype.element_ty), mask=(rows < T)[:, None])
     if STORE_LSE:
         lse = row_max + tl.log2(row_sum)
         tl.store(lse_ptr + head.to(tl.int64) * T + rows, lse, mask=rows < T)
 
 
-@triton.jit
+@jit
 def _dq_step(
     q,  # (BLOCK_M, D)
     do,  # (BLOCK_M, D)
@@ -195,7 +205,7 @@ def _dq_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
 
 
-@triton.jit
+@jit
 def _attention_dq_kernel(
     dy_ptr,  # (B, T, C)
     qkv_ptr,  # (B, T, 3C)
@@ -212,17 +222,13 @@ def _attention_dq_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     tl.static_assert(BLOCK_M % BLOCK_N == 0)
-    num_blocks = tl.cdiv(T, BLOCK_M)
-    head = tl.program_id(0) // num_blocks
-    first = (num_blocks - 1 - tl.program_id(0) % num_blocks) * BLOCK_M
+    head, first = _place(T, BLOCK_M, True)
     stride = 3 * H * D
     rows = first + tl.arange(0, BLOCK_M)
     mask = (rows < T)[:, None]
     cols = tl.arange(0, BLOCK_N)
-    dims = tl.arange(0, D)[None, :]
-    tile_m = tl.arange(0, BLOCK_M)[:, None] * stride + dims
-    tile_n = cols[:, None] * stride + dims
-    tile_y = tl.arange(0, BLOCK_M)[:, None] * (H * D) + dims
+    tile_m, tile_n = _tile(stride, BLOCK_M, D), _tile(stride, BLOCK_N, D)
+    tile_y = _tile(H * D, BLOCK_M, D)
     row_start = first.to(tl.int64)
     q_ptr = _qkv_base(qkv_ptr, head, T, H, D)
     kv_ptr = q_ptr + H * D
@@ -259,7 +265,7 @@ def _attention_dq_kernel(
     tl.store(dq_ptr + tile_m, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _dkdv_step(
     k,  # (BLOCK_N, D)
     v,  # (BLOCK_N, D)
@@ -297,7 +303,7 @@ def _dkdv_step(
     return dk, dv
 
 
-@triton.jit
+@jit
 def _attention_dkdv_kernel(
     dy_ptr,  # (B, T, C)
     qkv_ptr,  # (B, T, 3C)
@@ -313,17 +319,13 @@ def _attention_dkdv_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     tl.static_assert(BLOCK_N % BLOCK_M == 0)
-    num_blocks = tl.cdiv(T, BLOCK_N)
-    head = tl.program_id(0) // num_blocks
-    first = (tl.program_id(0) % num_blocks) * BLOCK_N  # early keys are seen by most: they go first
+    head, first = _place(T, BLOCK_N, False)  # early keys are seen by most: they go first
     stride = 3 * H * D
     rows = tl.arange(0, BLOCK_M)
     cols = first + tl.arange(0, BLOCK_N)
     mask = (cols < T)[:, None]
-    dims = tl.arange(0, D)[None, :]
-    tile_m = rows[:, None] * stride + dims
-    tile_y = rows[:, None] * (H * D) + dims
-    tile_n = tl.arange(0, BLOCK_N)[:, None] * stride + dims
+    tile_m, tile_n = _tile(stride, BLOCK_M, D), _tile(stride, BLOCK_N, D)
+    tile_y = _tile(H * D, BLOCK_M, D)
     q_ptr = _qkv_base(qkv_ptr, head, T, H, D)
     do_ptr = _y_base(dy_ptr, head, T, H, D)
     lse_ptr += head.to(tl.int64) * T
@@ -365,7 +367,7 @@ def _attention_dkdv_kernel(
     tl.store(dk_ptr + H * D + tile_n, dv.to(dk_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _attention_short_fwd_kernel(
     qkv_ptr,  # (B, T, 3C)
     y_ptr,  # (B, T, C) out
@@ -400,7 +402,7 @@ def _attention_short_fwd_kernel(
         tl.store(lse_ptr + head.to(tl.int64) * T + rows, lse, mask=rows < T)
 
 
-@triton.jit
+@jit
 def _attention_short_bwd_kernel(
     dy_ptr,  # (B, T, C)
     qkv_ptr,  # (B, T, 3C)
@@ -417,9 +419,7 @@ def _attention_short_bwd_kernel(
     head = tl.program_id(0)
     rows = tl.arange(0, BLOCK_T)
     mask = (rows < T)[:, None]
-    dims = tl.arange(0, D)[None, :]
-    tile = rows[:, None] * (3 * H * D) + dims
-    tile_y = rows[:, None] * (H * D) + dims
+    tile, tile_y = _tile(3 * H * D, BLOCK_T, D), _tile(H * D, BLOCK_T, D)
     q_ptrs = _qkv_base(qkv_ptr, head, T, H, D) + tile
     y = tl.load(_y_base(y_ptr, head, T, H, D) + tile_y, mask=mask, other=0.0)
     do = tl.load(_y_base(dy_ptr, head, T, H, D) + tile_y, mask=mask, other=0.0)
@@ -568,8 +568,9 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
         refuse_double_backward("causal_attention")
+        qkv, y, lse = ctx.saved_tensors
         # contiguous() copies only what is not: the expanded scalar of y.sum(), never c_proj's dx.
-        return causal_attention_bwd(dy.contiguous(), *ctx.saved_tensors, ctx.n_head), None
+        return causal_attention_bwd(dy.contiguous(), qkv, y, lse, ctx.n_head), None
 
 
 def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:

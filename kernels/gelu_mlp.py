@@ -34,20 +34,18 @@ bitwise equal. `sum_rows(dy)` is torch's.
 Source: Hendrycks, Gimpel 2016, https://arxiv.org/abs/1606.08415 (the tanh form of GELU).
 """
 
-# Launches take num_warps and plain values for constexprs, which the triton stubs do not know.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-
 from collections.abc import Iterator
 from itertools import product
 from math import log2, pi
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels._aot import AotCase, aot_case
+from kernels._gemm import dot_tile, halves, tile_at
+from kernels._jit import jit
 from kernels._launch import (
     Key,
     Launch,
@@ -71,7 +69,7 @@ DU_2 = tl.constexpr((8 / pi) ** 0.5 * 3 * 0.044715)
 EXP_MAX = tl.constexpr(115.0)
 
 
-@triton.jit
+@jit
 def _gelu(h):
     """gelu(h) and gelu'(h), fp32."""
     h2 = h * h
@@ -81,60 +79,7 @@ def _gelu(h):
     return g, s + g * (e * s) * (DU_0 + DU_2 * h2)
 
 
-@triton.jit
-def _tile_at(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Position of a tile when GROUP_M rows of tiles are walked column by column."""
-    in_group = GROUP_M * tiles_n
-    first = tile // in_group * GROUP_M
-    rows = tl.minimum(tiles_m - first, GROUP_M)
-    return first + tile % in_group % rows, tile % in_group // rows
-
-
-@triton.jit
-def _halves(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) -> its left and its right half."""
-    return tl.split(tl.permute(tl.reshape(t, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _dot_rows(
-    a_ptr,  # first element of BLOCK_M rows of (M, K)
-    b_ptr,  # first element of the tile's BLOCK_N columns of B
-    num_rows,  # rows of a inside M
-    num_cols,  # columns of b inside N
-    K,
-    b_row,  # elements between rows of B
-    b_col,  # elements between columns of B
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """fp32 (BLOCK_M, BLOCK_N): a @ b over all of K."""
-    ks = tl.arange(0, BLOCK_K)
-    cols = tl.arange(0, BLOCK_N)
-    # Rows past M repeat the last one and are dropped on the way out: no mask in the loop.
-    rows = tl.minimum(tl.arange(0, BLOCK_M), num_rows - 1)
-    a_at = rows[:, None] * K + ks[None, :]
-    b_at = ks[:, None] * b_row + cols[None, :] * b_col
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # Without disable_licm, triton 3.6 serialises the WGMMA of this loop on sm_90 (ptxas C7515).
-    for k in tl.range(0, K, BLOCK_K, disable_licm=True):
-        if EVEN:
-            a = tl.load(a_ptr + a_at)
-            b = tl.load(b_ptr + b_at)
-        else:
-            a = tl.load(a_ptr + a_at, mask=ks[None, :] < K - k, other=0.0)
-            inside = (ks[:, None] < K - k) & (cols[None, :] < num_cols)
-            b = tl.load(b_ptr + b_at, mask=inside, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        a_ptr += BLOCK_K
-        b_ptr += BLOCK_K * b_row
-    return acc
-
-
-@triton.jit
+@jit
 def _up_half(
     h,  # (BLOCK_M, HALF_N) before the bias
     b_ptr,
@@ -159,7 +104,7 @@ def _up_half(
         tl.store(d_ptr + at + offs, d.to(d_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _gelu_mlp_up_kernel(
     x_ptr,  # (M, K)
     w_ptr,  # (N, K)
@@ -181,17 +126,17 @@ def _gelu_mlp_up_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        pid_m, pid_n = _tile_at(tile, tiles_m, tiles_n, GROUP_M)
+        pid_m, pid_n = tile_at(tile, tiles_m, tiles_n, GROUP_M)
         row = (pid_m * BLOCK_M).to(tl.int64)  # M * N may pass 2^31
         col = (pid_n * BLOCK_N).to(tl.int64)
         num_rows = M - pid_m * BLOCK_M
         num_cols = N - pid_n * BLOCK_N
-        acc = _dot_rows(
+        acc = dot_tile(
             x_ptr + row * K, w_ptr + col * K, num_rows, num_cols, K, 1, K,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN, "none" if EVEN else "masked", PRECISION,
         )  # fmt: skip
         # Half a tile at a time: g and d of a whole one do not fit in registers next to h.
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
         at = row * N + col
         _up_half(left, b_ptr + col, g_ptr, d_ptr, at,
                  num_rows, num_cols, N, BLOCK_M, HALF_N, SAVE_D)  # fmt: skip
@@ -199,7 +144,7 @@ def _gelu_mlp_up_kernel(
                  num_rows, num_cols - HALF_N, N, BLOCK_M, HALF_N, SAVE_D)  # fmt: skip
 
 
-@triton.jit
+@jit
 def _down_half(
     dg,  # (BLOCK_M, HALF_N)
     d_ptr,
@@ -223,7 +168,7 @@ def _down_half(
     tl.store(sums_ptr + cols, sums, mask=cols < num_cols)
 
 
-@triton.jit
+@jit
 def _gelu_mlp_down_kernel(
     dy_ptr,  # (M, K)
     w_ptr,  # (K, N)
@@ -244,16 +189,16 @@ def _gelu_mlp_down_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        pid_m, pid_n = _tile_at(tile, tiles_m, tiles_n, GROUP_M)
+        pid_m, pid_n = tile_at(tile, tiles_m, tiles_n, GROUP_M)
         row = (pid_m * BLOCK_M).to(tl.int64)  # M * N may pass 2^31
         col = (pid_n * BLOCK_N).to(tl.int64)
         num_rows = M - pid_m * BLOCK_M
         num_cols = N - pid_n * BLOCK_N
-        acc = _dot_rows(
+        acc = dot_tile(
             dy_ptr + row * K, w_ptr + col, num_rows, num_cols, K, N, 1,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, EVEN, "none" if EVEN else "masked", PRECISION,
         )  # fmt: skip
-        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
         at = row * N + col
         sums_at = sums_ptr + pid_m.to(tl.int64) * N + col
         _down_half(left, d_ptr, dh_ptr, sums_at, at,

@@ -28,20 +28,19 @@ kernel that adds those rows in a fixed order. No atomics; reruns are bitwise equ
 Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
 """
 
-# Launches take num_warps, constexpr arguments plain numbers, and static_range is a loop: the triton
-# stubs know none of it.
-# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# static_range is a loop, which the triton stubs do not know.
+# pyright: reportGeneralTypeIssues=false
 
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels._aot import AotCase, aot_case
+from kernels._jit import jit
 from kernels._launch import (
     Key,
     Launch,
@@ -105,14 +104,14 @@ def _launch(
     return launch, {"C": C, "CHUNKS": cdiv(C, dict(launch.blocks)["BLOCK_C"])}
 
 
-@triton.jit
+@jit
 def _tile(rows, M, i, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """Offsets and mask of chunk `i` of some rows of an (M, C) tensor."""
     cols = i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     return rows * C + cols, (rows < M) & (cols < C)
 
 
-@triton.jit
+@jit
 def _load_rows(ptr, rows, M, C: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr):
     """Rows (ROWS, 1) of an (M, C) tensor as CHUNKS fp32 tiles (ROWS, BLOCK_C), 0 outside."""
     tiles = ()
@@ -122,7 +121,7 @@ def _load_rows(ptr, rows, M, C: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.
     return tiles
 
 
-@triton.jit
+@jit
 def _layer_norm_fwd_kernel(
     x_ptr,  # (M, C)
     residual_ptr,  # (M, C), or None: h = x
@@ -184,7 +183,7 @@ def _layer_norm_fwd_kernel(
     tl.store(stats_ptr + 2 * M + rows, rstd, mask=rows < M)
 
 
-@triton.jit
+@jit
 def _layer_norm_bwd_kernel(
     dy_ptr,  # (M, C), dtype of y
     dh_out_ptr,  # (M, C), dtype of h; or None: nothing to add
@@ -253,7 +252,7 @@ def _layer_norm_bwd_kernel(
         tl.store(partial_ptr + at, tl.sum(dbias[i], axis=0), mask=cols < C)
 
 
-@triton.jit
+@jit
 def _sum_partials_kernel(
     partial_ptr,  # (2, P, C) fp32
     dweight_ptr,  # (C,) out
@@ -538,12 +537,13 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         (6400, "bf16", "fp32"),
         (MAX_C, "bf16", "fp32"),
     ):
-        stream = dict.fromkeys(("residual_ptr", "h_ptr", "dh_out_ptr", "dh_ptr"), f"*{h}")
+        of_stream = ("residual_ptr", "h_ptr", "dh_out_ptr", "dh_ptr")
+        types: dict[str, str] = dict.fromkeys(of_stream, f"*{h}")
         for name, kernel in kernels.items():
             dtype = torch.float32 if h == "fp32" else torch.bfloat16
             launch, fixed = _launch(name, 65536, C, dtype, arch)
             label, fixed = f"{name} C={C} x={x} h={h}", fixed | ({"dx_ptr": None} if x == h else {})
-            yield aot_case("add_layer_norm", kernel, label, launch, x, fixed, types=stream)
+            yield aot_case("add_layer_norm", kernel, label, launch, x, fixed, types=types)
     for name, absent in (("fwd", ("residual_ptr", "h_ptr")), ("bwd", ("dh_out_ptr", "dx_ptr"))):
         launch, fixed = _launch(name, 65536, 768, torch.bfloat16, arch)
         fixed |= dict.fromkeys(absent)

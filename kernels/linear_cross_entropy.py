@@ -28,18 +28,16 @@ reruns are bitwise equal. No host sync: N stays on the device, so a CUDA graph c
 Source: chunks of tokens with gradients in the forward: Liger-Kernel, https://arxiv.org/abs/2410.10989
 """
 
-# Launches take num_warps, which the triton stubs do not know.
-# pyright: reportCallIssue=false, reportArgumentType=false
-
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels._aot import AotCase, aot_case
+from kernels._gemm import dot_tile, halves, tile_at
+from kernels._jit import jit
 from kernels._launch import Key, arch, cdiv, launch_for, math_of, precision_of
 from kernels._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
 from kernels.reference import check_targets
@@ -51,7 +49,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 CHUNK_BYTES = 1_450_000_000
 
 
-@triton.jit
+@jit
 def _logits_half(
     z,  # (BLOCK_M, HALF_N) fp32
     targets,  # (BLOCK_M,) int32, relative to the half's first column
@@ -90,7 +88,7 @@ def _logits_half(
         tl.store(stored_sum_ptr + rows, tl.sum(e, axis=1), mask=inside)
 
 
-@triton.jit
+@jit
 def _linear_cross_entropy_logits_kernel(
     x_ptr,  # (M, C)
     w_ptr,  # (Vp, C)
@@ -114,38 +112,16 @@ def _linear_cross_entropy_logits_kernel(
     GRAD: tl.constexpr,
 ):
     HALF_N: tl.constexpr = BLOCK_N // 2
-    # GROUP_M rows of tiles are walked column by column, which keeps x and the weight in L2.
-    pid = tl.program_id(0)
-    in_group = GROUP_M * tl.cdiv(V, BLOCK_N)
-    first_m = pid // in_group * GROUP_M
-    group_m = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
-    pid_m = first_m + pid % in_group % group_m
-    col = pid % in_group // group_m * BLOCK_N
-
+    pid_m, pid_n = tile_at(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(V, BLOCK_N), GROUP_M)
+    col = pid_n * BLOCK_N
     row = (pid_m * BLOCK_M).to(tl.int64)  # M * Vp may pass 2^31; offsets inside a tile do not
     num_rows = M - pid_m * BLOCK_M
     num_cols = V - col
     rows = tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
-    # Rows past M and columns past V repeat the last one and are dropped on the way out: no mask
-    # in the loop.
-    x_at = tl.minimum(rows, num_rows - 1)[:, None] * C + ks[None, :]
-    w_at = tl.minimum(cols, num_cols - 1)[None, :] * C + ks[:, None]
-    x_ptr += row * C
-    w_ptr += col.to(tl.int64) * C
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    # Without disable_licm, triton 3.6 makes this serialised WGMMA on sm_90 (ptxas C7515).
-    for k in tl.range(0, C, BLOCK_K, disable_licm=True):
-        if EVEN_K:
-            x = tl.load(x_ptr + x_at)
-            w = tl.load(w_ptr + w_at)
-        else:
-            x = tl.load(x_ptr + x_at, mask=ks[None, :] < C - k, other=0.0)
-            w = tl.load(w_ptr + w_at, mask=ks[:, None] < C - k, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        x_ptr += BLOCK_K
-        w_ptr += BLOCK_K
+    acc = dot_tile(
+        x_ptr + row * C, w_ptr + col.to(tl.int64) * C, num_rows, num_cols, C, 1, C,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, "repeat", PRECISION,
+    )  # fmt: skip
 
     targets = tl.load(targets_ptr + row + rows, mask=rows < num_rows, other=-1)
     # Relative to the tile, in 32 bits; -1 also for what is not an id, however large.
@@ -157,7 +133,7 @@ def _linear_cross_entropy_logits_kernel(
     sum_ptr += at
     stored_sum_ptr += at
     # Half a tile at a time: the exponentials of a whole one do not fit in registers beside it.
-    left, right = acc.reshape((BLOCK_M, 2, HALF_N)).permute(0, 2, 1).split()
+    left, right = halves(acc, BLOCK_M, BLOCK_N)
     _logits_half(left, targets, logits_ptr, target_logit_ptr, max_ptr, sum_ptr, stored_sum_ptr,
                  num_rows, num_cols, num_stored - col, Vp, BLOCK_M, HALF_N, GRAD)  # fmt: skip
     if num_cols > HALF_N:
@@ -166,7 +142,7 @@ def _linear_cross_entropy_logits_kernel(
                      num_stored - col - HALF_N, Vp, BLOCK_M, HALF_N, GRAD)  # fmt: skip
 
 
-@triton.jit
+@jit
 def _linear_cross_entropy_rows_kernel(
     targets_ptr,  # (M,) int64
     target_logit_ptr,  # (M,) fp32
@@ -224,7 +200,7 @@ def _linear_cross_entropy_rows_kernel(
         tl.store(row_scale_ptr + rows, tl.where(counted, scale, 0.0), mask=inside)
 
 
-@triton.jit
+@jit
 def _linear_cross_entropy_dlogits_kernel(
     targets_ptr,  # (M,) int64
     row_max_ptr,  # (M,) dtype of the logits
@@ -261,7 +237,7 @@ def _linear_cross_entropy_dlogits_kernel(
     tl.store(z_ptrs, dz.to(logits_ptr.dtype.element_ty), mask=inside & (cols[None, :] < Vp))
 
 
-@triton.jit
+@jit
 def _linear_cross_entropy_mean_kernel(
     targets_ptr,  # (M,) int64
     row_loss_ptr,  # (M,) fp32
@@ -286,7 +262,7 @@ def _linear_cross_entropy_mean_kernel(
     tl.store(inv_count_ptr, tl.where(N > 0, 1.0 / tl.maximum(N, 1).to(tl.float32), 0.0))
 
 
-@triton.jit
+@jit
 def _linear_cross_entropy_scale_kernel(
     grad_ptr,  # (numel,) unscaled gradient
     dloss_ptr,  # () fp32

@@ -3,6 +3,9 @@
 Same names and signatures as the Triton ops; the math stands in their files. Nothing here may
 import triton. Under autocast each op returns what the Triton op returns: activations in the
 autocast dtype, residual stream and loss in fp32.
+
+All but one are what a reader would write. `linear_cross_entropy` is written for the compiler, as
+its class says: compiled, it must be fast, because a machine without a GPU trains on it.
 """
 
 from typing import Any
