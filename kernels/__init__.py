@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from kernels import reference
+from . import reference
 
 __all__ = ["EAGER", "TRITON", "Ops", "parse_ops"]
 
@@ -74,7 +74,7 @@ EAGER = Ops(
 @cache
 def _triton_ops() -> Ops:
     # Modules, not functions: `kernels.layer_norm` must stay the module.
-    from kernels import causal_attention, gelu_mlp, layer_norm, linear_cross_entropy
+    from . import causal_attention, gelu_mlp, layer_norm, linear_cross_entropy
 
     return Ops(
         layer_norm=layer_norm.layer_norm,
@@ -88,7 +88,7 @@ def _triton_ops() -> Ops:
 def __getattr__(name: str) -> Any:
     if name == "TRITON":
         return _triton_ops()
-    raise AttributeError(f"module 'kernels' has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def parse_ops(spec: str) -> Ops:

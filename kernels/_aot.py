@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kernels._launch import Launch
+from ._launch import Launch
 
 # What is not the operands' dtype, as pointers are, nor a 32-bit integer, as all else is.
 TYPES = {

@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from kernels._jit import jit
+from ._jit import jit
 
 
 @jit

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from kernels._launch import arch
+from ._launch import arch
 
 P = ParamSpec("P")
 R = TypeVar("R")

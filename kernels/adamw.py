@@ -41,10 +41,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels._aot import AotCase, aot_case
-from kernels._jit import jit
-from kernels._launch import Key, arch, cdiv, launch_for
-from kernels._op import INTERPRETED, check_device, register
+from ._aot import AotCase, aot_case
+from ._jit import jit
+from ._launch import Key, arch, cdiv, launch_for
+from ._op import INTERPRETED, check_device, register
 
 # A program's share: large enough that the loads of its table row are lost in it, small enough that
 # 124 M parameters are 29 rounds of 4 programs on each of 132 SMs, so a half-empty last one is 2 %.

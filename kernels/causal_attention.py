@@ -37,10 +37,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels._aot import AotCase, aot_case
-from kernels._jit import jit
-from kernels._launch import Key, Launch, arch, cdiv, launch_for, math_of, next_pow2, precision_of
-from kernels._op import (
+from ._aot import AotCase, aot_case
+from ._jit import jit
+from ._launch import Key, Launch, arch, cdiv, launch_for, math_of, next_pow2, precision_of
+from ._op import (
     autocast_dtype,
     check_device,
     needs_grad,

@@ -43,10 +43,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels._aot import AotCase, aot_case
-from kernels._gemm import dot_tile, halves, tile_at
-from kernels._jit import jit
-from kernels._launch import (
+from ._aot import AotCase, aot_case
+from ._gemm import dot_tile, halves, tile_at
+from ._jit import jit
+from ._launch import (
     Key,
     Launch,
     arch,
@@ -56,7 +56,7 @@ from kernels._launch import (
     num_sms,
     precision_of,
 )
-from kernels._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
+from ._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
 
 _E = 2.718281828459045
 # exp(-2u) = 2^(h * (EXP_H + EXP_H3 * h^2)) and 2u' = DU_0 + DU_2 * h^2.

@@ -39,9 +39,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels._aot import AotCase, aot_case
-from kernels._jit import jit
-from kernels._launch import (
+from ._aot import AotCase, aot_case
+from ._jit import jit
+from ._launch import (
     Key,
     Launch,
     arch,
@@ -51,7 +51,7 @@ from kernels._launch import (
     next_pow2,
     num_sms,
 )
-from kernels._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
+from ._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
 
 MAX_C = 8192  # a program holds a whole row in registers
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

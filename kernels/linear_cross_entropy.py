@@ -35,12 +35,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from kernels._aot import AotCase, aot_case
-from kernels._gemm import dot_tile, halves, tile_at
-from kernels._jit import jit
-from kernels._launch import Key, arch, cdiv, launch_for, math_of, precision_of
-from kernels._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
-from kernels.reference import check_targets
+from ._aot import AotCase, aot_case
+from ._gemm import dot_tile, halves, tile_at
+from ._jit import jit
+from ._launch import Key, arch, cdiv, launch_for, math_of, precision_of
+from ._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
+from .reference import check_targets
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Bytes of logits alive at once. At GPT-2's shape in bf16 this gives 5 chunks of 13184 rows and a

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -47,8 +48,12 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: relative import"
-            names.add(node.module or "")
+            # The kernels have two names, `kernels` here and `fused_gpt.kernels` in a wheel: they
+            # call one another by neither, all else by its whole name.
+            module = "kernels" if node.level else node.module or ""
+            ours = module.split(".")[0] in PACKAGES and path.parent == ROOT / "kernels"
+            assert node.level == int(ours), f"{path.name}: {ast.unparse(node)}"
+            names.add(module)
     return {name.split(".")[0] for name in names}
 
 
@@ -126,6 +131,35 @@ def test_kernels_need_torch_and_triton_alone(path):
     if path.name not in ("__init__.py", "_op.py", "reference.py"):
         allowed |= {"triton"}
     assert imported(path) <= allowed
+
+
+@pytest.mark.slow  # builds, installs and imports torch again
+def test_a_wheel_holds_the_kernels_and_nothing_by_a_common_name(tmp_path):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input"]
+    offline = ["--no-index", "--no-deps"]
+    target = tmp_path / "elsewhere"
+    for command in (
+        ["wheel", *offline, "--no-build-isolation", "--wheel-dir", "wheels", "."],
+        ["install", *offline, "--find-links", "wheels", "--target", str(target), "fused-gpt"],
+    ):
+        subprocess.run([*pip, *command], cwd=tmp_path, check=True)
+    assert {path.name for path in target.iterdir() if path.suffix == ""} == {"fused_gpt"}
+    code = (
+        "import torch\n"
+        "from fused_gpt.kernels import EAGER, TRITON\n"
+        "x, w, b = torch.randn(4, 32), torch.randn(128, 32), torch.randn(128)\n"
+        "args = x, w, b, w.T.contiguous(), b[:32]\n"
+        "torch.testing.assert_close(TRITON.gelu_mlp(*args), EAGER.gelu_mlp(*args))\n"
+        "import kernels\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(target), "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=target, env=env, capture_output=True, text=True
+    )
+    assert done.stderr.endswith("ModuleNotFoundError: No module named 'kernels'\n"), done.stderr
 
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
