@@ -212,8 +212,9 @@ LARGE_M = 4096  # from here on the 128-row tiles of a width of 768 fill the GPU 
 
 def launch_key(kernel: str, M: int, C: int, math: str, arch: int) -> Key:
     """The key of "up" or "down" on M rows."""
-    size = f"{'ragged' if C % 16 else 'even'} {'large' if M >= LARGE_M else 'small'}"
-    return Key(f"gelu_mlp.{kernel}", math, size, arch)
+    size = "large" if M >= LARGE_M else "small"
+    width = "ragged" if C % 16 else f"even {size} {'masked' if C % 64 else 'whole'}"
+    return Key(f"gelu_mlp.{kernel}", math, width, arch)
 
 
 def _constexprs(launch: Launch, math: str, C: int) -> dict[str, Any]:
