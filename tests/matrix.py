@@ -34,7 +34,8 @@ CHECKS = {
 def find_python(version: str) -> str | None:
     pyenv = Path.home() / ".pyenv" / "versions"
     found = sorted(pyenv.glob(f"{version}.*/bin/python{version}"))
-    return shutil.which(f"python{version}") or (str(found[-1]) if found else None)
+    # pyenv's own name in PATH is a script that may refuse to run the version.
+    return str(found[-1]) if found else shutil.which(f"python{version}")
 
 
 def make_environment(folder: Path, python: str, torch: str, triton: str) -> str:
