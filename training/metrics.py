@@ -318,6 +318,8 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], ...]:
             drop(evaluations, at + (name != "eval"))  # that of step 5 comes before step 5
             if name != "eval":
                 drop(steps, at)
+                if events and events[-1].get("event") == "failed":
+                    events.pop()  # the run has gone on since
         rows = steps if name is None else evaluations if name == "eval" else events
         rows.append(values)
     return steps, evaluations, events

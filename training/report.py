@@ -121,6 +121,8 @@ class Run:
             event.get("event") == "give_up" and event.get("step") == last for event in self.events
         ):
             return f"The guard gave up at step {last:,}"
+        if self.events and self.events[-1].get("event") == "failed" and not self.summary:
+            return str(self.events[-1].get("reason") or "It was broken off")
         for values in (self.summary, *self.evaluations[-1:]):
             value = values.get("val_loss")
             if value is not None and number(values, "val_loss") is None:
