@@ -27,13 +27,13 @@ import tyro
 
 from model import GPT, hf
 from training import checkpoint, console, distributed, folder, metrics, resume, signals
-from training.data import load_corpus
+from training.data import Corpus, load_corpus
 from training.distributed import ALONE, World, refuse_mismatch, share
 from training.explain import explain, probe_steps
 from training.guard import Guard, GuardConfig
 from training.metrics import RunLog
 from training.optim import configure_adamw
-from training.plan import Choices, detect, make_plan
+from training.plan import Choices, Machine, Plan, detect, make_plan
 from training.recipes import Recipe, find_preset, spell_model
 from training.resume import Progress, RunFailed
 from training.run import Run, data_loader, finish
@@ -119,24 +119,29 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
+def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
+    """What training and --explain begin with: this machine, the plan for it, the text."""
+    cfg.check()
+    machine = detect(cfg.device)
+    plan = share(make_plan(cfg.recipe, machine, cfg.choices), cfg.recipe, world)
+    if cfg.preset == "fineweb-124m" and not (cfg.data or cfg.explain):
+        raise ValueError(
+            "data: fineweb-124m needs --data FOLDER of token shards: download sample/10BT of "
+            "huggingface.co/datasets/HuggingFaceFW/fineweb-edu, write its text column as .jsonl, "
+            "and run `python -m training.prepare THOSE_FILES --out FOLDER`"
+        )
+    return machine, plan, world.in_turn("tokens", lambda: load_corpus(cfg.data, world.say))
+
+
 def prepare(cfg: Config, world: World = ALONE) -> Run:
     """Check everything a person can get wrong; the run folder comes last.
 
     Raises:
         ValueError, OSError: with a line that names the value and the way out.
     """
-    cfg.check()
-    recipe = cfg.recipe
-    plan = share(make_plan(recipe, detect(cfg.device), cfg.choices), recipe, world)
     if cfg.tensorboard:
         metrics.check_tensorboard()
-    if cfg.preset == "fineweb-124m" and not cfg.data:
-        raise ValueError(
-            "data: fineweb-124m needs --data FOLDER of token shards: download sample/10BT of "
-            "huggingface.co/datasets/HuggingFaceFW/fineweb-edu, write its text column as .jsonl, "
-            "and run `python -m training.prepare THOSE_FILES --out FOLDER`"
-        )
-    corpus = world.in_turn("tokens", lambda: load_corpus(cfg.data, world.say))
+    recipe, (_, plan, corpus) = cfg.recipe, look(cfg, world)
     train_tokens, val_tokens = corpus.split(recipe.val_fraction)
     data_loader(recipe, plan, train_tokens, world)  # raises where the text is too short for a batch
     if recipe.val_fraction > 0 and len(val_tokens) < 2:
@@ -280,11 +285,9 @@ def parse(arguments: Sequence[str]) -> Config:
 
 def explain_plan(cfg: Config) -> int:
     """What this machine can do with the recipe, and what would make it faster."""
-    cfg.check()
-    machine = detect(cfg.device)
-    plan = make_plan(cfg.recipe, machine, cfg.choices)
+    machine, plan, corpus = look(cfg)
     start_process(plan, cfg.recipe.seed)
-    tokens, _ = load_corpus(cfg.data).split(cfg.recipe.val_fraction)
+    tokens, _ = corpus.split(cfg.recipe.val_fraction)
     explain(cfg.recipe, plan, machine, lambda s: probe_steps(cfg.recipe, plan, tokens, s), print)
     return 0
 

@@ -23,8 +23,8 @@ from bench.cases import Shape, check_room
 from kernels import Ops
 from model import GPT, MODELS, GPTConfig
 from training import memory
+from training.environment import seconds_since_start
 from training.machines import free_bytes
-from training.metrics import seconds_since_start
 from training.optim import configure_adamw
 from training.plan import Choices, detect, make_plan
 from training.recipes import Recipe

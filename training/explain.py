@@ -18,8 +18,8 @@ import torch
 from kernels import EAGER
 from kernels.reference import CHUNK_TOKENS
 from model.flops import flops_per_token, num_parameters
+from training.environment import environment
 from training.machines import CARDS, mfu
-from training.metrics import environment
 from training.plan import Machine, Plan
 from training.probe import PROBE_S, Probe, Rates, measure_rates, probe_steps
 from training.recipes import Recipe

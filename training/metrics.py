@@ -1,4 +1,4 @@
-"""What a run reports: a line and a JSON object per step, a record of itself.
+"""What a run reports: a line and a JSON object per step.
 
 Device values are read one step late. On CUDA the copy to pinned memory is queued behind the step
 and awaited when the next one has been queued, so the GPU never waits for Python.
@@ -9,14 +9,11 @@ import importlib.util
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from rich.text import Text
 from torch import Tensor
 
 from model.files import write_atomically
+from training.environment import seconds_since_start
 from training.schema import COUNT, NUMBER, Mismatch, Must, check
 
 MAX_LOG_BYTES = 1 << 30  # some 5 million steps
@@ -337,20 +335,6 @@ def _summary_writer(folder: Path) -> Any:
     return SummaryWriter(folder / "tensorboard")
 
 
-def environment() -> dict[str, Any]:
-    """Commit, versions and machine of this process, for config.json."""
-    checkout = Path(__file__).resolve().parents[1]
-    return {
-        "git_commit": _git(checkout, "rev-parse", "HEAD"),
-        "git_dirty": bool(_git(checkout, "status", "--porcelain")),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "triton", "numpy", "tiktoken")},
-        },
-        "platform": platform.platform(),
-    }
-
-
 def to_json(values: Any, indent: int | None = None) -> str:
     """JSON, with null for a number that is not finite: JSON has no word for it."""
 
@@ -367,34 +351,3 @@ def to_json(values: Any, indent: int | None = None) -> str:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """A reader, or a full disk, finds the whole file or the one before."""
     write_atomically(path, to_json(values, indent=2) + "\n")
-
-
-def seconds_since_start() -> float:
-    """Wall time since the process began, imports included; since this import off Linux."""
-    try:
-        # Field 22 counts from boot in clock ticks; the name in field 2 may hold spaces.
-        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    except (OSError, AttributeError):
-        return time.perf_counter() - _IMPORTED
-
-
-_IMPORTED = time.perf_counter()
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -22,6 +22,7 @@ from training import metrics
 from training.checkpoint import Checkpoint
 from training.data import DataLoaderLite, Prefetcher, Tokens
 from training.distributed import World
+from training.environment import environment, seconds_since_start
 from training.evaluate import eval_pieces, evaluate_tokens
 from training.machines import mfu
 from training.metrics import RunLog
@@ -91,7 +92,7 @@ class Run:
             "data": self.corpus,
             "parameters": model.num_parameters(),
             "device": self.plan.device_name,
-            **metrics.environment(),
+            **environment(),
         }
         metrics.write_json(self.out / "config.json", values)
 
@@ -203,7 +204,7 @@ def finish(
         "tokens_per_s": len(log.records) * recipe.tokens_per_step / (train_s or math.inf),
         "train_s": train_s,
         "first_step_s": log.first_step_s,
-        "wall_s": metrics.seconds_since_start(),
+        "wall_s": seconds_since_start(),
         "model_bytes": (out / "model" / "model.safetensors").stat().st_size,
         "device": plan.device_name,
     }

@@ -1,0 +1,54 @@
+"""What a process runs in: commit, versions, machine, and since when."""
+
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions and machine of this process, for config.json."""
+    checkout = Path(__file__).resolve().parents[1]
+    return {
+        "git_commit": _git(checkout, "rev-parse", "HEAD"),
+        "git_dirty": bool(_git(checkout, "status", "--porcelain")),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "triton", "numpy", "tiktoken")},
+        },
+        "platform": platform.platform(),
+    }
+
+
+def seconds_since_start() -> float:
+    """Wall time since the process began, imports included; since this import off Linux."""
+    try:
+        # Field 22 counts from boot in clock ticks; the name in field 2 may hold spaces.
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError):
+        return time.perf_counter() - _IMPORTED
+
+
+_IMPORTED = time.perf_counter()
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
