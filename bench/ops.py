@@ -335,7 +335,17 @@ def run(argv: Sequence[str], results: record.Results) -> int:
         argv: Options of `add_arguments`, checked before, and of pytest-benchmark. It keeps each
             run under .benchmarks/, for its `--benchmark-compare`.
     """
-    flags = ["-q", "--no-header", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    flags = [
+        "-q",
+        "--no-header",
+        "--disable-warnings",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
     flags += ["--benchmark-only", "--benchmark-autosave", "--benchmark-sort=name"]
     flags += ["--benchmark-columns=median,iqr,rounds", f"--command={results.about['command']}"]
     if not any(part.startswith("--benchmark-") for part in argv):

@@ -361,16 +361,7 @@ def limits(device: torch.device) -> dict[str, float]:
     }
 
 
-_SMI_FIELDS = {
-    "clocks.sm": "sm_mhz",
-    "clocks.mem": "mem_mhz",
-    "power.draw": "power_w",
-    "power.limit": "power_limit_w",
-    "temperature.gpu": "temperature_c",
-}
-
-
 def gpu_state() -> dict[str, float]:
-    """Clocks, power and temperature now; {} where nvidia-smi is missing or says nothing."""
-    state = nvidia_smi(*_SMI_FIELDS)
-    return {_SMI_FIELDS[field]: float(value) for field, value in state.items()}
+    """Clocks in MHz, power in W and temperature now; {} where nvidia-smi does not say."""
+    wanted = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+    return {name: float(value) for name, value in nvidia_smi(*wanted).items()}
