@@ -10,10 +10,13 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Self
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +159,51 @@ class Child:
         words = last_line(self._said.read().decode(errors="replace"))
         self._said.close()
         return f"{why or f'it ended with {code}'}: {words}"
+
+
+class Crew:
+    """Children that work side by side; each starts when it is first asked, and after it died.
+
+    Args:
+        command: Of each.
+        count: So many.
+        limit_s: Of one task.
+    """
+
+    def __init__(self, command: Sequence[str], count: int, limit_s: float) -> None:
+        self.command, self.limit_s = command, limit_s
+        self.children: list[Child | None] = [None] * count
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in filter(None, self.children):
+            child.end()
+
+    def ask(self, task: Any, who: int = 0) -> dict[str, Any]:
+        """The answer of one of them; that it died or hung is an answer, as "error"."""
+        try:
+            child = self.children[who] = self.children[who] or Child(self.command)
+            return child.ask(task, self.limit_s)
+        except ChildDied as why:
+            self.children[who] = None
+            return {"error": str(why)}
+
+    def share(self, tasks: Sequence[Any], until: float) -> list[dict[str, Any] | None]:
+        """The answers in order, from whoever was free; None for those that came too late."""
+        free: SimpleQueue[int] = SimpleQueue()
+        for who in range(len(self.children)):
+            free.put(who)
+
+        def one(task: Any) -> dict[str, Any] | None:
+            who = free.get()
+            answer = self.ask(task, who) if time.monotonic() < until else None
+            free.put(who)
+            return answer
+
+        with ThreadPoolExecutor(len(self.children)) as pool:
+            return [*pool.map(one, tasks)]
 
 
 def serve(first: Any, answer: Callable[[Any], Any]) -> None:

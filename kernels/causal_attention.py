@@ -477,7 +477,7 @@ def _block_t(T: int) -> int:
     return max(next_pow2(T), 16)  # the least a dot takes
 
 
-def _short_t(direction: str, itemsize: int, D: int, arch: int) -> int:
+def short_t(direction: str, itemsize: int, D: int, arch: int) -> int:
     key = (direction, itemsize, D)
     return MMA_SYNC_SHORT_T.get(key, SHORT_T[key]) if arch // 10 in (8, 12) else SHORT_T[key]
 
@@ -485,7 +485,7 @@ def _short_t(direction: str, itemsize: int, D: int, arch: int) -> int:
 def _is_short(direction: str, qkv: Tensor, n_head: int) -> bool:
     """Whether one tile holds a head."""
     D = qkv.shape[2] // (3 * n_head)
-    return qkv.shape[1] <= _short_t(direction, qkv.element_size(), D, arch(qkv.device))
+    return qkv.shape[1] <= short_t(direction, qkv.element_size(), D, arch(qkv.device))
 
 
 def _own_block(kernel: str) -> str:
@@ -628,7 +628,7 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         builds = builds[2:4]
     for name, (dtype, itemsize, math, D) in product(kernels, builds):
         which, _, direction = name.partition(" ")
-        longest = _short_t(direction, itemsize, D, arch) if direction else 1024
+        longest = short_t(direction, itemsize, D, arch) if direction else 1024
         for T in sorted({min(64, longest), longest}) if direction else (longest,):
             launch, fixed = _launch(which, math, D, T, arch)
             sizes = {k: v for k, v in (fixed | dict(launch.blocks)).items() if k[:6] == "BLOCK_"}
