@@ -20,7 +20,7 @@ TRAIN_FLAGS = $${PRESET:+--preset "$$PRESET"} $${DATA:+--data "$$DATA"} \
 MODEL_FLAG = $${MODEL:+--model "$$MODEL"}
 OP_FLAG = $${OP:+--op "$$OP"}
 # One process per core; benchmarks are no tests and cannot be timed beside others.
-PYTEST = $(PY) -m pytest -p no:benchmark --numprocesses auto --dist loadgroup \
+PYTEST = $(PY) -m pytest -p no:benchmark --numprocesses auto --dist loadfile \
 	$${MACHINE:+--machine "$$MACHINE"} $${OP:+"tests/test_$$OP.py"} $(ARGS)
 
 .PHONY: help setup setup-dev train doctor sample demo test test-slow test-gpu bench bench-step profile report \

@@ -58,19 +58,12 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(cores or 1, 8, memory // WORKER_BYTES))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "slow" in item.keywords and not config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
-        # Tests that share a fixture go to one worker, so that it is made once.
-        assert isinstance(item, pytest.Function)
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        shares = any(each[-1].scope == "module" for each in fixtures)
-        if shares and config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture
