@@ -243,9 +243,10 @@ def _attention_dq_kernel(
     q = tl.load(q_ptr + row_start * stride + tile_m, mask=mask, other=0.0)
     qk_scale = scale * LOG2_E
     dq = tl.zeros((BLOCK_M, D), dtype=tl.float32)
-    # The diagonal first, as in the forward. At three stages what LLVM hoists out of these loops
-    # takes 163 registers instead of 126 and the second program of an SM (16-bit, D = 64, sm_90);
-    # exact fp32 is the other way round, 108 become 255 and spill (triton 3.6.0, compile-only).
+    # The diagonal first, as in the forward. In 16 bits LLVM must not move work out of these loops
+    # (disable_licm): with three stages the kernel would take 163 registers instead of 126, and one
+    # program would fit on an SM instead of two (D = 64, sm_90). In exact fp32 it must: otherwise
+    # 108 registers become 255, and spill. Both from compiling with triton 3.6.0.
     NARROW: tl.constexpr = qkv_ptr.dtype.element_ty != tl.float32
     diagonal_ptr = kv_ptr + row_start * stride
     last = tl.minimum(first + BLOCK_M, T)

@@ -10,8 +10,9 @@ Backward, with g = dy * weight and dh_out the gradient of the residual stream th
     dh = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) + dh_out          dx = dresidual = dh
     dweight = sum_rows(dy * x_hat)          dbias = sum_rows(dy)
 
-The mean is kept as two floats: its rounding, 3e-5 at a mean of 1e3, is as large as what a row of
-standard deviation 1e-2 can lose, so the first mean is subtracted and the rest averaged once more.
+The mean is kept as two floats. At a mean of 1e3 one float is wrong by up to 3e-5, and a row whose
+values differ by 1e-2 cannot afford that. So the first mean is subtracted, and what is left is
+averaged again.
 
 Memory bound; every tensor is read or written once. Bytes per element with x and y in bf16:
 
@@ -55,11 +56,13 @@ from ._op import autocast_dtype, check_device, needs_grad, refuse_double_backwar
 
 MAX_C = 8192  # a program holds a whole row in registers
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Elements of a row one warp may hold. The backward keeps six values of each in registers, up to 168
-# a thread at 768; 1024 of fp32 would take 221 and leave an SM 8 warps (compile-only).
+# How many elements of a row one warp may hold. The backward keeps six values of each element in
+# registers: 168 per thread at 768 elements. At 1024 of fp32 it would be 221, and only 8 warps would
+# fit on an SM (from compiling; not measured).
 WARP_C = {"fwd": 1024, "bwd": 768}
-MAX_WARPS_PER_ROW = 8  # of 16 none has more than 128 registers; the backward takes them all
-# What the registers a thread at C = 768 leave room for (compile-only): 168 on these, 190 on sm_120.
+MAX_WARPS_PER_ROW = 8  # with 16 a thread has at most 128 registers, too few for the backward
+# Warps of the backward that fit on an SM at C = 768, by its registers per thread: 168 on these
+# chips, 190 on sm_120 (from compiling).
 BWD_WARPS_PER_SM = {80: 12, 90: 12, 100: 12}
 OTHER_BWD_WARPS_PER_SM = 8
 
