@@ -132,6 +132,7 @@ def test_the_end_of_a_run_answers_too(where, saving, start, tmp_path, monkeypatc
     assert ([s["step"] for s in steps], len(evaluations)) == ([*range(6)], 1)
 
 
+@pytest.mark.slow  # in short: test_console.py, test_nobody_reads_and_the_run_is_to_stop
 @pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="makes a pipe short")
 def test_a_log_that_nobody_reads_does_not_hold_up_the_answer(tmp_path):
     """Standard output is a full pipe: SIGTERM used to end in "reentrant call", or nowhere."""
