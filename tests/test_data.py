@@ -216,7 +216,10 @@ def test_token_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokens.bin holds token 65535, GPT-2's vocabulary ends"):
         load_corpus([path])
     path.write_bytes(np.arange(100, dtype="<u4").tobytes())
-    with pytest.raises(ValueError, match="every other one is 0; are they uint32"):
+    with pytest.raises(ValueError, match="every other one is 0 or the like; are they uint32"):
+        load_corpus([path])
+    path.write_bytes((np.arange(100, dtype="<u4") + 127_900).tobytes())  # as Llama 3 has them
+    with pytest.raises(ValueError, match="every other one is 1 or the like; are they uint32"):
         load_corpus([path])
     path.write_bytes(b"\0\0\0")
     with pytest.raises(ValueError, match="got 3 bytes"):
@@ -228,7 +231,9 @@ def test_folders_of_token_files(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "tokens"
     for name, token in (("medieval_train.bin", 1), ("x_val_000000.bin", 2), ("readme.md", 0)):
         write_tokens(folder / name, token, token)
-    corpus = load_corpus([folder])
+    lines: list[str] = []
+    corpus = load_corpus([folder], lines.append)
+    assert lines == [f"data: the token files of {folder}; not read: readme.md"]
     assert (all_tokens(corpus), corpus.val and len(corpus.val)) == ([1, 1], 2)
     monkeypatch.chdir(folder)
     assert all_tokens(load_corpus(["."])) == [1, 1]

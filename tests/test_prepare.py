@@ -359,6 +359,15 @@ def test_an_index_that_is_no_json_is_refused(prepared: Config, content: bytes):
         load_corpus([prepared.out])
 
 
+def test_an_index_that_is_a_pipe_is_refused(prepared: Config):
+    path = Path(prepared.out, "index.json")
+    path.unlink()
+    os.mkfifo(path)
+    for read in (lambda: load_corpus([prepared.out]), lambda: prepare(prepared)):
+        with pytest.raises(ValueError, match=r"index\.json is not a regular file"):
+            read()
+
+
 def test_the_first_format_still_opens(prepared: Config, monkeypatch):
     path = Path(prepared.out, "index.json")
     index = json.loads(path.read_text()) | {"version": 1}

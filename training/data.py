@@ -26,7 +26,7 @@ from torch import Tensor
 
 from model import tokenizer
 from model.files import replacing, write_atomically
-from training.documents import KEY, cut, encode_piece, find_inputs, hash_files
+from training.documents import KEY, TAKEN, cut, encode_piece, find_inputs, hash_files
 from training.recipes import Order
 from training.shards import (
     INDEX,
@@ -101,6 +101,9 @@ def load_corpus(paths: Sequence[str | Path], say: Callable[[str], None] = print)
     name, paths = (_name(paths), paths) if paths else _default_source(say)
     inputs = find_inputs(paths)
     if isinstance(inputs, Path):
+        beside = inputs.iterdir() if inputs.is_dir() else ()
+        if texts := sorted(p.name for p in beside if p.suffix.lower() in TAKEN):
+            say(f"data: the token files of {inputs}; not read: {', '.join(texts[:5])}")
         return open_tokens(inputs)
     if len(inputs) > len(paths):
         counts = Counter(path.suffix.lower() for path in inputs)
@@ -202,6 +205,8 @@ def _tokenise(files: Sequence[Path], name: str, folder: Path) -> Corpus:
 
 def _read_meta(path: Path) -> dict:
     """The JSON that describes a token file; empty when absent or unreadable."""
+    if not path.is_file():  # a pipe would never end
+        return {}
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -143,9 +143,10 @@ def open_foreign(path: Path) -> tuple[dict[Path, np.ndarray], str]:
     digest = hashlib.sha256()
     for file, tokens in parts.items():
         start = tokens[: 1 << 20]
-        if np.count_nonzero(start[::2]) > 8 and not start[1::2].any():
+        if np.count_nonzero(start[::2]) > 8 and (start[1::2] < 4).all():  # ids below 2^18
             raise ValueError(
-                f"data: {file} must hold uint16 tokens, but every other one is 0; are they uint32?"
+                f"data: {file} must hold uint16 tokens, but every other one is {start[1]} or the "
+                "like; are they uint32?"
             )
         for start in range(0, len(tokens), 1 << 22):
             check_vocabulary(tokens[start : start + (1 << 22)], file)
@@ -202,6 +203,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         ValueError: it is no index of ours, or damaged.
     """
     path = folder / INDEX
+    if not path.is_file():
+        raise ValueError(f"data: {path} is not a regular file; training.prepare writes one")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
