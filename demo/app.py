@@ -99,7 +99,7 @@ class Models:
     """
 
     def __init__(
-        self, path: Path | None = None, runs: Path = Path("runs"), about: Path | None = None
+        self, path: Path | str | None = None, runs: Path = Path("runs"), about: Path | None = None
     ):
         self.path, self.runs, self.about = path, runs, about
         self._loaded: Loaded | None = None
@@ -113,7 +113,7 @@ class Models:
         """
         with self._lock:  # also around matplotlib, whose settings are global
             if self._loaded is None:
-                folder = find_model(self.path or latest_model(self.runs))
+                folder = find_model(latest_model(self.runs) if self.path is None else self.path)
                 model = GPT.from_pretrained(folder).eval()
                 if torch.cuda.is_available():
                     model = model.cuda()
@@ -448,7 +448,7 @@ def main(args: list[str] | None = None) -> None:
     """`python -m demo.app`."""
     import tyro
 
-    def command(model: Path | None = None, port: int | None = None) -> None:
+    def command(model: str | None = None, port: int | None = None) -> None:
         """Try a model in the browser.
 
         Args:

@@ -36,7 +36,7 @@ def main(args: list[str] | None = None) -> None:
 
     def command(
         out: tyro.conf.Positional[Path],
-        model: Path | None = None,
+        model: str | None = None,
         prompt: str = "ROMEO:\n",
         temperature: float = 0.7,
         tokens: int = 200,

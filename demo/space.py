@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from demo.app import CORPUS_FILE, MAX_SAMPLES, TITLE, Loaded, Models
-from model.edge import exits
+from model.edge import exits, one_line
 from model.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +69,7 @@ def readme(title: str, gradio_version: str, trained_context: int, marks: bool) -
 
 
 def write_space(
-    out: Path, model: Path | None = None, title: str = TITLE, training_text: bool = False
+    out: Path, model: Path | str | None = None, title: str = TITLE, training_text: bool = False
 ) -> list[str]:
     """Write the folder: all of it or, after an error, nothing.
 
@@ -148,8 +148,8 @@ def main(args: list[str] | None = None) -> None:
     import tyro
 
     def command(
-        out: tyro.conf.Positional[Path],
-        model: Path | None = None,
+        out: tyro.conf.Positional[str],
+        model: str | None = None,
         title: str = TITLE,
         training_text: bool = False,
     ) -> None:
@@ -161,9 +161,11 @@ def main(args: list[str] | None = None) -> None:
             title: Of the Space.
             training_text: Put the training text in, so that the page marks what is recited.
         """
-        for line in write_space(out, model, title, training_text):
+        if not out:  # a Path would make it the working directory
+            raise ValueError("space: the path is empty; name a folder")
+        for line in write_space(Path(out), model, title, training_text):
             print(line)
-        print(f"{out}: ready to push as a Space (git lfs for the weights)")
+        print(f"{one_line(out)}: ready to push as a Space (git lfs for the weights)")
 
     with exits():
         tyro.cli(command, prog="python -m demo.space", args=args)

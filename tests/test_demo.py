@@ -213,7 +213,7 @@ def test_panel_and_examples_are_of_the_run(run: Path, tmp_path: Path):
     ("args", "message"),
     [
         (["--model", "nowhere"], "no such file or folder: nowhere"),
-        (["--model", ""], ""),
+        (["--model", ""], "the path is empty"),
         (["--port", "99999"], "--port must be 1 to 65535, got 99999"),
         (["--port", "0"], "--port must be 1 to 65535, got 0"),
         (["--port", "-1"], ""),
@@ -630,11 +630,13 @@ def test_space_refuses_what_it_cannot_fill(
     monkeypatch.setattr(space, "ROOT", tmp_path / "packages")
     (tmp_path / "link").symlink_to(tmp_path / "packages" / "demo")
     new = str(tmp_path / "out")
+    (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path / "empty")
     for args, message in (
         ([str(tmp_path), "--model", str(run)], "must be a new or empty folder"),
         ([str(tmp_path / "file"), "--model", str(run)], "must be a new or empty folder"),
-        (["", "--model", str(run)], "must be a new or empty folder"),
+        (["", "--model", str(run)], "the path is empty"),  # not the working directory
         ([new, "--model", str(tmp_path / "none")], "no such file or folder"),
         ([new, "--model", str(tmp_path / "file")], "expected a folder or a .safetensors file"),
         ([str(tmp_path / "packages" / "demo" / "space"), "--model", str(run)], "must lie outside"),
