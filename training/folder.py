@@ -23,7 +23,10 @@ CHECKPOINTS = "checkpoints"
 LOG = "metrics.jsonl"
 FOLDERS = (CHECKPOINTS, "model", "tensorboard")
 # All that a run writes beside its lock.
-WRITTEN = (*FOLDERS, LOG, "config.json", "loss.png", "report.html", "samples.txt", "summary.json")
+WRITTEN = (
+    *FOLDERS, LOG, "config.json", "corpus.txt", "loss.png", "report.html", "report.json",
+    "samples.txt", "summary.json",
+)  # fmt: skip
 
 
 def name(out: str | None, preset: str) -> Path:
