@@ -26,6 +26,7 @@ import torch
 import tyro
 
 from model import GPT, hf
+from model.edge import one_line
 from training import checkpoint, console, distributed, folder, metrics, resume, signals
 from training.data import Corpus, load_corpus
 from training.distributed import ALONE, World, refuse_mismatch, share
@@ -308,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if world.first("stopped", lambda: held.enter_context(opened)):
                 return EXIT_RESUMABLE
         except (ValueError, OSError) as error:
-            world.complain(f"train.py: {' '.join(str(error).split())}")
+            world.complain(f"train.py: {one_line(error)}")
             return 2
         stop.say = world.say
         held.enter_context(stop)
@@ -321,11 +322,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return train(cfg, run, stop)
         except (RunFailed, checkpoint.CheckpointError, torch.OutOfMemoryError) as error:
-            print(f"train.py: {error}", file=sys.stderr)
+            print(f"train.py: {one_line(error)}", file=sys.stderr)
             return 1
         except OSError as error:  # a full disk, a file system that went away
-            print(f"train.py: {error}; what {run.out} holds stays, and the same command goes on "
-                  "from its newest checkpoint", file=sys.stderr)  # fmt: skip
+            way_out = "the same command goes on from its newest checkpoint"
+            line = one_line(f"{error}; what {run.out} holds stays, and {way_out}")
+            print(f"train.py: {line}", file=sys.stderr)
             return 1
 
 

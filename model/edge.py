@@ -9,13 +9,17 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def one_line(text: object, limit: int = 1000) -> str:
-    """`text` on one line of at most `limit` characters, with control characters spelled out.
+def printable(text: object) -> str:
+    """`text` with control characters spelled out, but for the ends of its lines.
 
     A name out of a file could otherwise move the cursor or recolour the terminal.
     """
-    line = " ".join(str(text).split())
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
+
+
+def one_line(text: object, limit: int = 1000) -> str:
+    """`text` on one printable line of at most `limit` characters."""
+    line = printable(" ".join(str(text).split()))
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 

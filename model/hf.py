@@ -351,7 +351,8 @@ def main(args: list[str] | None = None) -> None:
         model = load_nanogpt(file)
         _note(ERF_NOTE)
         model.save_pretrained(out)
-        print(f"{out}: {model.num_parameters():,} parameters, context {model.trained_context}")
+        sizes = f"{model.num_parameters():,} parameters, context {model.trained_context}"
+        print(one_line(f"{out}: {sizes}"))
 
     @app.command
     def export(
@@ -368,7 +369,7 @@ def main(args: list[str] | None = None) -> None:
         """
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         from_pretrained(path).save_pretrained(out, dtypes[dtype])
-        print(f"{out}: written in {dtype}")
+        print(one_line(f"{out}: written in {dtype}"))
 
     with exits():
         app.cli(prog="python -m model.hf", args=args)

@@ -299,6 +299,7 @@ BAD = {
     "init": (["--init", "{tmp}/folder"], "{tmp}/folder"),
     "init and model": (["--init", "x", "--model", "tiny"], "--init x decides the model"),
     "no such file": (["--data", "{tmp}/absent.txt"], "data: no such file: {tmp}/absent.txt"),
+    "a name that recolours": (["--data", "\x1b[31mred"], r"no such file: \x1b[31mred"),
     "empty file": (["--data", "{tmp}/empty.txt"], "data: {tmp}/empty.txt is empty"),
     "not utf-8": (["--data", "{tmp}/latin.txt"], "byte 0xe9 at offset 3"),
     "short text": (["--data", "{tmp}/short.txt"], "validation needs at least 2 tokens, got 0"),

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.edge import printable
 from training.plan import Plan
 from training.recipes import Recipe
 
@@ -89,7 +90,7 @@ class World:
     def say(self, line: str) -> None:
         """Print on rank 0 only."""
         if self.is_main:
-            print(line, flush=True)
+            print(printable(line), flush=True)
 
     def barrier(self) -> None:
         if self.size > 1:

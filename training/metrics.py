@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor
 
+from model.edge import printable
 from model.files import write_atomically
 from training.environment import seconds_since_start
 from training.schema import COUNT, NUMBER, Mismatch, Must, check
@@ -151,9 +152,9 @@ class RunLog:
     def say(self, line: str) -> None:
         """Print a line; above the bar where there is one."""
         if self._bar.disable and not self.quiet:
-            print(line, flush=True)
+            print(printable(line), flush=True)
         elif not self.quiet:
-            self._bar.console.print(Text(line), soft_wrap=True)
+            self._bar.console.print(Text(printable(line)), soft_wrap=True)
 
     def step(
         self,

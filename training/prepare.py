@@ -26,7 +26,7 @@ import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model import tokenizer
-from model.edge import check_int, exits
+from model.edge import check_int, exits, one_line
 from model.files import write_atomically
 from training.documents import KEY, PIECE_BYTES, Piece, cut, encode_piece, find_inputs, hash_files
 from training.machines import num_cores
@@ -262,10 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cfg = tyro.cli(Config, prog="python -m training.prepare", args=arguments)
         index = prepare(cfg)
         tokens = sum(shard["tokens"] for shard in index["shards"])
-        print(
-            f"{tokens:,} tokens of {index['documents']:,} documents in {len(index['shards'])} "
-            f"shards: train.py --data {cfg.out}"
-        )
+        made = f"{tokens:,} tokens of {index['documents']:,} documents"
+        print(one_line(f"{made} in {len(index['shards'])} shards: train.py --data {cfg.out}"))
 
 
 if __name__ == "__main__":
