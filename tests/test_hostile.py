@@ -162,6 +162,7 @@ BAD: dict[str, Change] = {
     "log of 1e30 bytes": state("progress", "metrics_bytes", to=10**30),
     "evaluation of text": state("progress", "evaluations", to=[[1, "x"]]),
     "evaluation NaN": state("progress", "evaluations", to=[[1, NAN]]),
+    "evaluation to come": state("progress", "evaluations", to=[[1, 2.0], [10**6, 1.0]]),
     "evaluation of one": state("progress", "evaluations", to=[[1]]),
     "progress a list": state("progress", to=[]),
     "no progress": state("progress", to=...),

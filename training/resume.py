@@ -135,6 +135,9 @@ def expect(model: GPT, accept: Callable[[Checkpoint], object] = bool) -> checkpo
             raise schema.Mismatch(
                 f"state.json: {step} steps are done of {steps}, and the manifest says {saved.step}"
             )
+        late = [at for at, _ in saved.state["progress"]["evaluations"] if at > step]
+        if late:  # it could be called the best, and never be found
+            raise schema.Mismatch(f"state.json: evaluated at step {late[0]}, and {step} are done")
         accept(saved)
         parameters = dict(model.named_parameters())
         weights = parameters if saved.config is None else hf.file_tensors(model)
