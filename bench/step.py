@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,15 @@ from bench import cli, record
 from bench.cases import CPU_SHAPES, GPU_SHAPES, Shape
 from bench.child import ChildDied
 from bench.contestants import (
-    ABLATION,
     Setup,
     default_providers,
     find_providers,
+    known_providers,
     load_nanogpt,
 )  # fmt: skip
 from bench.rows import StepRow
 from bench.tables import step_table
 from bench.turns import Runner, Turns, Worker, is_rival, measure_cuda, work
-from kernels import Ops
 from model import MODELS
 from training.plan import detect
 
@@ -151,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--provider", action="append", help="repeat for several")
     parser.add_argument("--seconds", type=cli.amount, default=10.0, help="budget per contestant")
     parser.add_argument("--minutes", type=cli.amount, default=30.0, help="of a table, on a CPU")
-    parser.add_argument("--ablation", action="store_true", help="each op back to eager, in turn")
+    parser.add_argument("--ablation", action="store_true", help="each op and choice back, in turn")
     parser.add_argument("--batch-sweep", type=sizes, default=[], help="B,B,... at the shape's T")
     parser.add_argument("--length-sweep", type=sizes, default=[],
                         help="T,T,... at the shape's tokens")  # fmt: skip
@@ -188,8 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(names, each, device, results, seconds=args.seconds, minutes=args.minutes,
             nanogpt=nanogpt)  # fmt: skip
     if args.ablation:
-        ops = ["ours bf16", *(f"{ABLATION}{f.name}=eager" for f in fields(Ops))]
-        run(ops, setup, device, results, section="ablation", seconds=args.seconds)
+        ours = [name for name in known_providers(device) if name.startswith("ours bf16")]
+        run(ours, setup, device, results, section="ablation", seconds=args.seconds)
     for name in names if args.first_step else ():
         for row in first_step(name, setup, device):
             results.add("first_step", row)
