@@ -81,6 +81,7 @@ def poison() -> Iterator[None]:
     """
     warnings.filterwarnings("ignore", message=".*deterministic")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore (a run unsets it)
     yield
     torch.use_deterministic_algorithms(False)
 

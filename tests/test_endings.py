@@ -33,14 +33,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def keep_numerics():
-    """A run switches deterministic algorithms on for its process."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
-
-
 @pytest.fixture
 def start(text: Path, tmp_path: Path) -> Callable[..., int]:
     """A run of a tiny model in `tmp_path`/run, in this process; its exit code."""

@@ -244,14 +244,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def keep_numerics():
-    """A run switches deterministic algorithms on for its process."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
-
-
 def run_here(text: Path, out: Path, *flags: str) -> int:
     fixed = [
         "--preset",

@@ -158,14 +158,6 @@ def run_here(text: Path, out: Path, *arguments: str) -> dict:
     return json.loads((out / "summary.json").read_text())
 
 
-@pytest.fixture(autouse=True)
-def keep_numerics():
-    """A run switches deterministic algorithms on for its process."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
-
-
 def test_stop_rule_comes_one_step_late(text: Path, tmp_path: Path) -> None:
     summary = run_here(text, tmp_path / "a", "--target-loss", "10.7", "--val-fraction", "0")
     steps, others = events(tmp_path / "a")
