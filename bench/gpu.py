@@ -133,7 +133,7 @@ def commands(job: Job) -> Iterator[Command]:
         (20, ["--shape", "b16t64", "--accum", "4", *twins]),
         (20, ["--shape", "b64t64", *twins]),
         (25, ["--shape", "b64t1024", "--provider", "eager bf16", "--provider", "eager fp32"]),
-        (90, ["--shape", "b64t1024", "--ablation"]),
+        (60, ["--shape", "b64t1024", "--ablation", "--seconds", "2"]),
         (25, ["--shape", "b8t1024", "--batch-sweep", "16,32", *twins]),
         (25, ["--shape", "b256t256", "--length-sweep", "2048,4096", *twins]),
     ):
