@@ -392,7 +392,8 @@ class Visitor:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(url)
         self.page.locator("#go").wait_for()
-        self.page.locator("#panel svg").wait_for()
+        # Gradio shows a picture of its own there while it loads.
+        self.page.locator("#panel svg[role=img]").wait_for()
 
     def set(self, name: str, value: float) -> None:
         field = self.page.locator(f"#{name} input[type=number]")
