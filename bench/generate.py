@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from bench import cli, timing
-from bench.child import Child, ChildDied
 from bench.record import Results
 from bench.rows import StepRow
 from bench.tables import rows_table
 from model import GPT, MODELS
 from model.decoder import generate_tokens
 from model.sampling import Sampling
+from training.child import Child, ChildDied
 
 PROVIDERS = ("cached", "transformers", "uncached")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

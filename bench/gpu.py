@@ -44,10 +44,11 @@ from pathlib import Path
 
 import torch
 
-from bench import child, cli, record, report
+from bench import cli, record, report
 from bench.cases import CASES
 from bench.rows import CheckRow, Row
 from tests import numerics
+from training import child
 
 GROUPS = {
     "check": ("numerics", "tests", "sanitizer", "resume", "profile", "generate"),

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from bench import child, cli, record
+from bench import cli, record
 from bench.rows import CheckRow, SeedRow
+from training import child
 from training.data import SHAKESPEARE_SHA256
 from training.recipes import PRESETS
 from training.report import Run, read_run

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from bench.child import ROOT
 from bench.rows import SECTIONS, OpRow, Row, merged
 from model.files import write_atomically
+from training.child import ROOT
 from training.machines import cpu_name, nvidia_smi
 
 RESULTS = ROOT / "bench/results"

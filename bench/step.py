@@ -25,7 +25,6 @@ import torch
 
 from bench import cli, record
 from bench.cases import CPU_SHAPES, GPU_SHAPES, Shape
-from bench.child import ChildDied
 from bench.contestants import (
     Setup,
     default_providers,
@@ -37,6 +36,7 @@ from bench.rows import StepRow
 from bench.tables import step_table
 from bench.turns import Runner, Turns, Worker, is_rival, measure_cuda, work
 from model import MODELS
+from training.child import ChildDied
 from training.plan import detect
 
 FIRST_STEP_LIMIT_S = 180.0

@@ -30,11 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import child, cli, ops, record, timing
+from bench import cli, ops, record, timing
 from bench.cases import Shape, find_case, make_inputs
 from bench.rows import TuneRow
 from kernels import causal_attention, gelu_mlp, layer_norm, linear_cross_entropy
 from kernels._launch import Key, Launch, family, launch_for, math_of, replaced, rows
+from training import child
 
 MIN_GAIN = 1.02
 FINALISTS = 3

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.numerics import compare, default_douts, values_and_grads
+from training.numerics import compare, default_douts, values_and_grads
 
 __all__ = [
     "DTYPES",
@@ -55,7 +55,7 @@ def assert_twice_eager(
     Args:
         ours, eager: the op under test and plain PyTorch, on `args` as given.
         exact: the formula itself, on `args` in float64; not code under test.
-        reduced, rows, atol: see `tests.numerics.compare`.
+        reduced, rows, atol: see `training.numerics.compare`.
         frozen: names that do not require a gradient.
         dout: gradient of each output; seeded noise by default.
     """

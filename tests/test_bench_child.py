@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import child, cli
+from bench import cli
+from training import child
 
 CHILD = """
 import os, sys, time
-from bench import child
+from training import child
 
 def answer(task):
     print("said by a library")

@@ -9,11 +9,11 @@ import torch
 
 from bench import contestants, record, step, turns
 from bench.cases import Shape
-from bench.child import ChildDied
 from bench.contestants import Prepared, Setup
 from bench.rows import StepRow
 from bench.tables import step_table
 from model import GPTConfig
+from training.child import ChildDied
 from training.plan import Choices
 from training.step import TrainStep
 

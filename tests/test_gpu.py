@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import train
-from bench import child, cli, contestants, gpu, recipe, record
+from bench import cli, contestants, gpu, recipe, record
 from bench.cases import CASES
 from kernels._op import INTERPRETED
 from model import MODELS, GPTConfig
 from tests import sanitize
 from tests.pretend_cuda import pretend_cuda
 from tests.test_bench_child import wait_until_gone
+from training import child
 from training.report import Run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -137,7 +138,7 @@ def test_commands_run_and_their_rows_are_kept(job: gpu.Job) -> None:
 def test_what_a_signal_ends() -> None:
     """The processes of all threads, and then this one."""
     code = (
-        "import sys, threading\nfrom bench import child\n"
+        "import sys, threading\nfrom training import child\n"
         "run = [sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True, "
         'file=open(2, "w")); time.sleep(600)\']\n'
         "with child.ended_by_signals():\n"

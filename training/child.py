@@ -1,4 +1,4 @@
-"""The one way in which the bench runs other processes.
+"""The one way in which the bench, and the check of the kernels, run other processes.
 
 `run` takes a command to its end or to its limit. A `Child` lives on and answers what it is asked;
 its side of that is `serve`. Each process gets a session of its own, so that whatever it started
@@ -21,7 +21,7 @@ from typing import Any, Self
 
 ROOT = Path(__file__).parents[1]
 START_LIMIT_S = 120.0  # until the first word: a child imports torch and opens the device
-PIPE = "BENCH_PIPE"  # names the file descriptor of a child's end
+PIPE = "CHILD_PIPE"  # names the file descriptor of a child's end
 _running: set[int] = set()  # sessions of `run`
 
 

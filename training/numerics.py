@@ -1,0 +1,151 @@
+"""How far an op may be from float64: at most twice as far as plain PyTorch in the same dtype."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Values = dict[str, Tensor]
+
+
+def values_and_grads(
+    fn: Callable[..., Tensor | tuple[Tensor, ...]],
+    args: Mapping[str, Tensor],
+    dout: Tensor | tuple[Tensor, ...] | None = None,
+    frozen: tuple[str, ...] = (),
+) -> Values:
+    """Call `fn(**args)` on fresh leaves and differentiate it.
+
+    Args:
+        fn: returns one tensor or a tuple of tensors.
+        args: tensors by parameter name; floating ones take part in the gradient.
+        dout: gradient of each output; by default seeded noise (1.5 for a scalar), so that two
+            functions with equal output shapes and dtypes are differentiated alike.
+        frozen: names that do not require a gradient.
+
+    Returns:
+        "loss" for a scalar, else "y", or "y0", "y1", ... for a tuple; and "d" + name for each
+        gradient that is not None.
+    """
+    leaves = {
+        name: t.detach().clone().requires_grad_(t.is_floating_point() and name not in frozen)
+        for name, t in args.items()
+    }
+    result = fn(**leaves)
+    outputs = result if isinstance(result, tuple) else (result,)
+    if isinstance(result, tuple):
+        values = {f"y{i}": y for i, y in enumerate(result)}
+    else:
+        values = {"loss" if result.dim() == 0 else "y": result}
+    douts = default_douts(outputs) if dout is None else dout if isinstance(dout, tuple) else (dout,)
+    wanted = {f"d{name}": t for name, t in leaves.items() if t.requires_grad}
+    if wanted:
+        grads = torch.autograd.grad(outputs, tuple(wanted.values()), douts, allow_unused=True)
+        values |= {n: g for n, g in zip(wanted, grads, strict=True) if g is not None}
+    return {name: t.detach() for name, t in values.items()}
+
+
+def default_douts(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Seeded noise like each output; 1.5 for a scalar, so that a forgotten factor shows."""
+    generator = torch.Generator().manual_seed(1234)
+    return tuple(
+        torch.full_like(y, 1.5) if y.dim() == 0 else torch.randn(y.shape, generator=generator).to(y)
+        for y in outputs
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest errors of one output or gradient against the float64 value."""
+
+    name: str
+    dtype: torch.dtype
+    ours: float
+    eager: float
+    budget: float
+
+    @property
+    def holds(self) -> bool:
+        return self.ours <= self.budget  # False for a NaN
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: error {self.ours:.2e} over budget {self.budget:.2e} "
+            f"(eager {self.eager:.2e}, {self.dtype})"
+        )
+
+
+def largest_error(got: Tensor, exact: Tensor) -> float:
+    """max |got - exact|; 0 for no elements; a NaN or infinity must stand where `exact` has it."""
+    got = got.to(exact.dtype)
+    same = (got == exact) | (got.isnan() & exact.isnan())
+    error = torch.where(same, 0.0, (got - exact).abs())
+    return error.max().item() if error.numel() else 0.0
+
+
+def compare(
+    ours: Values,
+    eager: Values,
+    exact: Values,
+    *,
+    reduced: tuple[str, ...] = (),
+    rows: int = 1,
+    atol: float | None = None,
+) -> list[Comparison]:
+    """Hold each result to twice the error that eager makes in the same dtype.
+
+    The budget is 2 max|eager - exact| + eps max|exact|, with the eps of the result's dtype: a
+    correctly rounded result passes even where eager happens to be exact. Sums over `rows` rows,
+    named in `reduced`, may be sqrt(rows) times further off by that second part.
+
+    Args:
+        ours, eager, exact: results of `values_and_grads`; `exact` in float64.
+        reduced: names that are sums over rows, e.g. "dweight".
+        rows: M.
+        atol: absolute allowance instead of eps max|exact|.
+    """
+    comparisons = []
+    for name, want in exact.items():
+        got, low = ours[name], eager[name]
+        info = torch.finfo(got.dtype)
+        if atol is None:
+            finite = want[want.isfinite()].abs()
+            scale = finite.max().item() if finite.numel() else 0.0
+            allowance = info.eps * (scale + info.tiny)
+        else:
+            allowance = atol
+        if name in reduced:
+            allowance *= rows**0.5
+        eager_error = largest_error(low, want)
+        comparisons.append(
+            Comparison(
+                name, got.dtype, largest_error(got, want), eager_error, 2 * eager_error + allowance
+            )
+        )
+    return comparisons
+
+
+# "tf32" is fp32 tensors where `precision` lets products be TF32; the rest is what it says.
+DTYPES = {
+    "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
+}  # fmt: skip
+# Gradients that are sums over rows.
+REDUCED = ("dweight", "dbias", "dw_fc", "db_fc", "dw_proj", "db_proj")
+
+
+@contextlib.contextmanager
+def precision(name: str) -> Iterator[torch.dtype]:
+    """The dtype of a name of DTYPES, with fp32 products as that name has them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    # The fused attention kernels of torch multiply fp32 in three TF32 products whatever is set:
+    # plain PyTorch in TF32 is the one that goes through matmul.
+    plain = sdpa_kernel(SDPBackend.MATH) if name == "tf32" else contextlib.nullcontext()
+    try:
+        with plain:
+            yield DTYPES[name]
+    finally:
+        torch.set_float32_matmul_precision(before)
