@@ -270,6 +270,8 @@ def pretend_cuda() -> Iterator[Pretended]:
     }
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         *((torch.cuda, name, value) for name, value in cuda.items()),
+        # Up to torch 2.11 it goes by `is_available`, and a parameter here has no `is_cuda`.
+        (torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None),
         (torch, "autocast", _Autocast),
         (torch, "compile", uncompiled),
         (torch.compiler, "reset", lambda: None),
