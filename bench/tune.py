@@ -50,9 +50,7 @@ SMALL_T = 256  # tokens of a sequence a build runs on: more than the short atten
 KERNELS = {
     "gelu_mlp.up": ("gelu_mlp", "fwd"),
     "gelu_mlp.down": ("gelu_mlp", "bwd"),
-    "linear_cross_entropy.logits": ("linear_cross_entropy", "both"),
     "linear_cross_entropy.rows": ("linear_cross_entropy", "both"),
-    "linear_cross_entropy.dlogits": ("linear_cross_entropy", "both"),
     "layer_norm.fwd": ("add_layer_norm", "fwd"),
     "layer_norm.bwd": ("add_layer_norm", "bwd"),
     "causal_attention.fwd": ("causal_attention", "fwd"),
@@ -70,7 +68,7 @@ def key_at(name: str, shape: Shape, dtype: torch.dtype, arch: int) -> Key | None
     if op == "gelu_mlp":
         return gelu_mlp.launch_key(kernel, shape.M, shape.C, how, arch)
     if op == "linear_cross_entropy":
-        return linear_cross_entropy.launch_key(kernel, how, arch)
+        return linear_cross_entropy.launch_key(kernel, dtype, arch)
     if op == "layer_norm":  # the residual stream of the case is fp32
         return layer_norm.launch_key(kernel, shape.M, shape.C, torch.float32, arch)
     directions = {"fwd": ("fwd",), "short": ("fwd", "bwd")}.get(kernel, ("bwd",))

@@ -8,22 +8,24 @@ Backward, computed in the forward while the logits of a chunk are at hand:
 
     dz = (exp(z - lse) - onehot(t)) * dloss / N        dx = dz @ weight        dweight = dz^T @ x
 
-Per chunk of rows: (1) a GEMM stores z in x's dtype and, from its fp32 accumulators, the maximum and
-the sum of exponentials of each row of each half tile, and z_t; (2) a small kernel combines these
-partials per row; (3) dz overwrites z; (4) two cuBLAS GEMMs, dweight accumulating in fp32 over the
-chunks. Chunks are of tokens: chunks of the vocabulary would need z a second time, a fourth GEMM.
+Per chunk of rows: (1) cuBLAS makes z in x's dtype; (2) a program per row reads it, keeping maximum
+and sum of exponentials online, and, where gradients are wanted, reads it again and leaves dz in its
+place; (3) two cuBLAS GEMMs, dweight accumulating in fp32 over the chunks. Chunks are of tokens:
+chunks of the vocabulary would need z a second time, a fourth GEMM.
 
-Two sums of exponentials are kept. The loss uses the one of the fp32 z. The gradient uses the one of
-z as stored, so that exp(z - lse) sums to one over what step 3 reads: with the other, the error of a
-bf16 gradient is 3 to 40 times plain PyTorch's once |z| reaches 40 to 150.
+Loss and gradients are those of z as stored, so exp(z - lse) sums to one over what is read. The
+products of fp32 are cuBLAS's: where torch is set to TF32, operands are rounded as cuBLAS does it.
 
 dz, dx and dweight stay without the factor dloss / N until the backward multiplies dx and dweight by
 it in fp32: dloss is not known yet, and dz / N would underflow in fp16.
 
 Bound by the tensor cores. At M = 65536, C = 768, Vp = 50304, bf16: three GEMMs of 5.06 TFLOP; z is
 written, read, overwritten and read twice, 6.6 GB each time, in chunks of at most CHUNK_BYTES; the
-weight (0.08 GB) is read and dweight (0.15 GB, fp32) read and written once a chunk. No atomics:
-reruns are bitwise equal. No host sync: N stays on the device, so a CUDA graph can hold the op.
+weight (0.08 GB) is read and dweight (0.15 GB, fp32) read and written once a chunk. Memory bounds
+the row kernel, 13.2 GB: what it reads again, 0.1 MB per row, is still in a cache, and its 14
+instructions per element (sm_90, compile-only), two of them exponentials, take less than half the
+time of its bytes. No atomics: reruns are bitwise equal. No host sync: N stays on the device, so a
+CUDA graph can hold the op.
 
 Source: chunks of tokens with gradients in the forward: Liger-Kernel, https://arxiv.org/abs/2410.10989
 """
@@ -36,205 +38,95 @@ import triton.language as tl
 from torch import Tensor
 
 from ._aot import AotCase, aot_case
-from ._gemm import dot_tile, halves, tile_at
 from ._jit import jit
-from ._launch import Key, arch, cdiv, launch_for, math_of, precision_of
+from ._launch import Key, arch, cdiv, launch_for
 from ._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
 from .reference import check_targets
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Bytes of logits alive at once. At GPT-2's shape in bf16 this gives 5 chunks of 13184 rows and a
-# peak of 1.7 GB beside the inputs; 4 chunks of 16384 would pass 2 GB, and each chunk fewer saves
-# one read and write of dweight (309 MB of the 40 GB a call moves).
-CHUNK_BYTES = 1_450_000_000
+LN2 = tl.constexpr(0.6931471805599453)
+# Bytes of logits alive at once. At GPT-2's shape in bf16 this gives 4 chunks of 16384 rows, whose
+# dx, 384 tiles of 128 x 256, fills 132 SMs three times. Two chunks would save 0.6 GB of the 40 that
+# a call moves, for 1.6 GB more of memory. A constant, because the order in which dweight is summed
+# must not depend on the memory of a card.
+CHUNK_BYTES = 1 << 31
 
 
 @jit
-def _logits_half(
-    z,  # (BLOCK_M, HALF_N) fp32
-    targets,  # (BLOCK_M,) int32, relative to the half's first column
-    logits_ptr,  # first element of the half
-    target_logit_ptr,  # first row of the tile, as the next three
-    max_ptr,
-    sum_ptr,
-    stored_sum_ptr,
-    num_rows,  # rows of the tile inside M
-    num_cols,  # columns of the half inside V, at least 1
-    num_stored,  # columns of the half to store
-    Vp,
-    BLOCK_M: tl.constexpr,
-    HALF_N: tl.constexpr,
-    GRAD: tl.constexpr,
-):
-    """Store half a tile of logits and its share of the row statistics."""
-    rows = tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, HALF_N)
-    inside = rows < num_rows
-    z = tl.where(cols[None, :] < num_cols, z, float("-inf"))
-    z_max = tl.max(z, axis=1)
-    tl.store(max_ptr + rows, z_max, mask=inside)
-    tl.store(sum_ptr + rows, tl.sum(tl.exp2((z - z_max[:, None]) * LOG2E), axis=1), mask=inside)
-    # Exactly one half tile holds a row's target, so exactly one program writes it.
-    target_logit = tl.sum(tl.where(cols[None, :] == targets[:, None], z, 0.0), axis=1)
-    here = inside & (targets >= 0) & (targets < tl.minimum(num_cols, HALF_N))
-    tl.store(target_logit_ptr + rows, target_logit, mask=here)
-    if GRAD:
-        stored = z.to(logits_ptr.dtype.element_ty)
-        mask = inside[:, None] & (cols[None, :] < num_stored)
-        tl.store(logits_ptr + rows[:, None] * Vp + cols[None, :], stored, mask=mask)
-        # Rounding keeps order: this is the maximum of what is stored.
-        stored_max = z_max.to(logits_ptr.dtype.element_ty).to(tl.float32)
-        e = tl.exp2((stored.to(tl.float32) - stored_max[:, None]) * LOG2E)
-        tl.store(stored_sum_ptr + rows, tl.sum(e, axis=1), mask=inside)
-
-
-@jit
-def _linear_cross_entropy_logits_kernel(
-    x_ptr,  # (M, C)
-    w_ptr,  # (Vp, C)
-    targets_ptr,  # (M,) int64
-    logits_ptr,  # (M, Vp) out, columns < num_stored, -inf from V on; unused without GRAD
-    target_logit_ptr,  # (M,) out, fp32, rows with 0 <= target < V
-    max_ptr,  # (S, M) out, fp32, per half tile: S = ceil(V / (BLOCK_N / 2))
-    sum_ptr,  # (S, M) out, fp32: sum of exp(z - max), z from the accumulators
-    stored_sum_ptr,  # (S, M) out, fp32: the same of z and max as stored; unused without GRAD
-    M,
-    C,
-    V,
-    num_stored,
-    Vp,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EVEN_K: tl.constexpr,  # BLOCK_K divides C
-    GRAD: tl.constexpr,
-):
-    HALF_N: tl.constexpr = BLOCK_N // 2
-    pid_m, pid_n = tile_at(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(V, BLOCK_N), GROUP_M)
-    col = pid_n * BLOCK_N
-    row = (pid_m * BLOCK_M).to(tl.int64)  # M * Vp may pass 2^31; offsets inside a tile do not
-    num_rows = M - pid_m * BLOCK_M
-    num_cols = V - col
-    rows = tl.arange(0, BLOCK_M)
-    acc = dot_tile(
-        x_ptr + row * C, w_ptr + col.to(tl.int64) * C, num_rows, num_cols, C, 1, C,
-        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, "repeat", PRECISION,
-    )  # fmt: skip
-
-    targets = tl.load(targets_ptr + row + rows, mask=rows < num_rows, other=-1)
-    # Relative to the tile, in 32 bits; -1 also for what is not an id, however large.
-    targets = tl.where((targets >= col) & (targets < V), targets - col, -1).to(tl.int32)
-    logits_ptr += row * Vp + col
-    target_logit_ptr += row
-    at = (col // HALF_N).to(tl.int64) * M + row  # slot-major: a tile's rows are neighbours
-    max_ptr += at
-    sum_ptr += at
-    stored_sum_ptr += at
-    # Half a tile at a time: the exponentials of a whole one do not fit in registers beside it.
-    left, right = halves(acc, BLOCK_M, BLOCK_N)
-    _logits_half(left, targets, logits_ptr, target_logit_ptr, max_ptr, sum_ptr, stored_sum_ptr,
-                 num_rows, num_cols, num_stored - col, Vp, BLOCK_M, HALF_N, GRAD)  # fmt: skip
-    if num_cols > HALF_N:
-        _logits_half(right, targets - HALF_N, logits_ptr + HALF_N, target_logit_ptr, max_ptr + M,
-                     sum_ptr + M, stored_sum_ptr + M, num_rows, num_cols - HALF_N,
-                     num_stored - col - HALF_N, Vp, BLOCK_M, HALF_N, GRAD)  # fmt: skip
+def _load_lanes(z_ptrs, cols, inside, V, stride, CUT: tl.constexpr):
+    """fp32 z of rows at `cols`; where V cuts the block, -inf from there on."""
+    if CUT:  # a mask at V would cut the loads of 16 bytes too
+        z = tl.load(z_ptrs + cols, mask=inside & (cols < stride), other=0.0).to(tl.float32)
+        z = tl.where(cols < V, z, float("-inf"))
+    else:
+        z = tl.load(z_ptrs + cols, mask=inside, other=0.0).to(tl.float32)
+    return z
 
 
 @jit
 def _linear_cross_entropy_rows_kernel(
+    z_ptr,  # (M, stride) in z; out dz without its factor, 0 from V on
     targets_ptr,  # (M,) int64
-    target_logit_ptr,  # (M,) fp32
-    max_ptr,  # (S, M) fp32
-    sum_ptr,  # (S, M) fp32
-    stored_sum_ptr,  # (S, M) fp32; unused without GRAD
-    loss_ptr,  # (M,) out, fp32
-    row_max_ptr,  # (M,) out, dtype of the logits; unused without GRAD
-    row_scale_ptr,  # (M,) out, fp32: exp(row_max - lse) over z as stored; unused without GRAD
-    M,
-    S,
-    V,
-    ignore_index,
-    BLOCK_M: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    GRAD: tl.constexpr,
-):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < M
-    stored_dtype: tl.constexpr = row_max_ptr.dtype.element_ty
-    z_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    stored = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for s in range(0, S, BLOCK_S):
-        slots = s + tl.arange(0, BLOCK_S)
-        at = slots[:, None].to(tl.int64) * M + rows[None, :]
-        mask = (slots[:, None] < S) & inside[None, :]
-        slot_max = tl.load(max_ptr + at, mask=mask, other=float("-inf"))
-        # 0 keeps rows past M, which nothing reads, free of inf - inf.
-        new_max = tl.where(inside, tl.maximum(z_max, tl.max(slot_max, axis=0)), 0.0)
-        scale = tl.exp2((slot_max - new_max[None, :]) * LOG2E)
-        rescale = tl.exp2((z_max - new_max) * LOG2E)
-        part = tl.load(sum_ptr + at, mask=mask, other=0.0)
-        total = total * rescale + tl.sum(part * scale, axis=0)
-        if GRAD:
-            stored_max = new_max.to(stored_dtype).to(tl.float32)
-            slot_max = slot_max.to(stored_dtype).to(tl.float32)
-            scale = tl.exp2((slot_max - stored_max[None, :]) * LOG2E)
-            rescale = tl.exp2((z_max.to(stored_dtype).to(tl.float32) - stored_max) * LOG2E)
-            part = tl.load(stored_sum_ptr + at, mask=mask, other=0.0)
-            stored = stored * rescale + tl.sum(part * scale, axis=0)
-        z_max = new_max
-
-    targets = tl.load(targets_ptr + rows, mask=inside, other=0)
-    counted = targets != ignore_index
-    known = (targets >= 0) & (targets < V)
-    # An id outside the vocabulary makes loss and gradients NaN: seen, and never read with.
-    nan = float("nan")
-    z_t = tl.load(target_logit_ptr + rows, mask=inside & counted & known, other=nan)
-    loss = (z_max - z_t) + tl.log(tl.where(inside, total, 1.0))  # near terms first: |z| may be 1e4
-    tl.store(loss_ptr + rows, tl.where(counted, loss, 0.0), mask=inside)
-    if GRAD:
-        scale = tl.where(known, 1.0 / tl.where(inside, stored, 1.0), nan)
-        tl.store(row_max_ptr + rows, z_max.to(stored_dtype), mask=inside)
-        tl.store(row_scale_ptr + rows, tl.where(counted, scale, 0.0), mask=inside)
-
-
-@jit
-def _linear_cross_entropy_dlogits_kernel(
-    targets_ptr,  # (M,) int64
-    row_max_ptr,  # (M,) dtype of the logits
-    row_scale_ptr,  # (M,) fp32
-    logits_ptr,  # (M, Vp) in z, out dz without its factor
+    row_loss_ptr,  # (M,) out, fp32
     M,
     V,
-    num_stored,
-    Vp,
+    stride,  # elements between rows of z, a multiple of 16
     ignore_index,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements in 16 bytes
+    GRAD: tl.constexpr,
 ):
     # Last rows first: the GEMM before wrote them last, so some are in L2, and the GEMMs after
     # begin with the first rows.
-    blocks = tl.cdiv(Vp, BLOCK_V)
-    row = (tl.cdiv(M, BLOCK_M) - 1 - tl.program_id(0) // blocks) * BLOCK_M
-    rows = row + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
-    z_ptrs = logits_ptr + row.to(tl.int64) * Vp + (rows - row)[:, None] * Vp + cols[None, :]
+    rows = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ptrs = z_ptr + rows.to(tl.int64) * stride
+    target = tl.load(targets_ptr + rows, mask=rows < M, other=ignore_index)
+    counted = target != ignore_index
+    # An id outside the vocabulary makes loss and gradients NaN: seen, and never read with.
+    known = (target >= 0) & (target < V)
+    nan = float("nan")
+    z_t = tl.load(row_ptrs + target, mask=counted & known, other=nan).to(tl.float32)
 
-    target = tl.load(targets_ptr + rows, mask=rows < M, other=-1)
-    row_max = tl.load(row_max_ptr + rows, mask=rows < M, other=0.0).to(tl.float32)
-    row_scale = tl.load(row_scale_ptr + rows, mask=rows < M, other=0.0)
-    inside = rows[:, None] < M
-    # From V on z is -inf, stored or not, and becomes the zeros of exp(-inf).
-    mask = inside & (cols[None, :] < num_stored)
-    z = tl.load(z_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
-    # In place without a hazard: each element, the target's too, is read only by the lane that
-    # overwrites it.
-    p = tl.exp2((z - row_max[:, None]) * LOG2E) * row_scale[:, None]
-    hit = (cols[None, :] == target[:, None]) & (target != ignore_index)[:, None]
-    dz = tl.where(cols[None, :] < V, p - hit.to(tl.float32), 0.0)
-    tl.store(z_ptrs, dz.to(logits_ptr.dtype.element_ty), mask=inside & (cols[None, :] < Vp))
+    # A lane owns VECTOR neighbours, a maximum and a sum of its own; lanes meet after the row.
+    # Exponents are in units of log(2). A maximum only has to be near the largest of them: what its
+    # rounding adds to one exponent it adds to all, and to their sum.
+    lanes: tl.constexpr = BLOCK_V // VECTOR
+    cols = tl.arange(0, lanes)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    z_ptrs = row_ptrs[:, None, None]
+    inside = (rows < M)[:, None, None]
+    whole = V // BLOCK_V * BLOCK_V
+    lane_max = tl.full((BLOCK_M, lanes), -3e38, dtype=tl.float32)  # -inf - -inf would be NaN
+    lane_sum = tl.zeros((BLOCK_M, lanes), dtype=tl.float32)
+    for cut in tl.static_range(2):  # whole blocks, then the one that V cuts
+        for v in range(whole if cut else 0, V if cut else whole, BLOCK_V):
+            z = _load_lanes(z_ptrs, v + cols, inside, V, stride, cut)
+            new_max = tl.maximum(lane_max, tl.max(z, axis=2) * LOG2E)
+            part = tl.sum(tl.exp2(z * LOG2E - new_max[:, :, None]), axis=2)
+            lane_sum = lane_sum * tl.exp2(lane_max - new_max) + part
+            lane_max = new_max
+    row_max = tl.max(lane_max, axis=1)
+    row_sum = tl.sum(lane_sum * tl.exp2(lane_max - row_max[:, None]), axis=1)
+    above = z_t * LOG2E - row_max  # near terms first: |z| may be 1e4
+    loss = tl.where(counted, tl.log(row_sum) - above * LN2, 0.0)
+    tl.store(row_loss_ptr + rows, loss, mask=rows < M)
+    if GRAD:
+        scale = tl.where(counted, tl.where(known, 1.0 / row_sum, nan), 0.0)
+        tl.debug_barrier()  # all lanes have read z_t
+        # Backwards, while what was read last is still in a cache.
+        for uncut in tl.static_range(2):
+            for v in range(0 if uncut else whole, whole if uncut else stride, BLOCK_V):
+                at = (whole - BLOCK_V - v if uncut else v) + cols
+                z = _load_lanes(z_ptrs, at, inside, V, stride, not uncut)
+                dz = tl.exp2(z * LOG2E - row_max[:, None, None]) * scale[:, None, None]
+                if uncut:
+                    tl.store(z_ptrs + at, dz.to(z_ptr.dtype.element_ty), mask=inside)
+                else:
+                    dz = tl.where(at < V, dz, 0.0).to(z_ptr.dtype.element_ty)
+                    tl.store(z_ptrs + at, dz, mask=inside & (at < stride))
+        tl.debug_barrier()  # all of dz stands there but for the target's -1
+        dz_t = (tl.exp2(above) * scale - 1.0).to(z_ptr.dtype.element_ty)
+        tl.store(row_ptrs + target, dz_t, mask=counted & known)
 
 
 @jit
@@ -278,8 +170,9 @@ def _linear_cross_entropy_scale_kernel(
     tl.store(out_ptr + offs, (grad * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_key(kernel: str, math: str, arch: int) -> Key:
-    """The key of one of the five kernels; none of their rows depends on a size yet."""
+def launch_key(kernel: str, dtype: torch.dtype, arch: int) -> Key:
+    """The key of one of the three kernels; none of their rows depends on a size yet."""
+    math = "fp32" if dtype == torch.float32 else "16-bit"
     return Key(f"linear_cross_entropy.{kernel}", math, "any", arch)
 
 
@@ -303,37 +196,26 @@ def _accumulate_mm(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
     """Every build a launch can choose at GPT-2's shape."""
-    gemm = _linear_cross_entropy_logits_kernel
-    for name, kernel, label, dtype, math, even_k, grad in (
-        ("logits", gemm, "bf16 train", "bf16", "16-bit", True, True),
-        ("logits", gemm, "bf16 eval", "bf16", "16-bit", True, False),
-        ("logits", gemm, "bf16 train, ragged C", "bf16", "16-bit", False, True),
-        ("logits", gemm, "fp16 train", "fp16", "16-bit", True, True),
-        ("logits", gemm, "tf32 train", "fp32", "tf32", True, True),
-        ("logits", gemm, "tf32 train, ragged C", "fp32", "tf32", False, True),
-        ("logits", gemm, "ieee train", "fp32", "ieee", True, True),
-        ("logits", gemm, "ieee train, ragged C", "fp32", "ieee", False, True),
-        ("rows", _linear_cross_entropy_rows_kernel, "train", "bf16", "16-bit", True, True),
-        ("dlogits", _linear_cross_entropy_dlogits_kernel, "bf16", "bf16", "16-bit", True, True),
-        ("mean", _linear_cross_entropy_mean_kernel, "any", "bf16", "16-bit", True, True),
-        ("scale", _linear_cross_entropy_scale_kernel, "bf16", "bf16", "16-bit", True, True),
+    rows = _linear_cross_entropy_rows_kernel
+    for name, kernel, label, dtype, grad in (
+        ("rows", rows, "bf16 train", "bf16", True),
+        ("rows", rows, "bf16 eval", "bf16", False),
+        ("rows", rows, "fp16 train", "fp16", True),
+        ("rows", rows, "fp32 train", "fp32", True),
+        ("mean", _linear_cross_entropy_mean_kernel, "any", "fp32", True),
+        ("scale", _linear_cross_entropy_scale_kernel, "bf16", "bf16", True),
     ):
-        launch = launch_for(launch_key(name, math, arch))
-        fixed = {"PRECISION": precision_of(math), "EVEN_K": even_k, "GRAD": grad}
-        mma = "BLOCK_M" if kernel is gemm and math != "ieee" else ""
-        yield aot_case("linear_cross_entropy", kernel, label, launch, dtype, fixed, mma=mma,
-                       unaligned=("V", "S", "ignore_index"))  # fmt: skip
+        torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+        launch = launch_for(launch_key(name, torch_dtype, arch))
+        fixed = {"GRAD": grad, "VECTOR": 16 // torch_dtype.itemsize}
+        yield aot_case("linear_cross_entropy", kernel, label, launch, dtype, fixed,
+                       unaligned=("V", "ignore_index"))  # fmt: skip
 
 
 def _fwd_fake(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    vocab_size: int,
-    ignore_index: int,
-    needs_dx: bool,
-    needs_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
+    needs_dx: bool, needs_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     loss = x.new_empty((), dtype=torch.float32)
     dx = x.new_empty(x.shape if needs_dx else 0)
     dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=torch.float32)
@@ -346,70 +228,32 @@ def _fwd_fake(
     fake=_fwd_fake,
 )
 def linear_cross_entropy_fwd(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    vocab_size: int,
-    ignore_index: int,
-    needs_dx: bool,
-    needs_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
+    needs_dx: bool, needs_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """x (M, C), weight (Vp, C), targets (M,) -> loss, 1 / N, and unscaled dx (M, C), dweight.
 
     loss and 1 / N are () fp32, dweight (Vp, C) fp32; a gradient that is not needed is empty.
     """
-    M, C = x.shape
-    Vp, V = weight.shape[0], vocab_size
-    grad = needs_dx or needs_dweight
+    M, Vp, V = len(x), len(weight), vocab_size
     if targets.device.type == "cpu":
         check_targets(targets, V, ignore_index)
     loss, inv_count, dx, dweight = _fwd_fake(
         x, weight, targets, V, ignore_index, needs_dx, needs_dweight
     )
     w = weight.to(x.dtype)
-    math = math_of(x.dtype)
-    launch, row_launch, dz_launch, mean_launch = (
-        launch_for(launch_key(kernel, math, arch(x.device)))
-        for kernel in ("logits", "rows", "dlogits", "mean")
-    )
-    blocks, row_blocks, dz_blocks = (
-        dict(found.blocks) for found in (launch, row_launch, dz_launch)
-    )
-    S = cdiv(V, blocks["BLOCK_N"] // 2)
-    # z is stored up to a multiple of 16, -inf from V on: a mask that ends at V = 50257 would cut a
-    # thread's 16 stores of 16 bytes into 128 of 2 (bf16 on sm_90, compile-only). 16 divides half a
-    # tile, so what dlogits reads has been written.
-    num_stored = min(cdiv(V, 16) * 16, Vp)
-
+    launch = launch_for(launch_key("rows", x.dtype, arch(x.device)))
     rows = chunk_rows(M, Vp, x.dtype.itemsize)
-    logits = x.new_empty((rows if grad else 0, Vp))
+    logits = x.new_empty((rows, cdiv(Vp, 16) * 16))  # each row at a multiple of 16 bytes
     row_loss = x.new_empty(M, dtype=torch.float32)
-    partials = x.new_empty((3 if grad else 2, S * rows), dtype=torch.float32)
-    target_logit, row_scale = x.new_empty((2, rows), dtype=torch.float32)
-    row_max = x.new_empty(rows)
-    slot_max, slot_sum, slot_stored = partials[0], partials[1], partials[-1]
     for first in range(0, M, rows):
-        m = min(rows, M - first)
-        chunk = slice(first, first + m)
-        x_m, targets_m, z = x[chunk], targets[chunk], logits[:m]
-        tiles = cdiv(m, blocks["BLOCK_M"]) * cdiv(V, blocks["BLOCK_N"])
-        _linear_cross_entropy_logits_kernel[(tiles,)](
-            x_m, w, targets_m, z, target_logit, slot_max, slot_sum, slot_stored,
-            m, C, V, num_stored, Vp,
-            PRECISION=precision_of(math), EVEN_K=C % blocks["BLOCK_K"] == 0, GRAD=grad,
-            **launch.kwargs(),
-        )  # fmt: skip
-        _linear_cross_entropy_rows_kernel[(cdiv(m, row_blocks["BLOCK_M"]),)](
-            targets_m, target_logit, slot_max, slot_sum, slot_stored, row_loss[chunk], row_max,
-            row_scale, m, S, V, ignore_index,
-            GRAD=grad, **row_launch.kwargs(),
-        )  # fmt: skip
-        if not grad:
-            continue
-        tiles = cdiv(m, dz_blocks["BLOCK_M"]) * cdiv(Vp, dz_blocks["BLOCK_V"])
-        _linear_cross_entropy_dlogits_kernel[(tiles,)](
-            targets_m, row_max, row_scale, z, m, V, num_stored, Vp, ignore_index,
-            **dz_launch.kwargs(),
+        chunk = slice(first, min(first + rows, M))
+        x_m, targets_m = x[chunk], targets[chunk]
+        z = logits[: len(x_m), :Vp]
+        torch.mm(x_m, w.t(), out=z)
+        _linear_cross_entropy_rows_kernel[(cdiv(len(x_m), dict(launch.blocks)["BLOCK_M"]),)](
+            logits, targets_m, row_loss[chunk], len(x_m), V, logits.stride(0), ignore_index,
+            VECTOR=16 // x.dtype.itemsize, GRAD=needs_dx or needs_dweight, **launch.kwargs(),
         )  # fmt: skip
         if needs_dx:
             torch.mm(z, w, out=dx[chunk])
@@ -417,8 +261,9 @@ def linear_cross_entropy_fwd(
             _accumulate_mm(dweight, z.t(), x_m, first=first == 0)
     if M == 0:
         dweight.zero_()
+    launch = launch_for(launch_key("mean", x.dtype, arch(x.device)))
     _linear_cross_entropy_mean_kernel[(1,)](
-        targets, row_loss, loss, inv_count, M, ignore_index, **mean_launch.kwargs()
+        targets, row_loss, loss, inv_count, M, ignore_index, **launch.kwargs()
     )
     return loss, inv_count, dx, dweight
 
@@ -438,7 +283,7 @@ def linear_cross_entropy_bwd(
     """grad * dloss / N, rounded to `dtype`; dloss and 1 / N are () fp32."""
     out = _bwd_fake(grad, dloss, inv_count, dtype)
     if out.numel():
-        launch = launch_for(launch_key("scale", math_of(grad.dtype), arch(grad.device)))
+        launch = launch_for(launch_key("scale", grad.dtype, arch(grad.device)))
         _linear_cross_entropy_scale_kernel[(cdiv(out.numel(), dict(launch.blocks)["BLOCK_E"]),)](
             grad, dloss, inv_count, out, out.numel(), **launch.kwargs()
         )
@@ -447,16 +292,8 @@ def linear_cross_entropy_bwd(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        vocab_size: int,
-        ignore_index: int,
-        needs_dx: bool,
-        needs_dweight: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
+                ignore_index: int, needs_dx: bool, needs_dweight: bool) -> Tensor:  # fmt: skip
         loss, inv_count, dx, dweight = linear_cross_entropy_fwd(
             x, weight, targets, vocab_size, ignore_index, needs_dx, needs_dweight
         )

@@ -73,7 +73,7 @@ GPU_SHAPES = (
 RERUN_SHAPE = Shape(4, 1024)
 NUM_RERUNS = 50
 # Tokens numerics are checked on. On CUDA enough for the launch rows of large M (from 4,096 rows on)
-# and for two chunks of the loss at GPT-2's vocabulary; the interpreter takes minutes there.
+# and for two fp32 chunks of the loss at GPT-2's vocabulary; the interpreter takes minutes there.
 CHECK_TOKENS = {"causal_attention": 4096, "linear_cross_entropy": 16384}
 DEFAULT_CHECK_TOKENS = 5120
 CHECK_LENGTH = 1023  # of attention's rows: long, and no multiple of a tile

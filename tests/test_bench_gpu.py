@@ -254,7 +254,7 @@ def test_cuda_checks_the_kernels_it_times(op: str) -> None:
     if op in ("layer_norm", "add_layer_norm", "gelu_mlp"):
         assert cut.M > 4096  # their "large" rows
     if op == "linear_cross_entropy":
-        assert chunk_rows(cut.M, cut.Vp, 2) < cut.M
+        assert chunk_rows(cut.M, cut.Vp, 4) < cut.M
     if op == "causal_attention":
         assert (cut.B, cut.T) == (4, 1023)
     assert numerics.check_shape(op, find_shape("b64t1024"), torch.device("cpu")).M <= 512

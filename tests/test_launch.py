@@ -25,8 +25,9 @@ def keys(arch: int) -> list[Key]:
             for T in (1, 32, 64, 65, 128, 1024, 4096):
                 for kernel in ("fwd", "dq", "dkdv", "short"):
                     found.append(causal_attention.launch_key(kernel, math, D, T, arch))
-        for kernel in ("logits", "rows", "dlogits", "mean", "scale"):
-            found.append(linear_cross_entropy.launch_key(kernel, math, arch))
+    for dtype in (torch.float32, torch.bfloat16):
+        for kernel in ("rows", "mean", "scale"):
+            found.append(linear_cross_entropy.launch_key(kernel, dtype, arch))
     found += [adamw.launch_key(k, arch) for k in ("step", "norm", "clip", "advance")]
     return [*found, Key("layer_norm.sum", "fp32", "C=768", arch)]
 
@@ -48,8 +49,8 @@ def test_a_family_shares_its_rows_in_every_op():
         for kernel in ("fwd", "bwd"):
             assert safe_launch(kernel, 768, 4, member) == safe_launch(kernel, 768, 4, first)
     # Not by falling back to the rows of every arch.
-    logits = linear_cross_entropy.launch_key("logits", "16-bit", 103)
-    assert launch_for(logits) != launch_for(replace(logits, arch=999))
+    rows = linear_cross_entropy.launch_key("rows", torch.bfloat16, 103)
+    assert launch_for(rows) != launch_for(replace(rows, arch=999))
 
 
 def test_precision_is_read_at_each_call():

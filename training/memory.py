@@ -23,7 +23,7 @@ CUDA. A compiled model saves the same: there is no matmul-free way back to these
 The peak is at one of five moments; `MemoryEstimate.moments` has them with what they add:
 
     loss      chunks of logits. Eager: 4 fp32 of (R, Vp) with R = 1024, or 2 more dweight; compiled:
-              one of them in e; triton: one, larger, in e, and the partials of its rows
+              one of them in e; triton: one, larger, in e
     turn      the loss's backward scales dx and dweight: both exist twice
     mlp       the last layer's backward: a gradient of (M, 4C), and those of the two matrices,
               beside all that was saved
@@ -40,9 +40,6 @@ from dataclasses import dataclass
 from kernels import EAGER, parse_ops
 from kernels.reference import CHUNK_TOKENS
 from model import GPTConfig
-
-# The Triton loss keeps three fp32 numbers for each row and each this many columns of logits.
-HALF_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,7 @@ def estimate(
         from kernels.linear_cross_entropy import chunk_rows  # needs triton, as these ops do
 
         logits = chunk_rows(M, config.padded_vocab_size, e) * config.padded_vocab_size
-        loss += e * logits + 3 * 4 * logits // HALF_TILE
+        loss += e * logits
     weights = 4 * num_parameters
     folded = working if num_micro_batches > 1 else 0  # bf16 gradients on their way into fp32 ones
     grads = weights if folded or not working else weights - working
