@@ -1,5 +1,6 @@
 """The edge to the outside: values that are checked, text that is quoted, how a command ends."""
 
+import codecs
 import io
 import numbers
 import os
@@ -21,6 +22,44 @@ def one_line(text: object, limit: int = 1000) -> str:
     """`text` on one printable line of at most `limit` characters."""
     line = printable(" ".join(str(text).split()))
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def read_utf8(what: str, data: bytes, offset: int = 0) -> str:
+    """`data` as text, without the byte order mark that some editors put first.
+
+    Args:
+        what: Names it in the message.
+        data: What was read.
+        offset: Where it begins in `what`.
+
+    Raises:
+        ValueError: names the first byte that is not UTF-8.
+    """
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{what} is not UTF-8: byte 0x{data[error.start]:02x} at offset "
+            f"{offset + error.start}; convert it, e.g. iconv -t UTF-8"
+        ) from None
+    return text if offset else text.removeprefix("\ufeff")
+
+
+def read_stdin(command: str, limit: int) -> bytes:
+    """What is piped into a command; a line on standard error where it begins with such a mark.
+
+    Raises:
+        ValueError: it is closed, or there are more than `limit` bytes.
+    """
+    if sys.stdin is None:
+        raise ValueError(f"{command}: - reads standard input, which is closed")
+    raw = sys.stdin.buffer.read(limit + 1)
+    if len(raw) > limit:
+        raise ValueError(f"{command}: stdin has more than {limit:,} bytes")
+    if raw.startswith(codecs.BOM_UTF8):
+        print(f"{command}: the byte order mark at the beginning of stdin is left out",
+              file=sys.stderr)  # fmt: skip
+    return raw
 
 
 def quoted(value: object) -> str:

@@ -11,27 +11,13 @@ from typing import Literal
 
 import torch
 
-from model.edge import exits, one_line
+from model.edge import exits, one_line, read_stdin, read_utf8
 from model.find import latest_model
 from model.gpt import GPT
 from model.sampling import Sampling
 from model.text import stream_text
 
 MAX_PROMPT_BYTES = 16 << 20  # of standard input; only its end fits any window
-
-
-def _read_stdin() -> str:
-    if sys.stdin is None:
-        raise ValueError("generate: --prompt - reads standard input, which is closed")
-    raw = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
-    if len(raw) > MAX_PROMPT_BYTES:
-        raise ValueError(f"generate: stdin has more than {MAX_PROMPT_BYTES:,} bytes of prompt")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"generate: stdin is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,10 @@ def _run(options: Options) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("generate: --device cuda, but torch sees no GPU here; use --device cpu")
-    prompts = [_read_stdin() if p == "-" else p for p in options.prompt]
+    prompts = [
+        read_utf8("generate: stdin", read_stdin("generate", MAX_PROMPT_BYTES)) if p == "-" else p
+        for p in options.prompt
+    ]
     path = latest_model() if options.model is None else options.model
     model = GPT.from_pretrained(path)
     model = model.to(device, torch.bfloat16 if options.dtype == "bf16" else torch.float32)

@@ -87,6 +87,7 @@ def test_text(model: GPT):
         result.loss * result.num_tokens / math.log(2) / result.num_bytes
     )
     assert evaluate_text(model, get_encoding(), text.encode(), max_tokens=5).num_tokens == 4
+    assert evaluate_text(model, get_encoding(), b"\xef\xbb\xbf" + text.encode()) == result
 
 
 def test_uniform_model_scores_log_vocab():
@@ -118,6 +119,11 @@ def test_command_line(model: GPT, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert result["num_tokens"] == 5
     evaluate.main(args)
     assert f"loss {result['loss']:.4f} nats per token" in capsys.readouterr().out
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfto be or not to be")
+    evaluate.main([*args, "--json"])
+    again = capsys.readouterr()
+    assert json.loads(again.out) == result
+    assert "byte order mark at the beginning of" in again.err
     (tmp_path / "bad.txt").write_bytes(b"a\xff")
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     for bad, message in (

@@ -553,6 +553,17 @@ def test_odd_values_of_numeric_flags_are_taken_or_refused(
             assert (out, "Traceback" in err) == ("", False)
 
 
+def test_a_byte_order_mark_on_stdin_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: Path
+):
+    said = []
+    for text in (b"One", b"\xef\xbb\xbfOne"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+        said.append(call_main(monkeypatch, capsys, runs, "--prompt", "-", "--max-new-tokens", "3"))
+    assert said[0][:2] == said[1][:2]
+    assert "the byte order mark at the beginning of stdin is left out" in said[1][2]
+
+
 def test_hostile_text_on_stdin(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: Path
 ):

@@ -207,7 +207,7 @@ def test_a_killed_process_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"txt": "b"}', "no text under 'text', got None"),
+        ('{"txt": "b"}', "no text under 'text', got None; for another field: .* --key"),
         ("[1", "Expecting"),
         ('{"text": 3}', "got 3"),
         ("[1]", "no text under"),
@@ -221,8 +221,9 @@ def test_bad_jsonl_names_the_line(tmp_path, line: str | bytes, reason: str):
     path = tmp_path / "bad.jsonl"
     line = line.encode() if isinstance(line, str) else line
     path.write_bytes(b'{"text": "a"}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=rf"bad.jsonl: line 2 at byte 14 .*{reason}"):
+    with pytest.raises(ValueError, match=rf"bad.jsonl: line 2 at byte 14 .*{reason}") as refusal:
         encode_piece(next(cut(path)))
+    assert ("--key" in str(refusal.value)) == ("no text under" in reason or "got 3" in reason)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +321,44 @@ def test_edits_that_keep_the_size_are_tokenised_again(prepared: Config):
     times = source.stat()
     source.write_text(source.read_text().replace("honourable", "d" * 10))
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+def test_a_folder_in_the_place_of_a_shard_loses_nothing(prepared: Config):
+    out = Path(prepared.out)
+    (out / "train-000001.bin").unlink()
+    (out / "train-000001.bin").mkdir()
+    (out / "train-000001.bin" / "kept").write_text("a person's")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"train-000001.bin is a folder in the place of a shard"):
+        prepare(prepared)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_byte_order_mark_is_left_out_and_said(tmp_path, small_pieces, suffix):
+    text = random_text(1, 300).encode()
+    if suffix == ".jsonl":
+        text = b"".join(json.dumps({"text": str(i)}).encode() + b"\n" for i in range(99))
+    plain, marked = (tmp_path / f"{name}{suffix}" for name in ("plain", "marked"))
+    plain.write_bytes(text)
+    marked.write_bytes(b"\xef\xbb\xbf" + text)
+    said: list[str] = []
+    tokens = [np.asarray(load_corpus([p], said.append).tokens).tolist() for p in (plain, marked)]
+    assert tokens[0] == tokens[1]
+    assert said == [f"data: the byte order mark at the beginning of {marked} is left out"]
+    want, got = (run(config(p, tmp_path / f"out {p.stem}")) for p in (plain, marked))
+    np.testing.assert_array_equal(got, want)
+    marked.write_bytes(b"\xef\xbb\xbf")
+    for read in (lambda: load_corpus([marked]), lambda: prepare(config(marked, tmp_path / "no"))):
+        with pytest.raises(ValueError, match="is empty"):
+            read()
+
+
+def test_files_that_were_joined_with_their_marks(tmp_path):
+    lines = b'\xef\xbb\xbf{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n\xef\xbb\xbf\n'
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    eot, a, b = tokenizer.EOT, *tokenizer.encode("a"), *tokenizer.encode("b")
+    assert run(config(tmp_path / "a.jsonl", tmp_path / "out")).tolist() == [eot, a, eot, b]
+
+
     assert prepare(prepared)["shards"] == prepare(prepared)["shards"]
     assert "honourable" not in tokenizer.decode(np.asarray(load_corpus([out]).tokens))
     assert len([*out.iterdir()]) == len(prepare(prepared)["shards"]) + 1  # and none of the old ones

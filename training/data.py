@@ -99,7 +99,7 @@ def load_corpus(paths: Sequence[str | Path], say: Callable[[str], None] = print)
         ValueError: no text and no tokens of GPT-2, by its name and what it is.
     """
     name, paths = (_name(paths), paths) if paths else _default_source(say)
-    inputs = find_inputs(paths)
+    inputs = find_inputs(paths, say)
     if isinstance(inputs, Path):
         beside = inputs.iterdir() if inputs.is_dir() else ()
         if texts := sorted(p.name for p in beside if p.suffix.lower() in TAKEN):

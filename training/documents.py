@@ -9,7 +9,7 @@ alone and therefore read the same.
 import codecs
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from model import tokenizer
-from model.edge import quoted
+from model.edge import quoted, read_utf8
 from training.shards import TOKEN_DTYPE, holds_tokens
 
 JSONL, KEY = ".jsonl", "text"
@@ -59,11 +59,17 @@ class Piece:
     key: str
 
 
-def find_inputs(paths: Sequence[str | Path]) -> Path | list[Path]:
+def find_inputs(
+    paths: Sequence[str | Path], say: Callable[[str], None] = lambda _: None
+) -> Path | list[Path]:
     """What `paths` hold: a token file or a folder of them, or text files, in the order of reading.
 
     A file that is named is taken as text if it is some. A folder gives its .txt, .md and .jsonl
     files and must hold nothing else, hidden files apart.
+
+    Args:
+        paths: Files and folders.
+        say: Called with a line where something of a file is left out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -86,8 +92,11 @@ def find_inputs(paths: Sequence[str | Path]) -> Path | list[Path]:
         found += _inside(path) if path.is_dir() else [path]
     for path in found:
         _check_text(path)
-    if not any(path.stat().st_size for path in found):
+    if all(path.stat().st_size == _text_start(path) for path in found):
         raise ValueError(f"data: {', '.join(map(str, paths))} is empty; it needs text to train on")
+    if marked := [path for path in found if _text_start(path)]:
+        more = f" and {len(marked) - 1} more" if len(marked) > 1 else ""
+        say(f"data: the byte order mark at the beginning of {marked[0]}{more} is left out")
     return found
 
 
@@ -125,14 +134,22 @@ def _check_text(path: Path) -> None:
         raise ValueError(f"data: {path} is binary, not text: byte 0x00 at offset {at}")
 
 
+def _text_start(path: Path) -> int:
+    """Where the text begins: behind a byte order mark, which is none of it."""
+    with path.open("rb") as file:
+        return len(codecs.BOM_UTF8) * (file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8)
+
+
 def hash_files(files: Sequence[Path]) -> str:
-    """SHA-256 over the files' bytes with their lengths."""
+    """SHA-256 over the files' text with its lengths."""
     digest = hashlib.sha256()
     for path in files:
         if is_jsonl(path):
             digest.update(f"{JSONL} {KEY} ".encode())
-        digest.update(path.stat().st_size.to_bytes(8, "little"))
+        start = _text_start(path)
+        digest.update((path.stat().st_size - start).to_bytes(8, "little"))
         with path.open("rb") as file:
+            file.seek(start)
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
@@ -149,7 +166,7 @@ def cut(path: Path, key: str = KEY) -> Iterator[Piece]:
     """
     size = path.stat().st_size
     find_end = _line_end if is_jsonl(path) else _text_end
-    start = 0
+    start = _text_start(path)
     with path.open("rb") as file:
         while True:
             end = target = start
@@ -205,14 +222,8 @@ def encode_piece(piece: Piece) -> tuple[bytes, int]:
     if is_jsonl(piece.path):
         parts = [part for tokens in _documents(piece, data) for part in (_EOT, tokens)]
         return b"".join(part.tobytes() for part in parts), len(parts) // 2
-    try:
-        tokens = tokenizer.encode(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data: {piece.path} is not UTF-8: byte 0x{data[error.start]:02x} at offset "
-            f"{piece.start + error.start}; convert it, e.g. iconv -t UTF-8"
-        ) from None
-    first = piece.start == 0
+    tokens = tokenizer.encode(read_utf8(f"data: {piece.path}", data, piece.start))
+    first = piece.start <= len(codecs.BOM_UTF8)  # no other begins so early
     return (_EOT.tobytes() if first else b"") + tokens.tobytes(), int(first)
 
 
@@ -221,19 +232,22 @@ def _documents(piece: Piece, data: bytes) -> Iterator[np.ndarray]:
     at = piece.start
     for line in data.split(b"\n"):
         here, at = at, at + len(line) + 1
+        line = line.removeprefix(codecs.BOM_UTF8)  # of a file that was joined to another
         if not line.strip():
             continue
         try:
-            content = json.loads(line.decode("utf-8-sig" if here == 0 else "utf-8"))
+            content = json.loads(line.decode())
             text = content.get(piece.key) if isinstance(content, dict) else None
             if not isinstance(text, str):
-                raise ValueError(f"no text under {piece.key!r}, got {quoted(text)}")
+                raise ValueError(
+                    f"no text under {piece.key!r}, got {quoted(text)}; for another field: "
+                    "training.prepare --key"
+                )
             yield tokenizer.encode(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"data: {piece.path}: line {_line_number(piece.path, here)} at byte {here} cannot "
-                f"be read ({error}); each line must be an object whose {piece.key!r} is text "
-                "(another field: training.prepare --key)"
+                f"be read ({error}); each line must be an object whose {piece.key!r} is text"
             ) from None
 
 

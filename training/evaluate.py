@@ -27,7 +27,7 @@ from torch import Tensor
 
 from model import GPT, tokenizer
 from model.decoder import evaluating, resolve_window
-from model.edge import check_int, exits
+from model.edge import check_int, exits, read_stdin, read_utf8
 from model.find import latest_model
 from training.documents import find_inputs, is_jsonl
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 PIECE_TOKENS = 1024  # of a text that is not read whole
+MAX_STDIN_BYTES = 1 << 30
 BATCH_TOKENS = 4096  # per forward; more gains nothing on 2 cores and costs memory
 
 
@@ -138,7 +139,7 @@ def evaluate_text(
     Args:
         model: Its vocabulary must hold the encoding's.
         encoding: GPT-2's.
-        text: UTF-8.
+        text: UTF-8; a byte order mark at its beginning is left out.
         window: See `evaluate_tokens`.
         max_tokens: Read no more than the first so many, at least 2.
 
@@ -152,14 +153,7 @@ def evaluate_text(
             f"evaluate: the model has {model.config.vocab_size} tokens, the encoding "
             f"{encoding.name!r} {encoding.n_vocab}"
         )
-    try:
-        string = text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"evaluate: the text is not UTF-8: byte 0x{text[error.start]:02x} at offset "
-            f"{error.start}"
-        ) from None
-    tokens = tokenizer.encode(string)[:max_tokens]
+    tokens = tokenizer.encode(read_utf8("evaluate: the text", text))[:max_tokens]
     loss = evaluate_tokens(model, tokens, window=window)
     if not math.isfinite(loss):
         raise ValueError(f"evaluate: the loss is {loss}; the model's weights are not usable")
@@ -203,9 +197,9 @@ def _run(options: Options) -> dict[str, Any]:
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("evaluate: --device cuda, but torch sees no GPU here; use --device cpu")
     if options.text == "-":
-        text = sys.stdin.buffer.read()
+        text = read_stdin("evaluate", MAX_STDIN_BYTES)
     else:
-        files = find_inputs([options.text])
+        files = find_inputs([options.text], lambda line: print(line, file=sys.stderr))
         if isinstance(files, Path) or len(files) > 1 or is_jsonl(files[0]):
             raise ValueError(f"evaluate: --text must be one file of plain text, got {options.text}")
         text = files[0].read_bytes()

@@ -230,7 +230,7 @@ def prepare(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     for path in filter(os.path.isdir, cfg.inputs):
         if Path(cfg.out).resolve().is_relative_to(Path(path).resolve()):
             raise ValueError(f"prepare: out must be outside of the inputs, got {cfg.out} in {path}")
-    files = find_inputs(cfg.inputs)
+    files = find_inputs(cfg.inputs, print)
     if isinstance(files, Path):
         raise ValueError(f"prepare: {files} holds tokens already: train.py --data {files}")
     total = sum(path.stat().st_size for path in files)
