@@ -231,6 +231,10 @@ def test_bad_jsonl_names_the_line(tmp_path, line: str | bytes, reason: str):
     [
         ({"shard_tokens": 0}, "shard_tokens must be a whole number from 1"),
         ({"shard_tokens": 10**30}, "shard_tokens must be a whole number from 1"),
+        (
+            {"inputs": ("long.txt",), "shard_tokens": 20},
+            "shard_tokens must be at least 21 for 20,005 bytes of text, got 20",
+        ),
         ({"val_tokens": -1}, "val_tokens must be a whole number from 0"),
         ({"val_tokens": 9}, "val_tokens must leave text to train on, got 9 of 9 bytes"),
         ({"processes": 0}, "processes must be a whole number from 1"),
@@ -249,6 +253,7 @@ def test_bad_jsonl_names_the_line(tmp_path, line: str | bytes, reason: str):
 def test_prepare_refuses_and_leaves_nothing_behind(tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("some text")
+    Path("long.txt").write_text("word " * 4001)
     for folder in ("in", "tokens"):
         Path(folder).mkdir()
     Path("tokens", "train.bin").write_bytes(b"1234")
@@ -316,11 +321,6 @@ def test_shards_that_are_not_as_written_are_noticed_and_made_again(
     np.testing.assert_array_equal(np.asarray(load_corpus([out]).tokens), before)
 
 
-def test_edits_that_keep_the_size_are_tokenised_again(prepared: Config):
-    source, out = Path(prepared.inputs[0]), Path(prepared.out)
-    times = source.stat()
-    source.write_text(source.read_text().replace("honourable", "d" * 10))
-    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
 def test_a_folder_in_the_place_of_a_shard_loses_nothing(prepared: Config):
     out = Path(prepared.out)
     (out / "train-000001.bin").unlink()
@@ -359,6 +359,11 @@ def test_files_that_were_joined_with_their_marks(tmp_path):
     assert run(config(tmp_path / "a.jsonl", tmp_path / "out")).tolist() == [eot, a, eot, b]
 
 
+def test_edits_that_keep_the_size_are_tokenised_again(prepared: Config):
+    source, out = Path(prepared.inputs[0]), Path(prepared.out)
+    times = source.stat()
+    source.write_text(source.read_text().replace("honourable", "d" * 10))
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert prepare(prepared)["shards"] == prepare(prepared)["shards"]
     assert "honourable" not in tokenizer.decode(np.asarray(load_corpus([out]).tokens))
     assert len([*out.iterdir()]) == len(prepare(prepared)["shards"]) + 1  # and none of the old ones

@@ -41,6 +41,11 @@ from training.shards import (
     read_index,
 )
 
+SHARD_TOKENS = 100_000_000
+# Of a smaller size than that. index.json is written once per shard and grows with it, and a folder
+# of many files serves nobody.
+MAX_SHARDS = 1000
+
 
 @dataclass(frozen=True)
 class Config:
@@ -50,7 +55,7 @@ class Config:
     """Text and .jsonl files, or folders of .txt, .md and .jsonl files."""
     out: str
     """Folder for the shards; the same command again goes on where it stopped."""
-    shard_tokens: int = 100_000_000
+    shard_tokens: int = SHARD_TOKENS
     """Tokens of a shard."""
     val_tokens: int = 0
     """Tokens at the start that become val-*.bin instead of train-*.bin."""
@@ -124,6 +129,12 @@ class ShardWriter:
                 check_shard(self.out / shard["file"], shard, whole=True)
         except ValueError:
             what = "its shards"
+        for shard in old["shards"]:
+            if (self.out / shard["file"]).is_dir():
+                raise ValueError(
+                    f"prepare: {self.out / shard['file']} is a folder in the place of a shard; "
+                    "move it away and run the same command again"
+                )
         if not what:
             self.index = old
             return
@@ -237,6 +248,11 @@ def prepare(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     if cfg.val_tokens >= total:  # a token is a byte at least
         got = f"{cfg.val_tokens:,} of {total:,} bytes"
         raise ValueError(f"prepare: val_tokens must leave text to train on, got {got}")
+    if cfg.shard_tokens < (least := min(SHARD_TOKENS, -(-total // MAX_SHARDS))):
+        raise ValueError(
+            f"prepare: shard_tokens must be at least {least:,} for {total:,} bytes of text, got "
+            f"{cfg.shard_tokens:,}"
+        )
     writer = ShardWriter(cfg, files)
     if writer.index["done"]:
         return writer.index
