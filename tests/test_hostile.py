@@ -157,6 +157,11 @@ BAD: dict[str, Change] = {
     "skip of a circle": state("progress", "skips", to=[[1, 5], [5, 1]]),
     "skip of three": state("progress", "skips", to=[[1, 2, 3]]),
     "skip of text": state("progress", "skips", to=["ab"]),
+    "skips 100,000 times the same": state("progress", "skips", to=[[3, 5]] * 100_000),
+    "skips twice the same": state("progress", "skips", to=[[3, 5], [3, 5]]),
+    "skips by the hundred thousand": state(
+        "progress", "skips", to=[[i, i + 1] for i in range(10**5)]
+    ),
     "skips an object": state("progress", "skips", to={"1": 2}),
     "log of 1e11 bytes": state("progress", "metrics_bytes", to=1e11),
     "log of 1e30 bytes": state("progress", "metrics_bytes", to=10**30),
@@ -176,6 +181,9 @@ BAD: dict[str, Change] = {
     "plan of a long text": state("plan", "device_name", to="x" * 100_000),
     "guard of text": state("guard", "in_a_row", to="3"),
     "guard before the start": state("guard", "rollbacks", to=-1),
+    "guard of 10**9 rollbacks": state("guard", "rollbacks", to=10**9),
+    "guard of 10**9 bad steps in a row": state("guard", "in_a_row", to=10**9),
+    "guard of 10**5 bad rows": state("guard", "positions", to=[9] * 10**5),
     "guard of lists": state("guard", "positions", to=[[1]]),
     "guard without tensors": tensors("guard", dict.clear),
     "state a list": text("state.json", b"[]"),

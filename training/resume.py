@@ -28,25 +28,42 @@ from training.plan import Plan
 from training.recipes import Recipe
 from training.schema import COUNT, MOST, NUMBER, SCALAR, Every, Must
 
-_RANGE = Must(
-    "a range [first, last) with first < last",
-    lambda v: isinstance(v, list) and [*map(COUNT.holds, v)] == [True] * 2 and v[0] < v[1],
+# A guard leaves out some rows per rollback and allows a few rollbacks.
+_LIMITS, MOST_SKIPS = GuardConfig(), 1000
+_SKIPS = Must(
+    f"at most {MOST_SKIPS} different ranges [first, last) with first < last",
+    lambda v: isinstance(v, list) and len(v) <= MOST_SKIPS and all(map(_is_range, v))
+    and len({first for first, _ in v}) == len(v),
+)  # fmt: skip
+_POSITIONS = Must(
+    f"the rows of at most {_LIMITS.patience} bad steps",
+    lambda v: isinstance(v, list) and len(v) <= _LIMITS.patience and all(map(COUNT.holds, v)),
 )
 STATE = {
     "progress": {
         "step": COUNT,
         "position": COUNT,
-        "skips": [_RANGE],
+        "skips": _SKIPS,
         "metrics_bytes": COUNT,
         "evaluations": [(COUNT, NUMBER)],
     },
     "recipe": Every(SCALAR),
     "plan": Every(Must("a plain value", lambda v: isinstance(v, list) or SCALAR.holds(v))),
-    "guard?": {"in_a_row": COUNT, "skipped": COUNT, "rollbacks": COUNT, "positions": [COUNT]},
+    "guard?": {
+        "in_a_row": schema.count(_LIMITS.patience),
+        "skipped": COUNT,
+        "rollbacks": schema.count(_LIMITS.max_rollbacks),
+        "positions": _POSITIONS,
+    },
 }
 
 # Fields of a plan that change no bit of a loss.
 _SAME_LOSSES = {"cuda_graph", "eval_tokens", "memory_bytes", "notes"}
+
+
+def _is_range(value: Any) -> bool:
+    pair = isinstance(value, list) and [*map(COUNT.holds, value)] == [True] * 2
+    return pair and value[0] < value[1]
 
 
 class RunFailed(RuntimeError):

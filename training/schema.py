@@ -46,7 +46,14 @@ class Every:
 
 OBJECT = Must("an object", lambda v: isinstance(v, dict))
 ARRAY = Must("an array", lambda v: isinstance(v, list))
-COUNT = Must(f"a whole number from 0 to {MOST}", lambda v: is_int(v) and 0 <= v <= MOST)
+
+
+def count(most: int) -> Must:
+    """A whole number from 0 to `most`."""
+    return Must(f"a whole number from 0 to {most}", lambda v: is_int(v) and 0 <= v <= most)
+
+
+COUNT = count(MOST)
 NUMBER = Must("a finite number", lambda v: is_real(v) and -LARGE <= v <= LARGE)
 TEXT = Must("a text of at most 4096 characters", lambda v: isinstance(v, str) and len(v) <= 4096)
 SCALAR = Must(
