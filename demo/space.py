@@ -84,8 +84,8 @@ def write_space(
         What is in it, in lines.
 
     Raises:
-        ValueError: `out` is a file, holds something or lies in a folder that is copied, or there is
-            no copy of the training text.
+        ValueError: `out` is a file, holds something or lies in a folder that is copied or in the
+            model's, or there is no copy of the training text.
         FileNotFoundError: no model.
     """
     title = " ".join(title.encode("utf-8", "replace").decode().split()) or TITLE
@@ -98,6 +98,8 @@ def write_space(
                 f"space: {out} must lie outside {ROOT / name}, which is copied into it"
             )
     loaded = Models(model).get()
+    if loaded.path.is_dir() and out.is_relative_to(loaded.path.resolve()):
+        raise ValueError(f"space: {out} must lie outside of the model's folder {loaded.path}")
     if training_text and not loaded.corpus:
         raise ValueError(
             f"space: --training-text, but no {CORPUS_FILE} lies beside {loaded.path}; a run keeps "

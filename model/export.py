@@ -143,6 +143,11 @@ def model_card(model: GPT, config: GPTConfig) -> str:
 def check_folder(folder: Path) -> None:
     """Raise ValueError unless `folder` is not there, empty, or holds an earlier export alone."""
     if not folder.exists():
+        if folder.is_symlink():
+            raise ValueError(
+                f"save_pretrained: {folder} is a link to {folder.readlink()}, which is not there; "
+                "make that folder, or name another"
+            )
         return
     if not folder.is_dir():
         raise ValueError(f"save_pretrained: {folder} is a file; name a folder")

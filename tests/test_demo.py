@@ -652,6 +652,8 @@ def test_space_refuses_what_it_cannot_fill(
 
 
 @pytest.mark.parametrize(
+    weights = tmp_path / "empty" / "runs" / "newest" / "model"
+    shutil.copytree(run / "model", weights)
     ("error", "exists"), [(OSError("full"), False), (KeyboardInterrupt(), True)]
 )
 def test_an_error_half_way_leaves_nothing_of_a_space(
@@ -662,6 +664,8 @@ def test_an_error_half_way_leaves_nothing_of_a_space(
 
     out = tmp_path / "space"
     if exists:
+        ([str(weights / "sp")], "must lie outside of the model's folder"),
+        ([str(weights / "a" / "sp"), "--model", str(weights)], "must lie outside of the model's"),
         out.mkdir()
     monkeypatch.setattr(space, "pins", fail)
     with pytest.raises(type(error)):

@@ -691,6 +691,9 @@ def test_an_export_replaces_nothing_but_an_export(
     with pytest.raises(ValueError, match="holds 'notes'"):
         model.save_pretrained(folder)
     (folder / "notes").rmdir()
+    (folder.parent / "link").symlink_to("nowhere")
+    line = refuse(capsys, "export", str(folder), "--out", str(folder.parent / "link"))
+    assert "is a link to nowhere, which is not there; make that folder, or name another" in line
     target = folder.parent / "README.md"
     (folder / "README.md").rename(target)
     (folder / "README.md").symlink_to(target)
