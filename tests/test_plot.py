@@ -1,7 +1,10 @@
 """What a plot shows, that none of it is cut off, and that the same data give the same bytes."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -10,6 +13,7 @@ import pytest
 from training import plot
 
 LOSSES = [(i, 5.0 - i / 100) for i in range(100)]
+ROOT = Path(__file__).parents[1]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -53,6 +57,20 @@ def test_no_label_is_cut_off_or_shortened(scale: float, num_steps: int):
         assert text in ("step", "a title") or re.fullmatch(r"[\u2212-]?\d+(\.\d+)?", text), text
     steps = words(svg)[: words(svg).index("step")]
     assert all(float(step.replace("\u2212", "-")).is_integer() for step in steps)
+
+
+def test_whatever_a_person_has_set_up(monkeypatch: pytest.MonkeyPatch):
+    """A notebook exports a backend that need not be there; a matplotlibrc may ask for LaTeX."""
+    import matplotlib
+
+    wanted = plot.to_svg(plot.loss_curve(LOSSES))
+    with matplotlib.rc_context({"text.usetex": True, "lines.linestyle": ":"}):
+        assert plot.to_svg(plot.loss_curve(LOSSES)) == wanted
+    code = "from training import plot; print(plot.to_svg(plot.loss_curve([(0, 1.0)]))[:5])"
+    environ = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "<?xml\n", done.stderr
 
 
 def test_the_same_data_give_the_same_bytes(tmp_path: Path):

@@ -7,6 +7,7 @@ no date, no random ids. matplotlib is imported when something is drawn, not when
 import html
 import io
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -38,18 +39,20 @@ STYLE: dict[Any, Any] = {
 
 
 def _style(salt: str = "fused-gpt") -> AbstractContextManager[None]:
-    import matplotlib
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which may be missing here, would end a run
+    from matplotlib import style
 
-    return matplotlib.rc_context({**STYLE, "svg.hashsalt": salt})
+    # "default": not what a person's matplotlibrc says, LaTeX for one.
+    return style.context(["default", {**STYLE, "svg.hashsalt": salt}])
 
 
 def new_axes(
     title: str = "", ylabel: str = "", size: tuple[float, float] = SIZE, rows: int = 1
 ) -> "Axes":
     """The axes of a new figure; of `rows` axes above each other, the first."""
-    from matplotlib.figure import Figure
-
     with _style():
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=size, layout="constrained")
         for axes in figure.subplots(rows, sharex=True, squeeze=False).flat:
             axes.grid(axis="y", color="#888888", alpha=0.3, linewidth=0.6)
@@ -82,9 +85,9 @@ def loss_curve(
         levels: Horizontal lines, name to loss.
         title: Above the plot.
     """
+    axes = new_axes(title, "loss, nats per token")
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-    axes = new_axes(title, "loss, nats per token")
     with _style():
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
@@ -106,9 +109,9 @@ def loss_curve(
 
 def step_curves(series: Mapping[str, Points]) -> "Figure":
     """Title to (step, value): plots above each other, over the same steps."""
+    first = new_axes(size=(SIZE[0], 1.5 * len(series)), rows=len(series))
     from matplotlib.ticker import MaxNLocator
 
-    first = new_axes(size=(SIZE[0], 1.5 * len(series)), rows=len(series))
     with _style():
         for axes, (title, points) in zip(first.figure.axes, series.items(), strict=True):
             axes.set_title(title)
