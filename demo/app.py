@@ -10,6 +10,7 @@ elsewhere.
 import asyncio
 import html
 import json
+import os
 import secrets
 import sys
 import threading
@@ -20,11 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import torch
 
 from model import GPT
-from model.edge import exits, is_real
+from model.edge import check_int, exits, is_real
+
+with exits():
+    try:
+        import gradio as gr
+    except ValueError as error:  # it reads numbers out of the environment
+        given = (f"{name}={value}" for name, value in os.environ.items() if "GRADIO_" in name)
+        raise ValueError(f"demo: gradio cannot read {', '.join(given)}: {error}") from None
+
 from model.find import find_model, latest_model
 from model.sampling import Sampling
 from model.text import stream_text
@@ -455,8 +463,10 @@ def main(args: list[str] | None = None) -> None:
             model: Run, model folder or .safetensors file; without it the newest under runs/.
             port: Port on localhost; without it the first free one from 7860.
         """
-        if port is not None and not 0 < port < 1 << 16:
-            raise ValueError(f"demo: --port must be 1 to 65535, got {port}")
+        if port is None and "GRADIO_SERVER_PORT" in os.environ:
+            port = int(os.environ["GRADIO_SERVER_PORT"])
+        if port is not None:
+            check_int("demo", "--port", port, 1, 65535)
         models = Models(model)
         try:
             loaded = models.get()

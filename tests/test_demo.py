@@ -214,9 +214,9 @@ def test_panel_and_examples_are_of_the_run(run: Path, tmp_path: Path):
     [
         (["--model", "nowhere"], "no such file or folder: nowhere"),
         (["--model", ""], "the path is empty"),
-        (["--port", "99999"], "--port must be 1 to 65535, got 99999"),
-        (["--port", "0"], "--port must be 1 to 65535, got 0"),
-        (["--port", "-1"], ""),
+        (["--port", "99999"], "--port must be a whole number from 1 to 65,535, got 99999"),
+        (["--port", "0"], "--port must be a whole number from 1 to 65,535, got 0"),
+        (["--port", "-1"], "--port must be a whole number from 1 to 65,535, got -1"),
         (["--port", "http"], ""),
         (["--bogus"], ""),
     ],
@@ -232,6 +232,25 @@ def test_bad_flags(args: list[str], message: str, capsys: pytest.CaptureFixture[
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []
+
+
+def test_what_gradio_cannot_read_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "99999")
+    with pytest.raises(SystemExit) as stop:
+        app.main([])
+    assert stop.value.code == 2
+    assert "must be a whole number from 1 to 65,535, got 99999" in capsys.readouterr().err
+    done = subprocess.run(
+        [sys.executable, "-m", "demo.app"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "GRADIO_SERVER_PORT": "abc"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: demo: gradio cannot read .*GRADIO_SERVER_PORT=abc.*: .*\n", done.stderr
+    )
 
 
 # ---- visitors in a line
