@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, at the first `import triton`
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # `poison` asks for determinism
 os.environ.pop("PYTHONIOENCODING", None)  # a test that means one sets it itself
+os.environ.pop("PYTHONUNBUFFERED", None)
 os.environ.pop("FORCE_COLOR", None)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that a test starts

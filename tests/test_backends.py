@@ -1,6 +1,7 @@
 """The whole model and a real run on the Triton ops against the same on the eager ones."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,14 @@ def test_model_on_triton_equals_model_on_eager(device, compiled):
         assert (grad - exact).norm() <= 1e-5 * exact.norm(), name
 
 
-def test_smoke_recipe_on_triton_gives_the_losses_of_eager(tmp_path: Path):
+def test_smoke_recipe_on_triton_gives_the_losses_of_eager(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The smoke recipe, narrowed so that the interpreter takes seconds; bound 1e-5 relative."""
     (tmp_path / "text.txt").write_text("all the world's a stage, and all the men merely " * 40)
     losses = {}
+    here = train.detect
+    monkeypatch.setattr(train, "detect", lambda device: replace(here(device), has_triton=True))
     before = torch.are_deterministic_algorithms_enabled()
     for ops in ("eager", "triton"):
         flags = ["--preset", "smoke", "--data", str(tmp_path / "text.txt"), "--ops", ops,

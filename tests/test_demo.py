@@ -370,7 +370,8 @@ def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
     log = tmp_path_factory.mktemp("server") / "outside.log"
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER, str(ROOT), str(run), str(log)], cwd=run,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Uploads go to a folder that every user of the machine would share.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(log.parent)},
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert process.stdout
@@ -651,6 +652,8 @@ def test_space_refuses_what_it_cannot_fill(
     (tmp_path / "link").symlink_to(tmp_path / "packages" / "demo")
     new = str(tmp_path / "out")
     (tmp_path / "empty").mkdir()
+    weights = tmp_path / "empty" / "runs" / "newest" / "model"
+    shutil.copytree(run / "model", weights)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path / "empty")
     for args, message in (
@@ -661,6 +664,8 @@ def test_space_refuses_what_it_cannot_fill(
         ([new, "--model", str(tmp_path / "file")], "expected a folder or a .safetensors file"),
         ([str(tmp_path / "packages" / "demo" / "space"), "--model", str(run)], "must lie outside"),
         ([str(tmp_path / "link" / "space"), "--model", str(run)], "must lie outside"),
+        ([str(weights / "sp")], "must lie outside of the model's folder"),
+        ([str(weights / "a" / "sp"), "--model", str(weights)], "must lie outside of the model's"),
         ([], ""),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -671,8 +676,6 @@ def test_space_refuses_what_it_cannot_fill(
 
 
 @pytest.mark.parametrize(
-    weights = tmp_path / "empty" / "runs" / "newest" / "model"
-    shutil.copytree(run / "model", weights)
     ("error", "exists"), [(OSError("full"), False), (KeyboardInterrupt(), True)]
 )
 def test_an_error_half_way_leaves_nothing_of_a_space(
@@ -683,8 +686,6 @@ def test_an_error_half_way_leaves_nothing_of_a_space(
 
     out = tmp_path / "space"
     if exists:
-        ([str(weights / "sp")], "must lie outside of the model's folder"),
-        ([str(weights / "a" / "sp"), "--model", str(weights)], "must lie outside of the model's"),
         out.mkdir()
     monkeypatch.setattr(space, "pins", fail)
     with pytest.raises(type(error)):

@@ -22,6 +22,8 @@ from typing import Any, Self
 ROOT = Path(__file__).parents[1]
 START_LIMIT_S = 120.0  # until the first word: a child imports torch and opens the device
 PIPE = "CHILD_PIPE"  # names the file descriptor of a child's end
+# Or its last words would be what was still buffered when it gave the reason.
+IN_ORDER = {"PYTHONUNBUFFERED": "1"}
 _running: set[int] = set()  # sessions of `run`
 
 
@@ -48,8 +50,8 @@ def last_line(text: str) -> str:
 def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None) -> Ended:
     """Run a command in the checkout; `text` is what it wrote to both of its outputs."""
     with subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
+        command, cwd=ROOT, env={**(env or os.environ), **IN_ORDER}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     ) as process:  # fmt: skip
         _running.add(process.pid)
         try:
@@ -115,8 +117,8 @@ class Child:
         self._pipe, theirs = Pipe()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 # `end` closes it
         self.process = subprocess.Popen(
-            command, cwd=cwd, env={**(env or os.environ), PIPE: str(theirs.fileno())},
-            stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said,
+            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said,
+            env={**(env or os.environ), **IN_ORDER, PIPE: str(theirs.fileno())},
             pass_fds=[theirs.fileno()], start_new_session=True,
         )  # fmt: skip
         theirs.close()
