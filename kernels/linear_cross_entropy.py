@@ -22,8 +22,8 @@ it in fp32: dloss is not known yet, and dz / N would underflow in fp16.
 Bound by the tensor cores. At M = 65536, C = 768, Vp = 50304, bf16: three GEMMs of 5.06 TFLOP; z is
 written, read, overwritten and read twice, 6.6 GB each time, in chunks of at most CHUNK_BYTES; the
 weight (0.08 GB) is read and dweight (0.15 GB, fp32) read and written once a chunk. Memory bounds
-the row kernel, 13.2 GB: what it reads again, 0.1 MB per row, is still in a cache, and its 14
-instructions per element (sm_90, compile-only), two of them exponentials, take less than half the
+the row kernel, 13.2 GB: what it reads again, 0.1 MB per row, is still in a cache, and its 16
+instructions per element (sm_90, compile-only), two of them exponentials, take some 60% of the
 time of its bytes. No atomics: reruns are bitwise equal. No host sync: N stays on the device, so a
 CUDA graph can hold the op.
 
@@ -44,7 +44,6 @@ from ._op import autocast_dtype, check_device, needs_grad, refuse_double_backwar
 from .reference import check_targets
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 # Bytes of logits alive at once. At GPT-2's shape in bf16 this gives 4 chunks of 16384 rows, whose
 # dx, 384 tiles of 128 x 256, fills 132 SMs three times. Two chunks would save 0.6 GB of the 40 that
 # a call moves, for 1.6 GB more of memory. A constant, because the order in which dweight is summed
@@ -88,9 +87,9 @@ def _linear_cross_entropy_rows_kernel(
     nan = float("nan")
     z_t = tl.load(row_ptrs + target, mask=counted & known, other=nan).to(tl.float32)
 
-    # A lane owns VECTOR neighbours, a maximum and a sum of its own; lanes meet after the row.
-    # Exponents are in units of log(2). A maximum only has to be near the largest of them: what its
-    # rounding adds to one exponent it adds to all, and to their sum.
+    # A lane owns VECTOR neighbours, a maximum and a sum of its own; lanes meet after the row. The
+    # maximum comes off before the factor of exp2: z * log2(e) - max * log2(e), one instruction
+    # less, would round off 5e-4 where |z| is 1e4, and no longer count the largest as exactly 1.
     lanes: tl.constexpr = BLOCK_V // VECTOR
     cols = tl.arange(0, lanes)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
     z_ptrs = row_ptrs[:, None, None]
@@ -101,14 +100,13 @@ def _linear_cross_entropy_rows_kernel(
     for cut in tl.static_range(2):  # whole blocks, then the one that V cuts
         for v in range(whole if cut else 0, V if cut else whole, BLOCK_V):
             z = _load_lanes(z_ptrs, v + cols, inside, V, stride, cut)
-            new_max = tl.maximum(lane_max, tl.max(z, axis=2) * LOG2E)
-            part = tl.sum(tl.exp2(z * LOG2E - new_max[:, :, None]), axis=2)
-            lane_sum = lane_sum * tl.exp2(lane_max - new_max) + part
+            new_max = tl.maximum(lane_max, tl.max(z, axis=2))
+            part = tl.sum(tl.exp2((z - new_max[:, :, None]) * LOG2E), axis=2)
+            lane_sum = lane_sum * tl.exp2((lane_max - new_max) * LOG2E) + part
             lane_max = new_max
     row_max = tl.max(lane_max, axis=1)
-    row_sum = tl.sum(lane_sum * tl.exp2(lane_max - row_max[:, None]), axis=1)
-    above = z_t * LOG2E - row_max  # near terms first: |z| may be 1e4
-    loss = tl.where(counted, tl.log(row_sum) - above * LN2, 0.0)
+    row_sum = tl.sum(lane_sum * tl.exp2((lane_max - row_max[:, None]) * LOG2E), axis=1)
+    loss = tl.where(counted, (row_max - z_t) + tl.log(row_sum), 0.0)  # near terms first
     tl.store(row_loss_ptr + rows, loss, mask=rows < M)
     if GRAD:
         scale = tl.where(counted, tl.where(known, 1.0 / row_sum, nan), 0.0)
@@ -118,15 +116,16 @@ def _linear_cross_entropy_rows_kernel(
             for v in range(0 if uncut else whole, whole if uncut else stride, BLOCK_V):
                 at = (whole - BLOCK_V - v if uncut else v) + cols
                 z = _load_lanes(z_ptrs, at, inside, V, stride, not uncut)
-                dz = tl.exp2(z * LOG2E - row_max[:, None, None]) * scale[:, None, None]
+                p = tl.exp2((z - row_max[:, None, None]) * LOG2E)
+                dz = p * scale[:, None, None]
                 if uncut:
                     tl.store(z_ptrs + at, dz.to(z_ptr.dtype.element_ty), mask=inside)
                 else:
                     dz = tl.where(at < V, dz, 0.0).to(z_ptr.dtype.element_ty)
                     tl.store(z_ptrs + at, dz, mask=inside & (at < stride))
         tl.debug_barrier()  # all of dz stands there but for the target's -1
-        dz_t = (tl.exp2(above) * scale - 1.0).to(z_ptr.dtype.element_ty)
-        tl.store(row_ptrs + target, dz_t, mask=counted & known)
+        dz_t = tl.exp2((z_t - row_max) * LOG2E) * scale - 1.0
+        tl.store(row_ptrs + target, dz_t.to(z_ptr.dtype.element_ty), mask=counted & known)
 
 
 @jit
@@ -139,7 +138,7 @@ def _linear_cross_entropy_mean_kernel(
     ignore_index,
     BLOCK_R: tl.constexpr,
 ):
-    total = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_R,), dtype=tl.float64)  # fp32 would be off by more than a row is
     count = tl.zeros((BLOCK_R,), dtype=tl.int32)
     for r in range(0, M, BLOCK_R):
         rows = r + tl.arange(0, BLOCK_R)
@@ -148,10 +147,10 @@ def _linear_cross_entropy_mean_kernel(
         targets = tl.load(targets_ptr + rows, mask=mask, other=0)
         count += (mask & (targets != ignore_index)).to(tl.int32)
     N = tl.sum(count, axis=0)
-    mean = tl.sum(total, axis=0) / tl.maximum(N, 1).to(tl.float32)
-    # As torch has it: the mean over no rows is NaN, its gradients are 0.
-    tl.store(loss_ptr, tl.where(N > 0, mean, float("nan")))
-    tl.store(inv_count_ptr, tl.where(N > 0, 1.0 / tl.maximum(N, 1).to(tl.float32), 0.0))
+    # As torch has it: the mean over no rows is NaN. Its gradients are 0, as those of each row are.
+    mean = tl.where(N > 0, tl.sum(total, axis=0) / N, float("nan"))
+    tl.store(loss_ptr, mean.to(tl.float32))
+    tl.store(inv_count_ptr, tl.div_rn(1.0, tl.maximum(N, 1).to(tl.float32)))
 
 
 @jit
