@@ -155,7 +155,9 @@ def _layer_norm_fwd_kernel(
     total = h[0]
     for i in tl.static_range(1, CHUNKS):
         total += h[i]
-    mean = tl.sum(total, axis=1, keep_dims=True) / C
+    # Rounded here: ptxas makes `/ C` part of the subtractions below, and these would then be of
+    # another mean than the one that is stored for the backward.
+    mean = tl.div_rn(tl.sum(total, axis=1, keep_dims=True), C * 1.0)
 
     centered = ()
     rest = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)

@@ -15,12 +15,15 @@ from kernels._op import INTERPRETED
 ROOT = Path(__file__).parents[1]
 
 
-def run_table(*args: str) -> subprocess.CompletedProcess[str]:
+def run(*args: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "bench.resources", *args],
-        cwd=ROOT, env=env, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
+
+def run_table(*args: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "bench.resources", *args)
 
 
 # 90 is what the tables are for; a cold run of all is minutes.
@@ -33,6 +36,18 @@ def test_every_shipped_build_fits(arch):
     verdict = done.stdout.splitlines()[-1]
     assert verdict.startswith("resources: ")
     assert verdict.endswith("none spills, all fit")
+
+
+def test_the_mean_that_is_stored_is_the_one_that_is_subtracted():
+    """ptxas makes an approximate division by a constant part of the subtraction that follows."""
+    code = """
+from bench.resources import build
+from kernels.layer_norm import aot_cases
+case = next(case for case in aot_cases(90) if case.label.startswith("fwd"))
+print(build(case, 90).asm["ptx"])
+"""
+    done = run("-c", code)
+    assert "div.rn.f32" in done.stdout, done.stderr
 
 
 def test_planted_faults_are_reported(tmp_path):
