@@ -119,7 +119,7 @@ class RunLog:
         self._unread: list[StepRecord] = []
         self._broken = False  # a line of metrics.jsonl is missing, or half there
         self._pinned: list[Tensor] = []
-        self._mark = time.perf_counter()
+        self._mark: torch.cuda.Event | float = time.perf_counter()  # where the pending step began
         self.records: list[StepRecord] = []
         if not quiet:
             self.records = _read_records(path, steps_done)
@@ -176,7 +176,7 @@ class RunLog:
             # Two buffers: one is read while the other is written.
             self._pinned = self._pinned or [torch.empty(4, pin_memory=True) for _ in range(2)]
             values = self._pinned[step % 2].copy_(values, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(enable_timing=True)
             done.record()
         self._pending = (step, lr, position, values, done)
 
@@ -193,12 +193,16 @@ class RunLog:
             return
         step, lr, position, values, done = self._pending
         self._pending = None
+        begun, self._mark = self._mark, done
         if isinstance(done, torch.cuda.Event):
             done.synchronize()
-            done = time.perf_counter()
+        if isinstance(begun, torch.cuda.Event) and isinstance(done, torch.cuda.Event):
+            seconds = begun.elapsed_time(done) / 1000.0  # the host sees ends late, and unevenly
+        else:
+            assert isinstance(begun, float)
+            seconds = (done if isinstance(done, float) else time.perf_counter()) - begun
         loss, grad_norm, bad, stop = values.tolist()
         self.first_step_s = self.first_step_s or seconds_since_start()
-        seconds, self._mark = done - self._mark, done
         tokens_per_s = self.tokens_per_step / seconds
         record = StepRecord(
             step=step,
