@@ -26,6 +26,7 @@ __all__ = [
     "dispatched_ops",
     "dtypes",
     "largest_allocation",
+    "on_device",
     "sizes",
     "sweep",
     "values_and_grads",
@@ -38,6 +39,13 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in _FLOATS]
 
 
+def on_device(tensor: Tensor, device: str) -> Tensor:
+    """A copy with the same strides, which `.to` does not keep where they leave gaps."""
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+    ).copy_(tensor)
+
+
 def assert_twice_eager(
     ours: Fn,
     eager: Fn,
@@ -46,7 +54,8 @@ def assert_twice_eager(
     *,
     reduced: Sequence[str] = ("dweight", "dbias"),
     rows: int = 1,
-    atol: float | None = None,
+    terms: int = 1,
+    atol: float | Mapping[str, float] | None = None,
     frozen: Sequence[str] = (),
     dout: Tensor | tuple[Tensor, ...] | None = None,
 ) -> None:
@@ -55,7 +64,7 @@ def assert_twice_eager(
     Args:
         ours, eager: the op under test and plain PyTorch, on `args` as given.
         exact: the formula itself, on `args` in float64; not code under test.
-        reduced, rows, atol: see `training.numerics.compare`.
+        reduced, rows, terms, atol: see `training.numerics.compare`.
         frozen: names that do not require a gradient.
         dout: gradient of each output; seeded noise by default.
     """
@@ -75,7 +84,7 @@ def assert_twice_eager(
         assert value.dtype == low[name].dtype, name
         assert value.shape == low[name].shape == want[name].shape, name
         assert want[name].dtype == torch.float64, f"{name}: the oracle left float64"
-    comparisons = compare(got, low, want, reduced=tuple(reduced), rows=rows, atol=atol)
+    comparisons = compare(got, low, want, reduced=tuple(reduced), rows=rows, terms=terms, atol=atol)
     missed = [str(c) for c in comparisons if not c.holds]
     assert not missed, "\n".join(missed)
 

@@ -43,11 +43,23 @@ def inputs(shape, device, dtype=torch.float32, weights=None, mean=0.0, std=1.0):
     }
 
 
+def rounding(h, weight):
+    """What rounding may leave of the gradient of h where its terms cancel, as they do at C = 1."""
+    rstd = (h.double().var(-1, correction=0) + 1e-5).rsqrt()
+    largest = 4 * weight.abs().max().item() * rstd.max().item() if h.numel() else 0.0
+    return torch.finfo(h.dtype).eps * largest
+
+
+def check(args):
+    rows = max(args["x"].shape[:-1].numel(), 1)
+    atol = {"dx": rounding(args["x"], args["weight"])}
+    checks.assert_twice_eager(ours, eager, plain, args, rows=rows, atol=atol)
+
+
 @pytest.mark.parametrize("dtype", checks.DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_worse_than_twice_eager(shape, dtype, device):
-    M = torch.Size(shape[:-1]).numel()
-    checks.assert_twice_eager(ours, eager, plain, inputs(shape, device, dtype), rows=M)
+    check(inputs(shape, device, dtype))
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
@@ -63,12 +75,15 @@ def test_low_precision_input_with_fp32_weights(device):
 @checks.sweep(M=checks.sizes(0, 35, 1, 32, 33), C=checks.sizes(1, 260, 1, 256, 257),
               dtype=checks.dtypes())  # fmt: skip
 def test_any_shape(device, M, C, dtype):
-    checks.assert_twice_eager(ours, eager, plain, inputs((M, C), device, dtype), rows=max(M, 1))
+    check(inputs((M, C), device, dtype))
 
 
 @pytest.mark.parametrize("C", [768, 130], ids=["C=768", "C=130-padding-as-wide-as-the-row"])
 def test_rows_far_from_zero_keep_fp32_accuracy(device, C):
-    """PyTorch is off by 1e-3 here; with the second mean only the rounding of results is left."""
+    """PyTorch is off by 1e-3 here; with the second mean only the rounding of results is left.
+
+    On a GPU it also shows whether the mean that is subtracted is the one that is stored.
+    """
     args = inputs((13, C), device, mean=1e3, std=1e-2)
     got = checks.values_and_grads(ours, args)
     want = checks.values_and_grads(plain, {n: t.double() for n, t in args.items()})
@@ -182,7 +197,7 @@ def test_double_backward_is_refused(device):
 )
 def test_bad_input_names_both_values(device, change, message):
     args = inputs((4, 48), device)
-    args |= {n: t if t.device.type == "meta" else t.to(device) for n, t in change.items()}
+    args |= {n: t if t.is_meta else checks.on_device(t, device) for n, t in change.items()}
     with pytest.raises(ValueError, match=f"^layer_norm: .*{message}"):
         ours(**args)
 

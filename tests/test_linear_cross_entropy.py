@@ -385,7 +385,10 @@ X, W, T = (4, 48), (160, 48), (4,)
 )
 def test_bad_input_is_named(change, message, device):
     good = {"x": torch.zeros(X), "weight": torch.zeros(W), "targets": torch.zeros(T).long()}
-    args = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in {**good, **change}.items()}
+    args = {
+        n: checks.on_device(v, device) if isinstance(v, Tensor) else v
+        for n, v in {**good, **change}.items()
+    }
     with pytest.raises(ValueError, match=message):
         TRITON.linear_cross_entropy(**args)
 
