@@ -17,8 +17,9 @@ import contextlib
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,6 +41,7 @@ from training.resume import Progress, RunFailed
 from training.run import Run, data_loader, finish
 from training.signals import EXIT_RESUMABLE, Stopped, StopRequest
 from training.step import TrainStep, start_process
+from training.verify import compare_first_batch, settle
 from training.watch import Watch
 
 DEFAULT_PRESET = {"cpu": "shakespeare-cpu", "cuda": "shakespeare-124m"}
@@ -124,7 +126,7 @@ def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
     """What training and --explain begin with: this machine, the plan for it, the text."""
     cfg.check()
     machine = detect(cfg.device)
-    plan = share(make_plan(cfg.recipe, machine, cfg.choices), cfg.recipe, world)
+    plan = planned(cfg, machine, world)(cfg.choices)
     if cfg.preset == "fineweb-124m" and not (cfg.data or cfg.explain):
         raise ValueError(
             "data: fineweb-124m needs --data FOLDER of token shards: download sample/10BT of "
@@ -132,6 +134,11 @@ def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
             "and run `python -m training.prepare THOSE_FILES --out FOLDER`"
         )
     return machine, plan, world.in_turn("tokens", lambda: load_corpus(cfg.data, world.say))
+
+
+def planned(cfg: Config, machine: Machine, world: World) -> Callable[[Choices], Plan]:
+    """What this rank does, by what is chosen."""
+    return lambda choices: share(make_plan(cfg.recipe, machine, choices), cfg.recipe, world)
 
 
 def prepare(cfg: Config, world: World = ALONE) -> Run:
@@ -142,7 +149,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     """
     if cfg.tensorboard:
         metrics.check_tensorboard()
-    recipe, (_, plan, corpus) = cfg.recipe, look(cfg, world)
+    recipe, (machine, plan, corpus) = cfg.recipe, look(cfg, world)
     train_tokens, val_tokens = corpus.split(recipe.val_fraction)
     data_loader(recipe, plan, train_tokens, world)  # raises where the text is too short for a batch
     if recipe.val_fraction > 0 and len(val_tokens) < 2:
@@ -150,6 +157,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
             f"data: validation needs at least 2 tokens, got {len(val_tokens)}: val_fraction "
             f"{recipe.val_fraction} of {len(corpus.tokens):,}; take a larger one, or 0 for none"
         )
+    plan = settle(planned(cfg, machine, world), cfg.choices, recipe, machine, world)
     facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(train_tokens),
              "val_tokens": len(val_tokens)}  # fmt: skip
     same = {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()},
@@ -183,6 +191,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     optimizer = configure_adamw(model, recipe, plan.optimizer)
     guard = Guard(GuardConfig(), torch.device(plan.device)) if recipe.guard else None
     progress = resume.restore(run.saved, model, optimizer, guard) if run.saved else Progress()
+    rows = partial(run.first_rows, progress)
+    plan = run.plan = compare_first_batch(model, plan, rows, cfg.choices.ops, world)
     log = run.open_log(progress, cfg.log_every, cfg.tensorboard)
     take_step = TrainStep(model, optimizer, recipe, plan, guard, world, log.say)
     batches = run.open_batches(progress)
@@ -287,6 +297,7 @@ def parse(arguments: Sequence[str]) -> Config:
 def explain_plan(cfg: Config) -> int:
     """What this machine can do with the recipe, and what would make it faster."""
     machine, plan, corpus = look(cfg)
+    plan = settle(planned(cfg, machine, ALONE), cfg.choices, cfg.recipe, machine, ALONE)
     start_process(plan, cfg.recipe.seed)
     tokens, _ = corpus.split(cfg.recipe.val_fraction)
     explain(cfg.recipe, plan, machine, lambda s: probe_steps(cfg.recipe, plan, tokens, s), print)
@@ -311,6 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             world.complain(f"train.py: {one_line(error)}")
             return 2
+        except RunFailed as error:
+            world.complain(f"train.py: {one_line(error)}")
+            return 1
         stop.say = world.say
         held.enter_context(stop)
         recipe = cfg.recipe

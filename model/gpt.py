@@ -151,6 +151,12 @@ class GPT(nn.Module):
         self.transformer.wte.weight[self.config.vocab_size :].zero_()
         self.transformer.wpe.weight.normal_(0.0, INIT_STD)
 
+    def use(self, ops: Ops) -> None:
+        """Go on with another op set."""
+        for module in self.modules():
+            if hasattr(module, "ops"):
+                setattr(module, "ops", ops)  # noqa: B010 # pyright takes it for a tensor otherwise
+
     def num_parameters(self) -> int:
         """Parameters of the published model: padding rows do not count."""
         padding = self.config.padded_vocab_size - self.config.vocab_size

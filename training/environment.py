@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def environment() -> dict[str, Any]:
     """Commit, versions and machine of this process, for config.json."""
@@ -17,7 +19,8 @@ def environment() -> dict[str, Any]:
         "git_dirty": bool(_git(checkout, "status", "--porcelain")),
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "triton", "numpy", "tiktoken")},
+            **{name: package_version(name) for name in ("torch", "triton", "numpy", "tiktoken")},
+            "assembler": assembler(),
         },
         "platform": platform.platform(),
     }
@@ -47,8 +50,22 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Its version; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def assembler() -> str | None:
+    """What makes machine code of the kernels for the GPU, with its version; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from triton import knobs
+    except ImportError:
+        return None
+    new = torch.cuda.get_device_capability()[0] >= 10
+    tool = knobs.nvidia.ptxas_blackwell if new else knobs.nvidia.ptxas  # as triton chooses
+    return f"{Path(tool.path).name} {tool.version}"

@@ -135,6 +135,33 @@ def compare(
     return comparisons
 
 
+def compare_spread(
+    ours: Values, eager: Values, exact: Values, *, reduced: tuple[str, ...] = (), rows: int = 1
+) -> list[Comparison]:
+    """The same of root mean square errors, which tell a bias of 1% from rounding, in bf16 too.
+
+    The budget is 2 rms(eager - exact) + eps/4 rms(exact), about what rounding the exact value
+    gives; sums over `rows` rows may be off by what fp32 loses in as many steps. One value is no
+    spread: those are left out.
+    """
+    comparisons = []
+    for name, want in exact.items():
+        if want.numel() < 2:
+            continue
+        error, plain = (_rms(values[name].to(want.dtype) - want) for values in (ours, eager))
+        eps = torch.finfo(ours[name].dtype).eps / 4
+        if name in reduced:
+            eps += torch.finfo(torch.float32).eps * rows**0.5
+        budget = 2 * plain + eps * _rms(want)
+        label = f"{name}, root mean square"
+        comparisons.append(Comparison(label, ours[name].dtype, error, plain, budget))
+    return comparisons
+
+
+def _rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item()
+
+
 # "tf32" is fp32 tensors where `precision` lets products be TF32; the rest is what it says.
 DTYPES = {
     "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16

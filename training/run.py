@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from model import GPT
 from model.sampling import Sampling
@@ -69,6 +70,12 @@ class Run:
         """The rows of each step from `progress` on, (rows of a step on this rank, T)."""
         loader = data_loader(self.recipe, self.plan, self.train_tokens, self.world, progress)
         return Prefetcher(loader, self.plan.device)
+
+    def first_rows(self, progress: Progress) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the next step's first micro-batch, (rows, T) on the CPU."""
+        loader = data_loader(self.recipe, self.plan, self.train_tokens, self.world, progress)
+        idx, targets = loader.next_batch()
+        return idx[: self.plan.micro_batch_size], targets[: self.plan.micro_batch_size]
 
     def open_log(self, progress: Progress, log_every: int, tensorboard: bool) -> RunLog:
         """The run's log, cut back to where `progress` stands."""

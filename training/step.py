@@ -191,9 +191,7 @@ class TrainStep:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context of every forward of this plan, evaluation included."""
-        if self.plan.dtype == "bf16":
-            return torch.autocast(self.plan.device, torch.bfloat16)
-        return nullcontext()
+        return autocast(self.plan)
 
     def _build_forward(self) -> Callable[[Tensor, Tensor], Tensor]:
         def forward(idx: Tensor, targets: Tensor) -> Tensor:
@@ -256,6 +254,13 @@ def _is_short(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or isinstance(
         error.__context__, torch.OutOfMemoryError
     )
+
+
+def autocast(plan: Plan) -> AbstractContextManager[Any]:
+    """Context of a forward in the plan's dtype."""
+    if plan.dtype == "bf16":
+        return torch.autocast(plan.device, torch.bfloat16)
+    return nullcontext()
 
 
 def start_process(plan: Plan, seed: int) -> None:

@@ -1,0 +1,549 @@
+"""What a run checks before it trusts the kernels: faults planted in ops, children and the cache."""
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+import train
+from kernels import EAGER, Ops, _launch
+from kernels._op import INTERPRETED
+from model import GPT, GPTConfig
+from model.config import MODELS
+from tests.pretend_cuda import pretend_cuda
+from training import child, verify, verify_child
+from training.choices import Choices
+from training.distributed import ALONE
+from training.machines import Machine
+from training.plan import Plan, make_plan
+from training.recipes import Recipe
+from training.resume import RunFailed
+from training.step import NUM_WARMUP
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU; needs the interpreter")
+
+# Narrow, and of few words: the interpreter takes a minute for 50,257.
+CONFIG = GPTConfig(block_size=16, vocab_size=250, n_layer=1, n_head=1, n_embd=16)
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 90, has_bf16=True, memory_bytes=80 << 30)
+CPU = Machine("cpu", "a CPU", num_threads=2, interpreted=True, memory_bytes=8 << 30)
+RECIPE = Recipe(model="smoke", max_lr=1e-3, min_lr=1e-4, warmup_steps=2, max_steps=3, batch_size=3,
+                block_size=16)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A small "smoke", a cache of its own, and no trace of what a run switches on."""
+    monkeypatch.setitem(MODELS, "smoke", CONFIG)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(verify, "nvidia_smi", lambda *_: {"driver_version": "580.1"})
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
+
+
+def plan_of(machine: Machine = CPU, **asked: Any) -> Plan:
+    return make_plan(RECIPE, machine, Choices(**{"dtype": "fp32", "compile": False, **asked}))
+
+
+# ---- one op
+
+
+class Scaled(torch.autograd.Function):
+    """Right values, gradients that are not."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # pyright: ignore
+        return 1.01 * dy
+
+
+def with_nan(y: Tensor) -> Tensor:
+    lane = torch.zeros_like(y)
+    lane.view(-1)[7] = float("nan")
+    return y + lane
+
+
+def detached(y: Tensor) -> Tensor:
+    return y.detach() + 0 * y.sum().requires_grad_()
+
+
+calls: list[int] = []
+
+
+def once_different(y: Tensor) -> Tensor:
+    calls.append(len(calls))
+    return y * (1 + 2**-22 * (len(calls) == 3))
+
+
+FAULTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "wrong by 1%": (lambda y: 1.01 * y, "y: error"),
+    "NaN in one lane": (with_nan, "y: error nan"),
+    "right forward, wrong gradient": (Scaled.apply, "dqkv: error"),
+    "wrong at the run's shape alone": (lambda y: y * (1.01 if y.shape[:2] == (3, 16) else 1), "y:"),
+    "memory that nobody wrote to": (lambda y: y + 0 * torch.empty_like(y), "y: error nan"),
+    "another dtype": (lambda y: y.double(), "y: there is none that is (3, 16, 16), torch.float32"),
+    "other bits now and then": (once_different, "y: other bits when it is run again"),
+}  # fmt: skip
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any], *names: str) -> None:
+    """The ops of Triton are eager ones, with a fault."""
+
+    def wrong(name: str) -> Any:
+        return lambda *args, **kwargs: fault(getattr(EAGER, name)(*args, **kwargs))
+
+    ops = replace(EAGER, **{name: wrong(name) for name in names})
+    monkeypatch.setattr(verify_child, "parse_ops", lambda _: ops)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(verify_child.NUM_RERUNS, "cpu", 2)
+    calls.clear()
+    fault, said = FAULTS[name]
+    planted(monkeypatch, fault, "causal_attention")
+    assert verify_child.check("causal_attention", RECIPE, plan_of()).startswith(said)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_eager_ops_pass_and_a_hundredth_is_noticed_in_each(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_child, "EXACT_BYTES", 1)  # row by row
+    monkeypatch.setitem(verify_child.NUM_RERUNS, "cpu", 1)
+    recipe = replace(RECIPE, model="smoke,n_embd=32")
+    plan = make_plan(recipe, CPU, Choices(dtype=dtype, ops="eager"))  # pyright: ignore
+    both: dict[str, Callable[[Any], Any]] = {"add_layer_norm": lambda pair: (
+        (1.01 * pair[0], pair[1]), (Scaled.apply(pair[0]), pair[1])
+    )}  # fmt: skip
+    for op in verify.OPS:
+        planted(monkeypatch, lambda y: y)
+        assert verify_child.check(op, recipe, plan) == ""
+        for which, name in enumerate(("y", "d")):
+            fault = both.get(op, lambda y: (1.01 * y, Scaled.apply(y)))
+            planted(monkeypatch, lambda y, fault=fault, which=which: fault(y)[which], op)
+            said = verify_child.check(op, recipe, plan)
+            assert "over budget" in said, (op, name)
+            assert said[0] in (name, "l", "d"), said
+
+
+def test_what_float64_says_does_not_depend_on_how_the_batch_is_cut() -> None:
+    recipe, plan = replace(RECIPE, batch_size=5), replace(plan_of(), micro_batch_size=5)
+    for op in verify.OPS:
+        *_, exact = verify_child._runs_of(op, recipe, plan)
+        fn, tensors, douts, _ = exact.args  # pyright: ignore
+        whole, cut = (verify_child.exact_values(fn, tensors, douts, n) for n in (5, 2))
+        assert whole.keys() == cut.keys()
+        for key, value in whole.items():
+            torch.testing.assert_close(cut[key], value, rtol=1e-12, atol=1e-14, msg=f"{op} {key}")
+
+
+@pytest.mark.parametrize("fault", ["", "moment", "copy", "norm"])
+def test_adamw_is_checked_likewise(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure = verify_child.configure_adamw
+
+    def ours(model: GPT, recipe: Recipe, kind: str) -> Any:
+        optimizer = configure(model, recipe, "torch")
+        step, clip = optimizer.step, optimizer.clip
+
+        def spoilt(closure: Any = None) -> None:
+            step()
+            with torch.no_grad():
+                if fault == "moment":
+                    optimizer.state[next(model.parameters())]["exp_avg_sq"][1] *= 1.01
+                if fault == "copy":
+                    next(iter(optimizer._copies.values()))[3] *= 1.02
+
+        if kind == "triton":
+            optimizer.step = spoilt
+            optimizer.clip = lambda max_norm: clip(max_norm) * (1.0001 if fault == "norm" else 1)
+        return optimizer
+
+    monkeypatch.setattr(verify_child, "configure_adamw", ours)
+    plan = replace(plan_of(dtype="bf16"), working_copies=True)
+    said = {"moment": "weights: error", "copy": "copies: error", "norm": "norm: error"}
+    assert verify_child.check("adamw", RECIPE, plan).startswith(said.get(fault, ""))
+    assert bool(fault) == bool(verify_child.check("adamw", RECIPE, plan))
+
+
+# ---- children
+
+# Without torch, which would take seconds: the name is the first word of a pickled task.
+CHILD = """
+import os, sys, time
+from multiprocessing.connection import Connection
+
+pipe = Connection(int(os.environ["CHILD_PIPE"]))
+pipe.send("ready")
+while True:
+    task = pipe.recv_bytes()
+    if b"add_layer_norm" in task:
+        os.abort()
+    if b"gelu_mlp" in task:
+        time.sleep(600)
+    if b"causal_attention" in task:
+        sys.exit("CompilationError: at 3:4")
+    if b"linear_cross_entropy" in task:
+        pipe.send({"why": "CUDA out of memory", "short": True})
+    else:
+        pipe.send({"why": ""})
+"""
+
+
+def test_a_child_that_is_lost_costs_its_op_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "COMMAND", (sys.executable, "-c", CHILD))
+    monkeypatch.setattr(verify, "LIMIT_S", 5.0)
+    plan = plan_of(H100, dtype="auto")
+    said: list[str] = []
+    found = verify.find_wrong(RECIPE, plan, H100, said.append)
+    wrong = {
+        "add_layer_norm": "its process: it ended with -6: nothing said",
+        "gelu_mlp": "its process: no answer in 5 s: nothing said",
+        "causal_attention": "its process: it ended with 1: CompilationError: at 3:4",
+        "linear_cross_entropy": "CUDA out of memory",
+    }
+    assert {name: why.partition("; to check")[0] for name, why in found.items()} == wrong
+    assert said[0].startswith("kernels: checking 5 ops and AdamW on NVIDIA H100 80GB HBM3, this")
+    path = verify.cache_path(verify.key_of(RECIPE, plan, H100))
+    assert said[1].endswith(f" s, 4 wrong; kept in {path}")
+    # Time and memory may be short for once; the rest is known.
+    kept = json.loads(path.read_text())["wrong"]
+    assert kept.keys() == {"layer_norm", "add_layer_norm", "causal_attention", "adamw"}
+
+
+def test_a_child_says_what_an_op_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access\nCompile with TORCH_USE_CUDA_DSA")
+
+    planted(monkeypatch, fails, "gelu_mlp")
+    with pytest.raises(SystemExit, match=r"^RuntimeError: CUDA error: an illegal memory access"):
+        verify_child.answer(("gelu_mlp", RECIPE, plan_of()))
+    planted(monkeypatch, lambda _: short(), "gelu_mlp")
+    assert verify_child.answer(("gelu_mlp", RECIPE, plan_of())) == {"why": "full", "short": True}
+
+
+def short() -> Any:
+    raise torch.OutOfMemoryError("full")
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What children were asked for, who find gelu_mlp wrong."""
+    found: list[tuple[str, ...]] = []
+
+    def ask(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str, str]:
+        found.append(names)
+        return {name: "y: error 1" * (name == "gelu_mlp") for name in names}
+
+    monkeypatch.setattr(verify, "ask_children", ask)
+    return found
+
+
+def test_a_verdict_is_kept_for_its_key(asked: list[Any]) -> None:
+    said: list[str] = []
+    plan = plan_of(H100, dtype="auto")
+    path = verify.cache_path(verify.key_of(RECIPE, plan, H100))
+    for _ in range(2):
+        found = verify.find_wrong(RECIPE, plan, H100, said.append)
+        assert found == {"gelu_mlp": f"y: error 1; to check again, delete {path}"}
+    assert asked == [(*verify.OPS, "adamw")]
+    assert said[1].endswith(f" s, 1 wrong; kept in {path}")
+    assert said[2] == f"kernels: 5 ops and AdamW were checked on {H100.name} before; see {path}"
+    values = json.loads(path.read_text())
+    assert values["key"]["card"] == H100.name
+    assert values["wrong"]["gelu_mlp"] == "y: error 1"
+    # Other ops at the same shapes: what is not known is asked.
+    values["wrong"].pop("layer_norm")
+    path.write_text(json.dumps(values))
+    verify.find_wrong(RECIPE, replace(plan, ops="eager,gelu_mlp=triton"), H100, said.append)
+    assert len(asked) == 1
+    verify.find_wrong(RECIPE, plan, H100, said.append)
+    assert asked[1:] == [("layer_norm",)]
+    assert json.loads(path.read_text())["wrong"].keys() == {*verify.OPS, "adamw"}
+    # Whatever a verdict depends on is another file.
+    others = [
+        (RECIPE, plan, replace(H100, name="NVIDIA A100")),
+        (replace(RECIPE, block_size=8), plan, H100),
+        (RECIPE, replace(plan, micro_batch_size=1), H100),
+        (RECIPE, replace(plan, dtype="fp32"), H100),
+        (replace(RECIPE, model="smoke,n_layer=2"), plan, H100),
+    ]
+    paths = {verify.cache_path(verify.key_of(*other)) for other in others}
+    assert len(paths - {path}) == len(others)
+
+
+@pytest.mark.parametrize("what", ["driver", "torch", "triton", "assembler", "sources"])
+def test_versions_are_part_of_the_key(
+    what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan = plan_of(H100, dtype="auto")
+    before = verify.cache_path(verify.key_of(RECIPE, plan, H100))
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "layer_norm.py").write_text("another")
+    changes: dict[str, tuple[Any, str, Any]] = {
+        "driver": (verify, "nvidia_smi", lambda *_: {"driver_version": "590.2"}),
+        "torch": (torch, "__version__", "9.9"),
+        "triton": (verify, "package_version", lambda _: "9.9"),
+        "assembler": (verify, "assembler", lambda: "ptxas 13.9"),
+        "sources": (verify, "ROOT", tmp_path),
+    }
+    monkeypatch.setattr(*changes[what])
+    assert verify.cache_path(verify.key_of(RECIPE, plan, H100)) != before
+
+
+@pytest.mark.parametrize("spoil", [
+    b"", b"{", b"\xff\xfe", b"[1]", b'{"key": 1}', b"[" * 100_000, b'{"key": {}, "wrong": {}}',
+    "wrong",
+])  # fmt: skip
+def test_a_file_that_cannot_be_used_is_made_anew(spoil: Any, asked: list[Any]) -> None:
+    said: list[str] = []
+    plan = plan_of(H100, dtype="auto")
+    key = verify.key_of(RECIPE, plan, H100)
+    path = verify.cache_path(key)
+    path.parent.mkdir(parents=True)
+    if isinstance(spoil, str):
+        spoil = json.dumps({"key": key, "wrong": 3}).encode()
+    path.write_bytes(spoil)
+    assert "gelu_mlp" in verify.find_wrong(RECIPE, plan, H100, said.append)
+    assert f"; {path} cannot be used: " in said[0]
+    verify.find_wrong(RECIPE, plan, H100, said.append)
+    assert len(asked) == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_a_line(
+    asked: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file")  # as a read-only folder, for whoever is root too
+    said: list[str] = []
+    for _ in range(2):
+        verify.find_wrong(RECIPE, plan_of(H100, dtype="auto"), H100, said.append)
+    assert len(asked) == 2
+    assert "1 wrong; not kept: " in said[1]
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert verify.cache_path({}).parent == tmp_path / ".cache" / "fused-gpt"
+
+
+def test_two_processes_at_once_keep_one_whole_file(asked: list[Any]) -> None:
+    plan = plan_of(H100, dtype="auto")
+    path = verify.cache_path(verify.key_of(RECIPE, plan, H100))
+    found: list[dict[str, str]] = []
+
+    def check() -> None:
+        found.append(verify.find_wrong(RECIPE, plan, H100, lambda _: None))
+
+    threads = [threading.Thread(target=check) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [[*each] for each in found] == [["gelu_mlp"]] * 8
+    assert [*path.parent.iterdir()] == [path]
+    assert json.loads(path.read_text())["wrong"]["gelu_mlp"]
+
+
+# ---- what a plan makes of it
+
+
+def settled(wrong: dict[str, str], monkeypatch: pytest.MonkeyPatch, **asked: str) -> Plan:
+    choices = Choices(compile=False, **asked)  # pyright: ignore
+    rounds: list[Plan] = []
+
+    def find(recipe: Recipe, plan: Plan, machine: Machine, say: Any) -> dict[str, str]:
+        rounds.append(plan)
+        return {name: why for name, why in wrong.items() if name in verify.checked_names(plan)}
+
+    monkeypatch.setattr(verify, "find_wrong", find)
+    plan = verify.settle(lambda c: make_plan(RECIPE, H100, c), choices, RECIPE, H100, ALONE)
+    assert len(rounds) <= 2
+    return plan
+
+
+def test_auto_goes_on_without_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = settled({}, monkeypatch)
+    assert (plan.ops, plan.optimizer) == ("triton", "triton")
+    plan = settled({"gelu_mlp": "y: error 1"}, monkeypatch)
+    assert (plan.ops, plan.optimizer) == ("triton,gelu_mlp=eager", "triton")
+    line = f"ops: not our gelu_mlp, which fails its check on {H100.name}: y: error 1"
+    assert plan.notes[-1] == line
+    plan = settled({"adamw": "norm: error 1"}, monkeypatch)
+    assert (plan.ops, plan.optimizer) == ("triton", "torch")
+    plan = settled(dict.fromkeys((*verify.OPS, "adamw"), "it ended"), monkeypatch)
+    assert (plan.ops, plan.optimizer) == ("eager", "torch")
+    assert sum("fails its check" in note for note in plan.notes) == 6
+    plan = settled({"gelu_mlp": "off"}, monkeypatch, ops="eager", optimizer="torch")
+    assert plan.ops == "eager"  # nothing was asked
+
+
+def test_what_was_asked_for_by_name_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunFailed, match=r"^ops: not our gelu_mlp, .* off; go on with --ops auto"):
+        settled({"gelu_mlp": "y: off"}, monkeypatch, ops="triton")
+    with pytest.raises(RunFailed, match=r"^optimizer: not our adamw.* with --optimizer auto"):
+        settled({"adamw": "y: off"}, monkeypatch, optimizer="triton")
+    asked = "triton,gelu_mlp=eager"
+    assert settled({"gelu_mlp": "y: off"}, monkeypatch, ops=asked).ops == asked
+
+
+# ---- whole runs
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Trains on ids below CONFIG's 250, up to the samples, which need the whole vocabulary."""
+    np.save(tmp_path / "corpus.npy", (np.arange(600) * 7 % 50).astype(np.uint16))
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    runs: list[int] = []
+
+    def begin(*flags: str) -> int:
+        runs.append(len(runs))
+        return train.main([
+            "--preset", "smoke", "--data", str(tmp_path / "corpus.npy"), "--val-fraction", "0",
+            "--block-size", "16", "--save-every", "0", "--out", str(tmp_path / f"run{len(runs)}"),
+            *flags,
+        ])  # fmt: skip
+
+    return begin
+
+
+def wrong_loss(*args: Any, **kwargs: Any) -> Tensor:
+    return 1.05 * EAGER.linear_cross_entropy(*args, **kwargs)
+
+
+# A child as a run starts it, but for the vocabulary, and bf16 that rounds as hardware does.
+REAL_CHILD = """
+from tests import interpreter, test_verify
+
+interpreter.install()
+test_verify.MODELS["smoke"] = test_verify.CONFIG
+test_verify.verify_child.main()
+"""
+
+
+def test_an_interpreted_run_is_checked_once_and_by_its_first_batch(
+    start: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(verify, "COMMAND", (sys.executable, "-c", REAL_CHILD))
+    ops = "eager,layer_norm=triton,gelu_mlp=triton"
+    flags = ["--device", "cpu", "--ops", ops, "--dtype", "fp32", "--no-compile",
+             "--batch-size", "1", "--steps", "1"]  # fmt: skip
+    assert start(*flags) == 0
+    out = capsys.readouterr().out
+    assert "kernels: checking 2 ops on " in out
+    assert " s, all right; kept in " in out
+    # The second start asks nobody; what no verdict knew, its first batch shows.
+    monkeypatch.setattr(verify, "ask_children", None)
+    wrong = replace(EAGER, layer_norm=partial(EAGER.layer_norm),
+                    gelu_mlp=lambda x, *rest: x + EAGER.gelu_mlp(x, *rest))  # fmt: skip
+    monkeypatch.setattr(Plan, "op_set", property(lambda _: wrong))
+    assert start(*flags) == 1
+    said = capsys.readouterr()
+    assert "were checked on " in said.out
+    line = f"train.py: ops: {ops} is wrong on this device: the first micro-batch has "
+    assert said.err.startswith(line)
+    assert said.err.endswith("; go on with --ops eager\n")
+
+
+class Crew(child.Crew):
+    """Its children are this process: a pretended device is nowhere else."""
+
+    def share(self, tasks: Any, until: float) -> Any:
+        return [self.ask(task) for task in tasks]
+
+    def ask(self, task: Any, who: int = 0) -> dict[str, Any]:
+        return verify_child.answer(task)
+
+
+def of_triton(**changed: Callable[..., Any]) -> Ops:
+    """Eager ops that pass for Triton's, which take seconds a step in the interpreter."""
+    calls = {name: partial(getattr(EAGER, name)) for name in verify.OPS}
+    return Ops(**{**calls, **changed})
+
+
+def test_a_first_and_a_second_start_on_a_pretended_gpu(
+    start: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    off = partial(lambda *args, **kwargs: 1.01 * EAGER.gelu_mlp(*args, **kwargs))
+    monkeypatch.setattr(kernels, "_triton_ops", lambda: of_triton(gelu_mlp=off))
+    monkeypatch.setattr(child, "Crew", Crew)
+    monkeypatch.setitem(verify_child.NUM_RERUNS, "cuda", 0)
+    flags = ["--batch-size", "2", "--steps"]
+    said = []
+    _launch.arch.cache_clear()
+    with pretend_cuda():
+        for steps in (NUM_WARMUP + 2, 1):
+            assert start(*flags, str(steps)) == 0
+            said.append(capsys.readouterr().out)
+        assert start(*flags, "1", "--ops", "triton") == 1
+        failed = capsys.readouterr().err
+    _launch.arch.cache_clear()
+    first, second = said
+    name = "NVIDIA H100 80GB HBM3"
+    assert f"kernels: checking 5 ops and AdamW on {name}, this once; takes about a" in first
+    assert " s, 1 wrong; kept in " in first
+    assert f"kernels: 5 ops and AdamW were checked on {name} before; see " in second
+    for out in said:
+        assert "ops triton,gelu_mlp=eager, bf16 with bf16 working copies, " in out
+        assert f"ops: not our gelu_mlp, which fails its check on {name}: " in out
+    assert f"train.py: ops: not our gelu_mlp, which fails its check on {name}: " in failed
+    assert failed.endswith("; go on with --ops auto\n")
+    assert not (tmp_path / "run3").exists()
+    config = json.loads((tmp_path / "run1" / "config.json").read_text())
+    assert config["versions"]["assembler"].startswith("ptxas 1")
+    assert "gelu_mlp" in config["plan"]["notes"][-1]
+
+
+def test_a_first_batch_that_differs_is_trained_by_eager_ops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    model, plan = GPT(CONFIG), plan_of(H100, dtype="auto")
+    rows = torch.arange(48).view(3, 16), torch.arange(1, 49).view(3, 16)
+    ops = of_triton()
+    monkeypatch.setattr(Plan, "op_set", property(lambda _: ops))
+
+    def compared(asked: str = "auto") -> Plan:
+        with pretend_cuda():
+            return verify.compare_first_batch(model, plan, lambda: rows, asked, ALONE)
+
+    assert compared() == plan
+    assert model.ops is ops is model.transformer.h[0].mlp.ops  # pyright: ignore
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    # Fewer rows where all do not fit.
+    tried: list[int] = []
+
+    def narrow(*args: Any) -> Tensor:
+        tried.append(len(args[0]))
+        return EAGER.causal_attention(*args) if len(args[0]) < 3 else short()
+
+    ops = of_triton(causal_attention=narrow)
+    assert compared() == plan
+    assert tried == [3, 1]
+    ops = of_triton(linear_cross_entropy=wrong_loss)
+    with pytest.raises(RunFailed, match=r"^ops: triton is wrong .*; go on with --ops eager$"):
+        compared("triton")
+    found = compared()
+    assert (found.ops, model.ops) == ("eager", EAGER)
+    assert "going on with eager ops" in capsys.readouterr().out
+    assert "the first micro-batch has " in found.notes[-1]
+    # Weights that are beyond help are not the ops' fault; and eager ops are not compared at all.
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(float("nan"))  # pyright: ignore
+    assert compared() == plan
+    ops = EAGER
+    assert compared() == plan

@@ -1,0 +1,239 @@
+"""Whether the kernels compute on this device what plain PyTorch does, before a run trusts them.
+
+`settle` has children hold each op that a plan gives to Triton, and AdamW, to the rule of
+training/numerics.py (see training/verify_child.py): an illegal access ends a process and a bad
+launch may never return, and a child that is lost costs its op and no more. What they find is kept
+in the user's cache directory, a readable file for each card, driver, version, assembler, state of
+the sources and shape. `compare_first_batch` is part of every run.
+"""
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import EAGER, Ops
+from model import GPT
+from model.edge import one_line
+from model.files import write_atomically
+from training import child
+from training.choices import Choices
+from training.distributed import World
+from training.environment import assembler, package_version
+from training.machines import Machine, num_cores, nvidia_smi
+from training.plan import Plan
+from training.recipes import Recipe
+from training.resume import RunFailed
+from training.step import autocast
+
+ROOT = Path(__file__).parents[1]
+# All but the machine's part of what a verdict depends on.
+SOURCES = ("kernels/*.py", "kernels/*.toml", "model/gpt.py", "training/verify_child.py",
+           "training/numerics.py", "training/optim.py")  # fmt: skip
+COMMAND = (sys.executable, "-m", "training.verify_child")
+LIMIT_S = 180.0  # of one check, compiling included, on a machine that may be busy
+PASSING = ("no answer", "ended with -9", "allocate memory", "out of memory")  # not so next time
+OPS = tuple(f.name for f in fields(Ops))
+ADAMW = "adamw"
+# Of loss and gradient norm of the first micro-batch. Gross faults alone show there: each op by
+# itself is held to more.
+FIRST_BATCH = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 1e-1)}
+
+
+def checked_names(plan: Plan) -> tuple[str, ...]:
+    """The ops of a plan that are not eager, and AdamW where it is ours."""
+    ops = plan.op_set
+    names = [name for name in OPS if getattr(ops, name) is not getattr(EAGER, name)]
+    return (*names, *([ADAMW] if plan.optimizer == "triton" else []))
+
+
+def settle(
+    make: Callable[[Choices], Plan], asked: Choices, recipe: Recipe, machine: Machine, world: World
+) -> Plan:
+    """The plan of `make` without the kernels that are wrong here; a note names each of those.
+
+    Raises:
+        RunFailed: one of them was asked for by name.
+    """
+    choices, notes, rows = asked, {}, 0
+    # Again only where the rows changed with the ops: else all has been checked.
+    while checked_names(plan := make(choices)) and plan.micro_batch_size != rows:
+        rows = plan.micro_batch_size
+        check = partial(find_wrong, recipe, plan, machine, world.say)
+        for name, why in world.first(f"kernels at {rows} rows", check).items():
+            flag = "optimizer" if name == ADAMW else "ops"
+            notes[name] = f"{flag}: not our {name}, which fails its check on {machine.name}: {why}"
+            if getattr(asked, flag) != "auto":
+                raise RunFailed(f"{notes[name]}; go on with --{flag} auto")
+        if out := [name for name in OPS if name in notes]:
+            spec = ",".join(["triton", *(f"{name}=eager" for name in out)])
+            choices = replace(choices, ops="eager" if len(out) == len(OPS) else spec)
+        if ADAMW in notes:
+            choices = replace(choices, optimizer="torch")
+    return replace(plan, notes=(*plan.notes, *notes.values()))
+
+
+def find_wrong(
+    recipe: Recipe, plan: Plan, machine: Machine, say: Callable[[str], None]
+) -> dict[str, str]:
+    """Why each of the plan's kernels that is wrong here is; from the cache, or by children."""
+    if plan.device == "cpu" and plan.dtype == "bf16":
+        say("kernels: not checked, triton's interpreter does not round bf16 as hardware does")
+        return {}
+    names, key = checked_names(plan), key_of(recipe, plan, machine)
+    path = cache_path(key)
+    known, trouble = read_verdicts(path, key)
+    new = tuple(name for name in names if name not in known)
+    ops = sum(name != ADAMW for name in new or names)
+    what = " and ".join([f"{ops} ops"] * (ops > 0) + ["AdamW"] * (ADAMW in (new or names)))
+    if new:
+        say(f"kernels: checking {what} on {machine.name}, this once; takes about a minute{trouble}")
+        began = time.monotonic()
+        found = ask_children(new, recipe, plan)
+        seconds, wrong = time.monotonic() - began, sum(map(bool, found.values()))
+        line = f"kernels: {what} checked on {machine.name} in {seconds:.0f} s, "
+        line += f"{wrong} wrong" if wrong else "all right"
+        keep = {n: why for n, why in found.items() if not any(text in why for text in PASSING)}
+        try:
+            values = {"key": key, "wrong": known | keep, "seconds": round(seconds, 1)}
+            write_atomically(path, json.dumps(values, indent=2) + "\n")
+            say(f"{line}; kept in {path}")
+        except OSError as error:
+            say(f"{line}; not kept: {one_line(error)}")
+        known |= found
+    else:
+        say(f"kernels: {what} were checked on {machine.name} before; see {path}")
+    again = f"; to check again, delete {path}" if path.exists() else ""
+    return {name: known[name] + again for name in names if known[name]}
+
+
+def key_of(recipe: Recipe, plan: Plan, machine: Machine) -> dict[str, Any]:
+    """All that a verdict may depend on."""
+    sources = hashlib.sha256()
+    for source in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+        sources.update(source.read_bytes())
+    return {
+        "card": machine.name,
+        "driver": nvidia_smi("driver_version").get("driver_version", ""),
+        "torch": torch.__version__,
+        "triton": package_version("triton"),
+        "assembler": assembler(),
+        "sources": sources.hexdigest(),
+        "model": asdict(recipe.model_config),
+        "rows": plan.micro_batch_size,
+        "T": recipe.block_size,
+        **{name: getattr(plan, name) for name in ("dtype", "residual", "working_copies")},
+    }
+
+
+def cache_path(key: Mapping[str, Any]) -> Path:
+    """Where the verdicts of a key are kept."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # a relative one is to be ignored
+        base = Path(os.path.expanduser("~/.cache"))
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return base / "fused-gpt" / f"kernels-{name}.json"
+
+
+def read_verdicts(path: Path, key: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """By kernel what was found before, and what is wrong with the file if something is."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["key"] == key:
+            return {str(name): str(why) for name, why in values["wrong"].items()}, ""
+        why = "it is of something else"
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        why = one_line(error, 100)
+    return {}, f"; {path} cannot be used: {why}"
+
+
+def ask_children(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str, str]:
+    """Why each of the kernels is wrong on the plan's device, or ""."""
+    tasks = [(name, recipe, plan) for name in names]
+    side_by_side = min(len(tasks), num_cores()) if plan.device == "cuda" else 1
+    with child.Crew(COMMAND, side_by_side, LIMIT_S) as crew:
+        answers = crew.share(tasks, math.inf)
+        for i, answer in enumerate(answers):
+            if answer and answer.get("short"):  # of memory; now it has the device alone
+                answers[i] = crew.ask(tasks[i])
+    found = ({"error": "no answer"} | (answer or {}) for answer in answers)
+    why = [one_line(each.get("why", f"its process: {each['error']}")) for each in found]
+    return dict(zip(names, why, strict=True))
+
+
+def compare_first_batch(
+    model: GPT, plan: Plan, rows: Callable[[], tuple[Tensor, Tensor]], asked: str, world: World
+) -> Plan:
+    """The plan, if the chosen ops give the loss and the gradients that eager ops give.
+
+    Args:
+        model: On the device, with the weights that training begins with; it leaves with the ops of
+            the plan that is returned.
+        plan: Of this rank.
+        rows: Gives inputs and targets of the first micro-batch.
+        asked: Choices.ops; "auto" goes on with eager ops where they differ.
+        world: All ranks; one that finds a difference decides for all.
+
+    Raises:
+        RunFailed: they differ, and the ops were asked for by name.
+    """
+    if not set(checked_names(plan)) - {ADAMW}:
+        return plan
+    idx, targets = (t.to(plan.device) for t in rows())
+    training = model.training
+    model.eval()  # no dropout
+    why = _difference(model, plan, idx, targets)
+    model.train(training)
+    if not (found := [line for line in world.gather("first batch", why) if line]):
+        return plan
+    line = f"ops: {plan.ops} is wrong on this device: {found[0]}"
+    if asked != "auto":
+        raise RunFailed(f"{line}; go on with --ops eager")
+    world.say(f"{line}; going on with eager ops")
+    model.use(EAGER)
+    return replace(plan, ops="eager", notes=(*plan.notes, line))
+
+
+def _difference(model: GPT, plan: Plan, idx: Tensor, targets: Tensor) -> str:
+    """How the chosen ops differ from eager ones, or ""; in fewer rows where memory is short."""
+    while True:
+        try:
+            eager, ours = (
+                _loss_and_norm(model, plan, ops, idx, targets) for ops in (EAGER, plan.op_set)
+            )
+            break
+        except torch.OutOfMemoryError:
+            if len(idx) == 1:
+                raise
+        idx, targets = idx[: len(idx) // 2], targets[: len(idx) // 2]
+        torch.cuda.empty_cache()
+    if not all(map(math.isfinite, eager)):
+        return ""  # the weights are to blame, and the guard tells
+    for name, mine, plain, share in zip(
+        ("loss", "gradient norm"), ours, eager, FIRST_BATCH[plan.dtype], strict=True
+    ):
+        if not abs(mine - plain) <= share * max(plain, 1.0 if name == "loss" else 0.0):
+            return f"the first micro-batch has {name} {mine:.6g}, by eager ops {plain:.6g}"
+    return ""
+
+
+def _loss_and_norm(
+    model: GPT, plan: Plan, ops: Ops, idx: Tensor, targets: Tensor
+) -> tuple[float, float]:
+    model.use(ops)
+    with autocast(plan):
+        loss = model(idx, targets)
+    grads = torch.autograd.grad(loss, [*model.parameters()])
+    return loss.item(), torch.nn.utils.get_total_norm(grads).item()
