@@ -225,7 +225,8 @@ PLAIN = {"eager fp32": (False, False), "eager bf16": (True, False),
 
 
 def _ours(**choices: Any) -> Build:
-    return lambda setup, device: Ours(setup, device, Choices(compile=True, **choices))
+    choices = {"compile": True, **choices}
+    return lambda setup, device: Ours(setup, device, Choices(**choices))
 
 
 def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[str, Build]:
@@ -243,6 +244,7 @@ def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[s
             "torch AdamW": {"optimizer": "torch"},
             "no copies": {"working_copies": False},
             "whole compile": {"compile_scope": "model"},
+            "no compile": {"compile": False},
         }
         known |= {ABLATION + name: _ours(dtype="bf16", **how) for name, how in changes.items()}
     if nanogpt is not None:
