@@ -12,12 +12,12 @@ from ._launch import Launch
 
 # What is not the operands' dtype, as pointers are, nor a 32-bit integer, as all else is.
 TYPES = {
-    "targets_ptr": "*i64", "table_ptr": "*i64", "chunks_ptr": "*i32", "numbers_ptr": "*fp64",
+    "targets_ptr": "*i64", "count_ptr": "*i64", "table_ptr": "*i64",
+    "chunks_ptr": "*i32", "numbers_ptr": "*fp64",
     "eps": "fp32", "scale": "fp32", "max_norm": "fp32",
     **dict.fromkeys((
         "weight_ptr", "bias_ptr", "b_ptr", "stats_ptr", "partial_ptr", "sums_ptr",
-        "lse_ptr", "delta_ptr", "target_logit_ptr", "max_ptr", "sum_ptr", "stored_sum_ptr",
-        "loss_ptr", "row_loss_ptr", "row_scale_ptr", "dloss_ptr", "inv_count_ptr",
+        "lse_ptr", "delta_ptr", "row_loss_ptr", "dloss_ptr",
     ), "*fp32"),
 }  # fmt: skip
 

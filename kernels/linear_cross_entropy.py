@@ -129,48 +129,24 @@ def _linear_cross_entropy_rows_kernel(
 
 
 @jit
-def _linear_cross_entropy_mean_kernel(
-    targets_ptr,  # (M,) int64
-    row_loss_ptr,  # (M,) fp32
-    loss_ptr,  # () out, fp32
-    inv_count_ptr,  # () out, fp32
-    M,
-    ignore_index,
-    BLOCK_R: tl.constexpr,
-):
-    total = tl.zeros((BLOCK_R,), dtype=tl.float64)  # fp32 would be off by more than a row is
-    count = tl.zeros((BLOCK_R,), dtype=tl.int32)
-    for r in range(0, M, BLOCK_R):
-        rows = r + tl.arange(0, BLOCK_R)
-        mask = rows < M
-        total += tl.load(row_loss_ptr + rows, mask=mask, other=0.0)
-        targets = tl.load(targets_ptr + rows, mask=mask, other=0)
-        count += (mask & (targets != ignore_index)).to(tl.int32)
-    N = tl.sum(count, axis=0)
-    # As torch has it: the mean over no rows is NaN. Its gradients are 0, as those of each row are.
-    mean = tl.where(N > 0, tl.sum(total, axis=0) / N, float("nan"))
-    tl.store(loss_ptr, mean.to(tl.float32))
-    tl.store(inv_count_ptr, tl.div_rn(1.0, tl.maximum(N, 1).to(tl.float32)))
-
-
-@jit
 def _linear_cross_entropy_scale_kernel(
     grad_ptr,  # (numel,) unscaled gradient
     dloss_ptr,  # () fp32
-    inv_count_ptr,  # () fp32
+    count_ptr,  # () int64
     out_ptr,  # (numel,) out
     numel,
     BLOCK_E: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask = offs < numel
-    scale = tl.load(dloss_ptr) * tl.load(inv_count_ptr)
+    N = tl.maximum(tl.load(count_ptr), 1).to(tl.float32)  # of no rows dx and dweight are 0 already
+    scale = tl.div_rn(tl.load(dloss_ptr), N)
     grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs, (grad * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def launch_key(kernel: str, dtype: torch.dtype, arch: int) -> Key:
-    """The key of one of the three kernels; none of their rows depends on a size yet."""
+    """The key of one of the two kernels; none of their rows depends on a size yet."""
     math = "fp32" if dtype == torch.float32 else "16-bit"
     return Key(f"linear_cross_entropy.{kernel}", math, "any", arch)
 
@@ -185,9 +161,7 @@ def chunk_rows(M: int, Vp: int, itemsize: int) -> int:
 def _accumulate_mm(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """total += a @ b, or total = a @ b; fp32 from the products on whatever the dtype of a and b."""
     beta = 0 if first else 1
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    elif a.is_cuda:
+    if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:  # out_dtype exists on CUDA alone
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
@@ -195,19 +169,17 @@ def _accumulate_mm(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
     """Every build a launch can choose at GPT-2's shape."""
-    rows = _linear_cross_entropy_rows_kernel
+    rows, scale = _linear_cross_entropy_rows_kernel, _linear_cross_entropy_scale_kernel
     for name, kernel, label, dtype, grad in (
-        ("rows", rows, "bf16 train", "bf16", True),
-        ("rows", rows, "bf16 eval", "bf16", False),
-        ("rows", rows, "fp16 train", "fp16", True),
-        ("rows", rows, "fp32 train", "fp32", True),
-        ("mean", _linear_cross_entropy_mean_kernel, "any", "fp32", True),
-        ("scale", _linear_cross_entropy_scale_kernel, "bf16", "bf16", True),
+        ("rows", rows, "bf16 train", torch.bfloat16, True),
+        ("rows", rows, "bf16 eval", torch.bfloat16, False),
+        ("rows", rows, "fp16 train", torch.float16, True),
+        ("rows", rows, "fp32 train", torch.float32, True),
+        ("scale", scale, "bf16", torch.bfloat16, True),
     ):
-        torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
-        launch = launch_for(launch_key(name, torch_dtype, arch))
-        fixed = {"GRAD": grad, "VECTOR": 16 // torch_dtype.itemsize}
-        yield aot_case("linear_cross_entropy", kernel, label, launch, dtype, fixed,
+        launch = launch_for(launch_key(name, dtype, arch))
+        fixed = {"GRAD": grad, "VECTOR": 16 // dtype.itemsize}
+        yield aot_case("linear_cross_entropy", kernel, label, launch, label[:4], fixed,
                        unaligned=("V", "ignore_index"))  # fmt: skip
 
 
@@ -215,10 +187,10 @@ def _fwd_fake(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
     needs_dx: bool, needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    loss = x.new_empty((), dtype=torch.float32)
+    loss, count = (x.new_empty((), dtype=dtype) for dtype in (torch.float32, torch.int64))
     dx = x.new_empty(x.shape if needs_dx else 0)
     dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=torch.float32)
-    return loss, torch.empty_like(loss), dx, dweight
+    return loss, count, dx, dweight
 
 
 @register(
@@ -230,16 +202,14 @@ def linear_cross_entropy_fwd(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
     needs_dx: bool, needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """x (M, C), weight (Vp, C), targets (M,) -> loss, 1 / N, and unscaled dx (M, C), dweight.
+    """x (M, C), weight (Vp, C), targets (M,) -> loss, N, and unscaled dx (M, C), dweight.
 
-    loss and 1 / N are () fp32, dweight (Vp, C) fp32; a gradient that is not needed is empty.
+    loss is () fp32, N () int64, dweight (Vp, C) fp32; a gradient that is not needed is empty.
     """
     M, Vp, V = len(x), len(weight), vocab_size
     if targets.device.type == "cpu":
         check_targets(targets, V, ignore_index)
-    loss, inv_count, dx, dweight = _fwd_fake(
-        x, weight, targets, V, ignore_index, needs_dx, needs_dweight
-    )
+    _, _, dx, dweight = _fwd_fake(x, weight, targets, V, ignore_index, needs_dx, needs_dweight)
     w = weight.to(x.dtype)
     launch = launch_for(launch_key("rows", x.dtype, arch(x.device)))
     rows = chunk_rows(M, Vp, x.dtype.itemsize)
@@ -247,11 +217,11 @@ def linear_cross_entropy_fwd(
     row_loss = x.new_empty(M, dtype=torch.float32)
     for first in range(0, M, rows):
         chunk = slice(first, min(first + rows, M))
-        x_m, targets_m = x[chunk], targets[chunk]
+        x_m = x[chunk]
         z = logits[: len(x_m), :Vp]
         torch.mm(x_m, w.t(), out=z)
         _linear_cross_entropy_rows_kernel[(cdiv(len(x_m), dict(launch.blocks)["BLOCK_M"]),)](
-            logits, targets_m, row_loss[chunk], len(x_m), V, logits.stride(0), ignore_index,
+            logits, targets[chunk], row_loss[chunk], len(x_m), V, logits.stride(0), ignore_index,
             VECTOR=16 // x.dtype.itemsize, GRAD=needs_dx or needs_dweight, **launch.kwargs(),
         )  # fmt: skip
         if needs_dx:
@@ -260,31 +230,29 @@ def linear_cross_entropy_fwd(
             _accumulate_mm(dweight, z.t(), x_m, first=first == 0)
     if M == 0:
         dweight.zero_()
-    launch = launch_for(launch_key("mean", x.dtype, arch(x.device)))
-    _linear_cross_entropy_mean_kernel[(1,)](
-        targets, row_loss, loss, inv_count, M, ignore_index, **launch.kwargs()
-    )
-    return loss, inv_count, dx, dweight
+    count = (targets != ignore_index).sum()
+    # The mean over no rows is NaN, as torch has it. In fp32 a sum of many is off by more than each.
+    loss = (row_loss.sum(dtype=torch.float64) / count).float()
+    return loss, count, dx, dweight
 
 
-def _bwd_fake(grad: Tensor, dloss: Tensor, inv_count: Tensor, dtype: torch.dtype) -> Tensor:
+def _bwd_fake(grad: Tensor, dloss: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(grad, dtype=dtype)
 
 
 @register(
-    "linear_cross_entropy_bwd(Tensor grad, Tensor dloss, Tensor inv_count, ScalarType dtype)"
-    " -> Tensor",
+    "linear_cross_entropy_bwd(Tensor grad, Tensor dloss, Tensor count, ScalarType dtype) -> Tensor",
     fake=_bwd_fake,
 )
 def linear_cross_entropy_bwd(
-    grad: Tensor, dloss: Tensor, inv_count: Tensor, dtype: torch.dtype
+    grad: Tensor, dloss: Tensor, count: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """grad * dloss / N, rounded to `dtype`; dloss and 1 / N are () fp32."""
-    out = _bwd_fake(grad, dloss, inv_count, dtype)
+    """grad * dloss / N, rounded to `dtype`; dloss is () fp32, N () int64."""
+    out = _bwd_fake(grad, dloss, count, dtype)
     if out.numel():
         launch = launch_for(launch_key("scale", grad.dtype, arch(grad.device)))
         _linear_cross_entropy_scale_kernel[(cdiv(out.numel(), dict(launch.blocks)["BLOCK_E"]),)](
-            grad, dloss, inv_count, out, out.numel(), **launch.kwargs()
+            grad, dloss, count, out, out.numel(), **launch.kwargs()
         )
     return out
 
@@ -293,27 +261,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
                 ignore_index: int, needs_dx: bool, needs_dweight: bool) -> Tensor:  # fmt: skip
-        loss, inv_count, dx, dweight = linear_cross_entropy_fwd(
+        loss, *saved = linear_cross_entropy_fwd(
             x, weight, targets, vocab_size, ignore_index, needs_dx, needs_dweight
         )
-        ctx.save_for_backward(inv_count, dx, dweight)
-        ctx.needs = needs_dx, needs_dweight
-        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(*saved)
+        ctx.needs, ctx.weight_dtype = (needs_dx, needs_dweight), weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor):
         refuse_double_backward("linear_cross_entropy")
-        inv_count, dx, dweight = ctx.saved_tensors
+        count, dx, dweight = ctx.saved_tensors
         needs_dx, needs_dweight = ctx.needs
-        if needs_dx:
-            dx = linear_cross_entropy_bwd(dx, dloss, inv_count, dx.dtype)
+        dx = linear_cross_entropy_bwd(dx, dloss, count, dx.dtype) if needs_dx else None
         if needs_dweight:
-            dweight = linear_cross_entropy_bwd(dweight, dloss, inv_count, ctx.weight_dtype)
-        return (
-            dx if needs_dx else None, dweight if needs_dweight else None,
-            None, None, None, None, None,
-        )  # fmt: skip
+            dweight = linear_cross_entropy_bwd(dweight, dloss, count, ctx.weight_dtype)
+        return dx, dweight if needs_dweight else None, None, None, None, None, None
 
 
 def linear_cross_entropy(

@@ -26,7 +26,7 @@ def keys(arch: int) -> list[Key]:
                 for kernel in ("fwd", "dq", "dkdv", "short"):
                     found.append(causal_attention.launch_key(kernel, math, D, T, arch))
     for dtype in (torch.float32, torch.bfloat16):
-        for kernel in ("rows", "mean", "scale"):
+        for kernel in ("rows", "scale"):
             found.append(linear_cross_entropy.launch_key(kernel, dtype, arch))
     found += [adamw.launch_key(k, arch) for k in ("step", "norm", "clip", "advance")]
     return [*found, Key("layer_norm.sum", "fp32", "C=768", arch)]

@@ -282,9 +282,10 @@ def test_registration(device):
             torch.ops.fgpt.linear_cross_entropy_fwd.default,
             (args["x"], args["weight"], targets, 150, IGNORED, needs_dx, needs_dweight),
         )
-    scalar = torch.ones((), device=device)
+    dloss = torch.ones((), device=device)
     torch.library.opcheck(
-        torch.ops.fgpt.linear_cross_entropy_bwd.default, (args["x"], scalar, scalar, torch.bfloat16)
+        torch.ops.fgpt.linear_cross_entropy_bwd.default,
+        (args["x"], dloss, dloss.long(), torch.bfloat16),
     )
 
 
