@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import kernels
@@ -23,7 +24,7 @@ from model.config import MODELS
 from tests.pretend_cuda import pretend_cuda
 from training import child, verify, verify_child
 from training.choices import Choices
-from training.distributed import ALONE
+from training.distributed import ALONE, World
 from training.machines import Machine
 from training.plan import Plan, make_plan
 from training.recipes import Recipe
@@ -214,7 +215,7 @@ def test_a_child_that_is_lost_costs_its_op_alone(monkeypatch: pytest.MonkeyPatch
         "causal_attention": "its process: it ended with 1: CompilationError: at 3:4",
         "linear_cross_entropy": "CUDA out of memory",
     }
-    assert {name: why.partition("; to check")[0] for name, why in found.items()} == wrong
+    assert {name: why.partition("; `make")[0] for name, why in found.items()} == wrong
     assert said[0].startswith("kernels: checking 5 ops and AdamW on NVIDIA H100 80GB HBM3, this")
     path = verify.cache_path(verify.key_of(RECIPE, plan, H100))
     assert said[1].endswith(f" s, 4 wrong; kept in {path}")
@@ -260,7 +261,8 @@ def test_a_verdict_is_kept_for_its_key(asked: list[Any]) -> None:
     path = verify.cache_path(verify.key_of(RECIPE, plan, H100))
     for _ in range(2):
         found = verify.find_wrong(RECIPE, plan, H100, said.append)
-        assert found == {"gelu_mlp": f"y: error 1; to check again, delete {path}"}
+        more = f"`make numerics OP=gelu_mlp` shows more, without {path} it is checked again"
+        assert found == {"gelu_mlp": f"y: error 1; {more}"}
     assert asked == [(*verify.OPS, "adamw")]
     assert said[1].endswith(f" s, 1 wrong; kept in {path}")
     assert said[2] == f"kernels: 5 ops and AdamW were checked on {H100.name} before; see {path}"
@@ -397,6 +399,38 @@ def test_what_was_asked_for_by_name_ends_the_run(monkeypatch: pytest.MonkeyPatch
         settled({"adamw": "y: off"}, monkeypatch, optimizer="triton")
     asked = "triton,gelu_mlp=eager"
     assert settled({"gelu_mlp": "y: off"}, monkeypatch, ops=asked).ops == asked
+
+
+def test_rank_0_checks_and_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def find(recipe: Recipe, plan: Plan, machine: Machine, say: Any) -> dict[str, str]:
+        asked.append(threading.current_thread().name)
+        return {"gelu_mlp": "y: off"}
+
+    def difference(*_: Any) -> str:
+        return "the first micro-batch is off" * (threading.current_thread().name == "1")
+
+    monkeypatch.setattr(verify, "find_wrong", find)
+    monkeypatch.setattr(verify, "_difference", difference)
+    store, plans = dist.HashStore(), [[], []]
+
+    def settle(rank: int) -> None:
+        world = World(rank, 2, rank, store)
+        plan = verify.settle(lambda c: make_plan(RECIPE, H100, c), Choices(), RECIPE, H100, world)
+        plan = replace(plan, device="cpu")
+        rows = torch.zeros(1, 1), torch.zeros(1, 1)
+        after = verify.compare_first_batch(GPT(CONFIG), plan, lambda: rows, "auto", world)
+        plans[rank] = [plan, after]
+
+    threads = [threading.Thread(target=settle, args=(n,), name=str(n)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert asked == ["0"]
+    assert plans[0] == plans[1]
+    assert [plan.ops for plan in plans[0]] == ["triton,gelu_mlp=eager", "eager"]
 
 
 # ---- whole runs

@@ -62,10 +62,11 @@ def assembler() -> str | None:
     """What makes machine code of the kernels for the GPU, with its version; None without one."""
     if not torch.cuda.is_available():
         return None
+    new = torch.cuda.get_device_capability()[0] >= 10
     try:
         from triton import knobs
-    except ImportError:
+
+        tool = knobs.nvidia.ptxas_blackwell if new else knobs.nvidia.ptxas  # as triton chooses
+        return f"{Path(tool.path).name} {tool.version}"
+    except (ImportError, AttributeError, RuntimeError):  # no triton, another one, or no such file
         return None
-    new = torch.cuda.get_device_capability()[0] >= 10
-    tool = knobs.nvidia.ptxas_blackwell if new else knobs.nvidia.ptxas  # as triton chooses
-    return f"{Path(tool.path).name} {tool.version}"

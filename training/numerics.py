@@ -136,22 +136,29 @@ def compare(
 
 
 def compare_spread(
-    ours: Values, eager: Values, exact: Values, *, reduced: tuple[str, ...] = (), rows: int = 1
+    ours: Values,
+    eager: Values,
+    exact: Values,
+    *,
+    reduced: tuple[str, ...] = (),
+    rows: int = 1,
+    terms: int = 1,
 ) -> list[Comparison]:
     """The same of root mean square errors, which tell a bias of 1% from rounding, in bf16 too.
 
     The budget is 2 rms(eager - exact) + eps/4 rms(exact), about what rounding the exact value
-    gives; sums over `rows` rows may be off by what fp32 loses in as many steps. One value is no
-    spread: those are left out.
+    gives; an fp32 sum of `terms`, or any over `rows` rows, may be off by what fp32 loses in as many
+    steps. One value is no spread: those are left out.
     """
     comparisons = []
     for name, want in exact.items():
         if want.numel() < 2:
             continue
         error, plain = (_rms(values[name].to(want.dtype) - want) for values in (ours, eager))
-        eps = torch.finfo(ours[name].dtype).eps / 4
-        if name in reduced:
-            eps += torch.finfo(torch.float32).eps * rows**0.5
+        eps, step = (torch.finfo(dtype).eps for dtype in (ours[name].dtype, torch.float32))
+        eps = eps / 4 + step * (rows**0.5 if name in reduced else 0)
+        if ours[name].dtype == torch.float32:
+            eps += step * terms**0.5
         budget = 2 * plain + eps * _rms(want)
         label = f"{name}, root mean square"
         comparisons.append(Comparison(label, ours[name].dtype, error, plain, budget))

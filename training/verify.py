@@ -113,8 +113,10 @@ def find_wrong(
         known |= found
     else:
         say(f"kernels: {what} were checked on {machine.name} before; see {path}")
-    again = f"; to check again, delete {path}" if path.exists() else ""
-    return {name: known[name] + again for name in names if known[name]}
+    more = "`make numerics OP={}` shows more" + (
+        f", without {path} it is checked again" * path.exists()
+    )
+    return {name: f"{known[name]}; {more.format(name)}" for name in names if known[name]}
 
 
 def key_of(recipe: Recipe, plan: Plan, machine: Machine) -> dict[str, Any]:

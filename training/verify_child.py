@@ -54,8 +54,11 @@ def check(name: str, recipe: Recipe, plan: Plan) -> str:
     for key, value in eager.items():
         if key not in ours or (ours[key].shape, ours[key].dtype) != (value.shape, value.dtype):
             return f"{key}: there is none that is {tuple(value.shape)}, {value.dtype}"
-    rows = plan.micro_batch_size * recipe.block_size
-    exact, how = exact_by(), {"reduced": (*REDUCED, "norm"), "rows": rows}
+    rows, config = plan.micro_batch_size * recipe.block_size, recipe.model_config
+    terms = {"gelu_mlp": 4 * config.n_embd, "causal_attention": recipe.block_size,
+             "linear_cross_entropy": config.vocab_size, "adamw": 1}  # fmt: skip
+    how = {"reduced": (*REDUCED, "norm"), "rows": rows, "terms": terms.get(name, config.n_embd)}
+    exact = exact_by()
     both = *compare(ours, eager, exact, **how), *compare_spread(ours, eager, exact, **how)
     if missed := [str(found) for found in both if not found.holds]:
         return missed[0]
