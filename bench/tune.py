@@ -66,7 +66,7 @@ def key_at(name: str, shape: Shape, dtype: torch.dtype, arch: int) -> Key | None
     op, _, kernel = name.partition(".")
     how, D = math_of(dtype), shape.C // shape.H
     if op == "gelu_mlp":
-        return gelu_mlp.launch_key(kernel, shape.M, shape.C, how, arch)
+        return gelu_mlp.launch_key(kernel, shape.M, how, arch)
     if op == "linear_cross_entropy":
         return linear_cross_entropy.launch_key(kernel, dtype, arch)
     if op == "layer_norm":  # the residual stream of the case is fp32
@@ -85,7 +85,7 @@ def safe_at(name: str, C: int, arch: int) -> Launch | None:
 
 def known_launches(name: str, present: Launch, arch: int) -> list[Launch]:
     """The present launch, and those of rows with its blocks or of other widths."""
-    found = [launch for layer in rows() for key, launch in layer.items() if key.arch != 0]
+    found = [launch for layer in reversed(rows()) for key, launch in layer.items() if key.arch != 0]
     found += filter(None, (safe_at(name, 2**k, arch) for k in range(7, 14)))
     names = dict(present.blocks).keys()
     return [present, *(x for x in found if names and dict(x.blocks).keys() == names)]

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from . import reference
+from ._op import unfit
 
-__all__ = ["EAGER", "TRITON", "Ops", "parse_ops"]
+__all__ = ["EAGER", "TRITON", "Ops", "parse_ops", "unfit"]
 
 
 class LayerNorm(Protocol):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 ROWS = Path(__file__).with_name("launches.toml")
-LAYERS = ("measured", "compiled")  # of that file, the first one first
+LAYERS = ("measured", "compiled", "candidates")  # of that file; the last serves no call
 ANY = "any"
 # Chips that share instructions and sizes share rows, under the name of the first.
 FAMILY = {103: 100, 121: 120}
@@ -170,10 +170,15 @@ def rows() -> tuple[dict[Key, Launch], ...]:
 
 @cache
 def _row_for(key: Key) -> Launch | None:
-    for layer in rows():
+    for layer in rows()[:-1]:
         if serving := [row for row in layer if row.serves(key)]:
             return layer[max(serving, key=Key.rank)]
     return None
+
+
+def candidates_for(key: Key) -> list[Launch]:
+    """Rows that no call takes before a GPU has timed them: `bench.tune` tries them first."""
+    return [launch for row, launch in rows()[-1].items() if row.serves(key)]
 
 
 _trials: dict[str, tuple[Launch | None, list[tuple[Key, Launch]]]] = {}

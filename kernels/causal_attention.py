@@ -41,6 +41,7 @@ from ._aot import AotCase, aot_case
 from ._jit import jit
 from ._launch import Key, Launch, arch, cdiv, launch_for, math_of, next_pow2, precision_of
 from ._op import (
+    HEAD_DIMS,
     autocast_dtype,
     check_device,
     needs_grad,
@@ -48,7 +49,6 @@ from ._op import (
     register,
 )
 
-HEAD_DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two
 

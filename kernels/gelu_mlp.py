@@ -5,7 +5,7 @@ Forward, with F = 4C:
     h = x @ w_fc^T + b_fc          g = gelu(h) = h * s,  s = sigmoid(2u)
     y = g @ w_proj^T + b_proj      u = sqrt(2 / pi) * (h + 0.044715 * h^3)
 
-0.5 * (1 + tanh(u)) is sigmoid(2u), so tanh costs one exponential and one division. Backward:
+0.5 * (1 + tanh(u)) is sigmoid(2u), so tanh costs one exponential and one reciprocal root. Backward:
 
     gelu'(h) = s + h * s * (1 - s) * 2u'         2u' = sqrt(8 / pi) * (1 + 3 * 0.044715 * h^2)
     dh = (dy @ w_proj) * gelu'(h)
@@ -44,19 +44,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ._aot import AotCase, aot_case
-from ._gemm import dot_tile, halves, tile_at
 from ._jit import jit
 from ._launch import (
     Key,
-    Launch,
     arch,
+    candidates_for,
     cdiv,
     launch_for,
     math_of,
     num_sms,
     precision_of,
 )
-from ._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
+from ._op import (
+    WIDTH,
+    autocast_dtype,
+    check_device,
+    needs_grad,
+    refuse_double_backward,
+    register,
+)
 
 _E = 2.718281828459045
 # exp(-2u) = 2^(h * (EXP_H + EXP_H3 * h^2)) and 2u' = DU_0 + DU_2 * h^2.
@@ -67,6 +73,54 @@ DU_2 = tl.constexpr((8 / pi) ** 0.5 * 3 * 0.044715)
 # Below h = -9.4, where gelu and gelu' are under 1e-32: keeps exp(-2u) finite, so that
 # 1 - s = exp(-2u) * s has no inf * 0.
 EXP_MAX = tl.constexpr(115.0)
+# Columns of a tile that leave it at a time: all of g and d would not fit in registers beside h.
+PART_N = tl.constexpr(64)
+
+
+@jit
+def _tile_at(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Position of a tile where GROUP_M rows of tiles are walked column by column.
+
+    That keeps the weight and the rows in use there in L2.
+    """
+    in_group = GROUP_M * tiles_n
+    first = tile // in_group * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    return first + tile % in_group % rows, tile % in_group // rows
+
+
+@jit
+def _halves(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) -> its left and its right half."""
+    return tl.split(tl.permute(tl.reshape(t, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@jit
+def _dot_tile(
+    a_ptr,  # first element of BLOCK_M rows of (M, K)
+    b_ptr,  # first element of the tile's BLOCK_N columns of B
+    num_rows,  # rows of a inside M
+    K,
+    b_row,  # elements between rows of B
+    b_col,  # elements between columns of B
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """fp32 (BLOCK_M, BLOCK_N): a @ b over all of K; rows past M repeat the last one."""
+    ks = tl.arange(0, BLOCK_K)
+    rows = tl.minimum(tl.arange(0, BLOCK_M), num_rows - 1)  # so that the loop needs no mask
+    a_at = rows[:, None] * K + ks[None, :]
+    b_at = ks[:, None] * b_row + tl.arange(0, BLOCK_N)[None, :] * b_col
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # Without disable_licm, triton 3.6 serialises the WGMMA of this loop on sm_90 (ptxas C7515).
+    for _ in tl.range(0, K, BLOCK_K, disable_licm=True):
+        a, b = tl.load(a_ptr + a_at), tl.load(b_ptr + b_at)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        a_ptr += BLOCK_K
+        b_ptr += BLOCK_K * b_row
+    return acc
 
 
 @jit
@@ -74,34 +128,39 @@ def _gelu(h):
     """gelu(h) and gelu'(h), fp32."""
     h2 = h * h
     e = tl.exp2(tl.minimum(h * (EXP_H + EXP_H3 * h2), EXP_MAX))
-    s = 1.0 / (1.0 + e)
+    root = tl.rsqrt(1.0 + e)  # squared it is s; a division would scale its operands first
+    s = root * root
     g = h * s
     return g, s + g * (e * s) * (DU_0 + DU_2 * h2)
 
 
 @jit
-def _up_half(
-    h,  # (BLOCK_M, HALF_N) before the bias
+def _store_up(
+    h,  # (BLOCK_M, BLOCK_N) before the bias
     b_ptr,
     g_ptr,
     d_ptr,
-    at,  # int64, first element of the half in (M, N)
+    at,  # int64, first element of the tile in (M, N)
     num_rows,
-    num_cols,
     N,
     BLOCK_M: tl.constexpr,
-    HALF_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     SAVE_D: tl.constexpr,
 ):
-    rows = tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, HALF_N)
-    mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
-    offs = rows[:, None] * N + cols[None, :]
-    bias = tl.load(b_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
-    g, d = _gelu(h + bias[None, :])
-    tl.store(g_ptr + at + offs, g.to(g_ptr.dtype.element_ty), mask=mask)
-    if SAVE_D:
-        tl.store(d_ptr + at + offs, d.to(d_ptr.dtype.element_ty), mask=mask)
+    if BLOCK_N > PART_N:
+        HALF_N: tl.constexpr = BLOCK_N // 2
+        left, right = _halves(h, BLOCK_M, BLOCK_N)
+        _store_up(left, b_ptr, g_ptr, d_ptr, at, num_rows, N, BLOCK_M, HALF_N, SAVE_D)
+        _store_up(right, b_ptr + HALF_N, g_ptr, d_ptr, at + HALF_N, num_rows, N,
+                  BLOCK_M, HALF_N, SAVE_D)  # fmt: skip
+    else:
+        rows = tl.arange(0, BLOCK_M)[:, None]
+        cols = tl.arange(0, BLOCK_N)
+        offs = rows * N + cols[None, :]
+        g, d = _gelu(h + tl.load(b_ptr + cols).to(tl.float32)[None, :])
+        tl.store(g_ptr + at + offs, g.to(g_ptr.dtype.element_ty), mask=rows < num_rows)
+        if SAVE_D:
+            tl.store(d_ptr + at + offs, d.to(d_ptr.dtype.element_ty), mask=rows < num_rows)
 
 
 @jit
@@ -119,53 +178,51 @@ def _gelu_mlp_up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
-    EVEN: tl.constexpr,  # BLOCK_N divides N and BLOCK_K divides K
     SAVE_D: tl.constexpr,
 ):
-    HALF_N: tl.constexpr = BLOCK_N // 2
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        pid_m, pid_n = tile_at(tile, tiles_m, tiles_n, GROUP_M)
+    # K is a multiple of WIDTH and N of four times that: no tile ends past them.
+    tl.static_assert(64 % BLOCK_K == 0 and 256 % BLOCK_N == 0)
+    tiles_m, tiles_n, programs = tl.cdiv(M, BLOCK_M), N // BLOCK_N, tl.num_programs(0)
+    # disable_licm: offsets of the stores, kept through the loop over K, would be spilled.
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, disable_licm=True):
+        pid_m, pid_n = _tile_at(tile, tiles_m, tiles_n, GROUP_M)
         row = (pid_m * BLOCK_M).to(tl.int64)  # M * N may pass 2^31
         col = (pid_n * BLOCK_N).to(tl.int64)
         num_rows = M - pid_m * BLOCK_M
-        num_cols = N - pid_n * BLOCK_N
-        acc = dot_tile(
-            x_ptr + row * K, w_ptr + col * K, num_rows, num_cols, K, 1, K,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN, "none" if EVEN else "masked", PRECISION,
+        acc = _dot_tile(
+            x_ptr + row * K, w_ptr + col * K, num_rows, K, 1, K,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
-        # Half a tile at a time: g and d of a whole one do not fit in registers next to h.
-        left, right = halves(acc, BLOCK_M, BLOCK_N)
-        at = row * N + col
-        _up_half(left, b_ptr + col, g_ptr, d_ptr, at,
-                 num_rows, num_cols, N, BLOCK_M, HALF_N, SAVE_D)  # fmt: skip
-        _up_half(right, b_ptr + col + HALF_N, g_ptr, d_ptr, at + HALF_N,
-                 num_rows, num_cols - HALF_N, N, BLOCK_M, HALF_N, SAVE_D)  # fmt: skip
+        _store_up(acc, b_ptr + col, g_ptr, d_ptr, row * N + col, num_rows, N,
+                  BLOCK_M, BLOCK_N, SAVE_D)  # fmt: skip
 
 
 @jit
-def _down_half(
-    dg,  # (BLOCK_M, HALF_N)
+def _store_down(
+    dg,  # (BLOCK_M, BLOCK_N)
     d_ptr,
     dh_ptr,
-    sums_ptr,  # first column of the half in the tile's row of partials
-    at,  # int64, first element of the half in (M, N)
+    sums_ptr,  # first column of the tile in its row of partials
+    at,  # int64, first element of the tile in (M, N)
     num_rows,
-    num_cols,
     N,
     BLOCK_M: tl.constexpr,
-    HALF_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    rows = tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, HALF_N)
-    mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
-    offs = rows[:, None] * N + cols[None, :]
-    dh = dg * tl.load(d_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dh_ptr + at + offs, dh.to(dh_ptr.dtype.element_ty), mask=mask)
-    # d is 0 past M, but the repeated row times 0 would be NaN for an infinite dy.
-    sums = tl.sum(tl.where(rows[:, None] < num_rows, dh, 0.0), axis=0)
-    tl.store(sums_ptr + cols, sums, mask=cols < num_cols)
+    if BLOCK_N > PART_N:
+        HALF_N: tl.constexpr = BLOCK_N // 2
+        left, right = _halves(dg, BLOCK_M, BLOCK_N)
+        _store_down(left, d_ptr, dh_ptr, sums_ptr, at, num_rows, N, BLOCK_M, HALF_N)
+        _store_down(right, d_ptr, dh_ptr, sums_ptr + HALF_N, at + HALF_N, num_rows, N,
+                    BLOCK_M, HALF_N)  # fmt: skip
+    else:
+        rows = tl.arange(0, BLOCK_M)[:, None]
+        cols = tl.arange(0, BLOCK_N)
+        offs = rows * N + cols[None, :]
+        # d is 0 past M, and so is what those rows add to the sums: unless the last dy is infinite.
+        dh = dg * tl.load(d_ptr + at + offs, mask=rows < num_rows, other=0.0).to(tl.float32)
+        tl.store(dh_ptr + at + offs, dh.to(dh_ptr.dtype.element_ty), mask=rows < num_rows)
+        tl.store(sums_ptr + cols, tl.sum(dh, axis=0))
 
 
 @jit
@@ -183,52 +240,38 @@ def _gelu_mlp_down_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
-    EVEN: tl.constexpr,  # BLOCK_N divides N and BLOCK_K divides K
 ):
-    HALF_N: tl.constexpr = BLOCK_N // 2
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        pid_m, pid_n = tile_at(tile, tiles_m, tiles_n, GROUP_M)
+    # K is a multiple of WIDTH and N of four times that: no tile ends past them.
+    tl.static_assert(64 % BLOCK_K == 0 and 256 % BLOCK_N == 0)
+    tiles_m, tiles_n, programs = tl.cdiv(M, BLOCK_M), N // BLOCK_N, tl.num_programs(0)
+    # disable_licm: offsets of the stores, kept through the loop over K, would be spilled.
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, disable_licm=True):
+        pid_m, pid_n = _tile_at(tile, tiles_m, tiles_n, GROUP_M)
         row = (pid_m * BLOCK_M).to(tl.int64)  # M * N may pass 2^31
         col = (pid_n * BLOCK_N).to(tl.int64)
         num_rows = M - pid_m * BLOCK_M
-        num_cols = N - pid_n * BLOCK_N
-        acc = dot_tile(
-            dy_ptr + row * K, w_ptr + col, num_rows, num_cols, K, N, 1,
-            BLOCK_M, BLOCK_N, BLOCK_K, EVEN, "none" if EVEN else "masked", PRECISION,
+        acc = _dot_tile(
+            dy_ptr + row * K, w_ptr + col, num_rows, K, N, 1,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
-        left, right = halves(acc, BLOCK_M, BLOCK_N)
-        at = row * N + col
         sums_at = sums_ptr + pid_m.to(tl.int64) * N + col
-        _down_half(left, d_ptr, dh_ptr, sums_at, at,
-                   num_rows, num_cols, N, BLOCK_M, HALF_N)  # fmt: skip
-        _down_half(right, d_ptr, dh_ptr, sums_at + HALF_N, at + HALF_N,
-                   num_rows, num_cols - HALF_N, N, BLOCK_M, HALF_N)  # fmt: skip
+        _store_down(acc, d_ptr, dh_ptr, sums_at, row * N + col, num_rows, N, BLOCK_M, BLOCK_N)
 
 
 LARGE_M = 4096  # from here on the 128-row tiles of a width of 768 fill the GPU more than once
 
 
-def launch_key(kernel: str, M: int, C: int, math: str, arch: int) -> Key:
+def launch_key(kernel: str, M: int, math: str, arch: int) -> Key:
     """The key of "up" or "down" on M rows."""
-    size = "large" if M >= LARGE_M else "small"
-    width = "ragged" if C % 16 else f"even {size} {'masked' if C % 64 else 'whole'}"
-    return Key(f"gelu_mlp.{kernel}", math, width, arch)
-
-
-def _constexprs(launch: Launch, math: str, C: int) -> dict[str, Any]:
-    blocks = dict(launch.blocks)
-    even = 4 * C % blocks["BLOCK_N"] == 0 and C % blocks["BLOCK_K"] == 0
-    return {"PRECISION": precision_of(math), "EVEN": even}
+    return Key(f"gelu_mlp.{kernel}", math, "large" if M >= LARGE_M else "small", arch)
 
 
 def _prepare(kernel: str, x: Tensor, M: int, C: int) -> tuple[int, int, dict[str, Any]]:
     """Programs, rows per tile and keyword arguments of a launch."""
     math = math_of(x.dtype)
-    launch = launch_for(launch_key(kernel, M, C, math, arch(x.device)))
-    kwargs = {**launch.kwargs(), **_constexprs(launch, math, C)}
-    tiles = cdiv(M, kwargs["BLOCK_M"]) * cdiv(4 * C, kwargs["BLOCK_N"])
+    launch = launch_for(launch_key(kernel, M, math, arch(x.device)))
+    kwargs = {**launch.kwargs(), "PRECISION": precision_of(math)}
+    tiles = cdiv(M, kwargs["BLOCK_M"]) * (4 * C // kwargs["BLOCK_N"])
     return min(tiles, launch.programs_per_sm * num_sms(x.device)), kwargs["BLOCK_M"], kwargs
 
 
@@ -308,7 +351,7 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
     are. fp32 products are TF32 where `torch.set_float32_matmul_precision` allows it, else exact.
 
     Args:
-        x: (..., C), contiguous, fp32 / bf16 / fp16. C a multiple of 16 is fast.
+        x: (..., C), contiguous, fp32 / bf16 / fp16; C a multiple of WIDTH.
         w_fc: (4C, C), contiguous, dtype of `x` (after autocast). b_fc: (4C,), that dtype or fp32.
         w_proj: (C, 4C), contiguous, dtype of `x` (after autocast). b_proj: (C,), as `b_fc`.
 
@@ -321,6 +364,11 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
     """
     check_device("gelu_mlp", x)
     C = x.shape[-1]
+    if C % WIDTH:
+        raise ValueError(
+            f"gelu_mlp: C must be a multiple of {WIDTH}, got x {tuple(x.shape)}; "
+            "use --ops triton,gelu_mlp=eager"
+        )
     args = {"x": x, "w_fc": w_fc, "b_fc": b_fc, "w_proj": w_proj, "b_proj": b_proj}
     wanted = {"w_fc": (4 * C, C), "b_fc": (4 * C,), "w_proj": (C, 4 * C), "b_proj": (C,)}
     for name, shape in wanted.items():
@@ -357,17 +405,17 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Every build a launch can choose on `arch`: GPT-2, masks in N and K, no alignment."""
-    for (math, dtype, how), (C, width), (name, kernel) in product(
-        (("16-bit", "bf16", "bf16"), ("tf32", "fp32", "tf32"), ("ieee", "fp32", "ieee")),
-        ((768, "C=768"), (80, "C=80 masked"), (50, "C=50 unaligned")),
+    """Every build a launch can choose on `arch`, and the candidates."""
+    for (math, dtype), (name, kernel) in product(
+        (("16-bit", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")),
         (("up", _gelu_mlp_up_kernel), ("down", _gelu_mlp_down_kernel)),
     ):
-        small, large = (launch_for(launch_key(name, M, C, math, arch)) for M in (1, LARGE_M))
-        for launch, size in {small: "small", large: "large"}.items():  # one build if they are one
+        small, large = (launch_key(name, M, math, arch) for M in (1, LARGE_M))
+        builds = {launch_for(small): "small", launch_for(large): "large"}  # one, if they are one
+        builds |= {x: f"candidate {x.num_stages} stages" for x in candidates_for(large)}
+        for launch, size in builds.items():
             yield aot_case(
-                "gelu_mlp", kernel, f"{name} {width} {how} {size}", launch, dtype,
-                {**_constexprs(launch, math, C), "SAVE_D": True},
-                mma="" if math == "ieee" else "BLOCK_M",
-                unaligned=kernel.arg_names if C % 16 else ("M",),
+                "gelu_mlp", kernel, f"{name} {dtype} {math} {size}", launch, dtype,
+                {"PRECISION": precision_of(math), "SAVE_D": True},
+                mma="" if math == "ieee" else "BLOCK_M", unaligned=("M",),
             )  # fmt: skip

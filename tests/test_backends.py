@@ -12,7 +12,7 @@ from kernels import EAGER, TRITON
 from model import GPT, GPTConfig
 
 # Odd on purpose: T is no multiple of a tile, the vocabulary is padded, heads are the smallest.
-CONFIG = GPTConfig(block_size=40, vocab_size=211, n_layer=2, n_head=2, n_embd=32)
+CONFIG = GPTConfig(block_size=40, vocab_size=211, n_layer=2, n_head=4, n_embd=64)
 
 
 def loss_and_grads(model: GPT, idx: torch.Tensor, targets: torch.Tensor, compiled: bool = False):

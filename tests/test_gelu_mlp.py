@@ -9,12 +9,12 @@ from kernels.gelu_mlp import gelu_mlp_down, gelu_mlp_up
 from tests import checks
 
 SHAPES = [
-    pytest.param((17, 16), id="C=16-narrower-than-a-tile"),
-    pytest.param((67, 48), id="C=48-prime-rows-demo-model"),
-    pytest.param((2, 3, 50), id="C=50-ragged"),
-    pytest.param((1, 64), id="C=64-no-mask-single-row"),
-    pytest.param((129, 80), id="C=80-one-row-past-a-tile"),
-    pytest.param((0, 16), id="M=0"),
+    pytest.param((17, 64), id="less-than-a-tile-of-rows"),
+    pytest.param((67, 64), id="prime-rows"),
+    pytest.param((2, 3, 192), id="C=192-no-power-of-two"),
+    pytest.param((1, 64), id="single-row"),
+    pytest.param((129, 128), id="one-row-past-a-tile"),
+    pytest.param((0, 64), id="M=0"),
 ]
 REDUCED = ("dw_fc", "db_fc", "dw_proj", "db_proj")
 
@@ -59,31 +59,32 @@ def test_no_worse_than_twice_eager(shape, dtype, device):
     check(inputs(shape, device, dtype))
 
 
-@checks.sweep(M=checks.sizes(0, 70, 1, 32, 33), C=checks.sizes(1, 70, 16, 32, 64),
-              dtype=checks.dtypes())  # fmt: skip
-def test_any_shape(device, M, C, dtype):
-    check(inputs((M, C), device, dtype))
+@checks.sweep(M=checks.sizes(0, 70, 1, 32, 33), widths=checks.sizes(1, 2), dtype=checks.dtypes())
+def test_any_shape(device, M, widths, dtype):
+    check(inputs((M, 64 * widths), device, dtype))
 
 
 def test_gelu_and_its_derivative_to_fp32_accuracy(device):
     """One row of weights picks h itself, tails and saturation included: no NaN, no lost digits."""
     h = torch.cat([torch.linspace(-30, 30, 2001), torch.tensor([-1e4, -0.0, 1e4])]).to(device)
-    x = torch.zeros(h.numel(), 16, device=device)
+    x = torch.zeros(h.numel(), 64, device=device)
     x[:, 0] = h
-    w_fc = torch.zeros(64, 16, device=device)
+    w_fc = torch.zeros(256, 64, device=device)
     w_fc[:, 0] = 1
-    g, d = gelu_mlp_up(x, w_fc, torch.zeros(64, device=device), True)
+    g, d = gelu_mlp_up(x, w_fc, torch.zeros(256, device=device), True)
     exact = h.double().requires_grad_()
     want = gelu(exact)
     (slope,) = torch.autograd.grad(want.sum(), exact)
     scale = h.double().abs().clamp(min=1)
-    assert ((g - want.detach()[:, None]).abs() / scale[:, None]).max() < 2e-7
+    # A GPU's reciprocal root is off by 2^-22.9 at most, twice that squared, and 2^e by 2^-22.
+    bound = 3e-7 if device == "cpu" else 6e-7
+    assert ((g - want.detach()[:, None]).abs() / scale[:, None]).max() < bound
     assert (d - slope[:, None]).abs().max() < 1e-6
 
 
 def test_column_sums_add_unrounded_rows(device):
     """db_fc adds what the accumulator holds, over several rows of tiles, not the stored dh."""
-    M, C = 129, 16
+    M, C = 129, 64
     dy, w_proj = (torch.randn(s, device=device).bfloat16() for s in ((M, C), (C, 4 * C)))
     d = torch.randn(M, 4 * C, device=device).bfloat16()
     dh, sums = gelu_mlp_down(dy, w_proj, d)
@@ -93,27 +94,28 @@ def test_column_sums_add_unrounded_rows(device):
     assert error < 1e-2 * of_stored
 
 
-def test_rows_past_the_end_do_not_reach_the_column_sums(device):
-    """The last row is repeated to fill its tile; an infinite dy there must stay infinite once."""
-    dy = torch.zeros(33, 16, device=device)
+def test_an_infinite_last_row_stays_in_its_place(device):
+    """It is repeated to fill its tile: no other row may show it, and no sum may hide it."""
+    dy = torch.zeros(33, 64, device=device)
     dy[-1] = float("inf")
-    w_proj = torch.ones(16, 64, device=device)
-    _, sums = gelu_mlp_down(dy, w_proj, torch.ones(33, 64, device=device))
-    assert torch.equal(sums, torch.full_like(sums, float("inf")))
+    w_proj = torch.ones(64, 256, device=device)
+    dh, sums = gelu_mlp_down(dy, w_proj, torch.ones(33, 256, device=device))
+    assert torch.equal(dh, dy[:, :1].expand_as(dh))
+    assert not sums.isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
 def test_reruns_are_bitwise_equal(dtype, device):
-    checks.assert_bitwise_rerun(ours, inputs((67, 48), device, dtype))
+    checks.assert_bitwise_rerun(ours, inputs((67, 64), device, dtype))
 
 
 def test_zero_stride_gradient_is_not_misread(device):
-    checks.assert_zero_stride_grads(ours, inputs((17, 48), device))
+    checks.assert_zero_stride_grads(ours, inputs((17, 64), device))
 
 
 @pytest.mark.parametrize("save_d", [True, False])
 def test_registration_up(save_d, device):
-    args = inputs((17, 16), device)
+    args = inputs((17, 64), device)
     torch.library.opcheck(
         torch.ops.fgpt.gelu_mlp_up.default, (args["x"], args["w_fc"], args["b_fc"], save_d)
     )
@@ -122,23 +124,23 @@ def test_registration_up(save_d, device):
 def test_registration_down(device):
     # bf16: in fp32 the dtype of the column sums could not be wrong
     dy, w_proj, d = (
-        torch.randn(s, device=device).bfloat16() for s in ((17, 16), (16, 64), (17, 64))
+        torch.randn(s, device=device).bfloat16() for s in ((17, 64), (64, 256), (17, 256))
     )
     torch.library.opcheck(torch.ops.fgpt.gelu_mlp_down.default, (dy, w_proj, d))
 
 
 def test_compiled_equals_eager(device):
-    checks.assert_compiled_equals_eager(ours, inputs((3, 5, 16), device))
+    checks.assert_compiled_equals_eager(ours, inputs((3, 5, 64), device))
 
 
 def test_one_graph_for_any_number_of_rows(device):
-    args = inputs((5, 16), device)
-    also = [{**args, "x": torch.randn(M, 16, device=device)} for M in (2, 33)]
+    args = inputs((5, 64), device)
+    also = [{**args, "x": torch.randn(M, 64, device=device)} for M in (2, 33)]
     checks.assert_compiled_equals_eager(ours, args, dynamic=True, also=also)
 
 
 def test_backward_is_one_launch_and_three_gemms(device):
-    ops = Counter(checks.dispatched_ops(ours, inputs((17, 16), device)))
+    ops = Counter(checks.dispatched_ops(ours, inputs((17, 64), device)))
     assert ops["fgpt::gelu_mlp_up"] == ops["fgpt::gelu_mlp_down"] == 1
     assert ops["aten::addmm"] == 1
     assert ops["aten::mm"] == 3
@@ -146,7 +148,7 @@ def test_backward_is_one_launch_and_three_gemms(device):
 
 
 def test_no_grad_keeps_nothing(device, monkeypatch):
-    args = {n: t.requires_grad_() for n, t in inputs((17, 16), device).items()}
+    args = {n: t.requires_grad_() for n, t in inputs((17, 64), device).items()}
     kept = []
     monkeypatch.setattr(module, "gelu_mlp_up", lambda *a: kept.append(a[3]) or gelu_mlp_up(*a))
     y = ours(**args)
@@ -159,12 +161,12 @@ def test_no_grad_keeps_nothing(device, monkeypatch):
 
 @pytest.mark.parametrize("frozen", [("x", "w_fc", "b_fc"), ("w_proj", "b_proj"), ("w_fc",)])
 def test_gradients_with_frozen_inputs(frozen, device):
-    args = inputs((17, 16), device)
+    args = inputs((17, 64), device)
     checks.assert_twice_eager(ours, eager, plain, args, reduced=REDUCED, rows=17, frozen=frozen)
 
 
 def test_autocast_casts_like_eager_and_returns_fp32_gradients(device):
-    args = inputs((17, 16), device)
+    args = inputs((17, 64), device)
 
     def cast(fn):
         def run(**tensors):
@@ -182,7 +184,7 @@ def test_autocast_casts_like_eager_and_returns_fp32_gradients(device):
 
 
 def test_low_precision_input_with_fp32_biases(device):
-    args = inputs((17, 16), device, torch.bfloat16)
+    args = inputs((17, 64), device, torch.bfloat16)
     args |= {"b_fc": args["b_fc"].float(), "b_proj": args["b_proj"].float()}
     got = checks.values_and_grads(ours, args)
     want = checks.values_and_grads(plain, {n: t.double() for n, t in args.items()})
@@ -194,25 +196,34 @@ def test_low_precision_input_with_fp32_biases(device):
 
 
 def test_double_backward_is_refused(device):
-    checks.assert_no_double_backward(ours, inputs((5, 16), device))
+    checks.assert_no_double_backward(ours, inputs((5, 64), device))
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("w_fc", lambda t: t[:-1], r"w_fc must be \(64, 16\) to match x \(5, 16\), got \(63, 16\)"),
-        ("w_proj", lambda t: t.mT.contiguous(), r"w_proj must be \(16, 64\).*got \(64, 16\)"),
-        ("b_fc", lambda t: t[:8], r"b_fc must be \(64,\).*got \(8,\)"),
-        ("b_proj", lambda t: t[:8], r"b_proj must be \(16,\).*got \(8,\)"),
+        (
+            "w_fc",
+            lambda t: t[:-1],
+            r"w_fc must be \(256, 64\) to match x \(5, 64\), got \(255, 64\)",
+        ),
+        ("w_proj", lambda t: t.mT.contiguous(), r"w_proj must be \(64, 256\).*got \(256, 64\)"),
+        ("b_fc", lambda t: t[:8], r"b_fc must be \(256,\).*got \(8,\)"),
+        ("b_proj", lambda t: t[:8], r"b_proj must be \(64,\).*got \(8,\)"),
         ("w_fc", lambda t: t.bfloat16(), "w_fc must be torch.float32 like x, got torch.bfloat16"),
         ("w_proj", lambda t: t.half(), "w_proj must be torch.float32 like x, got torch.float16"),
         ("b_fc", lambda t: t.half(), "b_fc must be torch.float32 or torch.float32, got torch.fl"),
         ("x", lambda t: t.double(), "x must be float32, bfloat16 or float16, got torch.float64"),
-        ("x", lambda t: t.repeat(1, 2)[:, ::2], r"x must be contiguous, got strides \(32, 2\)"),
-        ("w_fc", lambda t: t.mT.contiguous().mT, r"w_fc must be contiguous, got strides \(1, 64\)"),
+        ("x", lambda t: t.repeat(1, 2)[:, ::2], r"x must be contiguous, got strides \(128, 2\)"),
+        (
+            "w_fc",
+            lambda t: t.mT.contiguous().mT,
+            r"w_fc must be contiguous, got strides \(1, 256\)",
+        ),
+        ("x", lambda t: t[:, :48], r"C must be a multiple of 64, got x \(5, 48\); use --ops tri"),
     ],
 )
 def test_bad_input_is_named(name, change, message, device):
-    args = inputs((5, 16), device)
+    args = inputs((5, 64), device)
     with pytest.raises(ValueError, match=f"gelu_mlp: {message}"):
         ours(**{**args, name: change(args[name])})

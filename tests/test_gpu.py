@@ -194,9 +194,9 @@ def test_what_the_sanitizer_runs(op: str, monkeypatch: pytest.MonkeyPatch) -> No
     from kernels import linear_cross_entropy
 
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", linear_cross_entropy.CHUNK_BYTES)
-    tiny = GPTConfig(block_size=8, vocab_size=250, n_layer=1, n_head=1, n_embd=16)
+    tiny = GPTConfig(block_size=8, vocab_size=250, n_layer=1, n_head=1, n_embd=64)
     monkeypatch.setitem(MODELS, "smoke", tiny)
-    monkeypatch.setattr(sanitize, "SHAPES", (sanitize.Shape(1, 3, C=16, H=1, V=100),))
+    monkeypatch.setattr(sanitize, "SHAPES", (sanitize.Shape(1, 3, C=64, H=1, V=100),))
     launched: list[str] = []
     with pretend_cuda():
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: launched.append(op))

@@ -19,8 +19,7 @@ def keys(arch: int) -> list[Key]:
     found = []
     for math in MATHS:
         for M in (1, 1024, 65536):
-            for C in (50, 768):
-                found += [gelu_mlp.launch_key(k, M, C, math, arch) for k in ("up", "down")]
+            found += [gelu_mlp.launch_key(k, M, math, arch) for k in ("up", "down")]
         for D in causal_attention.HEAD_DIMS:
             for T in (1, 32, 64, 65, 128, 1024, 4096):
                 for kernel in ("fwd", "dq", "dkdv", "short"):

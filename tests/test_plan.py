@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from training import machines, plan
 from training.plan import Choices, Machine, Plan, detect, make_plan
-from training.recipes import PRESETS
+from training.recipes import PRESETS, Recipe
 
 GIB = 2**30
 real_detect = inspect.unwrap(detect)  # where `--machine` replaces it
@@ -130,6 +131,40 @@ def test_a_bf16_residual_is_reported_as_changed_numerics() -> None:
 def test_what_a_machine_cannot_do_is_refused(machine: str, asked: Choices, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_plan(SEED, MACHINES[machine], asked)
+
+
+def shaped(model: str) -> Recipe:
+    return replace(SEED, model=f"124m,{model}")
+
+
+@pytest.mark.parametrize(
+    ("model", "ops", "want"),
+    [
+        ("n_embd=800,n_head=100", "triton,gelu_mlp=eager,causal_attention=eager", "8"),
+        (
+            "n_embd=80,n_head=5",
+            "triton,gelu_mlp=eager",
+            "gelu_mlp.* n_embd a multiple of 64, got 80",
+        ),
+        ("n_embd=192,n_head=2", "triton,causal_attention=eager", r"a head dim of \(16.*, got 96"),
+        ("dropout=0.1", "triton,causal_attention=eager", "causal_attention .* dropout 0, got 0.1"),
+        ("n_embd=1600,n_head=25", "triton", ""),
+    ],
+)
+def test_a_shape_that_kernels_do_not_take(model: str, ops: str, want: str) -> None:
+    """auto leaves those ops to eager and says so; who insists is refused, with the way out."""
+    made = make_plan(shaped(model), MACHINES["H200"])
+    assert sorted(made.ops.split(",")) == sorted(ops.split(","))
+    if want:
+        assert re.search(want, " ".join(made.notes))
+        with pytest.raises(
+            ValueError, match=f"ops: .*{want}.*; use --ops triton,.*=eager"
+        ) as caught:
+            make_plan(shaped(model), MACHINES["H200"], Choices(ops="triton"))
+        out = str(caught.value).rpartition(" ")[2]
+        if model != "n_embd=800,n_head=100":  # there the first of two is named
+            assert make_plan(shaped(model), MACHINES["H200"], Choices(ops=out)).ops == out
+    assert make_plan(shaped(model), MACHINES["H200"], Choices(ops="eager")).ops == "eager"
 
 
 def test_without_the_triton_package() -> None:

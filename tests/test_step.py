@@ -27,7 +27,7 @@ from training.resume import restore
 from training.step import NUM_WARMUP, TrainStep
 
 RECIPE = Recipe(
-    model="smoke,n_embd=32,n_layer=2,n_head=2,block_size=16", max_lr=1e-3, min_lr=1e-4,
+    model="smoke,n_embd=64,n_layer=2,n_head=2,block_size=16", max_lr=1e-3, min_lr=1e-4,
     warmup_steps=5, max_steps=200, batch_size=2, grad_accum_steps=4, block_size=16,
 )  # fmt: skip
 CPU = Machine("cpu", "a CPU", num_threads=2, interpreted=True)

@@ -150,8 +150,8 @@ def test_a_wheel_holds_the_kernels_and_nothing_by_a_common_name(tmp_path):
     code = (
         "import torch\n"
         "from fused_gpt.kernels import EAGER, TRITON\n"
-        "x, w, b = torch.randn(4, 32), torch.randn(128, 32), torch.randn(128)\n"
-        "args = x, w, b, w.T.contiguous(), b[:32]\n"
+        "x, w, b = torch.randn(4, 64), torch.randn(256, 64), torch.randn(256)\n"
+        "args = x, w, b, w.T.contiguous(), b[:64]\n"
         "torch.testing.assert_close(TRITON.gelu_mlp(*args), EAGER.gelu_mlp(*args))\n"
         "import kernels\n"
     )
@@ -248,7 +248,7 @@ def test_schemas_declare_no_mutation_and_no_alias():
 
 
 L = 2
-CONFIG = GPTConfig(block_size=32, vocab_size=211, n_layer=L, n_head=2, n_embd=32)
+CONFIG = GPTConfig(block_size=32, vocab_size=211, n_layer=L, n_head=2, n_embd=64)
 FORWARD = {
     "layer_norm_fwd": 1, "add_layer_norm_fwd": 2 * L, "gelu_mlp_up": L, "causal_attention_fwd": L,
     "linear_cross_entropy_fwd": 1,

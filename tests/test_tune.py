@@ -103,12 +103,15 @@ def test_the_search_has_what_is_likely():
     for kernel in ("up", "down"):
         found = candidates(f"gelu_mlp.{kernel}", present(f"gelu_mlp.{kernel}"), 90)
         tile = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
-        assert has(found[:40], **tile)
-        assert has(found, **tile, num_stages=4)
+        for stages in (3, 4):
+            assert has(found[:2], **tile, num_stages=stages)  # of [candidates]
         assert {(128, 2), (None, 1), (168, 3)} <= {(c.maxnreg, c.programs_per_sm) for c in found}
     for kernel in ("fwd", "dq", "dkdv"):
         name = f"causal_attention.{kernel}"
-        assert {c.num_stages for c in candidates(name, present(name), 90)} >= {2, 3, 4}
+        found = candidates(name, present(name), 90)
+        assert {c.num_stages for c in found} >= {2, 3, 4}
+        if kernel == "dkdv":
+            assert has(found[:2], BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
     for mode in ("fwd", "bwd"):
         found = candidates(f"layer_norm.{mode}", present(f"layer_norm.{mode}"), 90)
         assert {dict(c.blocks)["BLOCK_C"] for c in found} >= {128, 256, 512, 1024}
@@ -119,9 +122,9 @@ def test_the_printed_text_is_a_row_that_gives_the_launch():
     best = Launch((("BLOCK_M", 64), ("BLOCK_N", 32)), 4, 3, maxnreg=168, programs_per_sm=3)
     for launch in (best, replace(best, maxnreg=None), Launch((), 8)):
         assert launch_of(json.loads(json.dumps(describe(launch)))) == launch
-        key = gelu_mlp.launch_key("up", 65536, 768, "16-bit", 103)
+        key = gelu_mlp.launch_key("up", 65536, "16-bit", 103)
         pasted = row_text(asdict(key), launch, 'h100.json 2026-01-02: 1.5 -> 1.25 ms, B=1 "')
-        measured, _ = _launch.read_rows(f"[measured]\ngelu_mlp = [\n{pasted}\n]")
+        measured, *_ = _launch.read_rows(f"[measured]\ngelu_mlp = [\n{pasted}\n]")
         [(found, read)] = measured.items()
         assert found.serves(key)
         assert read == launch

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kernels import Ops, parse_ops
+from kernels import EAGER, Ops, parse_ops, unfit
 from model.flops import flops_per_token
 from training import memory
 from training.choices import Choices
@@ -99,7 +99,7 @@ def make_plan(recipe: Recipe, machine: Machine, choices: Choices | None = None) 
     notes: list[str] = []
     on_cuda = machine.device == "cuda"
     dtype = _choose_dtype(asked.dtype, machine, notes)
-    ops = _choose_ops(asked.ops, machine, notes)
+    ops = _choose_ops(asked.ops, recipe, machine, notes)
     compile = _choose_compile(asked.compile, recipe, machine, notes)
     scope: str = asked.compile_scope
     if scope == "auto":
@@ -208,7 +208,9 @@ def _choose_optimizer(wanted: str, machine: Machine, notes: list[str]) -> str:
     return "triton" if runs_triton and machine.device == "cuda" else "torch"
 
 
-def _choose_ops(ops: str, machine: Machine, notes: list[str]) -> str:
+def _choose_ops(ops: str, recipe: Recipe, machine: Machine, notes: list[str]) -> str:
+    config = recipe.model_config
+    wanted = unfit(config.n_embd, config.n_head, config.dropout)
     if ops == "auto":
         why = None
         if machine.device == "cpu":
@@ -221,7 +223,8 @@ def _choose_ops(ops: str, machine: Machine, notes: list[str]) -> str:
             notes.append(f"ops eager: {why}")
             return "eager"
         notes.append(f"ops triton: sm_{machine.arch}")
-        return "triton"
+        notes += [f"{op} eager: triton's needs {what}" for op, what in wanted.items()]
+        return ",".join(["triton", *(f"{op}=eager" for op in wanted)])
     # Parsed without building the set: triton may not be importable here.
     base, *exceptions = (part.strip() for part in ops.split(","))
     wants_triton = base == "triton" or any(e.endswith("=triton") for e in exceptions)
@@ -234,7 +237,10 @@ def _choose_ops(ops: str, machine: Machine, notes: list[str]) -> str:
         raise ValueError(f"ops: {ops!r} needs sm_{MIN_TRITON_ARCH} or newer, got sm_{machine.arch}")
     if wants_triton and not machine.has_triton:
         raise ValueError(f"ops: {ops!r} needs the triton package; pip install triton")
-    parse_ops(ops)
+    chosen = parse_ops(ops)
+    for op, what in wanted.items():
+        if getattr(chosen, op) is not getattr(EAGER, op):
+            raise ValueError(f"ops: {op} of triton needs {what}; use --ops {ops},{op}=eager")
     return ops
 
 
