@@ -39,7 +39,16 @@ from torch import Tensor
 
 from ._aot import AotCase, aot_case
 from ._jit import jit
-from ._launch import Key, Launch, arch, cdiv, launch_for, math_of, next_pow2, precision_of
+from ._launch import (
+    Key,
+    arch,
+    candidates_for,
+    cdiv,
+    launch_for,
+    math_of,
+    next_pow2,
+    precision_of,
+)
 from ._op import (
     HEAD_DIMS,
     autocast_dtype,
@@ -494,20 +503,18 @@ def _own_block(kernel: str) -> str:
     return {"short": "BLOCK_T", "dkdv": "BLOCK_N"}.get(kernel, "BLOCK_M")
 
 
-def _launch(kernel: str, math: str, D: int, T: int, arch: int) -> tuple[Launch, dict[str, Any]]:
-    """The launch, and the constexprs it leaves open."""
-    fixed: dict[str, Any] = {"D": D, "INPUT_PRECISION": precision_of(math)}
-    if kernel == "short":
-        fixed["BLOCK_T"] = _block_t(T)
-    return launch_for(launch_key(kernel, math, D, T, arch)), fixed
+def _fixed(kernel: str, math: str, D: int, T: int) -> dict[str, Any]:
+    """The constexprs that a launch leaves open."""
+    tile = {"BLOCK_T": _block_t(T)} if kernel == "short" else {}
+    return {"D": D, "INPUT_PRECISION": precision_of(math), **tile}
 
 
 def _plan(kernel: str, qkv: Tensor, n_head: int) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and keyword arguments of one launch."""
     B, T, C3 = qkv.shape
     D, math = C3 // (3 * n_head), math_of(qkv.dtype)
-    launch, fixed = _launch(kernel, math, D, T, arch(qkv.device))
-    kwargs = {**fixed, **launch.kwargs()}
+    launch = launch_for(launch_key(kernel, math, D, T, arch(qkv.device)))
+    kwargs = {**_fixed(kernel, math, D, T), **launch.kwargs()}
     return (cdiv(T, kwargs[_own_block(kernel)]) * B * n_head,), kwargs
 
 
@@ -618,7 +625,7 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Builds the launches above choose on `arch`: not all, as each takes a second or more."""
+    """Builds the launches above choose on `arch`, and candidates: not all, as each takes long."""
     kernels = {
         "fwd": _attention_fwd_kernel, "dq": _attention_dq_kernel, "dkdv": _attention_dkdv_kernel,
         "short fwd": _attention_short_fwd_kernel, "short bwd": _attention_short_bwd_kernel,
@@ -631,12 +638,14 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         which, _, direction = name.partition(" ")
         longest = short_t(direction, itemsize, D, arch) if direction else 1024
         for T in sorted({min(64, longest), longest}) if direction else (longest,):
-            launch, fixed = _launch(which, math, D, T, arch)
-            sizes = {k: v for k, v in (fixed | dict(launch.blocks)).items() if k[:6] == "BLOCK_"}
-            blocks = " ".join(f"{key[6:]}{size}" for key, size in sizes.items())
-            yield aot_case(
-                "causal_attention", kernels[name],
-                f"{name} D={D} {'tf32' if math == 'tf32' else dtype} {blocks}", launch, dtype,
-                {**fixed, "STORE_LSE": True}, mma="" if math == "ieee" else _own_block(which),
-                unaligned=("T", "H"),
-            )  # fmt: skip
+            key = launch_key(which, math, D, T, arch)
+            for launch in (launch_for(key), *candidates_for(key)):
+                fixed = _fixed(which, math, D, T)
+                sizes = (fixed | dict(launch.blocks)).items()
+                blocks = " ".join(f"{k[6:]}{size}" for k, size in sizes if k[:6] == "BLOCK_")
+                yield aot_case(
+                    "causal_attention", kernels[name],
+                    f"{name} D={D} {'tf32' if math == 'tf32' else dtype} {blocks}", launch, dtype,
+                    {**fixed, "STORE_LSE": True}, mma="" if math == "ieee" else _own_block(which),
+                    unaligned=("T", "H"),
+                )  # fmt: skip

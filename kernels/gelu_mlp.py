@@ -180,8 +180,8 @@ def _gelu_mlp_up_kernel(
     PRECISION: tl.constexpr,
     SAVE_D: tl.constexpr,
 ):
-    # K is a multiple of WIDTH and N of four times that: no tile ends past them.
-    tl.static_assert(64 % BLOCK_K == 0 and 256 % BLOCK_N == 0)
+    # K is a multiple of 64 and N of 256: no tile of such powers of two ends past them.
+    tl.static_assert(BLOCK_K <= 64 and BLOCK_N <= 256)
     tiles_m, tiles_n, programs = tl.cdiv(M, BLOCK_M), N // BLOCK_N, tl.num_programs(0)
     # disable_licm: offsets of the stores, kept through the loop over K, would be spilled.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, disable_licm=True):
@@ -241,8 +241,8 @@ def _gelu_mlp_down_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # K is a multiple of WIDTH and N of four times that: no tile ends past them.
-    tl.static_assert(64 % BLOCK_K == 0 and 256 % BLOCK_N == 0)
+    # K is a multiple of 64 and N of 256: no tile of such powers of two ends past them.
+    tl.static_assert(BLOCK_K <= 64 and BLOCK_N <= 256)
     tiles_m, tiles_n, programs = tl.cdiv(M, BLOCK_M), N // BLOCK_N, tl.num_programs(0)
     # disable_licm: offsets of the stores, kept through the loop over K, would be spilled.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, disable_licm=True):

@@ -27,8 +27,8 @@ from tests.pretend_cuda import Pretended, pretend_cuda
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU; needs the interpreter")
 
 CUDA = torch.device("cuda")  # made here: inside pretend_cuda() it would be the CPU
-TINY = Shape(2, 4, C=16, H=1, V=128)
-TINY_CONFIG = GPTConfig(block_size=8, vocab_size=128, n_layer=1, n_head=1, n_embd=16)
+TINY = Shape(2, 4, C=64, H=1, V=128)
+TINY_CONFIG = GPTConfig(block_size=8, vocab_size=128, n_layer=1, n_head=1, n_embd=64)
 SETUP = Setup("test", Shape(1, 8))
 FATAL = "CUDA error: an illegal memory access was encountered"
 
@@ -304,7 +304,7 @@ def test_numerics_of_a_gpu(
     assert numerics.main(argv) == 0
     rows = record.load(tmp_path / "x.json").rows("checks")
     assert {row.check for row in rows} == {"numerics bf16", "same bits bf16"}
-    assert "layer_norm B=2 T=4 C=16 H=1 dweight" in {row.what for row in rows}
+    assert "layer_norm B=2 T=4 C=64 H=1 dweight" in {row.what for row in rows}
     assert not any(row.doubt for row in rows)
     # A bit that moves, and an error, are in doubt and make it fail.
     moves = iter([1.0] * 3 + [1.0, 1.0, 1.0 + 2**-7])
