@@ -261,7 +261,7 @@ def test_a_verdict_is_kept_for_its_key(asked: list[Any]) -> None:
     path = verify.cache_path(verify.key_of(RECIPE, plan, H100))
     for _ in range(2):
         found = verify.find_wrong(RECIPE, plan, H100, said.append)
-        more = f"`make numerics OP=gelu_mlp` shows more, without {path} it is checked again"
+        more = f"`make test OP=gelu_mlp` shows more, without {path} it is checked again"
         assert found == {"gelu_mlp": f"y: error 1; {more}"}
     assert asked == [(*verify.OPS, "adamw")]
     assert said[1].endswith(f" s, 1 wrong; kept in {path}")

@@ -113,10 +113,9 @@ def find_wrong(
         known |= found
     else:
         say(f"kernels: {what} were checked on {machine.name} before; see {path}")
-    more = "`make numerics OP={}` shows more" + (
-        f", without {path} it is checked again" * path.exists()
-    )
-    return {name: f"{known[name]}; {more.format(name)}" for name in names if known[name]}
+    again = f", without {path} it is checked again" if path.exists() else ""
+    more = {name: f"`make test OP={name}` shows more{again}" for name in names}
+    return {name: f"{known[name]}; {more[name]}" for name in names if known[name]}
 
 
 def key_of(recipe: Recipe, plan: Plan, machine: Machine) -> dict[str, Any]:
