@@ -34,7 +34,7 @@ from training.step import NUM_WARMUP
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU; needs the interpreter")
 
 # Narrow, and of few words: the interpreter takes a minute for 50,257.
-CONFIG = GPTConfig(block_size=16, vocab_size=250, n_layer=1, n_head=1, n_embd=16)
+CONFIG = GPTConfig(block_size=16, vocab_size=250, n_layer=1, n_head=1, n_embd=64)
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 90, has_bf16=True, memory_bytes=80 << 30)
 CPU = Machine("cpu", "a CPU", num_threads=2, interpreted=True, memory_bytes=8 << 30)
 RECIPE = Recipe(model="smoke", max_lr=1e-3, min_lr=1e-4, warmup_steps=2, max_steps=3, batch_size=3,
@@ -94,7 +94,7 @@ FAULTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "right forward, wrong gradient": (Scaled.apply, "dqkv: error"),
     "wrong at the run's shape alone": (lambda y: y * (1.01 if y.shape[:2] == (3, 16) else 1), "y:"),
     "memory that nobody wrote to": (lambda y: y + 0 * torch.empty_like(y), "y: error nan"),
-    "another dtype": (lambda y: y.double(), "y: there is none that is (3, 16, 16), torch.float32"),
+    "another dtype": (lambda y: y.double(), "y: there is none that is (3, 16, 64), torch.float32"),
     "other bits now and then": (once_different, "y: other bits when it is run again"),
 }  # fmt: skip
 
@@ -124,7 +124,7 @@ def test_eager_ops_pass_and_a_hundredth_is_noticed_in_each(
 ) -> None:
     monkeypatch.setattr(verify_child, "EXACT_BYTES", 1)  # row by row
     monkeypatch.setitem(verify_child.NUM_RERUNS, "cpu", 1)
-    recipe = replace(RECIPE, model="smoke,n_embd=32")
+    recipe = RECIPE
     plan = make_plan(recipe, CPU, Choices(dtype=dtype, ops="eager"))  # pyright: ignore
     both: dict[str, Callable[[Any], Any]] = {"add_layer_norm": lambda pair: (
         (1.01 * pair[0], pair[1]), (Scaled.apply(pair[0]), pair[1])
@@ -362,16 +362,18 @@ def test_two_processes_at_once_keep_one_whole_file(asked: list[Any]) -> None:
 # ---- what a plan makes of it
 
 
-def settled(wrong: dict[str, str], monkeypatch: pytest.MonkeyPatch, **asked: str) -> Plan:
+def settled(
+    wrong: dict[str, str], monkeypatch: pytest.MonkeyPatch, recipe: Recipe = RECIPE, **asked: str
+) -> Plan:
     choices = Choices(compile=False, **asked)  # pyright: ignore
     rounds: list[Plan] = []
 
-    def find(recipe: Recipe, plan: Plan, machine: Machine, say: Any) -> dict[str, str]:
+    def find(_: Recipe, plan: Plan, machine: Machine, say: Any) -> dict[str, str]:
         rounds.append(plan)
         return {name: why for name, why in wrong.items() if name in verify.checked_names(plan)}
 
     monkeypatch.setattr(verify, "find_wrong", find)
-    plan = verify.settle(lambda c: make_plan(RECIPE, H100, c), choices, RECIPE, H100, ALONE)
+    plan = verify.settle(lambda c: make_plan(recipe, H100, c), choices, recipe, H100, ALONE)
     assert len(rounds) <= 2
     return plan
 
@@ -385,6 +387,11 @@ def test_auto_goes_on_without_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     assert plan.notes[-1] == line
     plan = settled({"adamw": "norm: error 1"}, monkeypatch)
     assert (plan.ops, plan.optimizer) == ("triton", "torch")
+    # What the plan itself leaves to eager code stays there, and its reason stays said.
+    wide = replace(RECIPE, model="smoke,dropout=0.1")
+    plan = settled({"gelu_mlp": "y: error 1"}, monkeypatch, wide)
+    assert plan.ops == "triton,gelu_mlp=eager,causal_attention=eager"
+    assert any(note.startswith("causal_attention eager: ") for note in plan.notes)
     plan = settled(dict.fromkeys((*verify.OPS, "adamw"), "it ended"), monkeypatch)
     assert (plan.ops, plan.optimizer) == ("eager", "torch")
     assert sum("fails its check" in note for note in plan.notes) == 6

@@ -65,22 +65,23 @@ def settle(
     Raises:
         RunFailed: one of them was asked for by name.
     """
-    choices, notes, rows = asked, {}, 0
+    choices, notes, rows, earlier = asked, {}, 0, ()
     # Again only where the rows changed with the ops: else all has been checked.
-    while checked_names(plan := make(choices)) and plan.micro_batch_size != rows:
-        rows = plan.micro_batch_size
+    while (names := checked_names(plan := make(choices))) and plan.micro_batch_size != rows:
+        rows, earlier = plan.micro_batch_size, earlier or plan.notes
         check = partial(find_wrong, recipe, plan, machine, world.say)
         for name, why in world.first(f"kernels at {rows} rows", check).items():
             flag = "optimizer" if name == ADAMW else "ops"
             notes[name] = f"{flag}: not our {name}, which fails its check on {machine.name}: {why}"
             if getattr(asked, flag) != "auto":
                 raise RunFailed(f"{notes[name]}; go on with --{flag} auto")
-        if out := [name for name in OPS if name in notes]:
+        if notes.keys() - {ADAMW}:
+            out = [name for name in OPS if name in notes or name not in names]
             spec = ",".join(["triton", *(f"{name}=eager" for name in out)])
             choices = replace(choices, ops="eager" if len(out) == len(OPS) else spec)
         if ADAMW in notes:
             choices = replace(choices, optimizer="torch")
-    return replace(plan, notes=(*plan.notes, *notes.values()))
+    return replace(plan, notes=tuple(dict.fromkeys([*earlier, *plan.notes, *notes.values()])))
 
 
 def find_wrong(
