@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.numerics import compare, default_douts, values_and_grads
+from training.numerics import (
+    compare,
+    default_douts,
+    precision,
+    tf32_products,
+    values_and_grads,
+)
 
 __all__ = [
     "DTYPES",
@@ -22,6 +28,7 @@ __all__ = [
     "assert_no_double_backward",
     "assert_only_launches",
     "assert_twice_eager",
+    "assert_within_tf32",
     "assert_zero_stride_grads",
     "dispatched_ops",
     "dtypes",
@@ -55,6 +62,7 @@ def assert_twice_eager(
     reduced: Sequence[str] = ("dweight", "dbias"),
     rows: int = 1,
     terms: int = 1,
+    products: int = 0,
     atol: float | Mapping[str, float] | None = None,
     frozen: Sequence[str] = (),
     dout: Tensor | tuple[Tensor, ...] | None = None,
@@ -64,7 +72,7 @@ def assert_twice_eager(
     Args:
         ours, eager: the op under test and plain PyTorch, on `args` as given.
         exact: the formula itself, on `args` in float64; not code under test.
-        reduced, rows, terms, atol: see `training.numerics.compare`.
+        reduced, rows, terms, products, atol: see `training.numerics.compare`.
         frozen: names that do not require a gradient.
         dout: gradient of each output; seeded noise by default.
     """
@@ -84,9 +92,22 @@ def assert_twice_eager(
         assert value.dtype == low[name].dtype, name
         assert value.shape == low[name].shape == want[name].shape, name
         assert want[name].dtype == torch.float64, f"{name}: the oracle left float64"
-    comparisons = compare(got, low, want, reduced=tuple(reduced), rows=rows, terms=terms, atol=atol)
+    comparisons = compare(
+        got, low, want, reduced=tuple(reduced), rows=rows, terms=terms, products=products, atol=atol
+    )
     missed = [str(c) for c in comparisons if not c.holds]
     assert not missed, "\n".join(missed)
+
+
+def assert_within_tf32(op: str, device: str, check: Callable[[int], None]) -> None:
+    """`check(products)` holds where fp32 operands lose 13 bits; with no allowance it would not."""
+    from tests.interpreter import tf32_products as truncating
+
+    with truncating() if device == "cpu" else precision("tf32"):
+        check(tf32_products(op))
+        if device == "cpu":  # where eager is exact; on a GPU its own error may cover ours
+            with pytest.raises(AssertionError, match="over budget"):
+                check(0)
 
 
 def _assert_equal(got: Mapping[str, Tensor], want: Mapping[str, Tensor], what: str) -> None:

@@ -15,6 +15,7 @@ garbage    A masked-off lane of a load without `other=` is undefined on a GPU an
 Atomics are bounds-checked only.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,8 @@ import triton.language as tl
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter as triton_interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from training.numerics import precision
 
 _Builder = triton_interpreter.InterpreterBuilder
 _Handle = triton_interpreter.TensorHandle
@@ -58,6 +61,27 @@ def _widened(handle: Any) -> Any:
     return _Handle(bf16_to_fp32(handle.data), tl.float32) if _is_bf16(handle) else handle
 
 
+def fp32_to_tf32(values: Any) -> Any:
+    """As tensor cores read fp32 where it was not rounded before: without the last 13 bits."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)
+    return bits.view(np.float32)
+
+
+_truncates = False  # the interpreter's products are exact, whatever precision is asked for
+
+
+@contextlib.contextmanager
+def tf32_products() -> Iterator[None]:
+    """Inside, fp32 products that may be TF32 are what a GPU makes of them."""
+    global _truncates
+    _truncates = True
+    try:
+        with precision("tf32"):
+            yield
+    finally:
+        _truncates = False
+
+
 def _install_bf16() -> None:
     stock = {
         name: getattr(_Builder, name)
@@ -90,6 +114,8 @@ def _install_bf16() -> None:
         return _Handle(fp32_to_bf16(_value(x) * _value(y) + _value(z)), tl.bfloat16)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        if _truncates and precision[0] == triton_interpreter._ir.INPUT_PRECISION.TF32:
+            a, b = (_Handle(fp32_to_tf32(x.data), x.dtype) for x in (a, b))
         return stock["create_dot"](self, _widened(a), _widened(b), d, *precision)
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:

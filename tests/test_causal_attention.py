@@ -39,7 +39,7 @@ def ours(n_head: int):
     return lambda qkv: TRITON.causal_attention(qkv, n_head)
 
 
-def assert_right(qkv: Tensor, n_head: int) -> None:
+def assert_right(qkv: Tensor, n_head: int, products: int = 0) -> None:
     # Of one token dq and dk are 0, eager to the bit; ours are what rounding leaves of dP - delta,
     # a sum of D products, times k or q.
     alone = qkv.shape[1] == 1
@@ -49,6 +49,7 @@ def assert_right(qkv: Tensor, n_head: int) -> None:
         lambda qkv: EAGER.causal_attention(qkv, n_head),
         lambda qkv: plain(qkv, n_head),
         {"qkv": qkv},
+        products=products,
         atol=torch.finfo(qkv.dtype).eps * scale if alone else None,
     )
 
@@ -70,6 +71,14 @@ def test_matches_reference(shape, dtype, device):
 def test_long_sequences(T, dtype, device):
     """Many blocks in each loop, the last one cut."""
     assert_right(packed(1, T, 1, 32, dtype, device), 1)
+
+
+@pytest.mark.parametrize("T", [1, 64, 300])
+def test_tf32_loses_what_its_operands_do(T, device):
+    qkv = packed(1, T, 2, 64, device=device)
+    checks.assert_within_tf32(
+        "causal_attention", device, lambda products: assert_right(qkv, 2, products)
+    )
 
 
 @checks.sweep(

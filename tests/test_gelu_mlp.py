@@ -47,10 +47,12 @@ def inputs(shape, device, dtype=torch.float32):
     }
 
 
-def check(args):
+def check(args, products=0):
     rows = max(args["x"].shape[:-1].numel(), 1)
     terms = args["w_proj"].shape[1]
-    checks.assert_twice_eager(ours, eager, plain, args, reduced=REDUCED, rows=rows, terms=terms)
+    checks.assert_twice_eager(
+        ours, eager, plain, args, reduced=REDUCED, rows=rows, terms=terms, products=products
+    )
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
@@ -62,6 +64,12 @@ def test_no_worse_than_twice_eager(shape, dtype, device):
 @checks.sweep(M=checks.sizes(0, 70, 1, 32, 33), widths=checks.sizes(1, 2), dtype=checks.dtypes())
 def test_any_shape(device, M, widths, dtype):
     check(inputs((M, 64 * widths), device, dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 192), (129, 192)])
+def test_tf32_loses_what_its_operands_do(shape, device):
+    args = inputs(shape, device)
+    checks.assert_within_tf32("gelu_mlp", device, lambda products: check(args, products))
 
 
 def test_gelu_and_its_derivative_to_fp32_accuracy(device):

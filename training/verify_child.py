@@ -30,6 +30,7 @@ from training.numerics import (
     compare_spread,
     default_douts,
     precision,
+    tf32_products,
     values_and_grads,
 )  # fmt: skip
 from training.optim import configure_adamw
@@ -58,6 +59,9 @@ def check(name: str, recipe: Recipe, plan: Plan) -> str:
     terms = {"gelu_mlp": 4 * config.n_embd, "causal_attention": recipe.block_size,
              "linear_cross_entropy": config.vocab_size, "adamw": 1}  # fmt: skip
     how = {"reduced": (*REDUCED, "norm"), "rows": rows, "terms": terms.get(name, config.n_embd)}
+    if _in_tf32(plan):
+        with precision("tf32"):
+            how["products"] = tf32_products(name)
     exact = exact_by()
     both = *compare(ours, eager, exact, **how), *compare_spread(ours, eager, exact, **how)
     if missed := [str(found) for found in both if not found.holds]:
@@ -69,6 +73,10 @@ def check(name: str, recipe: Recipe, plan: Plan) -> str:
         if changed := [key for key in first if not torch.equal(first[key], again[key])]:
             return f"{changed[0]}: other bits when it is run again"
     return ""
+
+
+def _in_tf32(plan: Plan) -> bool:
+    return plan.dtype == "fp32" and plan.device == "cuda"
 
 
 @contextlib.contextmanager
@@ -135,10 +143,9 @@ def _runs_of(name: str, recipe: Recipe, plan: Plan) -> tuple[Callable[[], Values
     with torch.no_grad(), autocast(plan):
         outputs = getattr(EAGER, name)(**inputs)
     douts = default_douts(outputs if isinstance(outputs, tuple) else (outputs,))
-    tf32 = plan.dtype == "fp32" and plan.device == "cuda"
 
     def by(ops: Ops) -> Values:
-        with autocast(plan), precision("tf32" if tf32 else plan.dtype):
+        with autocast(plan), precision("tf32" if _in_tf32(plan) else plan.dtype):
             return values_and_grads(partial(getattr(ops, name), **rest), tensors, douts)
 
     # The eager loss is fp32 whatever it is given.
