@@ -40,7 +40,7 @@ import torch
 from transformers import GPT2LMHeadModel
 folder, device, dtype = sys.argv[1:4]
 model = GPT2LMHeadModel.from_pretrained(folder).to(device, getattr(torch, dtype)).eval()
-pipe = Connection(int(os.environ["BENCH_PIPE"]))
+pipe = Connection(int(os.environ["CHILD_PIPE"]))
 pipe.send("ready")
 while True:
     prompts, num = pipe.recv()

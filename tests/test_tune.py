@@ -207,7 +207,7 @@ def test_a_gain_is_proposed_where_it_costs_nowhere(interpreted):
 CHILD = """
 import os, time
 from multiprocessing.connection import Connection
-pipe = Connection(int(os.environ["BENCH_PIPE"]))
+pipe = Connection(int(os.environ["CHILD_PIPE"]))
 pipe.send("ready")
 while True:
     task = pipe.recv()
