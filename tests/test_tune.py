@@ -262,13 +262,23 @@ def test_a_run_on_a_pretended_gpu(tmp_path, monkeypatch, capsys, interpreted):
     monkeypatch.setattr(tune, "FINAL", {"rounds": 2, "seconds": 1.0})
     monkeypatch.setattr(child, "Crew", lambda *_: Crew())
     _launch.arch.cache_clear()  # of no pretended device, neither before nor after
-    with pretend_cuda():
+    same, compared_on = tune.same, []
+
+    def compare(*results):
+        compared_on.append(torch.cuda.current_stream())
+        return same(*results)
+
+    monkeypatch.setattr(tune, "same", compare)
+    with pretend_cuda() as pretended:
         device = torch.device("cuda")
         results = record.Results(device, tmp_path, commit="c" * 40)
         names, shapes = [NORM, "causal_attention.fwd"], [Shape(1, 2, C=32, H=2)]
         monkeypatch.setattr(tune, "answer_on", lambda _, answer=tune.answer_on: answer(device))
         tune.run(names, shapes, device, results, seconds=60.0, limit=2)
         tune.run(names, shapes, device, results, seconds=60.0, deadline=0.0)
+        # The results are still being written on their stream; another would read too early.
+        assert compared_on
+        assert pretended.current not in compared_on
     _launch.arch.cache_clear()
     [row] = record.load(results.path).rows("tune")
     assert (row.kernel, row.dtype) == (NORM, "bfloat16")
