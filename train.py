@@ -40,7 +40,7 @@ from training.recipes import Recipe, find_preset, spell_model
 from training.resume import Progress, RunFailed
 from training.run import Run, data_loader, finish
 from training.signals import EXIT_RESUMABLE, Stopped, StopRequest
-from training.step import TrainStep, start_process
+from training.step import Outcome, TrainStep, start_process
 from training.verify import compare_first_batch, settle
 from training.watch import Watch
 
@@ -180,21 +180,14 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     """Train, evaluate, sample, save. Returns the exit code."""
     recipe, plan, world = run.recipe, run.plan, run.world
     start_process(plan, recipe.seed)
-    residual_dtype = torch.bfloat16 if plan.residual == "bf16" else None
-    model = GPT(recipe.model_config, plan.op_set, residual_dtype)
-    model.trained_context = recipe.block_size
-    if run.initial is not None:
-        model.load_state_dict(run.initial.state_dict())
-        model.fine_tuned_context = recipe.block_size
-        model.trained_context = max(recipe.block_size, run.initial.trained_context)
-    model.to(plan.device)
+    model = run.build_model()
     optimizer = configure_adamw(model, recipe, plan.optimizer)
     guard = Guard(GuardConfig(), torch.device(plan.device)) if recipe.guard else None
     progress = resume.restore(run.saved, model, optimizer, guard) if run.saved else Progress()
     rows = partial(run.first_rows, progress)
     plan = run.plan = compare_first_batch(model, plan, rows, cfg.choices.ops, world)
     log = run.open_log(progress, cfg.log_every, cfg.tensorboard)
-    take_step = TrainStep(model, optimizer, recipe, plan, guard, world, log.say)
+    take_step = TrainStep(model, optimizer, recipe, plan, world, log.say)
     batches = run.open_batches(progress)
     run.write_config(model)
     writer = checkpoint.Writer(run.out / "checkpoints", cfg.keep_last, log.say)
@@ -209,11 +202,28 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                                  run.corpus["sha256"])  # fmt: skip
         log.event("checkpoint", step=progress.step, **cost)
 
+    def evaluate() -> None:
+        with log.aside(), take_step.autocast():
+            val_loss = run.validate(model, run.val_tokens, plan.eval_tokens)
+        if math.isfinite(val_loss):  # else the next step's loss tells
+            progress.evaluations.append((progress.step, val_loss))
+        log.event("eval", step=progress.step, val_loss=val_loss)
+        log.say(f"step {progress.step:5d} | validation loss {val_loss:.4f}")
+
+    def step() -> Outcome:  # called launch by launch at first; on one GPU then a captured graph
+        loss = take_step.accumulate()  # forward and backward of each micro-batch
+        loss, asked_to_stop = world.mean_loss(loss, bool(stop))
+        grad_norm = optimizer.clip(recipe.grad_clip)
+        bad = guard.judge(loss, grad_norm) if guard else None
+        optimizer.step(skip=bad)  # nothing changes where the step is bad
+        optimizer.zero_grad()
+        return Outcome(loss, grad_norm, bad, asked_to_stop)
+
     with log, writer, contextlib.closing(batches):
         while True:
-            step = progress.step
-            evaluate, save = cfg.evaluates_before(step), cfg.saves_before(step)
-            action = watch.catch_up(wait=evaluate or save or step >= recipe.max_steps)
+            done = progress.step >= recipe.max_steps
+            score, save = cfg.evaluates_before(progress.step), cfg.saves_before(progress.step)
+            action = watch.catch_up(wait=score or save or done)  # the values of the step before
             if guard and action:
                 writer.wait()
                 world.barrier()
@@ -222,30 +232,25 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 batches.seek(progress.position, progress.skips)
                 continue
 
-            done = watch.reached is not None or step >= recipe.max_steps
-            if evaluate and not (watch.stopping or done or step in dict(progress.evaluations)):
-                with log.aside(), take_step.autocast():
-                    val_loss = run.validate(model, run.val_tokens, plan.eval_tokens)
-                if math.isfinite(val_loss):  # else the next step's loss tells
-                    progress.evaluations.append((step, val_loss))
-                save |= progress.best == step and cfg.save_interval > 0
-                log.event("eval", step=step, val_loss=val_loss)
-                log.say(f"step {step:5d} | validation loss {val_loss:.4f}")
+            done |= watch.reached is not None
+            known = progress.step in dict(progress.evaluations)
+            if score and not (known or watch.stopping or done):
+                evaluate()
+                save |= progress.best == progress.step and cfg.save_interval > 0
             if save or watch.stopping or (done and cfg.save_interval):
                 save_checkpoint()
             if watch.stopping:
                 writer.finish()
                 world.barrier()
-                return leave(run, step, writer, log, stop)
+                return leave(run, progress.step, writer, log, stop)
             if done:
-                log.finish()
                 break
 
-            lr = recipe.learning_rate(step)
-            outcome = take_step(batches, lr, bool(stop))
-            log.step(step, outcome.loss, outcome.grad_norm, lr, batches.position, outcome.bad,
-                     outcome.asked_to_stop)  # fmt: skip
+            lr = recipe.learning_rate(progress.step)
+            outcome = take_step.run(step, batches, lr)
+            log.step(progress.step, lr, batches.position, *outcome)
             progress.step += 1
+        log.finish()
         try:
             finish(run, model, log, progress, watch.reached, take_step.autocast, stop.check)
         except Stopped:  # on this rank; each leaves by itself

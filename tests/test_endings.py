@@ -190,7 +190,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     values = {"a": [1.0, float("nan"), {"b": (float("inf"), 2)}], "c": True}
     assert json.loads(to_json(values)) == {"a": [1.0, None, {"b": [None, 2]}], "c": True}
     with RunLog(tmp_path, 2, 10, lambda _: None) as log:
-        log.step(0, torch.tensor(float("nan")), torch.tensor(float("inf")), 1e-3)
+        log.step(0, 1e-3, 0, torch.tensor(float("nan")), torch.tensor(float("inf")))
         log.finish()
     (row,) = strict(tmp_path / "metrics.jsonl")
     assert (row["loss"], row["grad_norm"]) == (None, None)

@@ -17,7 +17,7 @@ from training.memory import MemoryEstimate, estimate
 from training.optim import configure_adamw
 from training.plan import Plan
 from training.recipes import Recipe
-from training.step import TrainStep, working_copies
+from training.step import Outcome, TrainStep, working_copies
 
 HOW: dict[str, Any] = {"dtype": "bf16", "ops": "triton", "compiled": False, "working_copies": False}
 
@@ -102,13 +102,21 @@ def step_peak(shape: tuple[int, ...], ops: str, dtype: str, copies: bool, num_mi
                 compile=False, micro_batch_size=rows, num_micro_batches=num_micro, eval_tokens=1,
                 working_copies=copies)  # fmt: skip
     model = GPT(config_of(shape), parse_ops(ops))
-    step = TrainStep(model, configure_adamw(model, recipe), recipe, plan)
+    optimizer = configure_adamw(model, recipe)
+    step = TrainStep(model, optimizer, recipe, plan)
     batches = cast(Any, Batches(rows * num_micro, T, V))
-    step(batches, 1e-3)  # the optimizer makes its moments
+
+    def once() -> Outcome:
+        loss, grad_norm = step.accumulate(), optimizer.clip(recipe.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return Outcome(loss, grad_norm)
+
+    step.run(once, batches, 1e-3)  # the optimizer makes its moments
     held = 3 * sum(p.nbytes for p in model.parameters())
     held += sum(t.nbytes for t in step.copies.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step(batches, 1e-3)
+        step.run(once, batches, 1e-3)
     assert recorded.profiler is not None
     assert recorded.profiler.kineto_results is not None
     events: list[Any] = recorded.profiler.kineto_results.events()

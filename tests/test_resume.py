@@ -386,16 +386,16 @@ def test_a_log_that_is_lost_or_damaged_is_said(tmp_path, capsys, what):
     one = torch.tensor(1.0)
     with RunLog(tmp_path, 6, 1, lambda _: None) as log:
         for step in range(4):
-            log.step(step, one, one, 1e-3)
+            log.step(step, 1e-3, 0, one, one)
         log.finish()
         kept = log.num_bytes
-        log.step(4, one, one, 1e-3)  # after the last checkpoint
+        log.step(4, 1e-3, 0, one, one)  # after the last checkpoint
     capsys.readouterr()
     damage, line = DAMAGE[what]
     damage(path)
     with RunLog(tmp_path, 6, 1, lambda _: None, steps_done=4, keep_bytes=kept) as log:
         for step in (4, 5):
-            log.step(step, one, one, 1e-3)
+            log.step(step, 1e-3, 0, one, one)
         log.finish()
     out = capsys.readouterr().out
     assert line in out

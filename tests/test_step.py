@@ -24,7 +24,7 @@ from training.optim import configure_adamw
 from training.plan import Choices, Machine, detect, make_plan
 from training.recipes import Recipe
 from training.resume import restore
-from training.step import NUM_WARMUP, TrainStep
+from training.step import NUM_WARMUP, Outcome, TrainStep
 
 RECIPE = Recipe(
     model="smoke,n_embd=64,n_layer=2,n_head=2,block_size=16", max_lr=1e-3, min_lr=1e-4,
@@ -42,16 +42,34 @@ def choices(**changed: Any) -> Choices:
     return replace(Choices(compile=False), **changed)
 
 
-def make_step(asked: Choices, recipe: Recipe = RECIPE, ops: Any = EAGER) -> TrainStep:
+class GuardedStep(TrainStep):
+    """A step as train.py takes it."""
+
+    guard: Guard | None = None
+
+    def __call__(self, batches: Any, lr: float) -> Outcome:
+        return self.run(self.once, batches, lr)
+
+    def once(self) -> Outcome:
+        loss = self.accumulate()
+        grad_norm = self.optimizer.clip(self.recipe.grad_clip)
+        bad = self.guard.judge(loss, grad_norm) if self.guard else None
+        self.optimizer.step(skip=bad)
+        self.optimizer.zero_grad()
+        return Outcome(loss, grad_norm, bad)
+
+
+def make_step(asked: Choices, recipe: Recipe = RECIPE, ops: Any = EAGER) -> GuardedStep:
     torch.manual_seed(recipe.seed)
     made = make_plan(recipe, CPU, asked)
     model = GPT(replace(recipe.model_config, vocab_size=500), ops)
     optimizer = configure_adamw(model, recipe, made.optimizer)
-    guard = Guard(GuardConfig(), torch.device("cpu"))
-    return TrainStep(model, optimizer, recipe, made, guard)
+    step = GuardedStep(model, optimizer, recipe, made)
+    step.guard = Guard(GuardConfig(), torch.device("cpu"))
+    return step
 
 
-def open_batches(step: TrainStep) -> Prefetcher:
+def open_batches(step: GuardedStep) -> Prefetcher:
     return Prefetcher(loader(step.recipe, step.recipe.rows_per_step), "cpu")
 
 
@@ -59,7 +77,7 @@ def loader(recipe: Recipe, rows: int) -> DataLoaderLite:
     return DataLoaderLite(TOKENS, rows, recipe.block_size, wrap_rows=recipe.batch_size)
 
 
-def run(step: TrainStep, num_steps: int) -> list[float]:
+def run(step: GuardedStep, num_steps: int) -> list[float]:
     with contextlib.closing(open_batches(step)) as batches:
         return [step(batches, step.recipe.learning_rate(s)).loss.item() for s in range(num_steps)]
 
@@ -143,7 +161,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def persistent(step: TrainStep) -> dict[str, Tensor]:
+def persistent(step: GuardedStep) -> dict[str, Tensor]:
     state = {
         f"{i}.{key}": value
         for i, values in enumerate(step.optimizer.state.values())
@@ -281,7 +299,7 @@ def test_what_a_failed_capture_held_is_free_before_the_batch_is_halved() -> None
             replace(RECIPE.model_config, vocab_size=500), replace(EAGER, causal_attention=attention)
         )
         optimizer = configure_adamw(model, RECIPE, "torch")
-        step = TrainStep(model, optimizer, RECIPE, made, say=lambda _: None)
+        step = GuardedStep(model, optimizer, RECIPE, made, say=lambda _: None)
         halve = step._halve
         step._halve = lambda: (freed.append(held[0]() is None), halve())[1]
         run(step, NUM_WARMUP + NUM_WARMUP + 2)
@@ -289,7 +307,9 @@ def test_what_a_failed_capture_held_is_free_before_the_batch_is_halved() -> None
     assert freed == [True]
 
 
-def captured_by(error: Exception, step: TrainStep, monkeypatch: pytest.MonkeyPatch) -> TrainStep:
+def captured_by(
+    error: Exception, step: GuardedStep, monkeypatch: pytest.MonkeyPatch
+) -> GuardedStep:
     """A step whose capture ends in `error`."""
 
     @contextlib.contextmanager
@@ -309,10 +329,10 @@ def captured_by(error: Exception, step: TrainStep, monkeypatch: pytest.MonkeyPat
     return step
 
 
-def undone(step: TrainStep, capture: Callable[[], None]) -> Callable[[], None]:
-    def call() -> None:
+def undone(step: GuardedStep, capture: Callable[[Any], None]) -> Callable[[Any], None]:
+    def call(once: Any) -> None:
         before = {name: t.detach().clone() for name, t in persistent(step).items()}
-        capture()
+        capture(once)
         with torch.no_grad():
             for name, t in persistent(step).items():
                 t.copy_(before[name])
@@ -355,9 +375,9 @@ def assert_capture_changes_no_bit(asked: Choices) -> None:
         made = make_plan(RECIPE, detect("cuda"), replace(asked, cuda_graph=graph))
         model = GPT(replace(RECIPE.model_config, vocab_size=500), made.op_set).to("cuda")
         made_optimizer = configure_adamw(model, RECIPE, made.optimizer)
-        guard = Guard(GuardConfig(), torch.device("cuda"))
         said: list[str] = []
-        step = TrainStep(model, made_optimizer, RECIPE, made, guard, say=said.append)
+        step = GuardedStep(model, made_optimizer, RECIPE, made, say=said.append)
+        step.guard = Guard(GuardConfig(), torch.device("cuda"))
         with contextlib.closing(Prefetcher(loader(RECIPE, 8), "cuda")) as batches:
             losses = [step(batches, RECIPE.learning_rate(s)).loss.clone() for s in range(7)]
         assert (step.graph is not None) == graph, said
@@ -418,7 +438,7 @@ def test_a_host_read_falls_back_and_leaves_the_stream(capsys: pytest.CaptureFixt
     made = make_plan(RECIPE, detect("cuda"), choices(dtype="bf16"))
     config = replace(RECIPE.model_config, vocab_size=500)
     model = GPT(config, replace(EAGER, causal_attention=reads)).to("cuda")
-    step = TrainStep(model, configure_adamw(model, RECIPE, made.optimizer), RECIPE, made)
+    step = GuardedStep(model, configure_adamw(model, RECIPE, made.optimizer), RECIPE, made)
     before = torch.cuda.current_stream()
     with contextlib.closing(Prefetcher(loader(RECIPE, 8), "cuda")) as batches:
         losses = [step(batches, 1e-3).loss.item() for _ in range(NUM_WARMUP + 3)]

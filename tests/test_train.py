@@ -183,9 +183,9 @@ def test_accumulation_is_a_larger_batch(text: Path, tmp_path: Path) -> None:
 def test_values_are_read_a_step_late(tmp_path: Path) -> None:
     with RunLog(tmp_path, 3, 100, lambda tokens_per_s: tokens_per_s / 1e9) as log:
         one = torch.tensor(1.0)
-        log.step(0, one * 5, one, 1e-3)
+        log.step(0, 1e-3, 0, one * 5, one)
         assert list(log.read()) == []  # still running, for all that is known
-        log.step(1, one * 4, one, 1e-3)
+        log.step(1, 1e-3, 0, one * 4, one)
         (first,) = log.read()
         assert (first.step, first.loss) == (0, 5.0)
         (last,) = log.read(wait=True)
@@ -201,7 +201,7 @@ def test_time_aside_belongs_to_no_step(tmp_path: Path, monkeypatch: pytest.Monke
     with RunLog(tmp_path, 3, 100, lambda _: None) as log:
         for step in range(3):
             now[0] += 2.0
-            log.step(step, torch.tensor(1.0), torch.tensor(1.0), 1e-3)
+            log.step(step, 1e-3, 0, torch.tensor(1.0), torch.tensor(1.0))
             with log.aside():
                 now[0] += 100.0
     assert [s["ms"] for s in events(tmp_path)[0]] == [2000.0, 2000.0, 2000.0]

@@ -159,7 +159,7 @@ def test_adamw_is_checked_likewise(fault: str, monkeypatch: pytest.MonkeyPatch) 
         optimizer = configure(model, recipe, "torch")
         step, clip = optimizer.step, optimizer.clip
 
-        def spoilt(closure: Any = None) -> None:
+        def spoilt(closure: Any = None, skip: Any = None) -> None:
             step()
             with torch.no_grad():
                 if fault == "moment":

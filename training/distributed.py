@@ -169,12 +169,13 @@ class World:
             return model.no_sync()
         return nullcontext()
 
-    def mean_loss(self, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor]:
-        """The loss over all ranks, and whether any rank was asked to stop, both on the device."""
+    def mean_loss(self, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss over all ranks, and above 0 where one was asked to stop, both on the device."""
+        if self.size == 1:
+            return loss, None
         both = torch.stack([loss, torch.full_like(loss, float(stop))])
-        if self.size > 1:
-            dist.all_reduce(both)
-            both[0] /= self.size
+        dist.all_reduce(both)
+        both[0] /= self.size
         return both[0], both[1]
 
     def mean(self, total: float, weight: float, device: str) -> float:

@@ -159,10 +159,10 @@ class RunLog:
     def step(
         self,
         step: int,
+        lr: float,
+        position: int,
         loss: Tensor,
         grad_norm: Tensor,
-        lr: float,
-        position: int = 0,
         bad: Tensor | None = None,
         stop: Tensor | None = None,
     ) -> None:

@@ -136,12 +136,15 @@ class AdamW(torch.optim.AdamW):
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, skip: Tensor | None = None) -> Any:
         """Update every parameter that has a gradient, then the working copies.
 
         Args:
             closure: As in torch; evaluated first.
+            skip: The new `found_inf`; None leaves the one there is.
         """
+        if skip is not None:
+            self.found_inf = skip
         loss = None if closure is None else torch.enable_grad()(closure)()
         self.fold_working_gradients()
         super().step()
@@ -223,15 +226,17 @@ class TritonAdamW(AdamW):
         return norm
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, skip: Tensor | None = None) -> Any:
         """Update every parameter that has a gradient, and its working copy in the same pass.
 
         Args:
-            closure: As in torch; evaluated first.
+            closure, skip: As in AdamW.step.
 
         Raises:
             ValueError: a gradient is sparse, strided, or neither fp32 nor bf16.
         """
+        if skip is not None:
+            self.found_inf = skip
         loss = None if closure is None else torch.enable_grad()(closure)()
         self._tables.adamw(self._slots(), self._coefficient, self.found_inf)
         self._coefficient = None

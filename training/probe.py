@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model import GPT
 from model.flops import flops_per_token
@@ -23,7 +24,7 @@ from training.machines import num_cores, nvidia_smi
 from training.optim import configure_adamw
 from training.plan import Machine, Plan
 from training.recipes import Recipe
-from training.step import NUM_WARMUP, TrainStep
+from training.step import NUM_WARMUP, Outcome, TrainStep
 
 MAX_STEPS = 10
 PROBE_S = 20.0  # with the import, the rates and a step of GPT-2 124M on two cores under a minute
@@ -171,7 +172,18 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     model = GPT(recipe.model_config, plan.op_set, dtype).to(device)
     optimizer = configure_adamw(model, recipe, plan.optimizer)  # pyright: ignore
     guard = Guard(GuardConfig(), device) if recipe.guard else None
-    take = TrainStep(model, optimizer, recipe, plan, guard, say=notes.append)
+    take = TrainStep(model, optimizer, recipe, plan, say=notes.append)
+
+    def update(loss: Tensor) -> Outcome:
+        norm = optimizer.clip(recipe.grad_clip)
+        bad = guard.judge(loss, norm) if guard else None
+        optimizer.step(skip=bad)
+        optimizer.zero_grad()
+        return Outcome(loss, norm, bad)
+
+    def step() -> Outcome:
+        return update(take.accumulate())
+
     B, T = recipe.rows_per_step, recipe.block_size
     loader = DataLoaderLite(tokens, B, T, recipe.order, recipe.seed, wrap_rows=recipe.batch_size)
     clock = _Clock(cuda)
@@ -179,11 +191,11 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     peak = 0
     with contextlib.closing(Prefetcher(loader, device)) as batches:
         if plan.compile and not cuda:
-            take(batches, recipe.max_lr)
+            take.run(step, batches, recipe.max_lr)
         if plan.cuda_graph:  # captured before other streams have touched the gradients
             for i in range(NUM_WARMUP + 1 + MAX_STEPS):
                 with _elapsed(cuda) as read:
-                    take(batches, recipe.max_lr)
+                    take.run(step, batches, recipe.max_lr)
                 replayed += [read()] if i > NUM_WARMUP else []
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
@@ -193,14 +205,14 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
         deadline = time.perf_counter() + limit_s  # compiling, above or in the first step, is apart
         rows = recipe.rows_per_step
         if not (cuda or plan.compile):
-            _timed_step(take, batches, clock, 1)
+            _timed_step(take, update, batches, clock, 1)
             rows = min(rows, max(1, int(rows * limit_s / 2 / sum(clock.steps[0].values()))))
         if rows < recipe.rows_per_step:
             notes.append(f"{rows} of {recipe.rows_per_step} rows, their time scaled")
         while len(clock.steps) <= MAX_STEPS and (
             len(clock.steps) < (2 if cuda else 1) or time.perf_counter() + clock.last_s < deadline
         ):
-            _timed_step(take, batches, clock, rows)
+            _timed_step(take, update, batches, clock, rows)
     kept = clock.steps[1:] or clock.steps  # the first warms caches up
     notes += [] if len(clock.steps) > 1 else ["no warm-up"]
     phases = {p: statistics.median(step[p] for step in kept) for p in PHASES}
@@ -244,8 +256,14 @@ class _Clock:
         self.marks.clear()
 
 
-def _timed_step(take: TrainStep, batches: Prefetcher, clock: _Clock, num_rows: int) -> None:
-    """The step of training/step.py with marks in it; of fewer rows it is scaled to all."""
+def _timed_step(
+    take: TrainStep,
+    update: Callable[[Tensor], Outcome],
+    batches: Prefetcher,
+    clock: _Clock,
+    num_rows: int,
+) -> None:
+    """A step with marks in it; of fewer rows it is scaled to all."""
     optimizer, micro = take.optimizer, take.plan.micro_batch_size
     started = time.perf_counter()
     clock.mark("")
@@ -261,10 +279,7 @@ def _timed_step(take: TrainStep, batches: Prefetcher, clock: _Clock, num_rows: i
             optimizer.fold_working_gradients()
         clock.mark("backward")
         loss += part.detach()
-    norm = optimizer.clip(take.recipe.grad_clip)
-    optimizer.found_inf = take.guard.judge(loss, norm) if take.guard else None
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    update(loss)
     clock.mark("optimizer")
     clock.end_step(started, len(idx) / num_rows)
 

@@ -66,6 +66,18 @@ class Run:
     saved: Checkpoint | None = None
     initial: GPT | None = None
 
+    def build_model(self) -> GPT:
+        """The model to start with, on the plan's device; a checkpoint is put into it later."""
+        recipe, plan = self.recipe, self.plan
+        residual_dtype = torch.bfloat16 if plan.residual == "bf16" else None
+        model = GPT(recipe.model_config, plan.op_set, residual_dtype)
+        model.trained_context = recipe.block_size
+        if self.initial is not None:
+            model.load_state_dict(self.initial.state_dict())
+            model.fine_tuned_context = recipe.block_size
+            model.trained_context = max(recipe.block_size, self.initial.trained_context)
+        return model.to(plan.device)
+
     def open_batches(self, progress: Progress) -> Prefetcher:
         """The rows of each step from `progress` on, (rows of a step on this rank, T)."""
         loader = data_loader(self.recipe, self.plan, self.train_tokens, self.world, progress)

@@ -1,10 +1,9 @@
-"""One optimizer step: the same work at the same addresses every time, so that it can be captured.
+"""What a training step stands on: rows, weights and copies, at the same addresses every time.
 
-    copy the rows in; for each micro-batch: loss, backward; all-reduce; clip; judge; AdamW
-
-Everything between the copy and the log stays on the device: learning rate, step count, clip factor
-and the guard's verdict are device scalars. On one GPU the whole of it is one CUDA graph. Warm-up
-steps and a step that could not be captured run the same code launch by launch.
+The step itself is a function of the caller's (train.py): accumulate, clip, judge, optimizer.step.
+All it touches stays on the device: learning rate, step count, clip factor and the guard's verdict
+are device scalars. So on one GPU the whole function is recorded as one CUDA graph, which the later
+steps replay. Warm-up steps and a step that could not be captured call it, launch by launch.
 
 Under bf16 the model can be called with bf16 copies in place of the fp32 weights that autocast would
 cast in every micro-batch; the optimizer writes the copies. A copy's gradient is what autocast would
@@ -16,8 +15,8 @@ import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from torch.func import functional_call
 
 from model import GPT
 from training.distributed import ALONE, World
-from training.guard import Guard
 from training.optim import AdamW
 from training.plan import Plan
 from training.recipes import Recipe
@@ -41,8 +39,7 @@ class Rows(Protocol):
     def next_batch(self) -> tuple[Tensor, Tensor]: ...
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Device values of one step, each (); read them after the next step has been queued.
 
     Args:
@@ -54,8 +51,11 @@ class Outcome:
 
     loss: Tensor
     grad_norm: Tensor
-    bad: Tensor | None
-    asked_to_stop: Tensor | None
+    bad: Tensor | None = None
+    asked_to_stop: Tensor | None = None
+
+
+Step = Callable[[], Outcome]
 
 
 class TrainStep:
@@ -65,7 +65,6 @@ class TrainStep:
         model: On the plan's device.
         optimizer: Of `configure_adamw`, for the model's parameters.
         recipe, plan: What and how. `self.plan` has smaller micro-batches once memory ran out.
-        guard: Judges each step on the device; None skips nothing.
         world: The ranks; a graph, working copies and halving are for one alone.
         say: Receives a line when the step does not run as planned.
     """
@@ -76,12 +75,11 @@ class TrainStep:
         optimizer: AdamW,
         recipe: Recipe,
         plan: Plan,
-        guard: Guard | None = None,
         world: World = ALONE,
         say: Callable[[str], None] = print,
     ):
         self.model, self.optimizer, self.recipe, self.plan = model, optimizer, recipe, plan
-        self.guard, self.world, self.say = guard, world, say
+        self.world, self.say = world, say
         device = torch.device(plan.device)
         rows = plan.micro_batch_size * plan.num_micro_batches
         self.idx = torch.zeros((rows, recipe.block_size), dtype=torch.int64, device=device)
@@ -100,13 +98,14 @@ class TrainStep:
         self.outcome: Outcome | None = None
         self.warm_steps = 0  # since the start or a halving, whose shapes are new
 
-    def __call__(self, batches: Rows, lr: float, stop: bool = False) -> Outcome:
+    def run(self, step: Step, batches: Rows, lr: float) -> Outcome:
         """Take one step.
 
         Args:
+            step: `accumulate`, and what follows from it; no host read of a device value, and no
+                tensor that outlives it moves.
             batches: Gives the step's rows and their targets, (rows, T) int64 each.
             lr: Learning rate of the update.
-            stop: This rank was asked to stop; travels to all ranks with the loss.
 
         Raises:
             torch.OutOfMemoryError: not even one row fits.
@@ -116,12 +115,12 @@ class TrainStep:
         self.targets.copy_(targets, non_blocking=True)
         self.lr.fill_(lr)
         if self.plan.cuda_graph and self.graph is None and self.warm_steps >= NUM_WARMUP:
-            self._capture()
+            self._capture(step)
         if self.graph is not None:
             self.graph.replay()
         else:
             with self._beside():
-                self.outcome = self._run(stop)
+                self.outcome = step()
             self.warm_steps += 1
         assert self.outcome is not None
         return self.outcome
@@ -137,25 +136,24 @@ class TrainStep:
             yield
         torch.cuda.current_stream().wait_stream(self.stream)
 
-    def _run(self, stop: bool) -> Outcome:
-        """The step itself; no host read of a device value, no tensor that outlives it moves."""
-        loss = self._gradients()
-        asked_to_stop = None
-        if self.world.size > 1:
-            loss, asked_to_stop = self.world.mean_loss(loss, stop)
-        grad_norm = self.optimizer.clip(self.recipe.grad_clip)
-        # Fused AdamW leaves everything as it is where found_inf is 1; no step waits for it.
-        bad = self.guard.judge(loss, grad_norm) if self.guard else None
-        self.optimizer.found_inf = bad
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(loss, grad_norm, bad, asked_to_stop)
+    def __call__(self, batches: Rows, lr: float) -> Outcome:
+        return self.run(self._plain, batches, lr)
 
-    def _gradients(self) -> Tensor:
-        """Mean gradients of the step's rows into `.grad`, their mean loss returned, (), fp32."""
+    def _plain(self) -> Outcome:
+        loss, norm = self.accumulate(), self.optimizer.clip(self.recipe.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Outcome(loss, norm)
+
+    def accumulate(self) -> Tensor:
+        """Forward and backward of each micro-batch: mean gradients of the step's rows into `.grad`.
+
+        Returns:
+            Their mean loss on this rank, (), fp32.
+        """
         while True:
             try:
-                return self._accumulate()
+                return self._micro_batches()
             except torch.OutOfMemoryError:
                 capturing = self.stream is not None and torch.cuda.is_current_stream_capturing()
                 if capturing or self.world.size > 1 or self.plan.micro_batch_size == 1:
@@ -164,7 +162,7 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=True)
             self._halve()
 
-    def _accumulate(self) -> Tensor:
+    def _micro_batches(self) -> Tensor:
         num_micro = self.plan.num_micro_batches
         loss = torch.zeros((), device=self.idx.device)
         micro_batches = zip(self.idx.chunk(num_micro), self.targets.chunk(num_micro), strict=True)
@@ -207,14 +205,14 @@ class TrainStep:
             block.compile(dynamic=False)
         return forward
 
-    def _capture(self) -> None:
+    def _capture(self, step: Step) -> None:
         """Record the step as a graph; it is not executed. Falls back aloud."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         pool = torch.cuda.graph_pool_handle()
         try:
             # thread_local: the thread that reads ahead may pin memory meanwhile.
             with torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"):
-                self.outcome = self._run(stop=False)
+                self.outcome = step()
             self.graph = graph
             return
         except RuntimeError as error:
