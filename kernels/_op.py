@@ -11,7 +11,7 @@ Every op is opaque: `define` + `impl` per device + `register_fake`, with autogra
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -33,16 +33,24 @@ HEAD_DIMS = (16, 32, 64, 128)
 MIN_ARCH = 80  # Ampere: bf16 and cp.async; older chips are neither built for nor tested
 
 
-def register(schema: str, *, fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Define `fgpt::<schema>`, backed by the decorated launch and traced through `fake`.
+def register(
+    schema: str = "", *, fake: Callable[P, R], writes: Sequence[str] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Define an op of the decorated launch's name, traced through `fake`.
 
     `fake` states shapes and dtypes only. Autograd is not registered here: it lives in a
     `torch.autograd.Function` beside the launch, which keeps the saved tensors visible in one place.
+
+    Args:
+        schema: Name and types; else those of the launch.
+        fake: The launch's shape contract.
+        writes: Arguments that the launch writes to.
     """
-    name = schema.partition("(")[0]
 
     def decorate(launch: Callable[P, R]) -> Callable[P, R]:
-        _LIB.define(schema, tags=_TAGS)
+        name = launch.__name__
+        types = schema or name + torch.library.infer_schema(launch, mutates_args=writes)
+        _LIB.define(types, tags=_TAGS)
         for device in _DEVICES:
             _LIB.impl(name, launch, device)
         torch.library.register_fake(f"fgpt::{name}", fake, lib=_LIB)

@@ -22,8 +22,9 @@ working copies, 0.06 ms for the norm: estimates, arithmetic only.
 
 Two launches for the norm, two for the step, whatever the number of tensors: kernels find tensors
 through a table of addresses (one row a tensor) and their share of the work through a list of chunks
-(row, number of the chunk in the tensor). Learning rate, step counts, clip coefficient and the
-verdict `found_inf` are read on the device; where the verdict is not 0 nothing is written.
+(row, number of the chunk in the tensor), both made and sent by adamw_tables.py. Learning rate, step
+counts, clip coefficient and the verdict `found_inf` are read on the device; where that is not 0
+nothing is written.
 
 Deterministic: each chunk leaves one fp32 sum of squares, and one program adds those in a fixed
 order. No atomics; reruns are bitwise equal on one device. No host read.
@@ -32,10 +33,7 @@ Source: Loshchilov, Hutter 2019, https://arxiv.org/abs/1711.05101; tables of add
 in NVIDIA apex, multi_tensor_apply.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton.language as tl
@@ -44,7 +42,7 @@ from torch import Tensor
 from ._aot import AotCase, aot_case
 from ._jit import jit
 from ._launch import Key, arch, cdiv, launch_for
-from ._op import INTERPRETED, check_device, register
+from ._op import INTERPRETED, register
 
 # A program's share: large enough that the loads of its table row are lost in it, small enough that
 # 124 M parameters are 29 rounds of 4 programs on each of 132 SMs, so a half-empty last one is 2 %.
@@ -305,8 +303,7 @@ def _norm_fake(
     return table.new_empty(2, dtype=torch.float32)
 
 
-@register("adamw_norm(Tensor table, Tensor chunks, float max_norm, Tensor[] tensors) -> Tensor",
-          fake=_norm_fake)  # fmt: skip
+@register(fake=_norm_fake)
 def adamw_norm(
     table: Tensor, chunks: Tensor, max_norm: float, tensors: Sequence[Tensor]
 ) -> Tensor:  # fmt: skip
@@ -328,8 +325,7 @@ def _step_fake(
     return None
 
 
-@register("adamw_step(Tensor table, Tensor chunks, Tensor clip, Tensor found_inf,"
-          " Tensor(a!)[] written, Tensor[] read) -> ()", fake=_step_fake)  # fmt: skip
+@register(fake=_step_fake, writes=("written",))
 def adamw_step(
     table: Tensor, chunks: Tensor, clip: Tensor, found_inf: Tensor,
     written: Sequence[Tensor], read: Sequence[Tensor],
@@ -350,250 +346,6 @@ def adamw_step(
 
 def _sanitized(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     return tuple(tensors) if INTERPRETED else None
-
-
-class Slot(NamedTuple):
-    """One parameter of a step. All on one device, contiguous, of the parameter's shape.
-
-    Args:
-        name: For messages.
-        param: fp32.
-        grad: fp32 or bf16.
-        exp_avg, exp_avg_sq: fp32.
-        step: (), fp32, steps done.
-        working: bf16 copy of `param` to keep up, or None.
-        lr: A number, or a () fp32 tensor on the device, read when the kernel runs.
-        betas, eps, weight_decay: As in torch.optim.AdamW.
-    """
-
-    name: str
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
-    working: Tensor | None
-    lr: float | Tensor
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-class _Upload:
-    """A small host tensor on the device, sent only when its content is not what was sent last.
-
-    A CUDA graph that holds the copy reads the pinned buffer at every replay. So what a capture has
-    used, host buffer and device tensor, is kept and never written again; and as pinned memory
-    cannot safely be allocated during a capture, one spare buffer waits for it.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.key: Any = None
-        self.sent = torch.empty(0)
-        self.captured: tuple[Any, Tensor] | None = None  # of the capture that is running
-        self.kept: list[Tensor] = []
-        self.spare = torch.empty(0)
-
-    def put(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        """The device tensor of `make()`, which is a function of `key`; never waits."""
-        capturing = _is_capturing(self.device)
-        if key == self.key:
-            if capturing:
-                self.kept.append(self.sent)
-            return self.sent  # never rewritten: each upload is a tensor of its own
-        if capturing:
-            if self.captured is None or self.captured[0] != key:
-                self.captured = key, self._put_captured(make())
-            return self.captured[1]
-        self.captured = None  # of a capture that failed, if at all
-        host = make()
-        if self.device.type == "cuda":
-            host = host.pin_memory()  # back to torch's pool, which waits for the copy by an event
-            if self.spare.shape != host.shape:
-                self.spare = torch.empty_like(host, pin_memory=True)
-        self.key, self.sent = key, host.to(self.device, non_blocking=True)
-        return self.sent
-
-    def _put_captured(self, host: Tensor) -> Tensor:
-        spare, self.spare = self.spare, torch.empty(0)
-        if spare.shape != host.shape:
-            spare = torch.empty_like(host, pin_memory=self.device.type == "cuda")
-        spare.copy_(host)
-        sent = spare.to(self.device, non_blocking=True)
-        self.kept += [spare, sent]
-        return sent
-
-    def end(self) -> None:
-        """The step is over: another capture must send for itself."""
-        self.captured = None
-
-
-class Tables:
-    """The address table and the chunk list of one set of parameters on `device`.
-
-    Args:
-        device: Of every tensor that will be in it; the only CUDA device in use, or the CPU under
-            TRITON_INTERPRET=1.
-
-    Raises:
-        ValueError: the kernels do not run there.
-    """
-
-    def __init__(self, device: torch.device):
-        check_device("adamw", torch.empty(0, device=device))
-        self.device = device
-        self._addresses, self._chunks = _Upload(device), _Upload(device)
-        self._one, self._zero = torch.ones((), device=device), torch.zeros((), device=device)
-
-    def grad_norm(self, slots: Sequence[Slot], max_norm: float) -> tuple[Tensor, Tensor]:
-        """Norm of all gradients together, which are read once and left as they are.
-
-        Args:
-            slots: The parameters that have a gradient.
-            max_norm: What `adamw` is to clip to; 0 or infinity for a coefficient of 1.
-
-        Returns:
-            norm and clip coefficient, each (), fp32, new tensors. Two launches.
-
-        Raises:
-            ValueError: a tensor has another dtype, shape, layout or device than `Slot` says.
-        """
-        if not max_norm >= 0:
-            raise ValueError(f"adamw: max_norm must be 0 or more, got {max_norm}")
-        table, chunks = self._load(slots)
-        tensors = [slot.grad for slot in slots]
-        out = adamw_norm(table, chunks, max_norm if math.isfinite(max_norm) else 0.0, tensors)
-        return out[0], out[1]
-
-    def adamw(
-        self, slots: Sequence[Slot], clip: Tensor | None = None, found_inf: Tensor | None = None
-    ) -> None:
-        """One step of all parameters, in place. Two launches.
-
-        Args:
-            slots: The parameters that have a gradient.
-            clip: (), fp32, factor of every gradient; None is 1.
-            found_inf: (), fp32; where it is not 0 nothing is written. None is 0.
-
-        Raises:
-            ValueError: a tensor has another dtype, shape, layout or device than `Slot` says.
-        """
-        table, chunks = self._load(slots)
-        self._addresses.end()
-        self._chunks.end()
-        written = [t for s in slots for t in (s.param, s.exp_avg, s.exp_avg_sq, s.step)]
-        working = [s.working for s in slots if s.working is not None]
-        rates = [s.lr for s in slots if isinstance(s.lr, Tensor)]
-        adamw_step(
-            table, chunks,
-            self._one if clip is None else clip,
-            self._zero if found_inf is None else self._verdict(found_inf),
-            written + working, [*(s.grad for s in slots), *rates],
-        )  # fmt: skip
-        # Autograd cannot see the writes; a graph that saved a parameter must not be used again.
-        torch.autograd.graph.increment_version([*(s.param for s in slots), *working])
-
-    def _verdict(self, found_inf: Tensor) -> Tensor:
-        if found_inf.numel() != 1 or found_inf.dtype != torch.float32 or (
-            found_inf.device != self.device
-        ):  # fmt: skip
-            raise ValueError(
-                f"adamw: found_inf must be one fp32 number on {self.device}, got "
-                f"{tuple(found_inf.shape)} {found_inf.dtype} on {found_inf.device}"
-            )
-        return found_inf
-
-    def _load(self, slots: Sequence[Slot]) -> tuple[Tensor, Tensor]:
-        whole = tuple(_integers(slot) for slot in slots)
-        numbers = tuple(_numbers(slot) for slot in slots)
-
-        def make_table() -> Tensor:
-            for slot in slots:
-                _check(slot, self.device)
-            integers = torch.tensor(whole, dtype=torch.int64).view(len(whole), LR.value)
-            floats = torch.tensor(numbers, dtype=torch.float64)
-            floats = floats.view(len(whole), FIELDS.value - LR.value)
-            return torch.cat([integers, floats.view(torch.int64)], dim=1)
-
-        sizes = tuple(row[NUMEL.value] for row in whole)
-
-        def make_chunks() -> Tensor:
-            pairs = [(i, c) for i, size in enumerate(sizes) for c in range(cdiv(size, CHUNK))]
-            return torch.tensor(pairs, dtype=torch.int32).view(len(pairs), 2)
-
-        table = self._addresses.put((whole, numbers), make_table)
-        return table, self._chunks.put(sizes, make_chunks)
-
-
-def _integers(slot: Slot) -> tuple[int, ...]:
-    """The first columns of a row. What may change from step to step is checked here."""
-    grad = slot.grad
-    if (
-        grad.layout != torch.strided
-        or grad.dtype not in (torch.float32, torch.bfloat16)
-        or grad.shape != slot.param.shape
-        or not grad.is_contiguous()
-    ):
-        raise ValueError(
-            f"adamw: the gradient of {slot.name} must be dense, contiguous, fp32 or bf16 and "
-            f"{tuple(slot.param.shape)}, got {tuple(grad.shape)} {grad.dtype}, {grad.layout}; "
-            "use torch's optimizer for others"
-        )
-    addresses = [
-        slot.param.data_ptr(),
-        grad.data_ptr(),
-        slot.exp_avg.data_ptr(),
-        slot.exp_avg_sq.data_ptr(),
-        0 if slot.working is None else slot.working.data_ptr(),
-    ]
-    flags = BF16_GRAD.value if grad.dtype == torch.bfloat16 else 0
-    param, of_grad, exp_avg, exp_avg_sq, working = addresses
-    if (param | of_grad | exp_avg | exp_avg_sq | working) % ALIGNMENT == 0:
-        flags |= ALIGNED.value
-    lr = slot.lr.data_ptr() if isinstance(slot.lr, Tensor) else 0
-    return *addresses, slot.step.data_ptr(), lr, slot.param.numel(), flags
-
-
-@cache
-def _log(beta: float) -> float:
-    return math.log(beta) if beta else -math.inf
-
-
-def _numbers(slot: Slot) -> tuple[float, ...]:
-    """The last columns of a row."""
-    beta1, beta2 = slot.betas
-    lr = 0.0 if isinstance(slot.lr, Tensor) else slot.lr
-    return lr, slot.weight_decay, beta1, beta2, _log(beta1), _log(beta2), slot.eps
-
-
-def _check(slot: Slot, device: torch.device) -> None:
-    """Raise ValueError for what the kernels would misread."""
-    fp32, bf16 = torch.float32, torch.bfloat16
-    for what, tensor, dtype, shape in (
-        ("param", slot.param, fp32, slot.param.shape),
-        ("exp_avg", slot.exp_avg, fp32, slot.param.shape),
-        ("exp_avg_sq", slot.exp_avg_sq, fp32, slot.param.shape),
-        ("step", slot.step, fp32, ()),
-        ("working copy", slot.working, bf16, slot.param.shape),
-        ("gradient", slot.grad, slot.grad.dtype, slot.param.shape),
-        ("lr", slot.lr, fp32, ()),
-    ):
-        if isinstance(tensor, Tensor) and not (
-            tensor.dtype == dtype
-            and tensor.shape == shape
-            and tensor.device == device
-            and tensor.is_contiguous()
-        ):
-            raise ValueError(
-                f"adamw: {what} of {slot.name} must be contiguous {dtype}, {tuple(shape)} on "
-                f"{device}, got {tensor.dtype}, {tuple(tensor.shape)} on {tensor.device}, "
-                f"strides {tensor.stride()}; use torch's optimizer for others"
-            )
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:

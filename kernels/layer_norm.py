@@ -323,8 +323,7 @@ def _fwd_fake(
     return torch.empty_like(x, dtype=dtype), stats
 
 
-@register("layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
-          " -> (Tensor, Tensor)", fake=_fwd_fake)  # fmt: skip
+@register(fake=_fwd_fake)
 def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -340,8 +339,7 @@ def _bwd_fake(
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
-@register("layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor stats)"
-          " -> (Tensor, Tensor, Tensor)", fake=_bwd_fake)  # fmt: skip
+@register(fake=_bwd_fake)
 def layer_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -358,8 +356,7 @@ def _add_fwd_fake(
     return y, torch.empty_like(residual), stats
 
 
-@register("add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps,"
-          " ScalarType dtype) -> (Tensor, Tensor, Tensor)", fake=_add_fwd_fake)  # fmt: skip
+@register(fake=_add_fwd_fake)
 def add_layer_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -378,9 +375,7 @@ def _add_bwd_fake(
     return torch.empty_like(residual_out), dx, torch.empty_like(weight), torch.empty_like(weight)
 
 
-@register("add_layer_norm_bwd(Tensor dy, Tensor? dresidual_out, Tensor residual_out, Tensor weight,"
-          " Tensor stats, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-          fake=_add_bwd_fake)  # fmt: skip
+@register(fake=_add_bwd_fake)
 def add_layer_norm_bwd(
     dy: Tensor, dresidual_out: Tensor | None, residual_out: Tensor, weight: Tensor, stats: Tensor,
     dtype: torch.dtype,

@@ -104,10 +104,10 @@ def test_every_kernel_file_is_checked_by_compiling():
 
 def test_optimizer_kernel_has_every_part():
     """It is no member of `Ops`: a model never calls it, and its reference is torch's own."""
-    from kernels import adamw
+    from kernels.adamw_tables import Tables
 
     assert "adamw" not in OPS
-    for public in (adamw.Tables, adamw.Tables.grad_norm, adamw.Tables.adamw):
+    for public in (Tables, Tables.grad_norm, Tables.adamw):
         assert inspect.getdoc(public)
     assert "TritonAdamW(" in (ROOT / "tests/test_adamw.py").read_text()
     parameters = [

@@ -207,7 +207,7 @@ class TritonAdamW(AdamW):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ):
-        from kernels.adamw import Tables  # triton is not there on every machine
+        from kernels.adamw_tables import Tables  # triton is not there on every machine
 
         super().__init__(params, lr, betas, eps, weight_decay)
         self._step_supports_amp_scaling = False  # a GradScaler unscales by itself then
@@ -249,7 +249,7 @@ class TritonAdamW(AdamW):
 
     def _slots(self) -> list[Any]:
         """What a kernel needs to know of each parameter with a gradient."""
-        from kernels.adamw import Slot
+        from kernels.adamw_tables import Slot
 
         # A weight and its copy may both have a gradient; a kernel reads one, so it gets the sum.
         self._fold([p for p in self._copies if p.grad is not None])
