@@ -22,7 +22,7 @@ from tests import sanitize
 from tests.pretend_cuda import pretend_cuda
 from tests.test_bench_child import wait_until_gone
 from training import child
-from training.report import Run
+from training.verdicts import Run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -21,14 +21,8 @@ from training.data import SHAKESPEARE_SHA256
 from training.metrics import RunLog, read_metrics
 from training.overlap import find_overlap
 from training.recipes import PRESETS
-from training.report import (
-    mark_spans,
-    read_run,
-    read_samples,
-    split_samples,
-    verdicts,
-    write_report,
-)
+from training.report import mark_spans, write_report
+from training.verdicts import SEED_RECIPE, read_run, read_samples, split_samples, verdicts
 
 WORDS = ["the", "king", "of", "and", "to", "thou", "art", "lord", "speak", "na\u00efve", "\u65e5"]
 
@@ -224,7 +218,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
 TEXT = prose(5000, 5)
 OWN = "quite another text, written anew " * 3
 SEED_CONFIG: dict[str, Any] = {
-    "recipe": {"name": report.SEED_RECIPE, **asdict(PRESETS[report.SEED_RECIPE])},
+    "recipe": {"name": SEED_RECIPE, **asdict(PRESETS[SEED_RECIPE])},
     "data": {"sha256": SHAKESPEARE_SHA256},
     "flags": {"init": None},
 }

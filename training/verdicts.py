@@ -1,0 +1,269 @@
+"""What the numbers of a run folder show of the run, and what they do not, in plain words.
+
+A falling training loss says nothing about whether a model has learnt the language or the file. Put
+beside it is what does: the loss on held-out text, how often each token was seen, and how much of
+what the model writes stands verbatim in what it read. Every sentence is made from the run's own
+numbers, and where a number is missing or not finite nothing is concluded from it.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from model.edge import is_real
+from training.data import SHAKESPEARE_SHA256
+from training.metrics import read_metrics
+from training.overlap import Overlap
+from training.plot import Points
+from training.recipes import PRESETS, PUBLISHED_LOSS
+
+SEED_RECIPE = "shakespeare-124m"
+GAP_NATS = 0.5  # validation minus training loss: training text is e^0.5 = 1.6 times as likely
+EASIER_NATS = 0.1  # validation loss below training loss
+RISE_NATS = 0.1  # validation loss above its own minimum
+WINDOW = 32  # bytes; a shorter stretch in common is ordinary language
+RECITED_SHARE = 0.5  # of the samples' windows
+RECITED_BYTES = 128  # two lines of verse
+OWN_SHARE = 0.05
+MANY_EPOCHS = 10.0
+LOW_LOSS = 1.0  # nats per token; GPT-2 1558M reaches 2.5 to 3 on text it has not seen
+RECITED_LOSS = 0.5  # after many epochs no other way leads there
+
+
+def number(values: Mapping[str, Any], key: str) -> float | None:
+    """A finite number, or None: what stands in a file may be missing, NaN or of another type."""
+    value: Any = values.get(key)
+    return float(value) if is_real(value) and abs(value) < 1e300 else None
+
+
+def points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of each row, NaN for what is not a finite number."""
+    found = [(row["step"], number(row, key)) for row in rows if key in row]
+    return [(step, math.nan if value is None else value) for step, value in found]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says about itself; parts that are missing are empty."""
+
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+
+    def part(self, name: str) -> dict[str, Any]:
+        """An object of config.json, such as recipe."""
+        value = self.config.get(name)
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def recipe_name(self) -> str:
+        return str(self.part("recipe").get("name", ""))
+
+    @property
+    def num_steps(self) -> float | None:
+        return self.steps[-1]["step"] + 1 if self.steps else number(self.summary, "final_step")
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean over the last twentieth of the steps: a single batch proves nothing."""
+        losses = [number(step, "loss") for step in self.steps if "loss" in step]
+        if not losses:
+            return number(self.summary, "train_loss")
+        last = [loss for loss in losses[-max(1, len(losses) // 20) :] if loss is not None]
+        return sum(last) / len(last) if last else None
+
+    @property
+    def val_loss(self) -> float | None:
+        """Of the last evaluation."""
+        if self.summary.get("val_loss") is None and self.evaluations:
+            return number(self.evaluations[-1], "val_loss")
+        return number(self.summary, "val_loss")
+
+    @property
+    def baselines(self) -> dict[str, float]:
+        """Validation losses of counting, by name."""
+        values = self.summary.get("baselines")
+        values = values if isinstance(values, dict) else {}
+        return {name: loss for name in values if (loss := number(values, name)) is not None}
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be concluded from this run's weights, in a sentence."""
+        losses = points(self.steps, "loss")
+        last = losses[-1][0] if losses else None
+        skipped = {event.get("step") for event in self.events if event.get("event") == "skipped"}
+        finite = [i for i, (step, loss) in enumerate(losses)
+                  if math.isfinite(loss) or step in skipped]  # fmt: skip
+        if losses and (not finite or finite[-1] < len(losses) - 1):
+            first = losses[finite[-1] + 1 if finite else 0][0]
+            return f"The training loss is not finite from step {first:,} on"
+        if any(
+            event.get("event") == "give_up" and event.get("step") == last for event in self.events
+        ):
+            return f"The guard gave up at step {last:,}"
+        if self.events and self.events[-1].get("event") == "failed" and not self.summary:
+            return str(self.events[-1].get("reason") or "It was broken off")
+        for values in (self.summary, *self.evaluations[-1:]):
+            value = values.get("val_loss")
+            if value is not None and number(values, "val_loss") is None:
+                return f"The validation loss is no finite number but {value}"
+        return None
+
+    @property
+    def published(self) -> Points:
+        """(step, loss) of the published run, where this run repeats it."""
+        recipe, wanted = self.part("recipe"), asdict(PRESETS[SEED_RECIPE])
+        free = ("max_steps", "target_loss", "guard", "seed")
+        same = all(recipe.get(key) == wanted[key] for key in wanted if key not in free)
+        on_it = self.part("data").get("sha256") == SHAKESPEARE_SHA256
+        return PUBLISHED_LOSS if same and on_it and not self.part("flags").get("init") else ()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_run(folder: Path) -> Run:
+    """Read summary.json, config.json and metrics.jsonl."""
+    steps, evaluations, events = read_metrics(folder / "metrics.jsonl")
+    summary = _read_object(folder / "summary.json")
+    if steps and (number(summary, "final_step") or math.inf) <= steps[-1]["step"]:
+        summary = {}  # of an earlier end: the run has been extended since and has not ended
+    return Run(summary, _read_object(folder / "config.json"), steps, evaluations, events)
+
+
+def split_samples(text: str) -> list[tuple[str, str]]:
+    """(prompt, what the model wrote) of a samples.txt; a file in another form is one sample."""
+    pattern = r"^\[prompt\] (.*?)\n\[model\](.*?)(?=\n+\[prompt\] |\s*\Z)"
+    parts = re.findall(pattern, text, re.DOTALL | re.MULTILINE)
+    return parts or ([("", text)] if text.strip() else [])
+
+
+def read_samples(run: Path) -> list[tuple[str, str]]:
+    """Of a run folder; none where it has no readable samples.txt."""
+    try:
+        return split_samples((run / "samples.txt").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+
+
+def verdicts(run: Run, overlap: Overlap | None = None, whole: bool = True) -> list[tuple[str, str]]:
+    """("warning" or "note", sentence) in plain words; what the numbers do and do not show.
+
+    Args:
+        run: The run.
+        overlap: Of the model's samples with the training text.
+        whole: All of the training text was searched.
+    """
+    if run.failure:
+        return [("warning", f"This run failed. {run.failure}: its weights and what they write "
+                            "say nothing, and neither do the figures below.")]  # fmt: skip
+    found: list[tuple[str, str]] = []
+    if run.steps and not run.summary:
+        found.append(("note", f"This run has not ended; {run.num_steps:,} steps are done."))
+    share = overlap.shares.get(WINDOW) if overlap else None
+    recited = overlap is not None and share is not None and (
+        share > RECITED_SHARE or len(overlap.longest) >= RECITED_BYTES
+    )  # fmt: skip
+    if run.val_loss is not None:
+        found += _on_held_out_text(run, run.val_loss, recited)
+    elif run.train_loss is not None:
+        found.append(_without_held_out_text(run, run.train_loss))
+    if overlap is not None and share is not None:
+        where = "the training text" if whole else "the part of the training text searched"
+        seen = (
+            f"{share:.0%} of their {WINDOW}-byte windows stand verbatim in {where}, the longest "
+            f"stretch has {len(overlap.longest)} bytes."
+        )
+        if recited:
+            found.append(("warning", f"The samples recite: {seen}"))
+        elif share <= OWN_SHARE:
+            found.append(("note", f"The samples are the model's own: {seen}"))
+        else:
+            found.append(("note", f"The samples are partly recited: {seen}"))
+    return found
+
+
+def _on_held_out_text(run: Run, val: float, recited: bool) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+
+    def add(kind: str, sentence: str) -> None:
+        found.append((kind, sentence))
+
+    train, bigram = run.train_loss, run.baselines.get("bigram")
+    learnt = bigram is None or val < bigram
+    gap = val - train if train is not None else 0.0
+    epochs = number(run.summary, "epochs")
+    if gap > GAP_NATS and epochs is not None and epochs <= 1.0:
+        add(
+            "note",
+            f"The validation loss {val:.2f} lies {gap:.2f} nats above the training loss: the "
+            f"held-out text is harder. No text was read twice, so none can have been learnt by "
+            f"heart.",
+        )
+    elif gap > GAP_NATS:
+        add(
+            "warning",
+            f"Memorisation: the loss is {train:.2f} on the training text and {val:.2f} on "
+            f"held-out text. The gap of {gap:.2f} nats means a token of the training text is "
+            f"{math.exp(min(gap, 99)):.3g} times as likely as one of new text: the model is "
+            f"learning the file, not the language. Fewer steps, more text or dropout help.",
+        )
+    elif train is not None and gap < -EASIER_NATS:
+        add(
+            "note",
+            f"The validation loss {val:.2f} lies below the training loss {train:.2f}: the "
+            f"held-out text is easier than the training text, or dropout weighs on the latter. "
+            f"The two say nothing about memorisation then.",
+        )
+    elif train is not None and learnt and not recited:
+        add(
+            "note",
+            f"Training loss {train:.2f} and validation loss {val:.2f} lie {gap:+.2f} nats "
+            f"apart: no sign of memorisation.",
+        )
+    losses = [(loss, step) for step, loss in points(run.evaluations, "val_loss")]
+    best, step = min(losses, default=(val, 0))
+    if val - best > RISE_NATS:
+        add(
+            "warning",
+            f"Overfitting: the validation loss was {best:.2f} at step {step:,} and rose to "
+            f"{val:.2f}. model/ holds the last weights, not the best.",
+        )
+    if bigram is not None and not learnt:
+        add(
+            "warning",
+            f"The validation loss {val:.2f} is not below the {bigram:.2f} that counting pairs of "
+            f"tokens gives: the model has not learnt to use context yet.",
+        )
+    return found
+
+
+def _without_held_out_text(run: Run, train: float) -> tuple[str, str]:
+    epochs = number(run.summary, "epochs") or 0.0
+    after = f" after {epochs:.1f} epochs" if epochs else ""
+    tokens = number(run.summary, "corpus_tokens")
+    after += f" over {tokens:,.0f} tokens" if epochs and tokens else ""
+    advice = "Run it with --val-fraction 0.1 to get a number that says more."
+    if train < RECITED_LOSS and epochs > MANY_EPOCHS:
+        return (
+            "warning",
+            f"A loss of {train:.2g}{after} is recitation: the model has learnt this text by "
+            f"heart. It says nothing about text the model has not seen. {advice}",
+        )
+    doubtful = train < LOW_LOSS or epochs > MANY_EPOCHS
+    return (
+        "warning" if doubtful else "note",
+        f"No validation split: a training loss of {train:.2f}{after} cannot be told from "
+        f"recitation by itself. {advice}",
+    )
