@@ -7,7 +7,6 @@ elsewhere.
     python -m demo.app --model runs/shakespeare-cpu
 """
 
-import asyncio
 import html
 import json
 import os
@@ -16,13 +15,14 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from demo.line import Line, status_html
 from model import GPT
 from model.edge import check_int, exits, is_real
 
@@ -39,25 +39,14 @@ from model.text import stream_text
 from model.tokenizer import get_encoding
 from training.overlap import Overlap, find_overlap
 from training.plot import inline_svg
-from training.report import (
-    CORPUS_FILE,
-    STYLE,
-    Run,
-    facts,
-    loss_figure,
-    mark_spans,
-    read_run,
-    read_samples,
-    verdicts,
-)
+from training.report import CORPUS_FILE, STYLE, facts, loss_figure, mark_spans
+from training.verdicts import Run, read_run, read_samples, verdicts
 
 TITLE = "Try a GPT-2"
 MAX_PROMPT_CHARS = 4000
 MAX_NEW_TOKENS = 500
 MAX_SAMPLES = 4
 NEW_SEEDS = 10**6  # one of so many is drawn: short enough to type again
-AT_ONCE = 2  # texts that are generated at the same time; further visitors wait in line
-POLL_S = 0.1  # how often they look whether it is their turn
 REFRESH_S = 0.05  # shortest time between two updates of the page
 MARK_SHARE = 0.1  # of the time may go into looking for recited parts while text is coming
 MAX_EXAMPLES = 4
@@ -192,11 +181,6 @@ def texts_html(
     return f'<div class="texts">{body}</div>'
 
 
-def status_html(text: str, state: str = "") -> str:
-    """The line below the texts; `state` is "done" with the last."""
-    return f'<div class="status {state}">{text}</div>'
-
-
 def _recited(overlap: Overlap, texts: Sequence[str]) -> str:
     if not any(texts):
         return ""
@@ -311,60 +295,6 @@ def _updates(
     yield texts_html(prompt, texts, spans), status(end, "done")
 
 
-class Line:
-    """Where visitors wait: some are served at once, the others in the order in which they came.
-
-    All of it runs on the server's event loop. gradio's own queue cannot be left without a race: it
-    ends whatever the visitor runs when the word arrives, be it the next text already.
-    """
-
-    def __init__(self, at_once: int = AT_ONCE):
-        self.at_once = at_once
-        self._visitors: list[object] = []
-
-    @contextmanager
-    def joined(self) -> Iterator[Callable[[], int]]:
-        """Gives a function that tells the place in the line; 0 is being served."""
-        visitor = object()
-        self._visitors.append(visitor)
-        try:
-            yield lambda: max(0, self._visitors.index(visitor) + 1 - self.at_once)
-        finally:
-            self._visitors.remove(visitor)
-
-    async def serve(
-        self, models: Models, visit: dict[str, int], turn: int, *settings: Any
-    ) -> AsyncIterator[tuple[Any, str]]:
-        """One press of Generate: wait, then generate.
-
-        Args:
-            models: Gives the model.
-            visit: The visitor's newest turn and the last that was stopped; changed here.
-            turn: Counts the presses of this visitor. A later one ends those before.
-            settings: For `generate`.
-        """
-        visit["newest"] = max(turn, visit["newest"])
-
-        def ended() -> bool:
-            return turn < visit["newest"] or turn <= visit["stopped"]
-
-        with self.joined() as place:
-            told = 0
-            while (ahead := place()) and not ended():
-                if ahead != told:
-                    yield gr.skip(), status_html(f"place {ahead} in the line")
-                told = ahead
-                await asyncio.sleep(POLL_S)
-            if not ended():
-                updates = generate(models, *settings, ended=ended)
-                while (update := await asyncio.to_thread(next, updates, None)) is not None:
-                    if turn < visit["newest"]:
-                        return  # what is on the page belongs to a later turn
-                    yield update
-            elif turn == visit["newest"]:
-                yield gr.skip(), status_html("stopped", "done")
-
-
 def build(models: Models) -> gr.Blocks:
     """The page."""
     # analytics_enabled=False: otherwise the server calls two hosts at start.
@@ -413,8 +343,8 @@ def build(models: Models) -> gr.Blocks:
         turn = gr.Number(0, visible=False)  # counted by the page, so that Stop names what it ends
         line = Line()
 
-        async def serve(*values: Any) -> AsyncIterator[tuple[Any, str]]:
-            async for update in line.serve(models, *values):
+        async def serve(visit: Any, turn: int, *values: Any) -> AsyncIterator[tuple[Any, str]]:
+            async for update in line.serve(partial(generate, models, *values), visit, turn):
                 yield update
 
         async def end(visit: dict[str, int], turn: int) -> None:

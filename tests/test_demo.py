@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from model.tokenizer import get_encoding
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed")
 
-from demo import app, screenshot, space  # noqa: E402 - they import gradio
+from demo import app, line, screenshot, space  # noqa: E402 - they import gradio
 
 ROOT = Path(__file__).resolve().parents[1]
 # Sees every connection and name look-up of the server process, whoever makes it.
@@ -262,11 +263,11 @@ def new_visit() -> dict[str, int]:
 
 def test_fifty_visitors_wait_in_the_order_they_came(monkeypatch: pytest.MonkeyPatch):
     """Nobody is sent away; two are served at once, the others see their place fall."""
-    monkeypatch.setattr(app, "POLL_S", 0.001)
+    monkeypatch.setattr(line, "POLL_S", 0.001)
     served: list[int] = []
     at_once = most = 0
 
-    def generate(_: Any, visitor: int, ended: Any) -> Iterator[tuple[str, str]]:
+    def generate(visitor: int, ended: Any) -> Iterator[tuple[str, str]]:
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
@@ -275,37 +276,37 @@ def test_fifty_visitors_wait_in_the_order_they_came(monkeypatch: pytest.MonkeyPa
         at_once -= 1
         yield "all", str(visitor)
 
-    async def visit(line: app.Line, visitor: int) -> list[tuple[Any, str]]:
-        turns = line.serve(None, new_visit(), 1, visitor)  # type: ignore[arg-type]
+    async def visit(waiting: line.Line, visitor: int) -> list[tuple[Any, str]]:
+        turns = waiting.serve(partial(generate, visitor), new_visit(), 1)
         return [update async for update in turns]
 
     async def everyone() -> list[list[tuple[Any, str]]]:
-        line = app.Line()
-        return await asyncio.gather(*(visit(line, i) for i in range(50)))
+        waiting = line.Line()
+        return await asyncio.gather(*(visit(waiting, i) for i in range(50)))
 
-    monkeypatch.setattr(app, "generate", generate)
     told = asyncio.run(everyone())
     assert [updates[-1] for updates in told] == [("all", str(i)) for i in range(50)]
-    assert most <= app.AT_ONCE
+    assert most <= line.AT_ONCE
     assert all(abs(place - visitor) <= 2 for place, visitor in enumerate(served))
     for visitor, updates in enumerate(told):
         found = re.findall(r"place (\d+) in the line", " ".join(status for _, status in updates))
         places = [int(place) for place in found]
         assert places == sorted({*places}, reverse=True)
-        assert places[:1] == ([visitor - 1] if visitor >= app.AT_ONCE else [])
+        assert places[:1] == ([visitor - 1] if visitor >= line.AT_ONCE else [])
 
 
 def test_two_texts_at_once_are_what_each_would_be_alone(run: Path):
     models = app.Models(run)
     settings = {**DEFAULTS, "max_new_tokens": 40}
 
-    async def visit(line: app.Line, i: int) -> tuple[str, str]:
+    async def visit(waiting: line.Line, i: int) -> tuple[str, str]:
         values = {**settings, "seed": str(i)}.values()
-        return [u async for u in line.serve(models, new_visit(), 1, f"Client {i}:", *values)][-1]
+        generate = partial(app.generate, models, f"Client {i}:", *values)
+        return [update async for update in waiting.serve(generate, new_visit(), 1)][-1]
 
     async def both() -> list[tuple[str, str]]:
-        line = app.Line()
-        return [*await asyncio.gather(visit(line, 0), visit(line, 1))]
+        waiting = line.Line()
+        return [*await asyncio.gather(visit(waiting, 0), visit(waiting, 1))]
 
     for i, (texts, _) in enumerate(asyncio.run(both())):
         sampling = Sampling(max_new_tokens=40, temperature=0.8, seed=i)
@@ -318,23 +319,21 @@ def test_stop_ends_the_turn_it_names_and_no_later_one(
     monkeypatch: pytest.MonkeyPatch, waiting: bool
 ):
     """Whatever comes first to the server: the word to stop, or the next press of Generate."""
-    monkeypatch.setattr(app, "POLL_S", 0.001)
+    monkeypatch.setattr(line, "POLL_S", 0.001)
 
-    def generate(_: Any, name: str, ended: Any) -> Iterator[tuple[str, str]]:
+    def generate(name: str, ended: Any) -> Iterator[tuple[str, str]]:
         while not ended():
             yield name, "more"
             if name == "second":
                 break
         yield name, "end"
 
-    monkeypatch.setattr(app, "generate", generate)
-
     async def turns(order: str) -> tuple[list[tuple[Any, str]], list[tuple[Any, str]]]:
-        line, visit = app.Line(at_once=0 if waiting else 2), new_visit()
+        visitors, visit = line.Line(at_once=0 if waiting else 2), new_visit()
         updates: list[list[tuple[Any, str]]] = [[], []]
 
         async def press(turn: int, name: str) -> None:
-            async for update in line.serve(None, visit, turn, name):  # type: ignore[arg-type]
+            async for update in visitors.serve(partial(generate, name), visit, turn):
                 updates[turn - 1].append(update)
 
         first = asyncio.create_task(press(1, "first"))
@@ -346,7 +345,7 @@ def test_stop_ends_the_turn_it_names_and_no_later_one(
             return updates[0], []
         if order == "stop first":
             visit["stopped"] = 1
-        line.at_once = 2
+        visitors.at_once = 2
         second = asyncio.create_task(press(2, "second"))
         await asyncio.sleep(0.01)
         visit["stopped"] = 1
@@ -376,9 +375,9 @@ def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
     )  # fmt: skip
     assert process.stdout
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("URL"):
+    for text in process.stdout:
+        lines.append(text)
+        if text.startswith("URL"):
             break
     else:
         pytest.fail("the server did not start:\n" + "".join(lines))
