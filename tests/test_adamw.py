@@ -16,7 +16,7 @@ from kernels._op import INTERPRETED
 from kernels.adamw import CHUNK
 from kernels.adamw_tables import Slot, Tables
 from model import GPTConfig
-from training import resume
+from training import generators, resume
 from training.optim import AdamW, TritonAdamW
 
 # One element, an odd few, a power of two, one past a block, a whole chunk and a ragged one.
@@ -332,7 +332,7 @@ def test_checkpoints_restore_in_place(device):
 
     def restore(target: Any, state: torch.optim.AdamW) -> None:
         checkpoint = resume.Checkpoint(
-            2, {"model": weights, "optimizer": saved, "rng": resume.checkpoint.rng_state()},
+            2, {"model": weights, "optimizer": saved, "rng": generators.states()},
             {"progress": asdict(resume.Progress(step=2)), "recipe": {"max_steps": 4}, "plan": {}},
         )  # fmt: skip
         resume.restore(checkpoint, target, state, None)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model import GPT, export, hf
 from model.edge import one_line, quoted
-from training import checkpoint, schema
+from training import checkpoint, generators, schema
 from training.checkpoint import Checkpoint, CheckpointError
 from training.distributed import World, refuse_mismatch
 from training.guard import Guard, GuardConfig
@@ -122,7 +122,7 @@ def capture(
     tensors: dict[str, dict[str, Tensor]] = {
         "model": hf.file_tensors(model),
         "optimizer": _optimizer_tensors(model, optimizer),
-        "rng": checkpoint.rng_state(),
+        "rng": generators.states(),
     }
     state: dict[str, Any] = {
         "progress": asdict(progress),
@@ -170,7 +170,7 @@ def expect(model: GPT, accept: Callable[[Checkpoint], object] = bool) -> checkpo
                 }.items()
                 if step  # before the first step there are none
             },
-            "rng": checkpoint.RNG,
+            "rng": generators.EXPECTED,
         }
         if "guard" in saved.state:
             window = torch.empty(GuardConfig().window)
@@ -223,7 +223,7 @@ def restore(
         optimizer.refresh_working()
     if guard is not None and "guard" in saved.tensors:
         guard.load(saved.tensors["guard"], saved.state["guard"])
-    checkpoint.set_rng_state(saved.tensors["rng"])
+    generators.restore(saved.tensors["rng"])
     values = dict(saved.state["progress"])
     values["skips"] = [(a, b) for a, b in values["skips"]]
     values["evaluations"] = [(a, float(b)) for a, b in values["evaluations"]]
