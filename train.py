@@ -31,6 +31,7 @@ from model.edge import one_line
 from training import checkpoint, console, distributed, folder, metrics, resume, signals
 from training.data import Corpus, load_corpus
 from training.distributed import ALONE, World, refuse_mismatch, share
+from training.ending import finish
 from training.explain import explain, probe_steps
 from training.guard import Guard, GuardConfig
 from training.metrics import RunLog
@@ -38,7 +39,7 @@ from training.optim import configure_adamw
 from training.plan import Choices, Machine, Plan, detect, make_plan
 from training.recipes import Recipe, find_preset, spell_model
 from training.resume import Progress, RunFailed
-from training.run import Run, data_loader, finish
+from training.run import Run, data_loader
 from training.signals import EXIT_RESUMABLE, Stopped, StopRequest
 from training.step import Outcome, TrainStep, start_process
 from training.verify import compare_first_batch, settle
@@ -150,20 +151,25 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     if cfg.tensorboard:
         metrics.check_tensorboard()
     recipe, (machine, plan, corpus) = cfg.recipe, look(cfg, world)
-    train_tokens, val_tokens = corpus.split(recipe.val_fraction)
-    data_loader(recipe, plan, train_tokens, world)  # raises where the text is too short for a batch
-    if recipe.val_fraction > 0 and len(val_tokens) < 2:
-        raise ValueError(
-            f"data: validation needs at least 2 tokens, got {len(val_tokens)}: val_fraction "
-            f"{recipe.val_fraction} of {len(corpus.tokens):,}; take a larger one, or 0 for none"
-        )
+    parts = corpus.split(recipe.val_fraction)
+    data_loader(recipe, plan, parts[0], world)  # raises where the text is too short for a batch
     plan = settle(planned(cfg, machine, world), cfg.choices, recipe, machine, world)
-    facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(train_tokens),
-             "val_tokens": len(val_tokens)}  # fmt: skip
     same = {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()},
             "data": corpus.sha256, "torch": torch.__version__}  # fmt: skip
     refuse_mismatch(world, "facts", same)
     initial = GPT.from_pretrained(cfg.init) if cfg.init else None
+    out, saved = find_place(cfg, plan, corpus, world)
+    facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(parts[0]),
+             "val_tokens": len(parts[1])}  # fmt: skip
+    flags = {k: v for k, v in asdict(cfg).items() if k != "recipe"}
+    return Run(cfg.preset, recipe, plan, world, out, flags, *parts, facts, saved, initial)
+
+
+def find_place(
+    cfg: Config, plan: Plan, corpus: Corpus, world: World
+) -> tuple[Path, checkpoint.Checkpoint | None]:
+    """The run folder, made now, and the checkpoint to go on from."""
+    recipe = cfg.recipe
     out = Path(world.first("out", lambda: str(folder.name(cfg.out, cfg.preset))))
     saved = resume.find(cfg.resume, out, world, recipe, corpus.sha256, cfg.override)
     if saved is not None:
@@ -171,9 +177,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
         notes += resume.check_rate(saved, recipe) + resume.check_plan(saved, plan)
         world.say("\n".join([f"resume: {saved.path}, {saved.step} steps done", *notes]))
     world.first("folder", lambda: folder.make(out, recipe))
-    flags = {k: v for k, v in asdict(cfg).items() if k != "recipe"}
-    return Run(cfg.preset, recipe, plan, world, out, flags, train_tokens, val_tokens, facts,
-               saved, initial)  # fmt: skip
+    return out, saved
 
 
 def train(cfg: Config, run: Run, stop: StopRequest) -> int:

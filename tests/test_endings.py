@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 import train
 from tests.faults import Small, wait_for
-from training import report, run
+from training import ending, report, run
 from training.metrics import RunLog, read_metrics, to_json
 from training.signals import EXIT_RESUMABLE
 
@@ -103,7 +103,7 @@ def test_the_end_of_a_run_answers_too(where, saving, start, tmp_path, monkeypatc
         monkeypatch.setattr("training.evaluate.BATCH_TOKENS", 16)
         monkeypatch.setattr(run, "evaluate_tokens", evaluate)
     else:
-        real = run.stream_text
+        real = ending.stream_text
 
         def stream(*arguments, **keywords):
             for piece in real(*arguments, **keywords):
@@ -112,7 +112,7 @@ def test_the_end_of_a_run_answers_too(where, saving, start, tmp_path, monkeypatc
                     os.kill(os.getpid(), signal.SIGTERM)
                 yield piece
 
-        monkeypatch.setattr(run, "stream_text", stream)
+        monkeypatch.setattr(ending, "stream_text", stream)
     assert start("--save-every", saving) == EXIT_RESUMABLE
     assert count[0] == 2
     out = tmp_path / "run"

@@ -1,0 +1,123 @@
+"""How a run ends: last evaluation, weights, samples, summary and report."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from model import GPT
+from model.sampling import Sampling
+from model.text import stream_text
+from model.tokenizer import decode, get_encoding
+from training import metrics
+from training.environment import seconds_since_start
+from training.metrics import RunLog
+from training.ngrams import ngram_losses
+from training.report import DECODE_TOKENS, report_run
+from training.resume import Progress, RunFailed
+from training.run import Run
+
+NUM_SAMPLES = 4
+PROMPT_TOKENS = 8
+SAMPLE_TOKENS = 120
+MAX_VAL_TOKENS = 10_485_760  # of the last evaluation; a long corpus has more than it can tell apart
+
+
+def finish(
+    run: Run,
+    model: GPT,
+    log: RunLog,
+    progress: Progress,
+    reached: int | None,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    poll: Callable[[], None],
+) -> None:
+    """Last evaluation, weights, samples, summary, report; in that order.
+
+    Args:
+        run, model, log, progress: After the last step.
+        reached: Step whose loss fell below the recipe's target, if one did.
+        autocast: Context of the evaluation, as of those during the run.
+        poll: Raises where the run is to stop.
+    """
+    recipe, plan, out = run.recipe, run.plan, run.out
+    train_s = sum(r.ms for r in log.records) / 1000.0
+    num_steps = progress.step
+    tokens_seen = num_steps * recipe.tokens_per_step
+    val_loss, bits_per_byte, baselines = None, None, {}
+    # Without a validation part a row tells whether the last update left a usable model.
+    scored = (
+        run.val_tokens if len(run.val_tokens) > 1 else run.train_tokens[: recipe.block_size + 1]
+    )
+    with autocast():
+        loss = run.validate(model, scored, MAX_VAL_TOKENS, poll)
+    if len(run.val_tokens) > 1:
+        val_loss = loss
+        log.event("eval", step=num_steps, val_loss=val_loss)
+    if not math.isfinite(loss):
+        raise RunFailed(
+            f"step {num_steps}: after it the loss is {loss}; a lower --max-lr or more "
+            "--warmup-steps may help, with --resume never"
+        )
+    if not run.world.is_main:
+        return
+    if val_loss is not None:
+        counted, scored = (
+            np.asarray(t[:MAX_VAL_TOKENS]) for t in (run.train_tokens, run.val_tokens)
+        )
+        baselines = ngram_losses(counted, scored, model.config.vocab_size)
+        num_bytes = len(get_encoding().decode_bytes(scored[:DECODE_TOKENS].tolist()))
+        bits_per_byte = val_loss * len(scored[:DECODE_TOKENS]) / (math.log(2) * num_bytes)
+        beside = ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items())
+        log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
+    poll()
+    model.save_pretrained(out / "model")
+    model.residual_dtype = None  # as whoever loads the saved model runs it
+    _write_samples(run, model, log.say, poll)
+    summary = {
+        "final_step": num_steps,
+        "reached_target_at": reached,
+        "saved_after_step": num_steps - 1,
+        "train_loss": next((r.loss for r in reversed(log.records) if r.finite), None),
+        "val_loss": val_loss,
+        "val_bits_per_byte": bits_per_byte,
+        "baselines": baselines,
+        "tokens_seen": tokens_seen,
+        "corpus_tokens": len(run.train_tokens),
+        "epochs": tokens_seen / len(run.train_tokens),
+        "trained_context": recipe.block_size,
+        "tokens_per_s": len(log.records) * recipe.tokens_per_step / (train_s or math.inf),
+        "train_s": train_s,
+        "first_step_s": log.first_step_s,
+        "wall_s": seconds_since_start(),
+        "model_bytes": (out / "model" / "model.safetensors").stat().st_size,
+        "device": plan.device_name,
+    }
+    metrics.write_json(out / "summary.json", summary)
+    report_run(out, run.train_tokens, log.say)
+    log.say(
+        f"done: {num_steps} steps, {tokens_seen:,} tokens, {summary['epochs']:.1f} epochs, "
+        f"{summary['tokens_per_s']:,.0f} tok/s, {summary['wall_s']:.0f} s in all; see {out}"
+    )
+
+
+def _write_samples(
+    run: Run, model: GPT, say: Callable[[str], None], poll: Callable[[], None]
+) -> None:
+    """samples.txt: continuations of a few words of held-out text, within the trained context."""
+    text = run.val_tokens
+    if len(text) <= PROMPT_TOKENS * NUM_SAMPLES:
+        text = run.train_tokens
+    starts = np.linspace(0, len(text) - PROMPT_TOKENS, NUM_SAMPLES + 1, dtype=int)[:-1]
+    prompts = [decode(np.asarray(text[i : i + PROMPT_TOKENS])) for i in starts]
+    sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=run.recipe.seed)
+    answers = [""] * len(prompts)
+    for piece in stream_text(model, get_encoding(), prompts, sampling):
+        answers[piece.row] += piece.text
+        poll()
+    with (run.out / "samples.txt").open("w", encoding="utf-8") as file:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            file.write(f"[prompt] {prompt}\n[model]{answer}\n\n")
+    say(f"sample: {prompts[0]}|{answers[0]}")
