@@ -231,8 +231,9 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             if guard and action:
                 writer.wait()
                 world.barrier()
-                progress = resume.roll_back(run.out, world, action, guard, log, model, optimizer,
-                                            recipe.rows_per_step)  # fmt: skip
+                progress = resume.roll_back(
+                    run.out, world, action, guard, log, model, optimizer, recipe.rows_per_step
+                )
                 batches.seek(progress.position, progress.skips)
                 continue
 

@@ -122,8 +122,10 @@ class Models:
                 if self.about:
                     known = json.loads(self.about.read_text(encoding="utf-8"))
                 else:
-                    known = {"panel": run_html(read_run(run), model, len(corpus)),
-                             "examples": example_prompts(run)}  # fmt: skip
+                    known = {
+                        "panel": run_html(read_run(run), model, len(corpus)),
+                        "examples": example_prompts(run),
+                    }
                 self._loaded = Loaded(folder, model, corpus, **known)
             return self._loaded
 
@@ -360,9 +362,11 @@ def build(models: Models) -> gr.Blocks:
             [visit, turn, prompt, temperature, top_k, top_p, max_new_tokens, seed, num_samples],
             [output, status],
             js="(visit, turn, ...rest) => [visit, window.turn = (window.turn ?? 0) + 1, ...rest]",
-            trigger_mode="multiple", concurrency_limit=None, show_progress="hidden",
+            trigger_mode="multiple",
+            concurrency_limit=None,
+            show_progress="hidden",
             api_name="generate",
-        )  # fmt: skip
+        )
         stop.click(
             end, [visit, turn], js="visit => [visit, window.turn ?? 0]", queue=False,
             show_progress="hidden", api_visibility="private",

@@ -297,16 +297,12 @@ def _launches(table: Tensor, *kernels: str) -> list[dict[str, int]]:
     return [launch_for(launch_key(kernel, arch(table.device))).kwargs() for kernel in kernels]
 
 
-def _norm_fake(
-    table: Tensor, chunks: Tensor, max_norm: float, tensors: Sequence[Tensor]
-) -> Tensor:  # fmt: skip
+def _norm_fake(table: Tensor, chunks: Tensor, max_norm: float, tensors: Sequence[Tensor]) -> Tensor:
     return table.new_empty(2, dtype=torch.float32)
 
 
 @register(fake=_norm_fake)
-def adamw_norm(
-    table: Tensor, chunks: Tensor, max_norm: float, tensors: Sequence[Tensor]
-) -> Tensor:  # fmt: skip
+def adamw_norm(table: Tensor, chunks: Tensor, max_norm: float, tensors: Sequence[Tensor]) -> Tensor:
     """table (N, FIELDS), chunks (P, 2) -> (2,) fp32: norm, clip coefficient."""
     out = _norm_fake(table, chunks, max_norm, tensors)
     P = len(chunks)

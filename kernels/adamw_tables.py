@@ -165,18 +165,22 @@ class Tables:
         working = [s.working for s in slots if s.working is not None]
         rates = [s.lr for s in slots if isinstance(s.lr, Tensor)]
         adamw_step(
-            table, chunks,
+            table,
+            chunks,
             self._one if clip is None else clip,
             self._zero if found_inf is None else self._verdict(found_inf),
-            written + working, [*(s.grad for s in slots), *rates],
-        )  # fmt: skip
+            written + working,
+            [*(s.grad for s in slots), *rates],
+        )
         # Autograd cannot see the writes; a graph that saved a parameter must not be used again.
         torch.autograd.graph.increment_version([*(s.param for s in slots), *working])
 
     def _verdict(self, found_inf: Tensor) -> Tensor:
-        if found_inf.numel() != 1 or found_inf.dtype != torch.float32 or (
-            found_inf.device != self.device
-        ):  # fmt: skip
+        if (
+            found_inf.numel() != 1
+            or found_inf.dtype != torch.float32
+            or (found_inf.device != self.device)
+        ):
             raise ValueError(
                 f"adamw: found_inf must be one fp32 number on {self.device}, got "
                 f"{tuple(found_inf.shape)} {found_inf.dtype} on {found_inf.device}"

@@ -92,10 +92,11 @@ def safe_launch(kernel: str, C: int, itemsize: int, arch: int) -> Launch:
         rows = num_warps // warps_per_row
     resident = BWD_WARPS_PER_SM.get(family(arch), OTHER_BWD_WARPS_PER_SM)
     return Launch(
-        (("ROWS", rows), ("BLOCK_C", block_c)), num_warps,
+        (("ROWS", rows), ("BLOCK_C", block_c)),
+        num_warps,
         programs_per_sm=resident // num_warps if kernel == "bwd" else 1,
         source="a formula: compiles without spills",
-    )  # fmt: skip
+    )
 
 
 def _launch(
@@ -388,9 +389,7 @@ def add_layer_norm_bwd(
         dy, dresidual_out, residual_out, weight, stats, dtype
     )
     own_dx = dx if dtype != residual_out.dtype else None
-    _launch_bwd(
-        dy, dresidual_out, residual_out, weight, stats, dresidual, own_dx, dweight, dbias
-    )  # fmt: skip
+    _launch_bwd(dy, dresidual_out, residual_out, weight, stats, dresidual, own_dx, dweight, dbias)
     return dresidual, dx, dweight, dbias
 
 

@@ -86,9 +86,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dxs: list[Tensor] = []
         dweight: Tensor | None = None
         for rows, ids, part in zip(
-            x.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), share.split(CHUNK_TOKENS),
+            x.split(CHUNK_TOKENS),
+            targets.split(CHUNK_TOKENS),
+            share.split(CHUNK_TOKENS),
             strict=True,
-        ):  # fmt: skip
+        ):
             z = F.linear(rows, w)[:, :V].float()
             at, part = ids.clamp(0, V - 1)[:, None], part[:, None]
             z_max = z.amax(dim=-1, keepdim=True)

@@ -57,8 +57,9 @@ def read_stdin(command: str, limit: int) -> bytes:
     if len(raw) > limit:
         raise ValueError(f"{command}: stdin has more than {limit:,} bytes")
     if raw.startswith(codecs.BOM_UTF8):
-        print(f"{command}: the byte order mark at the beginning of stdin is left out",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"{command}: the byte order mark at the beginning of stdin is left out", file=sys.stderr
+        )
     return raw
 
 

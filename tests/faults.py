@@ -198,8 +198,9 @@ def full_disk(run: Small) -> str | None:
     mount = run.folder / "full"
     mount.mkdir()
     size = "size=75m"  # the model, one checkpoint (40 MB), not two
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", str(mount)],
-                      capture_output=True).returncode:  # fmt: skip
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", size, "none", str(mount)], capture_output=True
+    ).returncode:
         return None
     try:
         code, output = run.finish("full/run", "--keep-last", "2")

@@ -29,7 +29,7 @@ from training.numerics import (
     precision,
     tf32_products,
     values_and_grads,
-)  # fmt: skip
+)
 
 
 def compare_runs(

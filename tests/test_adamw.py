@@ -332,9 +332,10 @@ def test_checkpoints_restore_in_place(device):
 
     def restore(target: Any, state: torch.optim.AdamW) -> None:
         checkpoint = resume.Checkpoint(
-            2, {"model": weights, "optimizer": saved, "rng": generators.states()},
+            2,
+            {"model": weights, "optimizer": saved, "rng": generators.states()},
             {"progress": asdict(resume.Progress(step=2)), "recipe": {"max_steps": 4}, "plan": {}},
-        )  # fmt: skip
+        )
         resume.restore(checkpoint, target, state, None)
 
     restore(model, optimizer)

@@ -314,8 +314,10 @@ def test_position_resumes_and_ranks_share(order: data.Order) -> None:
     batches = [whole.next_batch()[0] for _ in range(12)]  # 48 rows of 20: two wraps
     resumed = DataLoaderLite(tokens, 4, 5, order, seed=1, wrap_rows=2, position=4 * 7)
     torch.testing.assert_close(resumed.next_batch()[0], batches[7])
-    ranks = [DataLoaderLite(tokens, 2, 5, order, seed=1, wrap_rows=2, rank=r, world_size=2)
-             for r in range(2)]  # fmt: skip
+    ranks = [
+        DataLoaderLite(tokens, 2, 5, order, seed=1, wrap_rows=2, rank=r, world_size=2)
+        for r in range(2)
+    ]
     for batch in batches:
         shared = torch.cat([loader.next_batch()[0] for loader in ranks])
         torch.testing.assert_close(shared, batch)

@@ -288,10 +288,12 @@ def test_bad_data_is_one_line_from_one_rank(text, tmp_path, monkeypatch, capsys,
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK must be a whole number below 2, got '2'"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "x"}, "LOCAL_RANK must be a whole"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "the ranks did not meet at None:None"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"},
-         "the ranks did not meet at localhost:99999: port must have value from 0 to 65535"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"},
+            "the ranks did not meet at localhost:99999: port must have value from 0 to 65535",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_torchrun_sets_is_checked(environment, line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

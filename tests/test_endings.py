@@ -256,7 +256,9 @@ def test_a_longer_run_says_what_becomes_of_the_learning_rate(start, capsys):
     said = capsys.readouterr().out
     before, after = (replace(train.find_preset("smoke"), max_steps=n) for n in (6, 12))
     assert after.learning_rate(6) > 2 * before.learning_rate(5)
-    assert (f"the learning rate was {before.learning_rate(5):.2e} in the last step and goes on at "
-            f"{after.learning_rate(6):.2e}") in said  # fmt: skip
+    assert (
+        f"the learning rate was {before.learning_rate(5):.2e} in the last step and goes on at "
+        f"{after.learning_rate(6):.2e}"
+    ) in said
     assert start("--save-every", "6", "--override", "--steps", "12", "--seed", "5") == 0
     assert "the learning rate was" not in capsys.readouterr().out

@@ -17,11 +17,13 @@ from training.probe import Probe, Rates, measure_rates, probe_steps
 from training.recipes import Recipe, find_preset
 
 RECIPE = find_preset("fineweb-124m")
-H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", arch=90, num_threads=8, has_bf16=True,
-               memory_bytes=80 * 10**9)  # fmt: skip
+H100 = Machine(
+    "cuda", "NVIDIA H100 80GB HBM3", arch=90, num_threads=8, has_bf16=True, memory_bytes=80 * 10**9
+)
 CPU = Machine("cpu", "Some CPU", num_threads=2, memory_bytes=16 * 10**9)
-GPU_PLAN = replace(make_plan(RECIPE, H100, Choices(micro_batch_size=64)), ops="triton",
-                   memory_bytes=60 * 10**9)  # fmt: skip
+GPU_PLAN = replace(
+    make_plan(RECIPE, H100, Choices(micro_batch_size=64)), ops="triton", memory_bytes=60 * 10**9
+)
 CPU_RECIPE = Recipe(model="smoke", batch_size=16)
 CPU_PLAN = make_plan(CPU_RECIPE, CPU, Choices(compile=True))
 GPU_RATES = Rates(3000.0, {"fp32": 5e4, "tf32": 4e5, "bf16": 7e5}, 6e5, 16, 700, 700, 1700, 1980)

@@ -27,8 +27,9 @@ from training.plan import Choices, detect, make_plan
 from training.recipes import Recipe
 from training.resume import Progress
 
-RECIPE = Recipe(model="smoke,n_layer=1,n_head=1,n_embd=8,block_size=8", block_size=8,
-                batch_size=1, max_steps=12)  # fmt: skip
+RECIPE = Recipe(
+    model="smoke,n_layer=1,n_head=1,n_embd=8,block_size=8", block_size=8, batch_size=1, max_steps=12
+)
 WTE = "transformer.wte.weight"
 STEP = 7
 Change = Callable[[Path], None]
@@ -43,8 +44,9 @@ def sane(tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer.step()
     progress = Progress(STEP, 9, [(3, 5)], 100, [(4, 5.5)])
     plan = make_plan(RECIPE, detect("cpu"), Choices(ops="eager", dtype="fp32", compile=False))
-    saved = resume.capture(progress, model, optimizer, Guard(GuardConfig(), torch.device("cpu")),
-                           RECIPE, plan, "abc")  # fmt: skip
+    saved = resume.capture(
+        progress, model, optimizer, Guard(GuardConfig(), torch.device("cpu")), RECIPE, plan, "abc"
+    )
     return checkpoint.write(tmp_path_factory.mktemp("sane"), saved)
 
 

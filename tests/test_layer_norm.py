@@ -72,8 +72,9 @@ def test_low_precision_input_with_fp32_weights(device):
     checks.assert_twice_eager(ours, eager, plain, args, rows=13)
 
 
-@checks.sweep(M=checks.sizes(0, 35, 1, 32, 33), C=checks.sizes(1, 260, 1, 256, 257),
-              dtype=checks.dtypes())  # fmt: skip
+@checks.sweep(
+    M=checks.sizes(0, 35, 1, 32, 33), C=checks.sizes(1, 260, 1, 256, 257), dtype=checks.dtypes()
+)
 def test_any_shape(device, M, C, dtype):
     check(inputs((M, C), device, dtype))
 

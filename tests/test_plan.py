@@ -18,8 +18,7 @@ SEED, FINEWEB, SMOKE = (PRESETS[n] for n in ("shakespeare-124m", "fineweb-124m",
 
 
 def gpu(name: str, arch: int, gib: int) -> Machine:
-    return Machine("cuda", name, arch, num_threads=8, has_bf16=arch >= 80,
-                   memory_bytes=gib * GIB)  # fmt: skip
+    return Machine("cuda", name, arch, num_threads=8, has_bf16=arch >= 80, memory_bytes=gib * GIB)
 
 
 CPU = Machine("cpu", "a CPU", num_threads=2, memory_bytes=24 * GIB)
@@ -74,8 +73,10 @@ def test_fineweb_takes_what_fits(name: str) -> None:
 
 
 def test_more_memory_more_rows() -> None:
-    sizes = [make_plan(FINEWEB, MACHINES[n]).micro_batch_size
-             for n in ("T4", "3090", "H100", "H200", "B200")]  # fmt: skip
+    sizes = [
+        make_plan(FINEWEB, MACHINES[n]).micro_batch_size
+        for n in ("T4", "3090", "H100", "H200", "B200")
+    ]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
 

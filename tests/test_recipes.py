@@ -6,14 +6,7 @@ from dataclasses import replace
 import pytest
 
 from model import MODELS, GPTConfig
-from training.recipes import (
-    PRESETS,
-    PUBLISHED_LOSS,
-    Recipe,
-    find_preset,
-    parse_model,
-    spell_model,
-)  # fmt: skip
+from training.recipes import PRESETS, PUBLISHED_LOSS, Recipe, find_preset, parse_model, spell_model
 
 SEED = PRESETS["shakespeare-124m"]
 

@@ -262,11 +262,13 @@ VERDICTS = (FAILED, UNFINISHED, MEMORISED, EASIER, HARDER, NO_SIGN, OVERFITTED, 
         ({"lines": [step(100, 4.0), {"event": "failed", "reason": "a disk"}]}, {FAILED}),
         ({"lines": [{"event": "failed"}, step(100, 4.0)]}, {UNFINISHED, NO_SIGN}),
         ({"vals": [4.5], "val_loss": "3", "epochs": [], "baselines": 3}, {FAILED}),
-        ({"lines": [step(100, math.nan), {"event": "skipped", "step": 100}], "final_step": 101},
-         {NO_SIGN}),
+        (
+            {"lines": [step(100, math.nan), {"event": "skipped", "step": 100}], "final_step": 101},
+            {NO_SIGN},
+        ),
         ({"lines": [step(100, 4.0)]}, {UNFINISHED, NO_SIGN}),  # it has been extended since
     ],
-)  # fmt: skip
+)
 def test_verdicts(tmp_path: Path, changes: dict[str, Any], expected: set[str]):
     """Each verdict where the run's own numbers say so, and nowhere else."""
     run = write_run(tmp_path / "r", **changes)

@@ -346,8 +346,9 @@ def test_a_bad_step_is_skipped_and_working_copies_follow_a_rollback() -> None:
     step = make_step(choices(dtype="bf16"))
     run(step, 3)
     assert step.guard is not None
-    saved = resume.capture(resume.Progress(step=3), step.model, step.optimizer, step.guard,
-                           RECIPE, step.plan, "x")  # fmt: skip
+    saved = resume.capture(
+        resume.Progress(step=3), step.model, step.optimizer, step.guard, RECIPE, step.plan, "x"
+    )
     kept = {name: copy.detach().clone() for name, copy in step.copies.items()}
     with torch.no_grad():
         step.model.transformer.ln_f.weight.fill_(math.nan)

@@ -56,8 +56,10 @@ def test_loads_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert encoding.encode_ordinary("Hello world!") == [15496, 995, 0]
     names = {p.name for p in (tmp_path / "tiktoken").iterdir()}
     # tiktoken's own names: the sha1 of the address a file is published under.
-    assert names == {"6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-                     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"}  # fmt: skip
+    assert names == {
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    }
 
 
 def test_a_damaged_cache_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

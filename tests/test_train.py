@@ -112,8 +112,9 @@ def test_saved_model_is_the_trained_one(twice: list[Path], text: Path) -> None:
     model = GPT.from_pretrained(twice[0])
     assert model.trained_context == 64
     _, val = train.load_corpus([text]).split(0.1)
-    summary, config = (json.loads((twice[0] / f"{name}.json").read_text())
-                       for name in ("summary", "config"))  # fmt: skip
+    summary, config = (
+        json.loads((twice[0] / f"{name}.json").read_text()) for name in ("summary", "config")
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=config["plan"]["dtype"] == "bf16"):
         loss = evaluate_tokens(model, np.asarray(val))
     assert loss == pytest.approx(summary["val_loss"], rel=1e-5)
@@ -211,8 +212,10 @@ def test_time_aside_belongs_to_no_step(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_every_recipe_field_is_a_flag_with_the_preset_as_default() -> None:
-    for two in (["--preset=smoke", "--preset", "shakespeare-124m"],
-                ["--preset", "smoke", "--preset=shakespeare-124m"]):  # fmt: skip
+    for two in (
+        ["--preset=smoke", "--preset", "shakespeare-124m"],
+        ["--preset", "smoke", "--preset=shakespeare-124m"],
+    ):
         assert (train.parse(two).preset, train.parse(two).recipe.model) == (two[-1][-16:], "124m")
     cfg = train.parse(["--preset", "shakespeare-124m", "--steps", "7", "--seed=3", "--no-compile"])
     assert (cfg.recipe.max_steps, cfg.recipe.seed, cfg.choices.compile) == (7, 3, False)
@@ -329,11 +332,13 @@ BAD = {
     "wide": (["--model", "smoke,n_embd=64000,n_layer=1000"], "n_layer=1000 at T=64 needs about"),
     "wider": (["--model", "smoke,n_embd=" + "8" * 40], "n_embd must be a whole number"),
     "deep": (["--model", "smoke,n_layer=10000000"], "n_layer must be a whole number"),
-    "wide, asked": (["--micro-batch-size", "1", "--model", "smoke,n_embd=64000,n_layer=1000"],
-                    "n_layer=1000 at T=64 needs about"),
+    "wide, asked": (
+        ["--micro-batch-size", "1", "--model", "smoke,n_embd=64000,n_layer=1000"],
+        "n_layer=1000 at T=64 needs about",
+    ),
     "long steps": (["--grad-accum-steps", "1000000000"], "the 4,000,000,000 rows of a step"),
     "validation": (["--val-fraction", "0.0005"], "validation needs at least 2 tokens, got 0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -133,8 +133,10 @@ class RunLog:
         )
         self._task = self._bar.add_task("training", total=max_steps)
         if not quiet and (lost := steps_done - len(self.records)):
-            self.say(f"metrics.jsonl: {lost} of the {steps_done} steps done are missing in it or "
-                     "damaged; the curve has a gap there, and the run goes on")  # fmt: skip
+            self.say(
+                f"metrics.jsonl: {lost} of the {steps_done} steps done are missing in it or "
+                "damaged; the curve has a gap there, and the run goes on"
+            )
 
     def __enter__(self) -> "RunLog":
         self._bar.start()

@@ -17,8 +17,10 @@ from training.schema import MOST
 Order = Literal["sequential", "shuffled"]
 MAX_FLOAT = 1e30  # of a field of a recipe: the optimizer computes in fp32, which ends at 3e38
 # What a checkpoint may hold, and a generator take.
-MAX_COUNTS = dict.fromkeys(("warmup_steps", "horizon_steps", "max_steps", "batch_size",
-                            "block_size", "grad_accum_steps"), MOST) | {"seed": 2**63}  # fmt: skip
+MAX_COUNTS = dict.fromkeys(
+    ("warmup_steps", "horizon_steps", "max_steps", "batch_size", "block_size", "grad_accum_steps"),
+    MOST,
+) | {"seed": 2**63}
 
 _CHANGEABLE: dict[str, type] = {"block_size": int, "n_layer": int, "n_head": int, "n_embd": int,
                                 "dropout": float}  # fmt: skip

@@ -114,13 +114,15 @@ def facts(run: Run, corpus_bytes: int = 0) -> list[tuple[str, str]]:
         ("validation loss", val, ".4f" + nats),
         ("perplexity, held-out text", None if val is None else math.exp(min(val, 99)), ",.2f"),
         ("bits per byte, held-out text", number(summary, "val_bits_per_byte"), ".3f"),
-        *((f"validation loss of counting ({name})", loss, ".4f" + nats)
-          for name, loss in run.baselines.items()),
+        *(
+            (f"validation loss of counting ({name})", loss, ".4f" + nats)
+            for name, loss in run.baselines.items()
+        ),
         ("time in steps", number(summary, "train_s"), ",.1f s"),
         ("time in all, start-up included", number(summary, "wall_s"), ",.1f s"),
         ("speed", number(summary, "tokens_per_s"), ",.0f tokens/s"),
         ("weights file", number(summary, "model_bytes"), ",.0f bytes"),
-    ]  # fmt: skip
+    ]
     texts = [
         ("recipe", run.recipe_name),
         ("model", ", ".join(filter(None, (model, size)))),
@@ -180,11 +182,13 @@ def write_report(folder: Path, corpus: bytes, whole: bool = True) -> list[tuple[
     if run.steps:
         figures["loss"] = loss_figure(run)
         plot.save(figures["loss"], folder / "loss.png")
-        figures["learning rate, gradient norm, speed"] = plot.step_curves({
-            "learning rate": points(run.steps, "lr"),
-            "gradient norm before clipping": points(run.steps, "grad_norm"),
-            "tokens per second": points(run.steps, "tokens_per_s"),
-        })  # fmt: skip
+        figures["learning rate, gradient norm, speed"] = plot.step_curves(
+            {
+                "learning rate": points(run.steps, "lr"),
+                "gradient norm before clipping": points(run.steps, "grad_norm"),
+                "tokens per second": points(run.steps, "tokens_per_s"),
+            }
+        )
     ours = dict(points(run.steps, "loss"))
     spans = overlap.spans if overlap else [[] for _ in samples]
     page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE).render(

@@ -366,8 +366,10 @@ def check_rate(saved: Checkpoint, recipe: Recipe) -> list[str]:
         before = Recipe(**{k: v for k, v in saved.state["recipe"].items() if k in known})
         was, now = before.learning_rate(max(step - 1, 0)), recipe.learning_rate(step)
         if not math.isclose(now, before.learning_rate(step), rel_tol=0.01):
-            return [f"resume: the learning rate was {was:.2e} in the last step and goes on at "
-                    f"{now:.2e}; --max-lr, --min-lr and --horizon-steps decide it"]  # fmt: skip
+            return [
+                f"resume: the learning rate was {was:.2e} in the last step and goes on at "
+                f"{now:.2e}; --max-lr, --min-lr and --horizon-steps decide it"
+            ]
     return []
 
 

@@ -98,8 +98,9 @@ class Run:
         losses = points(self.steps, "loss")
         last = losses[-1][0] if losses else None
         skipped = {event.get("step") for event in self.events if event.get("event") == "skipped"}
-        finite = [i for i, (step, loss) in enumerate(losses)
-                  if math.isfinite(loss) or step in skipped]  # fmt: skip
+        finite = [
+            i for i, (step, loss) in enumerate(losses) if math.isfinite(loss) or step in skipped
+        ]
         if losses and (not finite or finite[-1] < len(losses) - 1):
             first = losses[finite[-1] + 1 if finite else 0][0]
             return f"The training loss is not finite from step {first:,} on"
@@ -172,9 +173,11 @@ def verdicts(run: Run, overlap: Overlap | None = None, whole: bool = True) -> li
     if run.steps and not run.summary:
         found.append(("note", f"This run has not ended; {run.num_steps:,} steps are done."))
     share = overlap.shares.get(WINDOW) if overlap else None
-    recited = overlap is not None and share is not None and (
-        share > RECITED_SHARE or len(overlap.longest) >= RECITED_BYTES
-    )  # fmt: skip
+    recited = (
+        overlap is not None
+        and share is not None
+        and (share > RECITED_SHARE or len(overlap.longest) >= RECITED_BYTES)
+    )
     if run.val_loss is not None:
         found += _on_held_out_text(run, run.val_loss, recited)
     elif run.train_loss is not None:

@@ -58,8 +58,9 @@ class Watch:
                 self.reached = record.step
             action = self.guard.observe(record.bad, record.position) if self.guard else "ok"
             if action != "ok":
-                self.log.event(action, step=record.step, loss=record.loss,
-                               grad_norm=record.grad_norm)  # fmt: skip
+                self.log.event(
+                    action, step=record.step, loss=record.loss, grad_norm=record.grad_norm
+                )
             if action in ("rollback", "give_up"):
                 return action
         return None
