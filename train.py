@@ -34,6 +34,7 @@ from training.distributed import ALONE, World, refuse_mismatch, share
 from training.ending import finish
 from training.explain import explain, probe_steps
 from training.guard import Guard, GuardConfig
+from training.machines import has_gpu
 from training.metrics import RunLog
 from training.optim import configure_adamw
 from training.plan import Choices, Machine, Plan, detect, make_plan
@@ -127,6 +128,9 @@ def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
     """What training and --explain begin with: this machine, the plan for it, the text."""
     cfg.check()
     machine = detect(cfg.device)
+    # Who shares its GPU with others has the rest do as little at once.
+    least = min(world.gather("memory", machine.memory_bytes))
+    machine = replace(machine, memory_bytes=least)
     plan = planned(cfg, machine, world)(cfg.choices)
     if cfg.preset == "fineweb-124m" and not (cfg.data or cfg.explain):
         raise ValueError(
@@ -292,7 +296,7 @@ def parse(arguments: Sequence[str]) -> Config:
         given = argparse.Namespace(preset=None, init=None, model=None)
     preset = given.preset
     if preset is None:
-        preset = DEFAULT_PRESET["cuda" if torch.cuda.is_available() else "cpu"]
+        preset = DEFAULT_PRESET["cuda" if has_gpu() else "cpu"]
     recipe = find_preset(preset)
     if given.init:
         if given.model:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.edge import printable
+from training.machines import has_gpu
 from training.plan import Plan
 from training.recipes import Recipe
 
@@ -75,7 +76,7 @@ class World:
         """
         if self.store is None:
             return
-        on_cuda = device != "cpu" and torch.cuda.is_available()
+        on_cuda = device != "cpu" and has_gpu()
         if on_cuda:
             if self.local_rank >= (count := torch.cuda.device_count()):
                 raise ValueError(

@@ -11,6 +11,8 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +24,10 @@ from model.flops import flops_per_token
 # torch.compile on a CPU calls these; openssl hashes its precompiled headers.
 COMPILE_TOOLS = ("g++", "as", "ld", "openssl")
 NO_SPACE = "a torch in a folder without spaces"  # torch 2.13 does not quote it
+# The oldest driver for a major version of CUDA: NVIDIA's CUDA compatibility guide.
+DRIVERS = {11: 450, 12: 525, 13: 580}
+OLDER = "pytorch.org/get-started/previous-versions has the lines that install other builds"
+FREE_SHARE = 0.9  # of a GPU's memory is free at least where nobody else uses it
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,11 @@ class Machine:
         missing_tools: What torch.compile needs and the machine lacks.
         interpreted: Triton kernels run on the CPU (TRITON_INTERPRET=1).
         has_triton: triton can be imported.
-        memory_bytes: Of the GPU, or of the machine on a CPU; 0 is unknown.
+        memory_bytes: Of the GPU, what is free of it if others use it, or of the machine on a CPU; 0
+            is unknown.
+        launcher_lacks: What triton needs to launch a kernel on the GPU and the machine lacks.
+        rocm: The GPU is AMD's.
+        notes: What someone might not expect of this machine, for the plan.
     """
 
     device: str
@@ -93,6 +103,118 @@ class Machine:
     interpreted: bool = False
     has_triton: bool = True
     memory_bytes: int = 0
+    launcher_lacks: tuple[str, ...] = ()
+    rocm: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def built_for(arch: int, targets: Sequence[str]) -> bool:
+    """Whether a torch with these targets (torch.cuda.get_arch_list) runs on a compute capability.
+
+    "sm_80" serves its generation from there on, "sm_90a" its own chip, "compute_90" all from there
+    on; without any it is not known, and taken for granted.
+    """
+    for kind, number, exact in re.findall(r"(sm|compute)_(\d+)([a-z]?)", " ".join(targets)):
+        least = int(number)
+        if arch == least or (not exact and least < arch and (
+            kind == "compute" or least // 10 == arch // 10
+        )):  # fmt: skip
+            return True
+    return not targets
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a GPU and has kernels for it."""
+    return torch.cuda.is_available() and (
+        torch.version.hip is not None or built_for(_capability(), torch.cuda.get_arch_list())
+    )
+
+
+def _capability() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def gpu_trouble() -> str:
+    """Why a GPU that is here cannot be used, and the way out; "" if it can, or if there is none."""
+    if has_gpu():
+        return ""
+    version = f"torch {torch.__version__}"
+    if torch.cuda.is_available():
+        targets = ", ".join(torch.cuda.get_arch_list())
+        return (
+            f"{version} has no kernels for {torch.cuda.get_device_name()} (sm_{_capability()}), "
+            f"only for {targets}; {OLDER}"
+        )
+    if torch.backends.mps.is_available():
+        return "this Mac's GPU is not used: nothing here has been run on one"
+    card, driver = _nvidia_card()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return card and why_unusable(card, driver, version, torch.version.cuda, hidden)
+
+
+def why_unusable(card: str, driver: str, version: str, cuda: str | None, hidden: str | None) -> str:
+    """Why torch does not see a card of NVIDIA.
+
+    Args:
+        card, driver: As nvidia-smi names them; the driver may be "".
+        version, cuda: Of torch, and what it was built for.
+        hidden: CUDA_VISIBLE_DEVICES.
+    """
+    here = f"{card} is here (driver {driver or 'unknown'}), but "
+    needed = DRIVERS.get(int((cuda or "0").partition(".")[0]), 0)
+    if cuda is None:
+        plain = version.split()[-1].partition("+")[0]
+        return (
+            f"{here}{version} is a build for CPUs: `pip install --force-reinstall torch=={plain}` "
+            f"takes the one for CUDA, where pip is not told otherwise; {OLDER}"
+        )
+    if driver.partition(".")[0].isdecimal() and int(driver.partition(".")[0]) < needed:
+        return (
+            f"{here}{version} is built for CUDA {cuda}, which needs driver {needed} or newer: "
+            f"update the driver, or take a torch for an older CUDA; {OLDER}"
+        )
+    if hidden is not None:
+        return f"{here}CUDA_VISIBLE_DEVICES={hidden!r} hides it"
+    return f"{here}{version} cannot open it: python -c 'import torch; torch.cuda.init()' says why"
+
+
+def _nvidia_card(proc: Path = Path("/proc/driver/nvidia")) -> tuple[str, str]:
+    """Name and driver of the first card, from nvidia-smi or the kernel's module; "" for none."""
+    found = nvidia_smi("name", "driver_version")
+    if "name" in found:
+        return found["name"], found.get("driver_version", "")
+    try:
+        driver = re.search(r"Module +(\d[\d.]+)", (proc / "version").read_text())
+        cards = [path.read_text() for path in sorted((proc / "gpus").glob("*/information"))]
+    except OSError:
+        return "", ""
+    names = [found[1] for text in cards if (found := re.search(r"Model:\s*(.+)", text))]
+    return (names or [""])[0].strip(), driver[1] if driver else ""
+
+
+def header_lacks() -> tuple[str, ...]:
+    """Python.h, which triton and torch.compile build against, with its package; () if here."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    if Path(sysconfig.get_paths(scheme)["include"], "Python.h").exists():
+        return ()
+    version = ".".join(platform.python_version_tuple()[:2])
+    return (f"Python.h (package python{version}-dev or python3-devel)",)
+
+
+def launcher_lacks() -> tuple[str, ...]:
+    """What triton needs to launch a kernel and is not here; it looks in the same places."""
+    lacks = [*header_lacks()]
+    if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+        lacks.append("a C compiler (package gcc)")
+    with contextlib.suppress(ImportError):
+        from triton.backends.nvidia import driver
+
+        try:
+            driver.libcuda_dirs()
+        except Exception:  # an assertion, or no ldconfig
+            lacks.append("libcuda.so.1 where ldconfig finds it (or TRITON_LIBCUDA_PATH)")
+    return tuple(lacks)
 
 
 def detect(device: str = "auto") -> Machine:
@@ -101,11 +223,13 @@ def detect(device: str = "auto") -> Machine:
     Raises:
         ValueError: cuda is asked for and there is none.
     """
-    has_cuda = torch.cuda.is_available()
+    has_cuda = device != "cpu" and has_gpu()
+    trouble = "" if has_cuda or device == "cpu" else gpu_trouble()
     if device == "cuda" and not has_cuda:
-        raise ValueError("device: cuda asked for, but torch sees no GPU; use --device cpu or auto")
+        why = trouble or "torch sees no GPU"
+        raise ValueError(f"device: cuda asked for, but {why}; use --device cpu or auto")
     tools = tuple(t for t in COMPILE_TOOLS if shutil.which(t) is None)
-    tools += (NO_SPACE,) * (" " in str(torch.__file__))
+    tools += (NO_SPACE,) * (" " in str(torch.__file__)) + header_lacks()
     common = Machine(
         device="cpu",
         name=cpu_name(),
@@ -115,18 +239,37 @@ def detect(device: str = "auto") -> Machine:
         has_triton=importlib.util.find_spec("triton") is not None,
         memory_bytes=ram_bytes(),
     )
-    if device == "cpu" or not has_cuda:
-        return replace(common, has_bf16=cpu_has_bf16())
-    major, minor = torch.cuda.get_device_capability()
+    if not has_cuda:
+        notes = (f"device cpu: {trouble}",) if trouble else ()
+        return replace(common, has_bf16=cpu_has_bf16(), notes=notes)
+    name, rocm = torch.cuda.get_device_name(), torch.version.hip is not None
+    lacks = launcher_lacks() if common.has_triton and not (rocm or common.interpreted) else ()
+    free, total = torch.cuda.mem_get_info()
+    notes = []
+    if free < FREE_SHARE * total:
+        notes.append(
+            f"memory: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free on {name}; another "
+            "process holds the rest"
+        )
+    if (count := torch.cuda.device_count()) > 1 and os.environ.get("WORLD_SIZE", "1") == "1":
+        notes.append(
+            f"one of {count} GPUs is used; all are by .venv/bin/torchrun --standalone "
+            f"--nproc_per_node={count} train.py"
+        )
     return replace(
         common,
         device="cuda",
-        name=torch.cuda.get_device_name(),
-        arch=10 * major + minor,
-        has_bf16=major >= 8,
-        memory_bytes=torch.cuda.get_device_properties().total_memory,
-        missing_tools=tuple(t for t in tools if t == "g++"),
-    )
+        name=name,
+        arch=_capability(),
+        has_bf16=_capability() >= 80,
+        memory_bytes=free if free < FREE_SHARE * total else total,
+        # Its kernels for a GPU are triton's.
+        missing_tools=(*(t for t in tools if t == "g++"), *lacks,
+                       *([] if common.has_triton else ["triton"])),
+        launcher_lacks=lacks,
+        rocm=rocm,
+        notes=tuple(notes),
+    )  # fmt: skip
 
 
 def cpuinfo(key: str) -> str:
@@ -215,17 +358,26 @@ def _left_in(cgroup: Path) -> list[int]:
 
 
 def nvidia_smi(*fields: str) -> dict[str, str]:
-    """What nvidia-smi says of the first GPU now, by field; without what it does not know.
+    """What nvidia-smi says of the GPU now, by field; without what it does not know.
 
     Args:
         fields: As `nvidia-smi --help-query-gpu` names them.
     """
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        out = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
+    uuid = None  # its order is not CUDA's, and CUDA_VISIBLE_DEVICES is nothing to it
+    if torch.cuda.is_available():
+        uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
+    out = ""
+    for which in ([f"--id=GPU-{uuid}"], []) if uuid else ([],):  # part of a card has another name
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            out = (
+                out
+                or subprocess.run(
+                    [*query, *which], capture_output=True, text=True, timeout=20, check=True
+                ).stdout
+            )
     values = (text.strip() for text in out.partition("\n")[0].split(","))
     # "[N/A]", "ERR!" and their like are no values.
     found = zip(fields, values, strict=False)
-    return {field: text for field, text in found if re.fullmatch(r"[\d.]+", text)}
+    return {field: text for field, text in found
+            if re.fullmatch(r"[\d.]+" if field != "name" else r"\w.*", text)}  # fmt: skip

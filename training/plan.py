@@ -96,7 +96,7 @@ def make_plan(recipe: Recipe, machine: Machine, choices: Choices | None = None) 
         ValueError: a choice asked for is impossible on this machine.
     """
     asked = choices or Choices()
-    notes: list[str] = []
+    notes = [*machine.notes]
     on_cuda = machine.device == "cuda"
     dtype = _choose_dtype(asked.dtype, machine, notes)
     ops = _choose_ops(asked.ops, recipe, machine, notes)
@@ -195,17 +195,20 @@ def _choose_dtype(dtype: str, machine: Machine, notes: list[str]) -> str:
 
 
 def _choose_optimizer(wanted: str, machine: Machine, notes: list[str]) -> str:
-    runs_triton = machine.has_triton and (
-        machine.interpreted if machine.device == "cpu" else machine.arch >= MIN_TRITON_ARCH
+    runs_triton = (
+        machine.has_triton
+        and not machine.launcher_lacks
+        and (machine.interpreted if machine.device == "cpu" else machine.arch >= MIN_TRITON_ARCH)
     )
     if wanted == "triton" and not runs_triton:
         raise ValueError(
-            f"optimizer: triton needs a GPU of sm_{MIN_TRITON_ARCH} or newer and the triton "
-            f"package, got {machine.name}; use --optimizer torch"
+            f"optimizer: triton needs a GPU of sm_{MIN_TRITON_ARCH} or newer and "
+            f"{' and '.join(machine.launcher_lacks) or 'the triton package'}, got {machine.name}; "
+            "use --optimizer torch"
         )
     if wanted != "auto":
         return wanted
-    return "triton" if runs_triton and machine.device == "cuda" else "torch"
+    return "triton" if runs_triton and machine.device == "cuda" and not machine.rocm else "torch"
 
 
 def _choose_ops(ops: str, recipe: Recipe, machine: Machine, notes: list[str]) -> str:
@@ -215,10 +218,14 @@ def _choose_ops(ops: str, recipe: Recipe, machine: Machine, notes: list[str]) ->
         why = None
         if machine.device == "cpu":
             why = "no GPU"
+        elif machine.rocm:
+            why = "our kernels have never run on AMD's GPUs; --ops triton tries them"
         elif machine.arch < MIN_TRITON_ARCH:
             why = f"sm_{machine.arch} is older than sm_{MIN_TRITON_ARCH}"
         elif not machine.has_triton:
             why = "triton is not installed; pip install triton"
+        elif machine.launcher_lacks:
+            why = f"triton needs {', '.join(machine.launcher_lacks)}"
         if why:
             notes.append(f"ops eager: {why}")
             return "eager"
@@ -237,6 +244,8 @@ def _choose_ops(ops: str, recipe: Recipe, machine: Machine, notes: list[str]) ->
         raise ValueError(f"ops: {ops!r} needs sm_{MIN_TRITON_ARCH} or newer, got sm_{machine.arch}")
     if wants_triton and not machine.has_triton:
         raise ValueError(f"ops: {ops!r} needs the triton package; pip install triton")
+    if wants_triton and machine.launcher_lacks:
+        raise ValueError(f"ops: {ops!r} needs {', '.join(machine.launcher_lacks)}")
     chosen = parse_ops(ops)
     for op, what in wanted.items():
         if getattr(chosen, op) is not getattr(EAGER, op):
