@@ -27,20 +27,20 @@ from bench.tables import rows_table
 from model import GPT, MODELS
 from model.decoder import generate_tokens
 from model.sampling import Sampling
-from training.child import Child, ChildDied
+from training.child import PIPE, Child, ChildDied
 
 PROVIDERS = ("cached", "transformers", "uncached")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT_TOKENS = 16
 ANSWER_LIMIT_S = 600.0
-WORKER = """
+WORKER = f"""
 import os, sys, time
 from multiprocessing.connection import Connection
 import torch
 from transformers import GPT2LMHeadModel
 folder, device, dtype = sys.argv[1:4]
 model = GPT2LMHeadModel.from_pretrained(folder).to(device, getattr(torch, dtype)).eval()
-pipe = Connection(int(os.environ["CHILD_PIPE"]))
+pipe = Connection(int(os.environ["{PIPE}"]))
 pipe.send("ready")
 while True:
     prompts, num = pipe.recv()
@@ -134,8 +134,7 @@ def difference(found: list[list[int]], cached: list[list[int]]) -> str:
     return ""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m bench.generate`."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser("bench.generate", __doc__)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     parser.add_argument("--model", default="small", choices=[*MODELS])
@@ -150,6 +149,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit", help="what is measured, where git is not at hand")
     options = parser.parse_args(argv)
     options.only = options.only or PROVIDERS[: 2 if options.no_uncached else 3]
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m bench.generate`."""
+    options = parse(argv)
     device = torch.device(options.device)
     results = Results(device, options.out, options.commit) if options.out else None
     rows = measure(options)

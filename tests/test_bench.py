@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from bench import baseline, cli, contestants, figures, ops, profile, record, tables, timing
+from bench import (
+    baseline,
+    cli,
+    contestants,
+    figures,
+    generate,
+    ops,
+    profile,
+    record,
+    tables,
+    timing,
+)
 from bench.cases import CASES, MODES, Shape, find_case, find_shape, floor_ms, make_inputs
 from bench.rows import ProfileRow
 from kernels import EAGER, TRITON, Ops
@@ -182,6 +193,15 @@ def test_profile_of_a_real_step(tmp_path, monkeypatch):
     assert 0.5 < sum(row.share for row in rows) <= 1.2
     assert len(longest) == 10
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.slow  # imports transformers in a process of its own
+def test_generation_is_timed_beside_transformers():
+    """The two sides agree on a pipe, and on the tokens."""
+    options = generate.parse(["--model", "smoke", "--tokens", "5", "--rounds", "1"])
+    rows = {row.provider: row for row in generate.measure(options)}
+    assert {*rows} == {*generate.PROVIDERS}
+    assert all(row.ms and "differs" not in row.doubt for row in rows.values())
 
 
 @pytest.mark.slow  # imports torch again and measures the machine's limits

@@ -204,16 +204,16 @@ def test_a_gain_is_proposed_where_it_costs_nowhere(interpreted):
     assert not proposed().propose
 
 
-CHILD = """
+CHILD = f"""
 import os, time
 from multiprocessing.connection import Connection
-pipe = Connection(int(os.environ["CHILD_PIPE"]))
+pipe = Connection(int(os.environ["{child.PIPE}"]))
 pipe.send("ready")
 while True:
     task = pipe.recv()
     if "die" in task: print("illegal access", flush=True); os._exit(3)
     if "hang" in task: time.sleep(600)
-    pipe.send({"error": "wrong"} if "bad" in task else {})
+    pipe.send({{"error": "wrong"}} if "bad" in task else {{}})
 """
 
 
