@@ -322,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 2 for what was asked wrongly, 1 for a run that failed, 75 for one to go on with."""
     world, stop = ALONE, StopRequest()
     with contextlib.ExitStack() as held:
-        held.enter_context(console.surviving(lambda: bool(stop)))
+        left = "the run goes on without its printed log, metrics.jsonl has every step"
+        held.enter_context(console.surviving(lambda: bool(stop), left))
         try:
             world = held.enter_context(distributed.meet())
             cfg = parse(sys.argv[1:] if arguments is None else arguments)

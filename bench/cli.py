@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from bench.cases import Shape, find_shape
+from model.edge import exits
+from training.console import surviving
 
 MAX_COUNT = 10**6  # of anything one counts: micro-batches, rounds, steps
 
@@ -61,10 +63,6 @@ def path(text: str) -> Path:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command to its exit code; a ValueError or an OSError is what was asked wrongly."""
-    try:
-        code = main()
-    except (ValueError, OSError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        code = 2
-    sys.exit(code or 0)
+    """Run a command to its exit code, whatever becomes of what it prints."""
+    with exits(), surviving():
+        sys.exit(main() or 0)

@@ -37,6 +37,7 @@ from model.find import find_model, latest_model
 from model.sampling import Sampling
 from model.text import stream_text
 from model.tokenizer import get_encoding
+from training.console import surviving
 from training.overlap import Overlap, find_overlap
 from training.plot import inline_svg
 from training.report import CORPUS_FILE, STYLE, facts, loss_figure, mark_spans
@@ -411,7 +412,7 @@ def main(args: list[str] | None = None) -> None:
             print(f"note: {error}", file=sys.stderr)
         launch(build(models), port)
 
-    with exits():
+    with exits(), surviving():
         tyro.cli(command, prog="python -m demo.app", args=args)
 
 

@@ -87,22 +87,39 @@ def check_int(where: str, name: str, value: Any, least: int, most: int) -> None:
         )
 
 
+def hold_streams() -> None:
+    """The null device for each standard stream that is closed.
+
+    Else the next file that is opened gets the stream's number, and what libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before Python began
+            null = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 # until the end
+            setattr(sys, name, null)
+
+
 @contextmanager
 def exits() -> Iterator[None]:
     """Bad input is one line and exit code 2, Ctrl-C 130; a reader that goes away is no fault."""
+    hold_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character shows its code
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # What is still buffered must go nowhere, or Python complains when it exits.
-        if sys.stdout is not None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            sys.stdout.flush()
+        except OSError:  # what is still buffered must go nowhere, or Python complains at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            sys.exit(2)

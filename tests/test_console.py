@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -13,6 +14,8 @@ from training import console
 from training.console import surviving
 from training.metrics import RunLog
 from training.signals import StopRequest
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def pipe():
 def test_what_the_console_cannot_encode_is_escaped(encoding, monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
-    with surviving(lambda: False):
+    with surviving():
         print("snow \u2603, a byte that is not UTF-8 \udce9")
     assert b"\\udce9" in raw.getvalue()
     assert (b"\\u2603" in raw.getvalue()) == (encoding != "utf-8")
@@ -37,7 +40,7 @@ def test_what_the_console_cannot_encode_is_escaped(encoding, monkeypatch):
 def test_a_reader_that_goes_away_is_said_once_and_ends_nothing(pipe, monkeypatch, capfd):
     reading, stream = pipe
     monkeypatch.setattr(sys, "stdout", stream)
-    with surviving(lambda: False):
+    with surviving():
         print("one")
         with open(os.devnull, encoding="utf-8") as null:
             os.dup2(null.fileno(), reading)  # nobody holds the pipe's reading end
@@ -51,7 +54,7 @@ def test_a_reader_that_goes_away_is_said_once_and_ends_nothing(pipe, monkeypatch
 def test_a_full_disk_under_the_log_ends_nothing(monkeypatch, capfd):
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        with surviving(lambda: False):
+        with surviving():
             print("one")
     assert "No space left" in capfd.readouterr().err
 
@@ -59,11 +62,11 @@ def test_a_full_disk_under_the_log_ends_nothing(monkeypatch, capfd):
 def test_closed_streams_are_no_streams(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)  # as Python has them after `>&- 2>&-`
     monkeypatch.setattr(sys, "stderr", None)
-    with surviving(lambda: False):
+    with surviving():
         print("to nobody")
         print("to nobody", file=sys.stderr)
         sys.stdout.flush()
-    assert sys.stdout is None
+    print("to nobody still")
 
 
 def test_all_is_written_to_a_reader_that_takes_its_time(pipe, monkeypatch):
@@ -76,7 +79,7 @@ def test_all_is_written_to_a_reader_that_takes_its_time(pipe, monkeypatch):
             got.append(os.read(reading, 100))
 
     reader = threading.Thread(target=read)
-    with surviving(lambda: False):
+    with surviving():
         reader.start()
         for i in range(5000):
             print(f"line {i:40d}")
@@ -141,3 +144,34 @@ def test_a_name_is_printed_as_it_is(terminal, tmp_path, monkeypatch, capsys):
     log = RunLog(tmp_path, 3, 100, lambda _: None)
     log.say("--out /runs/a:cat:b[bold]c")
     assert "--out /runs/a:cat:b[bold]c" in capsys.readouterr().out
+
+
+ENDS = """
+import sys
+from model.edge import exits
+with exits():
+    print("to whom it may concern")
+    if sys.argv[1:]:
+        raise ValueError("a reason")
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("redirected", "argument", "code", "error"),
+    [
+        (">/dev/full", "", 2, "error: [Errno 28] No space left on device\n"),
+        (">/dev/full", "bad", 2, "error: a reason\n"),
+        (">&-", "", 0, ""),
+        (">&-", "bad", 2, "error: a reason\n"),
+        (">&- 2>&- <&-", "bad", 2, ""),
+        ("| true", "", 0, ""),
+    ],
+)
+def test_a_command_ends_in_one_line_whatever_becomes_of_its_output(
+    redirected, argument, code, error
+):
+    script = f'{{ sleep 1; "$0" -c "$1" {argument}; }} {redirected}; exit ${{PIPESTATUS[0]}}'
+    command = ["bash", "-c", script, sys.executable, ENDS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", error)

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from model.edge import hold_streams
+
 PATIENCE_S = 5.0  # for a reader that does not read, once the run has been asked to stop
 
 
@@ -24,11 +26,12 @@ class _Survivor(io.RawIOBase):
     Args:
         stream: Standard output or error as Python opened it.
         name: "stdout" or "stderr".
-        hurried: Whether the run was asked to stop.
+        hurried, what_is_left: See `surviving`.
     """
 
-    def __init__(self, stream: TextIO, name: str, hurried: Callable[[], bool]):
+    def __init__(self, stream: TextIO, name: str, hurried: Callable[[], bool], what_is_left: str):
         self.stream, self.name, self.hurried = stream, name, hurried
+        self.what_is_left = what_is_left
         self.lost, self.process = False, os.getpid()
         try:
             self.number: int | None = stream.fileno()
@@ -87,28 +90,25 @@ class _Survivor(io.RawIOBase):
             os.dup2(null, self.number)
             os.close(null)
         if self.name == "stdout":
-            print(f"standard output is lost ({reason}); the run goes on without its printed log, "
-                  "metrics.jsonl has every step", file=sys.stderr)  # fmt: skip
+            print(f"standard output is lost ({reason}); {self.what_is_left}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def surviving(hurried: Callable[[], bool]) -> Iterator[None]:
+def surviving(
+    hurried: Callable[[], bool] = lambda: False, what_is_left: str = "the work goes on"
+) -> Iterator[None]:
     """Standard output and error that never raise and never hold up a run that is to stop.
 
     Args:
         hurried: Whether the run was asked to stop.
+        what_is_left: Said once nobody takes standard output any more.
     """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:  # closed: the next file would get its number, and what libraries print
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    hold_streams()
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     survivors = []
     for name, stream in before.items():
-        stream = stream or io.StringIO()  # None: it was closed before Python began
         stream.flush()
-        survivors.append(_Survivor(stream, name, hurried))
+        survivors.append(_Survivor(stream, name, hurried, what_is_left))
         wrapped = io.TextIOWrapper(
             survivors[-1], stream.encoding, "backslashreplace", line_buffering=True
         )

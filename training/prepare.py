@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from model import tokenizer
 from model.edge import check_int, exits, one_line
 from model.files import write_atomically
+from training.console import surviving
 from training.documents import KEY, PIECE_BYTES, Piece, cut, encode_piece, find_inputs, hash_files
 from training.machines import num_cores
 from training.shards import (
@@ -258,7 +259,7 @@ def prepare(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         return writer.index
     pieces = [piece for path in files for piece in cut(path, cfg.key)]
     done = TextColumn("tokenised {task.percentage:5.1f}%, {task.fields[tokens]:,} tokens")
-    hidden = quiet or not (sys.stdout and sys.stdout.isatty())
+    hidden = quiet or not sys.stdout.isatty()
     bar = Progress(done, BarColumn(), TimeRemainingColumn(), disable=hidden)
     start = writer.index["next_piece"]
     results = encoded(pieces[start:], max(1, min(cfg.processes, len(pieces) - start)))
@@ -274,7 +275,7 @@ def prepare(cfg: Config, quiet: bool = False) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python -m training.prepare`."""
-    with exits():
+    with exits(), surviving():
         cfg = tyro.cli(Config, prog="python -m training.prepare", args=arguments)
         index = prepare(cfg)
         tokens = sum(shard["tokens"] for shard in index["shards"])
