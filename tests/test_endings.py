@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import signal
 import time
@@ -170,20 +171,28 @@ def test_without_a_guard_the_first_loss_that_is_no_number_ends_the_run(start, tm
     assert start("--no-guard", "--max-lr", "1e25", "--min-lr", "1e25", "--steps", "400") == 1
 
 
-@pytest.mark.parametrize("val_fraction", ["0", "0.1"])
+@pytest.mark.parametrize(("val_fraction", "last"), [("0", 1e30), ("0.1", 1e30), ("0", math.inf)])
 def test_a_model_that_is_not_finite_is_no_result(
-    val_fraction, start, tmp_path, monkeypatch, capsys
+    val_fraction, last, start, tmp_path, monkeypatch, capsys
 ):
     """The last update breaks the model, which no step is left to see."""
     rate = train.Recipe.learning_rate
     monkeypatch.setattr(
-        train.Recipe, "learning_rate", lambda recipe, step: rate(recipe, step) if step < 5 else 1e30
+        train.Recipe, "learning_rate", lambda recipe, step: rate(recipe, step) if step < 5 else last
     )
-    assert start("--val-fraction", val_fraction) == 1
-    assert "step 6: after it the loss is nan" in capsys.readouterr().err
+    flags = ("--val-fraction", val_fraction, "--save-every", "3", "--keep-last", "1")
+    assert start(*flags) == 1
+    said = capsys.readouterr()
+    assert "step 6: after it the loss is nan" in said.err
     rows = strict(tmp_path / "run" / "metrics.jsonl")
     assert [r["event"] for r in rows if "event" in r][-1] == "failed"
     assert not (tmp_path / "run" / "model").exists()
+    if last == math.inf:  # the weights themselves: no run could go on from them
+        assert "step 6 could not be written (transformer." in said.out
+        assert "is not finite); training goes on, last good one: step 3" in said.out
+        monkeypatch.undo()
+        assert start(*flags) == 0
+        assert "step-00000003, 3 steps done" in capsys.readouterr().out
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):

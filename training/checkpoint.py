@@ -53,6 +53,7 @@ MAX_HEADER_BYTES = 16 << 20  # of a safetensors file, beside its tensors
 _NAME = re.compile(r"step-\d{8}")
 _TEMPORARY = ".writing-"
 _REPLACED = f"{_TEMPORARY}replaced-"
+_FINITE = {"model", "optimizer"}  # groups without which no run can go on
 # What file systems answer to a call that they lack.
 _LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF,
             errno.EPERM, errno.EACCES, errno.EISDIR, errno.EXDEV}  # fmt: skip
@@ -167,6 +168,7 @@ def write(folder: Path, checkpoint: Checkpoint, say: Callable[[str], None] = pri
         The final path, `folder/step-%08d`.
 
     Raises:
+        ValueError: a weight or a moment is not finite: no run could go on from there.
         OSError: no space, no permission; nothing is left under the final name and the temporary
             folder is removed.
     """
@@ -174,6 +176,10 @@ def write(folder: Path, checkpoint: Checkpoint, say: Callable[[str], None] = pri
     temporary = folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
+    for group in _FINITE & checkpoint.tensors.keys():
+        for name, value in checkpoint.tensors[group].items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} of the {group} is not finite")
     try:
         temporary.mkdir()
         files: dict[str, dict[str, Any]] = {}
