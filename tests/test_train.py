@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -36,11 +37,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run_process(*arguments: str | Path, **environ: str) -> subprocess.CompletedProcess:
+# Runs a command and adds the most memory that it or what it started had, in KiB.
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def run_process(
+    *arguments: str | Path, measured: bool = False, **environ: str
+) -> subprocess.CompletedProcess:
     """`python train.py ...` in a process of its own, at two threads, kernels not interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    prefix = [sys.executable, "-c", MEASURE] if measured else []
     return subprocess.run(
-        [sys.executable, "train.py", *map(str, arguments)],
+        [*prefix, sys.executable, "train.py", *map(str, arguments)],
         cwd=ROOT,
         env=environment | {"OMP_NUM_THREADS": "2"} | environ,
         capture_output=True,
@@ -64,7 +77,7 @@ def twice(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for out in runs:
         done = run_process("--preset", "smoke", "--data", text, "--out", out, "--eval-every", "6",
                            "--save-every", "0", "--batch-size", "1",
-                           "--grad-accum-steps", "2")  # fmt: skip
+                           "--grad-accum-steps", "2", measured=True)  # fmt: skip
         assert done.returncode == 0, done.stderr
         (out / "stdout.txt").write_text(done.stdout)
     return runs
@@ -104,6 +117,10 @@ def test_run_folder(twice: list[Path]) -> None:
     assert "step    19 | loss" in printed
     assert "mfu" not in printed
     assert "ops eager: no GPU" in printed
+    said = re.findall(r"about ([\d.]+) GiB for a step, beside the ([\d.]+) to ([\d.]+) of", printed)
+    step, least, most = map(float, said[0])
+    peak = int(printed.split()[-1]) / 2**20
+    assert 0.6 * (step + least) < peak < 1.5 * (step + most)
     assert "bigram" in printed
     assert "\x1b" not in printed  # plain lines where there is no terminal
 
