@@ -54,12 +54,9 @@ CHUNK_BYTES = 1 << 31
 @jit
 def _load_lanes(z_ptrs, cols, inside, V, stride, CUT: tl.constexpr):
     """fp32 z of rows at `cols`; where V cuts the block, -inf from there on."""
-    if CUT:  # a mask at V would cut the loads of 16 bytes too
-        z = tl.load(z_ptrs + cols, mask=inside & (cols < stride), other=0.0).to(tl.float32)
-        z = tl.where(cols < V, z, float("-inf"))
-    else:
-        z = tl.load(z_ptrs + cols, mask=inside, other=0.0).to(tl.float32)
-    return z
+    mask = inside & (cols < stride) if CUT else inside  # at V it would cut loads of 16 bytes
+    z = tl.load(z_ptrs + cols, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(cols < V, z, float("-inf")) if CUT else z
 
 
 @jit
@@ -109,20 +106,17 @@ def _linear_cross_entropy_rows_kernel(
     loss = tl.where(counted, (row_max - z_t) + tl.log(row_sum), 0.0)  # near terms first
     tl.store(row_loss_ptr + rows, loss, mask=rows < M)
     if GRAD:
-        scale = tl.where(counted, tl.where(known, 1.0 / row_sum, nan), 0.0)
+        scale = tl.where(counted, tl.where(known, tl.div_rn(1.0, row_sum), nan), 0.0)
         tl.debug_barrier()  # all lanes have read z_t
         # Backwards, while what was read last is still in a cache.
         for uncut in tl.static_range(2):
             for v in range(0 if uncut else whole, whole if uncut else stride, BLOCK_V):
                 at = (whole - BLOCK_V - v if uncut else v) + cols
                 z = _load_lanes(z_ptrs, at, inside, V, stride, not uncut)
-                p = tl.exp2((z - row_max[:, None, None]) * LOG2E)
-                dz = p * scale[:, None, None]
-                if uncut:
-                    tl.store(z_ptrs + at, dz.to(z_ptr.dtype.element_ty), mask=inside)
-                else:
-                    dz = tl.where(at < V, dz, 0.0).to(z_ptr.dtype.element_ty)
-                    tl.store(z_ptrs + at, dz, mask=inside & (at < stride))
+                dz = tl.exp2((z - row_max[:, None, None]) * LOG2E) * scale[:, None, None]
+                dz = dz if uncut else tl.where(at < V, dz, 0.0)  # `scale` may be NaN
+                mask = inside if uncut else inside & (at < stride)
+                tl.store(z_ptrs + at, dz.to(z_ptr.dtype.element_ty), mask=mask)
         tl.debug_barrier()  # all of dz stands there but for the target's -1
         dz_t = tl.exp2((z_t - row_max) * LOG2E) * scale - 1.0
         tl.store(row_ptrs + target, dz_t.to(z_ptr.dtype.element_ty), mask=counted & known)
@@ -236,19 +230,15 @@ def linear_cross_entropy_fwd(
     return loss, count, dx, dweight
 
 
-def _bwd_fake(grad: Tensor, dloss: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(grad, dtype=dtype)
-
-
 @register(
     "linear_cross_entropy_bwd(Tensor grad, Tensor dloss, Tensor count, ScalarType dtype) -> Tensor",
-    fake=_bwd_fake,
+    fake=lambda grad, dloss, count, dtype: torch.empty_like(grad, dtype=dtype),
 )
 def linear_cross_entropy_bwd(
     grad: Tensor, dloss: Tensor, count: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """grad * dloss / N, rounded to `dtype`; dloss is () fp32, N () int64."""
-    out = _bwd_fake(grad, dloss, count, dtype)
+    out = torch.empty_like(grad, dtype=dtype)
     if out.numel():
         launch = launch_for(launch_key("scale", grad.dtype, arch(grad.device)))
         _linear_cross_entropy_scale_kernel[(cdiv(out.numel(), dict(launch.blocks)["BLOCK_E"]),)](
