@@ -24,7 +24,10 @@ Backward launches: dq by query blocks, which computes delta on the way, then dk/
 The second works on S^T = k q^T, so P^T and dS^T leave the dot in the orientation the next one
 reads and no tile is transposed in registers (wrong results on Hopper before Triton 3.7.1, fla-org
 issue 826). Nothing is summed across programs: no atomics, no fp32 dq buffer, bitwise equal reruns.
-Up to SHORT_T (128 in 16 bits at D = 64) a head is one tile: no loop, one launch a direction.
+Up to SHORT_T (128 in 16 bits at D = 64) a head is one tile: no loop, one launch a direction. At
+T = 64 a warp then runs 756 + 1,231 instructions, forward + backward, where the loops over 64x64
+tiles run at least 880 + 1,773, and the backward moves 8 instead of 12 elements per token and C
+(bf16, compiled for sm_90 with triton 3.7.1).
 
 Source: Dao 2023, https://arxiv.org/abs/2307.08691; delta inside dq saves its separate pass there.
 """
@@ -39,16 +42,7 @@ from torch import Tensor
 
 from ._aot import AotCase, aot_case
 from ._jit import jit
-from ._launch import (
-    Key,
-    arch,
-    candidates_for,
-    cdiv,
-    launch_for,
-    math_of,
-    next_pow2,
-    precision_of,
-)
+from ._launch import Key, arch, candidates_for, cdiv, launch_for, math_of, next_pow2, precision_of
 from ._op import (
     HEAD_DIMS,
     autocast_dtype,
@@ -56,7 +50,7 @@ from ._op import (
     needs_grad,
     refuse_double_backward,
     register,
-)
+)  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two

@@ -45,24 +45,8 @@ from torch import Tensor
 
 from ._aot import AotCase, aot_case
 from ._jit import jit
-from ._launch import (
-    Key,
-    arch,
-    candidates_for,
-    cdiv,
-    launch_for,
-    math_of,
-    num_sms,
-    precision_of,
-)
-from ._op import (
-    WIDTH,
-    autocast_dtype,
-    check_device,
-    needs_grad,
-    refuse_double_backward,
-    register,
-)
+from ._launch import Key, arch, candidates_for, cdiv, launch_for, math_of, num_sms, precision_of
+from ._op import WIDTH, autocast_dtype, check_device, needs_grad, refuse_double_backward, register
 
 _E = 2.718281828459045
 # exp(-2u) = 2^(h * (EXP_H + EXP_H3 * h^2)) and 2u' = DU_0 + DU_2 * h^2.
@@ -369,15 +353,14 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
             f"gelu_mlp: C must be a multiple of {WIDTH}, got x {tuple(x.shape)}; "
             "use --ops triton,gelu_mlp=eager"
         )
-    args = {"x": x, "w_fc": w_fc, "b_fc": b_fc, "w_proj": w_proj, "b_proj": b_proj}
     wanted = {"w_fc": (4 * C, C), "b_fc": (4 * C,), "w_proj": (C, 4 * C), "b_proj": (C,)}
-    for name, shape in wanted.items():
-        if args[name].shape != shape:
+    tensors = {"w_fc": w_fc, "b_fc": b_fc, "w_proj": w_proj, "b_proj": b_proj, "x": x}
+    for name, t in tensors.items():
+        if t.shape != wanted.get(name, x.shape):
             raise ValueError(
-                f"gelu_mlp: {name} must be {shape} to match x {tuple(x.shape)}, "
-                f"got {tuple(args[name].shape)}"
+                f"gelu_mlp: {name} must be {wanted[name]} to match x {tuple(x.shape)}, "
+                f"got {tuple(t.shape)}"
             )
-    for name, t in args.items():
         if not t.is_contiguous():
             raise ValueError(
                 f"gelu_mlp: {name} must be contiguous, got strides {t.stride()} for shape "
@@ -388,16 +371,15 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
     dtype = autocast_dtype(x)
     if dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
         x, w_fc, w_proj = x.to(dtype), w_fc.to(dtype), w_proj.to(dtype)
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"gelu_mlp: x must be float32, bfloat16 or float16, got {x.dtype}")
-    for name, t in (("w_fc", w_fc), ("w_proj", w_proj)):
-        if t.dtype != x.dtype:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"gelu_mlp: x must be float32, bfloat16 or float16, got {dtype}")
+    for name, t in (("w_fc", w_fc), ("w_proj", w_proj), ("b_fc", b_fc), ("b_proj", b_proj)):
+        allowed = (dtype, torch.float32) if name[0] == "b" else (dtype,)
+        if t.dtype not in allowed:
             raise ValueError(
-                f"gelu_mlp: {name} must be {x.dtype} like x, got {t.dtype}; cast it or use autocast"
+                f"gelu_mlp: {name} must be {' or '.join(map(str, allowed))} to match x, "
+                f"got {t.dtype}; cast it or use autocast"
             )
-    for name, t in (("b_fc", b_fc), ("b_proj", b_proj)):
-        if t.dtype not in (x.dtype, torch.float32):
-            raise ValueError(f"gelu_mlp: {name} must be {x.dtype} or torch.float32, got {t.dtype}")
     save_d = needs_grad(x, w_fc, b_fc)
     rows = x.reshape(-1, C)
     y = _GeluMLP.apply(rows, w_fc, b_fc, w_proj, b_proj, save_d, needs_grad(w_proj))

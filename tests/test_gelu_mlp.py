@@ -218,9 +218,9 @@ def test_double_backward_is_refused(device):
         ("w_proj", lambda t: t.mT.contiguous(), r"w_proj must be \(64, 256\).*got \(256, 64\)"),
         ("b_fc", lambda t: t[:8], r"b_fc must be \(256,\).*got \(8,\)"),
         ("b_proj", lambda t: t[:8], r"b_proj must be \(64,\).*got \(8,\)"),
-        ("w_fc", lambda t: t.bfloat16(), "w_fc must be torch.float32 like x, got torch.bfloat16"),
-        ("w_proj", lambda t: t.half(), "w_proj must be torch.float32 like x, got torch.float16"),
-        ("b_fc", lambda t: t.half(), "b_fc must be torch.float32 or torch.float32, got torch.fl"),
+        ("w_fc", lambda t: t.bfloat16(), "w_fc must be torch.float32 to match x, got torch.bfl"),
+        ("w_proj", lambda t: t.half(), "w_proj must be torch.float32 to match x, got torch.fl"),
+        ("b_fc", lambda t: t.half(), "b_fc must be torch.float32 or torch.float32 to match x, got"),
         ("x", lambda t: t.double(), "x must be float32, bfloat16 or float16, got torch.float64"),
         ("x", lambda t: t.repeat(1, 2)[:, ::2], r"x must be contiguous, got strides \(128, 2\)"),
         (
