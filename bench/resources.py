@@ -304,11 +304,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error)
         return 2
-    failed = sum(bool(row.violations) for row in rows)
+    failed = [row for row in rows if row.violations]
     if args.json:
         report = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-    verdict = f"{failed} of them in violation" if failed else "none spills, all fit"
+    for row in failed:  # once more, where they are found
+        print(format_row(row))
+    verdict = f"{len(failed)} of them in violation" if failed else "none spills, all fit"
     print(f"resources: {len(rows)} builds with triton {triton.__version__}, {verdict}")
     return 1 if failed else 0
 

@@ -3,8 +3,9 @@
     python -m tests.matrix
     python -m tests.matrix 3.13/2.15.0/3.9.0      # Python, torch and triton
 
-Each is a throw-away environment of up to 6 GB, so they come one after another. A Python that is
-neither in PATH nor under pyenv is skipped, and said to be. The exit status is 1 if a row is red.
+Each is a throw-away environment of up to 6 GB, so they come one after another. A row whose Python
+is neither in PATH nor under pyenv has shown nothing and is red; --skip-missing passes over it. The
+exit status is 1 if a row is red.
 """
 
 import argparse
@@ -52,13 +53,14 @@ def make_environment(folder: Path, python: str, torch: str, triton: str) -> str:
     return inside
 
 
-def try_versions(row: str, checks: Sequence[str]) -> bool:
+def try_versions(row: str, checks: Sequence[str], skip_missing: bool = False) -> bool:
     """Run the checks under one row; prints a line for each."""
     version, torch, triton = row.split("/")
     python = find_python(version)
     if python is None:
-        print(f"{row}: skipped, there is no python{version} here", flush=True)
-        return True
+        verdict = "skipped" if skip_missing else "RED"
+        print(f"{row}: {verdict}, there is no python{version} here", flush=True)
+        return skip_missing
     # No compiled module and no kernel of another version may be found.
     with tempfile.TemporaryDirectory(prefix="matrix-") as name:
         environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -88,10 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("rows", nargs="*", default=DEFAULT, help="PYTHON/TORCH/TRITON")
     parser.add_argument("--check", action="append", choices=[*CHECKS], help="default: all")
+    parser.add_argument("--skip-missing", action="store_true", help="rows without their Python")
     args = parser.parse_args(argv)
     if bad := [row for row in args.rows if not re.fullmatch(r"[\d.]+/[\w.+]+/[\w.+]+", row)]:
         parser.error(f"rows: expected PYTHON/TORCH/TRITON, got {bad[0]!r}")
-    verdicts = [try_versions(row, args.check or [*CHECKS]) for row in args.rows]
+    checks = args.check or [*CHECKS]
+    verdicts = [try_versions(row, checks, args.skip_missing) for row in args.rows]
     return 0 if all(verdicts) else 1
 
 

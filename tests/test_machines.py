@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import matrix
 from tests.machine.sitecustomize import MACHINES, pretend
 from training.plan import Machine
 
@@ -41,3 +42,10 @@ def test_a_process_that_a_test_starts_is_on_that_machine() -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "TEST_MACHINE": "no-compiler"},
     )  # fmt: skip
     assert done.stdout == "('g++',)\n"
+
+
+def test_a_row_of_the_matrix_that_could_not_be_tried_is_red(capsys):
+    assert matrix.main(["9.9/2.11.0/3.6.0"]) == 1
+    assert "RED, there is no python9.9 here" in capsys.readouterr().out
+    assert matrix.main(["9.9/2.11.0/3.6.0", "--skip-missing"]) == 0
+    assert "skipped, there is no python9.9 here" in capsys.readouterr().out
