@@ -3,13 +3,14 @@
     python -m bench.tune --list --arch 90      # what would be tried; needs no GPU
     python -m bench.tune --minutes 5           # every kernel at two shapes
 
-For each kernel of an op the launch it would take is replaced by candidates: those of all rows of
-launches.toml with the same blocks, then the present one with one thing changed, then two, and so
-on. Nothing runs here. Children build candidates side by side, on small inputs of the same
-specialisation, so that Triton's cache on disk has them; then one child alone checks the results
-and times. A candidate that kills its child or hangs costs itself and no other. The fastest few are
-timed against the present row in turns, and a gain above MIN_GAIN that is larger than the noise is
-proposed, unless it costs at another shape of the run that the row would serve.
+For each kernel of an op the launch it would take is replaced by candidates: those of [candidates]
+and of other rows of launches.toml with the same blocks, then the present one with one thing
+changed, then two, and so on. Nothing runs here. Children build candidates side by side, on small
+inputs of the same specialisation, so that Triton's cache on disk has them; then one child alone
+checks the results and times. A candidate that kills its child or hangs costs itself and no other.
+The fastest few are timed against the present row in turns, and a gain above MIN_GAIN that is
+larger than the noise is proposed, unless it costs at another shape of the run that the row would
+serve.
 
 What is printed is a line for [measured] in kernels/launches.toml; `make resources` compiles it.
 """

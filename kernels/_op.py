@@ -71,7 +71,7 @@ def unfit(n_embd: int, n_head: int, dropout: float) -> dict[str, str]:
     attention = []
     if (D := n_embd // n_head) not in HEAD_DIMS:
         attention.append(f"a head dim of {HEAD_DIMS}, got {D}")
-    if dropout > 0:
+    if dropout != 0:
         attention.append(f"dropout 0, got {dropout}")
     wanted = {"causal_attention": " and ".join(attention)}
     if n_embd % WIDTH:

@@ -50,6 +50,7 @@ from ._op import (
     needs_grad,
     refuse_double_backward,
     register,
+    unfit,
 )  # fmt: skip
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -469,10 +470,8 @@ MMA_SYNC_SHORT_T = {("bwd", 2, 32): 64, ("bwd", 2, 64): 32, ("bwd", 2, 128): 32}
 
 def launch_key(kernel: str, math: str, D: int, T: int, arch: int) -> Key:
     """The key of "fwd", "dq", "dkdv", or of "short": both directions of a head in one tile."""
-    if kernel == "short":
-        size = f"T={_block_t(T)} D={D}"
-    else:
-        size = f"D={D} {'T>=2048' if T >= 2048 else 'T<2048'}"
+    loop = f"D={D} {'T>=2048' if T >= 2048 else 'T<2048'}"
+    size = f"T={_block_t(T)} D={D}" if kernel == "short" else loop
     return Key(f"causal_attention.{kernel}", math, size, arch)
 
 
@@ -482,8 +481,8 @@ def _block_t(T: int) -> int:
 
 
 def short_t(direction: str, itemsize: int, D: int, arch: int) -> int:
-    key = (direction, itemsize, D)
-    return MMA_SYNC_SHORT_T.get(key, SHORT_T[key]) if arch // 10 in (8, 12) else SHORT_T[key]
+    known = SHORT_T | MMA_SYNC_SHORT_T if arch // 10 in (8, 12) else SHORT_T
+    return known[direction, itemsize, D]
 
 
 def _is_short(direction: str, qkv: Tensor, n_head: int) -> bool:
@@ -598,15 +597,9 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
             f"{3 * n_head}, got {tuple(qkv.shape)}"
         )
     D = qkv.shape[2] // (3 * n_head)
-    if D not in HEAD_DIMS:
+    if what := unfit(D * n_head, n_head, dropout_p).get("causal_attention"):
         raise ValueError(
-            f"causal_attention: head dim must be one of {HEAD_DIMS}, got {D}; "
-            "use --ops triton,causal_attention=eager"
-        )
-    if dropout_p != 0.0:
-        raise ValueError(
-            f"causal_attention: dropout_p must be 0, got {dropout_p}; "
-            "use --ops triton,causal_attention=eager"
+            f"causal_attention: triton's needs {what}; use --ops triton,causal_attention=eager"
         )
     if not qkv.is_contiguous():
         raise ValueError(f"causal_attention: qkv must be contiguous, got strides {qkv.stride()}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import _launch, adamw, causal_attention, gelu_mlp, linear_cross_entropy
-from kernels._launch import ANY, Key, Launch, launch_for, read_rows, replaced
+from kernels._launch import ANY, Key, Launch, candidates_for, launch_for, read_rows, replaced
 from kernels.layer_norm import safe_launch
 
 ARCHS = (0, 80, 86, 87, 89, 90, 100, 103, 120, 121, 999)
@@ -82,6 +82,11 @@ op = [
     ["any", "16-bit", "even", 100, "any", {B = 32}, 1, 1, 168, 3, "seen"],
     ["any", "16-bit", "even", 100, "3.9", {B = 64}, 1, 1, 0, 1, "seen"],
 ]
+[candidates]
+other = [
+    ["any", "ieee", "any", "any", "any", {B = 1024}, 1, 1, 0, 1, "seen"],
+    ["any", "ieee", "even", "any", "any", {B = 2048}, 1, 1, 0, 1, "seen"],
+]
 """  # noqa: E501 # a row is a line
 
 
@@ -127,8 +132,10 @@ def test_a_row_becomes_a_launch(rows):
 def test_without_a_row_the_safe_launch_or_an_error(rows):
     safe = Launch((("B", 7),), 4)
     assert launch_for(Key("other.a", "ieee", "any", 80), safe) == safe
+    key = Key("other.a", "ieee", "any", 80)
     with pytest.raises(LookupError, match=r"launch rows: none for other\.a, ieee, any, sm_80"):
-        launch_for(Key("other.a", "ieee", "any", 80))
+        launch_for(key)
+    assert [dict(launch.blocks) for launch in candidates_for(key)] == [{"B": 1024}]
 
 
 GOOD = '["a", "ieee", "any", 90, "any", {B = 2}, 1, 1, 0, 1, "seen"]'
