@@ -20,19 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import torch
 
 from demo.line import Line, status_html
 from model import GPT
 from model.edge import check_int, exits, is_real
-
-with exits():
-    try:
-        import gradio as gr
-    except ValueError as error:  # it reads numbers out of the environment
-        given = (f"{name}={value}" for name, value in os.environ.items() if "GRADIO_" in name)
-        raise ValueError(f"demo: gradio cannot read {', '.join(given)}: {error}") from None
-
 from model.find import find_model, latest_model
 from model.sampling import Sampling
 from model.text import stream_text
