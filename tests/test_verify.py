@@ -1,6 +1,7 @@
 """What a run checks before it trusts the kernels: faults planted in ops, children and the cache."""
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -138,6 +139,17 @@ def test_eager_ops_pass_and_a_hundredth_is_noticed_in_each(
             said = verify_child.check(op, recipe, plan)
             assert "over budget" in said, (op, name)
             assert said[0] in (name, "l", "d"), said
+
+
+@pytest.mark.slow  # half a minute in the interpreter
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_our_own_kernels_pass(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(verify_child.NUM_RERUNS, "cpu", 1)
+    choices = Choices(ops="triton", optimizer="triton", dtype=dtype)  # pyright: ignore
+    plan = replace(make_plan(RECIPE, CPU, choices), working_copies=dtype == "bf16")
+    assert verify.checked_names(plan) == (*verify.OPS, "adamw")
+    for name in verify.checked_names(plan):
+        assert verify_child.check(name, RECIPE, plan) == "", name
 
 
 def test_what_float64_says_does_not_depend_on_how_the_batch_is_cut() -> None:
@@ -336,6 +348,13 @@ def test_a_cache_that_cannot_be_written_costs_a_line(
         verify.find_wrong(RECIPE, plan_of(H100, dtype="auto"), H100, said.append)
     assert len(asked) == 2
     assert "1 wrong; not kept: " in said[1]
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as homeless:
+        homeless.setattr(os.path, "expanduser", lambda path: path)
+        verify.find_wrong(RECIPE, plan_of(H100, dtype="auto"), H100, said.append)
+    assert said[-1].endswith("not kept: this user has no home directory; set XDG_CACHE_HOME")
+    assert not (tmp_path / "~").exists()
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert verify.cache_path({}).parent == tmp_path / ".cache" / "fused-gpt"

@@ -106,6 +106,8 @@ def find_wrong(
         line += f"{wrong} wrong" if wrong else "all right"
         keep = {n: why for n, why in found.items() if not any(text in why for text in PASSING)}
         try:
+            if not path.is_absolute():
+                raise OSError("this user has no home directory; set XDG_CACHE_HOME")
             values = {"key": key, "wrong": known | keep, "seconds": round(seconds, 1)}
             write_atomically(path, json.dumps(values, indent=2) + "\n")
             say(f"{line}; kept in {path}")
