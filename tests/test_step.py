@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train
 from kernels import EAGER, reference
 from kernels._op import INTERPRETED
 from model import GPT
 from tests.pretend_cuda import HOST_READS, pretend_cuda
+from training import metrics
 from training.data import DataLoaderLite, Prefetcher
 from training.guard import Guard, GuardConfig
 from training.optim import configure_adamw
@@ -408,6 +411,28 @@ def test_a_capture_by_the_rules_of_cuda_changes_no_bit(
             choices(dtype=dtype, ops="eager", optimizer=optimizer, micro_batch_size=micro)
         )
     assert len(pretended.graphs) == 1
+
+
+@interpreted_only
+def test_the_step_of_train_py_is_captured_and_changes_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(train, "finish", lambda *_: None)  # samples have graphs of their own
+    (tmp_path / "text.txt").write_text("the king said that no man shall want for bread " * 40)
+    asked = ["--preset", "smoke", "--model", "smoke,n_layer=1,n_embd=16,n_head=1", "--steps", "6",
+             "--batch-size", "2", "--block-size", "16", "--grad-accum-steps", "2", "--data",
+             str(tmp_path / "text.txt"), "--device", "cuda", "--ops", "eager", "--optimizer",
+             "torch", "--micro-batch-size", "2", "--save-every", "0"]  # fmt: skip
+    found = []
+    for graph in ("on", "off"):
+        with pretend_cuda() as pretended:
+            out = tmp_path / graph
+            assert train.main([*asked, "--cuda-graph", graph, "--out", str(out)]) == 0
+        steps = metrics.read_metrics(out / "metrics.jsonl")[0]
+        found.append([(step["loss"], step["grad_norm"]) for step in steps])
+        assert len(pretended.graphs) == (graph == "on"), capsys.readouterr().out
+    assert len({*found[0]}) == 6
+    assert found[0] == found[1]
 
 
 @interpreted_only
