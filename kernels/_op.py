@@ -34,23 +34,21 @@ MIN_ARCH = 80  # Ampere: bf16 and cp.async; older chips are neither built for no
 
 
 def register(
-    schema: str = "", *, fake: Callable[P, R], writes: Sequence[str] = ()
+    *, fake: Callable[P, R], writes: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Define an op of the decorated launch's name, traced through `fake`.
+    """Define an op of the decorated launch's name and types, traced through `fake`.
 
     `fake` states shapes and dtypes only. Autograd is not registered here: it lives in a
     `torch.autograd.Function` beside the launch, which keeps the saved tensors visible in one place.
 
     Args:
-        schema: Name and types; else those of the launch.
         fake: The launch's shape contract.
         writes: Arguments that the launch writes to.
     """
 
     def decorate(launch: Callable[P, R]) -> Callable[P, R]:
         name = launch.__name__
-        types = schema or name + torch.library.infer_schema(launch, mutates_args=writes)
-        _LIB.define(types, tags=_TAGS)
+        _LIB.define(name + torch.library.infer_schema(launch, mutates_args=writes), tags=_TAGS)
         for device in _DEVICES:
             _LIB.impl(name, launch, device)
         torch.library.register_fake(f"fgpt::{name}", fake, lib=_LIB)

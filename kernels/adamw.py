@@ -314,14 +314,7 @@ def adamw_norm(table: Tensor, chunks: Tensor, max_norm: float, tensors: Sequence
     return out
 
 
-def _step_fake(
-    table: Tensor, chunks: Tensor, clip: Tensor, found_inf: Tensor,
-    written: Sequence[Tensor], read: Sequence[Tensor],
-) -> None:  # fmt: skip
-    return None
-
-
-@register(fake=_step_fake, writes=("written",))
+@register(fake=lambda table, chunks, clip, found_inf, written, read: None, writes=("written",))
 def adamw_step(
     table: Tensor, chunks: Tensor, clip: Tensor, found_inf: Tensor,
     written: Sequence[Tensor], read: Sequence[Tensor],

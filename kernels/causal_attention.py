@@ -517,8 +517,7 @@ def _fwd_fake(qkv: Tensor, n_head: int, save_lse: bool) -> tuple[Tensor, Tensor]
     return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty(lse_shape, dtype=torch.float32)
 
 
-@register("causal_attention_fwd(Tensor qkv, int n_head, bool save_lse) -> (Tensor, Tensor)",
-          fake=_fwd_fake)  # fmt: skip
+@register(fake=_fwd_fake)
 def causal_attention_fwd(qkv: Tensor, n_head: int, save_lse: bool) -> tuple[Tensor, Tensor]:
     """qkv (B, T, 3C) -> y (B, T, C), lse (B, H, T) fp32 and base 2, (0,) unless save_lse."""
     y, lse = _fwd_fake(qkv, n_head, save_lse)
@@ -536,8 +535,7 @@ def _bwd_fake(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head: int) -> T
     return torch.empty_like(qkv)
 
 
-@register("causal_attention_bwd(Tensor dy, Tensor qkv, Tensor y, Tensor lse, int n_head) -> Tensor",
-          fake=_bwd_fake)  # fmt: skip
+@register(fake=_bwd_fake)
 def causal_attention_bwd(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head: int) -> Tensor:
     """dy, y (B, T, C), qkv (B, T, 3C), lse (B, H, T) -> dqkv (B, T, 3C)."""
     dqkv = torch.empty_like(qkv)

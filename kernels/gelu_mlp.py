@@ -264,8 +264,7 @@ def _up_fake(x: Tensor, w_fc: Tensor, b_fc: Tensor, save_d: bool) -> tuple[Tenso
     return x.new_empty(shape), x.new_empty(shape if save_d else (0,))
 
 
-@register("gelu_mlp_up(Tensor x, Tensor w_fc, Tensor b_fc, bool save_d) -> (Tensor, Tensor)",
-          fake=_up_fake)  # fmt: skip
+@register(fake=_up_fake)
 def gelu_mlp_up(x: Tensor, w_fc: Tensor, b_fc: Tensor, save_d: bool) -> tuple[Tensor, Tensor]:
     """x (M, C), w_fc (4C, C), b_fc (4C,) -> g (M, 4C) and d (M, 4C), (0,) unless save_d."""
     M, C = x.shape
@@ -282,7 +281,7 @@ def _down_fake(dy: Tensor, w_proj: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(d), d.new_empty(d.shape[1], dtype=torch.float32)
 
 
-@register("gelu_mlp_down(Tensor dy, Tensor w_proj, Tensor d) -> (Tensor, Tensor)", fake=_down_fake)
+@register(fake=_down_fake)
 def gelu_mlp_down(dy: Tensor, w_proj: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """dy (M, C), w_proj (C, 4C), d (M, 4C) -> dh (M, 4C), db_fc (4C,) fp32."""
     M, C = dy.shape

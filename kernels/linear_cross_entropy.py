@@ -187,11 +187,7 @@ def _fwd_fake(
     return loss, count, dx, dweight
 
 
-@register(
-    "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor targets, SymInt vocab_size,"
-    " int ignore_index, bool needs_dx, bool needs_dweight) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fwd_fake,
-)
+@register(fake=_fwd_fake)
 def linear_cross_entropy_fwd(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
     needs_dx: bool, needs_dweight: bool,
@@ -230,10 +226,7 @@ def linear_cross_entropy_fwd(
     return loss, count, dx, dweight
 
 
-@register(
-    "linear_cross_entropy_bwd(Tensor grad, Tensor dloss, Tensor count, ScalarType dtype) -> Tensor",
-    fake=lambda grad, dloss, count, dtype: torch.empty_like(grad, dtype=dtype),
-)
+@register(fake=lambda grad, dloss, count, dtype: torch.empty_like(grad, dtype=dtype))
 def linear_cross_entropy_bwd(
     grad: Tensor, dloss: Tensor, count: Tensor, dtype: torch.dtype
 ) -> Tensor:
