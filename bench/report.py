@@ -301,21 +301,30 @@ def _quote(sample: dict[str, str]) -> str:
 
 
 def evidence_block(results: Sequence[Result]) -> str:
-    """What a GPU says of the kernels: of each check how much holds, and what does not."""
-    result = newest(results, "cuda", "checks")
-    if result is None:
-        return ""
-    rows: list[CheckRow] = result.rows("checks")
+    """What a GPU says of the kernels: how much of each check holds, and what does not.
+
+    A later result takes the place of an earlier one for what it checked, and of nothing else.
+    """
+    latest: dict[tuple[str, str], tuple[CheckRow, Result]] = {}
+    for result in results:
+        for row in result.rows("checks") if result.device["type"] == "cuda" else ():
+            latest[row.check, row.what] = row, result
+    groups: dict[tuple[str, str], list[CheckRow]] = {}
+    for row, result in latest.values():
+        groups.setdefault((row.check, where(result)), []).append(row)
     lines = []
-    for check in dict.fromkeys(row.check for row in rows):
-        these = [row for row in rows if row.check == check]
-        found = "; ".join(dict.fromkeys(cell(row.found) for row in these if row.found))
-        holds = f"{len(shown(these))} of {len(these)} hold"
-        lines.append([check, f"{holds}: {found}" if found else holds, where(result)])
-    reds = [f"RED {row.check} {row.what}: {cell(row.doubt)}" for row in rows if row.doubt]
+    for (check, place), rows in sorted(groups.items()):
+        found = "; ".join(dict.fromkeys(cell(row.found) for row in rows if row.found))
+        holds = f"{len(shown(rows))} of {len(rows)} hold"
+        lines.append([check, f"{holds}: {found}" if found else holds, place])
+    if not lines:
+        return ""
+    reds = [f"RED {row.check} {row.what}: {cell(row.doubt)}, on {where(result)}"
+            for row, result in latest.values() if row.doubt]  # fmt: skip
     parts = [table(["evidence", "result", "on"], lines), *reds[:MAX_REDS]]
     parts += [f"and {len(reds) - MAX_REDS} more"] if len(reds) > MAX_REDS else []
-    return "\n\n".join([*parts, source_line(result)])
+    sources = dict.fromkeys(source_line(result) for _, result in latest.values())
+    return "\n\n".join([*parts, *sources])
 
 
 def limits_block(results: Sequence[Result]) -> str:

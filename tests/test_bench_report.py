@@ -233,6 +233,26 @@ def test_evidence_counts_what_holds_and_lists_what_does_not():
     assert "\n\nand 8 more\n" in text
 
 
+def test_evidence_is_the_newest_of_each_thing_that_was_checked():
+    old, new = (
+        cuda_result(f"2027-01-0{day} 10:00 UTC", commit * 40, checks=[
+            CheckRow(check="numerics", what=what, doubt=doubt) for what, doubt in found.items()
+        ])
+        for day, commit, found in (
+            (2, "a", {"mended": RED, "not asked again": RED, "fine": ""}),
+            (3, "b", {"mended": "", "broken since": RED}),
+        )
+    )  # fmt: skip
+    text = report.evidence_block([old, new])
+    assert re.search(r"numerics +\| +1 of 2 hold \| +NVIDIA H200, a{8}", text)
+    assert re.search(r"numerics +\| +1 of 2 hold \| +NVIDIA H200, b{8}", text)
+    reds = [line for line in text.splitlines() if line.startswith("RED")]
+    assert [line.partition(":")[0] for line in reds] == [
+        "RED numerics not asked again", "RED numerics broken since"
+    ]  # fmt: skip
+    assert reds[0].endswith("NVIDIA H200, aaaaaaaa")
+
+
 def test_limits_hold_ours_beside_the_baseline():
     lines = report.limits_block([cuda_result()]).splitlines()
     assert "ours bf16: ms | share | calls | compile bf16: ms" in lines[2]
