@@ -9,6 +9,7 @@ import sys
 from collections import namedtuple
 from dataclasses import fields, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from safetensors.torch import load_file
 
 import train
 from model import GPT, GPTConfig
-from training import metrics
+from training import folder, metrics
 from training.evaluate import evaluate_tokens
 from training.metrics import RunLog
 from training.plan import Machine, detect, make_plan
+from training.recipes import find_preset
 
 ROOT = Path(train.__file__).parent
 CPU = Machine(device="cpu", name="a CPU", num_threads=2)
@@ -388,7 +390,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 def test_full_disk_is_seen_before_training(text: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     usage = namedtuple("usage", "total used free")(1 << 30, 1 << 30, 4096)
-    monkeypatch.setattr("training.folder.shutil.disk_usage", lambda _: usage)
+    where = "training.folder.shutil.disk_usage"
+    monkeypatch.setattr(where, Mock(side_effect=OSError(38, "Function not implemented")))
+    folder.make(tmp_path / "not counted", find_preset("smoke"))
+    monkeypatch.setattr(where, lambda _: usage)
     out = tmp_path / "new" / "run"
     assert train.main(["--preset", "smoke", "--data", str(text), "--out", str(out)]) == 2
     assert "4,096 bytes free, the model alone needs" in capsys.readouterr().err

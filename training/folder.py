@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import stat
@@ -51,15 +52,24 @@ def make(folder: Path, recipe: Recipe) -> None:
         with torch.device("meta"):
             parameters = GPT(recipe.model_config).parameters()
         needed = 4 * sum(p.numel() for p in parameters) + (1 << 20)
-        disk = shutil.disk_usage(folder)
-        if disk.total and disk.free < needed:  # some file systems do not count
-            raise OSError(f"{disk.free:,} bytes free, the model alone needs {needed:,}")
+        free = _free_bytes(folder)
+        if free < needed:
+            raise OSError(f"{free:,} bytes free, the model alone needs {needed:,}")
     except OSError as error:
         for path in missing:
             if path.exists():
                 path.rmdir()
         reason = error.strerror or error
         raise ValueError(f"out: cannot write to {folder}: {reason}; choose another --out") from None
+
+
+def _free_bytes(folder: Path) -> float:
+    """Of the disk; infinity where the file system does not count."""
+    with contextlib.suppress(OSError):
+        disk = shutil.disk_usage(folder)
+        if disk.total:
+            return disk.free
+    return math.inf
 
 
 @contextlib.contextmanager
