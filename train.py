@@ -30,7 +30,7 @@ from model import GPT, hf
 from model.edge import one_line
 from training import checkpoint, console, distributed, folder, metrics, resume, signals
 from training.data import Corpus, load_corpus
-from training.distributed import ALONE, World, refuse_mismatch, share
+from training.distributed import ALONE, World, hash_weights, refuse_mismatch, share
 from training.ending import finish
 from training.explain import explain, probe_steps
 from training.guard import Guard, GuardConfig
@@ -162,6 +162,8 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
             "data": corpus.sha256, "torch": torch.__version__}  # fmt: skip
     refuse_mismatch(world, "facts", same)
     initial = GPT.from_pretrained(cfg.init) if cfg.init else None
+    if initial and world.size > 1:  # rank 0's would be taken by all, in silence
+        refuse_mismatch(world, "weights", {f"--init {cfg.init}": hash_weights(initial)})
     out, saved = find_place(cfg, plan, corpus, world)
     facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(parts[0]),
              "val_tokens": len(parts[1])}  # fmt: skip

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 import torch.distributed as dist
 
 import train
+from model import GPT
 from training import checkpoint, distributed
 from training.data import load_corpus
 from training.distributed import World, refuse_mismatch, share
@@ -208,6 +210,22 @@ def test_ranks_that_differ_are_refused_on_every_rank():
         "distributed: the ranks differ: rank 2 has recipe {'max_lr': 0.002}, rank 0 "
         "{'max_lr': 0.001}"
     }
+
+
+def test_ranks_that_start_from_other_weights_are_refused(text, tmp_path, monkeypatch):
+    """One path on two disks: rank 0's weights would be taken by all."""
+    flags = [*FLAGS, "--data", str(text / "text.txt"), "--out", str(tmp_path / "run"), "--device",
+             "cpu"]  # fmt: skip
+    cfg = replace(train.parse(flags), init="base")
+    same = GPT(cfg.recipe.model_config)
+    models = iter([same, GPT(cfg.recipe.model_config)])
+    monkeypatch.setattr(train.GPT, "from_pretrained", lambda _: next(models))
+    for answer in in_threads(2, lambda world: train.prepare(cfg, world)):
+        assert "has --init base" in str(answer)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(train.GPT, "from_pretrained", lambda _: same)
+    runs = in_threads(2, lambda world: train.prepare(cfg, world))
+    assert [run.initial for run in runs] == [same, same]
 
 
 def test_ranks_wait_for_the_first_to_tokenise_but_not_for_one_that_hangs(monkeypatch):

@@ -6,6 +6,7 @@ bucketed all-reduce that overlaps the last micro-batch's backward. Without torch
 here is a world of one and touches no process group.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -262,6 +263,14 @@ def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
     micro = max(d for d in range(1, plan.micro_batch_size + 1) if rows % d == 0)
     plan = replace(plan, cuda_graph=False, working_copies=False)
     return replace(plan, micro_batch_size=micro, num_micro_batches=rows // micro)
+
+
+def hash_weights(model: nn.Module) -> str:
+    """SHA-256 of the parameters of a model on the CPU."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def refuse_mismatch(world: World, key: str, facts: dict[str, Any]) -> None:
