@@ -28,7 +28,7 @@ from training.machines import free_bytes
 from training.optim import configure_adamw
 from training.plan import Choices, detect, make_plan
 from training.recipes import Recipe
-from training.step import TrainStep
+from training.step import Outcome, TrainStep
 
 NUM_BATCHES = 8
 WARMUP_STEPS = 3
@@ -127,14 +127,22 @@ class Ours:
         model = GPT(setup.config, plan.op_set)
         model.load_state_dict(_weights(setup))
         optimizer = configure_adamw(model.to(device), recipe, plan.optimizer)
+        self.optimizer = optimizer
         self.take_step = TrainStep(model, optimizer, recipe, plan)
         self.grad_norm: Tensor | None = None
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
         self.batches = batches
-        outcome = self.take_step(self, baseline.LEARNING_RATE)
+        outcome = self.take_step.run(self._once, self, baseline.LEARNING_RATE)
         self.grad_norm = outcome.grad_norm
         return outcome.loss.clone()  # the graph's buffers are written again by the next step
+
+    def _once(self) -> Outcome:
+        loss = self.take_step.accumulate()
+        grad_norm = self.optimizer.clip(baseline.CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Outcome(loss, grad_norm)
 
     def next_batch(self) -> Batch:
         idx, targets = zip(*self.batches, strict=True)

@@ -26,7 +26,7 @@ from bench.rows import CheckRow, SeedRow
 from training import child
 from training.data import SHAKESPEARE_SHA256
 from training.recipes import PRESETS
-from training.report import Run, read_run
+from training.verdicts import Run, read_run
 
 PRESET = "shakespeare-124m"
 COLD_STEPS = 100

@@ -136,15 +136,6 @@ class TrainStep:
             yield
         torch.cuda.current_stream().wait_stream(self.stream)
 
-    def __call__(self, batches: Rows, lr: float) -> Outcome:
-        return self.run(self._plain, batches, lr)
-
-    def _plain(self) -> Outcome:
-        loss, norm = self.accumulate(), self.optimizer.clip(self.recipe.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return Outcome(loss, norm)
-
     def accumulate(self) -> Tensor:
         """Forward and backward of each micro-batch: mean gradients of the step's rows into `.grad`.
 
