@@ -12,7 +12,6 @@ others on average and every token but the first is predicted exactly once:
 """
 
 import itertools
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from model.decoder import evaluating, resolve_window
 from model.edge import check_int, exits, read_stdin, read_utf8
 from model.find import latest_model
 from training.documents import find_inputs, is_jsonl
+from training.metrics import to_json
 
 if TYPE_CHECKING:
     import tiktoken
@@ -218,7 +218,7 @@ def main(args: list[str] | None = None) -> None:
         options = tyro.cli(Options, prog="python -m training.evaluate", args=args)
         result = _run(options)
         if options.json:
-            print(json.dumps(result))
+            print(to_json(result))
             return
         print(
             f"loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}, "

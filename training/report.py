@@ -19,6 +19,7 @@ from model.files import write_atomically
 from model.tokenizer import get_encoding
 from training import plot
 from training.data import Tokens
+from training.metrics import write_json
 from training.overlap import find_overlap
 from training.verdicts import Run, number, points, read_run, read_samples, verdicts
 
@@ -220,7 +221,7 @@ def write_report(folder: Path, corpus: bytes, whole: bool = True) -> list[tuple[
         "val_loss": run.val_loss,
         "overlap": found,
     }
-    write_atomically(folder / "report.json", json.dumps(content, indent=2) + "\n")
+    write_json(folder / "report.json", content)
     return judged
 
 
