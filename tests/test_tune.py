@@ -219,13 +219,13 @@ while True:
 
 
 def test_a_child_that_dies_or_hangs_costs_only_its_candidate():
-    with child.Crew([sys.executable, "-S", "-E", "-c", CHILD], 2, 5.0) as crew:
+    with child.Crew([sys.executable, "-S", "-E", "-c", CHILD], 2, 10.0) as crew:
         tasks = ["a", "die", "b", "hang", "c", "bad", "d", "die", "e"]
         answers = crew.share(tasks, time.monotonic() + 600)
         assert crew.share(["f"], time.monotonic() - 1) == [None]  # no time left
         assert crew.ask("g") == {}
     died = {"error": "it ended with 3: illegal access"}
-    late = {"error": "no answer in 5 s: nothing said"}
+    late = {"error": "no answer in 10 s: nothing said"}
     assert answers == [{}, died, {}, late, {}, {"error": "wrong"}, {}, died, {}]
 
 
