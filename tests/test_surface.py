@@ -152,7 +152,8 @@ def test_a_wheel_holds_the_kernels_and_nothing_by_a_common_name(tmp_path):
         "from fused_gpt.kernels import EAGER, TRITON\n"
         "x, w, b = torch.randn(4, 64), torch.randn(256, 64), torch.randn(256)\n"
         "args = x, w, b, w.T.contiguous(), b[:64]\n"
-        "torch.testing.assert_close(TRITON.gelu_mlp(*args), EAGER.gelu_mlp(*args))\n"
+        "close = {'rtol': 1e-3, 'atol': 1e-3}  # sums of products in the hundreds\n"
+        "torch.testing.assert_close(TRITON.gelu_mlp(*args), EAGER.gelu_mlp(*args), **close)\n"
         "import kernels\n"
     )
     env = {**os.environ, "PYTHONPATH": str(target), "TRITON_INTERPRET": "1"}
