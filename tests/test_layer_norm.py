@@ -45,8 +45,10 @@ def inputs(shape, device, dtype=torch.float32, weights=None, mean=0.0, std=1.0):
 
 def rounding(h, weight):
     """What rounding may leave of the gradient of h where its terms cancel, as they do at C = 1."""
+    if not h.numel():
+        return 0.0
     rstd = (h.double().var(-1, correction=0) + 1e-5).rsqrt()
-    largest = 4 * weight.abs().max().item() * rstd.max().item() if h.numel() else 0.0
+    largest = 4 * weight.abs().max().item() * rstd.max().item()
     return torch.finfo(h.dtype).eps * largest
 
 
