@@ -12,9 +12,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from . import reference
-from ._op import unfit
 
 __all__ = ["EAGER", "TRITON", "Ops", "parse_ops", "unfit"]
+
+WIDTH = 64  # what gelu_mlp's C must be a multiple of, as that of every GPT-2 is
+HEAD_DIMS = (16, 32, 64, 128)
 
 
 class LayerNorm(Protocol):
@@ -113,3 +115,16 @@ def parse_ops(spec: str) -> Ops:
             raise ValueError(f"ops: cannot read {item!r}; ops are {known}, backends {[*backends]}")
         chosen[op] = getattr(backends[backend](), op)
     return replace(backends[base](), **chosen)
+
+
+def unfit(n_embd: int, n_head: int, dropout: float) -> dict[str, str]:
+    """Ops whose kernels do not take a model of this shape, and what they want; needs no triton."""
+    attention = []
+    if (D := n_embd // n_head) not in HEAD_DIMS:
+        attention.append(f"a head dim of {HEAD_DIMS}, got {D}")
+    if dropout != 0:
+        attention.append(f"dropout 0, got {dropout}")
+    wanted = {"causal_attention": " and ".join(attention)}
+    if n_embd % WIDTH:
+        wanted["gelu_mlp"] = f"n_embd a multiple of {WIDTH}, got {n_embd}"
+    return {op: what for op, what in wanted.items() if what}

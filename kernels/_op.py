@@ -28,8 +28,6 @@ _DEVICES = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 # Inductor may pad or permute the inputs of an op that does not say otherwise; the kernels here
 # compute addresses from shapes and would misread them.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-WIDTH = 64  # what gelu_mlp's C must be a multiple of, as that of every GPT-2 is
-HEAD_DIMS = (16, 32, 64, 128)
 MIN_ARCH = 80  # Ampere: bf16 and cp.async; older chips are neither built for nor tested
 
 
@@ -62,19 +60,6 @@ def register(
 def _arch(device: torch.device) -> int:
     """`arch` for code that is traced: the answer is a constant of the graph."""
     return arch(device)
-
-
-def unfit(n_embd: int, n_head: int, dropout: float) -> dict[str, str]:
-    """Ops whose kernels do not take a model of this shape, and what they want; needs no triton."""
-    attention = []
-    if (D := n_embd // n_head) not in HEAD_DIMS:
-        attention.append(f"a head dim of {HEAD_DIMS}, got {D}")
-    if dropout != 0:
-        attention.append(f"dropout 0, got {dropout}")
-    wanted = {"causal_attention": " and ".join(attention)}
-    if n_embd % WIDTH:
-        wanted["gelu_mlp"] = f"n_embd a multiple of {WIDTH}, got {n_embd}"
-    return {op: what for op, what in wanted.items() if what}
 
 
 def check_device(op: str, x: Tensor) -> None:
