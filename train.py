@@ -28,7 +28,7 @@ import tyro
 
 from model import GPT, hf
 from model.edge import one_line
-from training import checkpoint, console, distributed, folder, metrics, resume, signals
+from training import checkpoint, console, distributed, documents, folder, metrics, resume, signals
 from training.data import Corpus, load_corpus
 from training.distributed import ALONE, World, hash_weights, refuse_mismatch, share
 from training.ending import finish
@@ -62,8 +62,12 @@ class Config:
     preset: str
     """Recipe: shakespeare-cpu, shakespeare-124m, fineweb-124m or smoke."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
-    """Text, JSONL, folders of them, or a token file or folder. Default: input.txt if it is there,
-    else tiny Shakespeare."""
+    """Text, code, JSONL, Parquet, Arrow, folders and patterns of them, or a token file or folder.
+    Default: input.txt if it is there, else tiny Shakespeare."""
+    val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
+    """Validation text, of the same kinds; without it --val-fraction of the text, at its end."""
+    text_column: str = documents.KEY
+    """Field of a JSONL object, or column of a table, that holds the text."""
     out: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Run folder. Default: runs/PRESET, with a number once that one holds a finished run."""
     init: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
@@ -100,7 +104,7 @@ class Config:
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"config: {name} must be at least {least}, got {value}")
         paths = {"out": (self.out,), "init": (self.init,), "resume": (self.resume,)}
-        for name, values in {**paths, "data": self.data}.items():
+        for name, values in {**paths, "data": self.data, "val": self.val}.items():
             if "" in values:
                 raise ValueError(f"config: --{name} is empty; name a path, or leave it out")
 
@@ -114,7 +118,8 @@ class Config:
         return self.save_every if self.save_every >= 0 else math.ceil(self.recipe.max_steps / 4)
 
     def evaluates_before(self, step: int) -> bool:
-        return _due(self.eval_interval, step) and self.recipe.val_fraction > 0
+        validates = bool(self.val) or self.recipe.val_fraction > 0
+        return _due(self.eval_interval, step) and validates
 
     def saves_before(self, step: int) -> bool:
         return _due(self.save_interval, step)
@@ -134,11 +139,13 @@ def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
     plan = planned(cfg, machine, world)(cfg.choices)
     if cfg.preset == "fineweb-124m" and not (cfg.data or cfg.explain):
         raise ValueError(
-            "data: fineweb-124m needs --data FOLDER of token shards: download sample/10BT of "
-            "huggingface.co/datasets/HuggingFaceFW/fineweb-edu, write its text column as .jsonl, "
-            "and run `python -m training.prepare THOSE_FILES --out FOLDER`"
+            "data: fineweb-124m needs --data FOLDER of token shards: `hf download "
+            "HuggingFaceFW/fineweb-edu --repo-type dataset --include 'sample/10BT/*' --local-dir "
+            "fineweb`, then `python -m training.prepare fineweb/sample/10BT --out FOLDER "
+            "--val-tokens 100000000`"
         )
-    return machine, plan, world.in_turn("tokens", lambda: load_corpus(cfg.data, world.say))
+    texts = (cfg.text_column, cfg.val)
+    return machine, plan, world.in_turn("tokens", lambda: load_corpus(cfg.data, world.say, *texts))
 
 
 def planned(cfg: Config, machine: Machine, world: World) -> Callable[[Choices], Plan]:

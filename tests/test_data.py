@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import pickle
+import sys
 from collections import Counter
 from itertools import pairwise
 from math import log
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from model import tokenizer
-from training import data
+from training import data, documents
 from training.data import Corpus, DataLoaderLite, Prefetcher, load_corpus
 from training.ngrams import DISCOUNT, ngram_losses
 from training.prepare import Config, prepare
@@ -153,13 +155,25 @@ def test_tiny_shakespeare_token_count() -> None:
         ("a.txt", b"caf\xe9", "not UTF-8: byte 0xe9 at offset 3; convert it"),
         ("a.txt", "utf-16".encode("utf-16"), "must be UTF-8 text, it is UTF-16; .*iconv -f UTF-16"),
         ("a.txt", "utf-16".encode("utf-16-le"), "is binary, not text: byte 0x00 at offset 1"),
-        ("a.jsonl.gz", gzip.compress(b"x", mtime=0), "is gzip; unpack it: gunzip"),
-        ("a.jsonl", gzip.compress(b"x", mtime=0), "is gzip"),
-        ("a.txt.bz2", bz2.compress(b"x"), "is bzip2"),
-        ("a.txt.xz", lzma.compress(b"x"), "is xz"),
-        ("a.zst", b"\x28\xb5\x2f\xfd\x04\x00", "is zstandard; .* zstd -d"),
+        ("a.txt.gz", gzip.compress(b"", mtime=0), "is empty"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], "a.jsonl.gz cannot be unpacked"),
+        ("a.jsonl", gzip.compress(b"x", mtime=0), r"a.jsonl: line 1 at byte 0 cannot be read"),
+        ("a.txt.bz2", bz2.compress(b"x")[:-4], "cannot be unpacked .*damaged or was cut short"),
+        ("a.txt.xz", lzma.compress(b"x")[:20] + b"\0" * 40, "cannot be unpacked"),
+        ("a.txt.gz", gzip.compress(b"caf\xe9", mtime=0), "not UTF-8: byte 0xe9 at offset 3"),
+        (
+            "a.tar.gz",
+            gzip.compress(b"name\0\0", mtime=0),
+            "binary, not text: byte 0x00 at offset 4",
+        ),
+        (
+            "a.parquet.gz",
+            gzip.compress(b"PAR1", mtime=0),
+            "is Parquet in a compressed file; unpack",
+        ),
+        ("a.json.xz", lzma.compress(b"{}"), "is JSON; write one object a line"),
+        ("a.parquet", b"<html>", "must be Parquet or Arrow, but it begins with b'<html>'; fetch"),
         ("a.zip", b"PK\x03\x04\x14\0", "is a zip archive"),
-        ("a.parquet", b"PAR1\x15\x04", "is Parquet; .*to_json"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         ("a.pkl", pickle.dumps("x"), "is a pickle"),
         ("a.safetensors", b"\x10\0\0\0\0\0\0\0{}", "is binary"),
@@ -182,7 +196,7 @@ def test_paths_that_hold_no_text(tmp_path: Path) -> None:
         load_corpus([tmp_path / "absent.txt"])
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(ValueError, match=r"no \.txt, \.md, \.jsonl file in the folder .*folder"):
+    with pytest.raises(ValueError, match=r"no \.txt, \.md, code, .* file in the folder .*folder"):
         load_corpus([folder])
     for name in ("a.txt", "b.png", "c.html"):
         (folder / name).write_text("x")
@@ -194,6 +208,141 @@ def test_paths_that_hold_no_text(tmp_path: Path) -> None:
     for empty in ([""], ["a.txt", ""]):
         with pytest.raises(ValueError, match="must name a file or a folder, got nothing"):
             load_corpus(empty)
+
+
+# ---- the same documents, however they lie around
+
+DOCUMENTS = ["one", "caf\u00e9 \U0001f600\r\n", "", "three " * 40, *map(str, range(90))]
+
+
+def write_documents(folder: Path, form: str) -> Path:
+    """DOCUMENTS in a file, or a folder, of one form; the column is called "body"."""
+    lines = "".join(json.dumps({"body": text, "id": 1}) + "\n" for text in DOCUMENTS).encode()
+    path = folder / f"a.{form}"
+    if form in PACKERS:
+        half = lines.index(b"\n", len(lines) // 2) - 5  # two members, as `cat a.gz b.gz` makes
+        path.write_bytes(b"".join(PACKERS[form](part) for part in (lines[:half], lines[half:])))
+        return path
+    pa, pq = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    table = pa.table({"id": range(len(DOCUMENTS)), "body": DOCUMENTS})
+    if form == "parquet":
+        pq.write_table(table, path, row_group_size=50)
+    elif form == "arrow":
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=70)
+    elif form == "jsonl.zst":
+        with pa.CompressedOutputStream(path, "zstd") as out:
+            out.write(lines)
+    else:  # a folder as save_to_disk of Hugging Face's datasets lays it out
+        path.mkdir()
+        names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+        for name, part in zip(names, (table[:30], table[30:]), strict=True):
+            with pa.ipc.new_stream(path / name, table.schema) as writer:
+                writer.write_table(part, max_chunksize=20)
+        (path / "dataset_info.json").write_text("{}")
+        state = {"_data_files": [{"filename": name} for name in names], "_split": "train"}
+        (path / "state.json").write_text(json.dumps(state))
+    return path
+
+
+PACKERS = {
+    "jsonl": bytes,
+    "jsonl.gz": gzip.compress,
+    "jsonl.bz2": bz2.compress,
+    "jsonl.xz": lzma.compress,
+}
+
+
+@pytest.mark.parametrize("form", [*PACKERS, "jsonl.zst", "parquet", "arrow", "dataset"])
+def test_every_form_of_the_same_documents_gives_the_same_tokens(tmp_path, monkeypatch, form):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 100)
+    monkeypatch.setattr(documents, "BATCH_ROWS", 7)
+    path = write_documents(tmp_path, form)
+    want = np.concatenate([p for t in DOCUMENTS for p in ([tokenizer.EOT], tokenizer.encode(t))])
+    assert all_tokens(load_corpus([path], key="body")) == want[1:].tolist()
+    cfg = Config((str(path),), str(tmp_path / "out"), text_column="body", processes=1)
+    assert prepare(cfg, quiet=True)["documents"] == len(DOCUMENTS)
+    assert all_tokens(load_corpus([tmp_path / "out"])) == want.tolist()
+    files = documents.find_inputs([path], key="body")
+    assert isinstance(files, list)
+    pieces = [piece for file in files for piece in documents.cut(file, "body")]
+    assert len(pieces) > 5
+    assert sum(piece.advance for piece in pieces) == sum(file.stat().st_size for file in files)
+    with pytest.raises(ValueError, match=r"'text', (it has 'id', 'body'|got None); --text-column"):
+        load_corpus([path])
+
+
+def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    whole = write_documents(tmp_path, "parquet").read_bytes()
+    dataset = write_documents(tmp_path, "dataset")
+    stream = (dataset / "data-00001-of-00002.arrow").read_bytes()
+    with pa.ipc.new_stream(
+        tmp_path / "null.arrow", (t := pa.table({"body": ["a", None]})).schema
+    ) as w:
+        w.write_table(t)
+    for name, content, message in (
+        ("cut.parquet", whole[:-90], "cut.parquet cannot be read as a table"),
+        ("holed.parquet", whole[:4] + b"\xff" * 2000 + whole[2004:], "cannot be read as a table"),
+        ("cut.arrow", stream[: len(stream) // 2], "cut.arrow cannot be read as a table"),
+        ("null.arrow", (tmp_path / "null.arrow").read_bytes(), "row 1: no text under 'body', got"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_corpus([tmp_path / name], key="body")
+    (dataset / "state.json").write_text('{"_data_files": 3}')
+    with pytest.raises(ValueError, match=r"state.json is not as .*; name the .arrow files"):
+        load_corpus([dataset])
+    both = dataset.rename(tmp_path / "train").parent
+    (both / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(ValueError, match=r"of several splits; name one of them: .*/train"):
+        load_corpus([both])
+
+
+def test_without_pyarrow_the_file_and_the_package_are_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name, start in (("a.parquet", b"PAR1...PAR1"), ("a.txt.zst", b"\x28\xb5\x2f\xfd...")):
+        (tmp_path / name).write_bytes(start)
+        with pytest.raises(
+            ValueError, match=r"needs pyarrow, which is not .*; pip install pyarrow"
+        ):
+            load_corpus([tmp_path / name])
+
+
+def test_patterns_and_code(tmp_path: Path) -> None:
+    for name in ("b.py", "sub/a.py", "sub/deep/c.PY", "sub/x.png", "d.txt.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        data = f"# {name}\n".encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    got = tokenizer.decode(all_tokens(load_corpus([f"{tmp_path}/**/*.py", f"{tmp_path}/*.gz"])))
+    assert got == "# b.py\n<|endoftext|># sub/a.py\n<|endoftext|># d.txt.gz\n"
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*\*\.rs"):
+        load_corpus([tmp_path / "*.rs"])
+    (tmp_path / "sub" / "x.png").unlink()
+    said: list[str] = []
+    load_corpus([tmp_path / "sub", tmp_path / "d.txt.gz"], said.append)
+    assert said[0].endswith(": 1 .gz, 2 .py")
+
+
+def test_a_validation_text_of_its_own(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} text here")
+    corpus = load_corpus([tmp_path / "train.txt"], val=[tmp_path / "val.txt"])
+    for fraction in (0.0, 0.5):
+        parts = [tokenizer.decode(np.asarray(part)) for part in corpus.split(fraction)]
+        assert parts == ["train text here", "val text here"]
+    assert corpus.sha256 not in {
+        load_corpus([tmp_path / f"{n}.txt"]).sha256 for n in ("train", "val")
+    }
+    write_tokens(tmp_path / "both" / "train.bin", 1, 1)
+    write_tokens(tmp_path / "both" / "val.bin", 2, 2)
+    corpus = load_corpus([tmp_path / "train.txt"], val=[tmp_path / "both"])
+    assert np.asarray(corpus.split(0.1)[1]).tolist() == [2, 2]  # never what is trained on
+    write_tokens(tmp_path / "short.bin", 7)
+    asked = train.parse(["--preset", "smoke", "--val-fraction", "0", "--val", "val.txt"])
+    assert asked.evaluates_before(asked.eval_interval)
+    with pytest.raises(ValueError, match="validation needs at least 2 tokens, got 1"):
+        load_corpus([tmp_path / "train.txt"], val=[tmp_path / "short.bin"]).split(0.0)
 
 
 def write_tokens(path: Path, *ids: int) -> Path:

@@ -1,5 +1,6 @@
 """Corpora in, shards out: nothing lost, nothing moved, whatever interrupts."""
 
+import gzip
 import json
 import os
 import random
@@ -72,8 +73,9 @@ def test_cutting_a_text_does_not_change_its_tokens(tmp_path, small_pieces, name)
     path.write_text(TEXTS[name], encoding="utf-8", newline="")
     pieces = list(cut(path))
     assert len(pieces) > 6
-    assert max(p.end - p.start for p in pieces) <= 400
-    assert [(a.end, b.start) for a, b in pairwise(pieces)] == [(p.start,) * 2 for p in pieces[1:]]
+    assert max(len(p.data) for p in pieces) <= 400
+    assert all(a.start + len(a.data) == b.start for a, b in pairwise(pieces))
+    assert sum(p.advance for p in pieces) == path.stat().st_size
     got = run(config(path, tmp_path / "out", shard_tokens=331))
     want = [tokenizer.EOT, *tokenizer.get_encoding().encode_ordinary(TEXTS[name])]
     assert got.tolist() == want
@@ -85,7 +87,9 @@ def test_jsonl_documents_each_follow_an_endoftext(tmp_path, monkeypatch):
     lines = "".join(json.dumps({"body": t, "id": 1}) + "\r\n" for t in texts)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text("\ufeff" + lines, encoding="utf-8", newline="")
-    cfg = config(tmp_path / "in", tmp_path / "out", shard_tokens=100, val_tokens=150, key="body")
+    cfg = config(
+        tmp_path / "in", tmp_path / "out", shard_tokens=100, val_tokens=150, text_column="body"
+    )
     got = run(cfg)
     want = np.concatenate([p for t in texts for p in ([tokenizer.EOT], tokenizer.encode(t))])
     np.testing.assert_array_equal(got, want)
@@ -95,15 +99,20 @@ def test_jsonl_documents_each_follow_an_endoftext(tmp_path, monkeypatch):
     assert len(load_corpus([tmp_path / "out"]).split(0.1)[1]) == 150
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 7])
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, stop_after):
+@pytest.mark.parametrize(("stop_after", "name"), [(1, "a.txt"), (3, "a.txt.gz"), (7, "a.parquet")])
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, stop_after, name):
     monkeypatch.setattr(documents, "PIECE_BYTES", 300)
-    path = tmp_path / "a.txt"
-    path.write_text(random_text(3, 900), encoding="utf-8", newline="")
+    monkeypatch.setattr(documents, "BATCH_ROWS", 7)
+    path, text = tmp_path / name, random_text(3, 900)
+    if name == "a.parquet":
+        pa, pq = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+        pq.write_table(pa.table({"text": text.split("\n")}), path)
+    else:
+        path.write_bytes(gzip.compress(text.encode()) if name == "a.txt.gz" else text.encode())
     whole = run(config(path, tmp_path / "whole", shard_tokens=101))
     done: list[Path] = []
 
-    def interrupted(piece: documents.Piece) -> tuple[bytes, int]:
+    def interrupted(piece: documents.Piece) -> tuple[bytes, int, int]:
         if len(done) == stop_after:
             raise KeyboardInterrupt
         done.append(piece.path)
@@ -118,7 +127,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, stop
     with pytest.raises(ValueError, match="is not finished; run the same"):
         load_corpus([tmp_path / "cut"])
     np.testing.assert_array_equal(run(cfg), whole)
-    assert prepare(cfg)["documents"] == 1
+    assert prepare(cfg)["documents"] == (len(text.split("\n")) if name == "a.parquet" else 1)
 
 
 def test_a_kill_after_any_write_of_the_index_loses_and_doubles_nothing(tmp_path, monkeypatch):
@@ -158,7 +167,7 @@ def test_pieces_stay_in_order_whatever_the_number_of_processes(tmp_path, small_p
     (tmp_path / "a.txt").write_text(random_text(7, 700), encoding="utf-8", newline="")
     pieces = [*cut(tmp_path / "a.txt")]
 
-    def slowed(piece: documents.Piece) -> tuple[bytes, int]:
+    def slowed(piece: documents.Piece) -> tuple[bytes, int, int]:
         time.sleep(0.01 * (piece.start % 3))
         return encode_piece(piece)
 
@@ -201,13 +210,13 @@ def test_a_killed_process_is_one_line(tmp_path, monkeypatch):
     pool = Mock(submit=Mock(side_effect=BrokenExecutor("a child process terminated abruptly")))
     monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", lambda *_: pool)
     with pytest.raises(OSError, match=r"killed, perhaps for want of memory; .* --processes"):
-        next(prepare_module.encoded([documents.Piece(tmp_path, 0, 1, "")], 2))
+        next(prepare_module.encoded([documents.Piece(tmp_path, 0, b"", "", 0)], 2))
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"txt": "b"}', "no text under 'text', got None; for another field: .* --key"),
+        ('{"txt": "b"}', "no text under 'text', got None; --text-column names"),
         ("[1", "Expecting"),
         ('{"text": 3}', "got 3"),
         ("[1]", "no text under"),
@@ -223,7 +232,9 @@ def test_bad_jsonl_names_the_line(tmp_path, line: str | bytes, reason: str):
     path.write_bytes(b'{"text": "a"}\n' + line + b"\n")
     with pytest.raises(ValueError, match=rf"bad.jsonl: line 2 at byte 14 .*{reason}") as refusal:
         encode_piece(next(cut(path)))
-    assert ("--key" in str(refusal.value)) == ("no text under" in reason or "got 3" in reason)
+    assert ("--text-column" in str(refusal.value)) == (
+        "no text under" in reason or "got 3" in reason
+    )
 
 
 @pytest.mark.parametrize(
@@ -240,10 +251,13 @@ def test_bad_jsonl_names_the_line(tmp_path, line: str | bytes, reason: str):
         ({"processes": 0}, "processes must be a whole number from 1"),
         ({"processes": 10**9}, "processes must be a whole number from 1"),
         ({"out": ""}, "out must not be empty"),
-        ({"key": ""}, "key must not be empty"),
+        ({"text_column": ""}, "text_column must not be empty"),
         ({"inputs": ()}, "no input"),
         ({"inputs": ("",)}, "must name a file or a folder, got nothing"),
-        ({"inputs": ("a.txt", "in")}, "no .txt, .md, .jsonl file in the folder in"),
+        (
+            {"inputs": ("a.txt", "in")},
+            "no .txt, .md, code, .jsonl, .parquet or .arrow file in the folder in",
+        ),
         ({"inputs": ("a.bin",)}, "a.bin holds tokens already: train.py --data a.bin"),
         ({"out": "a.txt"}, "a.txt is a file"),
         ({"inputs": (".",)}, "out must be outside of the inputs"),

@@ -317,7 +317,10 @@ BAD = {
     "empty file": (["--data", "{tmp}/empty.txt"], "data: {tmp}/empty.txt is empty"),
     "not utf-8": (["--data", "{tmp}/latin.txt"], "byte 0xe9 at offset 3"),
     "short text": (["--data", "{tmp}/short.txt"], "validation needs at least 2 tokens, got 0"),
-    "no text": (["--data", "{tmp}/folder"], "data: no .txt, .md, .jsonl file in the folder"),
+    "no text": (
+        ["--data", "{tmp}/folder"],
+        "data: no .txt, .md, code, .jsonl, .parquet or .arrow file in the folder",
+    ),
     "foreign tokens": (["--data", "{tmp}/foreign.bin"], "vocabulary 'cl100k_base'"),
     "T > block_size": (["--block-size", "65"], "at most the model's 64 positions, got 65"),
     "heads": (["--model", "smoke,n_head=3"], "n_embd 64, n_head 3"),

@@ -17,7 +17,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,7 @@ class Corpus:
         sha256: Of what it was made from, see `hash_files`, or of the token files.
         path: The token file, or the folder of shards.
         val: (N_val,) uint16 where the source has a validation part of its own.
+        val_named: It was asked for by name: it holds whatever the recipe says.
     """
 
     tokens: TokenShards
@@ -65,6 +66,7 @@ class Corpus:
     sha256: str
     path: Path
     val: TokenShards | None = None
+    val_named: bool = False
 
     def split(self, val_fraction: float) -> tuple[TokenShards, TokenShards]:
         """Training part, and the validation part: the source's own, else the tail.
@@ -75,9 +77,10 @@ class Corpus:
         num_val = int(len(self.tokens) * val_fraction)
         first = len(self.tokens) - num_val
         train, val = self.tokens[:first], self.tokens[first:]
-        if self.val is not None and val_fraction > 0:
+        wanted = val_fraction > 0 or self.val_named
+        if self.val is not None and wanted:
             train, val = self.tokens, self.val
-        if val_fraction > 0 and len(val) < 2:
+        if wanted and len(val) < 2:
             raise ValueError(
                 f"data: validation needs at least 2 tokens, got {len(val)} (val_fraction "
                 f"{val_fraction} of {len(self.tokens)}); take more text, a larger --val-fraction, "
@@ -86,20 +89,32 @@ class Corpus:
         return train, val
 
 
-def load_corpus(paths: Sequence[str | Path], say: Callable[[str], None] = print) -> Corpus:
+def load_corpus(
+    paths: Sequence[str | Path],
+    say: Callable[[str], None] = print,
+    key: str = KEY,
+    val: Sequence[str | Path] = (),
+) -> Corpus:
     """Tokens of `paths`, or of a text found without them.
 
     Args:
         paths: What `find_inputs` takes. Empty: input.txt in the working directory, else tiny
             Shakespeare from the network, else text that comes with Python.
         say: Called with a line that says what was taken.
+        key: Field of a JSONL object, or column of a table, that holds the text.
+        val: The validation text, of the same kinds; without it the source's own part or its tail.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: no text and no tokens of GPT-2, by its name and what it is.
     """
+    if val:
+        corpus, held_out = load_corpus(paths, say, key), load_corpus(val, say, key)
+        both = hashlib.sha256(f"{corpus.sha256} {held_out.sha256}".encode()).hexdigest()
+        own = held_out.tokens if held_out.val is None else held_out.val
+        return replace(corpus, val=own, val_named=True, sha256=both)
     name, paths = (_name(paths), paths) if paths else _default_source(say)
-    inputs = find_inputs(paths, say)
+    inputs = find_inputs(paths, say, key)
     if isinstance(inputs, Path):
         beside = inputs.iterdir() if inputs.is_dir() else ()
         if texts := sorted(p.name for p in beside if p.suffix.lower() in TAKEN):
@@ -108,7 +123,7 @@ def load_corpus(paths: Sequence[str | Path], say: Callable[[str], None] = print)
     if len(inputs) > len(paths):
         counts = Counter(path.suffix.lower() for path in inputs)
         say(f"data: {name}: {', '.join(f'{n} {suffix}' for suffix, n in sorted(counts.items()))}")
-    return _tokenise(inputs, name, tokenizer.cache_dir() / "tokens")
+    return _tokenise(inputs, name, tokenizer.cache_dir() / "tokens", key)
 
 
 def _name(paths: Sequence[str | Path]) -> str:
@@ -169,9 +184,9 @@ def _download(url: str) -> bytes:
     return data
 
 
-def _tokenise(files: Sequence[Path], name: str, folder: Path) -> Corpus:
+def _tokenise(files: Sequence[Path], name: str, folder: Path, key: str) -> Corpus:
     """Tokens of text files from the cache, or into it. Documents are joined by <|endoftext|>."""
-    sha256 = hash_files(files)
+    sha256 = hash_files(files, key)
     path = folder / f"{sha256[:16]}-{tokenizer.ENCODING}.bin"
     meta_path = path.with_suffix(".json")
     # The text has been read whole already; reading its tokens adds little, and nothing less would
@@ -182,7 +197,8 @@ def _tokenise(files: Sequence[Path], name: str, folder: Path) -> Corpus:
         with replacing(path) as partial:
             documents = 0
             with partial.open("wb") as out:
-                for data, begun in (encode_piece(piece) for file in files for piece in cut(file)):
+                pieces = (piece for file in files for piece in cut(file, key))
+                for data, begun, _ in map(encode_piece, pieces):
                     out.write(data if documents else data[TOKEN_DTYPE.itemsize :])
                     documents += begun
             if not (size := partial.stat().st_size):

@@ -1,18 +1,26 @@
 """Text into tokens: which files are read, and how they are tokenised in pieces of bounded size.
 
-A file is UTF-8 text, one document, or JSONL, one document a line. It is cut into pieces of a few
-megabytes where a cut leaves the tokens unchanged, so the memory stays flat whatever the file; each
-document begins with <|endoftext|>. `train.py --data` and `training.prepare` read text through here
-alone and therefore read the same.
+A file is UTF-8 text, one document; JSONL, one document a line; or a table (Parquet, Arrow), one
+document a row. Text and JSONL may be compressed. A file is read as one stream and parted into
+pieces of a few megabytes, text only where a cut leaves the tokens unchanged, so the memory stays
+flat whatever the file; each document begins with <|endoftext|>. `train.py --data` and
+`training.prepare` read text through here alone and therefore read the same.
 """
 
+import bz2
 import codecs
+import glob
+import gzip
 import hashlib
+import io
 import json
+import lzma
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,24 +29,42 @@ from model.edge import quoted, read_utf8
 from training.shards import TOKEN_DTYPE, holds_tokens
 
 JSONL, KEY = ".jsonl", "text"
-TAKEN = (".txt", ".md", JSONL)  # of a folder's files
+TABLES = (".parquet", ".arrow")
+CODE = (
+    ".c", ".cc", ".cpp", ".cu", ".cuh", ".cs", ".go", ".h", ".hpp", ".hs", ".java", ".jl", ".js",
+    ".kt", ".lua", ".ml", ".php", ".pl", ".py", ".r", ".rb", ".rs", ".scala", ".sh", ".sql",
+    ".swift", ".ts", ".tsx",
+)  # fmt: skip
+TAKEN = (".txt", ".md", ".rst", ".tex", JSONL, *TABLES, *CODE)  # of a folder's files
+TAKEN_WORDS = ".txt, .md, code, .jsonl, .parquet or .arrow"
 PIECE_BYTES = 4 << 20  # large enough for tiktoken's full speed, small enough for a flat memory
+BATCH_ROWS = 64  # of a table at once; a row may be a book
 MAX_LINE_BYTES = 256 << 20  # of a JSONL file; a line is read whole
 _EOT = np.array([tokenizer.EOT], dtype=TOKEN_DTYPE)
 _CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of a UTF-8 character but its first
 
+
+def _open_zstd(raw: BinaryIO) -> BinaryIO:
+    # Not the zstandard package: it takes a file that was cut short for a whole one.
+    return io.BufferedReader(_pyarrow("zstandard").CompressedInputStream(raw, "zstd"))
+
+
+# How compressed files begin, and what reads them.
+_UNPACK: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+    b"\x28\xb5\x2f\xfd": _open_zstd,
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+_TABLE_STARTS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # the last is a stream of Arrow
 # How files begin that are no UTF-8 text: what they are, and the way out.
 _UTF16 = "UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
 _FOREIGN = {
-    b"\x1f\x8b": "gzip; unpack it: gunzip -k",
-    b"\x28\xb5\x2f\xfd": "zstandard; unpack it: zstd -d",
-    b"BZh": "bzip2; unpack it: bunzip2 -k",
-    b"\xfd7zXZ": "xz; unpack it: unxz -k",
     b"PK\x03\x04": "a zip archive (.docx, .epub, .npz and .pt are zip too); unpack it",
     b"7z\xbc\xaf": "a 7z archive; unpack it",
-    b"PAR1": "Parquet; write JSONL with pandas: read_parquet(FILE).to_json(OUT, orient='records', "
-    "lines=True)",
-    b"ARROW1": "Arrow; write its text as JSONL",
+    b"PAR1": "Parquet in a compressed file; unpack it",
+    b"ARROW1": "Arrow in a compressed file; unpack it",
     b"%PDF": "PDF; extract its text: pdftotext",
     b"version https://git-lfs": "a pointer of Git LFS; git lfs pull gets the file",
     b"\x80": "a pickle, perhaps of PyTorch; weights go to --init",
@@ -46,30 +72,94 @@ _FOREIGN = {
     b"\xfe\xff": _UTF16,
 }
 # Text, but not what a model should learn to write.
-_TABLES = {".json": "JSON", ".ndjson": "JSON", ".csv": "a table", ".tsv": "a table"}
+_NO_PROSE = {".json": "JSON", ".ndjson": "JSON", ".csv": "a table", ".tsv": "a table"}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes [start, end) of one input; `key` is the field of a JSONL object that is read."""
+    """A part of one input.
+
+    Args:
+        path: The file.
+        start: Offset of the first byte in the unpacked text, or number of the first row.
+        data: Bytes of text or of JSONL, or the values of a table's rows.
+        key: Field of a JSONL object, or column of a table, that is read.
+        advance: Bytes of the file that were read for it.
+    """
 
     path: Path
     start: int
-    end: int
+    data: bytes | list[Any]
     key: str
+    advance: int
+
+
+def _pyarrow(what: object) -> Any:
+    """pyarrow with its Parquet reader; ValueError where it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(
+            f"data: {what} needs pyarrow, which is not installed; pip install pyarrow"
+        ) from None
+    return pyarrow
+
+
+def _suffix(path: Path) -> str:
+    """The suffix in lower case, without that of a compression."""
+    name = Path(path.name.lower())
+    return Path(name.stem).suffix if name.suffix in PACKED else name.suffix
+
+
+def is_jsonl(path: Path) -> bool:
+    return _suffix(path) == JSONL
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(8)
+
+
+def is_table(path: Path) -> bool:
+    return _head(path).startswith(_TABLE_STARTS)
+
+
+def is_packed(path: Path) -> bool:
+    return _head(path).startswith((*_UNPACK,))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """A file's bytes, unpacked where it is compressed, and the file itself.
+
+    Raises:
+        ValueError: it is compressed and damaged or cut short.
+    """
+    unpack = next((open for start, open in _UNPACK.items() if _head(path).startswith(start)), None)
+    with path.open("rb") as file:
+        try:
+            yield unpack(file) if unpack else file, file
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+            if not unpack:
+                raise
+            raise ValueError(
+                f"data: {path} cannot be unpacked ({error}); it is damaged or was cut short"
+            ) from None
 
 
 def find_inputs(
-    paths: Sequence[str | Path], say: Callable[[str], None] = lambda _: None
+    paths: Sequence[str | Path], say: Callable[[str], None] = lambda _: None, key: str = KEY
 ) -> Path | list[Path]:
     """What `paths` hold: a token file or a folder of them, or text files, in the order of reading.
 
-    A file that is named is taken as text if it is some. A folder gives its .txt, .md and .jsonl
-    files and must hold nothing else, hidden files apart.
+    A file that is named is taken as text if it is some. A folder gives the files that end as
+    `TAKEN` says and must hold nothing else, hidden files apart.
 
     Args:
-        paths: Files and folders.
+        paths: Files, folders and patterns such as `src/**/*.py`.
         say: Called with a line where something of a file is left out.
+        key: Column of a table that must be there.
 
     Raises:
         FileNotFoundError: no such file.
@@ -77,76 +167,104 @@ def find_inputs(
     """
     if any(str(path) == "" for path in paths):
         raise ValueError("data: a path must name a file or a folder, got nothing")
-    tokens = [p for p in map(Path, paths) if holds_tokens(p)]
-    if tokens and len(paths) > 1:
+    named = [Path(match) for path in paths for match in _matches(str(path))]
+    tokens = [p for p in named if holds_tokens(p)]
+    if tokens and len(named) > 1:
         raise ValueError(
-            f"data: {tokens[0]} holds tokens and must stand alone, got {len(paths)} paths; name a "
+            f"data: {tokens[0]} holds tokens and must stand alone, got {len(named)} paths; name a "
             "folder that holds all token files"
         )
     if tokens:
         return tokens[0]
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in named:
         if not path.exists():
             raise FileNotFoundError(f"data: no such file: {path}")
         found += _inside(path) if path.is_dir() else [path]
-    for path in found:
-        _check_text(path)
-    if all(path.stat().st_size == _text_start(path) for path in found):
+    heads = [_check_text(path, key) for path in found]
+    if all(head in (b"", codecs.BOM_UTF8) for head in heads):
         raise ValueError(f"data: {', '.join(map(str, paths))} is empty; it needs text to train on")
-    if marked := [path for path in found if _text_start(path)]:
+    marked = [p for p, head in zip(found, heads, strict=True) if head.startswith(codecs.BOM_UTF8)]
+    if marked:
         more = f" and {len(marked) - 1} more" if len(marked) > 1 else ""
         say(f"data: the byte order mark at the beginning of {marked[0]}{more} is left out")
     return found
 
 
+def _matches(path: str) -> list[str]:
+    """The files that a pattern names; what exists, or is no pattern, names itself."""
+    if Path(path).exists() or not glob.has_magic(path):
+        return [path]
+    return sorted(glob.glob(path, recursive=True)) or [path]
+
+
 def _inside(folder: Path) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        raise ValueError(
+            f"data: {folder} is a Hugging Face dataset of several splits; name one of them: "
+            f"{', '.join(str(folder / split) for split in splits)}"
+        )
+    if (folder / "state.json").is_file():  # what save_to_disk writes: its shards in their order
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return [folder / Path(part["filename"]).name for part in state["_data_files"]]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise ValueError(
+                f"data: {folder / 'state.json'} is not as Hugging Face's save_to_disk writes it; "
+                "name the .arrow files themselves"
+            ) from None
     inside = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
     hidden = [p for p in inside if any(part[0] == "." for part in p.relative_to(folder).parts)]
     files = sorted({*inside} - {*hidden})
-    foreign = [p for p in files if p.suffix.lower() not in TAKEN]
+    foreign = [p for p in files if _suffix(p) not in TAKEN]
     if foreign:
         others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise ValueError(
             f"data: the folder {folder} holds {foreign[0].relative_to(folder)}{others}, which is "
-            f"not {', '.join(TAKEN)}; move it out, or name the files to take"
+            f"not {TAKEN_WORDS}; move it out, or name the files to take"
         )
     if not files:
-        raise ValueError(f"data: no {', '.join(TAKEN)} file in the folder {folder}")
+        raise ValueError(f"data: no {TAKEN_WORDS} file in the folder {folder}")
     return files
 
 
-def _check_text(path: Path) -> None:
-    """Refuse what is no text, by what it is."""
-    if not path.is_file():
+def _check_text(path: Path, key: str) -> bytes:
+    """How the text of a file begins; refuses what holds none, by what it is."""
+    if path.exists() and not path.is_file():
         raise ValueError(f"data: {path} must be a file or a folder, not a pipe or a device")
-    if what := _TABLES.get(path.suffix.lower()):
+    if what := _NO_PROSE.get(_suffix(path)):
         raise ValueError(
             f"data: {path} is {what}; write one object a line, {{{json.dumps(KEY)}: ...}}, "
             f"and name it {JSONL}"
         )
-    with path.open("rb") as file:
-        head = file.read(4096)
+    if is_table(path):
+        with _table(path, key):
+            return _TABLE_STARTS[0]
+    with opened(path) as (text, _):
+        head = text.read(4096)
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
             raise ValueError(f"data: {path} must be UTF-8 text, it is {what}")
+    if head and _suffix(path) in TABLES:
+        raise ValueError(
+            f"data: {path} must be Parquet or Arrow, but it begins with {head[:8]!r}; fetch it "
+            "again"
+        )
     if (at := head.find(0)) >= 0:
         raise ValueError(f"data: {path} is binary, not text: byte 0x00 at offset {at}")
+    return head
 
 
-def _text_start(path: Path) -> int:
-    """Where the text begins: behind a byte order mark, which is none of it."""
-    with path.open("rb") as file:
-        return len(codecs.BOM_UTF8) * (file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8)
-
-
-def hash_files(files: Sequence[Path]) -> str:
-    """SHA-256 over the files' text with its lengths."""
+def hash_files(files: Sequence[Path], key: str = KEY) -> str:
+    """SHA-256 over the files' text with its lengths, and over what of it is read."""
     digest = hashlib.sha256()
     for path in files:
         if is_jsonl(path):
-            digest.update(f"{JSONL} {KEY} ".encode())
-        start = _text_start(path)
+            digest.update(f"{JSONL} {key} ".encode())
+        elif is_table(path):
+            digest.update(f"table {key} ".encode())
+        start = len(codecs.BOM_UTF8) * _head(path).startswith(codecs.BOM_UTF8)
         digest.update((path.stat().st_size - start).to_bytes(8, "little"))
         with path.open("rb") as file:
             file.seek(start)
@@ -158,76 +276,153 @@ def hash_files(files: Sequence[Path]) -> str:
 def cut(path: Path, key: str = KEY) -> Iterator[Piece]:
     """Pieces of a file, cut where a cut does not change the tokens; an empty file is one piece.
 
-    A piece is longer than PIECE_BYTES where a JSONL line is, and in a run of a character that
-    `tokenizer.cuts` cannot part.
+    A piece is longer than PIECE_BYTES where a row or a JSONL line is, and in a run of a character
+    that `tokenizer.cuts` cannot part.
 
     Raises:
-        ValueError: a JSONL line that is too long to be read.
+        ValueError: a JSONL line that is too long to be read, or a table without text.
     """
-    size = path.stat().st_size
-    find_end = _line_end if is_jsonl(path) else _text_end
-    start = _text_start(path)
-    with path.open("rb") as file:
-        while True:
-            end = target = start
-            while end == start and target < size:
-                target = min(target + PIECE_BYTES, size)
-                end = size if target == size else find_end(file, start, target)
-            yield Piece(path, start, end, key)
-            if end >= size:
-                return
-            start = end
+    if is_table(path):
+        yield from _cut_table(path, key)
+        return
+    jsonl = is_jsonl(path)
+    with opened(path) as (text, file):
+        held = text.read(PIECE_BYTES)
+        start = len(codecs.BOM_UTF8) * held.startswith(codecs.BOM_UTF8)
+        held, whole, before = held[start:], len(held) == PIECE_BYTES, 0
+        while whole:
+            if jsonl and not held.endswith(b"\n"):
+                held += _end_of_line(path, text)
+            if end := len(held) if jsonl else _text_end(held):
+                at = file.tell()
+                yield Piece(path, start, held[:end], key, at - before)
+                held, start, before = held[end:], start + end, at
+            wanted = PIECE_BYTES - len(held) % PIECE_BYTES
+            more = text.read(wanted)
+            held, whole = held + more, len(more) == wanted
+        yield Piece(path, start, held, key, file.tell() - before)
 
 
-def _line_end(file: BinaryIO, start: int, end: int) -> int:
-    """First byte of the line after `end`."""
-    file.seek(end - 1)
-    if len(file.readline(MAX_LINE_BYTES)) == MAX_LINE_BYTES:
+def _end_of_line(path: Path, text: BinaryIO) -> bytes:
+    """The rest of a JSONL line."""
+    rest = text.readline(MAX_LINE_BYTES)
+    if len(rest) == MAX_LINE_BYTES:
         raise ValueError(
-            f"data: {file.name}: the line around byte {end} is longer than {MAX_LINE_BYTES:,} "
-            "bytes; JSONL has one document a line"
+            f"data: {path}: a line is longer than {MAX_LINE_BYTES:,} bytes; JSONL has one document "
+            "a line"
         )
-    return file.tell()
+    return rest
 
 
-def _text_end(file: BinaryIO, start: int, end: int) -> int:
-    """Last place in bytes (start, end] for a cut; `start` where there is none."""
+def _text_end(data: bytes) -> int:
+    """Last place in `data` for a cut; 0 where there is none."""
 
     def last_cut(text: str) -> int:
         return max(tokenizer.cuts(text), default=0)
 
-    # All of the piece only where its end has no place that is sure by itself.
-    near = max(start, end - 4 * tokenizer.PATIENCE)
-    for first, find in ((near, tokenizer.sure_cut), (start, last_cut)):
-        file.seek(first)
-        data = file.read(end - first).lstrip(_CONTINUATION)
+    # All of it only where its end has no place that is sure by itself.
+    near = max(0, len(data) - 4 * tokenizer.PATIENCE)
+    for first, find in ((near, tokenizer.sure_cut), (0, last_cut)):
+        part = data[first:].lstrip(_CONTINUATION)
         try:
-            text, _ = codecs.utf_8_decode(data, "strict", False)
+            text, _ = codecs.utf_8_decode(part, "strict", False)
         except UnicodeDecodeError:
-            return end  # whoever tokenises the piece will name the byte
+            return len(data)  # whoever tokenises the piece will name the byte
         if at := find(text):
-            return end - len(data) + len(text[:at].encode())
-    return start
+            return len(data) - len(part) + len(text[:at].encode())
+    return 0
 
 
-def encode_piece(piece: Piece) -> tuple[bytes, int]:
-    """Tokens of one piece as uint16 bytes, and the number of documents that begin in it.
+@contextmanager
+def _table(path: Path, key: str) -> Iterator[Iterator[tuple[Any, int]]]:
+    """Values of the column `key`, a few rows at a time, each with the bytes of the file so far.
 
     Raises:
-        ValueError: not UTF-8 or not JSON with the key; names the file and the place in it.
+        ValueError: it cannot be read, or has no such column.
     """
-    with piece.path.open("rb") as file:
-        file.seek(piece.start)
-        data = file.read(piece.end - piece.start)
-    if is_jsonl(piece.path):
-        parts = [part for tokens in _documents(piece, data) for part in (_EOT, tokens)]
-        return b"".join(part.tobytes() for part in parts), len(parts) // 2
-    tokens = tokenizer.encode(read_utf8(f"data: {piece.path}", data, piece.start))
-    first = piece.start <= len(codecs.BOM_UTF8)  # no other begins so early
-    return (_EOT.tobytes() if first else b"") + tokens.tobytes(), int(first)
+    arrow, size = _pyarrow(path), path.stat().st_size
+
+    def values(table: Any, source: Any) -> Iterator[tuple[Any, int]]:
+        if isinstance(table, arrow.parquet.ParquetFile):
+            rows = 0
+            for batch in table.iter_batches(BATCH_ROWS, columns=[key]):
+                rows += batch.num_rows
+                yield batch.column(0), size * rows // table.metadata.num_rows
+            return
+        for i, batch in enumerate(table, 1):
+            read = source.tell() if count is None else size * i // count
+            for first in range(0, batch.num_rows, BATCH_ROWS):
+                yield batch.column(key).slice(first, BATCH_ROWS), read
+
+    count: int | None = None
+    try:
+        with arrow.memory_map(str(path)) as source:
+            if _head(path).startswith(b"PAR1"):
+                table = arrow.parquet.ParquetFile(source)
+                columns = table.schema_arrow.names
+            elif _head(path).startswith(b"ARROW1"):
+                file = arrow.ipc.open_file(source)
+                count, columns = file.num_record_batches, file.schema.names
+                table = map(file.get_batch, range(file.num_record_batches))
+            else:
+                table = arrow.ipc.open_stream(source)
+                columns = table.schema.names
+            if key not in columns:
+                raise ValueError(
+                    f"data: {path} has no column {key!r}, it has {', '.join(map(repr, columns))}; "
+                    "--text-column names the one to read"
+                )
+            yield values(table, source)
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data: {path} cannot be read as a table: {error}") from None
 
 
-def _documents(piece: Piece, data: bytes) -> Iterator[np.ndarray]:
+def _cut_table(path: Path, key: str) -> Iterator[Piece]:
+    with _table(path, key) as columns:
+        held: list[Any] = []
+        start = size = before = 0
+        for column, read in columns:
+            held += column.to_pylist()
+            size += column.nbytes
+            if size >= PIECE_BYTES:
+                yield Piece(path, start, held, key, read - before)
+                start, before, held, size = start + len(held), read, [], 0
+        yield Piece(path, start, held, key, path.stat().st_size - before)
+
+
+def encode_piece(piece: Piece) -> tuple[bytes, int, int]:
+    """Tokens of one piece as uint16 bytes, how many documents begin in it, and its `advance`.
+
+    Raises:
+        ValueError: not UTF-8, or no text under the key; names the file and the place in it.
+    """
+    if isinstance(piece.data, bytes) and not is_jsonl(piece.path):
+        tokens = tokenizer.encode(read_utf8(f"data: {piece.path}", piece.data, piece.start))
+        first = piece.start <= len(codecs.BOM_UTF8)  # no other begins so early
+        return (_EOT.tobytes() if first else b"") + tokens.tobytes(), int(first), piece.advance
+    found = _rows(piece, piece.data) if isinstance(piece.data, list) else _lines(piece, piece.data)
+    parts = [part for tokens in found for part in (_EOT, tokens)]
+    return b"".join(part.tobytes() for part in parts), len(parts) // 2, piece.advance
+
+
+def _encode(key: str, text: Any) -> np.ndarray:
+    if not isinstance(text, str):
+        raise ValueError(
+            f"no text under {key!r}, got {quoted(text)}; --text-column names another field"
+        )
+    return tokenizer.encode(text)
+
+
+def _rows(piece: Piece, values: list[Any]) -> Iterator[np.ndarray]:
+    """Tokens of each row's document."""
+    for number, value in enumerate(values, piece.start):
+        try:
+            yield _encode(piece.key, value)
+        except ValueError as error:
+            raise ValueError(f"data: {piece.path}: row {number}: {error}") from None
+
+
+def _lines(piece: Piece, data: bytes) -> Iterator[np.ndarray]:
     """Tokens of each line's document."""
     at = piece.start
     for line in data.split(b"\n"):
@@ -237,13 +432,7 @@ def _documents(piece: Piece, data: bytes) -> Iterator[np.ndarray]:
             continue
         try:
             content = json.loads(line.decode())
-            text = content.get(piece.key) if isinstance(content, dict) else None
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"no text under {piece.key!r}, got {quoted(text)}; for another field: "
-                    "training.prepare --key"
-                )
-            yield tokenizer.encode(text)
+            yield _encode(piece.key, content.get(piece.key) if isinstance(content, dict) else None)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"data: {piece.path}: line {_line_number(piece.path, here)} at byte {here} cannot "
@@ -254,11 +443,7 @@ def _documents(piece: Piece, data: bytes) -> Iterator[np.ndarray]:
 def _line_number(path: Path, offset: int) -> int:
     """Number, from 1, of the line that begins at `offset`."""
     count = 1
-    with path.open("rb") as file:
+    with opened(path) as (text, _):
         for start in range(0, offset, 1 << 20):
-            count += file.read(min(1 << 20, offset - start)).count(b"\n")
+            count += text.read(min(1 << 20, offset - start)).count(b"\n")
     return count
-
-
-def is_jsonl(path: Path) -> bool:
-    return path.suffix.lower() == JSONL

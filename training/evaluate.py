@@ -28,7 +28,7 @@ from model import GPT, tokenizer
 from model.decoder import evaluating, resolve_window
 from model.edge import check_int, exits, read_stdin, read_utf8
 from model.find import latest_model
-from training.documents import find_inputs, is_jsonl
+from training.documents import find_inputs, is_jsonl, is_table, opened
 from training.metrics import to_json
 
 if TYPE_CHECKING:
@@ -200,9 +200,10 @@ def _run(options: Options) -> dict[str, Any]:
         text = read_stdin("evaluate", MAX_STDIN_BYTES)
     else:
         files = find_inputs([options.text], lambda line: print(line, file=sys.stderr))
-        if isinstance(files, Path) or len(files) > 1 or is_jsonl(files[0]):
+        if isinstance(files, Path) or len(files) > 1 or is_jsonl(files[0]) or is_table(files[0]):
             raise ValueError(f"evaluate: --text must be one file of plain text, got {options.text}")
-        text = files[0].read_bytes()
+        with opened(files[0]) as (unpacked, _):
+            text = unpacked.read()
     path = latest_model() if options.model is None else options.model
     model = GPT.from_pretrained(path).to(device)
     encoding = tokenizer.get_encoding()

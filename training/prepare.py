@@ -1,25 +1,26 @@
 """Tokenise a corpus into shards: `python -m training.prepare corpus/ --out data/corpus`.
 
-Text and JSONL (training/documents.py) become headerless uint16 shards of equal size, each document
-preceded by <|endoftext|>. Pieces of the inputs are tokenised by several processes and joined in
-order, so the memory stays flat and the result does not depend on the number of processes.
+Text, JSONL and tables (training/documents.py) become headerless uint16 shards of equal size, each
+document preceded by <|endoftext|>. One process reads, several tokenise its pieces, which are joined
+in order, so the memory stays flat and the result does not depend on the number of processes.
 index.json records what is done and what it was made from: the same command after an interruption
 goes on where it stopped, and starts anew where the inputs or the shards are no longer the same.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -29,7 +30,17 @@ from model import tokenizer
 from model.edge import check_int, exits, one_line
 from model.files import write_atomically
 from training.console import surviving
-from training.documents import KEY, PIECE_BYTES, Piece, cut, encode_piece, find_inputs, hash_files
+from training.documents import (
+    KEY,
+    PIECE_BYTES,
+    Piece,
+    cut,
+    encode_piece,
+    find_inputs,
+    hash_files,
+    is_packed,
+    is_table,
+)
 from training.machines import num_cores
 from training.shards import (
     FORMAT,
@@ -50,26 +61,27 @@ MAX_SHARDS = 1000
 
 @dataclass(frozen=True)
 class Config:
-    """Tokenise text and JSONL files into uint16 shards for --data."""
+    """Tokenise text, JSONL, Parquet and Arrow into uint16 shards for --data."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Text and .jsonl files, or folders of .txt, .md and .jsonl files."""
+    """Files, patterns, or folders of .txt, .md, code, .jsonl, .parquet and .arrow files; text and
+    JSONL also as .gz, .zst, .bz2 or .xz."""
     out: str
     """Folder for the shards; the same command again goes on where it stopped."""
     shard_tokens: int = SHARD_TOKENS
     """Tokens of a shard."""
     val_tokens: int = 0
     """Tokens at the start that become val-*.bin instead of train-*.bin."""
-    key: str = KEY
-    """Field of a JSONL object that holds the document."""
+    text_column: Annotated[str, tyro.conf.arg(aliases=["--key"])] = KEY
+    """Field of a JSONL object, or column of a table, that holds the document."""
     processes: int = num_cores()
     """Tokenising processes."""
 
     def check(self) -> None:
         """Raise ValueError for a value out of range; not in __post_init__, as in train.py."""
         if not self.inputs:
-            raise ValueError("prepare: no input; name text or .jsonl files, or a folder of them")
-        for name in ("out", "key"):
+            raise ValueError("prepare: no input; name files of text, or a folder of them")
+        for name in ("out", "text_column"):
             if not getattr(self, name):
                 raise ValueError(f"prepare: {name} must not be empty")
         check_int("prepare", "shard_tokens", self.shard_tokens, 1, 10**12)
@@ -98,7 +110,7 @@ class ShardWriter:
             "version": VERSION,
             "encoding": tokenizer.ENCODING,
             "inputs": [str(path) for path in inputs],
-            "key": cfg.key,
+            "key": cfg.text_column,
             "piece_bytes": PIECE_BYTES,
             "shard_tokens": cfg.shard_tokens,
             "val_tokens": cfg.val_tokens,
@@ -207,7 +219,7 @@ class ShardWriter:
         write_atomically(self.out / INDEX, json.dumps(self.index, indent=1))
 
 
-def encoded(pieces: Sequence[Piece], processes: int) -> Generator[tuple[bytes, int]]:
+def encoded(pieces: Iterable[Piece], processes: int) -> Generator[tuple[bytes, int, int]]:
     """`encode_piece` of each, in order, by several processes."""
     if processes == 1:
         yield from map(encode_piece, pieces)
@@ -215,7 +227,7 @@ def encoded(pieces: Sequence[Piece], processes: int) -> Generator[tuple[bytes, i
     # spawn: a fork after torch or tiktoken has started threads can hang. Ctrl-C is for the parent.
     ignore = (signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(processes, get_context("spawn"), signal.signal, ignore)
-    waiting: deque[Future[tuple[bytes, int]]] = deque()
+    waiting: deque[Future[tuple[bytes, int, int]]] = deque()
     try:
         for piece in pieces:
             waiting.append(pool.submit(encode_piece, piece))
@@ -242,11 +254,12 @@ def prepare(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     for path in filter(os.path.isdir, cfg.inputs):
         if Path(cfg.out).resolve().is_relative_to(Path(path).resolve()):
             raise ValueError(f"prepare: out must be outside of the inputs, got {cfg.out} in {path}")
-    files = find_inputs(cfg.inputs, print)
+    files = find_inputs(cfg.inputs, print, cfg.text_column)
     if isinstance(files, Path):
         raise ValueError(f"prepare: {files} holds tokens already: train.py --data {files}")
     total = sum(path.stat().st_size for path in files)
-    if cfg.val_tokens >= total:  # a token is a byte at least
+    plain = not any(is_packed(path) or is_table(path) for path in files)
+    if cfg.val_tokens >= total and plain:  # a token is a byte at least
         got = f"{cfg.val_tokens:,} of {total:,} bytes"
         raise ValueError(f"prepare: val_tokens must leave text to train on, got {got}")
     if cfg.shard_tokens < (least := min(SHARD_TOKENS, -(-total // MAX_SHARDS))):
@@ -257,18 +270,18 @@ def prepare(cfg: Config, quiet: bool = False) -> dict[str, Any]:
     writer = ShardWriter(cfg, files)
     if writer.index["done"]:
         return writer.index
-    pieces = [piece for path in files for piece in cut(path, cfg.key)]
+    pieces = (piece for path in files for piece in cut(path, cfg.text_column))
     done = TextColumn("tokenised {task.percentage:5.1f}%, {task.fields[tokens]:,} tokens")
     hidden = quiet or not sys.stdout.isatty()
     bar = Progress(done, BarColumn(), TimeRemainingColumn(), disable=hidden)
     start = writer.index["next_piece"]
-    results = encoded(pieces[start:], max(1, min(cfg.processes, len(pieces) - start)))
+    before = sum(piece.advance for piece in itertools.islice(pieces, start))
+    results = encoded(pieces, min(cfg.processes, 1 + total // PIECE_BYTES))
     with bar, contextlib.closing(writer), contextlib.closing(results):
-        before = sum(p.end - p.start for p in pieces[:start])
         task = bar.add_task("", total=total, tokens=writer.tokens, completed=before)
-        for i, (data, documents) in enumerate(results, start):
+        for i, (data, documents, advance) in enumerate(results, start):
             writer.add(i, np.frombuffer(data, dtype=TOKEN_DTYPE), documents)
-            bar.update(task, advance=pieces[i].end - pieces[i].start, tokens=writer.tokens)
+            bar.update(task, advance=advance, tokens=writer.tokens)
         writer.finish()
     return writer.index
 
