@@ -1,19 +1,22 @@
-"""The op set a model is built from, in two interchangeable backends.
+"""The op set a model is built from, in interchangeable backends.
 
 `EAGER` needs torch alone. `TRITON` is resolved on first use, so importing this package needs
-neither triton nor a GPU.
+neither triton nor a GPU. The rest is PyTorch's: "compiled" has each op of `EAGER` by torch.compile,
+and attention alone has two more, the kernels that PyTorch would choose from by itself.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from functools import cache
+from dataclasses import dataclass, fields
+from functools import cache, wraps
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import reference
 
-__all__ = ["EAGER", "TRITON", "Ops", "parse_ops", "unfit"]
+__all__ = ["EAGER", "TRITON", "Ops", "parse_ops", "read_ops", "spell_ops", "unfit"]
 
 WIDTH = 64  # what gelu_mlp's C must be a multiple of, as that of every GPT-2 is
 HEAD_DIMS = (16, 32, 64, 128)
@@ -94,27 +97,75 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def parse_ops(spec: str) -> Ops:
-    """Read an op set from a string.
+def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
+    """The op by torch.compile; eager where no gradient is recorded, as in evaluation and sampling.
+
+    There the shapes change, and each would be compiled anew.
+    """
+    graph = torch.compile(eager, fullgraph=True, dynamic=False)
+
+    @wraps(eager)
+    def op(*args: Any, **kwargs: Any) -> Any:
+        return (graph if torch.is_grad_enabled() else eager)(*args, **kwargs)
+
+    return op
+
+
+def _by_sdpa(backend: SDPBackend) -> CausalAttention:
+    @wraps(reference.causal_attention)
+    def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
+        with sdpa_kernel(backend):
+            return reference.causal_attention(qkv, n_head, dropout_p)
+
+    return causal_attention
+
+
+OPS = tuple(f.name for f in fields(Ops))
+BACKENDS: dict[str, Callable[[], Ops]] = {
+    "eager": lambda: EAGER,
+    "triton": _triton_ops,
+    "compiled": cache(lambda: Ops(**{name: _compiled(getattr(EAGER, name)) for name in OPS})),
+}
+SDPA = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH_ATTENTION}
+
+
+def read_ops(spec: str) -> dict[str, str]:
+    """The backend of each op in a string; nothing of them is imported.
 
     Args:
-        spec: `"triton"`, `"eager"`, or a base with exceptions: `"triton,layer_norm=eager"`.
+        spec: A backend, or one with exceptions: `"triton,layer_norm=eager"`. Attention has those
+            of SDPA too: `"triton,causal_attention=sdpa-flash"`.
 
     Raises:
         ValueError: an unknown backend or op; the message lists the known ones.
     """
-    backends: dict[str, Callable[[], Ops]] = {"eager": lambda: EAGER, "triton": _triton_ops}
     base, *exceptions = (part.strip() for part in spec.split(","))
-    known = [f.name for f in fields(Ops)]
-    if base not in backends:
-        raise ValueError(f"ops: unknown backend {base!r}; expected one of {[*backends]}")
-    chosen: dict[str, Callable[..., Any]] = {}
+    if base not in BACKENDS:
+        raise ValueError(f"ops: unknown backend {base!r}; expected one of {[*BACKENDS]}")
+    chosen = dict.fromkeys(OPS, base)
     for item in exceptions:
         op, _, backend = item.partition("=")
-        if op not in known or backend not in backends:
-            raise ValueError(f"ops: cannot read {item!r}; ops are {known}, backends {[*backends]}")
-        chosen[op] = getattr(backends[backend](), op)
-    return replace(backends[base](), **chosen)
+        known = [*BACKENDS, *(SDPA if op == "causal_attention" else ())]
+        if op not in chosen or backend not in known:
+            raise ValueError(f"ops: cannot read {item!r}; ops are {[*OPS]}, backends {known}")
+        chosen[op] = backend
+    return chosen
+
+
+def parse_ops(spec: str) -> Ops:
+    """The op set that `read_ops` reads, and raises as it does."""
+    chosen: dict[str, Any] = {
+        op: _by_sdpa(SDPA[backend]) if backend in SDPA else getattr(BACKENDS[backend](), op)
+        for op, backend in read_ops(spec).items()
+    }
+    return Ops(**chosen)
+
+
+def spell_ops(backends: dict[str, str]) -> str:
+    """The shortest string that `read_ops` reads as these."""
+    counts = [backend for backend in backends.values() if backend in BACKENDS]
+    base = max(dict.fromkeys(counts), key=counts.count)
+    return ",".join([base, *(f"{op}={b}" for op, b in backends.items() if b != base)])
 
 
 def unfit(n_embd: int, n_head: int, dropout: float) -> dict[str, str]:

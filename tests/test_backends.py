@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import kernels
 import train
-from kernels import EAGER, TRITON
+from kernels import EAGER, parse_ops
 from model import GPT, GPTConfig
 
 # Odd on purpose: T is no multiple of a tile, the vocabulary is padded, heads are the smallest.
@@ -16,6 +18,7 @@ CONFIG = GPTConfig(block_size=40, vocab_size=211, n_layer=2, n_head=4, n_embd=64
 
 
 def loss_and_grads(model: GPT, idx: torch.Tensor, targets: torch.Tensor, compiled: bool = False):
+    torch.compiler.reset()
     forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     loss = forward(idx, targets)
     loss.backward()
@@ -23,10 +26,17 @@ def loss_and_grads(model: GPT, idx: torch.Tensor, targets: torch.Tensor, compile
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_model_on_triton_equals_model_on_eager(device, compiled):
+@pytest.mark.parametrize("ops", ["triton", "compiled", "eager,causal_attention=sdpa-flash"])
+def test_model_on_any_backend_equals_model_on_eager(device, ops, compiled, monkeypatch):
+    if ops.endswith("flash") and device == "cuda":
+        pytest.skip("there it takes no fp32")
+    if device == "cpu":  # g++ takes half a minute
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        kernels.BACKENDS["compiled"].cache_clear()  # pyright: ignore
     torch.manual_seed(0)
     eager = GPT(CONFIG, EAGER).to(device)
-    triton = GPT(CONFIG, TRITON).to(device)
+    triton = GPT(CONFIG, parse_ops(ops)).to(device)
+    kernels.BACKENDS["compiled"].cache_clear()  # pyright: ignore
     triton.load_state_dict(eager.state_dict())
     tokens = torch.randint(0, CONFIG.vocab_size, (3, 38), device=device)
     idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].clone()
@@ -39,6 +49,17 @@ def test_model_on_triton_equals_model_on_eager(device, compiled):
         assert grad is not None, name
         assert exact is not None, name
         assert (grad - exact).norm() <= 1e-5 * exact.norm(), name
+
+
+def test_compiled_ops_are_eager_without_gradients(monkeypatch):
+    """Each shape of an evaluation or of generation would be compiled by itself."""
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: None)
+    op = kernels._compiled(EAGER.gelu_mlp)
+    x, w, b = torch.ones(2, 4), torch.ones(4, 4), torch.ones(4)
+    with torch.no_grad():
+        assert torch.equal(op(x, w, b, w, b), EAGER.gelu_mlp(x, w, b, w, b))
+    with pytest.raises(TypeError):
+        op(x, w, b, w, b)
 
 
 def test_smoke_recipe_on_triton_gives_the_losses_of_eager(

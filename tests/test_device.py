@@ -203,7 +203,7 @@ def test_a_launcher_that_cannot_be_built_is_no_launcher() -> None:
     assert f"not compiled: torch.compile needs {header}" in made.notes
     with pytest.raises(ValueError, match=r"^ops: 'triton' needs Python\.h"):
         make_plan(SEED, bare, Choices(ops="triton"))
-    with pytest.raises(ValueError, match=r"^optimizer: triton needs .* and Python\.h"):
+    with pytest.raises(ValueError, match=r"^optimizer: triton needs Python\.h"):
         make_plan(SEED, bare, Choices(optimizer="triton"))
 
 

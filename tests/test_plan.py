@@ -118,8 +118,16 @@ def test_a_bf16_residual_is_reported_as_changed_numerics() -> None:
     ("machine", "asked", "message"),
     [
         ("CPU", Choices(ops="triton"), "'triton' needs a GPU; use --ops eager"),
-        ("T4", Choices(ops="triton"), "needs sm_80 or newer, got sm_75"),
-        ("T4", Choices(optimizer="triton"), "sm_80 or newer .* got Tesla T4"),
+        ("T4", Choices(ops="triton"), "needs sm_80 or newer, got sm_75; use --ops eager"),
+        ("T4", Choices(optimizer="triton"), "got sm_75; use --optimizer torch"),
+        (
+            "T4",
+            Choices(ops="triton,causal_attention=sdpa-cudnn"),
+            "needs sm_80 or newer, got sm_75",
+        ),
+        ("T4", Choices(ops="eager,causal_attention=sdpa-flash"), "needs sm_80 or newer, got sm_75"),
+        ("H200", Choices(ops="eager,causal_attention=sdpa-flash", dtype="fp32"), "--dtype bf16"),
+        ("CPU", Choices(ops="eager,causal_attention=sdpa-cudnn"), "needs a GPU; use --ops eager$"),
         ("CPU", Choices(optimizer="triton"), "use --optimizer torch"),
         ("CPU", Choices(cuda_graph=True), "needs a GPU; leave --cuda-graph out"),
         ("CPU", Choices(working_copies=True), "they are bf16, but dtype is fp32"),
@@ -172,7 +180,7 @@ def test_without_the_triton_package() -> None:
     bare = replace(MACHINES["H200"], has_triton=False)
     made = make_plan(SEED, bare)
     assert (made.ops, made.optimizer, made.dtype) == ("eager", "torch", "bf16")
-    assert "ops eager: triton is not installed; pip install triton" in made.notes
+    assert "ops eager: triton needs the triton package; pip install triton" in made.notes
     with pytest.raises(ValueError, match="needs the triton package; pip install triton"):
         make_plan(SEED, bare, Choices(ops="triton"))
 
@@ -189,6 +197,9 @@ def test_compiling_where_it_cannot_pay_or_cannot_work() -> None:
     assert "not compiled: torch.compile needs g++, openssl" in made.notes
     with pytest.raises(ValueError, match=r"torch.compile needs g\+\+, openssl"):
         make_plan(SEED, bare, Choices(compile=True))
+    with pytest.raises(ValueError, match=r"ops: 'compiled' needs g\+\+, openssl; use --ops eager"):
+        make_plan(SEED, bare, Choices(ops="compiled"))
+    assert make_plan(SEED, CPU, Choices(ops="compiled")).ops == "compiled"
 
 
 def test_detection_sees_missing_tools(monkeypatch: pytest.MonkeyPatch) -> None:

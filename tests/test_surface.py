@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 import kernels
 from bench import cases
 from bench.resources import kernel_modules
-from kernels import EAGER, TRITON, Ops, parse_ops
+from kernels import EAGER, SDPA, TRITON, Ops, parse_ops, read_ops, spell_ops
 from model import GPT, GPTConfig
 from training import optim
 
@@ -80,7 +80,8 @@ def test_backends_have_equal_signatures(op):
     protocol = next(f.type for f in fields(Ops) if f.name == op)
     assert isinstance(protocol, type)
     want = list(inspect.signature(protocol.__call__).parameters.values())[1:]
-    for backend in (EAGER, TRITON):
+    specs = ["eager", "triton", "compiled", *(f"eager,causal_attention={name}" for name in SDPA)]
+    for backend in map(parse_ops, specs):
         signature = inspect.signature(getattr(backend, op))
         assert list(signature.parameters.values()) == want
         assert signature.return_annotation == inspect.signature(protocol.__call__).return_annotation
@@ -205,17 +206,24 @@ def test_ops_are_read_from_a_string():
     assert mixed.layer_norm is EAGER.layer_norm
     assert mixed.gelu_mlp is EAGER.gelu_mlp
     assert mixed.causal_attention is TRITON.causal_attention
+    for spec in ("triton", "triton,gelu_mlp=eager", "compiled,causal_attention=sdpa-flash"):
+        assert spell_ops(read_ops(spec)) == spec
+    assert spell_ops(read_ops("triton,layer_norm=eager,gelu_mlp=eager,add_layer_norm=eager")) == (
+        "eager,causal_attention=triton,linear_cross_entropy=triton"
+    )
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("cuda", r"unknown backend 'cuda'; expected one of \['eager', 'triton'\]"),
+        ("cuda", r"unknown backend 'cuda'; expected one of \['eager', 'triton', 'c"),
+        ("sdpa-flash", "unknown backend 'sdpa-flash'"),
+        ("eager,gelu_mlp=sdpa-flash", "cannot read 'gelu_mlp=sdpa-flash'"),
         ("", "unknown backend ''"),
         ("triton,layernorm=eager", r"cannot read 'layernorm=eager'; ops are \['layer_norm'"),
         (
             "triton,layer_norm=fast",
-            r"cannot read 'layer_norm=fast'.*backends \['eager', 'triton'\]",
+            r"cannot read 'layer_norm=fast'.*backends \['eager', 'triton', 'compiled'\]",
         ),
         ("triton,layer_norm", "cannot read 'layer_norm'"),
     ],

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import kernels
 import train
-from kernels import EAGER, Ops, _launch
+from kernels import EAGER, OPS, Ops, _launch
 from kernels._op import INTERPRETED
 from model import GPT, GPTConfig
 from model.config import MODELS
@@ -130,7 +130,7 @@ def test_eager_ops_pass_and_a_hundredth_is_noticed_in_each(
     both: dict[str, Callable[[Any], Any]] = {"add_layer_norm": lambda pair: (
         (1.01 * pair[0], pair[1]), (Scaled.apply(pair[0]), pair[1])
     )}  # fmt: skip
-    for op in verify.OPS:
+    for op in OPS:
         planted(monkeypatch, lambda y: y)
         assert verify_child.check(op, recipe, plan) == ""
         for which, name in enumerate(("y", "d")):
@@ -147,14 +147,14 @@ def test_our_own_kernels_pass(dtype: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(verify_child.NUM_RERUNS, "cpu", 1)
     choices = Choices(ops="triton", optimizer="triton", dtype=dtype)  # pyright: ignore
     plan = replace(make_plan(RECIPE, CPU, choices), working_copies=dtype == "bf16")
-    assert verify.checked_names(plan) == (*verify.OPS, "adamw")
+    assert verify.checked_names(plan) == (*OPS, "adamw")
     for name in verify.checked_names(plan):
         assert verify_child.check(name, RECIPE, plan) == "", name
 
 
 def test_what_float64_says_does_not_depend_on_how_the_batch_is_cut() -> None:
     recipe, plan = replace(RECIPE, batch_size=5), replace(plan_of(), micro_batch_size=5)
-    for op in verify.OPS:
+    for op in OPS:
         *_, exact = verify_child._runs_of(op, recipe, plan)
         fn, tensors, douts, _ = exact.args  # pyright: ignore
         whole, cut = (verify_child.exact_values(fn, tensors, douts, n) for n in (5, 2))
@@ -275,7 +275,7 @@ def test_a_verdict_is_kept_for_its_key(asked: list[Any]) -> None:
         found = verify.find_wrong(RECIPE, plan, H100, said.append)
         more = f"`make test OP=gelu_mlp` shows more, without {path} it is checked again"
         assert found == {"gelu_mlp": f"y: error 1; {more}"}
-    assert asked == [(*verify.OPS, "adamw")]
+    assert asked == [(*OPS, "adamw")]
     assert said[1].endswith(f" s, 1 wrong; kept in {path}")
     assert said[2] == f"kernels: 5 ops and AdamW were checked on {H100.name} before; see {path}"
     values = json.loads(path.read_text())
@@ -288,7 +288,7 @@ def test_a_verdict_is_kept_for_its_key(asked: list[Any]) -> None:
     assert len(asked) == 1
     verify.find_wrong(RECIPE, plan, H100, said.append)
     assert asked[1:] == [("layer_norm",)]
-    assert json.loads(path.read_text())["wrong"].keys() == {*verify.OPS, "adamw"}
+    assert json.loads(path.read_text())["wrong"].keys() == {*OPS, "adamw"}
     # Whatever a verdict depends on is another file.
     others = [
         (RECIPE, plan, replace(H100, name="NVIDIA A100")),
@@ -411,7 +411,7 @@ def test_auto_goes_on_without_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     plan = settled({"gelu_mlp": "y: error 1"}, monkeypatch, wide)
     assert plan.ops == "triton,gelu_mlp=eager,causal_attention=eager"
     assert any(note.startswith("causal_attention eager: ") for note in plan.notes)
-    plan = settled(dict.fromkeys((*verify.OPS, "adamw"), "it ended"), monkeypatch)
+    plan = settled(dict.fromkeys((*OPS, "adamw"), "it ended"), monkeypatch)
     assert (plan.ops, plan.optimizer) == ("eager", "torch")
     assert sum("fails its check" in note for note in plan.notes) == 6
     plan = settled({"gelu_mlp": "off"}, monkeypatch, ops="eager", optimizer="torch")
@@ -530,7 +530,7 @@ class Crew(child.Crew):
 
 def of_triton(**changed: Callable[..., Any]) -> Ops:
     """Eager ops that pass for Triton's, which take seconds a step in the interpreter."""
-    calls = {name: partial(getattr(EAGER, name)) for name in verify.OPS}
+    calls = {name: partial(getattr(EAGER, name)) for name in OPS}
     return Ops(**{**calls, **changed})
 
 
@@ -539,7 +539,7 @@ def test_a_first_and_a_second_start_on_a_pretended_gpu(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     off = partial(lambda *args, **kwargs: 1.01 * EAGER.gelu_mlp(*args, **kwargs))
-    monkeypatch.setattr(kernels, "_triton_ops", lambda: of_triton(gelu_mlp=off))
+    monkeypatch.setitem(kernels.BACKENDS, "triton", lambda: of_triton(gelu_mlp=off))
     monkeypatch.setattr(child, "Crew", Crew)
     monkeypatch.setitem(verify_child.NUM_RERUNS, "cuda", 0)
     flags = ["--batch-size", "2", "--steps"]

@@ -28,7 +28,8 @@ class Choices:
     """What a person may decide instead of the plan; each field is a flag of train.py."""
 
     ops: str = "auto"
-    """auto, eager, triton, or one with exceptions: triton,layer_norm=eager."""
+    """auto, triton, eager, compiled, or one with exceptions: triton,layer_norm=eager; for
+    causal_attention sdpa-cudnn and sdpa-flash too."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 is autocast with fp32 weights; auto takes it where the hardware multiplies bf16."""
     compile: Switch = None

@@ -37,7 +37,7 @@ leave room for them in the budget.
 
 from dataclasses import dataclass
 
-from kernels import EAGER, parse_ops
+from kernels import read_ops
 from kernels.reference import CHUNK_TOKENS
 from model import GPTConfig
 
@@ -103,11 +103,11 @@ def estimate(
     for name, value in (("dtype", dtype), ("residual", residual)):
         if value not in ("fp32", "bf16"):
             raise ValueError(f"memory: {name} must be 'fp32' or 'bf16', got {value!r}")
-    chosen = parse_ops(ops)
+    ours = {op for op, backend in read_ops(ops).items() if backend == "triton"}
     M, C, H, L = rows * T, config.n_embd, config.n_head, config.n_layer
     e, r = (4, 4) if dtype == "fp32" else (2, 2 if residual == "bf16" else 4)
-    first_stats = 8 if chosen.layer_norm is EAGER.layer_norm else 12
-    stats = 8 if chosen.add_layer_norm is EAGER.add_layer_norm else 12
+    first_stats = 12 if "layer_norm" in ours else 8
+    stats = 12 if "add_layer_norm" in ours else 8
     head = 4 * config.padded_vocab_size * C  # the tied embedding, fp32
     matrices = 12 * C * C * L
     num_parameters = head // 4 + config.block_size * C + matrices + 13 * C * L + 2 * C
@@ -120,10 +120,10 @@ def estimate(
     activations = L * layer + once + masks + casts
 
     loss = e * M * C + (head // 2 if dtype == "bf16" else 0)
-    if chosen.linear_cross_entropy is EAGER.linear_cross_entropy:
+    if "linear_cross_entropy" not in ours:
         R = min(M, CHUNK_TOKENS)
         logits, later = R * config.padded_vocab_size, M >= 2 * R
-        if compiled:
+        if compiled or read_ops(ops)["linear_cross_entropy"] == "compiled":
             loss += e * logits + (head if M > R else 0)  # dz takes the place of z
         else:
             # Of the first chunk there is no dx and dweight yet, beside a later one an old dz.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kernels import EAGER, Ops, parse_ops, unfit
+from kernels import SDPA, Ops, parse_ops, read_ops, unfit
 from model.flops import flops_per_token
 from training import memory
 from training.choices import Choices
@@ -29,6 +29,7 @@ MEMORY_SHARE = 0.85
 ID_BYTES = 32  # per token of a step: ids and targets in the step's buffers, and those read ahead
 UNKNOWN_BYTES = 1 << 40  # where the system does not tell: no more than any machine has
 MIN_TRITON_ARCH = 80  # the oldest the kernels are built and checked for; see kernels/_op.py
+MIN_SDPA_ARCH = 80  # of PyTorch's flash attention and cuDNN's, which are in 16 bits alone
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,12 @@ def make_plan(recipe: Recipe, machine: Machine, choices: Choices | None = None) 
     notes = [*machine.notes]
     on_cuda = machine.device == "cuda"
     dtype = _choose_dtype(asked.dtype, machine, notes)
-    ops = _choose_ops(asked.ops, recipe, machine, notes)
+    ops = _choose_ops(asked.ops, recipe, machine, dtype, notes)
     compile = _choose_compile(asked.compile, recipe, machine, notes)
     scope: str = asked.compile_scope
     if scope == "auto":
         scope = "blocks" if on_cuda else "model"
-    optimizer = _choose_optimizer(asked.optimizer, machine, notes)
+    optimizer = _choose_optimizer(asked.optimizer, machine, dtype)
     if asked.cuda_graph and not on_cuda:
         raise ValueError("cuda_graph: needs a GPU; leave --cuda-graph out")
     if asked.working_copies and dtype != "bf16":
@@ -194,61 +195,62 @@ def _choose_dtype(dtype: str, machine: Machine, notes: list[str]) -> str:
     return dtype
 
 
-def _choose_optimizer(wanted: str, machine: Machine, notes: list[str]) -> str:
-    runs_triton = (
-        machine.has_triton
-        and not machine.launcher_lacks
-        and (machine.interpreted if machine.device == "cpu" else machine.arch >= MIN_TRITON_ARCH)
-    )
-    if wanted == "triton" and not runs_triton:
-        raise ValueError(
-            f"optimizer: triton needs a GPU of sm_{MIN_TRITON_ARCH} or newer and "
-            f"{' and '.join(machine.launcher_lacks) or 'the triton package'}, got {machine.name}; "
-            "use --optimizer torch"
-        )
+def lacks(backend: str, machine: Machine, dtype: str) -> str:
+    """What a backend of the ops, or our AdamW ("triton"), needs and is not here; "" if nothing."""
+    on_cuda = machine.device == "cuda"
+    if backend == "triton":
+        if not machine.has_triton:
+            return "the triton package; pip install triton"
+        if not on_cuda:
+            return "" if machine.interpreted else "a GPU"
+        if machine.arch < MIN_TRITON_ARCH:
+            return f"sm_{MIN_TRITON_ARCH} or newer, got sm_{machine.arch}"
+        return ", ".join(machine.launcher_lacks)
+    if backend == "compiled":
+        return ", ".join(machine.missing_tools)
+    if backend in SDPA and on_cuda:
+        if machine.arch < MIN_SDPA_ARCH:
+            return f"sm_{MIN_SDPA_ARCH} or newer, got sm_{machine.arch}"
+        return "--dtype bf16" if dtype == "fp32" else ""
+    return "a GPU" if backend == "sdpa-cudnn" else ""
+
+
+def _choose_optimizer(wanted: str, machine: Machine, dtype: str) -> str:
+    missing = lacks("triton", machine, dtype)
+    if wanted == "triton" and missing:
+        raise ValueError(f"optimizer: triton needs {missing}; use --optimizer torch")
     if wanted != "auto":
         return wanted
-    return "triton" if runs_triton and machine.device == "cuda" and not machine.rocm else "torch"
+    ours = machine.device == "cuda" and not (missing or machine.rocm)
+    return "triton" if ours else "torch"
 
 
-def _choose_ops(ops: str, recipe: Recipe, machine: Machine, notes: list[str]) -> str:
+def _choose_ops(ops: str, recipe: Recipe, machine: Machine, dtype: str, notes: list[str]) -> str:
     config = recipe.model_config
     wanted = unfit(config.n_embd, config.n_head, config.dropout)
     if ops == "auto":
-        why = None
+        missing = lacks("triton", machine, dtype)
+        why = f"triton needs {missing}" if missing else ""
         if machine.device == "cpu":
             why = "no GPU"
         elif machine.rocm:
             why = "our kernels have never run on AMD's GPUs; --ops triton tries them"
-        elif machine.arch < MIN_TRITON_ARCH:
-            why = f"sm_{machine.arch} is older than sm_{MIN_TRITON_ARCH}"
-        elif not machine.has_triton:
-            why = "triton is not installed; pip install triton"
-        elif machine.launcher_lacks:
-            why = f"triton needs {', '.join(machine.launcher_lacks)}"
         if why:
             notes.append(f"ops eager: {why}")
             return "eager"
         notes.append(f"ops triton: sm_{machine.arch}")
         notes += [f"{op} eager: triton's needs {what}" for op, what in wanted.items()]
         return ",".join(["triton", *(f"{op}=eager" for op in wanted)])
-    # Parsed without building the set: triton may not be importable here.
-    base, *exceptions = (part.strip() for part in ops.split(","))
-    wants_triton = base == "triton" or any(e.endswith("=triton") for e in exceptions)
-    if wants_triton and machine.device == "cpu" and not machine.interpreted:
-        raise ValueError(
-            f"ops: {ops!r} needs a GPU; use --ops eager, or set TRITON_INTERPRET=1 to run the "
-            "kernels on the CPU, slowly"
-        )
-    if wants_triton and machine.device == "cuda" and machine.arch < MIN_TRITON_ARCH:
-        raise ValueError(f"ops: {ops!r} needs sm_{MIN_TRITON_ARCH} or newer, got sm_{machine.arch}")
-    if wants_triton and not machine.has_triton:
-        raise ValueError(f"ops: {ops!r} needs the triton package; pip install triton")
-    if wants_triton and machine.launcher_lacks:
-        raise ValueError(f"ops: {ops!r} needs {', '.join(machine.launcher_lacks)}")
-    chosen = parse_ops(ops)
+    chosen = read_ops(ops)
+    for backend in dict.fromkeys(chosen.values()):
+        if missing := lacks(backend, machine, dtype):
+            interpreter = ", or set TRITON_INTERPRET=1 to run the kernels on the CPU, slowly"
+            raise ValueError(
+                f"ops: {ops!r} needs {missing}; use --ops eager"
+                + (interpreter if (backend, missing) == ("triton", "a GPU") else "")
+            )
     for op, what in wanted.items():
-        if getattr(chosen, op) is not getattr(EAGER, op):
+        if chosen[op] == "triton":
             raise ValueError(f"ops: {op} of triton needs {what}; use --ops {ops},{op}=eager")
     return ops
 

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import EAGER, Ops
+from kernels import EAGER, Ops, read_ops, spell_ops
 from model import GPT
 from model.edge import one_line
 from model.files import write_atomically
@@ -43,7 +43,6 @@ SOURCES = ("kernels/*.py", "kernels/*.toml", "model/gpt.py", "training/verify_ch
 COMMAND = (sys.executable, "-m", "training.verify_child")
 LIMIT_S = 180.0  # of one check, compiling included, on a machine that may be busy
 PASSING = ("no answer", "ended with -9", "allocate memory", "out of memory")  # not so next time
-OPS = tuple(f.name for f in fields(Ops))
 ADAMW = "adamw"
 # Of loss and gradient norm of the first micro-batch. Gross faults alone show there: each op by
 # itself is held to more.
@@ -51,9 +50,8 @@ FIRST_BATCH = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 1e-1)}
 
 
 def checked_names(plan: Plan) -> tuple[str, ...]:
-    """The ops of a plan that are not eager, and AdamW where it is ours."""
-    ops = plan.op_set
-    names = [name for name in OPS if getattr(ops, name) is not getattr(EAGER, name)]
+    """The ops of a plan that are Triton's, and AdamW where it is ours."""
+    names = [name for name, backend in read_ops(plan.ops).items() if backend == "triton"]
     return (*names, *([ADAMW] if plan.optimizer == "triton" else []))
 
 
@@ -67,7 +65,7 @@ def settle(
     """
     choices, notes, rows, earlier = asked, {}, 0, ()
     # Again only where the rows changed with the ops: else all has been checked.
-    while (names := checked_names(plan := make(choices))) and plan.micro_batch_size != rows:
+    while checked_names(plan := make(choices)) and plan.micro_batch_size != rows:
         rows, earlier = plan.micro_batch_size, earlier or plan.notes
         check = partial(find_wrong, recipe, plan, machine, world.say)
         for name, why in world.first(f"kernels at {rows} rows", check).items():
@@ -76,9 +74,8 @@ def settle(
             if getattr(asked, flag) != "auto":
                 raise RunFailed(f"{notes[name]}; go on with --{flag} auto")
         if notes.keys() - {ADAMW}:
-            out = [name for name in OPS if name in notes or name not in names]
-            spec = ",".join(["triton", *(f"{name}=eager" for name in out)])
-            choices = replace(choices, ops="eager" if len(out) == len(OPS) else spec)
+            without = dict.fromkeys(notes.keys() - {ADAMW}, "eager")
+            choices = replace(choices, ops=spell_ops(read_ops(plan.ops) | without))
         if ADAMW in notes:
             choices = replace(choices, optimizer="torch")
     return replace(plan, notes=tuple(dict.fromkeys([*earlier, *plan.notes, *notes.values()])))
@@ -193,7 +190,7 @@ def compare_first_batch(
     Raises:
         RunFailed: they differ, and the ops were asked for by name.
     """
-    if not set(checked_names(plan)) - {ADAMW}:
+    if not set(read_ops(plan.ops).values()) - {"eager"}:
         return plan
     idx, targets = (t.to(plan.device) for t in rows())
     training = model.training
