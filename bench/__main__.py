@@ -25,54 +25,50 @@ def heading(text: str) -> None:
     print(f"\n{text}\n{'=' * len(text)}", flush=True)
 
 
-def setups(device: torch.device, shapes: Sequence[Shape]) -> list[Setup]:
-    if shapes or device.type == "cpu":
-        return [Setup("124m", shape) for shape in shapes or CPU_SHAPES]
-    return [Setup("124m", Shape(64, 1024)), Setup("124m", Shape(16, 64), accum=4)]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("bench", __doc__)
     parser.add_argument("--op", action="append", choices=[*CASES], default=[])
     parser.add_argument("--shape", action="append", type=cli.shape, default=[], help="b<B>t<T>")
     parser.add_argument("--seconds", type=cli.amount, default=3.0, help="of an op and a mode")
     parser.add_argument("--minutes", type=cli.amount, default=4.0, help="of the step's table")
-    parser.add_argument("--out", type=cli.path, default=record.RESULTS)
-    args, rest = parser.parse_known_args(argv)
-    cli.refuse(parser, [part for part in rest if not part.startswith("--benchmark-")])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for setup in setups(device, args.shape):
+    cli.add_output(parser)
+    args, rest = cli.parse_with_benchmark(parser, argv)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    setups = [Setup("124m", shape) for shape in args.shape or (() if cuda else CPU_SHAPES)]
+    setups = setups or [Setup("124m", Shape(64, 1024)), Setup("124m", Shape(16, 64), accum=4)]
+    for setup in setups:
         setup.check_memory(device)
+    wanted = [f"--op={op}" for op in args.op] + [f"--shape=b{s.B}t{s.T}" for s in args.shape]
+    each_op = ops.Job(ops.make_parser().parse_args([*wanted, f"--seconds={args.seconds}"]), device)
 
-    results = record.Results(device, args.out)
+    results = record.Results(device, args.out, args.commit)
     heading("This machine")
     print(source_line(results))
     limits = timing.limits(device)
     results.put("limits", limits)
-    kind = "bf16" if device.type == "cuda" else "fp32"
     print(
-        f"copy {limits['copy_gbs']:,.4g} GB/s, {kind} matmul {limits['matmul_tflops']:,.3g} "
-        f"TFLOP/s, with K=768 {limits['matmul_k768_tflops']:,.3g}: what the rows are held against"
+        f"copy {limits['copy_gbs']:,.4g} GB/s, {'bf16' if cuda else 'fp32'} matmul "
+        f"{limits['matmul_tflops']:,.3g} TFLOP/s, with K=768 {limits['matmul_k768_tflops']:,.3g}: "
+        "what the rows are held against"
     )
     if not args.op:
         heading("Whole training step")
         print("forward, backward, clip, AdamW; tokens/s is what a user sees. ! : noisy samples")
-        for setup in setups(device, args.shape):
+        for setup in setups:
             step.run(default_providers(device), setup, device, results, seconds=8.0,
                      minutes=args.minutes)  # fmt: skip
 
     heading("Each op alone")
-    if device.type == "cpu":
+    if not cuda:
         print(
             "Triton has no CPU target, so `ours` is this project's plain-PyTorch op here, what\n"
             "`--ops eager` runs. of limit: the time that the measured copy and matmul rates\n"
             "allow, over the time taken."
         )
-    flags = [f"--op={op}" for op in args.op]
-    flags += [f"--shape=b{shape.B}t{shape.T}" for shape in args.shape]
-    code = ops.run([*flags, f"--seconds={args.seconds}", *rest], results)
+    code = each_op.run(results, rest)
 
-    if not args.op and device.type == "cpu":
+    if not args.op and not cuda:
         heading("What each kernel takes of a GPU (compiled here, not run)")
         print("sm_90 (H100, H200); `make resources` compiles for every architecture\n", flush=True)
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

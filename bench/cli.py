@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from bench.cases import Shape, find_shape
+from bench.record import RESULTS
 from model.edge import exits
 from training.console import surviving
 
@@ -25,10 +26,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
-    """As argparse does, for those that `parse_known_args` has left."""
-    if unknown:
+def add_output(parser: Parser, default: Path | None = RESULTS) -> None:
+    """Where rows go and what they are of, as `record.Results` takes it."""
+    parser.add_argument("--out", type=path, default=default, help="result file or folder")
+    parser.add_argument("--commit", help="what is measured, where git is not at hand")
+
+
+def parse_with_benchmark(
+    parser: Parser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Options, and those of pytest-benchmark that are among them."""
+    options, rest = parser.parse_known_args(argv)
+    if unknown := [part for part in rest if not part.startswith("--benchmark-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options, rest
 
 
 def count(text: str) -> int:

@@ -5,21 +5,20 @@
     python -m bench.ops --sweep               # many sizes, for the plots
     python -m bench.ops --benchmark-compare   # beside the run before this one
 
-It runs under pytest-benchmark (`bench/test_ops.py`), whose JSON is the result file and whose other
-options can be given too. All providers of an op are sampled in turn by the bench's own timer. The
-op's numerics are compared with float64 first; where they fail, the row is in doubt and no speed is
-printed. Percent of limit is the time the copy and matmul rates of the same run allow (bytes and
-flops of `bench.cases`) over the measured time.
+It runs under pytest-benchmark (`bench/test_ops.py`), which keeps each run under .benchmarks/ and
+whose other options can be given too. All providers of an op are sampled in turn by the bench's own
+timer. The op's numerics are compared with float64 first; where they fail, the row is in doubt and
+no speed is printed. Percent of limit is the time the copy and matmul rates of the same run allow
+(bytes and flops of `bench.cases`) over the measured time.
 """
 
+import argparse
 import gc
 import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,7 +36,6 @@ from bench.cases import (
     Inputs,
     Shape,
     check_room,
-    find_case,
     floor_ms,
     make_inputs,
 )  # fmt: skip
@@ -98,14 +96,7 @@ def _linear_ce() -> Fn:
 
 
 def find_provider(name: str, op: str, device: torch.device) -> Fn:
-    """The callable of a provider that does this op.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-        Unavailable: it cannot run here.
-    """
-    if name not in PROVIDERS:
-        raise ValueError(f"bench: unknown provider {name!r}; known: {', '.join(PROVIDERS)}")
+    """The callable of a provider that does this op; Unavailable if it cannot run here."""
     cuda = device.type == "cuda"
     plain = baseline.OPS[op]
     if name == "eager":
@@ -124,6 +115,25 @@ def find_provider(name: str, op: str, device: torch.device) -> Fn:
     return partial(plain, backend=backend)
 
 
+def make_call(fn: Fn, case: Case, mode: str, inputs: Inputs) -> timing.Call:
+    """One call of `fn` on these inputs in this mode; "bwd" runs its forward here, once."""
+    leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
+
+    def forward() -> tuple[Tensor, ...]:
+        out = fn(**inputs)
+        return out if isinstance(out, tuple) else (out,)
+
+    if mode == "fwd":
+        if "bwd" in case.modes:
+            return forward  # with what it saves for the backward
+        return torch.no_grad()(forward)
+    outs = forward()
+    douts = [torch.ones_like(y) if y.dim() == 0 else torch.randn_like(y) for y in outs]
+    if mode == "both":  # a graph of its own for each, so this one is let go
+        return lambda: torch.autograd.grad(forward(), leaves, douts)
+    return lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True)
+
+
 def doubt_of(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
     """Why no speed of ours may be shown; empty where its numerics hold."""
     try:
@@ -136,54 +146,41 @@ def doubt_of(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) ->
     return "; ".join(str(c) for c in found if not c.holds)
 
 
-def make_call(fn: Fn, case: Case, mode: str, inputs: Inputs) -> timing.Call:
-    """One call of `fn` on these inputs in this mode; "bwd" runs its forward here, once."""
-    leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
+def make_rows(
+    names: Sequence[str],
+    timed: Mapping[str, timing.Timing],
+    failed: Mapping[str, str],
+    rivals: Sequence[str],
+    nbytes: int,
+    floor: float,
+    **whose: Any,
+) -> dict[str, OpRow]:
+    """A row for each name: its time, or why it has none.
 
-    def forward() -> tuple[Tensor, ...]:
-        out = fn(**inputs)
-        return out if isinstance(out, tuple) else (out,)
-
-    def douts_of(outs: tuple[Tensor, ...]) -> list[Tensor]:
-        return [torch.ones_like(y) if y.dim() == 0 else torch.randn_like(y) for y in outs]
-
-    if mode == "fwd":
-        if "bwd" in case.modes:
-            return forward  # with what it saves for the backward
-
-        def loss_only() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return forward()
-
-        return loss_only
-    if mode == "bwd":
-        outs = forward()
-        douts = douts_of(outs)
-        return lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True)
-    douts = douts_of(forward())
-    return lambda: torch.autograd.grad(forward(), leaves, douts)
-
-
-def _allow_retained_backward() -> None:
-    """Let a compiled backward run twice: it frees ("donates") its inputs by default."""
-    import torch._functorch.config as config
-
-    config.donated_buffer = False
+    Args:
+        rivals: Who is named in `over`.
+        nbytes: What a call cannot do without.
+        floor: The time in ms that the measured limits allow.
+        whose: Op, shape, dtype and mode of the rows.
+    """
+    rows = {}
+    for name in names:
+        row = OpRow(provider=name, doubt=failed.get(name, ""), **whose)
+        if found := timed.get(name):
+            over = {o: timing.ratio(timed[o], found) for o in rivals if o in timed and o != name}
+            row = replace(
+                row, timed=found.mode, gbs=nbytes / found.median_ms / 1e6, over=over,
+                of_limit=floor / found.median_ms, **found.figures,
+            )  # fmt: skip
+        rows[name] = row
+    return rows
 
 
 def measure(
-    op: str,
-    shape: Shape,
-    dtype: torch.dtype,
-    mode: str,
-    device: torch.device,
-    *,
-    providers: Sequence[str] = (*PROVIDERS,),
-    rounds: int = 30,
-    seconds: float = 4.0,
-    checked: bool = True,
-    sweep: bool = False,
-) -> tuple[dict[str, OpRow], dict[str, timing.Timing]]:
+    op: str, shape: Shape, dtype: torch.dtype, mode: str, device: torch.device, *,
+    providers: Sequence[str] = (*PROVIDERS,), rounds: int = 30, seconds: float = 4.0,
+    checked: bool = True, sweep: bool = False,
+) -> tuple[dict[str, OpRow], dict[str, timing.Timing]]:  # fmt: skip
     """Time one op in one mode, all providers that do it in turn.
 
     Returns:
@@ -193,18 +190,20 @@ def measure(
     Raises:
         RuntimeError: CUDA is broken; nothing can be measured in this process any more.
     """
-    case = find_case(op)
-    providers = [name for name in providers if op in PROVIDERS.get(name, (op,))]
-    _allow_retained_backward()
-    torch.compiler.reset()  # or a second shape meets the first one's graph and its recompile limit
-    doubt = doubt_of(op, shape, dtype, device) if checked and "ours" in providers else ""
+    import torch._functorch.config as functorch
 
+    functorch.donated_buffer = False  # a compiled backward frees its inputs, and is run again here
+    torch.compiler.reset()  # or a second shape meets the first one's graph and its recompile limit
+    case, cuda = CASES[op], device.type == "cuda"
+    providers = [name for name in providers if op in PROVIDERS[name]]
+    checked = checked and "ours" in providers
+    doubt = doubt_of(op, shape, dtype, device) if checked else ""
     set_bytes = int(case.bytes(shape, dtype.itemsize, mode))
     contestants: dict[str, list[timing.Call]] = {}
     peaks: dict[str, int] = {}
     needs: dict[str, int] = {}
     failed: dict[str, str] = {}
-    stream = timing.capture_stream() if device.type == "cuda" else None
+    stream = timing.capture_stream() if cuda else None
     with torch.cuda.stream(stream):  # type: ignore[arg-type] # None: no stream to enter
         num_sets = timing.num_sets(set_bytes, device)
         sets = [make_inputs(case, shape, dtype, device, seed) for seed in range(num_sets)]
@@ -226,35 +225,25 @@ def measure(
         contestants, device, set_bytes,
         needs=needs, failed=failed, rounds=rounds, seconds=seconds,
     )  # fmt: skip
-    limits = timing.limits(device)
-    floor = floor_ms(case, shape, dtype, mode, limits)
+    floor = floor_ms(case, shape, dtype, mode, timing.limits(device))
     flops = case.flops(shape, dtype.itemsize, mode)
-    cuda = device.type == "cuda"
     state = timing.gpu_state() if cuda else {}
-    dtype_name = next(name for name, known in DTYPES.items() if known == dtype)
-    rows: dict[str, OpRow] = {}
-    for name in providers:
-        values: dict[str, Any] = {"doubt": failed.get(name, "")}
+    rows = make_rows(
+        providers, timed, failed, ("eager", "compile"), set_bytes, floor, op=op, shape=shape.label,
+        dtype=next(name for name in DTYPES if DTYPES[name] == dtype), mode=mode, sweep=sweep,
+    )  # fmt: skip
+    for name, row in rows.items():
+        values: dict[str, Any] = {}
+        if name in timed:
+            values = {"gpu": state, "tflops": flops / row.ms / 1e9 if flops else None,
+                      "peak_gib": peaks[name] / 2**30 if cuda else None}  # fmt: skip
+            if cuda and op == "causal_attention" and name in ("eager", "compile"):
+                values["backend"] = baseline.chosen_sdpa(sets[0]["qkv"], shape.H)
         if name == "ours" and checked:
             values["checked"] = numerics.check_shape(op, shape, device).label
             # Its numerics matter more than why it has no time.
-            values["doubt"] = "; not timed: ".join(filter(None, [doubt, values["doubt"]]))
-        if found := timed.get(name):
-            trusted = (o for o in ("eager", "compile") if o in timed and o != name)
-            values |= found.figures | {
-                "timed": found.mode, "gpu": state,
-                "gbs": set_bytes / found.median_ms / 1e6,
-                "tflops": flops / found.median_ms / 1e9 if flops else None,
-                "of_limit": floor / found.median_ms,
-                "over": {other: timing.ratio(timed[other], found) for other in trusted},
-                "peak_gib": peaks[name] / 2**30 if cuda else None,
-            }  # fmt: skip
-            if cuda and op == "causal_attention" and name in ("eager", "compile"):
-                values["backend"] = baseline.chosen_sdpa(sets[0]["qkv"], shape.H)
-        rows[name] = OpRow(
-            op=op, shape=shape.label, dtype=dtype_name, mode=mode, provider=name, sweep=sweep,
-            **values,
-        )  # fmt: skip
+            values["doubt"] = "; not timed: ".join(filter(None, [doubt, row.doubt]))
+        rows[name] = replace(row, **values)
     del contestants, sets
     _free(device)
     return rows, timed
@@ -281,9 +270,9 @@ def _peak_bytes(call: timing.Call, device: torch.device) -> tuple[int, int]:
     return torch.cuda.max_memory_allocated(device) - before, after - before
 
 
-def add_arguments(group: Any) -> None:
-    """The options of `bench/test_ops.py`, for pytest's parser and for argparse's."""
-    add = getattr(group, "addoption", None) or group.add_argument
+def make_parser() -> cli.Parser:
+    parser = cli.Parser("bench.ops", __doc__)
+    add = parser.add_argument
     add("--op", action="append", choices=[*CASES], default=[], help="repeat for several")
     add("--shape", action="append", type=cli.shape, default=[], help="b<B>t<T>")
     add("--mode", action="append", choices=MODES, default=[], help="default: all")
@@ -292,90 +281,96 @@ def add_arguments(group: Any) -> None:
     add("--sweep", action="store_true", help="the sizes of each op's plot")
     add("--seconds", type=cli.amount, default=4.0, help="budget of one op and mode")
     add("--minutes", type=cli.amount, default=10.0, help="nothing begins after these")
-    add("--commit", help="what is measured, where git is not at hand")
-    add("--out", type=cli.path, default=record.RESULTS, help="result file or folder")
+    cli.add_output(parser)
+    return parser
 
 
-def plan_measurements(options: Any, device: torch.device) -> list[tuple[str, Shape, str]]:
-    """(op, shape, mode) to measure for the options of `add_arguments`.
+class Job:
+    """What pytest-benchmark is given to do, as a plugin of pytest.
+
+    Args:
+        options: Of `make_parser`.
+        device: Where.
 
     Raises:
         ValueError: a shape whose tensors cannot fit; on a GPU, where each provider says itself
             that it lacks room, those of the op's interface alone.
     """
-    todo = []
-    cuda, itemsize = device.type == "cuda", dtype_of(options, device).itemsize
-    room = torch.cuda.mem_get_info(device)[0] if cuda else free_bytes()
-    for case in (CASES[op] for op in options.op or CASES):
-        usual = GPU_SHAPES if cuda else CPU_SHAPES
-        for shape in case.sweep if options.sweep else options.shape or usual:
-            need = case.bytes(shape, itemsize, "both")
-            need += 0 if cuda else 16 * shape.M * case.logits(shape)
-            check_room(f"{case.op} at {shape.label}", 0 if options.sweep else need, room)
-            modes = options.mode or (("both",) if options.sweep else case.modes)
-            todo += [(case.op, shape, mode) for mode in case.modes if mode in modes]
-    return todo
 
+    def __init__(self, options: argparse.Namespace, device: torch.device):
+        cuda = device.type == "cuda"
+        self.options, self.device = options, device
+        self.dtype = DTYPES[options.dtype or ("bf16" if cuda else "fp32")]
+        self.providers = options.provider or CPU_PROVIDERS
+        if cuda and not options.provider:
+            # Compiling plain PyTorch anew for each size would take most of the time.
+            self.providers = [n for n in PROVIDERS if not (options.sweep and n == "compile")]
+        self.todo: list[tuple[str, Shape, str]] = []
+        room = torch.cuda.mem_get_info(device)[0] if cuda else free_bytes()
+        for case in (CASES[op] for op in options.op or CASES):
+            usual = GPU_SHAPES if cuda else CPU_SHAPES
+            for shape in case.sweep if options.sweep else options.shape or usual:
+                need = case.bytes(shape, self.dtype.itemsize, "both")
+                need += 0 if cuda else 16 * shape.M * case.logits(shape)
+                check_room(f"{case.op} at {shape.label}", 0 if options.sweep else need, room)
+                modes = options.mode or (("both",) if options.sweep else case.modes)
+                self.todo += [(case.op, shape, mode) for mode in case.modes if mode in modes]
 
-def providers_of(options: Any, device: torch.device) -> Sequence[str]:
-    if options.provider or device.type == "cpu":
-        return options.provider or CPU_PROVIDERS
-    # Compiling plain PyTorch anew for each size would take most of the time.
-    return [name for name in PROVIDERS if not (options.sweep and name == "compile")]
+    def run(self, results: record.Results, flags: Sequence[str]) -> int:
+        """Measure, each row written as it comes; print the tables; the exit code.
 
+        Args:
+            results: Where the rows go.
+            flags: More options of pytest-benchmark.
+        """
+        import pytest  # needed for nothing else here
 
-def dtype_of(options: Any, device: torch.device) -> torch.dtype:
-    return DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+        self.results, self.rows = results, dict[str, list[OpRow]]()
+        self.until = time.monotonic() + 60 * self.options.minutes
+        self.measured = cache(self._measure)
+        quiet = [] if flags else ["--benchmark-quiet"]  # the tables below say more
+        code = pytest.main([
+            str(record.ROOT / "bench/test_ops.py"), "-q", "--no-header", "--disable-warnings",
+            "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-only",
+            "--benchmark-autosave", f"--benchmark-storage=file://{record.ROOT}/.benchmarks",
+            "--benchmark-sort=name", "--benchmark-columns=median,iqr,rounds", *quiet, *flags,
+        ], plugins=[self])  # fmt: skip
+        for label, rows in self.rows.items():
+            print(f"\n{label}, {rows[0].dtype}\n\n{ops_table(rows)}")
+        return {4: 2, 5: 0}.get(code, int(code))  # "wrong usage" and "nothing was selected"
 
+    def _measure(self, op: str, shape: Shape, mode: str) -> Any:
+        if time.monotonic() > self.until:
+            return None
+        rows, timed = measure(
+            op, shape, self.dtype, mode, self.device, providers=self.providers,
+            seconds=self.options.seconds, sweep=self.options.sweep,
+        )  # fmt: skip
+        self.rows.setdefault(shape.label, []).extend(rows.values())
+        self.results.add("ops", *rows.values())
+        return rows, timed
 
-def run(argv: Sequence[str], results: record.Results) -> int:
-    """Measure in a process of its own, take the rows over, print the tables; the exit code.
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        kind = f"{self.options.dtype or ''}{'sweep' if self.options.sweep else ''}"
+        who = {f"{op}-{mode}-{shape.label.replace(' ', '')}{kind}-{name}": (op, shape, mode, name)
+               for op, shape, mode in self.todo for name in self.providers
+               if op in PROVIDERS[name]}  # fmt: skip
+        calls = [(partial(self.measured, *what), name) for *what, name in who.values()]
+        metafunc.parametrize(("measured", "provider"), calls, ids=[*who])
 
-    Args:
-        argv: Options of `add_arguments`, checked before, and of pytest-benchmark. It keeps each
-            run under .benchmarks/, for its `--benchmark-compare`.
-    """
-    flags = [
-        "-q",
-        "--no-header",
-        "--disable-warnings",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    flags += ["--benchmark-only", "--benchmark-autosave", "--benchmark-sort=name"]
-    flags += ["--benchmark-columns=median,iqr,rounds", f"--command={results.about['command']}"]
-    if not any(part.startswith("--benchmark-") for part in argv):
-        flags.append("--benchmark-quiet")  # the tables below say more
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ops.json"
-        command = [sys.executable, "-m", "pytest", "bench/test_ops.py", *flags, *argv]
-        command += [f"--benchmark-json={path}", f"--commit={results.about['commit']}"]
-        code = subprocess.run(command, cwd=record.ROOT, env=env, check=False).returncode
-        found = record.load(path) if path.exists() else record.Result(results.about)
-    if found.sections:
-        results.absorb(found)
-    rows = found.rows("ops")
-    for shape in dict.fromkeys(row.shape for row in rows):
-        these = [row for row in rows if row.shape == shape]
-        print(f"\n{shape}, {these[0].dtype}\n\n{ops_table(these)}")
-    return {4: 2, 5: 0}.get(code, code)  # pytest's "wrong usage" and "nothing was selected"
+    def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
+        """Two runs are worth comparing where this is the same; it names no host."""
+        return {name: self.results.about[name] for name in ("device", "torch", "triton", "python")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser("bench.ops", __doc__)
-    add_arguments(parser)
-    given = [*(sys.argv[1:] if argv is None else argv)]
-    options, rest = parser.parse_known_args(given)
+    parser = make_parser()
+    options, rest = cli.parse_with_benchmark(parser, argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cli.refuse(parser, [part for part in rest if not part.startswith("--benchmark-")])
-    plan_measurements(options, device)  # refuses what cannot be measured
+    job = Job(options, device)
     results = record.Results(device, options.out, options.commit)
-    code = run(given, results)
+    results.put("limits", timing.limits(device))
+    code = job.run(results, rest)
     print(f"\nwrote {os.path.relpath(results.path)}")
     return code
 

@@ -18,29 +18,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.rows import SECTIONS, OpRow, Row, merged
+from bench.rows import SECTIONS, Row, merged
 from model.files import write_atomically
 from training.child import ROOT
+from training.environment import package_version
 from training.machines import cpu_name, nvidia_smi
 
 RESULTS = ROOT / "bench/results"
 SCHEMA = "fused-gpt/bench/2"
+ONE_FILE = ("device", "commit", "torch", "triton")  # the same for all rows of a file
 Keep = Callable[[Any], bool]
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -70,39 +62,38 @@ def git_state() -> tuple[str, bool]:
 
     Result files and the report made from them do not count: writing them is what the bench does.
     """
-    commit = _output("git", "rev-parse", "HEAD")
-    if not commit:
+    own = [f":!{path}" for path in ("bench/results", "bench/plots", "README.md")]
+    try:
+        commit, changed = (
+            subprocess.run(
+                ["git", *command], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
+            ).stdout.strip()
+            for command in (
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "--", ".", *own],
+            )
+        )
+    except (OSError, subprocess.SubprocessError):
         return "unknown", True
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no").splitlines()
-    ours = ("bench/results/", "bench/plots/", "README.md")
-    return commit, any(not line[2:].strip().startswith(ours) for line in changed)
+    return commit, bool(changed)
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """Everything a reader needs to run it again; `commit` names it where git is not at hand."""
-    triton_version = None
-    if find_spec("triton"):
-        import triton
-
-        triton_version = triton.__version__
     found, dirty = git_state()
+    argv = sys.orig_argv[1:] or sys.argv
+    command = ["python", *(os.path.relpath(a) if os.path.isabs(a) else a for a in argv)]
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "device": describe_device(device),
         "torch": torch.__version__,
-        "triton": triton_version,
+        "triton": package_version("triton"),
         "python": platform.python_version(),
         "commit": commit or found,
-        "dirty": dirty if commit is None or found == commit else None,
-        "command": command_line(),
+        "dirty": dirty if commit is None or found == commit else None,  # None: not known
+        "command": shlex.join(command),
     }
-
-
-def command_line() -> str:
-    """How this process was started, without the paths of the machine."""
-    argv = sys.orig_argv[1:] or sys.argv
-    return shlex.join(["python", *(os.path.relpath(a) if os.path.isabs(a) else a for a in argv)])
 
 
 @dataclass
@@ -123,38 +114,37 @@ class Result:
 
     @property
     def file_name(self) -> str:
-        device = self.device
-        name = device["name"] + (f" {device['cores']} cores" if device["type"] == "cpu" else "")
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        cores = f" {self.device['cores']} cores" if self.device["type"] == "cpu" else ""
+        slug = re.sub(r"[^a-z0-9]+", "-", (self.device["name"] + cores).lower()).strip("-")
         return f"{slug}-{self.about['commit'][:8]}.json"
 
     def rows(self, section: str) -> list[Any]:
         """Rows of a section, of the type that SECTIONS has for it."""
         return self.sections.get(section, [])
 
-    def join(self, later: "Result") -> "Result":
-        """Both as one; where both have a row, the later one's counts.
+    def join(self, later: "Result") -> None:
+        """Take over what a later result has; where both have a row, the later one's counts.
 
         Raises:
             ValueError: they differ in device, commit, torch or triton.
         """
-        for key in ("device", "commit", "torch", "triton"):
-            if self.about[key] != later.about[key]:
+        ours, theirs = self.about, later.about
+        for key in ONE_FILE:
+            if ours[key] != theirs[key]:
                 raise ValueError(
-                    f"bench: results of one file must agree in {key}; it is {self.about[key]} and "
-                    f"{later.about[key]}; give another --out"
+                    f"bench: results of one file must agree in {key}; it is {ours[key]} and "
+                    f"{theirs[key]}; give another --out"
                 )
-        about = self.about | later.about
-        for name in ("parts", "limits"):
-            if name in about:
-                about[name] = self.about.get(name, {}) | later.about.get(name, {})
-        commands = [c for r in (self, later) for c in r.about["command"].split("; ")]
-        about["command"] = "; ".join(dict.fromkeys(commands))
-        # Rows cannot be told apart: clean where all are; None is "not known".
-        dirty = (self.about["dirty"], later.about["dirty"])
-        about["dirty"] = True if True in dirty else None if None in dirty else False
-        names = dict.fromkeys([*self.sections, *later.sections])
-        return Result(about, {n: merged(self.rows(n), later.rows(n)) for n in names})
+        commands = dict.fromkeys(c for x in (ours, theirs) for c in x["command"].split("; "))
+        dirty = (ours["dirty"], theirs["dirty"])  # rows cannot be told apart: clean where all are
+        self.about = ours | theirs | {
+            "command": "; ".join(commands),
+            "dirty": True if True in dirty else None if None in dirty else False,
+            **{name: ours.get(name, {}) | theirs.get(name, {})
+               for name in ("parts", "limits") if name in ours or name in theirs},
+        }  # fmt: skip
+        for name, rows in later.sections.items():
+            self.sections[name] = merged(self.rows(name), rows)
 
     def write(self, path: Path) -> None:
         """JSON with one row a line."""
@@ -182,7 +172,9 @@ class Results(Result):
         self.path = path if path.suffix == ".json" else path / self.file_name
         self.path.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
         if self.path.exists():
-            self._become(load(self.path).join(self))
+            before = load(self.path)
+            before.join(self)
+            self.about, self.sections = before.about, before.sections
 
     def add(self, section: str, *rows: Row) -> None:
         """Insert or replace rows and write the file."""
@@ -197,11 +189,8 @@ class Results(Result):
 
     def absorb(self, later: Result) -> None:
         """Take over what another result holds, and write the file."""
-        self._become(self.join(later))
+        self.join(later)
         self.write(self.path)
-
-    def _become(self, other: Result) -> None:
-        self.about, self.sections = other.about, other.sections
 
 
 def rounded(value: Any, digits: int = 5) -> Any:
@@ -216,51 +205,36 @@ def rounded(value: Any, digits: int = 5) -> Any:
 
 
 def load(path: Path) -> Result:
-    """Read a result file, ours or one of pytest-benchmark that `bench.ops` has written.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Read a result file; ValueError if it is none."""
     if path.exists() and not path.is_file():  # a device or a pipe would be read for ever
         raise ValueError(f"bench: {path} is no regular file")
     try:
         data = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"bench: {path.name} is not JSON ({error})") from None
-    data = data if isinstance(data, dict) else {}
-    about = data.get("about", data)  # what bench/conftest.py adds to pytest-benchmark's own
-    schema = about.get("schema") if isinstance(about, dict) else None
+    schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"bench: {path.name} must have schema {SCHEMA!r}, has {schema!r}")
     try:
-        if about is not data:
-            ops = [_op_row(entry) for entry in data["benchmarks"]]
-            return Result(about, {"ops": [*ops, *(OpRow(**v) for v in data["not_timed"])]})
         sections = {name: [kind(**values) for values in data.pop(name)]
                     for name, kind in SECTIONS.items() if name in data}  # fmt: skip
-        return Result(data, sections)
-    except (KeyError, TypeError) as error:
+    except TypeError as error:
         raise ValueError(f"bench: a row of {path.name} cannot be read: {error}") from None
-
-
-def _op_row(entry: dict[str, Any]) -> OpRow:
-    """A benchmark of pytest-benchmark: its statistics, in seconds, and what is said of the op."""
-    stats = entry["stats"]
-    ms = {f"{q}ms": 1e3 * stats[name] for q, name in
-          (("", "median"), ("q1_", "q1"), ("q3_", "q3"))}  # fmt: skip
-    spread = {"cov": stats["stddev"] / stats["mean"], "rounds": stats["rounds"]}
-    return OpRow(**entry["extra_info"], **ms, **spread)
+    return Result(data, sections)
 
 
 def load_all(paths: Path | Sequence[Path] = RESULTS) -> list[Result]:
     """The results of a folder or of files, newest last; those of one device and commit as one."""
     if isinstance(paths, Path):
         paths = sorted(paths.glob("*.json"))
-    found: dict[str, Result] = {}
+    found: list[Result] = []
     for result in sorted(map(load, paths), key=lambda result: result.about["date"]):
-        key = json.dumps([result.about[k] for k in ("device", "commit", "torch", "triton")])
-        found[key] = found.pop(key).join(result) if key in found else result
-    return [*found.values()]
+        same = [x for x in found if all(x.about[k] == result.about[k] for k in ONE_FILE)]
+        for earlier in same:
+            found.remove(earlier)
+            earlier.join(result)
+        found += same or [result]
+    return found
 
 
 def merge(paths: Sequence[Path], into: Path) -> Path:
@@ -269,11 +243,11 @@ def merge(paths: Sequence[Path], into: Path) -> Path:
     Raises:
         ValueError: they differ in device, commit, torch or triton.
     """
-    whole = load(paths[0])
-    target = into if into.suffix == ".json" else into / whole.file_name
+    target = into if into.suffix == ".json" else into / load(paths[0]).file_name
     named = {path.resolve() for path in (*paths, *([target] if target.exists() else []))}
-    for result in load_all([*named]):
-        whole = whole.join(result)
+    whole, *others = load_all([*named])
+    for other in others:  # not of one file, so that this says in what they differ
+        whole.join(other)
     target.parent.mkdir(parents=True, exist_ok=True)
     whole.write(target)
     return target
@@ -288,8 +262,5 @@ def newest(
     results: Sequence[Result], device_type: str, section: str, keep: Keep = bool
 ) -> Result | None:
     """The latest result of that kind of device that has such rows (by default any) in `section`."""
-    return next(
-        (r for r in reversed(results)
-         if r.device["type"] == device_type and any(map(keep, r.rows(section)))),
-        None,
-    )  # fmt: skip
+    of_kind = (r for r in reversed(results) if r.device["type"] == device_type)
+    return next((r for r in of_kind if any(map(keep, r.rows(section)))), None)
