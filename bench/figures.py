@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.cases import CASES
-from bench.record import Result, newest, with_values
+from bench.record import Keep, Result, newest, with_values
 from bench.rows import OpRow, Row, SeedRow, StepRow
 from bench.tables import device_line, shown
 from training import plot
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 LARGE = {"model": "124m", "shape": "B=64 T=1024", "accum": 1}  # the size of the goals
 MAX_BAR = 3.0  # of eager's time; a slower one is cut off there and keeps its number
-GRAY, BLUE, ORANGE = "#9aa0a6", "#4a7fb5", "#d9602b"
-COLOURS = {"eager": GRAY, "compile": BLUE, "ours": ORANGE, "liger": "#7b5ea7",
+COLOURS = {"eager": "#9aa0a6", "compile": "#4a7fb5", "ours": "#d9602b", "liger": "#7b5ea7",
            "sdpa-flash": "#3f9b6e", "sdpa-cudnn": "#a8a03a", "linear-ce": "#b5507c"}  # fmt: skip
+
+Found = tuple[Result | None, list[Any]]  # a result, and its rows that are shown
 
 
 def colour(provider: str) -> str:
@@ -40,22 +41,22 @@ class Figure:
     """
 
     title: str
-    find: Callable[[Sequence[Result]], tuple[Result | None, list[Any]]]
+    find: Callable[[Sequence[Result]], Found]
     draw: Callable[[Result, list[Any]], "Axes"]
 
-    def rows(self, results: Sequence[Result]) -> list[Any]:
-        return self.find(results)[1]
+
+def latest(results: Sequence[Result], device: str, section: str, keep: Keep = bool) -> Found:
+    """The newest result with rows that `keep` takes, and those of them that may be shown."""
+    result = newest(results, device, section, keep)
+    return result, [row for row in shown(result.rows(section)) if keep(row)] if result else []
 
 
-def step_rows(device: str, results: Sequence[Result]) -> tuple[Result | None, list[StepRow]]:
+def step_rows(device: str, results: Sequence[Result]) -> Found:
     """Of one size; on a GPU that of the goals, whatever was measured last."""
-    result = newest(results, device, "step")
-    rows: list[StepRow] = shown(result.rows("step")) if result else []
-    if not rows:
-        return None, []
-    first = next(filter(with_values(**LARGE), rows), rows[0])
-    same = with_values(model=first.model, shape=first.shape, accum=first.accum)
-    return result, [*filter(same, rows)]
+    result, rows = latest(results, device, "step")
+    first = next(filter(with_values(**LARGE), rows), rows[0] if rows else None)
+    size = ("model", "shape", "accum")
+    return result, [r for r in rows if all(getattr(r, k) == getattr(first, k) for k in size)]
 
 
 def draw_step(result: Result, rows: list[StepRow]) -> "Axes":
@@ -80,12 +81,10 @@ def op_sizes(rows: Iterable[OpRow]) -> list[str]:
     return sorted(labels, key=lambda label: label != LARGE["shape"])
 
 
-def op_rows(device: str, results: Sequence[Result]) -> tuple[Result | None, list[OpRow]]:
+def op_rows(device: str, results: Sequence[Result]) -> Found:
     """Of one size, those that have a time of eager's to be held against."""
-    result = newest(results, device, "ops", with_values(mode="both", sweep=False))
-    rows = shown(result.rows("ops")) if result else []
-    rows = [r for r in rows if r.mode == "both" and not r.sweep
-            and (r.provider == "eager" or "eager" in r.over)]  # fmt: skip
+    result, rows = latest(results, device, "ops", with_values(mode="both", sweep=False))
+    rows = [row for row in rows if row.provider == "eager" or "eager" in row.over]
     return result, [row for row in rows if row.shape == op_sizes(rows)[0]]
 
 
@@ -119,13 +118,12 @@ def warmest(rows: Iterable[SeedRow]) -> SeedRow | None:
     return max(enumerate(rows), key=lambda x: (x[1].cache == "warm", x[0]), default=(0, None))[1]
 
 
-def curve_rows(results: Sequence[Result]) -> tuple[Result | None, list[SeedRow]]:
+def curve_rows(results: Sequence[Result]) -> Found:
     def keep(row: SeedRow) -> bool:
         return row.text == "tiny Shakespeare" and not row.doubt and bool(row.curve)
 
-    result = newest(results, "cuda", "seed", keep)
-    found = warmest(filter(keep, result.rows("seed"))) if result else None
-    return result, [found] if found else []
+    result, rows = latest(results, "cuda", "seed", keep)
+    return result, [row for row in rows if row is warmest(rows)]
 
 
 def draw_curve(result: Result, rows: list[SeedRow]) -> "Axes":
@@ -135,21 +133,17 @@ def draw_curve(result: Result, rows: list[SeedRow]) -> "Axes":
     return plot.loss_curve(curve, published=PUBLISHED_LOSS, levels=goal, title=title).axes[0]
 
 
-def sweep_rows(op: str, results: Sequence[Result]) -> tuple[Result | None, list[OpRow]]:
-    keep = with_values(op=op, mode="both", sweep=True)
-    result = newest(results, "cuda", "ops", keep)
-    return result, [row for row in shown(result.rows("ops")) if keep(row)] if result else []
+def sweep_rows(op: str, results: Sequence[Result]) -> Found:
+    return latest(results, "cuda", "ops", with_values(op=op, mode="both", sweep=True))
 
 
 def draw_sweep(result: Result, rows: list[OpRow]) -> "Axes":
-    def rate(row: OpRow) -> float:
-        return row.gbs if row.tflops is None else row.tflops
-
     unit = "GB/s" if rows[0].tflops is None else "TFLOP/s"
     axes = plot.new_axes(f"{rows[0].op}, forward and backward\n{device_line(result)}", unit)
     labels = list(dict.fromkeys(row.shape for row in rows))
     for name in dict.fromkeys(row.provider for row in rows):
-        line = {labels.index(row.shape): rate(row) for row in rows if row.provider == name}
+        line = {labels.index(row.shape): row.gbs if row.tflops is None else row.tflops
+                for row in rows if row.provider == name}  # fmt: skip
         xs = sorted(line)
         axes.plot(xs, [line[x] for x in xs], ".-", color=colour(name), label=name)
     axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=20)
@@ -174,7 +168,7 @@ FIGURES: dict[str, Figure] = {
 def fingerprint(rows: Sequence[Row]) -> str:
     """Of the rows a figure shows; it stands in the SVG, so a stale figure is found."""
     values = [row.values() for row in rows]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return "rows " + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def draw_all(results: Sequence[Result], folder: Path, ending: str = "svg") -> list[str]:
@@ -183,9 +177,8 @@ def draw_all(results: Sequence[Result], folder: Path, ending: str = "svg") -> li
     for name, figure in FIGURES.items():
         result, rows = figure.find(results)
         if result is not None and rows:
-            axes = figure.draw(result, rows)
-            path = folder / f"{name}.{ending}"
-            plot.save(axes.figure, path, f"rows {fingerprint(rows)}")  # type: ignore[arg-type]
+            drawing: Any = figure.draw(result, rows).figure
+            plot.save(drawing, folder / f"{name}.{ending}", fingerprint(rows))
             drawn.append(name)
     return drawn
 
@@ -194,7 +187,7 @@ def stale(results: Sequence[Result], folder: Path) -> list[str]:
     """Figures that are missing, or show other rows than the results have."""
     found = []
     for name, figure in FIGURES.items():
-        rows, path = figure.rows(results), folder / f"{name}.svg"
-        if rows and (not path.exists() or f"rows {fingerprint(rows)}" not in path.read_text()):
+        rows, path = figure.find(results)[1], folder / f"{name}.svg"
+        if rows and (not path.exists() or fingerprint(rows) not in path.read_text()):
             found.append(name)
     return found

@@ -6,16 +6,17 @@ through the bench and waits while the others run: beside our folder named `kerne
 that for the package it looks for.
 
     python -m bench.generate --model small --rounds 5
-    python -m bench.generate --model 124m --no-uncached
+    python -m bench.generate --model 124m --only cached --only transformers
     python -m bench.generate --model 124m --device cuda --dtype bf16 --batch 16 --only cached
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,25 +74,21 @@ def measure(options: argparse.Namespace) -> list[StepRow]:
     prompt = torch.randint(model.config.vocab_size, (PROMPT_TOKENS,)).tolist()
     prompts = [prompt] * options.batch
     tokens: dict[str, list[list[int]]] = {}
+    replays: dict[str, timing.Replay] = {}
     failed: dict[str, str] = {}
 
-    def ours(use_cache: bool, num: int = num) -> list[list[int]]:
+    def ours(name: str, num: int = num) -> None:
         sampling = Sampling(max_new_tokens=num, temperature=0.0)
-        found = generate_tokens(model, prompts, sampling, use_cache=use_cache)
+        tokens[name] = generate_tokens(model, prompts, sampling, use_cache=name == "cached")
         if options.device == "cuda":
             torch.cuda.synchronize()
-        return found
 
-    def call(name: str, use_cache: bool) -> Callable[[], None]:
-        return lambda: tokens.__setitem__(name, ours(use_cache))
-
-    replays: dict[str, timing.Replay] = {}
     with ExitStack() as held:
-        for name, use_cache in (("cached", True), ("uncached", False)):
-            if name in options.only:
-                ours(use_cache, 4)  # a short run: a whole one takes minutes
-                replays[name] = timing.host_replay(call(name, use_cache))
-        if "transformers" in options.only:
+        for name in options.only:
+            if name != "transformers":
+                ours(name, 4)  # a short run: a whole one takes minutes
+                replays[name] = timing.host_replay(partial(ours, name))
+                continue
             folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
             model.save_pretrained(folder)
             command = [sys.executable, "-I", "-c", WORKER, str(folder), options.device,
@@ -100,14 +97,14 @@ def measure(options: argparse.Namespace) -> list[StepRow]:
                 worker = held.enter_context(Child(command, cwd=folder))  # not beside our `kernels`
                 worker.ask([prompts, 4], ANSWER_LIMIT_S)
             except ChildDied as why:
-                failed["transformers"] = str(why)
-            else:
+                failed[name] = str(why)
+                continue
 
-                def theirs() -> float:
-                    ms, tokens["transformers"] = worker.ask([prompts, num], ANSWER_LIMIT_S)
-                    return ms
+            def theirs(name: str = name, worker: Child = worker) -> float:
+                ms, tokens[name] = worker.ask([prompts, num], ANSWER_LIMIT_S)
+                return ms
 
-                replays["transformers"] = timing.Replay(theirs, "host")
+            replays[name] = timing.Replay(theirs, "host")
         timed = timing.interleave(
             replays, rounds=options.rounds, seconds=1e9, warmup=0, min_rounds=1, failed=failed
         )
@@ -142,13 +139,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=cli.count, default=1, help="rows at once")
     parser.add_argument("--dtype", default="fp32", choices=[*DTYPES])
     parser.add_argument("--rounds", type=cli.count, default=5, help="samples of each")
-    parser.add_argument("--only", action="append", choices=PROVIDERS, help="repeat for several")
-    parser.add_argument("--no-uncached", action="store_true", help="which takes minutes for 124m")
+    parser.add_argument("--only", action="append", choices=PROVIDERS,
+                        help="repeat for several; uncached takes minutes for 124m")  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=devices)
-    parser.add_argument("--out", type=cli.path, help="also add the rows to this result file")
-    parser.add_argument("--commit", help="what is measured, where git is not at hand")
+    cli.add_output(parser, None)
     options = parser.parse_args(argv)
-    options.only = options.only or PROVIDERS[: 2 if options.no_uncached else 3]
+    options.only = options.only or PROVIDERS
     return options
 
 
@@ -160,10 +156,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = measure(options)
     print(rows_table(
         rows,
-        [("model", lambda r: r.model), ("who", lambda r: r.provider)],
-        [("ms", lambda r: f"{r.ms:,.0f}"), ("spread", lambda r: r.spread),
-         ("tokens/s", lambda r: f"{r.tokens_per_s:,.1f}"),
-         ("cached is x", lambda r: f"{1 / r.over['cached']:.2f}" if "cached" in r.over else "")],
+        {"model": lambda r: r.model, "who": lambda r: r.provider},
+        {"ms": lambda r: f"{r.ms:,.0f}", "spread": lambda r: r.spread,
+         "tokens/s": lambda r: f"{r.tokens_per_s:,.1f}",
+         "cached is x": lambda r: f"{1 / r.over['cached']:.2f}" if "cached" in r.over else ""},
     ))  # fmt: skip
     if results:
         results.add("generate", *rows)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import baseline, cli, record, timing
+from bench.ops import make_rows
 from bench.rows import OpRow
 from bench.tables import over, rows_table
 from model import GPT, MODELS
@@ -59,11 +60,6 @@ def make_step(
     return step, parameters
 
 
-def floor_bytes(parameters: Sequence[nn.Parameter], working: bool) -> int:
-    """What clip and step read and write at the least."""
-    return sum(p.numel() * (30 if working and p.dim() >= 2 else 32) for p in parameters)
-
-
 def doubt_of(weights: dict[str, list[nn.Parameter]]) -> str:
     """Why no time of ours may be shown; empty where both hold the same weights."""
     if "torch" not in weights:
@@ -75,7 +71,7 @@ def doubt_of(weights: dict[str, list[nn.Parameter]]) -> str:
 
 def measure(model: str, working: bool, device: torch.device, seconds: float) -> list[OpRow]:
     """A row for each implementation; one that fails, or ours with other weights, is in doubt."""
-    steps: dict[str, Callable[[], Tensor]] = {}
+    steps: dict[str, Sequence[Callable[[], Tensor]]] = {}
     weights: dict[str, list[nn.Parameter]] = {}
     failed: dict[str, str] = {}
     for kind in CLASSES:
@@ -85,31 +81,21 @@ def measure(model: str, working: bool, device: torch.device, seconds: float) -> 
                 for _ in range(CHECK_STEPS):
                     step()
             torch.cuda.synchronize(device)
-            steps[kind], weights[kind] = step, parameters
+            steps[kind], weights[kind] = [step], parameters
         except Exception as error:
             timing.note_failure(failed, kind, error)
     doubt = doubt_of(weights) if "triton" in weights else ""
-    nbytes = max((floor_bytes(each, working) for each in weights.values()), default=0)
-    timed = timing.time_calls(
-        {kind: [step] for kind, step in steps.items()}, device, nbytes,
-        failed=failed, seconds=seconds,
+    # What clip and step read and write at the least.
+    nbytes = sum(p.numel() * (30 if working and p.dim() >= 2 else 32)
+                 for parameters in [*weights.values()][:1] for p in parameters)  # fmt: skip
+    timed = timing.time_calls(steps, device, nbytes, failed=failed, seconds=seconds)
+    rows = make_rows(
+        [*CLASSES], timed, failed, ["torch"], nbytes,
+        nbytes / timing.limits(device)["copy_gbs"] / 1e6,
+        op="optimizer", shape=model, dtype="bf16 copies" if working else "fp32", mode="step",
     )  # fmt: skip
-    limit = timing.limits(device)["copy_gbs"]
-    rows = []
-    for kind in CLASSES:
-        row = OpRow(
-            op="optimizer", shape=model, dtype="bf16 copies" if working else "fp32", mode="step",
-            provider=kind, doubt=failed.get(kind, ""),
-        )  # fmt: skip
-        if found := timed.get(kind):
-            gbs = nbytes / found.median_ms / 1e6
-            row = replace(
-                row, doubt=doubt if kind == "triton" else "", timed=found.mode, gbs=gbs,
-                of_limit=gbs / limit, **found.figures,
-                over={n: timing.ratio(timed[n], found) for n in timed if n != kind},
-            )  # fmt: skip
-        rows.append(row)
-    return rows
+    rows["triton"] = replace(rows["triton"], doubt=rows["triton"].doubt or doubt)
+    return [*rows.values()]
 
 
 def run(model: str, device: torch.device, results: record.Results, seconds: float) -> int:
@@ -118,10 +104,10 @@ def run(model: str, device: torch.device, results: record.Results, seconds: floa
     results.add("optimizer", *rows)
     print(rows_table(
         rows,
-        [("gradients", lambda r: r.dtype), ("who", lambda r: r.provider)],
-        [("ms", lambda r: f"{r.ms:.3g}"), ("spread", lambda r: r.spread),
-         ("GB/s", lambda r: f"{r.gbs:,.0f}"), ("of limit", lambda r: f"{r.of_limit:.0%}"),
-         ("x torch", over("torch"))],
+        {"gradients": lambda r: r.dtype, "who": lambda r: r.provider},
+        {"ms": lambda r: f"{r.ms:.3g}", "spread": lambda r: r.spread,
+         "GB/s": lambda r: f"{r.gbs:,.0f}", "of limit": lambda r: f"{r.of_limit:.0%}",
+         "x torch": over("torch")},
     ))  # fmt: skip
     return 1 if any(row.doubt for row in rows) else 0
 
@@ -130,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("bench.optimizer", __doc__)
     parser.add_argument("--model", choices=[*MODELS], default="124m")
     parser.add_argument("--seconds", type=cli.amount, default=5.0, help="of each table half")
-    parser.add_argument("--out", type=cli.path, default=record.RESULTS)
-    parser.add_argument("--commit", help="what is measured, where git is not at hand")
+    cli.add_output(parser)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise ValueError("bench: needs a GPU; interpreted kernels have no speed to measure")

@@ -19,6 +19,7 @@ The text between them is replaced; the rest of the file is never touched. Known 
     limits                where the time of a step goes, ours and the compiled baseline
     ablation              ours with one thing at a time switched back
     tune                  launch rows that the tuner proposes
+    sources               what was run for the figures of which commit
     plots                 the images of bench/plots/ that have data
 
 Where no result is committed a block is empty; goals are then open and step-gpu says so in a line.
@@ -37,65 +38,61 @@ from bench import cli, figures, record
 from bench.contestants import ABLATION
 from bench.figures import LARGE, op_sizes, warmest
 from bench.record import Keep, Result, newest, with_values
-from bench.rows import CheckRow, OpRow, ProfileRow, Row, SeedRow, StepRow, TuneRow
+from bench.rows import CheckRow, OpRow, ProfileRow, SeedRow, StepRow, TuneRow
 from bench.tables import (
     cell,
     device_line,
+    figures_3,
     number,
-    ops_table,
+    rivals_table,
     rows_table,
     shown,
     source_line,
     step_table,
     table,
+    where,
 )  # fmt: skip
 
 README = record.ROOT / "README.md"
 PLOTS = record.ROOT / "bench/plots"
 SAMPLE_CHARS = 300
-MAX_REDS = 12  # listed; the table has their number
-
-
-def where(result: Result) -> str:
-    """Device and commit: what tells apart the figures of one table."""
-    return f"{device_line(result)}, {result.about['commit'][:8]}"
-
-
-def source_lines(results: Sequence[Result | None]) -> str:
-    """A line for each result, each once."""
-    return "\n\n".join(dict.fromkeys(source_line(r) for r in results if r is not None))
-
-
 GOAL_GPU = "H200"
 SEED = {"model": "124m", "shape": "B=16 T=64", "accum": 4}
 
+Figure = Callable[[Result], float | None]  # None: not measured; NaN: in doubt
 
-@dataclass(frozen=True)
-class Source:
-    """Where a figure stands.
 
-    Args:
-        section: Of a result file.
-        keep: Takes its row.
-        figure: The figure of that row; None if it was not measured.
-        over: Takes the row by whose figure it is divided.
-    """
+def of(section: str, keep: Keep, get: Callable[[Any], float | None]) -> Figure:
+    """A figure of the last such row: what was measured again stands behind what failed before."""
 
-    section: str
-    keep: Keep
-    figure: Callable[[Any], float | None]
-    over: Keep | None = None
+    def figure(result: Result) -> float | None:
+        row = next(filter(keep, reversed(result.rows(section))), None)
+        return row and (math.nan if row.doubt else get(row))
 
-    def rows(self, result: Result) -> list[Any]:
-        """The rows that make the figure; none if one was not measured. Those in doubt are."""
-        found = []
-        for keep in (self.keep, *([self.over] if self.over else [])):
-            # The last: what was measured again stands behind what failed before.
-            row = next(filter(keep, reversed(result.rows(self.section))), None)
-            if row is None or (not row.doubt and self.figure(row) is None):
-                return []
-            found.append(row)
-        return found
+    return figure
+
+
+def _step(
+    setup: dict[str, Any], get: Callable[[StepRow], float | None], who: str = "ours bf16"
+) -> Figure:
+    return of("step", with_values(**setup, provider=who), get)
+
+
+def _peak_share(result: Result) -> float | None:
+    ours, theirs = (
+        _step(LARGE, lambda row: row.peak_gib, who)(result) for who in ("ours bf16", "compile bf16")
+    )
+    return None if ours is None or theirs is None else ours / theirs
+
+
+def _first_step(cache: str) -> Figure:
+    """Of the recipe on any text, or else of a step alone."""
+    alone = with_values(model="124m", provider="ours bf16", cache=cache)
+    of_recipe = of("seed", with_values(cache=cache), lambda row: row.first_step_s)
+    of_step = of("first_step", alone, lambda row: row.process_start_s)
+    return lambda result: next(
+        (x for x in (of_recipe(result), of_step(result)) if x is not None), None
+    )
 
 
 @dataclass(frozen=True)
@@ -107,62 +104,37 @@ class Goal:
         must: The bound, in words.
         bound: The bound.
         at_least: Whether the figure must reach the bound; else it must not exceed it.
-        sources: Where the figure stands; the first that a result has.
+        figure: Finds it in a result.
         unit: Written after it.
         digits: After the point; rounded against us, so a figure never looks better than it is.
-        needs: What else must be true of the row.
     """
 
     what: str
     must: str
     bound: float
     at_least: bool
-    sources: tuple[Source, ...]
+    figure: Figure
     unit: str = ""
     digits: int = 0
-    needs: str = ""
 
     def text(self, figure: float) -> str:
         units = round(figure * 10**self.digits, 4)  # 1.15 * 100 is 114.99999999999999
         units = math.floor(units) if self.at_least else math.ceil(units)
         return f"{units / 10**self.digits:,.{self.digits}f}{self.unit}"
 
-    def verdict(self, row: Row, figure: float) -> str:
-        if self.needs and not getattr(row, self.needs):
-            return f"short: not {self.needs}"
-        met = figure >= self.bound if self.at_least else figure <= self.bound
-        return "met" if met else f"short: {self.text(figure)}"
-
     def cells(self, results: Sequence[Result]) -> tuple[list[str], Result | None]:
-        """Figure, origin and verdict by the newest result of a GPU that measured it, and that."""
-        cuda = [r for r in results if r.device["type"] == "cuda"]
-        pairs = ((r, source, source.rows(r)) for r in reversed(cuda) for source in self.sources)
-        result, source, rows = next(filter(lambda found: found[2], pairs), (None, None, []))
-        if result is None or source is None:
-            return ["", "", "open"], None
-        on = where(result)
-        if not re.search(rf"\b{GOAL_GPU}\b", result.device["name"]):  # GH200 is another
-            on += f" (not an {GOAL_GPU})"
-        if len(shown(rows)) < len(rows):
-            return ["not shown: in doubt", on, "open"], result
-        figures = [source.figure(row) or 0.0 for row in rows]
-        figure = figures[0] / figures[1] if source.over else figures[0]
-        return [self.text(figure), on, self.verdict(rows[0], figure)], result
-
-
-def _step(
-    setup: dict[str, Any], figure: Callable[[StepRow], float | None], over: str | None = None
-) -> tuple[Source, ...]:
-    rival = with_values(**setup, provider=over) if over else None
-    return (Source("step", with_values(**setup, provider="ours bf16"), figure, rival),)
-
-
-def _first_step(cache: str) -> tuple[Source, ...]:
-    alone = with_values(model="124m", provider="ours bf16", cache=cache)
-    return (
-        Source("seed", with_values(cache=cache), lambda row: row.first_step_s),  # on any text
-        Source("first_step", alone, lambda row: row.process_start_s),
-    )
+        """Figure, commit and verdict by the newest result of a GPU that measured it, and that."""
+        for result in reversed(results):
+            figure = self.figure(result) if result.device["type"] == "cuda" else None
+            if figure is not None:
+                met = figure >= self.bound if self.at_least else figure <= self.bound
+                said = ["not shown: in doubt", "open"]
+                if math.isinf(figure):
+                    said = ["not reached", "short"]
+                elif not math.isnan(figure):
+                    said = [self.text(figure), "met" if met else "short"]
+                return [said[0], result.about["commit"][:8], said[1]], result
+        return ["", "", "open"], None
 
 
 def _over_compile(row: StepRow) -> float | None:
@@ -176,12 +148,12 @@ GOALS = (
     Goal("tokens/s there, aim", "600,000", 600_000, True,
          _step(LARGE, lambda row: row.tokens_per_s)),
     Goal("Shakespeare recipe to loss < 0.09, warm caches", "60 s", 60, False,
-         (Source("seed", with_values(cache="warm", text="tiny Shakespeare"),
-                 lambda row: row.seconds),), " s", 1, "reached"),
+         of("seed", with_values(cache="warm", text="tiny Shakespeare"),
+            lambda row: row.seconds if row.reached else math.inf), " s", 1),
     Goal("the same recipe as four separate micro-batches, tokens/s", "200,000", 200_000, True,
          _step(SEED, lambda row: row.tokens_per_s)),
     Goal("peak memory over the compiled baseline's, B=64 T=1024", "two thirds", 2 / 3, False,
-         _step(LARGE, lambda row: row.peak_gib, "compile bf16"), "", 3),
+         _peak_share, "", 3),
     Goal("process start to first step, cold caches", "30 s", 30, False, _first_step("cold"),
          " s", 1),
     Goal("process start to first step, warm caches", "6 s", 6, False, _first_step("warm"), " s", 1),
@@ -190,13 +162,14 @@ GOALS = (
 
 def goals_block(results: Sequence[Result]) -> str:
     header = [f"goal on one {GOAL_GPU}, bf16, GPT-2 124M, maths unchanged"]
-    header += ["must", "measured", "on", "state"]
     found = [goal.cells(results) for goal in GOALS]
     lines = [[g.what, g.must, *cells] for g, (cells, _) in zip(GOALS, found, strict=True)]
-    keep = [i for i in range(len(header)) if any(line[i] for line in lines)]
-    lines = [[line[i] for i in keep] for line in lines]
-    sources = source_lines([result for _, result in found])
-    return table([header[i] for i in keep], lines) + f"\n\n{sources}"
+    others = dict.fromkeys(
+        f"{result.about['commit'][:8]} is of an {device_line(result)}, not an {GOAL_GPU}."
+        for _, result in found  # a GH200 is another
+        if result and not re.search(rf"\b{GOAL_GPU}\b", result.device["name"])
+    )
+    return "\n\n".join([table([*header, "must", "measured", "commit", "state"], lines), *others])
 
 
 NOTHING_YET = (
@@ -206,13 +179,11 @@ NOTHING_YET = (
 
 def step_block(results: Sequence[Result], device_type: str) -> str:
     """A table for each size; on a GPU for those of the goals, and one for all the others."""
-    result = newest(results, device_type, "step")
-    if result is None and device_type == "cpu":
-        return ""
+    result, cuda = newest(results, device_type, "step"), device_type == "cuda"
     if result is None:
         some = any(r.device["type"] == "cuda" for r in results)
-        return "No training-step result of a GPU is committed yet." if some else NOTHING_YET
-    cuda = device_type == "cuda"
+        nothing = "No training-step result of a GPU is committed yet." if some else NOTHING_YET
+        return nothing if cuda else ""
     groups: dict[str, list[StepRow]] = {}
     for row in result.rows("step"):
         accum = f", {row.accum} micro-batches" if row.accum > 1 else ""
@@ -220,12 +191,10 @@ def step_block(results: Sequence[Result], device_type: str) -> str:
         if cuda and not (with_values(**LARGE)(row) or with_values(**SEED)(row)):
             row, title = replace(row, provider=f"{title}: {row.provider}"), "Other sizes"
         groups.setdefault(title, []).append(row)
-    parts = [f"{title}\n\n{step_table(rows)}\n" for title, rows in groups.items()]
+    parts = [f"{title} ({where(result)})\n\n{step_table(rows)}" for title, rows in groups.items()]
     if cuda:
-        parts.append(
-            "fp32 rows multiply in TF32. MFU is against the data sheet's dense bf16 peak.\n"
-        )
-    return "\n".join([*parts, source_line(result)])
+        parts.append("fp32 rows multiply in TF32. MFU is against the data sheet's dense bf16 peak.")
+    return "\n\n".join(parts)
 
 
 def ablation_block(results: Sequence[Result]) -> str:
@@ -236,15 +205,15 @@ def ablation_block(results: Sequence[Result]) -> str:
     whole = next((row for row in shown(rows) if row.provider == "ours bf16"), None)
     body = rows_table(
         rows,
-        [("what differs", lambda row: row.provider.removeprefix(ABLATION))],
-        [
-            ("tokens/s", lambda row: f"{row.tokens_per_s:,.0f}"),
-            ("spread", lambda row: row.spread),
-            ("x ours", lambda row: f"{whole.ms / row.ms:.3f}" if whole else ""),
-        ],
+        {"what differs": lambda row: row.provider.removeprefix(ABLATION)},
+        {
+            "tokens/s": lambda row: f"{row.tokens_per_s:,.0f}",
+            "spread": lambda row: row.spread,
+            "x ours": lambda row: f"{whole.ms / row.ms:.3f}" if whole else "",
+        },
     )
     title = f"Ours with one thing switched back at a time, {rows[0].shape}"
-    return f"{title}\n\n{body}\n\n{source_line(result)}"
+    return f"{title} ({where(result)})\n\n{body}"
 
 
 def ops_block(results: Sequence[Result], device_type: str) -> str:
@@ -257,17 +226,18 @@ def ops_block(results: Sequence[Result], device_type: str) -> str:
     parts = []
     for label in op_sizes(rows):
         these = [row for row in rows if row.shape == label]
-        title, body = f"Forward and backward, {label}, {these[0].dtype}", ops_table(these)
+        title = f"Forward and backward, {label}, {these[0].dtype} ({where(result)})"
+        body = rivals_table(these)
         if parts:
             title, body = f"<details><summary>{title}</summary>", f"{body}\n\n</details>"
-        parts.append(f"{title}\n\n{body}\n")
+        parts.append(f"{title}\n\n{body}")
     if limits := result.about.get("limits"):
-        parts.append(
-            f"Limits measured in the same run: copy {limits['copy_gbs']:,.3g} GB/s, matmul "
-            f"{limits['matmul_tflops']:,.3g} TFLOP/s, matmul with K=768 "
-            f"{limits['matmul_k768_tflops']:,.3g} TFLOP/s.\n"
+        copy, large, k768 = (
+            figures_3(limits[name]) for name in ("copy_gbs", "matmul_tflops", "matmul_k768_tflops")
         )
-    return "\n".join([*parts, source_line(result)])
+        parts.append(f"Limits measured in the same run: copy {copy} GB/s, matmul {large} TFLOP/s, "
+                     f"matmul with K=768 {k768} TFLOP/s.")  # fmt: skip
+    return "\n\n".join(parts)
 
 
 def train_block(results: Sequence[Result]) -> str:
@@ -276,28 +246,30 @@ def train_block(results: Sequence[Result]) -> str:
     if result is None:
         return ""
     rows: list[SeedRow] = result.rows("seed")
-    parts = [rows_table(
+    body = rows_table(
         rows,
-        [("recipe, from process start", lambda row: cell(f"{row.text}, GPT-2 124M")),
-         ("caches", lambda row: row.cache)],
-        [("result", lambda row: cell(row.result) + (", reached" if row.reached else "")),
-         ("first step s", lambda row: number(row.first_step_s, ".1f")),
-         ("all s", lambda row: number(row.seconds, ".1f")),
-         ("tokens/s", lambda row: number(row.tokens_per_s, ",.0f"))],
-    )]  # fmt: skip
+        {
+            f"GPT-2 124M, from process start ({where(result)})": lambda row: cell(row.text),
+            "caches": lambda row: row.cache,
+        },
+        {
+            "result": lambda row: cell(row.result) + (", reached" if row.reached else ""),
+            "first step s": lambda row: number(row.first_step_s, ".1f"),
+            "all s": lambda row: number(row.seconds, ".1f"),
+            "tokens/s": lambda row: number(row.tokens_per_s, ",.0f"),
+        },
+    )
     last = warmest(shown(rows))
-    if last and last.samples:
-        parts += ["What it writes at the end:", *map(_quote, last.samples[:2])]
-    return "\n\n".join([*parts, source_line(result)])
-
-
-def _quote(sample: dict[str, str]) -> str:
-    """A prompt and its continuation, cut; a text can end neither the fence nor the block."""
-    prompt, text = sample["prompt"], sample["text"].removeprefix(sample["prompt"])
+    if not (last and last.samples):
+        return body
+    sample = last.samples[0]
+    text = sample["text"].removeprefix(sample["prompt"])
     if len(text) > SAMPLE_CHARS:
         text = text[:SAMPLE_CHARS] + " ..."
-    quoted = f"[prompt]{prompt}\n[model]{text}".rstrip()
-    return "```\n" + quoted.replace("```", "` ` `").replace("<!--", "<! --") + "\n```"
+    quoted = f"[prompt]{sample['prompt']}\n[model]{text}".rstrip()
+    # A text can end neither the fence nor the block.
+    quoted = quoted.replace("```", "` ` `").replace("<!--", "<! --")
+    return f"{body}\n\nWhat it writes at the end:\n\n```\n{quoted}\n```"
 
 
 def evidence_block(results: Sequence[Result]) -> str:
@@ -305,26 +277,27 @@ def evidence_block(results: Sequence[Result]) -> str:
 
     A later result takes the place of an earlier one for what it checked, and of nothing else.
     """
-    latest: dict[tuple[str, str], tuple[CheckRow, Result]] = {}
+    latest: dict[tuple[str, str], tuple[CheckRow, str]] = {}
     for result in results:
         for row in result.rows("checks") if result.device["type"] == "cuda" else ():
-            latest[row.check, row.what] = row, result
-    groups: dict[tuple[str, str], list[CheckRow]] = {}
-    for row, result in latest.values():
-        groups.setdefault((row.check, where(result)), []).append(row)
-    lines = []
-    for (check, place), rows in sorted(groups.items()):
-        found = "; ".join(dict.fromkeys(cell(row.found) for row in rows if row.found))
-        holds = f"{len(shown(rows))} of {len(rows)} hold"
-        lines.append([check, f"{holds}: {found}" if found else holds, place])
+            latest[row.check, row.what] = row, result.about["commit"][:8]
+    lines, reds = [], dict[tuple[str, str, str], list[CheckRow]]()
+    for check in sorted({check for check, _ in latest}):
+        rows = [(row, commit) for row, commit in latest.values() if row.check == check]
+        holds = f"{sum(not row.doubt for row, _ in rows)} of {len(rows)} hold"
+        said = dict.fromkeys(cell(row.found) for row, _ in rows if row.found)
+        lines.append([check, ": ".join([holds, *(["; ".join(said)] if said else [])]),
+                      ", ".join(sorted({commit for _, commit in rows}))])  # fmt: skip
+        for row, commit in rows:
+            if row.doubt:
+                reds.setdefault((check, row.what.split(" ")[0], commit), []).append(row)
     if not lines:
         return ""
-    reds = [f"RED {row.check} {row.what}: {cell(row.doubt)}, on {where(result)}"
-            for row, result in latest.values() if row.doubt]  # fmt: skip
-    parts = [table(["evidence", "result", "on"], lines), *reds[:MAX_REDS]]
-    parts += [f"and {len(reds) - MAX_REDS} more"] if len(reds) > MAX_REDS else []
-    sources = dict.fromkeys(source_line(result) for _, result in latest.values())
-    return "\n\n".join([*parts, *sources])
+    parts = [table(["evidence", "result", "commit"], lines)]
+    for (check, _, commit), rows in reds.items():  # a line for an op and what was found last
+        more = f" (and {len(rows) - 1} more of it)" if len(rows) > 1 else ""
+        parts.append(f"RED {check} {rows[0].what}: {cell(rows[0].doubt)}, {commit}{more}")
+    return "\n\n".join(parts)
 
 
 def limits_block(results: Sequence[Result]) -> str:
@@ -337,24 +310,21 @@ def limits_block(results: Sequence[Result]) -> str:
     for model, shape in dict.fromkeys((r.model, r.shape) for r in everything):
         rows = [row for row in everything if (row.model, row.shape) == (model, shape)]
         who = sorted({r.provider for r in rows}, key=lambda name: (name != "ours bf16", name))
-        cells = {(row.kind, row.provider): row for row in rows}
         longest = {row.kind: row.ms for row in sorted(rows, key=lambda row: row.ms)}
         lines = []
         for kind in sorted(longest, key=lambda kind: (kind == "idle", -longest[kind])):
-            lines.append([kind])
-            for name in who:
-                row = cells.get((kind, name))
-                found = (row.ms, row.share, row.calls) if row else (None,) * 3
-                specs = (",.2f", ".1%", ",")
-                lines[-1] += [number(x, spec) for x, spec in zip(found, specs, strict=True)]
-        lines.append(["all"])
-        for name in who:
-            total = sum(row.ms for row in rows if row.provider == name)
-            lines[-1] += [f"{total:,.2f}", "", ""]
-        header = ["kind", *(text for name in who for text in (f"{name}: ms", "share", "calls"))]
+            found = {row.provider: row for row in rows if row.kind == kind}
+            lines.append([kind, *(
+                text for name in who
+                for text in ([f"{found[name].ms:,.2f}", f"{found[name].share:.1%}"]
+                             if name in found else ["", ""])
+            )])  # fmt: skip
+        sums = [sum(row.ms for row in rows if row.provider == name) for name in who]
+        lines.append(["all", *(text for total in sums for text in (f"{total:,.2f}", ""))])
+        header = ["kind", *(text for name in who for text in (f"{name}: ms", "share"))]
         title = f"Where the time of a step goes, by the profiler, GPT-2 {model}, {shape}"
-        parts.append(f"{title}\n\n{table(header, lines)}\n")
-    return "\n".join([*parts, source_line(result)])
+        parts.append(f"{title} ({where(result)})\n\n{table(header, lines)}")
+    return "\n\n".join(parts)
 
 
 def tune_block(results: Sequence[Result]) -> str:
@@ -364,10 +334,10 @@ def tune_block(results: Sequence[Result]) -> str:
     rows: list[TuneRow] = result.rows("tune")
     lines = [[r.kernel, f"{r.shape} {r.dtype}", _change(r.present, r.best), f"{r.gain:.3f}"]
              for r in rows if r.propose]  # fmt: skip
-    parts = [f"{len(lines)} of {len(rows)} launches could be faster."]
-    if lines:
-        parts.append(table(["kernel", "size", "proposed", "x now"], lines))
-    return "\n\n".join([*parts, source_line(result)])
+    parts = [f"{len(lines)} of {len(rows)} launches could be faster ({where(result)})."]
+    return "\n\n".join(
+        [*parts, *([table(["kernel", "size", "proposed", "x now"], lines)] if lines else [])]
+    )
 
 
 def _change(now: dict[str, Any], then: dict[str, Any]) -> str:
@@ -378,7 +348,7 @@ def _change(now: dict[str, Any], then: dict[str, Any]) -> str:
 
 
 def plots_block(results: Sequence[Result]) -> str:
-    names = [name for name, figure in figures.FIGURES.items() if figure.rows(results)]
+    names = [name for name, figure in figures.FIGURES.items() if figure.find(results)[1]]
     return "\n".join(f"![{figures.FIGURES[name].title}](bench/plots/{name}.svg)" for name in names)
 
 
@@ -393,15 +363,15 @@ BLOCKS: dict[str, Callable[[Sequence[Result]], str]] = {
     "limits": limits_block,
     "ablation": ablation_block,
     "tune": tune_block,
+    "sources": lambda results: "\n".join(f"- {source_line(result)}" for result in results),
     "plots": plots_block,
 }
 
 
 def summary(results: Sequence[Result]) -> str:
     """Every block about a GPU that has something to say."""
-    texts = (block(results).strip() for name, block in BLOCKS.items()
-             if name not in ("plots", "step-cpu", "ops-cpu"))  # fmt: skip
-    return "\n\n".join(filter(None, texts))
+    names = (name for name in BLOCKS if name not in ("plots", "step-cpu", "ops-cpu"))
+    return "\n\n".join(filter(None, (BLOCKS[name](results) for name in names)))
 
 
 def fill(text: str, results: Sequence[Result]) -> str:
@@ -415,7 +385,7 @@ def fill(text: str, results: Sequence[Result]) -> str:
         name = match["name"]
         if name not in BLOCKS:
             raise ValueError(f"report: unknown block {name!r}; known: {', '.join(BLOCKS)}")
-        return f"<!-- bench:{name} -->\n{BLOCKS[name](results).strip()}\n<!-- /bench:{name} -->"
+        return f"<!-- bench:{name} -->\n{BLOCKS[name](results)}\n<!-- /bench:{name} -->"
 
     pattern = r"<!-- bench:(?P<name>[a-z-]+) -->\n.*?<!-- /bench:(?P=name) -->"
     opened = re.findall(r"<!-- bench:([a-z-]+) -->", text)
@@ -432,9 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plots", type=cli.path, default=PLOTS)
     parser.add_argument("--png", action="store_true", help="PNG in place of SVG")
     parser.add_argument("--merge", nargs="+", type=cli.path, help="result files of one device")
-    parser.add_argument(
-        "--into", type=cli.path, default=record.RESULTS, help="file or folder for it"
-    )
+    parser.add_argument("--into", type=cli.path, default=record.RESULTS, help="file or folder")
     args = parser.parse_args(argv)
     if args.merge:
         print(f"wrote {os.path.relpath(record.merge(args.merge, args.into))}")

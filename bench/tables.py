@@ -1,19 +1,22 @@
 """Markdown tables of rows: the one place that shows figures, and none of a row in doubt."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from bench.cases import CASES
 from bench.record import Result
 from bench.rows import OpRow, Row, StepRow, TimedRow
 
 R = TypeVar("R", bound=Row)
-Columns = Sequence[tuple[str, Callable[[R], str]]]
+Columns = Mapping[str, Callable[[Any], str]]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned Markdown table; the first column to the left, the rest to the right."""
-    columns = list(zip(header, *rows, strict=True))
+    """An aligned Markdown table; the first column to the left, the rest to the right.
+
+    A column that is empty in all rows is left out.
+    """
+    columns = [c for c in zip(header, *rows, strict=True) if not rows or any(c[1:])]
     widths = [max(3, *map(len, column)) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
@@ -21,7 +24,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "| " + " | ".join([cells[0].ljust(widths[0]), *padded[1:]]) + " |"
 
     rule = "|".join("-" * (w + 1) + ":" if i else "-" * (w + 2) for i, w in enumerate(widths))
-    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])
+    top, *lines = zip(*columns, strict=True)
+    return "\n".join([line(top), f"|{rule}|", *map(line, lines)])
 
 
 def shown(rows: Iterable[R]) -> list[R]:
@@ -34,52 +38,85 @@ def cell(text: object) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")[:200]
 
 
-def rows_table(rows: Sequence[R], names: Columns[R], figures: Columns[R]) -> str:
-    """A line per row: what it is, and its figures, or why they are not shown.
+def rows_table(rows: Sequence[Row], names: Columns, figures: Columns) -> str:
+    """A line per row with what it is and its figures; below, the rows in doubt and why."""
+    columns = {**names, **figures}
+    lines = [[get(row) for get in columns.values()] for row in shown(rows)]
+    return "\n\n".join([*([table([*columns], lines)] if lines else []), *hidden(rows, names)])
 
-    A column of figures that is empty in all rows is left out.
-    """
-    lines = []
+
+def hidden(rows: Sequence[Row], names: Columns) -> list[str]:
+    """Who is in doubt, a line for each reason."""
+    found: dict[str, list[str]] = {}
     for row in rows:
-        found = [get(row) for _, get in names]
-        rest = [f"not shown: {cell(row.doubt)}", *[""] * (len(figures) - 1)]
-        lines.append(found + (rest if row.doubt else [get(row) for _, get in figures]))
-    header = [title for title, _ in (*names, *figures)]
-    keep = [i for i in range(len(header)) if i <= len(names) or any(line[i] for line in lines)]
-    return table([header[i] for i in keep], [[line[i] for i in keep] for line in lines])
+        if row.doubt:
+            who = " ".join(filter(None, (get(row) for get in names.values())))
+            found.setdefault(cell(row.doubt), []).append(who)
+    return [f"{', '.join(who)}: not shown: {why}" for why, who in found.items()]
 
 
 def number(value: float | None, spec: str) -> str:
     return "" if value is None else format(value, spec)
 
 
+def figures_3(value: float) -> str:
+    """Three significant figures, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def over(name: str) -> Callable[[TimedRow], str]:
     return lambda row: number(row.over.get(name), ".2f")
 
 
-def ops_table(rows: Sequence[OpRow]) -> str:
-    """A line per provider; rates are GB/s for ops bound by memory, TFLOP/s for the rest."""
-    return rows_table(
-        sorted(rows, key=lambda row: [*CASES].index(row.op)),
-        [
-            ("op", lambda r: r.op),
-            ("mode", lambda r: r.mode),
-            ("who", lambda r: r.provider + (f" ({r.backend.lower()})" if r.backend else "")),
-        ],
-        [
-            ("ms", lambda r: f"{r.ms:.3g}"),
-            ("spread", lambda r: r.spread),
-            ("rate", op_rate),
-            ("of limit", lambda r: f"{r.of_limit:.0%}"),
-            ("x eager", over("eager")),
-            ("x compile", over("compile")),
-            ("extra GiB", lambda r: number(r.peak_gib, ".2f")),
-        ],
-    )
+OP_NAMES: Columns = {
+    "op": lambda r: r.op,
+    "mode": lambda r: r.mode,
+    "who": lambda r: r.provider + (f" ({r.backend.lower()})" if r.backend else ""),
+}
 
 
 def op_rate(row: OpRow) -> str:
-    return f"{row.gbs:,.3g} GB/s" if row.tflops is None else f"{row.tflops:,.3g} TFLOP/s"
+    """GB/s of an op that is bound by memory, TFLOP/s of the rest."""
+    if row.tflops is None:
+        return f"{figures_3(row.gbs)} GB/s"
+    return f"{figures_3(row.tflops)} TFLOP/s"
+
+
+def ops_table(rows: Sequence[OpRow]) -> str:
+    """A line per op, mode and provider."""
+    ordered: list[OpRow] = sorted(rows, key=lambda row: [*CASES].index(row.op))
+    return rows_table(
+        ordered,
+        OP_NAMES,
+        {
+            "ms": lambda r: f"{r.ms:.3g}",
+            "spread": lambda r: r.spread,
+            "rate": op_rate,
+            "of limit": lambda r: f"{r.of_limit:.0%}",
+            "x eager": over("eager"),
+            "x compile": over("compile"),
+            "extra GiB": lambda r: number(r.peak_gib, ".2f"),
+        },
+    )
+
+
+def rivals_table(rows: Sequence[OpRow]) -> str:
+    """A line per op: everyone's ms, and how ours stands; of rows of one size and mode."""
+    who = dict.fromkeys(row.provider for row in rows)
+    lines = []
+    for op in sorted({row.op for row in rows}, key=[*CASES].index):
+        found = {row.provider: row for row in rows if row.op == op and not row.doubt}
+        times = {n: f"{row.ms:.3g}" + (" !" if row.noisy else "") for n, row in found.items()}
+        gib = {n: number(row.peak_gib, ".2f") for n, row in found.items()}
+        line = [op, *(times.get(name, "") for name in who), "", "", "", ""]
+        if ours := found.get("ours"):
+            line[-4:] = [op_rate(ours), f"{ours.of_limit:.0%}"]
+            line += [over("eager")(ours), over("compile")(ours)]
+        memory = [gib.get(name) or "-" for name in ("eager", "compile", "ours")]
+        lines.append([*line, " / ".join(memory) if any(gib.values()) else ""])
+    header = ["op", *(f"{name} ms" for name in who), "ours", "of limit", "x eager", "x compile"]
+    header += ["extra GiB: eager / compile / ours"]
+    return "\n\n".join([table(header, lines), *hidden(rows, OP_NAMES)])
 
 
 def step_table(rows: Sequence[StepRow]) -> str:
@@ -95,17 +132,17 @@ def step_table(rows: Sequence[StepRow]) -> str:
 
     return rows_table(
         rows,
-        [("what runs", lambda r: r.provider)],
-        [
-            ("tokens/s", lambda r: f"{r.tokens_per_s:,.0f}"),
-            ("ms/step", lambda r: f"{r.ms:,.1f}"),
-            ("spread", lambda r: r.spread),
-            *((f"x {name}", over(name)) for name in rivals),
-            ("MFU palm / llmc", mfu),
-            ("peak GiB", lambda r: number(r.peak_gib, ".1f")),
-            ("TFLOP/s", lambda r: "" if on_gpu else f"{r.tflops_palm:.3f}"),
-            ("first step s", lambda r: f"{r.first_step_s:.1f}"),
-        ],
+        {"what runs": lambda r: r.provider},
+        {
+            "tokens/s": lambda r: f"{r.tokens_per_s:,.0f}",
+            "ms/step": lambda r: f"{r.ms:,.1f}",
+            "spread": lambda r: r.spread,
+            **{f"x {name}": over(name) for name in rivals},
+            "MFU palm / llmc": mfu,
+            "peak GiB": lambda r: number(r.peak_gib, ".1f"),
+            "TFLOP/s": lambda r: "" if on_gpu else f"{r.tflops_palm:.3f}",
+            "first step s": lambda r: f"{r.first_step_s:.1f}",
+        },
     )
 
 
@@ -116,13 +153,16 @@ def device_line(result: Result) -> str:
     return device["name"]
 
 
+def where(result: Result) -> str:
+    """Device and commit: what tells apart the figures of one table."""
+    return f"{device_line(result)}, {result.about['commit'][:8]}"
+
+
 def source_line(result: Result) -> str:
-    """Where a table comes from, in one sentence."""
-    about, name = result.about, device_line(result)
-    if result.device["type"] == "cuda":
-        name += f", driver {result.device['driver']}"
-    dirty = ", uncommitted changes" if about["dirty"] else ""
+    """What was run on what, in one sentence."""
+    about, driver = result.about, result.device.get("driver")
     return (
-        f"{name}; torch {about['torch']}, triton {about['triton']}; commit "
-        f"{about['commit'][:8]}{dirty}; {about['date'][:10]}; `{about['command']}`"
+        f"{where(result)}{', uncommitted changes' if about['dirty'] else ''}: "
+        f"{f'driver {driver}, ' if driver else ''}torch {about['torch']}, triton "
+        f"{about['triton']}, {about['date'][:10]}; `{about['command']}`"
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import contestants, figures, recipe, record, report, rows, timing, tune, turns
-from bench.cases import CASES, Shape, find_shape
+from bench.cases import CASES, find_shape
 from bench.figures import LARGE
 from bench.record import Result, with_values
 from bench.rows import CheckRow, OpRow, ProfileRow, SeedRow, StepRow, TuneRow
@@ -22,6 +22,7 @@ RED = "gradient norm 9.0000, reference 4.2000, tolerance 0.21"
 SECRET = 87654.3  # ms that a row in doubt has: neither it nor its tokens/s may stand anywhere
 RIVALS = {"eager": 1.0, "compile": 1 / 1.13}
 OURS: Any = {**LARGE, "provider": "ours bf16"}
+ON = "aaaaaaaa"  # the commit of `cuda_result`
 
 
 def step_row(provider: str, ms: float, shape: str = "b64t1024", **more: Any) -> StepRow:
@@ -67,10 +68,7 @@ def ops() -> list[OpRow]:
 
 def seeds() -> list[SeedRow]:
     losses = [10.9 * math.exp(-s / 700) + 0.08 for s in range(3600)]
-    prompt = "First Citizen:"
-    samples = [{"prompt": prompt, "text": prompt + "\nBefore we proceed any further, " + "x" * 400},
-               {"prompt": "ROMEO:", "text": "\n```\n<!-- /bench:train -->\nHe jests."},
-               {"prompt": "Third", "text": " sample"}]  # fmt: skip
+    text = "First Citizen:\nBefore we proceed ```\n<!-- /bench:train --> any further, " + "x" * 400
     cold = SeedRow(
         text="tiny Shakespeare", plan="ops triton, bf16, graph", tokens_per_s=260_000.0,
         cache="cold", seconds=26.0, first_step_s=24.0, steps=100, reached=False,
@@ -79,7 +77,8 @@ def seeds() -> list[SeedRow]:
     )  # fmt: skip
     warm = replace(
         cold, cache="warm", seconds=58.0, first_step_s=5.0, reached=True, steps=3600,
-        curve=recipe.curve_of(losses), result="loss 0.089 after 3600 steps", samples=samples,
+        curve=recipe.curve_of(losses), result="loss 0.089 after 3600 steps",
+        samples=[{"prompt": "First Citizen:", "text": text}],
     )  # fmt: skip
     return [cold, warm]
 
@@ -101,18 +100,9 @@ def profiles() -> list[ProfileRow]:
     return [*found, replace(found[-1], kind="elementwise", ms=20.0, share=0.2, calls=50)]
 
 
-def checks() -> list[CheckRow]:
-    return [
-        CheckRow(check="numerics bf16", what="layer_norm B=2 T=64 y"),
-        CheckRow(check="numerics bf16", what="layer_norm B=2 T=64 dx", doubt="error 3, allowed 2"),
-        CheckRow(
-            check="numerics bf16", what="gelu_mlp", doubt="CUDA error: illegal | access\nat 0"
-        ),
-        CheckRow(check="same bits fp32", what="layer_norm B=4 T=1024"),
-        CheckRow(check="tests", what="of the ops", found="1 failed", doubt="exit 1: FAILED a | b"),
-        CheckRow(check="exact resume", what="bitwise", found="3 passed in 40 s"),
-        CheckRow(check="losses", what="triton against eager", found="drift 0.0042, bound 0.0100"),
-    ]
+def checks(check: str = "numerics bf16", **doubts: str) -> list[CheckRow]:
+    doubts = doubts or {"layer_norm y": "", "layer_norm dx": "error 3, allowed | 2"}
+    return [CheckRow(check=check, what=what, doubt=doubt) for what, doubt in doubts.items()]
 
 
 def cuda_result(date: str = "2027-01-02 10:00 UTC", commit: str = "a" * 40, name: str = "H200",
@@ -160,8 +150,12 @@ def change(result: Result, section: str, want: dict[str, Any], **values: Any) ->
 
 
 def goals(*results: Result) -> list[list[str]]:
-    """Measured, on, state of each goal."""
+    """Measured, commit, state of each goal."""
     return [goal.cells(results)[0] for goal in report.GOALS]
+
+
+def drawn(name: str, result: Result) -> list[Any]:
+    return figures.FIGURES[name].find([result])[1]
 
 
 def check_secret(text: str) -> None:
@@ -174,29 +168,30 @@ def test_every_block_says_what_a_gpu_measured():
     for name, block in text.items():
         check_secret(block)
         assert bool(block) == (name not in ("step-cpu", "ops-cpu")), name
-        tables = re.findall(r"(?:^\|.*\n?)+", block, re.MULTILINE)
-        for lines in tables:  # a text of others can make no cell of its own
+        for lines in re.findall(r"(?:^\|.*\n?)+", block, re.MULTILINE):
+            # A text of others can make no cell of its own.
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines.splitlines()}) == 1
-        if tables and name != "plots":
-            assert block.count("NVIDIA H200, driver 570.1; torch 2.13.0+cu130") == 1
-            assert "\n\n\n" not in block
+            assert ON in block  # where its figures come from
+        assert "\n\n\n" not in block
+    assert text["sources"].startswith(f"- NVIDIA H200, {ON}: driver 570.1, torch 2.13.0+cu130")
     step = text["step-gpu"]
-    assert "GPT-2 124m, B=64 T=1024\n" in step
-    assert "GPT-2 124m, B=16 T=64, 4 micro-batches\n" in step
+    assert f"GPT-2 124m, B=64 T=1024 (NVIDIA H200, {ON})\n" in step
+    assert f"GPT-2 124m, B=16 T=64, 4 micro-batches (NVIDIA H200, {ON})\n" in step
     assert "GPT-2 124m, B=8 T=1024: ours bf16" in step.partition("Other sizes")[2]
-    assert f"eager fp32   | not shown: {RED}" in step
-    assert "not shown: out of memory" in step
+    assert f"\neager fp32: not shown: {RED}" in step
+    assert "GPT-2 124m, B=128 T=1024: ours bf16: not shown: out of memory" in step
     assert re.search(r"ours bf16 +\| +624,152 \| +105.0 \| +1.0% \| +1.14 \| +\d+.\d% / ", step)
     assert text["ops-gpu"].startswith("Forward and backward, B=64 T=1024, bf16")
-    assert "<details><summary>Forward and backward, B=16 T=64, bf16</summary>" in text["ops-gpu"]
-    assert "not shown: dx: error 1.0 over budget 0.1" in text["ops-gpu"]
-    assert "copy 4e+03 GB/s" in text["ops-gpu"]
+    assert "<details><summary>Forward and backward, B=16 T=64, bf16" in text["ops-gpu"]
+    assert "\ngelu_mlp both ours: not shown: dx: error 1.0 over budget 0.1" in text["ops-gpu"]
+    assert re.search(r"gelu_mlp +\| +1 \| +0.885 \| +\| +0.719 \| +\|", text["ops-gpu"])
+    assert "copy 4,000 GB/s" in text["ops-gpu"]
     assert re.search(r"gelu_mlp=eager +\| +595,782 \| +1.0% \| +0.955 \|", text["ablation"])
-    assert f"causal_attention=eager | not shown: {RED}" in text["ablation"]
-    assert "1 of 2 launches could be faster." in text["tune"]
+    assert f"\ncausal_attention=eager: not shown: {RED}" in text["ablation"]
+    assert "1 of 2 launches could be faster" in text["tune"]
     assert re.search(r"\| BLOCK_N 128 -> 256, num_stages 3 -> 4 \| +1.110 \|", text["tune"])
     summary = report.summary([cuda_result()])
-    assert all(text[name].strip() in summary for name in ("goals", "evidence", "step-gpu"))
+    assert all(text[name] in summary for name in ("goals", "evidence", "step-gpu", "sources"))
 
 
 def test_train_block_quotes_what_the_recipe_writes():
@@ -204,65 +199,44 @@ def test_train_block_quotes_what_the_recipe_writes():
     text = report.train_block([result])
     assert re.search(r"cold \| +loss 9.543 after 100 steps \| +24.0 \| +26.0 \| +260,000 \|", text)
     assert re.search(r"warm \| loss 0.089 after 3600 steps, reached \| +5.0 \| +58.0 \|", text)
-    fences = re.findall(r"```\n(.*?)\n```", text, re.DOTALL)
-    assert len(fences) == text.count("```") / 2 == 2
-    assert fences[0].startswith("[prompt]First Citizen:\n[model]\nBefore we proceed")
-    assert 300 < len(fences[0]) < 360
-    assert fences[0].endswith("x ...")
+    [fence] = re.findall(r"```\n(.*?)\n```", text, re.DOTALL)
+    assert fence.startswith("[prompt]First Citizen:\n[model]\nBefore we proceed ` ` `")
+    assert 300 < len(fence) < 360
+    assert fence.endswith("x ...")
     block = f"<!-- bench:train -->\n{text}\n<!-- /bench:train -->\nafter"
     assert report.fill(block, [result]) == block  # a sample cannot end it
     change(result, "seed", {"cache": "warm"}, doubt="no step, exit 1")
     text = report.train_block([result])
-    assert "not shown: no step, exit 1" in text
+    assert "warm: not shown: no step, exit 1" in text
     assert "58.0" not in text
 
 
-def test_evidence_counts_what_holds_and_lists_what_does_not():
-    result = cuda_result()
-    text = report.evidence_block([result])
-    assert re.search(r"numerics bf16 +\| +1 of 3 hold \|", text)
-    assert re.search(r"same bits fp32 +\| +1 of 1 hold \|", text)
-    assert re.search(r"tests +\| +0 of 1 hold: 1 failed \|", text)
-    assert re.search(r"losses +\| +1 of 1 hold: drift 0.0042, bound 0.0100 \|", text)
-    assert "RED numerics bf16 layer_norm B=2 T=64 dx: error 3, allowed 2" in text
-    assert "RED numerics bf16 gelu_mlp: CUDA error: illegal \\| access at 0" in text
-    assert "RED tests of the ops: exit 1: FAILED a \\| b" in text
-    result.sections["checks"] = [replace(checks()[1], what=str(i)) for i in range(20)]
-    text = report.evidence_block([result])
-    assert text.count("RED") == 12
-    assert "\n\nand 8 more\n" in text
-
-
 def test_evidence_is_the_newest_of_each_thing_that_was_checked():
-    old, new = (
-        cuda_result(f"2027-01-0{day} 10:00 UTC", commit * 40, checks=[
-            CheckRow(check="numerics", what=what, doubt=doubt) for what, doubt in found.items()
-        ])
-        for day, commit, found in (
-            (2, "a", {"mended": RED, "not asked again": RED, "fine": ""}),
-            (3, "b", {"mended": "", "broken since": RED}),
-        )
-    )  # fmt: skip
+    found = {"mended": RED, "op x": RED, "op y": "error | 4", "fine": ""}
+    old = cuda_result(checks=checks(**found))
+    new = cuda_result("2027-01-03 10:00 UTC", "b" * 40,
+                      checks=checks(**{"mended": "", "op z": RED}))  # fmt: skip
+    new.sections["checks"] += [CheckRow(check="tests", what="all", found="3 passed in 40 s")]
     text = report.evidence_block([old, new])
-    assert re.search(r"numerics +\| +1 of 2 hold \| +NVIDIA H200, a{8}", text)
-    assert re.search(r"numerics +\| +1 of 2 hold \| +NVIDIA H200, b{8}", text)
-    reds = [line for line in text.splitlines() if line.startswith("RED")]
-    assert [line.partition(":")[0] for line in reds] == [
-        "RED numerics not asked again", "RED numerics broken since"
-    ]  # fmt: skip
-    assert reds[0].endswith("NVIDIA H200, aaaaaaaa")
+    assert re.search(rf"numerics bf16 +\| +2 of 5 hold \| +{ON}, bbbbbbbb \|", text)
+    assert re.search(r"tests +\| +1 of 1 hold: 3 passed in 40 s \| +bbbbbbbb \|", text)
+    # A line for an op and a commit, however much of it does not hold.
+    assert [line for line in text.splitlines() if line.startswith("RED")] == [
+        f"RED numerics bf16 op x: {RED}, {ON} (and 1 more of it)",
+        f"RED numerics bf16 op z: {RED}, bbbbbbbb",
+    ]
 
 
 def test_limits_hold_ours_beside_the_baseline():
     lines = report.limits_block([cuda_result()]).splitlines()
-    assert "ours bf16: ms | share | calls | compile bf16: ms" in lines[2]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:9]]
-    assert cells == [
-        ["GEMM", "60.00", "60.0%", "96", "66.00", "66.0%", "96"],
-        ["norm", "20.00", "20.0%", "96", "24.00", "24.0%", "96"],
-        ["elementwise", "", "", "", "20.00", "20.0%", "50"],
-        ["idle", "0.50", "0.5%", "0", "30.00", "30.0%", "0"],
-        ["all", "80.50", "", "", "140.00", "", ""],
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:9]]
+    assert [cells[0], *cells[2:]] == [
+        ["kind", "ours bf16: ms", "share", "compile bf16: ms", "share"],
+        ["GEMM", "60.00", "60.0%", "66.00", "66.0%"],
+        ["norm", "20.00", "20.0%", "24.00", "24.0%"],
+        ["elementwise", "", "", "20.00", "20.0%"],
+        ["idle", "0.50", "0.5%", "30.00", "30.0%"],
+        ["all", "80.50", "", "140.00", ""],
     ]
 
 
@@ -286,11 +260,11 @@ BOUNDS = [
 def test_goals_turn_at_their_bounds(goal, section, want, name, good, bad, reads):
     result = cuda_result()
     change(result, section, want, **{name: good})
-    assert goals(result)[goal][1:] == ["NVIDIA H200, aaaaaaaa", "met"]
+    assert goals(result)[goal][1:] == [ON, "met"]
     change(result, section, want, **{name: bad})
-    assert goals(result)[goal] == [reads, "NVIDIA H200, aaaaaaaa", f"short: {reads}"]
+    assert goals(result)[goal] == [reads, ON, "short"]
     change(result, section, want, doubt=RED)
-    assert goals(result)[goal] == ["not shown: in doubt", "NVIDIA H200, aaaaaaaa", "open"]
+    assert goals(result)[goal] == ["not shown: in doubt", ON, "open"]
     # Doubt about the newest is not made up for by an older figure; a row that is missing is.
     older = cuda_result(commit="b" * 40)
     assert goals(older, result)[goal][0] == "not shown: in doubt"
@@ -298,60 +272,43 @@ def test_goals_turn_at_their_bounds(goal, section, want, name, good, bad, reads)
     if name != "first_step_s":
         assert goals(result)[goal] == ["", "", "open"]
     result.sections["first_step"] = []
-    assert goals(older, result)[goal][1] == "NVIDIA H200, bbbbbbbb"
+    assert goals(older, result)[goal][1] == "bbbbbbbb"
 
 
 def test_goals_take_what_else_there_is_and_need_what_belongs_to_it():
     assert [bound[0] for bound in BOUNDS] == [*range(len(report.GOALS))]
     assert report.GOALS[0].text(1.15) == "1.15x"  # times 100 it is 114.99999999999999
-    on = "NVIDIA H200, aaaaaaaa"
-    without = cuda_result(seed=[])
-    assert goals(without)[6:] == [["29.0 s", on, "met"], ["7.0 s", on, "short: 7.0 s"]]
+    assert goals(cuda_result(seed=[]))[6:] == [["29.0 s", ON, "met"], ["7.0 s", ON, "short"]]
     result = cuda_result()
     change(result, "seed", {"cache": "warm"}, reached=False)
-    assert goals(result)[3] == ["58.0 s", on, "short: not reached"]
+    assert goals(result)[3] == ["not reached", ON, "short"]
     assert goals(result)[7][2] == "met"  # its first step was taken all the same
     result.sections["seed"] = [replace(r, text="this project's source") for r in seeds()]
     assert goals(result)[3] == ["", "", "open"]
-    assert figures.FIGURES["curve-gpu"].rows([result]) == []
+    assert drawn("curve-gpu", result) == []
     # A failure stands under its own key, in front of what was measured again.
     failed = replace(seeds()[1], plan="not said", doubt="exit 1")
     result.sections["seed"] = [failed, replace(seeds()[1], seconds=59.0)]
     assert goals(result)[3][0] == "59.0 s"
     change(result, "step", LARGE | {"provider": "compile bf16"}, doubt=RED)
-    assert goals(result)[5] == ["not shown: in doubt", on, "open"]
-
-
-def test_goals_name_device_and_commit_of_every_figure():
-    h200 = cuda_result()
-    h100 = cuda_result("2027-01-03 10:00 UTC", "b" * 40, "H100 80GB HBM3", seed=[])
-    h100.sections["step"] = [*filter(with_values(**OURS), h100.rows("step"))]
-    text = report.goals_block([h200, h100])
-    other = "NVIDIA H100 80GB HBM3, bbbbbbbb (not an H200)"
-    on = [cells[1] for cells in goals(h200, h100)]
-    assert on == [other] * 3 + ["NVIDIA H200, aaaaaaaa"] * 3 + [other] * 2
-    assert text.count("; commit aaaaaaaa; 2027-01-02") == text.count("; commit bbbbbbbb") == 1
-    gh200 = cuda_result(name="GH200 480GB")
-    assert goals(gh200)[0][1] == "NVIDIA GH200 480GB, aaaaaaaa (not an H200)"
+    assert goals(result)[5] == ["not shown: in doubt", ON, "open"]
+    text = report.goals_block([result, cuda_result(commit="b" * 40, name="GH200 480GB", seed=[])])
+    assert text.endswith("|\n\nbbbbbbbb is of an NVIDIA GH200 480GB, not an H200.")
 
 
 def test_without_a_gpu_one_line_and_open_goals():
-    cpu = {"type": "cpu", "name": "x", "cores": 2, "isa": "AVX2"}
     result = cuda_result()
-    result.about["device"] = cpu
-    text = {name: block([result]).strip() for name, block in report.BLOCKS.items()}
+    result.about["device"] = {"type": "cpu", "name": "x", "cores": 2, "isa": "AVX2"}
+    text = {name: block([result]) for name, block in report.BLOCKS.items()}
     empty = ("ops-gpu", "train", "evidence", "limits", "ablation", "tune")
     assert [text[name] for name in empty] == [""] * len(empty)
-    assert text["step-gpu"].startswith("**On a GPU: nothing has been measured yet**")
-    assert "\n" not in text["step-gpu"]
+    assert text["step-gpu"] == report.NOTHING_YET
+    assert text["step-cpu"].startswith(f"GPT-2 124m, B=64 T=1024 (x, 2 cores, AVX2, {ON})")
     assert text["goals"].count("|  open |") == text["goals"].count("open") == len(report.GOALS)
     assert "measured" not in text["goals"]
     # A first call without steps: then the line would be wrong.
     checked = cuda_result(step=[], ops=[], ablation=[])
     assert report.step_block([checked], "cuda").startswith("No training-step result of a GPU")
-    assert report.fill("<!-- bench:limits -->\nold\n<!-- /bench:limits -->", []) == (
-        "<!-- bench:limits -->\n\n<!-- /bench:limits -->"
-    )
     assert report.plots_block([]) == ""
 
 
@@ -360,9 +317,8 @@ def test_each_section_alone_makes_its_own_blocks_and_figures():
     for name in rows.SECTIONS:
         others: Any = {other: [] for other in rows.SECTIONS if other != name}
         alone = cuda_result(**others)
-        blocks = {b for b, block in report.BLOCKS.items() if "commit aaaaaaaa" in block([alone])}
-        drawn = {f for f, figure in figures.FIGURES.items() if figure.rows([alone])}
-        makes[name] = (blocks, drawn)
+        blocks = {b for b, block in report.BLOCKS.items() if ON in block([alone])} - {"sources"}
+        makes[name] = (blocks, {figure for figure in figures.FIGURES if drawn(figure, alone)})
     sweeps = {f"sweep-{op}" for op in CASES}
     assert makes == {
         "checks": ({"evidence"}, set()),
@@ -376,14 +332,11 @@ def test_each_section_alone_makes_its_own_blocks_and_figures():
         "generate": (set(), set()),
         "optimizer": (set(), set()),
     }
-
-
-def test_newest_is_per_section():
-    old = cuda_result(commit="c" * 40)
-    new = cuda_result("2027-01-03 10:00 UTC", profile=[], ablation=[])
+    # And each is taken from the newest result that has it.
+    old, new = cuda_result(commit="c" * 40), cuda_result("2027-01-03 10:00 UTC", profile=[])
     new.sections["ops"] = [row for row in new.rows("ops") if not row.sweep]
-    assert "commit cccccccc" in report.limits_block([old, new])
-    assert "commit aaaaaaaa" in report.step_block([old, new], "cuda")
+    assert "cccccccc" in report.limits_block([old, new])
+    assert ON in report.step_block([old, new], "cuda")
     assert figures.FIGURES["sweep-gelu_mlp"].find([old, new])[0] is old
     assert figures.FIGURES["ops-gpu"].find([old, new])[0] is new
 
@@ -404,7 +357,7 @@ def test_readme_is_filled_from_a_gpu_result(tmp_path, monkeypatch, capsys):
     check_secret(text)
     assert "nothing has been measured" not in text
     assert "curve-gpu.svg" in text
-    for name in ("goals", "step-gpu", "ops-gpu", "train", "evidence", "limits", "ablation"):
+    for name in re.findall(r"<!-- bench:([a-z-]+)", text):
         block = re.search(rf"<!-- bench:{name} -->\n(.*?)<!-- /bench:{name} -->", text, re.DOTALL)
         assert block, name
         assert block[1].strip(), name
@@ -418,25 +371,25 @@ def test_readme_is_filled_from_a_gpu_result(tmp_path, monkeypatch, capsys):
 
 def test_figures_leave_out_what_is_in_doubt_or_has_nothing_to_be_held_against():
     result = cuda_result()
-    found = {name: figure.rows([result]) for name, figure in figures.FIGURES.items()}
-    names = [row.provider for row in found["step-gpu"]]
+    names = [row.provider for row in drawn("step-gpu", result)]
     assert names == ["compile bf16", "ours bf16", "eager bf16"]
-    drawn = {(row.op, row.provider) for row in found["ops-gpu"]}
-    assert ("gelu_mlp", "compile") in drawn
-    assert ("gelu_mlp", "ours") not in drawn
-    assert all(op != "layer_norm" for op, _ in drawn)  # its eager ran out of memory
-    assert {row.shape for row in found["ops-gpu"]} == {"B=64 T=1024"}
-    assert len(found["sweep-layer_norm"]) == 4 * 7 - 1
-    [curve] = found["curve-gpu"]
+    shown = drawn("ops-gpu", result)
+    assert {row.shape for row in shown} == {"B=64 T=1024"}
+    of = {(row.op, row.provider) for row in shown}
+    assert ("gelu_mlp", "compile") in of
+    assert ("gelu_mlp", "ours") not in of
+    assert all(op != "layer_norm" for op, _ in of)  # its eager ran out of memory
+    assert len(drawn("sweep-layer_norm", result)) == 4 * 7 - 1
+    [curve] = drawn("curve-gpu", result)
     assert curve.curve[-1][0] == 3599
     axes = figures.draw_curve(result, [curve])
     lines = {line.get_label(): len(line.get_xdata()) for line in axes.lines}  # type: ignore[arg-type]
     assert lines["published run"] == len(PUBLISHED_LOSS)
     # Whichever was measured last, the size of the goals is drawn.
     result.sections["step"].reverse()
-    assert figures.FIGURES["step-gpu"].rows([result])[0].shape == "B=64 T=1024"
+    assert drawn("step-gpu", result)[0].shape == "B=64 T=1024"
     change(result, "seed", {"cache": "warm"}, doubt=RED)
-    assert figures.FIGURES["curve-gpu"].rows([result])[0].curve[-1][0] == 99
+    assert drawn("curve-gpu", result)[0].curve[-1][0] == 99
 
 
 def test_results_keep_rows_replace_twins_and_refuse_strangers(tmp_path):
@@ -512,29 +465,16 @@ def test_readme_and_plots_agree_with_the_results():
     assert figures.stale(results, report.PLOTS) == [], "run `make report`"
 
 
-def test_report_fills_blocks_and_nothing_else(tmp_path):
-    results = record.Results(CPU, tmp_path / "results", commit="c" * 40)
-    setup = contestants.Setup("smoke", Shape(4, 64))
-    prepared = contestants.Prepared(0.5, [10.8, 10.7], 1.0)
-    for name, ms in (("eager fp32", 200.0), ("ours fp32", 100.0)):
-        timed = timing.Timing([ms, ms, ms])
-        results.add("step", turns.make_row(name, setup, prepared, timed, prepared))
-    loaded = record.load_all(tmp_path / "results")
-    text = "before\n<!-- bench:step-cpu -->\nold\n<!-- /bench:step-cpu -->\nafter\n"
-    filled = report.fill(text, loaded)
-    assert filled.startswith("before\n<!-- bench:step-cpu -->\nGPT-2 smoke")
-    assert filled.endswith("<!-- /bench:step-cpu -->\nafter\n")
+def test_report_fills_blocks_and_nothing_else():
+    result = cuda_result()
+    text = "before\n<!-- bench:step-gpu -->\nold\n<!-- /bench:step-gpu -->\nafter\n"
+    filled = report.fill(text, [result])
+    assert filled.startswith("before\n<!-- bench:step-gpu -->\nGPT-2 124m")
+    assert filled.endswith("<!-- /bench:step-gpu -->\nafter\n")
     assert "old" not in filled
-    assert "2,560" in filled  # 256 tokens in 100 ms
-    assert report.fill(filled, loaded) == filled
+    assert report.fill(filled, [result]) == filled
+    assert report.fill(filled, []).splitlines()[2] == report.NOTHING_YET
     with pytest.raises(ValueError, match="only 0 are closed"):
-        report.fill("<!-- bench:step-cpu -->\n", loaded)
+        report.fill("<!-- bench:step-cpu -->\n", [])
     with pytest.raises(ValueError, match=r"unknown block 'speed'; known: .*step-gpu"):
         report.fill("<!-- bench:speed -->\n<!-- /bench:speed -->", [])
-
-    plots = tmp_path / "plots"
-    assert figures.stale(loaded, plots) == ["step-cpu"]
-    assert figures.draw_all(loaded, plots) == ["step-cpu"]
-    assert figures.stale(loaded, plots) == []
-    results.add("step", replace(results.rows("step")[0], ms=150.0))
-    assert figures.stale(record.load_all(tmp_path / "results"), plots) == ["step-cpu"]
