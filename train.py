@@ -340,7 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if cfg.explain:
                 return explain_plan(cfg)
             run = prepare(cfg, world)
-            opened = folder.opened(run.out, run.saved, world.say)
+            restarted = any(world.gather("restarted", distributed.is_restart()))
+            opened = folder.opened(run.out, run.saved, world.say, restarted)
             if world.first("stopped", lambda: held.enter_context(opened)):
                 return EXIT_RESUMABLE
         except (ValueError, OSError) as error:

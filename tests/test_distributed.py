@@ -257,20 +257,77 @@ def test_ranks_wait_for_the_first_to_tokenise_but_not_for_one_that_hangs(monkeyp
 
 
 def test_an_earlier_attempt_answers_nobody(monkeypatch):
-    """torchrun keeps its store over restarts."""
+    """torchrun keeps its store over restarts, and two nodes may not have counted the same ones."""
     store = dist.HashStore()
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for attempt in ("0", "1"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        monkeypatch.setenv("RANK", "0")
-        distributed.meet().first("checkpoint", lambda attempt=attempt: f"step {attempt}")
-        monkeypatch.setenv("RANK", "1")
-        assert distributed.meet().first("checkpoint", str) == f"step {attempt}"
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=0.2))
-    with pytest.raises(OSError, match="no 'checkpoint' from another rank"):
-        distributed.meet().first("checkpoint", str)
+    here, order = threading.local(), threading.Event()
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
+    monkeypatch.setattr(distributed, "_environment", lambda name, *_: here.values[name])
+
+    def attempt(rank: int, number: int) -> World:
+        here.values = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": 0}
+        if rank == number % 2:  # each comes first at times
+            order.wait(TIMEOUT_S)
+        order.set()
+        return distributed.meet()
+
+    seen = set()
+    for number in range(4):
+        order.clear()
+        with ThreadPoolExecutor(2) as pool:
+            first, other = pool.map(attempt, range(2), [number] * 2)
+        first.first("checkpoint", lambda number=number: f"step {number}")
+        assert other.first("checkpoint", str) == f"step {number}"
+        seen.add(first.gather.__self__.store)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "CONNECT", timedelta(seconds=0.2))
+    with pytest.raises(OSError, match=r"did not meet at host:1: no sign of rank 1 in 0 s"):
+        attempt(0, 1)
+    with pytest.raises(OSError, match=r"did not meet at host:1: .*timeout"):
+        attempt(1, 0)
+
+
+def test_a_rank_that_cannot_connect_ends_with_a_line(monkeypatch, capsys):
+    """In a call that no exception ends: gloo's to an address that a dead rank left."""
+    ended = threading.Event()
+    codes = []
+    monkeypatch.setattr(distributed, "CONNECT", timedelta(seconds=0.1))
+    monkeypatch.setattr(distributed.os, "_exit", lambda code: (codes.append(code), ended.set()))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: ended.wait(TIMEOUT_S))
+    World(1, 2, 1, dist.HashStore()).connect("cpu")
+    assert codes == [2]
+    line = "train.py: distributed: rank 1 of 2 could not connect to the others in 0 s\n"
+    assert capsys.readouterr().err == line
+    monkeypatch.setattr(distributed, "CONNECT", timedelta(seconds=TIMEOUT_S))
+    World(1, 2, 1, dist.HashStore()).connect("cpu")
+    assert codes == [2]
+
+
+DIES = """
+import os, signal, sys
+import torch
+import torch.distributed as dist
+from training import distributed
+
+world, attempt = distributed.meet(), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+world.connect("cpu")
+dist.all_reduce(torch.ones(1))
+if attempt < int(sys.argv[1]) and world.rank == attempt % 2:
+    os.kill(os.getpid(), signal.SIGKILL if attempt % 3 else signal.SIGTERM)
+dist.barrier()
+"""
+
+
+@pytest.mark.slow
+@linux_only
+def test_thirty_restarts_in_a_row(tmp_path):
+    (tmp_path / "dies.py").write_text(DIES)
+    command = [*job(tmp_path, "", 2, restarts=30)[:6], str(tmp_path / "dies.py"), "30"]
+    process = start(command, {"PYTHONPATH": str(ROOT)})
+    output, _ = process.communicate(timeout=30 * TIMEOUT_S)
+    assert process.returncode == 0, output
+    assert "could not connect" not in output
 
 
 @pytest.mark.parametrize("bad", [0, 1], ids=["first rank", "another rank"])

@@ -9,10 +9,12 @@ here is a world of one and touches no process group.
 import hashlib
 import json
 import os
+import secrets
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -29,6 +31,7 @@ from training.recipes import Recipe
 
 # A rank that hangs (not dies: torchrun sees that at once) takes the job down after this long.
 TIMEOUT = timedelta(minutes=10)
+CONNECT = timedelta(minutes=1)  # in which the ranks of an attempt must find each other
 POLL_S = 0.1
 FAILED = "failed"  # key in the store: a rank has said why the job ends
 T = TypeVar("T")
@@ -87,7 +90,8 @@ class World:
             torch.cuda.set_device(self.local_rank)
         groups = dist.PrefixStore("groups", self.store)
         among = {"store": groups, "rank": self.rank, "world_size": self.size}
-        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT, **among)
+        with _within(CONNECT, f"rank {self.rank} of {self.size} could not connect to the others"):
+            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT, **among)
 
     def say(self, line: str) -> None:
         """Print on rank 0 only."""
@@ -204,18 +208,66 @@ def meet() -> World:
         return ALONE
     rank, local_rank = _environment("RANK", None, size), _environment("LOCAL_RANK", "0", size)
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=CONNECT))
+        store.set_timeout(TIMEOUT)
+        prefix = _new_prefix(store, rank, size)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OSError(f"distributed: the ranks did not meet at {where}: {error}") from None
-    store.set_timeout(TIMEOUT)
-    # torchrun has one store for all restarts: what a dead rank left must not answer a living one.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return World(rank, size, local_rank, dist.PrefixStore(f"{attempt}/{size}", store))
+    return World(rank, size, local_rank, dist.PrefixStore(prefix, store))
+
+
+def _new_prefix(store: dist.Store, rank: int, size: int) -> str:
+    """A prefix for the keys of this attempt alone, which rank 0 draws.
+
+    torchrun has one store for all restarts, and what a dead rank left there must not answer a
+    living one. Its own count of them is no such prefix: each node counts what failed on itself. So
+    a rank asks under a name that nobody has had, and rank 0 answers until all have understood.
+
+    Raises:
+        RuntimeError: not all are here within CONNECT.
+    """
+    name = secrets.token_hex(8)
+    if rank:
+        store.set(f"asks/{rank}", name)
+        store.wait([name], CONNECT)
+        prefix = store.get(name).decode()
+        store.set(f"{prefix}/{rank}", "")
+        return prefix
+    limit_s, missing = CONNECT.total_seconds(), set(range(1, size))
+    end = time.monotonic() + limit_s
+    while missing:
+        for other in missing:
+            if store.check([f"asks/{other}"]):
+                store.set(store.get(f"asks/{other}").decode(), name)
+        missing = {other for other in missing if not store.check([f"{name}/{other}"])}
+        if missing and time.monotonic() > end:
+            absent = ", ".join(map(str, sorted(missing)))
+            raise RuntimeError(f"no sign of rank {absent} in {limit_s:.0f} s")
+        time.sleep(POLL_S)
+    return name
+
+
+@contextmanager
+def _within(limit: timedelta, failure: str) -> Iterator[None]:
+    """End the process where the block takes longer: gloo may wait for a dead rank for ever."""
+
+    def end() -> None:
+        text = f"train.py: distributed: {failure} in {limit.total_seconds():.0f} s"
+        print(text, file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(limit.total_seconds(), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_restart() -> bool:
-    """Whether torchrun has started this job before: a rank failed, or was asked to stop."""
+    """Whether torchrun has started this process before: a rank failed, or was asked to stop."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 

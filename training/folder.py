@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, export
-from training import checkpoint, distributed
+from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.recipes import Recipe
 
@@ -73,7 +73,9 @@ def _free_bytes(folder: Path) -> float:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, saved: Checkpoint | None, say: Callable[[str], None]) -> Iterator[bool]:
+def opened(
+    folder: Path, saved: Checkpoint | None, say: Callable[[str], None], restarted: bool = False
+) -> Iterator[bool]:
     """Hold the folder for one process, ready to go on from `saved` or to start afresh.
 
     Gives whether to leave at once: torchrun has restarted a job that was asked to stop.
@@ -86,7 +88,7 @@ def opened(folder: Path, saved: Checkpoint | None, say: Callable[[str], None]) -
     with _lock(folder / LOCK, say):
         for written in (*WRITTEN, STOPPED):
             _refuse_links(folder, written)
-        stopped = distributed.is_restart() and (folder / STOPPED).exists()
+        stopped = restarted and (folder / STOPPED).exists()
         if not stopped:
             (folder / STOPPED).unlink(missing_ok=True)
             checkpoint.clean(folder / CHECKPOINTS)
