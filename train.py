@@ -93,13 +93,21 @@ class Config:
     """Steps between printed lines; 0 is about a hundred lines a run."""
     tensorboard: bool = False
     """Also write TensorBoard events; needs the tensorboard package."""
+    rank_timeout: int = 600
+    """Seconds that one of several ranks waits for the others in a step before the job ends."""
 
     def check(self) -> None:
         """Raise ValueError for a value out of range.
 
         Not in __post_init__: tyro would print what is raised there as a box of several lines.
         """
-        bounds = {"eval_every": -1, "save_every": -1, "log_every": 0, "keep_last": 1}
+        bounds = {
+            "eval_every": -1,
+            "save_every": -1,
+            "log_every": 0,
+            "keep_last": 1,
+            "rank_timeout": 1,
+        }
         for name, least in bounds.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"config: {name} must be at least {least}, got {value}")
@@ -336,7 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             world = held.enter_context(distributed.meet())
             cfg = parse(sys.argv[1:] if arguments is None else arguments)
-            world.connect(cfg.device)
+            cfg.check()
+            world.connect(cfg.device, cfg.rank_timeout)
             if cfg.explain:
                 return explain_plan(cfg)
             run = prepare(cfg, world)
@@ -367,6 +376,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             way_out = "the same command goes on from its newest checkpoint"
             line = one_line(f"{error}; what {run.out} holds stays, and {way_out}")
             print(f"train.py: {line}", file=sys.stderr)
+            return 1
+        except RuntimeError as error:
+            if not distributed.is_peers_fault(error):
+                raise
+            line = f"distributed: rank {world.rank} lost the others: {one_line(error, 160)}"
+            way_out = "the same command goes on from its newest checkpoint"
+            print(f"train.py: {line}; {way_out}", file=sys.stderr)
             return 1
 
 

@@ -29,7 +29,8 @@ from training.machines import has_gpu
 from training.plan import Plan
 from training.recipes import Recipe
 
-# A rank that hangs (not dies: torchrun sees that at once) takes the job down after this long.
+# A rank that hangs (not dies: torchrun sees that at once) before the first step ends the
+# job after this long.
 TIMEOUT = timedelta(minutes=10)
 CONNECT = timedelta(minutes=1)  # in which the ranks of an attempt must find each other
 POLL_S = 0.1
@@ -69,11 +70,12 @@ class World:
         if kind is None and dist.is_initialized():
             dist.destroy_process_group()
 
-    def connect(self, device: str) -> None:
+    def connect(self, device: str, patience_s: float) -> None:
         """Make the process group that training uses.
 
         Args:
             device: "cpu", "cuda" or "auto", as --device says.
+            patience_s: How long a rank waits for the others in a step.
 
         Raises:
             ValueError: there is no GPU for this rank.
@@ -90,8 +92,11 @@ class World:
             torch.cuda.set_device(self.local_rank)
         groups = dist.PrefixStore("groups", self.store)
         among = {"store": groups, "rank": self.rank, "world_size": self.size}
+        among["timeout"] = timedelta(seconds=patience_s)
+        if on_cuda:
+            among["device_id"] = torch.device("cuda", self.local_rank)  # connects here and now
         with _within(CONNECT, f"rank {self.rank} of {self.size} could not connect to the others"):
-            dist.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT, **among)
+            dist.init_process_group("nccl" if on_cuda else "gloo", **among)
 
     def say(self, line: str) -> None:
         """Print on rank 0 only."""
@@ -116,6 +121,25 @@ class World:
         value = choose()
         self.store.set(key, json.dumps(value))
         return value
+
+    def send(self, key: str, groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """The tensors that rank 0 has on its CPU, on every rank's."""
+        if self.size == 1:
+            return groups
+
+        def describe() -> list[Any]:
+            return [(group, name, str(t.dtype).removeprefix("torch."), list(t.shape))
+                    for group, named in groups.items() for name, t in named.items()]  # fmt: skip
+
+        received: dict[str, dict[str, Tensor]] = {}
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        for group, name, dtype, shape in self.first(key, describe):
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            if self.is_main:
+                tensor.copy_(groups[group][name])
+            dist.broadcast(tensor, 0)
+            received.setdefault(group, {})[name] = tensor.cpu()
+        return received
 
     def in_turn(self, key: str, work: Callable[[], T]) -> T:
         """`work` on rank 0, however long it takes, and then on the others."""
@@ -264,6 +288,11 @@ def _within(limit: timedelta, failure: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def is_peers_fault(error: RuntimeError) -> bool:
+    """Whether a collective failed, rather than what this rank does by itself."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def is_restart() -> bool:

@@ -20,7 +20,7 @@ from model import GPT, export, hf
 from model.edge import one_line, quoted
 from training import checkpoint, generators, schema
 from training.checkpoint import Checkpoint, CheckpointError
-from training.distributed import World, refuse_mismatch
+from training.distributed import World
 from training.guard import Guard, GuardConfig
 from training.metrics import RunLog
 from training.optim import AdamW
@@ -258,7 +258,7 @@ def roll_back(
         return checkpoint.newest_good(folder / "checkpoints", log.say, expected)
 
     try:
-        found = _agreed(f"rollback {guard.rollbacks}", newest, expected, world)
+        found = _agreed(f"rollback {guard.rollbacks}", newest, world)
     except ValueError as error:
         raise RunFailed(f"guard: {error}") from None
     if action == "give_up" or found is None:
@@ -287,7 +287,7 @@ def find(
     data_sha256: str,
     override: bool = False,
 ) -> Checkpoint | None:
-    """The checkpoint to go on from: rank 0 decides, and all must read the same one.
+    """The checkpoint to go on from: rank 0 decides, and sends it to the others.
 
     Args:
         choice: "auto", "never", or the path of a checkpoint or of a run folder.
@@ -296,9 +296,8 @@ def find(
         recipe, data_sha256, override: As `check_recipe` takes them.
 
     Raises:
-        CheckpointError: a path was given and nothing usable is there, or this rank cannot read
-            what rank 0 decided on.
-        ValueError: the recipe is another one, or the ranks read different checkpoints.
+        CheckpointError: a path was given and nothing usable is there.
+        ValueError: the recipe is another one.
     """
     with torch.device("meta"):
         model = GPT(recipe.model_config)
@@ -319,28 +318,21 @@ def find(
             )
         return found
 
-    return _agreed("checkpoint", choose, expected, world)
+    return _agreed("checkpoint", choose, world)
 
 
-def _agreed(
-    key: str,
-    choose: Callable[[], Checkpoint | None],
-    expected: checkpoint.Expected,
-    world: World,
-) -> Checkpoint | None:
-    """What rank 0 chooses, read by every rank."""
+def _agreed(key: str, choose: Callable[[], Checkpoint | None], world: World) -> Checkpoint | None:
+    """What rank 0 chooses, on every rank; the others need not see its disk."""
     found = choose() if world.is_main else None
-    path = world.first(key, lambda: found and str(found.path))
-    try:
-        if path is not None and found is None:
-            found = checkpoint.read(Path(path), expected)
-        digest = {"step": found.step, "checkpoint": found.sha256} if found else {}
-        refuse_mismatch(world, f"{key} read", digest)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}; rank 0 goes on from there, so rank {world.rank} must see the same disk"
-        ) from None
-    return found
+    plain = {f.name for f in fields(Checkpoint)} - {"tensors", "path"}
+
+    def describe() -> dict[str, Any] | None:
+        return found and {name: getattr(found, name) for name in plain} | {"path": str(found.path)}
+
+    if (facts := world.first(key, describe)) is None:
+        return None
+    tensors = world.send(f"{key} tensors", found.tensors if found else {})
+    return Checkpoint(**{**facts, "path": Path(facts["path"]), "tensors": tensors})
 
 
 def check_recipe(saved: Checkpoint, recipe: Recipe, data_sha256: str, override: bool) -> list[str]:
