@@ -1,0 +1,58 @@
+"""What the pages in docs/ quote and show is there: code, files, figures."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from docs import figures
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")])
+QUOTE = re.compile(r"```python\n# (kernels/\w+\.py): (\w+)\n(.*?)```", re.DOTALL)
+QUOTES = QUOTE.findall((ROOT / "docs/kernels.md").read_text())
+
+
+def source_of(path: str, name: str) -> str:
+    """The function `name` of a file, one line."""
+    text = (ROOT / path).read_text()
+    [found] = [
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
+    return " ".join((ast.get_source_segment(text, found) or "").split())
+
+
+@pytest.mark.parametrize(("path", "name", "code"), QUOTES, ids=[name for _, name, _ in QUOTES])
+def test_quoted_code_is_the_kernels(path, name, code):
+    """In this order, with no change: a page must not teach what the kernel no longer does."""
+    source = source_of(path, name)
+    for part in code.split("...\n"):
+        quoted = " ".join(part.split())
+        assert quoted in source, f"docs/kernels.md quotes what {name} does not hold, or not here"
+        source = source[source.index(quoted) :]
+
+
+def test_every_kernel_file_is_quoted():
+    files = (path for path in (ROOT / "kernels").glob("*.py") if "\n@jit\n" in path.read_text())
+    assert {path for path, _, _ in QUOTES} == {f"kernels/{path.name}" for path in files}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+    for name in re.findall(r"[\w./-]*[0-9a-f]{8}\.json", page.read_text()):
+        assert (ROOT / "bench/results" / Path(name).name).is_file(), name
+
+
+def test_figures_are_those_of_the_script_and_small():
+    names = [draw.__name__ for draw in figures.FIGURES]
+    files = sorted(figures.FOLDER.iterdir())
+    assert [path.stem for path in files] == sorted(names)
+    page = (ROOT / "docs/kernels.md").read_text()
+    assert all(f"(figures/{name}.svg)" in page for name in names)
+    assert sum(path.stat().st_size for path in files) < 150_000
