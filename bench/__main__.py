@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
-from bench import cli, ops, record, report, step, timing
+from bench import cli, ops, record, report, step
 from bench.cases import CASES, CPU_SHAPES, Shape
 from bench.contestants import Setup, default_providers
 from bench.tables import source_line
+from training import timing
 from training.explain import elsewhere
 from training.plan import detect, make_plan
 from training.recipes import Recipe

@@ -6,13 +6,12 @@ parameter names are those of the released weights, so the same state dict loads 
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from model.config import GPTConfig
 
@@ -110,12 +109,11 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
     return F.linear(F.gelu(F.linear(x, w_fc, b_fc), approximate="tanh"), w_proj, b_proj)
 
 
-def causal_attention(qkv: Tensor, n_head: int, backend: SDPBackend | None = None) -> Tensor:
+def causal_attention(qkv: Tensor, n_head: int) -> Tensor:
     B, T, C3 = qkv.shape
     C = C3 // 3
     q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2) for t in qkv.split(C, dim=2))
-    with sdpa_kernel([backend]) if backend else nullcontext():
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return y.transpose(1, 2).reshape(B, T, C)
 
 

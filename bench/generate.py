@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 
-from bench import cli, timing
+from bench import cli
 from bench.record import Results
 from bench.rows import StepRow
 from bench.tables import rows_table
 from model import GPT, MODELS
 from model.decoder import generate_tokens
 from model.sampling import Sampling
+from training import timing
 from training.child import PIPE, Child, ChildDied
 
 PROVIDERS = ("cached", "transformers", "uncached")

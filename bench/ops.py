@@ -24,9 +24,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
-from bench import baseline, cli, record, timing
+from bench import baseline, cli, record
 from bench.cases import (
     CASES,
     CPU_SHAPES,
@@ -41,8 +40,9 @@ from bench.cases import (
 )  # fmt: skip
 from bench.rows import OpRow
 from bench.tables import ops_table
-from kernels import parse_ops
+from kernels import SDPA, parse_ops
 from tests import numerics
+from training import timing
 from training.machines import free_bytes
 
 Fn = Callable[..., Any]
@@ -53,8 +53,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "compile": (*CASES,),
     "ours": (*CASES,),
     "liger": ("layer_norm", "linear_cross_entropy"),
-    "sdpa-flash": ("causal_attention",),
-    "sdpa-cudnn": ("causal_attention",),
+    **dict.fromkeys(SDPA, ("causal_attention",)),
     "linear-ce": ("linear_cross_entropy",),
 }
 # F.linear_cross_entropy takes 20 times the time of the rest on a CPU: only when asked for.
@@ -111,8 +110,7 @@ def find_provider(name: str, op: str, device: torch.device) -> Fn:
         raise Unavailable(f"{name} needs a GPU")
     if name == "liger":
         return _liger(op)
-    backend = SDPBackend.FLASH_ATTENTION if name == "sdpa-flash" else SDPBackend.CUDNN_ATTENTION
-    return partial(plain, backend=backend)
+    return getattr(parse_ops(f"eager,{op}={name}"), op)
 
 
 def make_call(fn: Fn, case: Case, mode: str, inputs: Inputs) -> timing.Call:

@@ -15,11 +15,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from bench import baseline, cli, record, timing
+from bench import baseline, cli, record
 from bench.ops import make_rows
 from bench.rows import OpRow
 from bench.tables import over, rows_table
 from model import GPT, MODELS
+from training import timing
 from training.optim import AdamW, TritonAdamW
 
 CLASSES: dict[str, type[AdamW]] = {"torch": AdamW, "triton": TritonAdamW}

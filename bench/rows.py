@@ -66,7 +66,7 @@ class OpRow(TimedRow):
     mode: str
     provider: str
     sweep: bool = False  # part of a plot over sizes, not of a table
-    timed: str = ""  # "graph", "launches" or "host", as in bench/timing.py
+    timed: str = ""  # "graph", "launches" or "host", as in training/timing.py
     gbs: float = 0.0
     tflops: float | None = None  # None: bound by memory
     of_limit: float = 0.0  # the time that the measured limits allow, over the time taken

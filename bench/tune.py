@@ -8,7 +8,7 @@ and of other rows of launches.toml with the same blocks, then the present one wi
 changed, then two, and so on. Nothing runs here. Children build candidates side by side, on small
 inputs of the same specialisation, so that Triton's cache on disk has them; then one child alone
 checks the results and times. A candidate that kills its child or hangs costs itself and no other.
-The fastest few are timed against the present row in turns, and a gain above MIN_GAIN that is
+The fastest few are timed against the present row in turns, and a gain above 2% that is
 larger than the noise is proposed, unless it costs at another shape of the run that the row would
 serve.
 
@@ -31,14 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import cli, ops, record, timing
+from bench import cli, ops, record
 from bench.cases import Shape, find_case, make_inputs
 from bench.rows import TuneRow
 from kernels import causal_attention, gelu_mlp, layer_norm, linear_cross_entropy
 from kernels._launch import Key, Launch, family, launch_for, math_of, replaced, rows
-from training import child
+from training import child, timing
 
-MIN_GAIN = 1.02
 FINALISTS = 3
 FINAL = {"rounds": 20, "seconds": 5.0}  # the last turns; four launches rarely need the time
 QUICK = {"rounds": 5, "seconds": 0.3, "warmup": 1}
@@ -284,12 +283,12 @@ def search(
     pairs = zip(taken[0].samples_ms, taken[winner].samples_ms, strict=True)
     low, high = timing.Timing([a / b for a, b in pairs]).quartiles_ms
     verdict = f"x{gain:.3f} ({low:.3f} to {high:.3f})"
-    propose = best != present and low > 1.0 and gain >= MIN_GAIN
+    propose = best != present and timing.gains(taken[0], taken[winner])
     for other in others if propose else ():
         found = timed(other, [present, best], FINAL).get("samples_ms")
         there = timing.ratio(*map(timing.Timing, found)) if found else 0.0
         verdict += f", x{there:.3f} at {other.label}"
-        propose = propose and there >= 1 / MIN_GAIN
+        propose = propose and there >= 1 / timing.MIN_GAIN
     text = f"{tried} of {len(todo)} tried, {len(failures)} failed"
     text += f" ({failures[0]})" if failures else ""
     text += f"; {'propose' if propose else 'keep'}: {verdict}"

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 
-from bench import timing
 from bench.contestants import (
     NUM_BATCHES,
     Batch,
@@ -31,6 +30,7 @@ from bench.contestants import (
 )  # fmt: skip
 from bench.rows import StepRow
 from model.flops import flops_per_token
+from training import timing
 from training.child import Child, ChildDied, serve
 from training.machines import find_card, free_bytes
 from training.plan import detect, make_plan

@@ -129,8 +129,8 @@ def reruns_that_differ(
 
 def check_rows(op: str, dtype: str, device: torch.device) -> Iterator[tuple[str, str, str, str]]:
     """(check, what, figures, why it does not hold) of each result of an op in a dtype."""
-    from bench import timing
     from kernels import TRITON
+    from training import timing
 
     ours, cuda = getattr(TRITON, op), device.type == "cuda"
     with precision(dtype) as known:

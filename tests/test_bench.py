@@ -24,13 +24,13 @@ from bench import (
     profile,
     record,
     tables,
-    timing,
 )
 from bench.cases import CASES, MODES, Shape, find_case, find_shape, floor_ms, make_inputs
 from bench.rows import ProfileRow
 from kernels import EAGER, TRITON, Ops
 from model import GPT, GPTConfig
 from tests import numerics
+from training import timing
 from training.machines import free_bytes
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from bench import contestants, ops, optimizer, profile, record, step, timing, turns
+from bench import contestants, ops, optimizer, profile, record, step, turns
 from bench.cases import CASES, Shape, find_shape
 from bench.contestants import Setup
 from bench.rows import OpRow, StepRow
@@ -23,6 +23,7 @@ from kernels.linear_cross_entropy import chunk_rows
 from model import GPTConfig
 from tests import numerics
 from tests.pretend_cuda import Pretended, pretend_cuda
+from training import timing
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU; needs the interpreter")
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import contestants, figures, recipe, record, report, rows, timing, tune, turns
+from bench import contestants, figures, recipe, record, report, rows, tune, turns
 from bench.cases import CASES, find_shape
 from bench.figures import LARGE
 from bench.record import Result, with_values
 from bench.rows import CheckRow, OpRow, ProfileRow, SeedRow, StepRow, TuneRow
 from kernels._launch import Launch
+from training import timing
 from training.recipes import PUBLISHED_LOSS
 
 CPU = torch.device("cpu")

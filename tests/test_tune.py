@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from bench import ops, record, timing, tune
+from bench import ops, record, tune
 from bench.cases import Shape
 from bench.rows import TuneRow
 from bench.tune import KERNELS, candidates, describe, key_at, launch_of, row_text, safe_at
@@ -17,7 +17,7 @@ from kernels import TRITON, _launch, gelu_mlp
 from kernels._launch import Launch, candidates_for, launch_for
 from kernels._op import INTERPRETED
 from tests.pretend_cuda import pretend_cuda
-from training import child
+from training import child, timing
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 LARGE, SEED = Shape(64, 1024), Shape(16, 64)

@@ -1,4 +1,4 @@
-"""The one timer of the bench, and the machine's own limits in the same units.
+"""The one timer, of the bench and of what a run chooses by; the machine's limits in its units.
 
 What is timed is a list of calls that do the same work on different buffers. On CUDA they are
 captured into one graph and a sample is the device-event time of one replay over its calls, so the
@@ -27,6 +27,7 @@ Call = Callable[[], Any]
 L2_MULTIPLE = 4  # data of one rotation over the L2 size: what a call finds there is not its own
 CPU_CACHE_BYTES = 32 << 20  # last-level cache of one group of cores, on most machines of today
 MAX_SETS = 64
+MIN_GAIN = 1.02  # what is less changes nothing: another day it may be the other way round
 MIN_GRAPH_CALLS = 100  # of short calls in a graph: its start, some microseconds, is shared by them
 SHORT_CALL_BYTES = 16 << 20
 SPIN_SECONDS = 0.2  # of work before a measurement: an idle GPU's clock rises about that slowly
@@ -84,6 +85,13 @@ def ratio(slow: Timing, fast: Timing) -> float:
     """How many times faster `fast` is: the median of the ratios of samples taken in turn."""
     pairs = zip(slow.samples_ms, fast.samples_ms, strict=False)
     return statistics.median(a / b for a, b in pairs)
+
+
+def gains(slow: Timing, fast: Timing) -> bool:
+    """Whether `fast` is worth a change: faster by MIN_GAIN, and in three turns of four at least."""
+    pairs = zip(slow.samples_ms, fast.samples_ms, strict=False)
+    low, _ = Timing([a / b for a, b in pairs]).quartiles_ms
+    return low > 1.0 and ratio(slow, fast) >= MIN_GAIN
 
 
 def is_fatal(error: BaseException) -> bool:
@@ -325,7 +333,7 @@ def _check_room(need: int) -> None:
     free, _ = torch.cuda.mem_get_info()
     if need > free:
         raise torch.OutOfMemoryError(
-            f"bench: needs {need / 2**30:.1f} GiB of device memory, {free / 2**30:.1f} are free"
+            f"timing: needs {need / 2**30:.1f} GiB of device memory, {free / 2**30:.1f} are free"
         )
 
 
