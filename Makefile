@@ -72,7 +72,7 @@ bench-step: setup-dev ## the training step alone; ARGS="--against nanogpt PATH" 
 profile: setup ## where the time of a step goes; writes runs/profile/trace.json (ARGS=)
 	$(PY) -m bench.profile $(ARGS)
 
-report: setup ## README tables and plots from bench/results/
+report: setup ## docs/results.md, README's tables and the plots from bench/results/
 	$(PY) -m bench.report $(ARGS)
 
 numerics: setup-dev ## error of our ops and of plain PyTorch against float64 (OP= ARGS=)

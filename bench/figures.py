@@ -171,14 +171,14 @@ def fingerprint(rows: Sequence[Row]) -> str:
     return "rows " + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def draw_all(results: Sequence[Result], folder: Path, ending: str = "svg") -> list[str]:
+def draw_all(results: Sequence[Result], folder: Path) -> list[str]:
     """Draw every figure that has data; their names."""
     drawn = []
     for name, figure in FIGURES.items():
         result, rows = figure.find(results)
         if result is not None and rows:
             drawing: Any = figure.draw(result, rows).figure
-            plot.save(drawing, folder / f"{name}.{ending}", fingerprint(rows))
+            plot.save(drawing, folder / f"{name}.svg", fingerprint(rows))
             drawn.append(name)
     return drawn
 

@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if trace.exists():  # of the last profile, which is ours
                 (out / "trace.json.gz").write_bytes(gzip.compress(trace.read_bytes()))
     finally:
-        print("\n" + report.summary([results]), flush=True)
+        print("\n" + report.page([results]), flush=True)
 
 
 if __name__ == "__main__":

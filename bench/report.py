@@ -1,29 +1,18 @@
 """Tables and plots from the committed result files, and from nothing else.
 
-    python -m bench.report            # rewrite the marked blocks of README.md and bench/plots/
-    python -m bench.report --check    # exit 1 if README.md says something else than the results
+    python -m bench.report            # write docs/results.md, bench/plots/, the blocks of README.md
+    python -m bench.report --check    # exit 1 if one of them says something else than the results
     python -m bench.report --merge A.json B.json --into bench/results/
 
-In README.md a block is what stands between two comments, each on a line of its own:
+docs/results.md is made in whole. In README.md a block is what stands between two comments, each on
+a line of its own, and the rest of the file is never touched:
 
-    <!-- bench:step-gpu -->
-    <!-- /bench:step-gpu -->
+    <!-- bench:goals -->
+    <!-- /bench:goals -->
 
-The text between them is replaced; the rest of the file is never touched. Known names:
-
-    goals                 what was to be reached on one H200, and what was measured
-    step-gpu, step-cpu    the whole training step, newest result file of a GPU or a CPU
-    ops-gpu, ops-cpu      each op alone, forward and backward together
-    train                 the seed recipe to its target loss
-    evidence              what a GPU said of the kernels: numerics, tests, sanitizer, losses
-    limits                where the time of a step goes, ours and the compiled baseline
-    ablation              ours with one thing at a time switched back
-    tune                  launch rows that the tuner proposes
-    sources               what was run for the figures of which commit
-    plots                 the images of bench/plots/ that have data
-
-Where no result is committed a block is empty; goals are then open and step-gpu says so in a line.
-A row in doubt never shows a figure. `--merge` makes one result of several calls on one machine.
+Its blocks are the goals on one H200 and, as step-gpu and step-cpu, one table of the whole step per
+kind of device. A row in doubt never shows a figure. `--merge` makes one result of several calls on
+one machine.
 """
 
 import math
@@ -52,9 +41,8 @@ from bench.tables import (
     table,
     where,
 )  # fmt: skip
+from model.files import write_atomically
 
-README = record.ROOT / "README.md"
-PLOTS = record.ROOT / "bench/plots"
 SAMPLE_CHARS = 300
 GOAL_GPU = "H200"
 SEED = {"model": "124m", "shape": "B=16 T=64", "accum": 4}
@@ -177,24 +165,27 @@ NOTHING_YET = (
 )
 
 
-def step_block(results: Sequence[Result], device_type: str) -> str:
-    """A table for each size; on a GPU for those of the goals, and one for all the others."""
+def step_block(results: Sequence[Result], device_type: str, largest: int | None = None) -> str:
+    """A table for each size, that of the goals first; on a GPU one for all but the goals' sizes.
+
+    Args:
+        largest: So many tables at most.
+    """
     result, cuda = newest(results, device_type, "step"), device_type == "cuda"
     if result is None:
         some = any(r.device["type"] == "cuda" for r in results)
         nothing = "No training-step result of a GPU is committed yet." if some else NOTHING_YET
         return nothing if cuda else ""
     groups: dict[str, list[StepRow]] = {}
-    for row in result.rows("step"):
+    for row in sorted(result.rows("step"), key=lambda row: not with_values(**LARGE)(row)):
         accum = f", {row.accum} micro-batches" if row.accum > 1 else ""
         title = f"GPT-2 {row.model}, {row.shape}{accum}"
         if cuda and not (with_values(**LARGE)(row) or with_values(**SEED)(row)):
             row, title = replace(row, provider=f"{title}: {row.provider}"), "Other sizes"
         groups.setdefault(title, []).append(row)
-    parts = [f"{title} ({where(result)})\n\n{step_table(rows)}" for title, rows in groups.items()]
-    if cuda:
-        parts.append("fp32 rows multiply in TF32. MFU is against the data sheet's dense bf16 peak.")
-    return "\n\n".join(parts)
+    tables = [f"{title} ({where(result)})\n\n{step_table(rows)}" for title, rows in groups.items()]
+    note = "fp32 rows multiply in TF32. MFU is against the data sheet's dense bf16 peak."
+    return "\n\n".join([*tables[:largest], *([note] if cuda else [])])
 
 
 def ablation_block(results: Sequence[Result]) -> str:
@@ -212,8 +203,7 @@ def ablation_block(results: Sequence[Result]) -> str:
             "x ours": lambda row: f"{whole.ms / row.ms:.3f}" if whole else "",
         },
     )
-    title = f"Ours with one thing switched back at a time, {rows[0].shape}"
-    return f"{title} ({where(result)})\n\n{body}"
+    return f"One at a time, {rows[0].shape} ({where(result)})\n\n{body}"
 
 
 def ops_block(results: Sequence[Result], device_type: str) -> str:
@@ -322,7 +312,7 @@ def limits_block(results: Sequence[Result]) -> str:
         sums = [sum(row.ms for row in rows if row.provider == name) for name in who]
         lines.append(["all", *(text for total in sums for text in (f"{total:,.2f}", ""))])
         header = ["kind", *(text for name in who for text in (f"{name}: ms", "share"))]
-        title = f"Where the time of a step goes, by the profiler, GPT-2 {model}, {shape}"
+        title = f"By the profiler, GPT-2 {model}, {shape}"
         parts.append(f"{title} ({where(result)})\n\n{table(header, lines)}")
     return "\n\n".join(parts)
 
@@ -348,30 +338,44 @@ def _change(now: dict[str, Any], then: dict[str, Any]) -> str:
 
 
 def plots_block(results: Sequence[Result]) -> str:
-    names = [name for name, figure in figures.FIGURES.items() if figure.find(results)[1]]
-    return "\n".join(f"![{figures.FIGURES[name].title}](bench/plots/{name}.svg)" for name in names)
+    drawn = {name: figure for name, figure in figures.FIGURES.items() if figure.find(results)[1]}
+    return "\n".join(f"![{f.title}](../bench/plots/{name}.svg)" for name, f in drawn.items())
 
 
-BLOCKS: dict[str, Callable[[Sequence[Result]], str]] = {
+Block = Callable[[Sequence[Result]], str]
+
+README_BLOCKS: dict[str, Block] = {
     "goals": goals_block,
-    "step-gpu": lambda results: step_block(results, "cuda"),
-    "step-cpu": lambda results: step_block(results, "cpu"),
-    "ops-gpu": lambda results: ops_block(results, "cuda"),
-    "ops-cpu": lambda results: ops_block(results, "cpu"),
-    "train": train_block,
-    "evidence": evidence_block,
-    "limits": limits_block,
-    "ablation": ablation_block,
-    "tune": tune_block,
-    "sources": lambda results: "\n".join(f"- {source_line(result)}" for result in results),
-    "plots": plots_block,
+    "step-gpu": lambda results: step_block(results, "cuda", 1),
+    "step-cpu": lambda results: step_block(results, "cpu", 1),
+}
+
+# Of docs/results.md, by their heading.
+SECTIONS: dict[str, Block] = {
+    "Goals": goals_block,
+    "The whole training step on a GPU": lambda results: step_block(results, "cuda"),
+    "The whole training step on a CPU": lambda results: step_block(results, "cpu"),
+    "Each op on a GPU": lambda results: ops_block(results, "cuda"),
+    "Each op on a CPU": lambda results: ops_block(results, "cpu"),
+    "Where the time of a step goes": limits_block,
+    "Ours with one thing switched back": ablation_block,
+    "The Shakespeare recipe": train_block,
+    "Launch rows that the tuner proposes": tune_block,
+    "What a GPU said of the kernels": evidence_block,
+    "Plots": plots_block,
+    "What was run": lambda results: "\n".join(f"- {source_line(result)}" for result in results),
 }
 
 
-def summary(results: Sequence[Result]) -> str:
-    """Every block about a GPU that has something to say."""
-    names = (name for name in BLOCKS if name not in ("plots", "step-cpu", "ops-cpu"))
-    return "\n\n".join(filter(None, (BLOCKS[name](results) for name in names)))
+def page(results: Sequence[Result]) -> str:
+    """docs/results.md: every section that has something to say."""
+    found = {heading: block(results) for heading, block in SECTIONS.items()}
+    parts = [f"## {heading}\n\n{text}" for heading, text in found.items() if text]
+    about = (
+        "Made by `make report` from `bench/results/`. Each figure names its device and commit, and "
+        "what was run for it stands at the end."
+    )
+    return "\n\n".join(["# Results", about, *parts]) + "\n"
 
 
 def fill(text: str, results: Sequence[Result]) -> str:
@@ -383,9 +387,10 @@ def fill(text: str, results: Sequence[Result]) -> str:
 
     def replace(match: re.Match[str]) -> str:
         name = match["name"]
-        if name not in BLOCKS:
-            raise ValueError(f"report: unknown block {name!r}; known: {', '.join(BLOCKS)}")
-        return f"<!-- bench:{name} -->\n{BLOCKS[name](results)}\n<!-- /bench:{name} -->"
+        if name not in README_BLOCKS:
+            known = ", ".join(README_BLOCKS)
+            raise ValueError(f"report: unknown block {name!r}; known: {known}")
+        return f"<!-- bench:{name} -->\n{README_BLOCKS[name](results)}\n<!-- /bench:{name} -->"
 
     pattern = r"<!-- bench:(?P<name>[a-z-]+) -->\n.*?<!-- /bench:(?P=name) -->"
     opened = re.findall(r"<!-- bench:([a-z-]+) -->", text)
@@ -399,8 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("bench.report", __doc__)
     parser.add_argument("--check", action="store_true", help="edit nothing, exit 1 on a difference")
     parser.add_argument("--results", type=cli.path, default=record.RESULTS)
-    parser.add_argument("--plots", type=cli.path, default=PLOTS)
-    parser.add_argument("--png", action="store_true", help="PNG in place of SVG")
+    parser.add_argument("--root", type=cli.path, default=record.ROOT, help="of what is written")
     parser.add_argument("--merge", nargs="+", type=cli.path, help="result files of one device")
     parser.add_argument("--into", type=cli.path, default=record.RESULTS, help="file or folder")
     args = parser.parse_args(argv)
@@ -410,19 +414,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.results.is_dir():
         raise ValueError(f"report: --results must be a folder, got {args.results}")
     results = record.load_all(args.results)
-    text = README.read_text() if README.exists() else ""
-    filled = fill(text, results)
+    readme, plots = args.root / "README.md", args.root / "bench/plots"
+    wanted = {
+        readme: fill(readme.read_text() if readme.exists() else "", results),
+        args.root / "docs/results.md": page(results),
+    }
+    wrong = [str(path.relative_to(args.root)) for path, text in wanted.items()
+             if not path.exists() or path.read_text() != text]  # fmt: skip
     if args.check:
-        wrong = [*(["README.md"] if filled != text else []), *figures.stale(results, args.plots)]
-        if wrong:
+        if wrong := [*wrong, *figures.stale(results, plots)]:
             print(f"report: {', '.join(wrong)} differ from bench/results; run `make report`",
                   file=sys.stderr)  # fmt: skip
         return 1 if wrong else 0
-    if filled != text:
-        README.write_text(filled)
-    for name in figures.draw_all(results, args.plots, "png" if args.png else "svg"):
-        print(f"drew {name}")
-    print(f"README.md: {text.count('<!-- bench:')} blocks from {len(results)} results")
+    for path, text in wanted.items():
+        write_atomically(path, text)
+    drawn = figures.draw_all(results, plots)
+    print(f"wrote {', '.join([*wrong, *drawn])} from {len(results)} results")
     return 0
 
 

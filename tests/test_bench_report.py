@@ -164,35 +164,35 @@ def check_secret(text: str) -> None:
     assert "748" not in text.replace(",", "")  # 65,536 tokens in that time
 
 
-def test_every_block_says_what_a_gpu_measured():
-    text = {name: block([cuda_result()]) for name, block in report.BLOCKS.items()}
-    for name, block in text.items():
-        check_secret(block)
-        assert bool(block) == (name not in ("step-cpu", "ops-cpu")), name
+def test_every_section_says_what_a_gpu_measured():
+    text = report.page([cuda_result()])
+    check_secret(text)
+    sections = dict(part.split("\n\n", 1) for part in text.split("\n## ")[1:])
+    assert {*sections} == {x for x in report.SECTIONS if not x.endswith("CPU")}
+    for heading, block in sections.items():
+        assert heading == "Plots" or ON in block  # where its figures come from
         for lines in re.findall(r"(?:^\|.*\n?)+", block, re.MULTILINE):
             # A text of others can make no cell of its own.
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines.splitlines()}) == 1
-            assert ON in block  # where its figures come from
-        assert "\n\n\n" not in block
-    assert text["sources"].startswith(f"- NVIDIA H200, {ON}: driver 570.1, torch 2.13.0+cu130")
-    step = text["step-gpu"]
-    assert f"GPT-2 124m, B=64 T=1024 (NVIDIA H200, {ON})\n" in step
+    assert "\n\n\n" not in text
+    assert f"\n- NVIDIA H200, {ON}: driver 570.1, torch 2.13.0+cu130" in text
+    step = sections["The whole training step on a GPU"]
+    assert step.startswith(f"GPT-2 124m, B=64 T=1024 (NVIDIA H200, {ON})\n")
     assert f"GPT-2 124m, B=16 T=64, 4 micro-batches (NVIDIA H200, {ON})\n" in step
     assert "GPT-2 124m, B=8 T=1024: ours bf16" in step.partition("Other sizes")[2]
     assert f"\neager fp32: not shown: {RED}" in step
     assert "GPT-2 124m, B=128 T=1024: ours bf16: not shown: out of memory" in step
     assert re.search(r"ours bf16 +\| +624,152 \| +105.0 \| +1.0% \| +1.14 \| +\d+.\d% / ", step)
-    assert text["ops-gpu"].startswith("Forward and backward, B=64 T=1024, bf16")
-    assert "<details><summary>Forward and backward, B=16 T=64, bf16" in text["ops-gpu"]
-    assert "\ngelu_mlp both ours: not shown: dx: error 1.0 over budget 0.1" in text["ops-gpu"]
-    assert re.search(r"gelu_mlp +\| +1 \| +0.885 \| +\| +0.719 \| +\|", text["ops-gpu"])
-    assert "copy 4,000 GB/s" in text["ops-gpu"]
-    assert re.search(r"gelu_mlp=eager +\| +595,782 \| +1.0% \| +0.955 \|", text["ablation"])
-    assert f"\ncausal_attention=eager: not shown: {RED}" in text["ablation"]
-    assert "1 of 2 launches could be faster" in text["tune"]
-    assert re.search(r"\| BLOCK_N 128 -> 256, num_stages 3 -> 4 \| +1.110 \|", text["tune"])
-    summary = report.summary([cuda_result()])
-    assert all(text[name] in summary for name in ("goals", "evidence", "step-gpu", "sources"))
+    ops = sections["Each op on a GPU"]
+    assert ops.startswith("Forward and backward, B=64 T=1024, bf16")
+    assert "<details><summary>Forward and backward, B=16 T=64, bf16" in ops
+    assert "\ngelu_mlp both ours: not shown: dx: error 1.0 over budget 0.1" in ops
+    assert re.search(r"gelu_mlp +\| +1 \| +0.885 \| +\| +0.719 \| +\|", ops)
+    assert "copy 4,000 GB/s" in ops
+    assert re.search(r"gelu_mlp=eager +\| +595,782 \| +1.0% \| +0.955 \|", text)
+    assert f"\ncausal_attention=eager: not shown: {RED}" in text
+    assert "1 of 2 launches could be faster" in text
+    assert re.search(r"\| BLOCK_N 128 -> 256, num_stages 3 -> 4 \| +1.110 \|", text)
 
 
 def test_train_block_quotes_what_the_recipe_writes():
@@ -204,8 +204,7 @@ def test_train_block_quotes_what_the_recipe_writes():
     assert fence.startswith("[prompt]First Citizen:\n[model]\nBefore we proceed ` ` `")
     assert 300 < len(fence) < 360
     assert fence.endswith("x ...")
-    block = f"<!-- bench:train -->\n{text}\n<!-- /bench:train -->\nafter"
-    assert report.fill(block, [result]) == block  # a sample cannot end it
+    assert "<!--" not in text
     change(result, "seed", {"cache": "warm"}, doubt="no step, exit 1")
     text = report.train_block([result])
     assert "warm: not shown: no step, exit 1" in text
@@ -300,17 +299,19 @@ def test_goals_take_what_else_there_is_and_need_what_belongs_to_it():
 def test_without_a_gpu_one_line_and_open_goals():
     result = cuda_result()
     result.about["device"] = {"type": "cpu", "name": "x", "cores": 2, "isa": "AVX2"}
-    text = {name: block([result]) for name, block in report.BLOCKS.items()}
-    empty = ("ops-gpu", "train", "evidence", "limits", "ablation", "tune")
-    assert [text[name] for name in empty] == [""] * len(empty)
-    assert text["step-gpu"] == report.NOTHING_YET
-    assert text["step-cpu"].startswith(f"GPT-2 124m, B=64 T=1024 (x, 2 cores, AVX2, {ON})")
-    assert text["goals"].count("|  open |") == text["goals"].count("open") == len(report.GOALS)
-    assert "measured" not in text["goals"]
+    assert report.step_block([result], "cuda") == report.NOTHING_YET
+    text = report.page([result])
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Goals", "## The whole training step on a GPU", "## The whole training step on a CPU",
+        "## Each op on a CPU", "## Plots", "## What was run",
+    ]  # fmt: skip
+    assert f"GPT-2 124m, B=64 T=1024 (x, 2 cores, AVX2, {ON})" in text
+    goals = report.goals_block([result])
+    assert goals.count("|  open |") == goals.count("open") == len(report.GOALS)
+    assert "measured" not in goals
     # A first call without steps: then the line would be wrong.
     checked = cuda_result(step=[], ops=[], ablation=[])
     assert report.step_block([checked], "cuda").startswith("No training-step result of a GPU")
-    assert report.plots_block([]) == ""
 
 
 def test_each_section_alone_makes_its_own_blocks_and_figures():
@@ -318,18 +319,19 @@ def test_each_section_alone_makes_its_own_blocks_and_figures():
     for name in rows.SECTIONS:
         others: Any = {other: [] for other in rows.SECTIONS if other != name}
         alone = cuda_result(**others)
-        blocks = {b for b, block in report.BLOCKS.items() if ON in block([alone])} - {"sources"}
-        makes[name] = (blocks, {figure for figure in figures.FIGURES if drawn(figure, alone)})
+        made = {block for block in report.SECTIONS.values() if ON in block([alone])}
+        made = {h for h, block in report.SECTIONS.items() if block in made} - {"What was run"}
+        makes[name] = (made, {figure for figure in figures.FIGURES if drawn(figure, alone)})
     sweeps = {f"sweep-{op}" for op in CASES}
     assert makes == {
-        "checks": ({"evidence"}, set()),
-        "ops": ({"ops-gpu"}, {"ops-gpu"} | sweeps),
-        "step": ({"goals", "step-gpu"}, {"step-gpu"}),
-        "ablation": ({"ablation"}, set()),
-        "first_step": ({"goals"}, set()),
-        "seed": ({"goals", "train"}, {"curve-gpu"}),
-        "tune": ({"tune"}, set()),
-        "profile": ({"limits"}, set()),
+        "checks": ({"What a GPU said of the kernels"}, set()),
+        "ops": ({"Each op on a GPU"}, {"ops-gpu"} | sweeps),
+        "step": ({"Goals", "The whole training step on a GPU"}, {"step-gpu"}),
+        "ablation": ({"Ours with one thing switched back"}, set()),
+        "first_step": ({"Goals"}, set()),
+        "seed": ({"Goals", "The Shakespeare recipe"}, {"curve-gpu"}),
+        "tune": ({"Launch rows that the tuner proposes"}, set()),
+        "profile": ({"Where the time of a step goes"}, set()),
         "generate": (set(), set()),
         "optimizer": (set(), set()),
     }
@@ -342,32 +344,31 @@ def test_each_section_alone_makes_its_own_blocks_and_figures():
     assert figures.FIGURES["ops-gpu"].find([old, new])[0] is new
 
 
-def test_readme_is_filled_from_a_gpu_result(tmp_path, monkeypatch, capsys):
-    """`make report` alone: the blocks of the committed README, and every figure."""
-    results = tmp_path / "results"
-    results.mkdir()
+def test_a_page_and_every_figure_are_made_and_checked(tmp_path, capsys):
+    """`make report` on the committed README and results, and on one more."""
+    results = tmp_path / "bench/results"
+    results.mkdir(parents=True)
     cuda_result().write(results / "h200.json")
     for path in record.RESULTS.glob("*.json"):
         (results / path.name).write_text(path.read_text())
-    (tmp_path / "README.md").write_text(report.README.read_text())
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
-    where = ["--results", str(results), "--plots", str(tmp_path / "plots")]
+    (tmp_path / "README.md").write_text((record.ROOT / "README.md").read_text())
+    where = ["--results", str(results), "--root", str(tmp_path)]
     assert report.main(where) == 0
     assert report.main([*where, "--check"]) == 0
-    text = report.README.read_text()
+    text = (tmp_path / "README.md").read_text()
     check_secret(text)
-    assert "nothing has been measured" not in text
-    assert "curve-gpu.svg" in text
-    for name in re.findall(r"<!-- bench:([a-z-]+)", text):
-        block = re.search(rf"<!-- bench:{name} -->\n(.*?)<!-- /bench:{name} -->", text, re.DOTALL)
-        assert block, name
-        assert block[1].strip(), name
-    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {*figures.FIGURES}
-    for path in (tmp_path / "plots").iterdir():
+    assert "624,152" in text  # of H200, the newest
+    assert text.count("GPT-2 124m, B=") == 2  # one table for each kind of device
+    plots = [*(tmp_path / "bench/plots").iterdir()]
+    assert {path.stem for path in plots} == {*figures.FIGURES}
+    for path in plots:
         check_secret(re.sub(r'"[^"]*"|<path.*?/>', "", path.read_text()))
-    (tmp_path / "plots/curve-gpu.svg").write_text("")
+        assert f"](../bench/plots/{path.name})" in (tmp_path / "docs/results.md").read_text()
+    (tmp_path / "bench/plots/curve-gpu.svg").write_text("")
+    (tmp_path / "docs/results.md").write_text("")
+    capsys.readouterr()
     assert report.main([*where, "--check"]) == 1
-    assert "curve-gpu differ" in capsys.readouterr().err
+    assert "docs/results.md, curve-gpu differ" in capsys.readouterr().err
 
 
 def test_figures_leave_out_what_is_in_doubt_or_has_nothing_to_be_held_against():
@@ -456,14 +457,11 @@ def test_merge_makes_one_file_of_several_calls(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_readme_and_plots_agree_with_the_results():
+def test_readme_page_and_plots_agree_with_the_results(capsys):
     for path in record.RESULTS.glob("*.json"):
         assert path.stat().st_size < 300_000, f"{path.name} is not small"
-    results = record.load_all()
-    text = report.README.read_text()
-    assert "<!-- bench:" in text, "README has no marked tables"
-    assert report.fill(text, results) == text, "run `make report`"
-    assert figures.stale(results, report.PLOTS) == [], "run `make report`"
+    assert "<!-- bench:goals" in (record.ROOT / "README.md").read_text()
+    assert report.main(["--check"]) == 0, capsys.readouterr().err
 
 
 def test_report_fills_blocks_and_nothing_else():
