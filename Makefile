@@ -11,7 +11,7 @@ define as_written
 override $(1) := $$(value $(1))
 export $(1)
 endef
-$(foreach name,DATA OUT PRESET STEPS MODEL PROMPT OP MACHINE,$(eval $(call as_written,$(name))))
+$(foreach name,DATA OUT PRESET STEPS MODEL PROMPT TASKS OP MACHINE,$(eval $(call as_written,$(name))))
 override ARGS := $(value ARGS)
 
 TRAIN_FLAGS = $${PRESET:+--preset "$$PRESET"} $${DATA:+--data "$$DATA"} \
@@ -23,7 +23,7 @@ OP_FLAG = $${OP:+--op "$$OP"}
 PYTEST = $(PY) -m pytest -p no:benchmark --numprocesses auto --dist loadfile \
 	$${MACHINE:+--machine "$$MACHINE"} $${OP:+"tests/test_$$OP.py"} $(ARGS)
 
-.PHONY: help setup setup-dev train doctor sample demo test test-slow test-gpu bench bench-step profile report \
+.PHONY: help setup setup-dev train doctor sample eval demo test test-slow test-gpu bench bench-step profile report \
 	numerics resources torture mutants matrix check fix clean
 .DEFAULT_GOAL := help
 
@@ -50,6 +50,11 @@ doctor: setup ## what limits training on this machine and what to change; half a
 
 sample: setup ## continue a prompt with the newest model, or another (PROMPT= MODEL= ARGS=)
 	$(PY) -m model.generate $(MODEL_FLAG) --prompt "$$PROMPT" $(ARGS)
+
+eval: setup-dev ## EleutherAI's harness on a model folder (MODEL=runs/NAME/model TASKS=hellaswag ARGS=)
+	@$(PY) -c "import lm_eval" 2>/dev/null || $(PIP) "lm-eval[hf]==0.4.13"
+	$(PY) -m lm_eval --model hf --model_args "pretrained=$${MODEL:?names a model folder}" \
+		--tasks "$${TASKS:-hellaswag}" $(ARGS)
 
 demo: setup-dev ## try it in the browser (MODEL= ARGS=)
 	$(PY) -m demo.app $(MODEL_FLAG) $(ARGS)

@@ -28,7 +28,17 @@ import tyro
 
 from model import GPT, hf
 from model.edge import one_line
-from training import checkpoint, console, distributed, documents, folder, metrics, resume, signals
+from training import (
+    checkpoint,
+    console,
+    distributed,
+    documents,
+    folder,
+    hellaswag,
+    metrics,
+    resume,
+    signals,
+)
 from training.data import Corpus, load_corpus
 from training.distributed import ALONE, World, hash_weights, refuse_mismatch, share
 from training.ending import finish
@@ -80,6 +90,10 @@ class Config:
     """Measure this machine, try ten steps, say what limits them and what to change; no training."""
     eval_every: int = -1
     """Steps between evaluations; 0 is only at the end, -1 ten times a run but not under 100."""
+    hellaswag: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """hellaswag_val.jsonl: score the model on it at the end."""
+    hellaswag_every: int = 0
+    """Steps between scores on --hellaswag during the run; 0 is only at the end."""
     save_every: int = -1
     """Steps between checkpoints; 0 is only at the end, -1 four times a run."""
     keep_last: int = 2
@@ -104,6 +118,7 @@ class Config:
         bounds = {
             "eval_every": -1,
             "save_every": -1,
+            "hellaswag_every": 0,
             "log_every": 0,
             "keep_last": 1,
             "rank_timeout": 1,
@@ -111,6 +126,8 @@ class Config:
         for name, least in bounds.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"config: {name} must be at least {least}, got {value}")
+        if self.hellaswag_every and not self.hellaswag:
+            raise ValueError("config: --hellaswag-every needs --hellaswag FILE")
         paths = {"out": (self.out,), "init": (self.init,), "resume": (self.resume,)}
         for name, values in {**paths, "data": self.data, "val": self.val}.items():
             if "" in values:
@@ -170,6 +187,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     if cfg.tensorboard:
         metrics.check_tensorboard()
     recipe, (machine, plan, corpus) = cfg.recipe, look(cfg, world)
+    items = hellaswag.read_items(cfg.hellaswag) if cfg.hellaswag else []
     parts = corpus.split(recipe.val_fraction)
     data_loader(recipe, plan, parts[0], world)  # raises where the text is too short for a batch
     plan = settle(planned(cfg, machine, world), cfg.choices, recipe, machine, world)
@@ -183,7 +201,8 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(parts[0]),
              "val_tokens": len(parts[1])}  # fmt: skip
     flags = {k: v for k, v in asdict(cfg).items() if k != "recipe"}
-    return Run(cfg.preset, recipe, plan, world, out, flags, *parts, facts, saved, initial)
+    return Run(cfg.preset, recipe, plan, world, out, flags, *parts, facts, saved, initial,
+               items)  # fmt: skip
 
 
 def find_place(
@@ -235,6 +254,14 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         log.event("eval", step=progress.step, val_loss=val_loss)
         log.say(f"step {progress.step:5d} | validation loss {val_loss:.4f}")
 
+    def score_hellaswag() -> None:
+        with log.aside(), take_step.autocast():
+            share = run.score_hellaswag(model, lambda: bool(stop))
+        if not stop:  # else it has seen a part of them
+            log.event("hellaswag", step=progress.step, accuracy=share)
+            right = round(share * len(run.items))
+            log.say(f"step {progress.step:5d} | {hellaswag.line(right, len(run.items))}")
+
     def step() -> Outcome:  # called launch by launch at first; on one GPU then a captured graph
         loss = take_step.accumulate()  # forward and backward of each micro-batch
         loss, asked_to_stop = world.mean_loss(loss, bool(stop))
@@ -263,6 +290,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             if score and not (known or watch.stopping or done):
                 evaluate()
                 save |= progress.best == progress.step and cfg.save_interval > 0
+            if _due(cfg.hellaswag_every, progress.step) and not (watch.stopping or done):
+                score_hellaswag()
             if save or watch.stopping or (done and cfg.save_interval):
                 save_checkpoint()
             if watch.stopping:
@@ -277,6 +306,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             log.step(progress.step, lr, batches.position, *outcome)
             progress.step += 1
         log.finish()
+        if run.items:
+            score_hellaswag()
         try:
             finish(run, model, log, progress, watch.reached, take_step.autocast, stop.check)
         except Stopped:  # on this rank; each leaves by itself

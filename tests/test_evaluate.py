@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 from model import GPT, GPTConfig
 from model.tokenizer import get_encoding
-from training import evaluate
+from training import evaluate, hellaswag
 from training.evaluate import eval_pieces, evaluate_text, evaluate_tokens
 
 CONFIG = GPTConfig(block_size=16, vocab_size=50257, n_layer=1, n_head=2, n_embd=16)
@@ -158,3 +159,115 @@ def test_pieces_of_a_long_text_are_spread_over_it():
     assert pieces[0] == (0, 1025)
     assert pieces[-1][1] == 100_001
     assert all(last - first == 1025 for first, last in pieces)
+
+
+# ---- HellaSwag, on items written for this test
+
+ITEMS = [
+    {"ctx": "A man climbs onto a roof. He", "label": 2, "ind": 1, "endings": [
+        "sings.", "is eating the moon with a very long spoon made of glass.", "nails down a tile.",
+        "na\u00efve caf\u00e9"]},
+    {"ctx": "To clean a pan, first", "label": "0", "endings": [
+        "scrub it with salt, then rinse it.", "dogs", "throw the pan away, buy a car", "x y z"]},
+    {"ctx": "She opens the book and", "label": 3, "endings": ["reads", "reads a", "b", "c d e f"]},
+]  # fmt: skip
+
+
+@pytest.fixture
+def items_file(tmp_path: Path) -> Path:
+    path = tmp_path / "hellaswag.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    return path
+
+
+def test_hellaswag_losses_are_those_of_transformers(items_file: Path):
+    """Each ending alone, unpadded, through GPT2LMHeadModel, its log-probabilities in fp64."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=2, n_head=2, n_inner=None)
+    ).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.mul_(6)
+    theirs.save_pretrained(items_file.parent / "hf")
+    model = GPT.from_pretrained(items_file.parent / "hf")
+    encoding, want = get_encoding(), []
+    for item in ITEMS:
+        context = encoding.encode_ordinary(str(item["ctx"]))
+        for ending in item["endings"]:
+            tokens = encoding.encode_ordinary(" " + ending)
+            row = torch.tensor([context + tokens])
+            with torch.no_grad():
+                chances = theirs(row).logits[0, :-1].double().log_softmax(-1)
+            picked = chances[torch.arange(len(chances)), row[0, 1:]]
+            want.append(-picked[len(context) - 1 :].mean().item())
+    items = hellaswag.read_items(items_file)
+    got = hellaswag.ending_losses(model, items, 32)
+    assert [loss for row in got for loss in row] == pytest.approx(want, rel=1e-5)
+    answers = [min(range(4), key=want[4 * i : 4 * i + 4].__getitem__) for i in range(3)]
+    right = sum(answer == item.label for answer, item in zip(answers, items, strict=True))
+    for tokens in (1, 4096):  # one item at a time, or all
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hellaswag, "BATCH_TOKENS", tokens)
+            assert hellaswag.count_right(model, items) == (right, 3)
+    # The right answer is what is counted, not a place: the model's own choices are all right.
+    own = [replace(item, label=answer) for item, answer in zip(items, answers, strict=True)]
+    assert hellaswag.count_right(model, own) == (3, 3)
+    assert hellaswag.count_right(model, items, stopped=lambda: True) == (0, 0)
+
+
+def test_a_row_longer_than_the_window_loses_its_beginning(model: GPT, items_file: Path):
+    items = hellaswag.read_items(items_file)
+    got = hellaswag.ending_losses(model, items[:1], 4)
+    for loss, ending in zip(got[0], items[0].endings, strict=True):
+        row = torch.tensor([(items[0].context + ending)[-5:]])
+        scored = min(len(ending), 4)
+        with torch.no_grad():
+            logits = model(row[:, :-1])[0, -scored:]
+        assert loss == pytest.approx(F.cross_entropy(logits, row[0, -scored:]).item(), rel=1e-5)
+
+
+def test_hellaswag_command(model: GPT, items_file: Path, capsys: pytest.CaptureFixture[str]):
+    model.save_pretrained(items_file.parent / "m")
+    args = ["--model", str(items_file.parent / "m"), "--hellaswag", str(items_file)]
+    evaluate.main([*args, "--json", "--max-items", "2"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["items"] == 2
+    evaluate.main(args)
+    assert "of 3), " in (out := capsys.readouterr().out)
+    assert "published weights: GPT-2's 124M 29.4 to 29.6%" in out
+    for bad, message in (
+        (["--model", args[1]], "either --text FILE or --hellaswag FILE"),
+        ([*args, "--text", "a.txt"], "either --text FILE or --hellaswag FILE"),
+        ([*args, "--max-items", "0"], "max_items must be a whole number from 1"),
+        ([*args[:3], "none.jsonl"], "hellaswag: no such file: none.jsonl"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(bad)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{}", "'ctx'"),
+        ("[1]", "list indices"),
+        ("3", "not subscriptable"),
+        ("{", "Expecting"),
+        (json.dumps(ITEMS[0] | {"label": ""}), "invalid literal"),
+        (json.dumps(ITEMS[0] | {"label": 4}), "'label' must be from 0 to 3, got 4"),
+        (json.dumps(ITEMS[0] | {"label": True}), "invalid literal"),
+        (json.dumps(ITEMS[0] | {"endings": "abcd"}), "'endings' a list"),
+        (json.dumps(ITEMS[0] | {"ctx": ""}), "'ctx' must be text"),
+    ],
+)
+def test_a_line_that_is_no_item_is_named(items_file: Path, line: str, reason: str):
+    items_file.write_text(json.dumps(ITEMS[0]) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=f"line 2 is no item .*{reason}"):
+        hellaswag.read_items(items_file)
+    assert len(hellaswag.read_items(items_file, 1)) == 1
+    items_file.write_text("")
+    with pytest.raises(ValueError, match="holds no items"):
+        hellaswag.read_items(items_file)

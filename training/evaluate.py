@@ -9,6 +9,7 @@ others on average and every token but the first is predicted exactly once:
     bits per byte = loss * N / (ln 2 * bytes of those N tokens)    independent of the tokenizer
 
     python -m training.evaluate --model runs/shakespeare-cpu --text my.txt
+    python -m training.evaluate --model runs/fineweb-124m --hellaswag hellaswag_val.jsonl
 """
 
 import itertools
@@ -28,6 +29,7 @@ from model import GPT, tokenizer
 from model.decoder import evaluating, resolve_window
 from model.edge import check_int, exits, read_stdin, read_utf8
 from model.find import latest_model
+from training import hellaswag
 from training.documents import find_inputs, is_jsonl, is_table, opened
 from training.metrics import to_json
 
@@ -171,31 +173,45 @@ def evaluate_text(
 
 @dataclass(frozen=True)
 class Options:
-    """Loss, perplexity and bits per byte of a model on a text.
+    """Loss, perplexity and bits per byte of a model on a text, or its score on HellaSwag.
 
     Args:
         text: UTF-8 file; - reads stdin.
+        hellaswag: hellaswag_val.jsonl instead of a text.
         model: Run, model folder or .safetensors file; without it the newest under runs/.
         window: Tokens the model sees at once; without it the context it was trained at.
         max_tokens: Score only the first so many tokens.
+        max_items: Score only the first so many items of HellaSwag.
         device: Where to run.
         json: Print one JSON object.
     """
 
-    text: str
+    text: str | None = None
+    hellaswag: str | None = None
     model: str | None = None
     window: int | None = None
     max_tokens: int | None = None
+    max_items: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     json: bool = False
 
 
 def _run(options: Options) -> dict[str, Any]:
+    if (options.text is None) == (options.hellaswag is None):
+        raise ValueError("evaluate: name what to score, either --text FILE or --hellaswag FILE")
+    if options.max_items is not None:
+        check_int("evaluate", "max_items", options.max_items, 1, 10**9)
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ValueError("evaluate: --device cuda, but torch sees no GPU here; use --device cpu")
+    path = latest_model() if options.model is None else options.model
+    if options.text is None:
+        items = hellaswag.read_items(options.hellaswag or "", options.max_items)
+        model = GPT.from_pretrained(path).to(device)
+        right, seen = hellaswag.count_right(model, items, options.window)
+        return {"model": str(path), "hellaswag": right / seen, "right": right, "items": seen}
     if options.text == "-":
         text = read_stdin("evaluate", MAX_STDIN_BYTES)
     else:
@@ -204,7 +220,6 @@ def _run(options: Options) -> dict[str, Any]:
             raise ValueError(f"evaluate: --text must be one file of plain text, got {options.text}")
         with opened(files[0]) as (unpacked, _):
             text = unpacked.read()
-    path = latest_model() if options.model is None else options.model
     model = GPT.from_pretrained(path).to(device)
     encoding = tokenizer.get_encoding()
     result = evaluate_text(
@@ -220,6 +235,10 @@ def main(args: list[str] | None = None) -> None:
         result = _run(options)
         if options.json:
             print(to_json(result))
+            return
+        if "hellaswag" in result:
+            score = hellaswag.line(result["right"], result["items"])
+            print(f"{score}, {result['model']}; published weights: {hellaswag.PUBLISHED}")
             return
         print(
             f"loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}, "

@@ -5,7 +5,7 @@ loss.png, summary.json and report.html.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from training import metrics
+from training import hellaswag, metrics
 from training.checkpoint import Checkpoint
 from training.data import DataLoaderLite, Prefetcher, Tokens
 from training.distributed import World
@@ -41,6 +41,7 @@ class Run:
         corpus: Its name, hash and counts.
         saved: Checkpoint to go on from; None starts afresh.
         initial: Model whose weights to start afresh from; None draws them.
+        items: Of HellaSwag, to score the model on.
     """
 
     preset: str
@@ -54,6 +55,7 @@ class Run:
     corpus: dict[str, Any]
     saved: Checkpoint | None = None
     initial: GPT | None = None
+    items: Sequence[hellaswag.Item] = ()
 
     def build_model(self) -> GPT:
         """The model to start with, on the plan's device; a checkpoint is put into it later."""
@@ -129,6 +131,13 @@ class Run:
                 total += loss * (len(tokens) - 1)
                 weight += len(tokens) - 1
         return world.mean(total, weight, self.plan.device)
+
+    def score_hellaswag(self, model: GPT, stopped: Callable[[], bool]) -> float:
+        """Share of `items` that are answered rightly; the ranks share the work."""
+        mine, T = self.items[self.world.rank :: self.world.size], self.recipe.block_size
+        with torch.compiler.set_stance("force_eager"):
+            right, seen = hellaswag.count_right(model, mine, T, stopped)
+        return self.world.mean(right, seen or 1e-9, self.plan.device)
 
 
 def data_loader(

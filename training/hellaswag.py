@@ -1,0 +1,138 @@
+"""HellaSwag as GPT-2's reproductions quote it: which of four endings the model finds likeliest.
+
+An item is a context and its endings, one of them right. Each ending is scored behind the context by
+the mean loss of its own tokens, a space before it; the lowest is the answer. llm.c and
+build-nanogpt do the same; EleutherAI's acc_norm divides by characters instead of tokens. Guessing
+gives 25%. The file is the public hellaswag_val.jsonl, 10,042 items (Zellers et al. 2019,
+github.com/rowanz/hellaswag), one JSON object a line with "ctx", "endings" and "label".
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from model import GPT, tokenizer
+from model.decoder import evaluating, resolve_window
+from training.documents import opened
+
+BATCH_TOKENS = 4096  # per forward, padding included
+IGNORED = -100
+# What the published weights score this way: 124M by build-nanogpt's hellaswag.py, which prints
+# 2,967 of 10,042, all four by llm.c's dev/vislog.ipynb.
+PUBLISHED = "GPT-2's 124M 29.4 to 29.6%, 350M 37.5%, 774M 43.2%, 1558M 48.9%; guessing 25%"
+
+
+@dataclass(frozen=True)
+class Item:
+    """Token ids of the context and of each ending, and the number of the right one."""
+
+    context: list[int]
+    endings: list[list[int]]
+    label: int
+
+
+def read_items(path: str | Path, max_items: int | None = None) -> list[Item]:
+    """The first `max_items` items of a file, plain or compressed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line is no item, by its number.
+    """
+    path, items = Path(path), []
+    if not path.is_file():
+        raise FileNotFoundError(f"hellaswag: no such file: {path}")
+    with opened(path) as (lines, _):
+        for number, line in enumerate(lines, 1):
+            if max_items is not None and len(items) == max_items:
+                break
+            try:
+                items.append(_item(json.loads(line)))
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"hellaswag: {path}: line {number} is no item ({error}); each line must have "
+                    "'ctx', 'endings' and 'label', as hellaswag_val.jsonl has them"
+                ) from None
+    if not items:
+        raise ValueError(f"hellaswag: {path} holds no items")
+    return items
+
+
+def _item(values: Any) -> Item:
+    context, endings, label = (values[name] for name in ("ctx", "endings", "label"))
+    if not (isinstance(context, str) and isinstance(endings, list) and context and endings):
+        raise ValueError("'ctx' must be text and 'endings' a list")
+    number = int(str(label))  # Hugging Face's copy spells it as text; the test part has none
+    if not 0 <= number < len(endings):
+        raise ValueError(f"'label' must be from 0 to {len(endings) - 1}, got {number}")
+    ids = [tokenizer.encode(f" {ending}").tolist() for ending in endings]
+    return Item(tokenizer.encode(context).tolist(), ids, number)
+
+
+def ending_losses(model: GPT, items: Sequence[Item], window: int) -> list[list[float]]:
+    """Mean loss of each ending of each item, nats per token.
+
+    Of a row that is longer than the window the beginning is left out.
+    """
+    rows = [(item.context, ending) for item in items for ending in item.endings]
+    cropped = [((context + ending)[-window - 1 :], len(ending)) for context, ending in rows]
+    T = max(len(tokens) for tokens, _ in cropped) - 1
+    idx = torch.zeros(len(rows), T, dtype=torch.int64)
+    targets = torch.full_like(idx, IGNORED)
+    for i, (tokens, length) in enumerate(cropped):
+        idx[i, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        scored = min(length, len(tokens) - 1)
+        targets[i, len(tokens) - 1 - scored : len(tokens) - 1] = torch.tensor(tokens[-scored:])
+    weight = model.transformer.wte.weight
+    idx, targets = idx.to(weight.device), targets.to(weight.device)
+    with evaluating(model), torch.no_grad():
+        y = model.transformer(idx, model.residual_dtype)
+        mine = targets != IGNORED  # logits of the endings alone
+        logits = F.linear(y[mine], weight[: model.config.vocab_size])
+        losses = F.cross_entropy(logits.float(), targets[mine], reduction="none")
+    counts = mine.sum(1)
+    means = torch.stack([part.mean() for part in losses.split(counts.tolist())]).tolist()
+    ends = iter(means)
+    return [[next(ends) for _ in item.endings] for item in items]
+
+
+def count_right(
+    model: GPT,
+    items: Sequence[Item],
+    window: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[int, int]:
+    """How many of the items are answered rightly, and of how many.
+
+    Args:
+        model: On any device; autocast of the caller applies.
+        items: What `read_items` gives.
+        window: Tokens the model sees at once; None is the trained context.
+        stopped: Asked before each forward; True ends it early.
+    """
+    if not items:  # of a rank
+        return 0, 0
+    window = resolve_window(model, window)
+    longest = max(len(item.context) + max(map(len, item.endings)) for item in items)
+    at_once = max(1, BATCH_TOKENS // (len(items[0].endings) * min(window, longest)))
+    right = seen = 0
+    for first in range(0, len(items), at_once):
+        if stopped():
+            break
+        batch = items[first : first + at_once]
+        for item, losses in zip(batch, ending_losses(model, batch, window), strict=True):
+            right += math.isfinite(sum(losses)) and losses.index(min(losses)) == item.label
+        seen += len(batch)
+    return right, seen
+
+
+def line(right: int, seen: int) -> str:
+    """The share of right answers with its standard error."""
+    share = right / seen
+    error = math.sqrt(share * (1 - share) / seen)
+    return f"HellaSwag {share:.2%} +- {error:.2%} ({right:,} of {seen:,})"
