@@ -1,4 +1,4 @@
-"""Where a model is: in a run, a folder or a file; and what a file is that holds none of ours."""
+"""Where a model is: in a run, a folder, a file, on the hub; and what a file is that holds none."""
 
 from pathlib import Path
 
@@ -10,7 +10,8 @@ def find_model(path: str | Path) -> Path:
     """The folder or .safetensors file that holds the weights.
 
     Args:
-        path: A model folder, a run folder (its `model/` is taken), or a .safetensors file.
+        path: A model folder, a run folder (its `model/` is taken), a .safetensors file, or where
+            none of these is there the name of a model on the hub; see model/hub.py.
 
     Raises:
         FileNotFoundError: nothing there, or no weights in it.
@@ -18,8 +19,12 @@ def find_model(path: str | Path) -> Path:
     """
     if path == "":
         raise ValueError("from_pretrained: the path is empty; name a run or a model folder")
-    path = Path(path)
+    name, path = str(path), Path(path)
     if not path.exists():
+        from model import hub  # which reads with hf.py, and hf.py asks here where a model is
+
+        if hub.is_name(name):
+            return hub.download(name)
         raise FileNotFoundError(f"from_pretrained: no such file or folder: {path}")
     if not path.is_dir():
         if path.suffix == ".safetensors" and path.is_file():

@@ -139,13 +139,17 @@ def _weight_files(source: Path, named: Path) -> list[Path]:
         return [source]
     if (source / WEIGHTS).exists():
         return [regular(source / WEIGHTS, named)]
-    index = regular(source / INDEX, named)
+    return [regular(source / name, named) for name in shard_names(regular(source / INDEX, named))]
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names."""
     weight_map = read_json(index).get("weight_map")
     names = [*weight_map.values()] if isinstance(weight_map, dict) else []
     for name in names:
         if not isinstance(name, str) or {*"/\\\0"} & {*name}:  # or it might leave its folder
             raise ValueError(f"from_pretrained: {index} names no file: {quoted(name)}")
-    return [regular(source / name, named) for name in sorted({*names})]
+    return sorted({*names})
 
 
 def canonical(name: str) -> str | None:
@@ -318,7 +322,7 @@ class _Found(NamedTuple):
 
 def _look_at(path: str | Path) -> _Found:
     source = find_model(path)
-    named = Path(path) if Path(path).is_dir() else source.parent
+    named = Path(path) if Path(path).is_dir() else source if source.is_dir() else source.parent
     files = _weight_files(source, named)
     shapes = _read_shapes(files)
     config_file = (source.parent if source.is_file() else source) / CONFIG

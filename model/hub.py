@@ -1,0 +1,74 @@
+"""GPT-2 models by their name on the Hugging Face hub, through its own library and into its cache.
+
+It goes by HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and the token of `hf auth login` or HF_TOKEN, as
+everywhere. Fetched are config.json and weights in safetensors, nothing that can run code.
+"""
+
+import functools
+import re
+import sys
+from pathlib import Path
+
+from model.edge import one_line
+from model.find import INDEX, WEIGHTS
+from model.hf import CONFIG, shard_names
+
+# gpt2 and its sizes have no owner; @ precedes a branch, a tag or a commit.
+_NAME = re.compile(
+    r"(gpt2|gpt2-medium|gpt2-large|gpt2-xl|distilgpt2|\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?"
+)
+_FOLDER = f"name a folder with {CONFIG} and {WEIGHTS} instead"
+
+
+def is_name(path: str | Path) -> bool:
+    """Whether what is no file here may be a model of the hub; its owner is no folder here then."""
+    owner, slash, _ = str(path).partition("/")
+    return bool(_NAME.fullmatch(str(path))) and not (slash and Path(owner).is_dir())
+
+
+@functools.cache  # who asks for the shape and then for the weights gets both of one commit
+def download(name: str) -> Path:
+    """The folder of the hub's cache that holds the model `name`, "gpt2" or "owner/name@revision".
+
+    Raises:
+        FileNotFoundError: no such model, none in safetensors, or no way to the hub.
+    """
+    found = _NAME.fullmatch(name)
+    assert found
+    repo, revision = found.groups()
+    here = f"from_pretrained: {name} is no file or folder here"
+    try:
+        from huggingface_hub import constants, errors, hf_hub_download
+        from huggingface_hub.utils import logging
+    except ImportError:
+        raise FileNotFoundError(
+            f"{here}; to take it from the hub, pip install huggingface_hub, or {_FOLDER}"
+        ) from None
+    logging.set_verbosity_error()  # a line for each of five retries
+    print(f"init: {name} of {constants.ENDPOINT}, or its copy in the cache", file=sys.stderr)
+    try:
+        folder = Path(hf_hub_download(repo, CONFIG, revision=revision)).parent
+        commit = folder.name
+        try:
+            hf_hub_download(repo, WEIGHTS, revision=commit)
+        except errors.EntryNotFoundError:
+            index = hf_hub_download(repo, INDEX, revision=commit)
+            for shard in shard_names(Path(index)):
+                hf_hub_download(repo, shard, revision=commit)
+        return folder
+    except errors.RevisionNotFoundError:
+        why = f"{constants.ENDPOINT} has no revision {revision} of it"
+    except errors.RemoteEntryNotFoundError:
+        why = (
+            f"{constants.ENDPOINT} has no {CONFIG} of it or no weights in safetensors; of a model "
+            "that you trust, transformers writes both with save_pretrained"
+        )
+    except errors.RepositoryNotFoundError:
+        why = (
+            f"{constants.ENDPOINT} shows no model of that name; one that is private or gated needs "
+            "`hf auth login` or HF_TOKEN"
+        )
+    except Exception as error:  # of many kinds: no network, no such host, a proxy, a full disk
+        reason = one_line(error.__cause__ or error, 160)
+        why = f"{constants.ENDPOINT} gave no answer that helps ({reason}); {_FOLDER}"
+    raise FileNotFoundError(f"{here}, and {why}")
