@@ -11,7 +11,7 @@ define as_written
 override $(1) := $$(value $(1))
 export $(1)
 endef
-$(foreach name,DATA OUT PRESET STEPS MODEL PROMPT TASKS OP MACHINE,$(eval $(call as_written,$(name))))
+$(foreach name,DATA INIT OUT PRESET STEPS MODEL PROMPT TASKS OP MACHINE,$(eval $(call as_written,$(name))))
 override ARGS := $(value ARGS)
 
 TRAIN_FLAGS = $${PRESET:+--preset "$$PRESET"} $${DATA:+--data "$$DATA"} \
@@ -23,7 +23,7 @@ OP_FLAG = $${OP:+--op "$$OP"}
 PYTEST = $(PY) -m pytest -p no:benchmark --numprocesses auto --dist loadfile \
 	$${MACHINE:+--machine "$$MACHINE"} $${OP:+"tests/test_$$OP.py"} $(ARGS)
 
-.PHONY: help setup setup-dev train doctor sample eval demo test test-slow test-gpu bench bench-step profile report \
+.PHONY: help setup setup-dev train finetune doctor sample eval demo test test-slow test-gpu bench bench-step profile report \
 	numerics resources torture mutants matrix check fix clean
 .DEFAULT_GOAL := help
 
@@ -44,6 +44,9 @@ $(VENV)/.setup-dev: requirements-dev.txt $(VENV)/.setup
 
 train: setup ## train, sample, draw the loss curve, save the model (DATA= PRESET= STEPS= OUT= ARGS=)
 	$(PY) train.py $(TRAIN_FLAGS)
+
+finetune: setup ## GPT-2 from the Hugging Face hub, or INIT=, trained on (DATA= INIT= STEPS= OUT= ARGS=)
+	$(PY) train.py --preset finetune --init "$${INIT:-gpt2}" $(TRAIN_FLAGS)
 
 doctor: setup ## what limits training on this machine and what to change; half a minute (PRESET= ARGS=)
 	$(PY) train.py --explain $(TRAIN_FLAGS)

@@ -41,14 +41,14 @@ from training import (
 )
 from training.data import Corpus, load_corpus
 from training.distributed import ALONE, World, hash_weights, refuse_mismatch, share
-from training.ending import finish
+from training.ending import finish, take_best
 from training.explain import explain, probe_steps
 from training.guard import Guard, GuardConfig
 from training.machines import has_gpu
 from training.metrics import RunLog
 from training.optim import configure_adamw
 from training.plan import Choices, Machine, Plan, detect, make_plan
-from training.recipes import Recipe, find_preset, spell_model
+from training.recipes import FINETUNE, Recipe, find_preset, spell_model
 from training.resume import Progress, RunFailed
 from training.run import Run, data_loader
 from training.signals import EXIT_RESUMABLE, Stopped, StopRequest
@@ -70,7 +70,7 @@ class Config:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     preset: str
-    """Recipe: shakespeare-cpu, shakespeare-124m, fineweb-124m or smoke."""
+    """Recipe: shakespeare-cpu, shakespeare-124m, fineweb-124m, finetune or smoke."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
     """Text, code, JSONL, Parquet, Arrow, folders and patterns of them, or a token file or folder.
     Default: input.txt if it is there, else tiny Shakespeare."""
@@ -80,22 +80,27 @@ class Config:
     """Field of a JSONL object, or column of a table, that holds the text."""
     out: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Run folder. Default: runs/PRESET, with a number once that one holds a finished run."""
-    init: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Fine-tune: start from the weights of a GPT-2 folder, a run folder or a safetensors file; they
-    decide --model too. A checkpoint to resume from comes first."""
+    init: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Fine-tune: start from the weights of a GPT-2 folder, a run folder, a safetensors file, or a
+    model of the Hugging Face hub (gpt2, distilgpt2, owner/name, owner/name@revision). They decide
+    --model too. A checkpoint to resume from comes first."""
+    dropout: float | None = None
+    """Probability of dropout, instead of the model's own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
     explain: bool = False
     """Measure this machine, try ten steps, say what limits them and what to change; no training."""
     eval_every: int = -1
-    """Steps between evaluations; 0 is only at the end, -1 ten times a run but not under 100."""
+    """Steps between evaluations; 0 is only at the end, -1 ten times a run, and not under 100 where
+    no --keep and no --patience depend on them."""
     hellaswag: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """hellaswag_val.jsonl: score the model on it at the end."""
     hellaswag_every: int = 0
     """Steps between scores on --hellaswag during the run; 0 is only at the end."""
     save_every: int = -1
-    """Steps between checkpoints; 0 is only at the end, -1 four times a run."""
+    """Steps between checkpoints; 0 is only at the end, -1 four times a run. --keep best saves what
+    it needs besides."""
     keep_last: int = 2
     """Checkpoints to keep, beside the one with the best validation loss."""
     resume: str = "auto"
@@ -132,19 +137,36 @@ class Config:
         for name, values in {**paths, "data": self.data, "val": self.val}.items():
             if "" in values:
                 raise ValueError(f"config: --{name} is empty; name a path, or leave it out")
+        keep, patience = self.recipe.keep, self.recipe.patience
+        if (keep == "best" or patience) and not (self.val or self.recipe.val_fraction):
+            raise ValueError(
+                f"config: keep {keep} with patience {patience} needs a validation text; give a "
+                "--val-fraction above 0 or --val FILE, or --keep last --patience 0"
+            )
+        if self.preset == FINETUNE and not (self.init or self.explain):
+            raise ValueError(
+                f"init: the recipe {FINETUNE} starts from weights; add --init gpt2, or a folder"
+            )
 
     @property
     def eval_interval(self) -> int:
-        tenth = max(100, math.ceil(self.recipe.max_steps / 10))
+        least = 1 if self.recipe.keep == "best" or self.recipe.patience else 100
+        tenth = max(least, math.ceil(self.recipe.max_steps / 10))
         return self.eval_every if self.eval_every >= 0 else tenth
 
     @property
     def save_interval(self) -> int:
         return self.save_every if self.save_every >= 0 else math.ceil(self.recipe.max_steps / 4)
 
-    def evaluates_before(self, step: int) -> bool:
+    @property
+    def saves(self) -> bool:
+        return self.save_interval > 0 or self.recipe.keep == "best"
+
+    def evaluates_before(self, step: int, last: bool) -> bool:
+        """Given weights as they come, too; the last ones here only to be compared with the best."""
+        due = _due(self.eval_interval, step) or (step == 0 and self.init is not None)
         validates = bool(self.val) or self.recipe.val_fraction > 0
-        return _due(self.eval_interval, step) and validates
+        return validates and (self.recipe.keep == "best" if last else due)
 
     def saves_before(self, step: int) -> bool:
         return _due(self.save_interval, step)
@@ -194,7 +216,8 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     same = {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()},
             "data": corpus.sha256, "torch": torch.__version__}  # fmt: skip
     refuse_mismatch(world, "facts", same)
-    initial = GPT.from_pretrained(cfg.init) if cfg.init else None
+    source = hf.find_model(cfg.init) if cfg.init else ""
+    initial = GPT.from_pretrained(source) if source else None
     if initial and world.size > 1:  # rank 0's would be taken by all, in silence
         refuse_mismatch(world, "weights", {f"--init {cfg.init}": hash_weights(initial)})
     out, saved = find_place(cfg, plan, corpus, world)
@@ -202,7 +225,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
              "val_tokens": len(parts[1])}  # fmt: skip
     flags = {k: v for k, v in asdict(cfg).items() if k != "recipe"}
     return Run(cfg.preset, recipe, plan, world, out, flags, *parts, facts, saved, initial,
-               items)  # fmt: skip
+               str(source), items)  # fmt: skip
 
 
 def find_place(
@@ -252,15 +275,16 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         if math.isfinite(val_loss):  # else the next step's loss tells
             progress.evaluations.append((progress.step, val_loss))
         log.event("eval", step=progress.step, val_loss=val_loss)
-        log.say(f"step {progress.step:5d} | validation loss {val_loss:.4f}")
+        given = f" of {cfg.init} as it came" if cfg.init and progress.step == 0 else ""
+        log.say(f"step {progress.step:5d} | validation loss {val_loss:.4f}{given}")
 
-    def score_hellaswag() -> None:
+    def score_hellaswag(done: int) -> None:
         with log.aside(), take_step.autocast():
             share = run.score_hellaswag(model, lambda: bool(stop))
         if not stop:  # else it has seen a part of them
-            log.event("hellaswag", step=progress.step, accuracy=share)
+            log.event("hellaswag", step=done, accuracy=share)
             right = round(share * len(run.items))
-            log.say(f"step {progress.step:5d} | {hellaswag.line(right, len(run.items))}")
+            log.say(f"step {done:5d} | {hellaswag.line(right, len(run.items))}")
 
     def step() -> Outcome:  # called launch by launch at first; on one GPU then a captured graph
         loss = take_step.accumulate()  # forward and backward of each micro-batch
@@ -273,9 +297,9 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
 
     with log, writer, contextlib.closing(batches):
         while True:
-            done = progress.step >= recipe.max_steps
-            score, save = cfg.evaluates_before(progress.step), cfg.saves_before(progress.step)
-            action = watch.catch_up(wait=score or save or done)  # the values of the step before
+            done = progress.step >= recipe.max_steps or 0 < recipe.patience <= progress.stale
+            save, due = cfg.saves_before(progress.step), cfg.evaluates_before(progress.step, done)
+            action = watch.catch_up(wait=due or save or done)  # the values of the step before
             if guard and action:
                 writer.wait()
                 world.barrier()
@@ -287,12 +311,13 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
 
             done |= watch.reached is not None
             known = progress.step in dict(progress.evaluations)
-            if score and not (known or watch.stopping or done):
+            if cfg.evaluates_before(progress.step, done) and not (known or watch.stopping):
                 evaluate()
-                save |= progress.best == progress.step and cfg.save_interval > 0
+                save |= progress.best == progress.step and cfg.saves
+                done |= 0 < recipe.patience <= progress.stale
             if _due(cfg.hellaswag_every, progress.step) and not (watch.stopping or done):
-                score_hellaswag()
-            if save or watch.stopping or (done and cfg.save_interval):
+                score_hellaswag(progress.step)
+            if save or watch.stopping or (done and cfg.saves):
                 save_checkpoint()
             if watch.stopping:
                 writer.finish()
@@ -306,12 +331,14 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             log.step(progress.step, lr, batches.position, *outcome)
             progress.step += 1
         log.finish()
+        writer.wait()  # the weights to keep may be on their way to the disk
+        kept = take_best(run, model, log.say, progress)
         if run.items:
-            score_hellaswag()
+            score_hellaswag(kept)
         try:
-            finish(run, model, log, progress, watch.reached, take_step.autocast, stop.check)
+            finish(run, model, log, progress, kept, watch.reached, take_step.autocast, stop.check)
         except Stopped:  # on this rank; each leaves by itself
-            if not cfg.save_interval:
+            if not cfg.saves:
                 save_checkpoint()
             return leave(run, progress.step, writer, log, stop)
         writer.finish()
@@ -344,16 +371,22 @@ def parse(arguments: Sequence[str]) -> Config:
         given = argparse.Namespace(preset=None, init=None, model=None)
     preset = given.preset
     if preset is None:
-        preset = DEFAULT_PRESET["cuda" if has_gpu() else "cpu"]
+        preset = FINETUNE if given.init else DEFAULT_PRESET["cuda" if has_gpu() else "cpu"]
     recipe = find_preset(preset)
     if given.init:
         if given.model:
             raise ValueError(f"model: --init {given.init} decides the model; leave --model out")
-        recipe = replace(recipe, model=spell_model(hf.read_config(given.init)))
+        shape = replace(hf.read_config(given.init), dropout=recipe.model_config.dropout)
+        T = min(recipe.block_size, shape.block_size)
+        recipe = replace(recipe, model=spell_model(shape), block_size=T)
     off = {f"--no-{name}": f"--{name}=off" for name in ("compile", "working-copies", "cuda-graph")}
     spelled = [off.get(flag, flag) for flag in arguments]
     default = Config(recipe=recipe, preset=preset)
-    return tyro.cli(Config, args=spelled, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    cfg = tyro.cli(Config, args=spelled, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    if cfg.dropout is not None:
+        shape = replace(cfg.recipe.model_config, dropout=cfg.dropout)
+        cfg = replace(cfg, recipe=replace(cfg.recipe, model=spell_model(shape)))
+    return cfg
 
 
 def explain_plan(cfg: Config) -> int:
@@ -392,12 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         stop.say = world.say
         held.enter_context(stop)
-        recipe = cfg.recipe
-        world.say(
-            f"recipe: {cfg.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens a "
-            f"step, {recipe.max_steps:,} steps, {len(run.train_tokens):,} training tokens"
-        )
-        world.say("\n  ".join([run.plan.describe(), *run.plan.notes]))
+        world.say(run.introduce())
         try:
             return train(cfg, run, stop)
         except (RunFailed, checkpoint.CheckpointError, torch.OutOfMemoryError) as error:

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STUB = "#!/bin/sh\nprintf '%s\\0' \"$@\"\n"
 # A space, both quotes, what a shell and what make expand, a leading dash, a comment, a line break.
-NAMES = ("DATA", "OUT", "PRESET", "STEPS", "MODEL", "PROMPT", "OP", "MACHINE", "ARGS", "MFLAGS")
+NAMES = ("DATA", "OUT", "PRESET", "STEPS", "MODEL", "PROMPT", "OP", "MACHINE", "ARGS", "MFLAGS",
+         "INIT")  # fmt: skip
 AWKWARD = ["my text.txt", """say "hi" $5, it's $(HOME) `id` $$ \\""", "*", "a#b", "ROMEO:\nJULIET:"]
 
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
@@ -48,6 +49,8 @@ def test_a_value_arrives_as_it_was_written(checkout: Path, value: str) -> None:
     given = [f"{name}={value}" for name in NAMES[:6]]
     assert make(checkout, "train", *given) == ["train.py", *flags]
     assert make(checkout, "doctor", *given) == ["train.py", "--explain", *flags]
+    tuned = ["--preset", "finetune", "--init", value, *flags]
+    assert make(checkout, "finetune", f"INIT={value}", *given) == ["train.py", *tuned]
     sample = ["-m", "model.generate", "--model", value, "--prompt", value]
     assert make(checkout, "sample", *given) == sample
     assert make(checkout, "sample", MODEL=value, PROMPT=value) == sample  # from the environment
@@ -58,6 +61,7 @@ def test_a_value_arrives_as_it_was_written(checkout: Path, value: str) -> None:
 def test_nothing_given_is_nothing_passed(checkout: Path) -> None:
     assert make(checkout, "train") == ["train.py"]
     assert make(checkout, "train", "DATA=", "OUT=") == ["train.py"]
+    assert make(checkout, "finetune")[1:] == ["--preset", "finetune", "--init", "gpt2"]
     assert make(checkout, "sample") == ["-m", "model.generate", "--prompt", ""]
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from model import GPT, GPTConfig
-from training import folder, metrics
+from training import ending, folder, metrics
 from training.evaluate import evaluate_tokens
 from training.metrics import RunLog
 from training.plan import Machine, detect, make_plan
@@ -309,9 +309,51 @@ def test_init_starts_from_given_weights(text: Path, tmp_path: Path) -> None:
     assert GPT.from_pretrained(tmp_path / "file").trained_context == 96
 
 
+@pytest.mark.parametrize(
+    ("losses", "kept", "steps"),
+    [
+        ([5.0, 4.0, 4.5, 4.2, 1.0], 2, 6),  # patience ends it before the last
+        ([5.0, 4.0, 4.5, 3.9, 3.8], 8, 8),  # the last is the best
+    ],
+)
+def test_the_best_weights_are_kept(
+    losses: list[float], kept: int, steps: int, text: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
+    answers = iter([*losses[: steps // 2 + 1], 4.4])  # and the whole text in the end
+    monkeypatch.setattr(train.Run, "validate", lambda *_: next(answers))
+    torch.manual_seed(5)
+    GPT(GPTConfig(block_size=96, n_layer=1, n_head=2, n_embd=16)).save_pretrained(
+        tmp_path / "given"
+    )
+    summary = run_here(text, tmp_path / "run", "--init", str(tmp_path / "given"), "--keep", "best",
+                       "--patience=2", "--steps=8", "--eval-every=2", "--dtype=fp32")  # fmt: skip
+    assert (summary["saved_after_step"], summary["final_step"]) == (kept - 1, steps)
+    records, others = events(tmp_path / "run")
+    assert summary["train_loss"] == records[kept - 1]["loss"]
+    at_end = [(e["event"], e["step"]) for e in others if e.get("val_loss") == 4.4]
+    assert at_end == [("eval" if kept == steps else "kept", kept)]
+    at = {n: tmp_path / "run" / "checkpoints" / f"step-{n:08d}" for n in (kept, steps)}
+    saved, best, last = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "run" / "model", at[kept], at[steps])
+    )
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert torch.equal(saved[name], best[name])
+    assert torch.equal(saved[name], last[name]) == (kept == steps)
+    verdict = (tmp_path / "run" / "report.json").read_text()
+    assert (f"model/ holds the weights of step {kept}" in verdict) == (kept < steps)
+    assert "Overfitting" not in verdict
+
+
 BAD = {
     "init": (["--init", "{tmp}/folder"], "{tmp}/folder"),
     "init and model": (["--init", "x", "--model", "tiny"], "--init x decides the model"),
+    "init and T": (["--init", "{tmp}/given", "--block-size", "99"], "16 positions, got 99"),
+    "finetune alone": (["--preset", "finetune"], "finetune starts from weights; add --init gpt2"),
+    "dropout": (["--dropout", "1"], "model: dropout must be in [0, 1), got 1.0"),
+    "keep": (["--keep", "best", "--val-fraction", "0"], "keep best with patience 0 needs a valid"),
+    "patience": (["--patience", "-1"], "patience must be at least 0, got -1"),
     "no such file": (["--data", "{tmp}/absent.txt"], "data: no such file: {tmp}/absent.txt"),
     "a name that recolours": (["--data", "\x1b[31mred"], r"no such file: \x1b[31mred"),
     "empty file": (["--data", "{tmp}/empty.txt"], "data: {tmp}/empty.txt is empty"),
@@ -377,6 +419,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (tmp_path / "foreign.bin").write_bytes(b"\0\0" * 1000)
     (tmp_path / "foreign.json").write_text('{"encoding": "cl100k_base"}')
     monkeypatch.chdir(tmp_path)
+    if case == "init and T":
+        GPT(GPTConfig(16, n_layer=1, n_head=1, n_embd=8)).save_pretrained("given")
     before = sorted(tmp_path.rglob("*"))
     arguments, message = BAD[case]
     arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]

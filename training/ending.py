@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from model import GPT
+from model.edge import one_line
 from model.sampling import Sampling
 from model.text import stream_text
 from model.tokenizer import decode, get_encoding
 from training import metrics
 from training.environment import seconds_since_start
+from training.folder import CHECKPOINTS
 from training.metrics import RunLog
 from training.ngrams import ngram_losses
 from training.report import DECODE_TOKENS, report_run
@@ -25,11 +27,35 @@ SAMPLE_TOKENS = 120
 MAX_VAL_TOKENS = 10_485_760  # of the last evaluation; a long corpus has more than it can tell apart
 
 
+def take_best(run: Run, model: GPT, say: Callable[[str], None], progress: Progress) -> int:
+    """Put the weights that the run keeps into `model`; returns the steps done for them."""
+    best, last, world = progress.best, progress.step, run.world
+    if run.recipe.keep == "last" or best is None or best == last:
+        return last
+    weights, lost = {}, ""
+    if world.is_main:
+        try:
+            folder = run.out / CHECKPOINTS / f"step-{best:08d}"
+            weights = GPT.from_pretrained(folder).state_dict()
+        except (OSError, ValueError) as error:
+            lost = one_line(error)
+    if lost := world.first("best", lambda: lost):
+        say(f"keep: the weights of step {best}, the best, are lost; model/ holds the last: {lost}")
+        return last
+    model.load_state_dict(world.send("best tensors", {"model": weights})["model"])
+    if best == 0 and run.contexts:
+        model.trained_context, model.fine_tuned_context = run.contexts
+    worse = "training made them worse" if best == 0 else f"those of step {last} are worse"
+    say(f"keep: model/ holds the weights of step {best}, whose validation loss was best; {worse}")
+    return best
+
+
 def finish(
     run: Run,
     model: GPT,
     log: RunLog,
     progress: Progress,
+    kept: int,
     reached: int | None,
     autocast: Callable[[], AbstractContextManager[Any]],
     poll: Callable[[], None],
@@ -38,6 +64,7 @@ def finish(
 
     Args:
         run, model, log, progress: After the last step.
+        kept: Steps done for the weights in `model`, which `take_best` has put there.
         reached: Step whose loss fell below the recipe's target, if one did.
         autocast: Context of the evaluation, as of those during the run.
         poll: Raises where the run is to stop.
@@ -55,10 +82,10 @@ def finish(
         loss = run.validate(model, scored, MAX_VAL_TOKENS, poll)
     if len(run.val_tokens) > 1:
         val_loss = loss
-        log.event("eval", step=num_steps, val_loss=val_loss)
+        log.event("eval" if kept == num_steps else "kept", step=kept, val_loss=val_loss)
     if not math.isfinite(loss):
         raise RunFailed(
-            f"step {num_steps}: after it the loss is {loss}; a lower --max-lr or more "
+            f"step {kept}: after it the loss is {loss}; a lower --max-lr or more "
             "--warmup-steps may help, with --resume never"
         )
     if not run.world.is_main:
@@ -79,8 +106,10 @@ def finish(
     summary = {
         "final_step": num_steps,
         "reached_target_at": reached,
-        "saved_after_step": num_steps - 1,
-        "train_loss": next((r.loss for r in reversed(log.records) if r.finite), None),
+        "saved_after_step": kept - 1,
+        "train_loss": next(
+            (r.loss for r in reversed(log.records) if r.finite and r.step < kept), None
+        ),
         "val_loss": val_loss,
         "val_bits_per_byte": bits_per_byte,
         "baselines": baselines,

@@ -59,10 +59,8 @@ def spell_model(config: GPTConfig) -> str:
     for name in fixed:
         if (value := getattr(config, name)) != (wanted := getattr(GPTConfig(), name)):
             raise ValueError(f"model: {name} must be {wanted} to be trained here, got {value}")
-    for name, known in MODELS.items():
-        if known == config:
-            return name
-    base = next(iter(MODELS))
+    same = (n for n, known in MODELS.items() if replace(known, dropout=config.dropout) == config)
+    base = next(same, next(iter(MODELS)))
     changed = (f"{name}={getattr(config, name)}" for name in _CHANGEABLE
                if getattr(config, name) != getattr(MODELS[base], name))  # fmt: skip
     return ",".join([base, *changed])
@@ -115,6 +113,10 @@ class Recipe:
     """Share of the text, at its end, kept for validation."""
     order: Order = "shuffled"
     """sequential: rows as they stand in the text; shuffled: a seeded permutation each epoch."""
+    keep: Literal["best", "last"] = "last"
+    """Whose weights model/ holds: those of the best evaluation, or of the last step."""
+    patience: int = 0
+    """Stop after so many evaluations in a row without a better one; 0 is off."""
     guard: bool = True
     """Skip updates whose loss or gradient is not finite or spikes; see training/guard.py."""
     seed: int = 1337
@@ -134,7 +136,7 @@ class Recipe:
                 raise ValueError(
                     f"recipe: {name} must be at most {most}, got {getattr(self, name)}"
                 )
-        for name in ("warmup_steps", "horizon_steps", "seed"):
+        for name in ("warmup_steps", "horizon_steps", "patience", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe: {name} must be at least 0, got {getattr(self, name)}")
         for name in ("max_steps", "batch_size", "block_size", "grad_accum_steps"):
@@ -148,13 +150,15 @@ class Recipe:
                 f"recipe: min_lr must be at most max_lr, got min_lr {self.min_lr}, "
                 f"max_lr {self.max_lr}; give both"
             )
-        if self.order not in ("sequential", "shuffled"):
-            raise ValueError(f"recipe: order must be sequential or shuffled, got {self.order!r}")
+        for name, known in (("order", ("sequential", "shuffled")), ("keep", ("best", "last"))):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"recipe: {name} must be {' or '.join(known)}, got {value!r}")
         positions = self.model_config.block_size
         if self.block_size > positions:
             raise ValueError(
                 f"recipe: block_size must be at most the model's {positions} positions, got "
-                f"{self.block_size}; --model {self.model},block_size={self.block_size} gives more"
+                f"{self.block_size}; a new model may have more: --model "
+                f"{self.model},block_size={self.block_size}"
             )
 
     @property
@@ -181,6 +185,8 @@ class Recipe:
             self.max_lr - self.min_lr
         )
 
+
+FINETUNE = "finetune"  # of a run that starts from weights
 
 PRESETS: dict[str, Recipe] = {
     # A plain-PyTorch run that memorises tiny Shakespeare. Its table prints 6.00e-04 at step 4175,
@@ -222,6 +228,20 @@ PRESETS: dict[str, Recipe] = {
         block_size=1024,
         grad_accum_steps=8,
         val_fraction=0.01,
+    ),
+    # The rate that fine-tuning of GPT-2 commonly takes, a tenth of what training it takes. Single
+    # rows, of which as many as fit are put together on a GPU; validation decides when it is over.
+    FINETUNE: Recipe(
+        model="124m,dropout=0.1",
+        max_lr=5e-5,
+        min_lr=0.0,
+        warmup_steps=20,
+        max_steps=500,
+        batch_size=1,
+        block_size=1024,
+        grad_accum_steps=8,
+        keep="best",
+        patience=3,
     ),
     "smoke": Recipe(
         model="smoke",

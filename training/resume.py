@@ -57,7 +57,8 @@ STATE = {
     },
 }
 
-# Fields of a plan that change no bit of a loss.
+# Fields of a recipe that change no step but the last, and of a plan that change no bit of a loss.
+_SAME_STEPS = {"keep", "patience"}
 _SAME_LOSSES = {"cuda_graph", "eval_tokens", "memory_bytes", "notes"}
 
 
@@ -92,6 +93,11 @@ class Progress:
     def best(self) -> int | None:
         """Step of the lowest validation loss so far."""
         return min(self.evaluations, key=lambda e: e[1], default=(None,))[0]
+
+    @property
+    def stale(self) -> int:
+        """Evaluations since the best."""
+        return sum(step > self.best for step, _ in self.evaluations if self.best is not None)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -341,7 +347,10 @@ def check_recipe(saved: Checkpoint, recipe: Recipe, data_sha256: str, override: 
     Raises:
         ValueError: fields differ and `override` is off; the message names each with both values.
     """
-    changed = _differences(saved.state["recipe"], {**asdict(recipe), "data_sha256": data_sha256})
+    before = {**asdict(Recipe()), **saved.state["recipe"]}  # fields of a later version: as default
+    now = {**asdict(recipe), "data_sha256": data_sha256}
+    before.update({name: now[name] for name in _SAME_STEPS})
+    changed = _differences(before, now)
     if changed and not override:
         raise ValueError(
             f"resume: the checkpoint of step {saved.step} was made with another recipe: "

@@ -24,7 +24,7 @@ from training.evaluate import eval_pieces, evaluate_tokens
 from training.machines import mfu
 from training.metrics import RunLog
 from training.plan import Plan
-from training.recipes import Recipe
+from training.recipes import FINETUNE, Recipe
 from training.resume import Progress
 
 
@@ -40,7 +40,9 @@ class Run:
         train_tokens, val_tokens: Both ends of the corpus.
         corpus: Its name, hash and counts.
         saved: Checkpoint to go on from; None starts afresh.
-        initial: Model whose weights to start afresh from; None draws them.
+        initial: Model whose weights to start afresh from; None draws them. It is let go of once
+            `build_model` has them.
+        source: Where it was found.
         items: Of HellaSwag, to score the model on.
     """
 
@@ -55,7 +57,28 @@ class Run:
     corpus: dict[str, Any]
     saved: Checkpoint | None = None
     initial: GPT | None = None
+    source: str = ""
     items: Sequence[hellaswag.Item] = ()
+    contexts: tuple[int, int | None] | None = None  # of `initial`, see `GPT`
+
+    def introduce(self) -> str:
+        """The first lines of a run: what is trained, from which weights, and how."""
+        recipe, model = self.recipe, self.initial
+        lines = [
+            f"recipe: {self.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens a "
+            f"step, {recipe.max_steps:,} steps, {len(self.train_tokens):,} training tokens"
+        ]
+        if model and not self.saved:
+            lines.append(
+                f"init: {self.flags['init']}, {model.num_parameters():,} parameters, trained at "
+                f"{model.trained_context} positions, from {self.source}"
+            )
+        if model and self.preset != FINETUNE:
+            lines.append(
+                f"init: the recipe {self.preset} trains from scratch, up to a learning rate of "
+                f"{recipe.max_lr:.1e}; --preset {FINETUNE} is made for weights that know something"
+            )
+        return "\n".join([*lines, "\n  ".join([self.plan.describe(), *self.plan.notes])])
 
     def build_model(self) -> GPT:
         """The model to start with, on the plan's device; a checkpoint is put into it later."""
@@ -65,8 +88,10 @@ class Run:
         model.trained_context = recipe.block_size
         if self.initial is not None:
             model.load_state_dict(self.initial.state_dict())
+            self.contexts = self.initial.trained_context, self.initial.fine_tuned_context
             model.fine_tuned_context = recipe.block_size
             model.trained_context = max(recipe.block_size, self.initial.trained_context)
+            self.initial = None
         return model.to(plan.device)
 
     def open_batches(self, progress: Progress) -> Prefetcher:
@@ -99,6 +124,7 @@ class Run:
             "recipe": {"name": self.preset, **asdict(self.recipe)},
             "plan": asdict(self.plan),
             "flags": self.flags,
+            "init": self.source or None,
             "data": self.corpus,
             "parameters": model.num_parameters(),
             "device": self.plan.device_name,

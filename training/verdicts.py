@@ -70,9 +70,16 @@ class Run:
         return self.steps[-1]["step"] + 1 if self.steps else number(self.summary, "final_step")
 
     @property
+    def kept(self) -> int | None:
+        """Steps done for the weights in model/, where others came after them."""
+        saved = number(self.summary, "saved_after_step")
+        return None if saved is None or saved + 1 == self.num_steps else int(saved) + 1
+
+    @property
     def train_loss(self) -> float | None:
-        """Mean over the last twentieth of the steps: a single batch proves nothing."""
-        losses = [number(step, "loss") for step in self.steps if "loss" in step]
+        """Mean over the last twentieth of the steps to model/: a single batch proves nothing."""
+        kept = self.kept
+        losses = [number(step, "loss") for step in self.steps[:kept] if "loss" in step]
         if not losses:
             return number(self.summary, "train_loss")
         last = [loss for loss in losses[-max(1, len(losses) // 20) :] if loss is not None]
@@ -237,7 +244,13 @@ def _on_held_out_text(run: Run, val: float, recited: bool) -> list[tuple[str, st
         )
     losses = [(loss, step) for step, loss in points(run.evaluations, "val_loss")]
     best, step = min(losses, default=(val, 0))
-    if val - best > RISE_NATS:
+    if run.kept is not None:
+        add(
+            "note",
+            f"model/ holds the weights of step {run.kept:,}, whose validation loss was the lowest; "
+            f"after step {run.num_steps:,} it was {losses[-1][0] if losses else math.nan:.2f}.",
+        )
+    elif run.part("recipe").get("keep") != "best" and val - best > RISE_NATS:
         add(
             "warning",
             f"Overfitting: the validation loss was {best:.2f} at step {step:,} and rose to "
