@@ -8,9 +8,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,32 +80,26 @@ class Setup:
         check_room(f"GPT-2 {self.model} at {self.shape.label}", self.need_bytes, room)
 
 
-@dataclass
-class PlainLoop:
-    """Plain PyTorch: a model, its optimizer, and the loop everyone writes.
+class Plain:
+    """Plain PyTorch: a model that returns its loss, or its loss last, and the usual loop."""
 
-    Args:
-        loss_of: (idx, targets) -> scalar loss.
-        parameters: What is clipped.
-        autocast: Context of the forward.
-        grad_norm: (), of the last step, before clipping.
-    """
-
-    loss_of: Callable[[Tensor, Tensor], Tensor]
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    autocast: Callable[[], AbstractContextManager[Any]]
-    grad_norm: Tensor | None = None
+    def __init__(self, model: nn.Module, device: torch.device, bf16: bool, compiled: bool):
+        self.model = model.to(device)
+        self.call: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
+        self.optimizer = baseline.make_optimizer(model)
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
         """Train on micro-batches; their mean loss, ()."""
         loss = torch.zeros((), device=batches[0][0].device)
         for idx, targets in batches:
             with self.autocast():
-                micro = self.loss_of(idx, targets) / len(batches)
+                out = self.call(idx, targets)
+                micro = (out[-1] if isinstance(out, tuple) else out) / len(batches)
             micro.backward()
             loss += micro.detach()
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, baseline.CLIP_NORM)
+        parameters = self.model.parameters()
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, baseline.CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
@@ -125,11 +118,9 @@ class Ours:
         )  # fmt: skip
         plan = make_plan(recipe, detect(device.type), replace(choices, micro_batch_size=B))
         model = GPT(setup.config, plan.op_set)
-        model.load_state_dict(_weights(setup))
-        optimizer = configure_adamw(model.to(device), recipe, plan.optimizer)
-        self.optimizer = optimizer
-        self.take_step = TrainStep(model, optimizer, recipe, plan)
-        self.grad_norm: Tensor | None = None
+        model.load_state_dict(weights(setup.config))
+        self.optimizer = configure_adamw(model.to(device), recipe, plan.optimizer)
+        self.take_step = TrainStep(model, self.optimizer, recipe, plan)
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
         self.batches = batches
@@ -149,58 +140,33 @@ class Ours:
         return torch.cat(idx), torch.cat(targets)
 
 
-Contestant = PlainLoop | Ours
+Contestant = Plain | Ours
 Build = Callable[[Setup, torch.device], Contestant]
 
 
-def _weights(setup: Setup) -> dict[str, Tensor]:
-    """The same initial weights for all: drawn on the CPU, so that no device's RNG matters."""
-    return dict(_draw_weights(setup.config))
-
-
 @lru_cache(maxsize=1)  # drawing those of the 124M model takes 1.3 s, twice for every contestant
-def _draw_weights(config: GPTConfig) -> dict[str, Tensor]:
+def weights(config: GPTConfig) -> dict[str, Tensor]:
+    """The same initial weights for all: drawn on the CPU, so that no device's RNG matters."""
     torch.manual_seed(1337)
     return GPT(config).state_dict()
 
 
-def _plain(make_model: Callable[[Setup], nn.Module], bf16: bool, compiled: bool) -> Build:
-    """A model that returns its loss, or its loss last, in the plain loop."""
-
-    def build(setup: Setup, device: torch.device) -> Contestant:
-        model = make_model(setup).to(device)
-        call: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
-
-        def loss_of(idx: Tensor, targets: Tensor) -> Tensor:
-            out = call(idx, targets)
-            return out[-1] if isinstance(out, tuple) else out
-
-        def autocast() -> AbstractContextManager[Any]:
-            return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-
-        return PlainLoop(loss_of, [*model.parameters()], baseline.make_optimizer(model), autocast)
-
-    return build
-
-
-def _baseline(setup: Setup) -> nn.Module:
-    model = baseline.BaselineGPT(setup.config)
-    model.load_state_dict(_weights(setup))
-    return model
-
-
-def _nanogpt(path: Path) -> Callable[[Setup], nn.Module]:
-    def make_model(setup: Setup) -> nn.Module:
-        module, config = load_nanogpt(path), setup.config
-        sizes = {k: getattr(config, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
-        vocab_size = config.padded_vocab_size
-        wanted = module.GPTConfig(**sizes, vocab_size=vocab_size, dropout=0.0, bias=True)
-        model, weights = module.GPT(wanted), _weights(setup)
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
-        model.load_state_dict(weights, strict=False)
-        return model
-
-    return make_model
+def _baseline(
+    bf16: bool, compiled: bool, nanogpt: Path | None, setup: Setup, device: torch.device
+) -> Contestant:
+    """`bench.baseline`, or the nanoGPT at a path."""
+    config, found = setup.config, dict(weights(setup.config))
+    if nanogpt is None:
+        model = baseline.BaselineGPT(config)
+        model.load_state_dict(found)
+        return Plain(model, device, bf16, compiled)
+    module = load_nanogpt(nanogpt)
+    sizes = {k: getattr(config, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
+    wanted = module.GPTConfig(**sizes, vocab_size=config.padded_vocab_size, dropout=0.0, bias=True)
+    model = module.GPT(wanted)
+    found["lm_head.weight"] = found["transformer.wte.weight"]
+    model.load_state_dict(found, strict=False)
+    return Plain(model, device, bf16, compiled)
 
 
 def load_nanogpt(path: Path) -> Any:
@@ -243,7 +209,7 @@ def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[s
     On the CPU ours runs the eager ops: Triton has no CPU target, and its interpreter is a test
     instrument.
     """
-    known = {name: _plain(_baseline, *mode) for name, mode in PLAIN.items()}
+    known: dict[str, Build] = {n: partial(_baseline, *mode, None) for n, mode in PLAIN.items()}
     known |= {"ours fp32": _ours(dtype="fp32"), "ours bf16": _ours(dtype="bf16")}
     if device.type == "cuda":
         changes: dict[str, dict[str, Any]] = {
@@ -256,7 +222,7 @@ def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[s
         }
         known |= {ABLATION + name: _ours(dtype="bf16", **how) for name, how in changes.items()}
     if nanogpt is not None:
-        known |= {f"nanogpt {n}": _plain(_nanogpt(nanogpt), *mode) for n, mode in PLAIN.items()}
+        known |= {f"nanogpt {n}": partial(_baseline, *mode, nanogpt) for n, mode in PLAIN.items()}
     return known
 
 
@@ -323,7 +289,6 @@ def prepare(
     start = time.perf_counter()
     losses = [contestant.step(batches[0]).item()]  # read, so it has ended
     first_step_s, process_start_s = time.perf_counter() - start, seconds_since_start()
-    assert contestant.grad_norm is not None
     grad_norm = contestant.grad_norm.item()
     losses += [contestant.step(batches[i % NUM_BATCHES]).item() for i in range(1, WARMUP_STEPS)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

@@ -135,8 +135,8 @@ def commands(job: Job) -> Iterator[Command]:
         (20, ["--shape", "b64t64", *twins]),
         (25, ["--shape", "b64t1024", "--provider", "eager bf16", "--provider", "eager fp32"]),
         (60, ["--shape", "b64t1024", "--ablation", "--seconds", "2"]),
-        (25, ["--shape", "b8t1024", "--batch-sweep", "16,32", *twins]),
-        (25, ["--shape", "b256t256", "--length-sweep", "2048,4096", *twins]),
+        (25, ["--shape", "b8t1024", "--shape", "b16t1024", "--shape", "b32t1024", *twins]),
+        (25, ["--shape", "b256t256", "--shape", "b32t2048", "--shape", "b16t4096", *twins]),
     ):
         yield Command("step", seconds, job.rows("bench.step", "--seconds", "4", *flags))
     text = ["--data", str(job.data)] if job.data else []

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -37,7 +37,6 @@ from training.plan import detect, make_plan
 from training.recipes import Recipe
 from training.step import start_process
 
-CPU = torch.device("cpu")
 # On the loss, about 10.9 at the start: bf16 moves it by 1e-3, the padded softmax by 1e-3, and three
 # AdamW steps at full rate multiply such differences.
 FIRST_LOSS_TOLERANCE = 0.01
@@ -47,8 +46,6 @@ GRAD_NORM_TOLERANCE = 0.05
 WARM_LOSS_TOLERANCE = 0.1
 RIVALS = ("eager fp32", "compile fp32", "compile bf16")  # and nanoGPT: ratios are to these
 ROOM = 1.15  # of what the largest contestant took so far, for the next one
-
-
 NO_REFERENCE = "nothing to hold it against: the first contestant failed"
 
 
@@ -83,8 +80,30 @@ def make_row(
     )  # fmt: skip
 
 
-def is_rival(name: str) -> bool:
-    return name in RIVALS or name.startswith("nanogpt")
+def with_ratios(rows: Mapping[str, StepRow]) -> list[StepRow]:
+    """The rows, each with its ratio to every rival that has a time.
+
+    Two that took turns have their ratio; two of different groups get it by way of the contestant
+    whom both took turns with, and where there is none, it is that of their medians.
+    """
+    timed = [row for row in rows.values() if not row.doubt]
+    rivals = [r for r in timed if r.provider in RIVALS or r.provider.startswith("nanogpt")]
+
+    def ratio(row: StepRow, rival: StepRow) -> float:
+        if row is rival:
+            return 1.0
+        if rival.provider in row.over:
+            return row.over[rival.provider]
+        if row.provider in rival.over:
+            return 1 / rival.over[row.provider]
+        for common in row.over.keys() & rival.over.keys():
+            return row.over[common] / rival.over[common]
+        return rival.ms / row.ms
+
+    return [
+        replace(row, over={} if row.doubt else {r.provider: ratio(row, r) for r in rivals})
+        for row in rows.values()
+    ]
 
 
 def free_device(device: torch.device) -> None:
@@ -115,19 +134,6 @@ def event_steps(
     return timing.Timing(samples, "launches")
 
 
-def _time_cuda(
-    build: Build, setup: Setup, device: torch.device, seconds: float
-) -> tuple[Prepared, timing.Timing, dict[str, float]]:
-    """A contestant alone on the card: its figures, its times, the card's state right after."""
-    free_device(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    batches = make_batches(setup, device)
-    contestant, prepared = prepare(build, setup, device, batches)
-    timed = event_steps(contestant, batches, seconds)
-    state = timing.gpu_state()
-    return replace(prepared, peak_bytes=torch.cuda.max_memory_allocated(device)), timed, state
-
-
 def measure_cuda(
     builds: Mapping[str, Build], setup: Setup, device: torch.device, seconds: float
 ) -> Iterator[StepRow]:
@@ -140,44 +146,38 @@ def measure_cuda(
         RuntimeError: CUDA is broken; nothing can be measured in this process any more.
     """
     failed: dict[str, str] = {}
-    times_ms: dict[str, float] = {}
-    first = None
+    rows: dict[str, StepRow] = {}
+    first: Prepared | None = None
     torch.set_float32_matmul_precision("high")
-    for i, (name, build) in enumerate(builds.items()):
-        found = None
+
+    def alone(name: str) -> tuple[Prepared, timing.Timing] | None:
+        """Figures and times of one, which has the card to itself; None if it failed."""
+        free_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
         try:
-            found = _time_cuda(build, setup, device, seconds)
-        except Exception as error:
+            batches = make_batches(setup, device)
+            contestant, prepared = prepare(builds[name], setup, device, batches)
+            timed = event_steps(contestant, batches, seconds)
+        except Exception as error:  # its frames hold the contestant; they end here
             timing.note_failure(failed, name, error)
-        if found is None:  # outside the handler: the exception's frames hold the contestant
+            return None
+        return replace(prepared, peak_bytes=torch.cuda.max_memory_allocated(device)), timed
+
+    for name in builds:
+        found = alone(name)
+        if found is None:
             yield StepRow(**setup.identity, provider=name, doubt=failed[name])
             continue
-        prepared, timed, state = found
-        first = first if i else prepared
-        card = torch.cuda.get_device_name(device)
-        row = make_row(name, setup, prepared, timed, first, card, gpu=state)
+        first = found[0] if name == next(iter(builds)) else first
+        card, state = torch.cuda.get_device_name(device), timing.gpu_state()
+        rows[name] = row = make_row(name, setup, *found, first, card, gpu=state)
         yield row
-        twin = name.replace("ours", "compile")
-        if twin != name and twin in times_ms and not row.doubt:
-            try:
-                again_ms = _time_cuda(builds[twin], setup, device, seconds)[1].median_ms
-            except Exception as error:
-                timing.note_failure(failed, f"{twin} again", error)
-            else:
-                over = (times_ms[twin] + again_ms) / 2 / row.ms
-                yield replace(row, rival_again_ms=again_ms, over={twin: over})
-        if not row.doubt:
-            times_ms[name] = row.ms
-
-
-class Runner(Protocol):
-    """A contestant that takes a step when told to."""
-
-    prepared: Prepared
-
-    def step_ms(self, limit_s: float) -> float: ...
-
-    def end(self) -> object: ...
+        twin = rows.get(name.replace("ours", "compile"), row)
+        again = alone(twin.provider) if twin is not row and not (row.doubt or twin.doubt) else None
+        if again:
+            again_ms = again[1].median_ms
+            over = {twin.provider: (twin.ms + again_ms) / 2 / row.ms}
+            yield replace(row, rival_again_ms=again_ms, over=over)
 
 
 class Worker(Child):
@@ -193,12 +193,9 @@ class Worker(Child):
         super().__init__(command, limit_s, env=env)
         self.prepared: Prepared = self.first
 
-    def step_ms(self, limit_s: float) -> float:
-        return self.ask("step", limit_s)
-
 
 def work(name: str, setup: Setup, device: torch.device, nanogpt: Path | None) -> None:
-    """A worker's side: the warm-up, then a step for each time it is asked."""
+    """A worker's side: the warm-up, then the ms of a step for each time it is asked."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as where the steps are timed
     elif name.startswith("ours"):
@@ -221,10 +218,10 @@ class Turns:
     """
 
     def __init__(
-        self, setup: Setup, start: Callable[[str, float], Runner], seconds: float, deadline: float
+        self, setup: Setup, start: Callable[[str, float], Worker], seconds: float, deadline: float
     ):
         self.setup, self.start, self.seconds, self.deadline = setup, start, seconds, deadline
-        self.alive: dict[str, Runner] = {}
+        self.alive: dict[str, Worker] = {}
         self.prepared: dict[str, Prepared] = {}  # of all so far
         self.failed: dict[str, str] = {}
 
@@ -263,22 +260,19 @@ class Turns:
             timed |= self._interleave()
         return timed
 
-    @property
-    def need(self) -> int:
-        """Bytes of one more: an estimate until one has shown it."""
-        largest = max((found.peak_bytes for found in self.prepared.values()), default=0)
-        return int(ROOM * largest) or self.setup.need_bytes
-
     def _begin(self, name: str) -> bool:
         """Start a contestant; whether there may be room for more."""
         left, free, beside = self.deadline - time.monotonic(), free_bytes(), bool(self.alive)
+        # Of one more: an estimate until one has shown it.
+        largest = max((found.peak_bytes for found in self.prepared.values()), default=0)
+        need = int(ROOM * largest) or self.setup.need_bytes
         if left <= 0:
             self.failed[name] = "no time left; --minutes gives more"
-        elif 0 < free < self.need:
+        elif 0 < free < need:
             if beside:
                 return False
-            need = f"needs about {self.need / 2**30:.1f} GiB of memory"
-            self.failed[name] = f"{need}, {free / 2**30:.1f} are free"
+            text = f"needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+            self.failed[name] = text
         else:
             try:
                 self.alive[name] = self.start(name, left / 2)  # a hang must not cost the rest
@@ -295,8 +289,8 @@ class Turns:
             print(f"in turns: {', '.join(self.alive)}", flush=True)
         limit_s = max(60.0, self.deadline - time.monotonic())
         replays = {
-            name: timing.Replay(lambda runner=runner: runner.step_ms(limit_s), "host")
-            for name, runner in self.alive.items()
+            name: timing.Replay(lambda worker=worker: worker.ask("step", limit_s), "host")
+            for name, worker in self.alive.items()
         }
         return timing.interleave(
             replays, rounds=20, seconds=self.seconds * len(replays), warmup=0, min_rounds=3,
@@ -304,6 +298,6 @@ class Turns:
         )  # fmt: skip
 
     def _end(self) -> None:
-        for runner in self.alive.values():
-            runner.end()
+        for worker in self.alive.values():
+            worker.end()
         self.alive.clear()

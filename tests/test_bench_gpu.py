@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from bench import contestants, ops, optimizer, profile, record, step, turns
+from bench import contestants, ops, optimizer, profile, record, turns
 from bench.cases import CASES, Shape, find_shape
 from bench.contestants import Setup
 from bench.rows import OpRow, StepRow
@@ -334,9 +334,9 @@ def assert_step_rows(pretended: Pretended, known: dict[str, contestants.Build]) 
     assert ours.rival_again_ms
     twin = (compiled.ms + ours.rival_again_ms) / 2
     assert ours.over["compile bf16"] == pytest.approx(twin / ours.ms)
-    [_, shown] = step.with_ratios({"compile bf16": compiled, "ours bf16": ours})
+    [_, shown] = turns.with_ratios({"compile bf16": compiled, "ours bf16": ours})
     assert shown.over == ours.over
-    [_, shown] = step.with_ratios({"compile bf16": compiled, "ours bf16": first})
+    [_, shown] = turns.with_ratios({"compile bf16": compiled, "ours bf16": first})
     assert shown.over["compile bf16"] == pytest.approx(compiled.ms / first.ms)
 
 

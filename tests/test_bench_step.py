@@ -56,14 +56,14 @@ class Machine:
             self.events.append(f"row {row.provider}")
             rows[row.provider] = row
         assert not self.alive
-        return {row.provider: row for row in step.with_ratios(rows)}
+        return {row.provider: row for row in turns.with_ratios(rows)}
 
 
 class FakeRunner:
     def __init__(self, machine: Machine, name: str):
         self.machine, self.name, self.prepared = machine, name, machine.prepared[name]
 
-    def step_ms(self, limit_s: float) -> float:
+    def ask(self, task: str, limit_s: float) -> float:
         return self.machine.ms[self.name]
 
     def end(self) -> None:
@@ -159,7 +159,7 @@ def test_rows_state_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_workers_live_in_processes_of_their_own() -> None:
     with turns.Worker("eager fp32", SETUP, "cpu", None, 120.0) as worker:
         assert worker.process.pid != os.getpid()
-        assert worker.step_ms(60.0) > 0
+        assert worker.ask("step", 60.0) > 0
         batches = contestants.make_batches(SETUP, CPU)
         build = contestants.known_providers(CPU)["eager fp32"]
         _, here = contestants.prepare(build, SETUP, CPU, batches)
@@ -189,8 +189,8 @@ def test_a_wrong_model_shows_in_its_gradient_where_its_loss_is_right(monkeypatch
 
     def other_weights(setup: Setup, device: torch.device) -> contestants.Contestant:
         contestant = build(setup, device)
-        assert isinstance(contestant, contestants.PlainLoop)
-        for p in contestant.parameters:
+        assert isinstance(contestant, contestants.Plain)
+        for p in contestant.model.parameters():
             p.data.mul_(1.5)
         return contestant
 
@@ -229,6 +229,7 @@ def test_nanogpt_is_a_model_by_path(tmp_path, monkeypatch) -> None:
         contestants.load_nanogpt(tmp_path)
     (tmp_path / "model.py").write_text(NANOGPT)
     monkeypatch.setitem(contestants.MODELS, "test", TINY)
+    contestants.weights.cache_clear()
     setup = Setup("test", Shape(2, 16))
     known = contestants.known_providers(CPU, tmp_path)
     batches = contestants.make_batches(setup, CPU)
@@ -237,13 +238,8 @@ def test_nanogpt_is_a_model_by_path(tmp_path, monkeypatch) -> None:
         for name in ("nanogpt eager fp32", "eager fp32")
     )
     assert theirs.losses == pytest.approx(plain.losses, abs=1e-5)
-
-
-def test_weights_are_drawn_once_for_all() -> None:
-    contestants._draw_weights.cache_clear()
-    contestants._weights(SETUP)["lm_head.weight"] = torch.zeros(1)  # as nanoGPT's builder does
-    assert "lm_head.weight" not in contestants._weights(SETUP)
-    assert contestants._draw_weights.cache_info().misses == 1
+    assert contestants.weights.cache_info().misses == 1  # for all
+    assert "lm_head.weight" not in contestants.weights(setup.config)
 
 
 def test_a_first_step_that_fails_is_a_row_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,5 +279,5 @@ def test_each_row_is_written_as_it_comes(tmp_path, monkeypatch: pytest.MonkeyPat
             assert names[-1] == row.provider
 
     monkeypatch.setattr(step, "measure", measure)
-    step.run("ab", SETUP, CPU, results)
+    step.run("ab", SETUP, CPU, results, seconds=1.0, minutes=1.0)
     assert record.load(results.path).rows("step")[1].over == {"a": 2.0}
