@@ -35,6 +35,13 @@ def test_quoted_code_is_the_kernels(path, name, code):
         source = source[source.index(quoted) :]
 
 
+def test_names_in_the_text_are_those_of_kernels():
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    names = re.findall(r"`(_\w+)`", (ROOT / "docs/kernels.md").read_text())
+    assert names
+    assert [name for name in names if f"def {name}(" not in sources] == []
+
+
 def test_every_kernel_file_is_quoted():
     files = (path for path in (ROOT / "kernels").glob("*.py") if "\n@jit\n" in path.read_text())
     assert {path for path, _, _ in QUOTES} == {f"kernels/{path.name}" for path in files}
