@@ -35,7 +35,7 @@ from training import (
     documents,
     folder,
     hellaswag,
-    metrics,
+    loggers,
     resume,
     signals,
 )
@@ -110,8 +110,11 @@ class Config:
     """Resume although the recipe or the data is not the one that was saved."""
     log_every: int = 0
     """Steps between printed lines; 0 is about a hundred lines a run."""
+    log: str = ""
+    """Where curves go beside metrics.jsonl, of tensorboard,wandb,trackio,csv; the first three need
+    the package of that name."""
     tensorboard: bool = False
-    """Also write TensorBoard events; needs the tensorboard package."""
+    """The same as --log tensorboard."""
     rank_timeout: int = 600
     """Seconds that one of several ranks waits for the others in a step before the job ends."""
 
@@ -147,6 +150,10 @@ class Config:
             raise ValueError(
                 f"init: the recipe {FINETUNE} starts from weights; add --init gpt2, or a folder"
             )
+
+    @property
+    def loggers(self) -> list[str]:
+        return [*filter(None, self.log.split(",")), *["tensorboard"] * self.tensorboard]
 
     @property
     def eval_interval(self) -> int:
@@ -206,8 +213,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     Raises:
         ValueError, OSError: with a line that names the value and the way out.
     """
-    if cfg.tensorboard:
-        metrics.check_tensorboard()
+    loggers.check_loggers(cfg.loggers)
     recipe, (machine, plan, corpus) = cfg.recipe, look(cfg, world)
     items = hellaswag.read_items(cfg.hellaswag) if cfg.hellaswag else []
     parts = corpus.split(recipe.val_fraction)
@@ -253,7 +259,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     progress = resume.restore(run.saved, model, optimizer, guard) if run.saved else Progress()
     rows = partial(run.first_rows, progress)
     plan = run.plan = compare_first_batch(model, plan, rows, cfg.choices.ops, world)
-    log = run.open_log(progress, cfg.log_every, cfg.tensorboard)
+    log = run.open_log(progress, cfg.log_every, cfg.loggers)
     take_step = TrainStep(model, optimizer, recipe, plan, world, log.say)
     batches = run.open_batches(progress)
     run.write_config(model)
@@ -282,7 +288,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         with log.aside(), take_step.autocast():
             share = run.score_hellaswag(model, lambda: bool(stop))
         if not stop:  # else it has seen a part of them
-            log.event("hellaswag", step=done, accuracy=share)
+            log.event("hellaswag", step=done, hellaswag=share)
             right = round(share * len(run.items))
             log.say(f"step {done:5d} | {hellaswag.line(right, len(run.items))}")
 

@@ -4,20 +4,27 @@ import json
 import math
 import random
 import re
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train
 from model.tokenizer import get_encoding
 from training import report
 from training.data import SHAKESPEARE_SHA256
+from training.loggers import check_loggers
 from training.metrics import RunLog, read_metrics
 from training.overlap import find_overlap
 from training.recipes import PRESETS
@@ -178,6 +185,106 @@ def test_damaged_lines_are_left_out(tmp_path: Path):
     steps, evaluations, events = read_metrics(path)
     assert [*steps, *evaluations, events[0]] == good
     assert read_metrics(tmp_path / "none") == ([], [], [])
+
+
+# ---- loggers
+
+
+class StandIn(ModuleType):
+    """A module with what wandb and trackio have in common; keeps what it is given."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.api, self.Settings = Mock(api_key=None), dict
+        self.opened: list[dict[str, Any]] = []
+        self.rows: list[tuple[Any, ...]] = []
+        self.finished = 0
+
+    def init(self, **more: Any) -> "StandIn":
+        self.opened.append(more)
+        return self
+
+    def define_metric(self, *_: Any, **__: Any) -> None: ...
+
+    def log(self, *row: Any) -> None:
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def log_steps(folder: Path, names: Sequence[str], first: int, last: int, **more: Any) -> None:
+    """Steps [first, last) and the evaluation behind them, as train.py logs them."""
+    one = torch.ones(())
+    log = RunLog(folder, 9, 1, lambda _: None, loggers=names, steps_done=first,
+                 keep_bytes=more.pop("keep_bytes", 10**9), config={"seed": 3})  # fmt: skip
+    with log:
+        for number in range(first, last):
+            log.step(number, 0.5, 0, one * (9 - number), one)
+        log.finish()
+        log.event("eval", step=last, val_loss=7.0)
+        log.event("hellaswag", step=last, hellaswag=0.25)
+
+
+def test_loggers_get_the_curves_and_go_on_in_the_same_place(tmp_path: Path, monkeypatch):
+    wandb, trackio = (StandIn(name) for name in ("wandb", "trackio"))
+    for module in (wandb, trackio):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    log_steps(tmp_path, ["csv", "wandb", "trackio", "csv"], 0, 4)
+    log_steps(tmp_path, ["csv", "wandb", "trackio"], 2, 4)  # back to the checkpoint of step 2
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert [line.split(",")[:3] for line in lines[1:-2]] == [
+        [str(n), str(9.0 - n), "0.5"] for n in range(4)
+    ]
+    assert [line.split(",")[0::5] for line in lines[-2:]] == [["4", "7.0"], ["4", ""]]
+    assert lines[-1].endswith(",0.25")
+    ident = (tmp_path / "log-id").read_text()
+    assert [run["id"] for run in wandb.opened] == [ident] * 2
+    assert [run["name"] for run in trackio.opened] == [f"{tmp_path.name}-{ident}"] * 2
+    assert {(run["resume"], run["config"]["seed"]) for run in wandb.opened} == {("allow", 3)}
+    assert wandb.opened[0]["mode"] == "offline"  # no account, and nobody to ask
+    assert wandb.rows[4] == ({"step": 4, "val_loss": 7.0},)
+    assert trackio.rows[0][1] == 0
+    assert trackio.rows[5] == ({"hellaswag": 0.25}, 4)
+    assert wandb.finished == trackio.finished == 2
+    log_steps(tmp_path, ["wandb"], 0, 1)  # afresh
+    assert wandb.opened[2]["id"] != ident
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_a_logger_that_fails_is_named_once_and_stops_nothing(tmp_path, monkeypatch, capsys, where):
+    module = StandIn("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(module, where, Mock(side_effect=RuntimeError("no route to host")))
+    log_steps(tmp_path, ["wandb", "csv"], 0, 4)
+    said = capsys.readouterr().out
+    assert said.count("log: wandb failed (no route to host); the run goes on without it") == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")[0]) == 4
+    assert (tmp_path / "metrics.csv").read_text().count("\n") == 1 + 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_the_libraries_themselves_take_it_without_a_network(tmp_path, monkeypatch, capsys, name):
+    pytest.importorskip(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for first in (0, 2):
+        log_steps(tmp_path, [name], first, 4)
+    assert "failed" not in capsys.readouterr().out
+    written = "log-id" if name == "trackio" else name  # trackio keeps one place for all runs
+    assert (tmp_path / written).exists()
+
+
+def test_loggers_that_are_not_known(monkeypatch):
+    asked = train.parse(["--preset", "smoke", "--log", "csv,wandb", "--tensorboard"])
+    assert asked.loggers == ["csv", "wandb", "tensorboard"]
+    with pytest.raises(ValueError, match=r"log: must be of tensorboard, .*, csv, got 'wandbb'"):
+        check_loggers(["csv", "wandbb"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="log: trackio is not installed; pip install trackio"):
+        check_loggers(["trackio"])
 
 
 # ---- the report

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from model import GPT, GPTConfig
-from training import ending, folder, metrics
+from training import ending, folder, loggers, metrics
 from training.evaluate import evaluate_tokens
 from training.metrics import RunLog
 from training.plan import Machine, detect, make_plan
@@ -448,7 +448,7 @@ def test_full_disk_is_seen_before_training(text: Path, tmp_path: Path, monkeypat
 
 
 def test_tensorboard_asked_for_but_absent(text: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda _: None)
     arguments = ["--preset", "smoke", "--data", str(text), "--out", str(tmp_path / "x")]
     assert train.main([*arguments, "--tensorboard"]) == 2
     assert "pip install tensorboard" in capsys.readouterr().err

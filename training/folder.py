@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, export
-from training import checkpoint
+from training import checkpoint, loggers
 from training.checkpoint import Checkpoint
 from training.recipes import Recipe
 
@@ -22,11 +22,11 @@ LOCK = "run.lock"
 STOPPED = "stopped"  # there once a job of several ranks was asked to stop
 CHECKPOINTS = "checkpoints"
 LOG = "metrics.jsonl"
-FOLDERS = (CHECKPOINTS, "model", "tensorboard")
+FOLDERS = (CHECKPOINTS, "model", "tensorboard", "wandb")
 # All that a run writes beside its lock.
 WRITTEN = (
-    *FOLDERS, LOG, "config.json", "corpus.txt", "loss.png", "report.html", "report.json",
-    "samples.txt", "summary.json",
+    *FOLDERS, LOG, *loggers.FILES, "config.json", "corpus.txt", "loss.png", "report.html",
+    "report.json", "samples.txt", "summary.json",
 )  # fmt: skip
 
 

@@ -5,13 +5,12 @@ and awaited when the next one has been queued, so the GPU never waits for Python
 """
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from model.edge import printable
 from model.files import write_atomically
 from training.environment import seconds_since_start
+from training.loggers import Loggers
 from training.schema import COUNT, NUMBER, Mismatch, Must, check
 
 MAX_LOG_BYTES = 1 << 30  # some 5 million steps
@@ -83,11 +83,12 @@ class RunLog:
         tokens_per_step: For tokens per second.
         mfu: Tokens per second to model flops utilisation, or None where the peak is unknown.
         log_every: Steps from one printed line to the next; metrics.jsonl has every step.
-        tensorboard: Also write TensorBoard events.
+        loggers: Names of training/loggers.py that get the curves too.
         steps_done: Before this process. What metrics.jsonl lacks of them is said; the run goes on.
         keep_bytes: Length of metrics.jsonl after them; what a killed process wrote after its last
             checkpoint is cut off. 0 starts the file anew.
         quiet: Write and print nothing; the ranks beside the first.
+        config: Recipe and plan, for the loggers.
 
     Attributes:
         records: Of every step so far, those before a resume included.
@@ -103,10 +104,11 @@ class RunLog:
         tokens_per_step: int,
         mfu: Callable[[float], float | None],
         log_every: int = 1,
-        tensorboard: bool = False,
+        loggers: Sequence[str] = (),
         steps_done: int = 0,
         keep_bytes: int = 0,
         quiet: bool = False,
+        config: Mapping[str, Any] | None = None,
     ):
         self.tokens_per_step, self.mfu, self.log_every = tokens_per_step, mfu, log_every
         self.quiet = quiet
@@ -114,7 +116,6 @@ class RunLog:
         if not quiet:
             _cut_back(path, keep_bytes)
         self._file = path.open("ab", buffering=0)  # a line that fails is not tried again later
-        self._board = _summary_writer(folder) if tensorboard and not quiet else None
         self._pending: tuple[int, float, int, Tensor, torch.cuda.Event | float] | None = None
         self._unread: list[StepRecord] = []
         self._broken = False  # a line of metrics.jsonl is missing, or half there
@@ -132,6 +133,8 @@ class RunLog:
             disable=quiet or not sys.stdout.isatty(),
         )
         self._task = self._bar.add_task("training", total=max_steps)
+        names = () if quiet else loggers
+        self._loggers = Loggers(names, folder, config or {}, steps_done, self.say)
         if not quiet and (lost := steps_done - len(self.records)):
             self.say(
                 f"metrics.jsonl: {lost} of the {steps_done} steps done are missing in it or "
@@ -148,8 +151,7 @@ class RunLog:
         if kind is not None:
             self.event("failed", reason=str(error))
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._loggers.close()
 
     def say(self, line: str) -> None:
         """Print a line; above the bar where there is one."""
@@ -221,9 +223,8 @@ class RunLog:
         self.records.append(record)
         self._unread.append(record)
         self._write({k: v for k, v in asdict(record).items() if k not in _NOT_WRITTEN})
-        if self._board is not None:
-            for name in ("loss", "lr", "grad_norm", "tokens_per_s"):
-                self._board.add_scalar(name, getattr(record, name), step)
+        curves = ("loss", "lr", "grad_norm", "tokens_per_s")
+        self._loggers.log(step, **{name: getattr(record, name) for name in curves})
         self._bar.update(self._task, completed=step + 1, description=f"loss {loss:.4f}")
         if step % self.log_every == 0:
             self.say(record.line())
@@ -231,8 +232,8 @@ class RunLog:
     def event(self, name: str, **values: Any) -> None:
         """Write an object that is not a step, e.g. an evaluation."""
         self._write({"event": name, **values})
-        if self._board is not None and "val_loss" in values:
-            self._board.add_scalar("val_loss", values["val_loss"], values["step"])
+        if curves := {k: values[k] for k in ("val_loss", "hellaswag") if k in values}:
+            self._loggers.log(values["step"], **curves)
 
     def rewind(self, step: int) -> None:
         """Forget the pending step and the records from `step` on; the file keeps its lines."""
@@ -328,18 +329,6 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], ...]:
         rows = steps if name is None else evaluations if name == "eval" else events
         rows.append(values)
     return steps, evaluations, events
-
-
-def check_tensorboard() -> None:
-    """Raise ValueError when TensorBoard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("tensorboard: not installed; pip install tensorboard, or leave it out")
-
-
-def _summary_writer(folder: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
-
-    return SummaryWriter(folder / "tensorboard")
 
 
 def to_json(values: Any, indent: int | None = None) -> str:

@@ -105,7 +105,7 @@ class Run:
         idx, targets = loader.next_batch()
         return idx[: self.plan.micro_batch_size], targets[: self.plan.micro_batch_size]
 
-    def open_log(self, progress: Progress, log_every: int, tensorboard: bool) -> RunLog:
+    def open_log(self, progress: Progress, log_every: int, loggers: Sequence[str]) -> RunLog:
         """The run's log, cut back to where `progress` stands."""
         recipe, plan = self.recipe, self.plan
 
@@ -113,8 +113,9 @@ class Run:
             return mfu(recipe.model_config, recipe.block_size, tokens_per_s, plan.device_name)
 
         return RunLog(self.out, recipe.max_steps, recipe.tokens_per_step, utilisation,
-                      log_every or math.ceil(recipe.max_steps / 100), tensorboard, progress.step,
-                      progress.metrics_bytes, quiet=not self.world.is_main)  # fmt: skip
+                      log_every or math.ceil(recipe.max_steps / 100), loggers, progress.step,
+                      progress.metrics_bytes, not self.world.is_main,
+                      {"preset": self.preset, **asdict(recipe), **asdict(plan)})  # fmt: skip
 
     def write_config(self, model: GPT) -> None:
         """config.json: the resolved recipe and plan, and what they ran on. Rank 0 writes."""

@@ -1,0 +1,157 @@
+"""Where curves go beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio, metrics.csv.
+
+A run that is resumed goes on in the same place: the id that a tracker knows it by is kept in the
+run folder, and a run that starts afresh draws a new one. None of them may stop a run: one that
+fails is named once and left out from there on.
+"""
+
+import csv
+import importlib
+import importlib.util
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILES = ID, TABLE = "log-id", "metrics.csv"
+COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_s", "val_loss", "hellaswag")
+PROJECT = "fused-gpt"
+Logger = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]  # log a row, close
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run, as a logger opens it.
+
+    Args:
+        folder: Run folder.
+        ident: What a tracker knows the run by.
+        config: Recipe and plan.
+        steps_done: Before this process.
+    """
+
+    folder: Path
+    ident: str
+    config: Mapping[str, Any]
+    steps_done: int
+
+
+def _tensorboard(place: Place) -> Logger:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    # What an earlier process wrote of steps that are done again is hidden.
+    writer = SummaryWriter(place.folder / "tensorboard", purge_step=place.steps_done or None)
+
+    def log(row: dict[str, Any]) -> None:
+        for name in row.keys() - {"step"}:
+            writer.add_scalar(name, row[name], row["step"])
+
+    return log, writer.close
+
+
+def _wandb(place: Place) -> Logger:
+    wandb = importlib.import_module("wandb")
+    # Without an account it would ask for one; `wandb sync` sends an offline run later.
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT") or PROJECT, id=place.ident, resume="allow",
+        name=place.folder.resolve().name, dir=place.folder, config={**place.config}, mode=mode,
+        settings=wandb.Settings(console="off"),
+    )  # fmt: skip
+    run.define_metric("*", step_metric="step")  # its own counter never goes back, as a run may
+    return run.log, run.finish
+
+
+def _trackio(place: Place) -> Logger:
+    trackio = importlib.import_module("trackio")
+    name = f"{place.folder.resolve().name}-{place.ident}"
+    run = trackio.init(project=PROJECT, name=name, resume="allow", config={**place.config})
+    return lambda row: run.log({k: row[k] for k in row if k != "step"}, row["step"]), run.finish
+
+
+def _csv(place: Place) -> Logger:
+    path, kept = place.folder / TABLE, []
+    if place.steps_done and path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            kept = [row for row in csv.DictReader(file) if _before(row, place.steps_done)]
+    file = path.open("w", newline="", encoding="utf-8", buffering=1)
+    table: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+    table.writeheader()
+    table.writerows(kept)
+    return table.writerow, file.close
+
+
+def _before(row: dict[str, str], step: int) -> bool:
+    number = str(row.get("step"))
+    return number.isdecimal() and int(number) < step
+
+
+ADAPTERS: dict[str, Callable[[Place], Logger]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+    "csv": _csv,
+}
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise ValueError for a logger that is not known or not installed."""
+    for name in names:
+        if name not in ADAPTERS:
+            raise ValueError(f"log: must be of {', '.join(ADAPTERS)}, got {name!r}")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"log: {name} is not installed; pip install {name}, or leave it out")
+
+
+class Loggers:
+    """The loggers of a run; those that fail are left out.
+
+    Args:
+        names: Of `ADAPTERS`.
+        folder, config, steps_done: See `Place`.
+        say: Told of one that fails.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        folder: Path,
+        config: Mapping[str, Any],
+        steps_done: int,
+        say: Callable[[str], None],
+    ):
+        self.say = say
+        self._loggers: dict[str, Logger] = {}
+        names = [*dict.fromkeys(names)]
+        if not names:
+            return
+        path, ident = folder / ID, ""
+        if steps_done and path.is_file():
+            ident = path.read_text(encoding="utf-8", errors="replace").strip()
+        if not (ident.isascii() and ident.isalnum()):
+            path.write_text(ident := secrets.token_hex(4), encoding="utf-8")
+        place = Place(folder, ident, config, steps_done)
+        for name in names:
+            opened = self._try(name, lambda name=name: ADAPTERS[name](place))
+            if opened is not None:
+                self._loggers[name] = opened
+
+    def log(self, step: int, **values: Any) -> None:
+        """A row of values."""
+        for name, (log, _) in [*self._loggers.items()]:
+            self._try(name, lambda log=log: log({"step": step, **values}))
+
+    def close(self) -> None:
+        """Let each write what it holds."""
+        for name, (_, close) in [*self._loggers.items()]:
+            self._try(name, close)
+
+    def _try(self, name: str, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except Exception as error:  # whatever a library or its network comes up with
+            self._loggers.pop(name, None)
+            self.say(f"log: {name} failed ({error}); the run goes on without it")
+            return None
