@@ -106,6 +106,9 @@ class Config:
     resume: str = "auto"
     """auto goes on from the newest good checkpoint of the run folder and starts afresh where there
     is none; never starts afresh; else the path of a checkpoint or a run folder."""
+    cooldown: bool = False
+    """Go on from a checkpoint of a wsd run, the newest or the one of --resume, with its decay in
+    --decay-fraction of all steps, and end there."""
     override: bool = False
     """Resume although the recipe or the data is not the one that was saved."""
     log_every: int = 0
@@ -140,6 +143,10 @@ class Config:
         for name, values in {**paths, "data": self.data, "val": self.val}.items():
             if "" in values:
                 raise ValueError(f"config: --{name} is empty; name a path, or leave it out")
+        if self.cooldown and self.resume == "never":
+            raise ValueError(
+                "config: --cooldown goes on from a checkpoint; leave --resume never out"
+            )
         keep, patience = self.recipe.keep, self.recipe.patience
         if (keep == "best" or patience) and not (self.val or self.recipe.val_fraction):
             raise ValueError(
@@ -227,6 +234,8 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     if initial and world.size > 1:  # rank 0's would be taken by all, in silence
         refuse_mismatch(world, "weights", {f"--init {cfg.init}": hash_weights(initial)})
     out, saved = find_place(cfg, plan, corpus, world)
+    if cfg.cooldown and saved:
+        recipe = resume.cool_down(saved, recipe)
     facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(parts[0]),
              "val_tokens": len(parts[1])}  # fmt: skip
     flags = {k: v for k, v in asdict(cfg).items() if k != "recipe"}
@@ -240,9 +249,10 @@ def find_place(
     """The run folder, made now, and the checkpoint to go on from."""
     recipe = cfg.recipe
     out = Path(world.first("out", lambda: str(folder.name(cfg.out, cfg.preset))))
-    saved = resume.find(cfg.resume, out, world, recipe, corpus.sha256, cfg.override)
+    how = (recipe, corpus.sha256, cfg.override, cfg.cooldown)
+    saved = resume.find(cfg.resume, out, world, *how)
     if saved is not None:
-        notes = resume.check_recipe(saved, recipe, corpus.sha256, cfg.override)
+        notes = resume.check_recipe(saved, *how)
         notes += resume.check_rate(saved, recipe) + resume.check_plan(saved, plan)
         world.say("\n".join([f"resume: {saved.path}, {saved.step} steps done", *notes]))
     world.first("folder", lambda: folder.make(out, recipe))
@@ -419,6 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if cfg.explain:
                 return explain_plan(cfg)
             run = prepare(cfg, world)
+            cfg = replace(cfg, recipe=run.recipe)  # a cool-down has an end of its own
             restarted = any(world.gather("restarted", distributed.is_restart()))
             opened = folder.opened(run.out, run.saved, world.say, restarted)
             if world.first("stopped", lambda: held.enter_context(opened)):

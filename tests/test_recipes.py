@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,37 @@ def test_horizon_follows_the_steps() -> None:
     assert lrs == sorted(lrs, reverse=True)
 
 
+# warm-up 10, horizon 110, from 1.0 to 0.1; wsd falls in the last 22 steps.
+JOINTS = {
+    "cosine": {9: 1.0, 10: 1.0, 60: 0.55, 85: 0.1 + 0.45 * (1 - 2**-0.5), 110: 0.1, 500: 0.1},
+    "linear": {9: 1.0, 10: 1.0, 60: 0.55, 109: 0.109, 110: 0.1, 500: 0.1},
+    "wsd": {9: 1.0, 10: 1.0, 87: 1.0, 88: 1.0, 99: 0.55, 109: 0.1 + 0.9 / 22, 110: 0.1, 500: 0.1},
+    "constant": {9: 1.0, 10: 1.0, 109: 1.0, 110: 1.0, 500: 1.0},
+}
+
+
+@pytest.mark.parametrize("schedule", JOINTS)
+def test_schedules_at_their_joints(schedule: Any) -> None:
+    recipe = Recipe(schedule=schedule, max_lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
+    assert recipe.learning_rate(4) == 0.5
+    for step, lr in JOINTS[schedule].items():
+        assert math.isclose(recipe.learning_rate(step), lr, rel_tol=1e-12), step
+    longer = replace(recipe, max_steps=200, horizon_steps=110)
+    assert all(longer.learning_rate(s) == recipe.learning_rate(s) for s in range(600))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.2, 1 / 3, 0.5, 0.9])
+def test_a_cool_down_falls_from_its_step_on(share: float) -> None:
+    recipe = Recipe(schedule="wsd", max_steps=10_000, horizon_steps=9_000, decay_fraction=share)
+    for step in (1, 2, 7, 99, 100, 1_000, 8_888):
+        cooled = recipe.cooled_down_from(step)
+        assert cooled.learning_rate(step) == recipe.learning_rate(0)
+        assert cooled.learning_rate(step + 1) < recipe.learning_rate(0)
+        assert cooled.learning_rate(cooled.max_steps) == recipe.min_lr
+        assert abs((cooled.max_steps - step) / cooled.max_steps - share) < 1 / step
+        assert cooled.cooled_down_from(step) == cooled
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -72,6 +104,8 @@ def test_horizon_follows_the_steps() -> None:
         ({"val_fraction": -0.1}, r"val_fraction must be in \[0, 1\), got -0.1"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
         ({"order": "random"}, "order must be sequential or shuffled, got 'random'"),
+        ({"schedule": "step"}, "schedule must be cosine or wsd or linear or constant, got 'step'"),
+        ({"decay_fraction": 1.0}, r"decay_fraction must be in \[0, 1\), got 1.0"),
         ({"keep": "first"}, "keep must be best or last, got 'first'"),
         ({"patience": -1}, "patience must be at least 0, got -1"),
         ({"block_size": 2048}, "block_size must be at most the model's 1024 positions, got 2048"),

@@ -346,12 +346,45 @@ def test_the_best_weights_are_kept(
     assert "Overfitting" not in verdict
 
 
+def test_a_wsd_run_cools_down_from_any_checkpoint(text: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
+    flags = [
+        "--schedule=wsd",
+        "--decay-fraction=0.25",
+        "--steps=12",
+        "--save-every=3",
+        "--keep-last=9",
+        "--dtype=fp32",
+        "--model=smoke,n_layer=1",
+        "--batch-size=2",
+    ]
+    run_here(text, tmp_path / "a", *flags)
+    middle = tmp_path / "a" / "checkpoints" / "step-00000006"
+    cool = [*flags, "--resume", str(middle), "--cooldown"]
+    assert run_here(text, tmp_path / "b", *cool)["final_step"] == 8
+    whole, cooled = (events(tmp_path / name)[0] for name in "ab")
+    recipe = find_preset("smoke")
+    assert [s["lr"] for s in whole][2:9] == [recipe.max_lr] * 7
+    middle_lr = (recipe.max_lr + recipe.min_lr) / 2
+    assert [s["lr"] for s in cooled] == pytest.approx([recipe.max_lr, middle_lr])
+    assert cooled[0]["loss"] == whole[6]["loss"]
+    assert cooled[0]["grad_norm"] == whole[6]["grad_norm"]
+    # Killed in its decay, it goes on with that one.
+    cfg = train.parse(["--preset=smoke", "--data", str(text), *flags, "--cooldown",
+                       "--out", str(tmp_path / "b")])  # fmt: skip
+    again = train.prepare(cfg)
+    assert again.saved is not None
+    assert (again.saved.step, again.recipe.max_steps) == (8, 8)
+
+
 BAD = {
     "init": (["--init", "{tmp}/folder"], "{tmp}/folder"),
     "init and model": (["--init", "x", "--model", "tiny"], "--init x decides the model"),
     "init and T": (["--init", "{tmp}/given", "--block-size", "99"], "16 positions, got 99"),
     "finetune alone": (["--preset", "finetune"], "finetune starts from weights; add --init gpt2"),
     "dropout": (["--dropout", "1"], "model: dropout must be in [0, 1), got 1.0"),
+    "cooldown": (["--cooldown", "--schedule", "wsd"], "new/run: the folder holds none"),
+    "cooldown never": (["--cooldown", "--resume", "never"], "leave --resume never out"),
     "keep": (["--keep", "best", "--val-fraction", "0"], "keep best with patience 0 needs a valid"),
     "patience": (["--patience", "-1"], "patience must be at least 0, got -1"),
     "no such file": (["--data", "{tmp}/absent.txt"], "data: no such file: {tmp}/absent.txt"),

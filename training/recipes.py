@@ -7,7 +7,7 @@ losses, whatever the plan.
 import difflib
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -15,6 +15,8 @@ from model import MODELS, GPTConfig
 from training.schema import MOST
 
 Order = Literal["sequential", "shuffled"]
+Keep = Literal["best", "last"]
+Schedule = Literal["cosine", "wsd", "linear", "constant"]
 MAX_FLOAT = 1e30  # of a field of a recipe: the optimizer computes in fp32, which ends at 3e38
 # What a checkpoint may hold, and a generator take.
 MAX_COUNTS = dict.fromkeys(
@@ -85,10 +87,15 @@ class Recipe:
     """Learning rate after the warm-up."""
     min_lr: float = 6e-5
     """Learning rate at and after the horizon."""
+    schedule: Schedule = "cosine"
+    """From max_lr to min_lr: cosine and linear from the warm-up on; wsd (warm-up, stable, decay) in
+    a line at the end, after a stretch at max_lr; constant never."""
+    decay_fraction: float = 0.2
+    """Share of the steps, up to the horizon, in which wsd falls."""
     warmup_steps: int = 0
     """Steps of linear warm-up; step s uses max_lr * (s + 1) / warmup_steps."""
     horizon_steps: int = 0
-    """Step at which the cosine reaches min_lr; 0 is max_steps."""
+    """Step at which the schedule reaches min_lr; 0 is max_steps."""
     max_steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 1000
     """Optimizer steps."""
     batch_size: int = 16
@@ -113,7 +120,7 @@ class Recipe:
     """Share of the text, at its end, kept for validation."""
     order: Order = "shuffled"
     """sequential: rows as they stand in the text; shuffled: a seeded permutation each epoch."""
-    keep: Literal["best", "last"] = "last"
+    keep: Keep = "last"
     """Whose weights model/ holds: those of the best evaluation, or of the last step."""
     patience: int = 0
     """Stop after so many evaluations in a row without a better one; 0 is off."""
@@ -142,7 +149,7 @@ class Recipe:
         for name in ("max_steps", "batch_size", "block_size", "grad_accum_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("beta1", "beta2", "val_fraction"):
+        for name in ("beta1", "beta2", "val_fraction", "decay_fraction"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"recipe: {name} must be in [0, 1), got {getattr(self, name)}")
         if self.min_lr > self.max_lr:
@@ -150,7 +157,8 @@ class Recipe:
                 f"recipe: min_lr must be at most max_lr, got min_lr {self.min_lr}, "
                 f"max_lr {self.max_lr}; give both"
             )
-        for name, known in (("order", ("sequential", "shuffled")), ("keep", ("best", "last"))):
+        words = {"order": Order, "keep": Keep, "schedule": Schedule}
+        for name, known in ((name, get_args(words[name])) for name in words):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"recipe: {name} must be {' or '.join(known)}, got {value!r}")
         positions = self.model_config.block_size
@@ -174,16 +182,32 @@ class Recipe:
         return self.rows_per_step * self.block_size
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of `step`, counted from 0: linear warm-up, cosine, then min_lr."""
+        """Learning rate of `step`, counted from 0: linear warm-up, the schedule, then min_lr."""
         if step < self.warmup_steps:
             return self.max_lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.max_lr
         horizon = self.horizon_steps or self.max_steps
         if step >= horizon:
             return self.min_lr
         progress = (step - self.warmup_steps) / (horizon - self.warmup_steps)
-        return self.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (
-            self.max_lr - self.min_lr
-        )
+        share = {
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+            "linear": 1.0 - progress,
+            "wsd": min(1.0, (horizon - step) / self.decay_steps),
+        }[self.schedule]
+        return self.min_lr + share * (self.max_lr - self.min_lr)
+
+    @property
+    def decay_steps(self) -> int:
+        """Last steps before the horizon, in which wsd falls."""
+        return max(1, round(self.decay_fraction * (self.horizon_steps or self.max_steps)))
+
+    def cooled_down_from(self, step: int) -> "Recipe":
+        """This wsd recipe with its decay begun at `step`, and its share of all steps the same."""
+        share = self.decay_fraction
+        steps = step + max(1, round(step * share / (1.0 - share)))
+        return replace(self, max_steps=steps, horizon_steps=0)
 
 
 FINETUNE = "finetune"  # of a run that starts from weights

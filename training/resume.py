@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ STATE = {
 
 # Fields of a recipe that change no step but the last, and of a plan that change no bit of a loss.
 _SAME_STEPS = {"keep", "patience"}
+_ENDS = {"max_steps", "horizon_steps"}  # of a recipe, which a cool-down sets
 _SAME_LOSSES = {"cuda_graph", "eval_tokens", "memory_bytes", "notes"}
 
 
@@ -292,6 +293,7 @@ def find(
     recipe: Recipe,
     data_sha256: str,
     override: bool = False,
+    cooldown: bool = False,
 ) -> Checkpoint | None:
     """The checkpoint to go on from: rank 0 decides, and sends it to the others.
 
@@ -299,7 +301,7 @@ def find(
         choice: "auto", "never", or the path of a checkpoint or of a run folder.
         folder: The run's own folder.
         world: The ranks.
-        recipe, data_sha256, override: As `check_recipe` takes them.
+        recipe, data_sha256, override, cooldown: As `check_recipe` takes them.
 
     Raises:
         CheckpointError: a path was given and nothing usable is there.
@@ -307,7 +309,8 @@ def find(
     """
     with torch.device("meta"):
         model = GPT(recipe.model_config)
-    expected = expect(model, lambda saved: check_recipe(saved, recipe, data_sha256, override))
+    how = (recipe, data_sha256, override, cooldown)
+    expected = expect(model, lambda saved: check_recipe(saved, *how))
 
     def choose() -> Checkpoint | None:
         if choice == "never":
@@ -316,11 +319,12 @@ def find(
         if choice != "auto" and not (path / "checkpoints").is_dir():
             return checkpoint.read(path, expected)
         found = checkpoint.newest_good(path / "checkpoints", world.say, expected)
-        must = choice != "auto" or (override and checkpoint.paths(path / "checkpoints"))
+        begun = override and checkpoint.paths(path / "checkpoints")
+        must = choice != "auto" or cooldown or begun
         if found is None and must:
             raise CheckpointError(
-                f"checkpoint {path}: the folder holds none that can be used; --resume never "
-                "starts afresh"
+                f"checkpoint {path}: the folder holds none that can be used; --resume names "
+                "another, --resume never starts afresh"
             )
         return found
 
@@ -341,15 +345,38 @@ def _agreed(key: str, choose: Callable[[], Checkpoint | None], world: World) -> 
     return Checkpoint(**{**facts, "path": Path(facts["path"]), "tensors": tensors})
 
 
-def check_recipe(saved: Checkpoint, recipe: Recipe, data_sha256: str, override: bool) -> list[str]:
+def cool_down(saved: Checkpoint, recipe: Recipe) -> Recipe:
+    """`recipe`, falling to its end from `saved` on; where that has begun, as it was begun.
+
+    Raises:
+        ValueError: its schedule is another, or still in the warm-up.
+    """
+    if recipe.schedule != "wsd" or saved.step < recipe.warmup_steps:
+        raise ValueError(
+            f"cooldown: the schedule must be wsd, past its warm-up of {recipe.warmup_steps} steps, "
+            f"got {recipe.schedule} at step {saved.step}; train with --schedule wsd"
+        )
+    known = saved.state["recipe"]
+    begun = replace(recipe, **{n: known[n] for n in _ENDS if COUNT.holds(known.get(n))})
+    if saved.step > (begun.horizon_steps or begun.max_steps) - begun.decay_steps:
+        return begun
+    return recipe.cooled_down_from(saved.step)
+
+
+def check_recipe(
+    saved: Checkpoint, recipe: Recipe, data_sha256: str, override: bool, cooldown: bool = False
+) -> list[str]:
     """Lines about a recipe that is not the one saved.
 
     Raises:
         ValueError: fields differ and `override` is off; the message names each with both values.
+            Or `cool_down`'s, where that is asked for.
     """
+    if cooldown:
+        cool_down(saved, recipe)
     before = {**asdict(Recipe()), **saved.state["recipe"]}  # fields of a later version: as default
     now = {**asdict(recipe), "data_sha256": data_sha256}
-    before.update({name: now[name] for name in _SAME_STEPS})
+    before.update({name: now[name] for name in _SAME_STEPS | (_ENDS if cooldown else set())})
     changed = _differences(before, now)
     if changed and not override:
         raise ValueError(
