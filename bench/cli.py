@@ -73,6 +73,13 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def file(text: str) -> Path:
+    """A file that is there, wherever a command runs."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return Path(text).resolve()
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a command to its exit code, whatever becomes of what it prints."""
     with exits(), surviving():

@@ -63,8 +63,6 @@ SANITIZER_ERROR = 99  # exit code compute-sanitizer is told to use
 OP_TESTS = [f"tests/test_{name}.py" for name in (*CASES, "adamw", "backends")]
 GPU_TESTS = ["tests/test_step.py", "tests/test_generate.py", "tests/test_bench.py"]
 
-Found = Iterator[tuple[str, Row]]  # (section, row)
-
 
 @dataclass(frozen=True)
 class Command:
@@ -81,7 +79,7 @@ class Command:
     part: str
     seconds: float
     argv: Sequence[str]
-    read: Callable[[child.Ended], Found] | None = None
+    read: Callable[[child.Ended], CheckRow] | None = None
 
 
 @dataclass(frozen=True)
@@ -155,18 +153,17 @@ def pytest(marked: str, files: Sequence[str]) -> list[str]:
             "no:cacheprovider", *beside, "-m", marked, *files]  # fmt: skip
 
 
-def read_tests(check: str, what: str) -> Callable[[child.Ended], Found]:
-    def read(ended: child.Ended) -> Found:
+def read_tests(check: str, what: str) -> Callable[[child.Ended], CheckRow]:
+    def read(ended: child.Ended) -> CheckRow:
         failed = [line for line in ended.text.splitlines() if line.startswith(("FAILED", "ERROR"))]
         doubt = "; ".join([ended.why, *failed][:12]) if ended.why else ""
-        found = child.last_line(ended.text)
-        yield "checks", CheckRow(check=check, what=what, found=found, doubt=doubt)
+        return CheckRow(check=check, what=what, found=child.last_line(ended.text), doubt=doubt)
 
     return read
 
 
-def read_sanitizer(tool: str, op: str) -> Callable[[child.Ended], Found]:
-    def read(ended: child.Ended) -> Found:
+def read_sanitizer(tool: str, op: str) -> Callable[[child.Ended], CheckRow]:
+    def read(ended: child.Ended) -> CheckRow:
         doubt = ended.why
         if ended.code == SANITIZER_ERROR:
             doubt = "" if op == "planted" else "ERRORS"
@@ -174,7 +171,7 @@ def read_sanitizer(tool: str, op: str) -> Callable[[child.Ended], Found]:
             doubt = "not supported"
         elif op == "planted" and not doubt:
             doubt = "NOT FOUND"
-        yield "checks", CheckRow(check=tool, what=op, doubt=doubt)
+        return CheckRow(check=tool, what=op, doubt=doubt)
 
     return read
 
@@ -209,18 +206,14 @@ def run_command(command: Command, path: Path, limit_s: float) -> child.Ended:
 
 def take_rows(command: Command, ended: child.Ended, path: Path, results: record.Results) -> None:
     """Move a command's rows into the result file; one that failed and says nothing gets a row."""
-    found: list[tuple[str, Row]] = []
+    found: list[Row] = [command.read(ended)] if command.read else []
+    results.add("checks", *found)
     if path.exists():
         written = record.load(path)
         results.absorb(written)
         path.unlink()
-        found = [(section, row) for section, rows in written.sections.items() for row in rows]
-    if command.read:
-        read = [*command.read(ended)]
-        for section, row in read:
-            results.add(section, row)
-        found += read
-    if ended.why and not any(row.doubt for _, row in found):
+        found += [row for rows in written.sections.values() for row in rows]
+    if ended.why and not any(row.doubt for row in found):
         flags = " ".join(part for part in command.argv[3:] if not part.startswith(("/", "{")))
         what = f"{command.part}: {flags}"[:120]
         results.add("checks", CheckRow(check="ends well", what=what, doubt=ended.why))
@@ -231,27 +224,30 @@ def run_all(job: Job, todo: Sequence[Command], minutes: float, results: record.R
     end = time.monotonic() + 60 * minutes
     slots = slots_of(todo)
     verdicts: dict[str, list[str]] = {}
-    with (job.out / "log.txt").open("a", encoding="utf-8") as log:
+    workers = max(2, (os.cpu_count() or 2) - 2)
+    with (
+        (job.out / "log.txt").open("a", encoding="utf-8") as log,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         for i, slot in enumerate(slots):
             began = time.monotonic()
-            until = began + share_s(slots[i:], end - began)
+            until = min(end, began + share_s(slots[i:], end - began))
 
-            def one(command: Command, name: str, until: float = min(until, end)) -> child.Ended:
-                return run_command(command, job.scratch / name, until - time.monotonic())
+            def one(command: Command, path: Path, until: float = until) -> child.Ended:
+                return run_command(command, path, until - time.monotonic())
 
-            with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 2)) as pool:
-                running = {pool.submit(one, command, f"{i}-{j}.json"): (command, f"{i}-{j}.json")
-                           for j, command in enumerate(slot)}  # fmt: skip
-                for done in as_completed(running):
-                    (command, name), ended = running[done], done.result()
-                    log.write(f"\n==== {command.part}: {' '.join(command.argv)}\n{ended.text}\n")
-                    log.flush()
-                    take_rows(command, ended, job.scratch / name, results)
-                    verdicts.setdefault(command.part, []).append(ended.why)
-                    failed = [*filter(None, verdicts[command.part])]
-                    said = f"{len(verdicts[command.part])} run, {len(failed)} failed"
-                    results.put("parts", results.about.get("parts", {}) | {command.part: said})
-                    print(f"{command.part}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
+            paths = [job.scratch / f"{i}-{j}.json" for j in range(len(slot))]
+            running = {pool.submit(one, *each): each for each in zip(slot, paths, strict=True)}
+            for done in as_completed(running):
+                (command, path), ended = running[done], done.result()
+                log.write(f"\n==== {command.part}: {' '.join(command.argv)}\n{ended.text}\n")
+                log.flush()
+                take_rows(command, ended, path, results)
+                verdicts.setdefault(command.part, []).append(ended.why)
+                failed = [*filter(None, verdicts[command.part])]
+                said = f"{len(verdicts[command.part])} run, {len(failed)} failed"
+                results.put("parts", results.about.get("parts", {}) | {command.part: said})
+                print(f"{command.part}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
 
 
 def parse_only(text: str) -> list[str]:
@@ -269,24 +265,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=cli.path, required=True, help="at most 8 files are left")
     parser.add_argument("--only", default=",".join(PARTS), help="parts or groups, comma-separated")
     parser.add_argument("--minutes", type=cli.amount, default=8.5)
-    parser.add_argument("--data", type=cli.path, help="text or uint16 token file to train on")
+    parser.add_argument("--data", type=cli.file, help="text or uint16 token file to train on")
     parser.add_argument("--commit", help="what is measured, where git is not at hand")
     args = parser.parse_args(argv)
     names = parse_only(args.only)
-    if args.data and not args.data.is_file():
-        raise ValueError(f"gpu: --data {args.data} does not exist")
     if not torch.cuda.is_available():
         raise ValueError("gpu: torch sees no GPU; `make bench` is what runs without one")
     commit = args.commit or record.git_state()[0]
     if commit == "unknown":
         raise ValueError("gpu: git is not at hand here; say what is measured with --commit")
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     results = record.Results(torch.device("cuda"), out / "result.json", commit)
     results.write(results.path)
     try:
         with tempfile.TemporaryDirectory() as scratch, child.ended_by_signals():
-            job = Job(out, args.data and args.data.resolve(), commit, Path(scratch))
+            job = Job(out, args.data, commit, Path(scratch))
             todo = [command for command in commands(job) if command.part in names]
             run_all(job, todo, args.minutes, results)
             trace = Path(scratch) / "trace.json"

@@ -21,7 +21,7 @@ from bench import cli, record, turns
 from bench.cases import Shape
 from bench.contestants import Setup, find_providers, make_batches, prepare
 from bench.rows import ProfileRow
-from bench.tables import table
+from bench.tables import rows_table, table
 from model import MODELS
 
 # First match wins; names of kernels (CUDA) and operators (CPU).
@@ -34,54 +34,52 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("embedding", r"embedding|index_put|indexing"),
     ("copies", r"[Mm]emcpy|[Mm]emset|copy|::cat|fill|zero"),
     ("elementwise", r"elementwise|triton_|gelu|::add|::mul|::div|cpp_fused|fused|tanh"),
+    ("other", ""),
 )
-OTHER = "other"
 NUM_NAMES = 4  # kept of a kind
 MAX_NAME = 120
 
+Times = Sequence[tuple[str, float, int]]  # name, total us, calls
+
 
 def kind_of(name: str) -> str:
-    return next((kind for kind, pattern in KINDS if re.search(pattern, name)), OTHER)
+    return next(kind for kind, pattern in KINDS if re.search(pattern, name))
 
 
-def by_kind(
-    times_us: Sequence[tuple[str, float, int]], span_us: float, rest: str, **whose: Any
-) -> list[ProfileRow]:
-    """Rows of (name, total us, calls), longest first, the rest last.
+def by_kind(times: Times, span_us: float, rest: str, **whose: Any) -> list[ProfileRow]:
+    """A row for each kind, longest first, the rest of the span last.
 
     Args:
         whose: Model, shape and provider of the rows.
     """
     kinds: dict[str, list[tuple[str, float, int]]] = {}
-    for item in sorted(times_us, key=lambda item: -item[1]):
+    for item in sorted(times, key=lambda item: -item[1]):
         kinds.setdefault(kind_of(item[0]), []).append(item)
-    total = {kind: sum(us for _, us, _ in items) for kind, items in kinds.items()}
+    left = max(0.0, span_us - sum(us for _, us, _ in times))
     rows = [
         ProfileRow(
-            **whose, kind=kind, ms=total[kind] / 1e3, share=total[kind] / span_us,
-            calls=sum(count for _, _, count in items),
+            **whose, kind=kind, ms=sum(us for _, us, _ in items) / 1e3,
+            share=sum(us for _, us, _ in items) / span_us, calls=sum(n for _, _, n in items),
             names=[name[:MAX_NAME] for name, _, _ in items[:NUM_NAMES]],
         )
         for kind, items in kinds.items()
     ]  # fmt: skip
     rows.sort(key=lambda row: -row.ms)
-    left = max(0.0, span_us - sum(total.values()))
     return [*rows, ProfileRow(**whose, kind=rest, ms=left / 1e3, share=left / span_us)]
 
 
 def trace_step(
     name: str, setup: Setup, device: torch.device, steps: int, trace: Path
-) -> tuple[list[ProfileRow], list[tuple[str, float, int]]]:
+) -> tuple[list[ProfileRow], Times]:
     """Profile some steps after the warm-up.
 
     Returns:
-        Rows of `by_kind` per step, and the ten longest names with ms and calls per step.
+        Rows of `by_kind`, and all times, longest first; of one step.
     """
     cuda = device.type == "cuda"
     turns.free_device(device)
     batches = make_batches(setup, device)
-    build = find_providers([name], device)[name]
-    contestant, _ = prepare(build, setup, device, batches)
+    contestant, _ = prepare(find_providers([name], device)[name], setup, device, batches)
     contestant.step(batches[0])  # ours captures its graph in the fourth step
     if cuda:
         torch.cuda.synchronize()
@@ -101,33 +99,36 @@ def trace_step(
         # Such as "Optimizer.step#AdamW.step": a span over kernels, which have events of their own.
         if event.is_user_annotation or event.key.startswith("## Call CompiledFxGraph"):
             continue
-        if cuda and event.device_type == DeviceType.CUDA:
-            times.append((event.key, event.self_device_time_total / steps, event.count // steps))
-        elif not cuda:
-            times.append((event.key, event.self_cpu_time_total / steps, event.count // steps))
+        if not cuda or event.device_type == DeviceType.CUDA:
+            us = event.self_device_time_total if cuda else event.self_cpu_time_total
+            times.append((event.key, us / steps, event.count // steps))
     whose = {"model": setup.model, "shape": setup.shape.label, "provider": name}
     rows = by_kind(times, span_us / steps, "idle" if cuda else "python", **whose)
-    longest = sorted(times, key=lambda item: -item[1])[:10]
-    return rows, [(key, us / 1e3, count) for key, us, count in longest]
+    return rows, sorted(times, key=lambda item: -item[1])
 
 
 def profile_table(rows: Sequence[ProfileRow]) -> str:
-    lines = [[r.kind, f"{r.ms:,.3f}", f"{r.share:.1%}", f"{r.calls:,}"] for r in rows]
-    return table(["kind", "ms a step", "share", "calls a step"], lines)
+    return rows_table(
+        rows,
+        {"kind": lambda r: r.kind},
+        {
+            "ms per step": lambda r: f"{r.ms:,.3f}",
+            "share": lambda r: f"{r.share:.1%}",
+            "calls per step": lambda r: f"{r.calls:,}",
+        },
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     parser = cli.Parser("bench.profile", __doc__)
-    parser.add_argument("--provider", default="ours bf16" if cuda else "ours fp32")
-    parser.add_argument("--model", default="124m" if cuda else "mini", choices=[*MODELS])
-    parser.add_argument(
-        "--shape", type=cli.shape, default=Shape(64, 1024) if cuda else Shape(4, 64)
-    )
-    parser.add_argument("--steps", type=cli.count, default=3)
-    parser.add_argument("--trace", type=cli.path, default=Path("runs/profile/trace.json"))
-    parser.add_argument("--out", type=cli.path, help="also add the table to this result file")
-    parser.add_argument("--commit", help="what is measured, where git is not at hand")
+    add = parser.add_argument
+    add("--provider", default="ours bf16" if cuda else "ours fp32")
+    add("--model", default="124m" if cuda else "mini", choices=[*MODELS])
+    add("--shape", type=cli.shape, default=Shape(64, 1024) if cuda else Shape(4, 64))
+    add("--steps", type=cli.count, default=3)
+    add("--trace", type=cli.path, default=Path("runs/profile/trace.json"))
+    cli.add_output(parser, None)
     args = parser.parse_args(argv)
     device = torch.device("cuda" if cuda else "cpu")
     setup = Setup(args.model, args.shape)
@@ -139,10 +140,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = record.Results(device, args.out, args.commit) if args.out else None
     if cuda:
         torch.set_float32_matmul_precision("high")
-    rows, longest = trace_step(args.provider, setup, device, args.steps, args.trace)
+    rows, times = trace_step(args.provider, setup, device, args.steps, args.trace)
     print(f"{args.provider}, GPT-2 {args.model}, {setup.shape.label}, {device.type}\n")
     print(profile_table(rows))
-    lines = [[key[:60], f"{ms:,.3f}", str(count)] for key, ms, count in longest]
+    lines = [[key[:60], f"{us / 1e3:,.3f}", str(count)] for key, us, count in times[:10]]
     print(f"\n{table(['longest', 'ms', 'calls'], lines)}")
     for row in rows:
         if row.kind == "attention":  # which backend of SDPA, where it is not ours

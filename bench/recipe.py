@@ -26,29 +26,25 @@ from bench.rows import CheckRow, SeedRow
 from training import child
 from training.data import SHAKESPEARE_SHA256
 from training.recipes import PRESETS
-from training.verdicts import Run, read_run
+from training.verdicts import Run, read_run, read_samples
 
 PRESET = "shakespeare-124m"
-COLD_STEPS = 100
 DRIFT_STEPS = 500
-DRIFT_SHAPE = {"batch-size": 16, "block-size": 256, "grad-accum-steps": 1, "target-loss": 0}
-CURVE_EVERY = 25
-DRIFT_FLAGS = [
-    "--steps",
-    str(DRIFT_STEPS),
-    *(part for name, size in DRIFT_SHAPE.items() for part in (f"--{name}", str(size))),
-]
+DRIFT_FLAGS = f"--steps {DRIFT_STEPS} --batch-size 16 --block-size 256 --grad-accum-steps 1"
 RUNS = {  # what train.py is given beside the preset
-    "seed": {"cold": ["--steps", str(COLD_STEPS)], "warm": []},
+    "seed": {"cold": "--steps 100", "warm": ""},
     "drift": {
-        "eager": [*DRIFT_FLAGS, "--ops", "eager", "--no-compile"],
-        "ours": [*DRIFT_FLAGS, "--ops", "triton", "--no-compile"],
-        "compiled": [*DRIFT_FLAGS, "--ops", "eager", "--compile"],
+        "eager": f"{DRIFT_FLAGS} --target-loss 0 --ops eager --no-compile",
+        "ours": f"{DRIFT_FLAGS} --target-loss 0 --ops triton --no-compile",
+        "compiled": f"{DRIFT_FLAGS} --target-loss 0 --ops eager --compile",
     },
-}  # fmt: skip
+}
+CURVE_EVERY = 25
 # The yardstick is how far compiled eager ops drift from eager ops.
 DRIFT_FACTOR = 3.0
 MIN_DRIFT = 0.01
+
+Trained = tuple[Run, child.Ended]  # what a run's folder says, and how it ended
 
 
 def text_of(data: Path | None) -> str:
@@ -60,12 +56,12 @@ def text_of(data: Path | None) -> str:
 
 
 def train(
-    data: Path | None, out: Path, flags: Sequence[str], limit_s: float, env: Mapping[str, str]
-) -> tuple[Run, child.Ended]:
-    """Run train.py in a fresh process; what its folder says, and how it ended."""
+    data: Path | None, out: Path, flags: str, limit_s: float, env: Mapping[str, str]
+) -> Trained:
+    """Run train.py in a fresh process."""
     texts = [str(data)] if data else sorted(map(str, record.ROOT.glob("*/*.py")))
-    command = [sys.executable, "train.py", "--preset", PRESET, "--out", str(out),
-               "--save-every", "0", "--resume", "never", *flags, "--data", *texts]  # fmt: skip
+    command = [sys.executable, "train.py", "--preset", PRESET, "--out", str(out), "--save-every",
+               "0", "--resume", "never", *flags.split(), "--data", *texts]  # fmt: skip
     ended = child.run(command, limit_s, os.environ | env)
     print(ended.text[-4000:], flush=True)
     return read_run(out), ended
@@ -95,17 +91,9 @@ def seed_row(folder: Path, run: Run, ended: child.Ended, text: str, cache: str) 
         reached=bool(losses) and min(losses) < PRESETS[PRESET].target_loss,
         tokens_per_s=statistics.median(rates) if rates else None, first_step_s=first_step_s,
         seconds=first_step_s and first_step_s + sum(step["ms"] for step in run.steps[1:]) / 1e3,
-        curve=curve_of(losses), samples=read_samples(folder / "samples.txt"),
+        curve=curve_of(losses),
+        samples=[{"prompt": prompt, "text": text} for prompt, text in read_samples(folder)],
     )  # fmt: skip
-
-
-def read_samples(path: Path) -> list[dict[str, str]]:
-    """Prompts and continuations of a run's samples.txt."""
-    if not path.is_file():
-        return []
-    parts = ("\n" + path.read_text(encoding="utf-8")).split("\n[prompt] ")[1:]
-    pairs = (part.partition("\n[model]")[::2] for part in parts)
-    return [{"prompt": prompt, "text": text.strip("\n")} for prompt, text in pairs]
 
 
 def drift(a: Sequence[float], b: Sequence[float]) -> float:
@@ -115,11 +103,11 @@ def drift(a: Sequence[float], b: Sequence[float]) -> float:
     return max(abs(x - y) for x, y in zip(*means, strict=False))
 
 
-def drift_row(runs: Mapping[str, tuple[Run, child.Ended]], text: str) -> CheckRow:
+def drift_row(runs: Mapping[str, Trained], text: str) -> CheckRow:
     """Ours against eager, with what compiling alone does as the bound where that has run."""
     losses = {name: losses_of(run) for name, (run, _) in runs.items()}
-    doubt = next((f"{name}: {ended.why or 'no step'}" for name, (_, ended) in runs.items()
-                  if name != "compiled" and (ended.why or not losses[name])), "")  # fmt: skip
+    doubt = next((f"{name}: {runs[name][1].why or 'no step'}" for name in ("eager", "ours")
+                  if runs[name][1].why or not losses[name]), "")  # fmt: skip
     said = ", ".join(f"{name} {x[-1]:.3f}" for name, x in losses.items() if x)
     if not doubt:
         found, bound = drift(losses["eager"], losses["ours"]), MIN_DRIFT
@@ -127,45 +115,43 @@ def drift_row(runs: Mapping[str, tuple[Run, child.Ended]], text: str) -> CheckRo
             bound = max(MIN_DRIFT, DRIFT_FACTOR * drift(losses["eager"], yardstick))
         said = f"drift {found:.4f}, bound {bound:.4f}; last {said}"
         doubt = said if found > bound else ""
-    shape = f"B={DRIFT_SHAPE['batch-size']} T={DRIFT_SHAPE['block-size']}"
-    what = f"triton against eager, {DRIFT_STEPS} steps, {text}, GPT-2 124M, {shape}"
+    what = f"triton against eager, {DRIFT_STEPS} steps, {text}, GPT-2 124M, B=16 T=256"
     return CheckRow(check="losses", what=what, found=said, doubt=doubt)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("bench.recipe", __doc__)
-    parser.add_argument("what", choices=("seed", "drift"))
-    parser.add_argument("--data", type=cli.path, help="text or uint16 token file to train on")
+    parser.add_argument("what", choices=[*RUNS])
+    parser.add_argument("--data", type=cli.file, help="text or uint16 token file to train on")
     parser.add_argument("--minutes", type=cli.amount, default=10.0, help="of all runs together")
     parser.add_argument("--keep", type=cli.path, help="folder for curve, samples and report")
-    parser.add_argument("--out", type=cli.path, default=record.RESULTS)
-    parser.add_argument("--commit", help="what is measured, where git is not at hand")
+    cli.add_output(parser)
     args = parser.parse_args(argv)
-    if args.data and not args.data.is_file():
-        raise ValueError(f"bench: --data {args.data} does not exist")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results, text = record.Results(device, args.out, args.commit), text_of(args.data)
-    data = args.data and args.data.resolve()
     end = time.monotonic() + 60 * args.minutes
-    rows: list[SeedRow | CheckRow] = []
+    runs: dict[str, Trained] = {}
+    doubts: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch, child.ended_by_signals():
         env = {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
                "TRITON_CACHE_DIR": f"{scratch}/triton"}  # fmt: skip
-        runs: dict[str, tuple[Run, child.Ended]] = {}
         for name, flags in RUNS[args.what].items():
             folder = Path(scratch) / name
-            runs[name] = train(data, folder, flags, end - time.monotonic(), env)
-            if args.what == "seed":
-                rows.append(seed_row(folder, *runs[name], text, name))
-            elif len(runs) > 1:  # a row stands already, should the yardstick not come to its end
-                rows = [drift_row(runs, text)]
-            if rows:
-                results.add("seed" if args.what == "seed" else "checks", rows[-1])
+            runs[name] = train(args.data, folder, flags, end - time.monotonic(), env)
+            if args.what == "drift":
+                if len(runs) > 1:  # a row stands already, should the yardstick not come to its end
+                    row = drift_row(runs, text)
+                    results.add("checks", row)
+                    doubts["drift"] = row.doubt
+                continue
+            row = seed_row(folder, *runs[name], text, name)
+            results.add("seed", row)
+            doubts[name] = row.doubt
             for kept in ("loss.png", "samples.txt", "report.html") if args.keep else ():
-                if args.what == "seed" and (folder / kept).is_file():
+                if (folder / kept).is_file():
                     args.keep.mkdir(parents=True, exist_ok=True)
                     shutil.copy(folder / kept, args.keep / f"seed-{kept}")
-    return 1 if any(row.doubt for row in rows) else 0
+    return 1 if any(doubts.values()) else 0
 
 
 if __name__ == "__main__":

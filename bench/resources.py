@@ -12,7 +12,6 @@ sm_90 in a 16-bit or TF32 tile of 64 rows or more. Speed does not follow from th
 could never be fast sometimes does.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import importlib
@@ -25,15 +24,18 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import kernels
+from bench import cli
 from kernels._aot import AotCase
 from kernels._launch import cdiv
 from kernels._op import INTERPRETED
+from model.edge import exits
+from training.environment import package_version
 
 
 @dataclass(frozen=True)
@@ -177,15 +179,16 @@ def blocks_per_sm(registers: int, threads: int, shared_bytes: int, arch: int) ->
 
 def inspect_case(case: AotCase, arch: int) -> Resources:
     """Build, measure and judge one case."""
-    name = case.kernel.__name__
+    row = Resources(case.op, case.kernel.__name__, case.label, arch)
     try:
         found = _measure(case, arch)
     except Exception as error:  # whatever stops a build is a finding, not a crash
         reason = str(error).strip().splitlines() or [""]
         violation = f"does not build: {type(error).__name__}: {reason[-1][:200]}"
-        return Resources(case.op, name, case.label, arch, violations=(violation,))
+        return replace(row, violations=(violation,))
     shared, limit = found["shared_bytes"], ARCHS[arch].block_shared
-    fit = blocks_per_sm(found["registers"], found["threads"], shared, arch)
+    threads, serialised = found.pop("threads"), found.pop("serialised")
+    fit = blocks_per_sm(found["registers"], threads, shared, arch)
     violations = []
     if found["stack_bytes"] or found["spill_bytes"]:
         violations.append(f"spills {found['spill_bytes']} B, stack {found['stack_bytes']} B")
@@ -193,14 +196,11 @@ def inspect_case(case: AotCase, arch: int) -> Resources:
         violations.append(f"shared memory {shared} B, a block may have {limit}")
     elif fit < (wanted := case.launch.programs_per_sm):
         violations.append(f"{fit} programs fit on an SM, the row counts on {wanted}")
-    if found["serialised"]:
+    if serialised:
         violations.append("WGMMA is serialised")
     if arch == 90 and case.mma_rows >= HGMMA_MIN_ROWS and "HGMMA" not in found["tensor_ops"]:
         violations.append(f"no HGMMA with {case.mma_rows} rows")
-    return Resources(
-        case.op, name, case.label, arch, found["registers"], found["spill_bytes"],
-        found["stack_bytes"], shared, fit, found["tensor_ops"], tuple(violations),
-    )  # fmt: skip
+    return replace(row, **found, blocks_per_sm=fit, violations=tuple(violations))
 
 
 def kernel_modules() -> list[str]:
@@ -210,18 +210,14 @@ def kernel_modules() -> list[str]:
 
 
 def table(
-    modules: Sequence[str],
-    archs: Sequence[int],
-    ops: Sequence[str] = (),
-    show: Callable[[Resources], None] = lambda row: None,
-) -> list[Resources]:
-    """One row per build, in the order of the modules' cases.
+    modules: Sequence[str], archs: Sequence[int], ops: Sequence[str] = ()
+) -> Iterator[Resources]:
+    """One row per build, in the order of the modules' cases, each as soon as it is there.
 
     Args:
         modules: names of modules with `aot_cases`.
         archs: keys of ARCHS.
         ops: keep the cases of these ops; all by default.
-        show: called with each row as soon as it and those before it are there.
 
     Raises:
         ValueError: nothing to build, or the interpreter is on: it replaces `triton.jit`.
@@ -237,16 +233,12 @@ def table(
     ]
     if not cases:
         raise ValueError(f"resources: no case of ops {[*ops]} in modules {[*modules]}")
-    rows = []
     # Forked workers inherit the cases: a jitted function does not pickle. Nothing here opens CUDA.
     global _CASES
     _CASES = cases
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
-        for row in pool.map(_inspect_at, range(len(cases))):
-            show(row)
-            rows.append(row)
-    return rows
+        yield from pool.map(_inspect_at, range(len(cases)))
 
 
 _CASES: list[tuple[AotCase, int]] = []
@@ -256,64 +248,46 @@ def _inspect_at(index: int) -> Resources:
     return inspect_case(*_CASES[index])
 
 
-HEADER = (
-    f"{'op':<21}{'kernel':<30}{'row':<44}{'sm':>4}{'regs':>6}{'spill':>7}{'stack':>7}"
-    f"{'shared':>9}{'CTA/SM':>8}  tensor instructions"
-)
+LINE = "{:<21}{:<30}{:<44}{:>4}{:>6}{:>7}{:>7}{:>9}{:>8}  {}"
+HEADER = LINE.format("op", "kernel", "row", "sm", "regs", "spill", "stack", "shared", "CTA/SM",
+                     "tensor instructions")  # fmt: skip
 
 
 def format_row(row: Resources) -> str:
     tensor = " ".join(f"{op} {n}" for op, n in row.tensor_ops.items()) or "-"
-    line = (
-        f"{row.op:<21}{row.kernel.strip('_'):<30}{row.label:<44}{row.arch:>4}{row.registers:>6}"
-        f"{row.spill_bytes:>7}{row.stack_bytes:>7}{row.shared_bytes:>9}{row.blocks_per_sm:>8}"
-        f"  {tensor}"
-    )
+    line = LINE.format(
+        row.op, row.kernel.strip("_"), row.label, row.arch, row.registers, row.spill_bytes,
+        row.stack_bytes, row.shared_bytes, row.blocks_per_sm, tensor,
+    )  # fmt: skip
     return line + "".join(f"\n    VIOLATION: {violation}" for violation in row.violations)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--arch", type=int, action="append", choices=[*ARCHS], help="default: all")
-    parser.add_argument(
-        "--op",
-        action="append",
-        choices=[*(f.name for f in fields(kernels.Ops)), "adamw"],
-        help="default: all",
-    )
-    parser.add_argument(
-        "--module", action="append", help="modules with aot_cases; default: kernels"
-    )
-    parser.add_argument("--json", type=Path, help="also write the table there")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    import triton
-
+    parser = cli.Parser("bench.resources", __doc__)
+    add = parser.add_argument
+    add("--arch", type=int, action="append", choices=[*ARCHS], help="default: all")
+    ops = [*(f.name for f in fields(kernels.Ops)), "adamw"]
+    add("--op", action="append", choices=ops, help="default: all")
+    add("--module", action="append", help="modules with aot_cases; default: kernels")
+    add("--json", type=cli.path, help="also write the table there")
+    args = parser.parse_args(argv)
+    rows = []
     print(HEADER)
-    try:
-        rows = table(
-            args.module or kernel_modules(),
-            args.arch or [*ARCHS],
-            args.op or (),
-            show=lambda row: print(format_row(row), flush=True),
-        )
-    except ValueError as error:
-        print(error)
-        return 2
+    for row in table(args.module or kernel_modules(), args.arch or [*ARCHS], args.op or ()):
+        print(format_row(row), flush=True)
+        rows.append(row)
     failed = [row for row in rows if row.violations]
+    triton = package_version("triton")
     if args.json:
-        report = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+        report = {"triton": triton, "rows": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     for row in failed:  # once more, where they are found
         print(format_row(row))
     verdict = f"{len(failed)} of them in violation" if failed else "none spills, all fit"
-    print(f"resources: {len(rows)} builds with triton {triton.__version__}, {verdict}")
+    print(f"resources: {len(rows)} builds with triton {triton}, {verdict}")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exits():  # no thread that prints: the workers are forks
+        sys.exit(main())
