@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.forked import Forked, script
 from training import checkpoint
 from training.checkpoint import CheckpointError
 from training.signals import EXIT_RESUMABLE
@@ -53,7 +54,7 @@ class Small:
 
     def command(self, out: str, *flags: str) -> list[str]:
         return [
-            sys.executable, str(ROOT / "train.py"), "--preset", "smoke",
+            str(ROOT / "train.py"), "--preset", "smoke",
             "--data", str(self.folder / "text.txt"), "--out", str(self.folder / out),
             "--device", "cpu", "--steps", str(self.steps), "--batch-size", "2",
             "--block-size", "32", "--grad-accum-steps", "4", "--eval-every", "5",
@@ -61,20 +62,14 @@ class Small:
             "--compile" if self.compile else "--no-compile", *self.flags, *flags,
         ]  # fmt: skip
 
-    def start(self, out: str, *flags: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            self.command(out, *flags),
-            cwd=self.folder,
-            env={**os.environ, **self.environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def start(self, out: str, *flags: str) -> Forked:
+        environment = {**os.environ, **self.environment}
+        command = self.command(out, *flags)
+        return Forked(script, *command, cwd=self.folder, environment=environment)
 
     def finish(self, out: str, *flags: str) -> tuple[int, str]:
-        process = self.start(out, *flags)
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-        return process.returncode, output
+        output, code = self.start(out, *flags).communicate(TIMEOUT_S)
+        return code, output
 
     def checkpoints(self, out: str) -> Path:
         return self.folder / out / "checkpoints"
@@ -92,7 +87,7 @@ class Small:
         return tensors, [(r["step"], r["loss"], r["grad_norm"]) for r in rows if "event" not in r]
 
 
-def wait_for(process: "subprocess.Popen[str]", moment: str, folder: Path, after_s: float) -> bool:
+def wait_for(process: Forked, moment: str, folder: Path, after_s: float) -> bool:
     """Wait until a moment of the run; False when the process ended before it.
 
     Args:
@@ -152,7 +147,7 @@ def disturb(run: Small, out: str, kills: int, how: int, draw: random.Random) -> 
         after_second = len(checkpoint.paths(run.checkpoints(out))) >= 2
         if alive:
             process.send_signal(how)
-        output, _ = process.communicate(timeout=TIMEOUT_S)
+        output, _ = process.communicate(TIMEOUT_S)
         if process.returncode == 0:
             break  # it ended before the moment came
         began = "recipe:" in output

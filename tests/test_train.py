@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from model import GPT, GPTConfig
+from tests.forked import Forked, script
 from training import ending, folder, loggers, metrics
 from training.evaluate import evaluate_tokens
 from training.metrics import RunLog
@@ -48,21 +49,30 @@ sys.exit(code)
 """
 
 
-def run_process(
-    *arguments: str | Path, measured: bool = False, **environ: str
-) -> subprocess.CompletedProcess:
-    """`python train.py ...` in a process of its own, at two threads, kernels not interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    prefix = [sys.executable, "-c", MEASURE] if measured else []
+def not_interpreted() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+def run_process(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """`python train.py ...`, and its peak memory in the last line."""
     return subprocess.run(
-        [*prefix, sys.executable, "train.py", *map(str, arguments)],
+        [sys.executable, "-c", MEASURE, sys.executable, "train.py", *map(str, arguments)],
         cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "2"} | environ,
+        env=not_interpreted(),
         capture_output=True,
         text=True,
         timeout=900,  # of seconds, on a machine that does nothing else
         check=False,
     )
+
+
+def run_forked(*arguments: str | Path, **environ: str) -> str:
+    """The same in a forked process, to its end; what it printed."""
+    command = [str(ROOT / "train.py"), *map(str, arguments)]
+    process = Forked(script, *command, cwd=ROOT, environment=not_interpreted() | environ)
+    printed, code = process.communicate(900)
+    assert code == 0, printed
+    return printed
 
 
 def events(run: Path) -> tuple[list[dict], list[dict]]:
@@ -73,15 +83,18 @@ def events(run: Path) -> tuple[list[dict], list[dict]]:
 
 @pytest.fixture(scope="module")
 def twice(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """One small run, made by two processes."""
+    """One small run, made by two processes.
+
+    On one thread: while the machine is busy, several wait at each operation for one another.
+    """
     folder = tmp_path_factory.mktemp("runs")
     runs = [folder / "a", folder / "b"]
-    for out in runs:
-        done = run_process("--preset", "smoke", "--data", text, "--out", out, "--eval-every", "6",
-                           "--save-every", "0", "--batch-size", "1",
-                           "--grad-accum-steps", "2", measured=True)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        (out / "stdout.txt").write_text(done.stdout)
+    flags = ("--preset", "smoke", "--data", text, "--eval-every", "6", "--save-every", "0",
+             "--batch-size", "1", "--grad-accum-steps", "2")  # fmt: skip
+    done = run_process(*flags, "--out", runs[0])
+    assert done.returncode == 0, done.stderr
+    (runs[0] / "stdout.txt").write_text(done.stdout)
+    run_forked(*flags, "--out", runs[1])
     return runs
 
 
@@ -153,13 +166,12 @@ def test_compiled_runs_repeat_bitwise(text: Path, tmp_path: Path) -> None:
         pytest.skip(f"torch.compile needs {missing}")
     runs = [tmp_path / "a", tmp_path / "b"]
     for out in runs:
-        done = run_process(
+        printed = run_forked(
             "--preset", "smoke", "--model", "smoke,n_layer=1", "--data", text, "--out", out,
             "--steps", "3", "--compile", "--save-every", "0",
-            TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
+            OMP_NUM_THREADS="2", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert ", compiled (model), " in done.stdout
+        assert ", compiled (model), " in printed
     assert [s["loss"] for s in events(runs[0])[0]] == [s["loss"] for s in events(runs[1])[0]]
     assert_same_weights(*runs)
 
@@ -490,6 +502,6 @@ def test_tensorboard_asked_for_but_absent(text: Path, tmp_path: Path, monkeypatc
 
 def test_the_command_line_ends_in_exit_codes() -> None:
     done = run_process("--preset", "smok")
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, done.stdout.count("\n")) == (2, 1)  # the peak
     assert done.stderr.startswith("train.py: preset: unknown recipe 'smok'")
     assert "Traceback" not in done.stderr
