@@ -4,8 +4,8 @@ Same names and signatures as the Triton ops; the math stands in their files. Not
 import triton. Under autocast each op returns what the Triton op returns: activations in the
 autocast dtype, residual stream and loss in fp32.
 
-All but one are what a reader would write. `linear_cross_entropy` is written for the compiler, as
-its class says: compiled, it must be fast, because a machine without a GPU trains on it.
+All but one are what a reader would write. `linear_cross_entropy` must be fast, compiled or not,
+because a machine without a GPU trains on it.
 """
 
 from typing import Any
@@ -65,12 +65,31 @@ def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
         )
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and, while the logits of a chunk are at hand, the gradients of x and weight.
+def _turn_into_dz(z: Tensor, ids: Tensor, needs_dz: bool) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of `ids` (R, 1), and softmax(z) - onehot(ids) in place of z (R, Vp).
 
-    Written for the compiler: pointwise from the logits to dz, with comparisons where one would
-    index, and the exponential spelled twice, so that it is computed again and not stored.
+    Compiled it is pointwise from z to dz, with a comparison where one would index. Else a few rows
+    take all passes before the next do, so that a cache holds their fp32 form and memory never does.
     """
+    if torch.compiler.is_compiling():
+        log_p = torch.log_softmax(z.float(), dim=-1)
+        found, cols = log_p.gather(1, ids), torch.arange(z.shape[1], device=z.device)
+        return found, torch.where(cols == ids, torch.expm1(found), torch.exp(log_p)).to(z.dtype)
+    num_rows = 128 if z.is_cuda else 4 * torch.get_num_threads()
+    found = z.new_empty(ids.shape, dtype=torch.float32)
+    for rows, at, out in zip(*(t.split(num_rows) for t in (z, ids, found)), strict=True):
+        log_p = rows.float()
+        torch.log_softmax(log_p, dim=-1, out=log_p)
+        out.copy_(log_p.gather(1, at))
+        if needs_dz:
+            rows.copy_(log_p.exp_())
+    if needs_dz:
+        z[torch.arange(len(z), device=z.device), ids[:, 0]] = torch.expm1(found[:, 0]).to(z.dtype)
+    return found, z
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and, while the logits of a chunk are at hand, the gradients of x and weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
@@ -78,35 +97,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         counted = targets != ignore_index
         known = (targets >= 0) & (targets < vocab_size)
         # 1 where a row counts, 0 where it is ignored, NaN for an id outside the vocabulary.
-        share = torch.where(counted, torch.where(known, 1.0, float("nan")), 0.0)
+        share = torch.where(counted, torch.where(known, 1.0, float("nan")), 0.0)[:, None]
         count = counted.sum()
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         w = weight.to(x.dtype)
-        V, cols = vocab_size, torch.arange(vocab_size, device=x.device)
+        ids = targets.clamp(0, vocab_size - 1)[:, None]
         dxs: list[Tensor] = []
         dweight: Tensor | None = None
-        for rows, ids, part in zip(
-            x.split(CHUNK_TOKENS),
-            targets.split(CHUNK_TOKENS),
-            share.split(CHUNK_TOKENS),
-            strict=True,
-        ):
-            z = F.linear(rows, w)[:, :V].float()
-            at, part = ids.clamp(0, V - 1)[:, None], part[:, None]
-            z_max = z.amax(dim=-1, keepdim=True)
-            log_sum = torch.exp(z - z_max).sum(dim=-1, keepdim=True).log()
-            # The maximum and the logarithm stay apart: at |z| of 1e4 their sum is off by 5e-4.
-            loss = loss + ((z_max - z.gather(1, at) + log_sum) * part).sum()
-            if not (needs_dx or needs_dweight):
-                continue
+        for rows, at, part in zip(*(t.split(CHUNK_TOKENS) for t in (x, ids, share)), strict=True):
+            z = F.linear(rows, w)
+            z[:, vocab_size:] = -torch.inf
             # Without its 1 / count, which fp16 could not hold; it goes on at the end, in fp32.
-            dz = torch.exp(z - z_max - log_sum) * part - torch.where(cols == at, part, 0.0)
-            dz = F.pad(dz, (0, weight.shape[0] - V)).to(x.dtype)
+            log_p, dz = _turn_into_dz(z, at, needs_dx or needs_dweight)
+            loss = loss - (log_p * part).sum()
+            part = part.to(x.dtype)
             if needs_dx:
-                dxs.append(dz @ w)
-            if needs_dweight:
-                part_dweight = (dz.T @ rows).float()
-                dweight = part_dweight if dweight is None else dweight + part_dweight
+                dxs.append((dz @ w) * part)
+            if needs_dweight and dweight is not None and x.dtype == dweight.dtype:
+                dweight.addmm_(dz.T, rows * part)
+            elif needs_dweight:
+                part_dweight = dz.T @ (rows * part)
+                dweight = part_dweight.float() if dweight is None else dweight.add_(part_dweight)
         ctx.save_for_backward(count, torch.cat(dxs) if needs_dx else None, dweight)
         ctx.weight_dtype = weight.dtype
         return loss / count  # 0 / 0 = NaN for an all-ignored batch, as F.cross_entropy gives

@@ -193,5 +193,5 @@ def test_each_choice_moves_the_total_the_right_way():
     copies = total(working_copies=True)
     assert copies.working == base.activations - copies.activations
     eager, compiled = total(ops="eager"), total(ops="eager", compiled=True)
-    assert compiled.workspace < eager.workspace
+    assert eager.workspace <= compiled.workspace  # it adds up in place
     assert total(ops="triton,linear_cross_entropy=eager").workspace == eager.workspace

@@ -32,7 +32,7 @@ def traffic_bytes(recipe: Recipe, plan: Plan) -> float:
 
     Per token and layer: two residual adds with norm, forward (x, residual in, y, residual out) and
     backward (dy, two of the residual in, two out), and GELU, which the triton op leaves 2 of 5
-    passes over 4C. Per token: 5 passes over the logits, eager 9 in fp32. Per parameter: AdamW 28,
+    passes over 4C. Per token: 5 passes over the logits. Per parameter: AdamW 28,
     the norm and the clip 12, and 12 for each micro-batch after the first.
     """
     config = recipe.model_config
@@ -42,7 +42,7 @@ def traffic_bytes(recipe: Recipe, plan: Plan) -> float:
     gelu = 20 if ops.gelu_mlp is EAGER.gelu_mlp and not plan.compile else 8
     norms = 2 * (2 * e + 2 * r) + 2 * (2 * e + 3 * r)
     eager_loss = ops.linear_cross_entropy is EAGER.linear_cross_entropy and not plan.compile
-    logits = (9 * 4 if eager_loss else 5 * e) * config.padded_vocab_size
+    logits = 5 * e * config.padded_vocab_size
     casts = 6 if plan.dtype == "bf16" and not plan.working_copies else 0
     micro = plan.num_micro_batches
     per_parameter = 28 + 12 + 12 * (micro - 1) + casts * micro

@@ -22,8 +22,7 @@ CUDA. A compiled model saves the same: there is no matmul-free way back to these
 
 The peak is at one of five moments; `MemoryEstimate.moments` has them with what they add:
 
-    loss      chunks of logits. Eager: 4 fp32 of (R, Vp) with R = 1024, or 2 more dweight; compiled:
-              one of them in e; triton: one, larger, in e
+    loss      a chunk of logits in e: of 1024 rows eager, larger triton; and eager dweight once more
     turn      the loss's backward scales dx and dweight: both exist twice
     mlp       the last layer's backward: a gradient of (M, 4C), and those of the two matrices,
               beside all that was saved
@@ -89,7 +88,7 @@ def estimate(
         config, rows, T: The shape, rows of a micro-batch, tokens of a row.
         dtype: "fp32", or "bf16" for autocast over fp32 masters.
         ops: What `kernels.parse_ops` reads.
-        compiled: torch.compile; only the eager loss needs less memory for it.
+        compiled: torch.compile; the eager loss then adds its chunks up out of place.
         working_copies: The optimizer keeps bf16 copies of the blocks' matrices.
         num_micro_batches: From the second on, gradients are there during forward.
         residual: Dtype of the residual stream, "fp32" or "bf16".
@@ -122,14 +121,11 @@ def estimate(
     loss = e * M * C + (head // 2 if dtype == "bf16" else 0)
     if "linear_cross_entropy" not in ours:
         R = min(M, CHUNK_TOKENS)
-        logits, later = R * config.padded_vocab_size, M >= 2 * R
+        loss += e * R * config.padded_vocab_size  # dz takes the place of z
         if compiled or read_ops(ops)["linear_cross_entropy"] == "compiled":
-            loss += e * logits + (head if M > R else 0)  # dz takes the place of z
-        else:
-            # Of the first chunk there is no dx and dweight yet, beside a later one an old dz.
-            ahead = 16 * logits + (e * (logits - R * C) if later else -e * M * C - head)
-            sums = 2 * head if M > R else head * (4 - e) // 4  # a product, its fp32 form, the sum
-            loss += max(ahead, sums + (4 + e) * logits)
+            loss += head if M > R else 0
+        elif dtype == "bf16":
+            loss += head // 2  # a product on its way into the sum
     else:
         from kernels.linear_cross_entropy import chunk_rows  # needs triton, as these ops do
 
