@@ -43,7 +43,7 @@ class Choices:
     """Whose fused AdamW: PyTorch's or ours."""
     working_copies: Switch = None
     """bf16 copies of the fp32 weights, written by the optimizer, so that no micro-batch casts
-    them; auto has them with bf16 on one device."""
+    them; auto has them with bf16."""
     cuda_graph: Switch = None
     """Replay the whole step as one CUDA graph; auto does on one GPU."""
     residual: Literal["fp32", "bf16"] = "fp32"

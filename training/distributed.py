@@ -1,9 +1,8 @@
 """Several processes, one run: what torchrun starts, seen as a rank and a world size.
 
-Data parallelism through DistributedDataParallel. The recipe's rows of a step are dealt to the
-ranks in order, so 1, 2 or 8 ranks train on the same global batches; gradients are averaged by
-bucketed all-reduce that overlaps the last micro-batch's backward. Without torchrun everything
-here is a world of one and touches no process group.
+The recipe's rows of a step are dealt to the ranks in order, so 1, 2 or 8 ranks train on the same
+global batches; their gradients meet in training/averaging.py. Without torchrun everything here is a
+world of one and touches no process group.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -22,7 +21,6 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from model.edge import printable
 from training.machines import has_gpu
@@ -186,19 +184,6 @@ class World:
                     break
                 time.sleep(POLL_S)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, with its gradients averaged over the ranks after a backward."""
-        if self.size == 1:
-            return model
-        # Not static_graph: with no_sync in its first step it dies on an internal assert.
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Context of a micro-batch: gradients travel with the last one only."""
-        if isinstance(model, DistributedDataParallel) and not last:
-            return model.no_sync()
-        return nullcontext()
-
     def mean_loss(self, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor | None]:
         """The loss over all ranks, and above 0 where one was asked to stop, both on the device."""
         if self.size == 1:
@@ -325,9 +310,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
-    """The part of `plan` that one rank does: fewer rows, no graph, no working copies.
-
-    DistributedDataParallel reduces the gradients of the parameters themselves, from hooks.
+    """The part of `plan` that one rank does: fewer rows, no graph.
 
     Raises:
         ValueError: the recipe's rows cannot be dealt out evenly.
@@ -342,7 +325,7 @@ def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
         )
     rows = recipe.rows_per_step // world.size
     micro = max(d for d in range(1, plan.micro_batch_size + 1) if rows % d == 0)
-    plan = replace(plan, cuda_graph=False, working_copies=False)
+    plan = replace(plan, cuda_graph=False)
     return replace(plan, micro_batch_size=micro, num_micro_batches=rows // micro)
 
 

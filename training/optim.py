@@ -91,12 +91,15 @@ class AdamW(torch.optim.AdamW):
             torch._foreach_copy_([*self._copies.values()], [*self._copies])
 
     @torch.no_grad()
-    def fold_working_gradients(self) -> None:
+    def fold_working_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Add the copies' gradients to the parameters' own, in fp32, and drop them.
 
         What accumulates over micro-batches does so here, not in bf16.
+
+        Args:
+            parameters: Those to look at; None is all.
         """
-        self._fold(self._copies)
+        self._fold(p for p in parameters or self._copies if p in self._copies)
 
     def _fold(self, parameters: Iterable[nn.Parameter]) -> None:
         sums, more = [], []

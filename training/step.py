@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from model import GPT
+from training.averaging import Averaging
 from training.distributed import ALONE, World
 from training.optim import AdamW
 from training.plan import Plan
@@ -65,7 +66,7 @@ class TrainStep:
         model: On the plan's device.
         optimizer: Of `configure_adamw`, for the model's parameters.
         recipe, plan: What and how. `self.plan` has smaller micro-batches once memory ran out.
-        world: The ranks; a graph, working copies and halving are for one alone.
+        world: The ranks; a graph and halving are for one alone.
         say: Receives a line when the step does not run as planned.
     """
 
@@ -88,10 +89,13 @@ class TrainStep:
         for group in optimizer.param_groups:
             group["lr"] = self.lr
         self.copies = working_copies(model) if plan.working_copies else {}
-        if self.copies:
-            optimizer.attach_working({p: self.copies[name] for name, p in
-                                      model.named_parameters() if name in self.copies})  # fmt: skip
-        self.parallel = world.wrap(model)
+        copies = {p: self.copies[n] for n, p in model.named_parameters() if n in self.copies}
+        self.averaging = self.share = None
+        if world.size > 1:
+            self.averaging = Averaging(model.parameters(), copies, optimizer)
+            self.share = torch.tensor(1 / world.size, device=device)  # of the mean over all ranks
+        if copies:
+            optimizer.attach_working(copies)
         self.forward = self._build_forward()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream = torch.cuda.Stream() if plan.cuda_graph else None
@@ -158,13 +162,16 @@ class TrainStep:
         loss = torch.zeros((), device=self.idx.device)
         micro_batches = zip(self.idx.chunk(num_micro), self.targets.chunk(num_micro), strict=True)
         for i, (idx, targets) in enumerate(micro_batches):
-            with self.world.accumulating(self.parallel, last=i == num_micro - 1):
-                with self.autocast():
-                    micro_loss = self.forward(idx, targets) / num_micro
-                micro_loss.backward()
+            if self.averaging and i == num_micro - 1:
+                self.averaging.begin()
+            with self.autocast():
+                micro_loss = self.forward(idx, targets) / num_micro
+            micro_loss.backward(self.share)
             if num_micro > 1:
                 self.optimizer.fold_working_gradients()
             loss += micro_loss.detach()
+        if self.averaging:
+            self.averaging.finish()
         return loss
 
     def _halve(self) -> None:
@@ -185,13 +192,13 @@ class TrainStep:
     def _build_forward(self) -> Callable[[Tensor, Tensor], Tensor]:
         def forward(idx: Tensor, targets: Tensor) -> Tensor:
             if self.copies:
-                return functional_call(self.parallel, self.copies, (idx, targets))
-            return self.parallel(idx, targets)
+                return functional_call(self.model, self.copies, (idx, targets))
+            return self.model(idx, targets)
 
         if not self.plan.compile:
             return forward
         if self.plan.compile_scope == "model":
-            return torch.compile(forward if self.copies else self.parallel, dynamic=False)
+            return torch.compile(forward if self.copies else self.model, dynamic=False)
         for block in self.model.transformer.h:
             block.compile(dynamic=False)
         return forward

@@ -1,0 +1,65 @@
+"""Two ranks of tests/two_ranks.py against one: the same bits, whatever the plan."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model import GPT
+from tests.two_ranks import RECIPE
+
+ROOT = Path(__file__).parents[1]
+
+
+def answers(folder: Path, *kinds: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.two_ranks"]
+    ranks = [
+        subprocess.Popen([*command, str(rank), "2", str(folder), *kinds], cwd=ROOT,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    return json.loads((folder / "answers.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> dict[str, Any]:
+    return answers(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "aot_eager"])
+def test_two_ranks_take_the_steps_of_one(together, kind):
+    """One micro-batch each, and alone two: a sum of two terms has one order."""
+    assert together[kind]["bitwise"], together[kind]["error"]
+
+
+def test_working_copies_change_no_bit_there(together):
+    """Two micro-batches each; alone four, in another order."""
+    assert together["bf16"]["loss"] == together["autocast"]["loss"]
+    assert together["bf16"]["error"] < 1e-6
+
+
+def test_gradients_travel_while_others_are_computed(together):
+    """Everything that has one, once; those of the blocks before the embedding's is there."""
+    order = together["bf16"]["order"]
+    model = GPT(replace(RECIPE.model_config, vocab_size=500))
+    first, last = (at for at, what in enumerate(order) if what == "last gradient")
+    assert last - first > 4 * RECIPE.model_config.n_layer  # all matrices of the blocks
+    sent = [int(line.split()[1]) for line in order if line.startswith("all_reduce")]
+    assert sum(sent[:-1]) == sum(p.numel() for p in model.parameters())
+    assert sent[0] == 4 * RECIPE.model_config.n_embd**2  # the last block's last matrix
+
+
+@pytest.mark.slow
+def test_two_compiled_ranks_take_the_steps_of_one(tmp_path):
+    kinds = answers(tmp_path, "inductor")
+    assert {kind: answer["bitwise"] for kind, answer in kinds.items()} == {
+        "model": True, "blocks": True
+    }  # fmt: skip

@@ -1,0 +1,117 @@
+"""Run by tests/test_averaging.py, once for each rank: python -m tests.two_ranks RANK SIZE FOLDER.
+
+Takes a few steps in every way that several ranks may take them, and beside them the steps of one
+rank alone on the same rows. Rank 0 writes what came to FOLDER/answers.json.
+"""
+
+import functools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model import GPT
+from training.distributed import ALONE, World, share
+from training.optim import configure_adamw
+from training.plan import Choices, Machine, make_plan
+from training.recipes import Recipe
+from training.step import Outcome, TrainStep
+
+RECIPE = Recipe(
+    model="smoke,n_embd=32,n_layer=2,n_head=2,block_size=16", max_lr=1e-3, min_lr=1e-4,
+    warmup_steps=5, max_steps=20, batch_size=2, grad_accum_steps=4, block_size=16,
+)  # fmt: skip
+CPU = Machine("cpu", "a CPU", num_threads=1, interpreted=True)
+NUM_STEPS = 4
+
+
+class Rows:
+    """This rank's part of the same rows for all: as many micro-batches in a row as it has."""
+
+    def __init__(self, world: World):
+        self.world, self.generator = world, torch.Generator().manual_seed(1)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        shape = RECIPE.rows_per_step, RECIPE.block_size + 1
+        rows = torch.randint(0, 500, shape, generator=self.generator)
+        rows = rows.chunk(self.world.size)[self.world.rank]
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def make_step(world: World, asked: Choices) -> TrainStep:
+    torch.manual_seed(RECIPE.seed + world.rank)  # rank 0's weights are to count
+    plan = share(make_plan(RECIPE, CPU, asked), RECIPE, world)
+    model = GPT(replace(RECIPE.model_config, vocab_size=500))
+    return TrainStep(model, configure_adamw(model, RECIPE, plan.optimizer), RECIPE, plan, world)
+
+
+def run(world: World, asked: Choices) -> tuple[list[Tensor], list[str]]:
+    """All losses, gradient norms and weights, and the order of what happened in a backward."""
+    step, rows, seen, order = make_step(world, asked), Rows(world), [], []
+    last = step.model.transformer.wpe.weight
+    last.register_post_accumulate_grad_hook(lambda _: order.append("last gradient"))
+    whole = dist.all_reduce
+
+    def watched(tensor: Tensor, *rest: Any, **options: Any) -> Any:
+        order.append(f"all_reduce {tensor.numel()}")
+        return whole(tensor, *rest, **options)
+
+    def once() -> Outcome:
+        loss = step.accumulate()
+        loss, _ = world.mean_loss(loss, False)
+        norm = step.optimizer.clip(RECIPE.grad_clip)
+        step.optimizer.step()
+        step.optimizer.zero_grad()
+        return Outcome(loss, norm)
+
+    dist.all_reduce = watched  # pyright: ignore
+    for _ in range(NUM_STEPS):
+        order.clear()
+        outcome = step.run(once, rows, 1e-3)
+        seen += [outcome.loss.clone(), outcome.grad_norm.clone()]
+    dist.all_reduce = whole  # pyright: ignore
+    return [*seen, *(p.detach() for p in step.model.parameters()), *step.copies.values()], order
+
+
+def main() -> None:
+    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    world = World(rank, size, rank, dist.FileStore(str(folder / "store"), size))
+    world.connect("cpu", 120)
+    plain = Choices(compile=False, micro_batch_size=4)  # alone two micro-batches, one on two ranks
+    kinds = {
+        "fp32": replace(plain, dtype="fp32"),
+        "bf16": replace(plain, dtype="bf16", micro_batch_size=2),
+        "autocast": replace(plain, dtype="bf16", micro_batch_size=2, working_copies=False),
+        "aot_eager": replace(plain, dtype="bf16", compile=True, compile_scope="blocks"),
+    }
+    if sys.argv[4:] == ["inductor"]:
+        model = replace(plain, dtype="bf16", compile=True, compile_scope="model")
+        kinds = {"model": model, "blocks": kinds["aot_eager"]}
+    else:
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    answers: dict[str, Any] = {}
+    for kind, asked in kinds.items():
+        torch.compiler.reset()
+        together, order = run(world, asked)
+        torch.compiler.reset()
+        alone, _ = run(ALONE, asked)
+        pairs = list(zip(together, alone, strict=True))
+        answers[kind] = {
+            "bitwise": all(torch.equal(a, b) for a, b in pairs),
+            "error": max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs),
+            "loss": [loss.item() for loss in together[: 2 * NUM_STEPS : 2]],
+            "order": order,
+        }
+    if world.is_main:
+        (folder / "answers.json").write_text(json.dumps(answers))
+    world.barrier()
+
+
+if __name__ == "__main__":
+    main()
