@@ -217,6 +217,7 @@ def test_ranks_that_start_from_other_weights_are_refused(text, tmp_path, monkeyp
     flags = [*FLAGS, "--data", str(text / "text.txt"), "--out", str(tmp_path / "run"), "--device",
              "cpu"]  # fmt: skip
     cfg = replace(train.parse(flags), init="base")
+    monkeypatch.setattr(train.hf, "find_model", str)
     same = GPT(cfg.recipe.model_config)
     models = iter([same, GPT(cfg.recipe.model_config)])
     monkeypatch.setattr(train.GPT, "from_pretrained", lambda _: next(models))
