@@ -41,8 +41,9 @@ from training import (
 )
 from training.data import Corpus, load_corpus
 from training.distributed import ALONE, World, hash_weights, refuse_mismatch, share
-from training.ending import finish, take_best
+from training.ending import finish, take_best, write_samples
 from training.explain import explain, probe_steps
+from training.flags import from_config
 from training.guard import Guard, GuardConfig
 from training.machines import has_gpu
 from training.metrics import RunLog
@@ -71,6 +72,8 @@ class Config:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     preset: str
     """Recipe: shakespeare-cpu, shakespeare-124m, fineweb-124m, finetune or smoke."""
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """config.json of a run, to make it again; other flags on the line overrule it."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
     """Text, code, JSONL, Parquet, Arrow, folders and patterns of them, or a token file or folder.
     Default: input.txt if it is there, else tiny Shakespeare."""
@@ -94,6 +97,8 @@ class Config:
     eval_every: int = -1
     """Steps between evaluations; 0 is only at the end, -1 ten times a run, and not under 100 where
     no --keep and no --patience depend on them."""
+    sample_every: int = 0
+    """Steps between samples during the run, into samples.txt and the log; 0 is only at the end."""
     hellaswag: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """hellaswag_val.jsonl: score the model on it at the end."""
     hellaswag_every: int = 0
@@ -129,6 +134,7 @@ class Config:
         bounds = {
             "eval_every": -1,
             "save_every": -1,
+            "sample_every": 0,
             "hellaswag_every": 0,
             "log_every": 0,
             "keep_last": 1,
@@ -224,6 +230,8 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     recipe, (machine, plan, corpus) = cfg.recipe, look(cfg, world)
     items = hellaswag.read_items(cfg.hellaswag) if cfg.hellaswag else []
     parts = corpus.split(recipe.val_fraction)
+    recipe = recipe.reading(len(parts[0]))
+    cfg = replace(cfg, recipe=recipe)
     data_loader(recipe, plan, parts[0], world)  # raises where the text is too short for a batch
     plan = settle(planned(cfg, machine, world), cfg.choices, recipe, machine, world)
     same = {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()},
@@ -302,6 +310,16 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             right = round(share * len(run.items))
             log.say(f"step {done:5d} | {hellaswag.line(right, len(run.items))}")
 
+    def sample() -> None:
+        if not world.is_main:
+            return
+        try:
+            with log.aside(), torch.compiler.set_stance("force_eager"):
+                texts = write_samples(run, model, log.say)
+            log.event("samples", step=progress.step, texts=texts)
+        except ValueError as error:  # as for an evaluation, the next step's loss tells
+            log.say(f"step {progress.step:5d} | {error}")
+
     def step() -> Outcome:  # called launch by launch at first; on one GPU then a captured graph
         loss = take_step.accumulate()  # forward and backward of each micro-batch
         loss, asked_to_stop = world.mean_loss(loss, bool(stop))
@@ -333,6 +351,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 done |= 0 < recipe.patience <= progress.stale
             if _due(cfg.hellaswag_every, progress.step) and not (watch.stopping or done):
                 score_hellaswag(progress.step)
+            if _due(cfg.sample_every, progress.step) and not (watch.stopping or done):
+                sample()
             if save or watch.stopping or (done and cfg.saves):
                 save_checkpoint()
             if watch.stopping:
@@ -376,15 +396,31 @@ def leave(run: Run, step: int, writer: checkpoint.Writer, log: RunLog, stop: Sto
     return EXIT_RESUMABLE
 
 
+def _glance(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags that others depend on, as they are written."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flags in (["--preset"], ["--config"], ["--init"], ["--model"], ["--epochs"],
+                  ["--steps", "--max-steps"]):  # fmt: skip
+        first.add_argument(*flags)
+    try:
+        return first.parse_known_args(arguments)[0]
+    except argparse.ArgumentError:  # a value is missing, as tyro will say
+        return first.parse_args([])
+
+
 def parse(arguments: Sequence[str]) -> Config:
     """Read the flags; the preset and the weights to start from decide the defaults."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--preset", "--init", "--model"):
-        first.add_argument(flag)
-    try:
-        given, _ = first.parse_known_args(arguments)
-    except argparse.ArgumentError:  # a value is missing, as tyro will say
-        given = argparse.Namespace(preset=None, init=None, model=None)
+    given = _glance(arguments)
+    if given.steps and given.epochs:
+        raise ValueError(
+            f"recipe: --steps {given.steps} and --epochs {given.epochs} both say when it ends; "
+            "give one"
+        )
+    if given.steps:
+        arguments = [*arguments, "--epochs", "0"]  # in place of those of a recipe
+    if given.config is not None:
+        arguments = [*from_config(given.config), *arguments]
+        given = _glance(arguments)
     preset = given.preset
     if preset is None:
         preset = FINETUNE if given.init else DEFAULT_PRESET["cuda" if has_gpu() else "cpu"]
@@ -408,9 +444,10 @@ def parse(arguments: Sequence[str]) -> Config:
 def explain_plan(cfg: Config) -> int:
     """What this machine can do with the recipe, and what would make it faster."""
     machine, plan, corpus = look(cfg)
+    tokens, _ = corpus.split(cfg.recipe.val_fraction)
+    cfg = replace(cfg, recipe=cfg.recipe.reading(len(tokens)))
     plan = settle(planned(cfg, machine, ALONE), cfg.choices, cfg.recipe, machine, ALONE)
     start_process(plan, cfg.recipe.seed)
-    tokens, _ = corpus.split(cfg.recipe.val_fraction)
     explain(cfg.recipe, plan, machine, lambda s: probe_steps(cfg.recipe, plan, tokens, s), print)
     return 0
 
@@ -429,7 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if cfg.explain:
                 return explain_plan(cfg)
             run = prepare(cfg, world)
-            cfg = replace(cfg, recipe=run.recipe)  # a cool-down has an end of its own
+            cfg = replace(cfg, recipe=run.recipe)  # epochs and a cool-down decide its steps
             restarted = any(world.gather("restarted", distributed.is_restart()))
             opened = folder.opened(run.out, run.saved, world.say, restarted)
             if world.first("stopped", lambda: held.enter_context(opened)):

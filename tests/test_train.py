@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import namedtuple
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -358,6 +358,54 @@ def test_the_best_weights_are_kept(
     assert "Overfitting" not in verdict
 
 
+def test_samples_while_training_change_no_step(text: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
+    flags = [
+        "--epochs=0.4",
+        "--dtype=fp32",
+        "--model=smoke,n_layer=1,dropout=0.1",
+        "--batch-size=2",
+    ]
+    run_here(text, tmp_path / "a", *flags, "--sample-every", "2", "--log-every", "9")
+    steps, others = events(tmp_path / "a")
+    config = tmp_path / "a" / "config.json"
+    saved = json.loads(config.read_text())
+    assert saved["recipe"]["max_steps"] == len(steps) == math.ceil(
+        0.4 * ((saved["data"]["train_tokens"] - 1) // 64) / 2)  # fmt: skip
+    taken = [e for e in others if e["event"] == "samples"]
+    assert [e["step"] for e in taken] == [2, 4]
+    assert len(taken[0]["texts"]) == ending.NUM_SAMPLES
+    assert len({str(e["texts"]) for e in taken}) == 2
+    # Its own config.json makes it again, but for what is given beside it.
+    again = ["--config", str(config), "--out", str(tmp_path / "b"), "--sample-every", "0"]
+    assert train.main(again) == 0
+    repeated, others = events(tmp_path / "b")
+    assert [s["loss"] for s in repeated] == [s["loss"] for s in steps]
+    assert not [e for e in others if e["event"] == "samples"]
+
+
+def test_a_config_is_the_flags_it_was_made_of(tmp_path: Path) -> None:
+    flags = ["--preset=shakespeare-cpu", "--data", "a", "b c", "--max-lr=0.01", "--no-guard",
+             "--seed=7", "--dropout=0.25", "--ops=eager", "--no-compile", "--cuda-graph", "on",
+             "--out=x", "--micro-batch-size=2", "--eval-every=9", "--resume=never",
+             "--steps=12"]  # fmt: skip
+    cfg = train.parse(flags)
+    flat = asdict(cfg)
+    file = tmp_path / "config.json"
+    recipe = {"name": cfg.preset, **flat.pop("recipe")}
+    file.write_text(json.dumps({"recipe": recipe, "flags": flat}))
+    for path in (file, tmp_path):
+        again = train.parse(["--config", str(path)])
+        assert again == replace(cfg, config=str(path), out=None, resume="auto")
+    on_top = train.parse(["--config", str(file), "--preset=smoke", "--data", "d", "--epochs=2"])
+    assert (on_top.preset, on_top.data, on_top.recipe.epochs) == ("smoke", ("d",), 2.0)
+    assert on_top.recipe.max_lr == 0.01
+    file.write_text(json.dumps({"recipe": recipe | {"epochs": 3.0}, "flags": flat}))
+    assert train.parse(["--config", str(file)]).recipe.epochs == 3.0
+    shorter = train.parse(["--config", str(file), "--steps", "5"]).recipe
+    assert (shorter.epochs, shorter.max_steps) == (0.0, 5)
+
+
 def test_a_wsd_run_cools_down_from_any_checkpoint(text: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
     flags = [
@@ -395,6 +443,18 @@ BAD = {
     "init and T": (["--init", "{tmp}/given", "--block-size", "99"], "16 positions, got 99"),
     "finetune alone": (["--preset", "finetune"], "finetune starts from weights; add --init gpt2"),
     "dropout": (["--dropout", "1"], "model: dropout must be in [0, 1), got 1.0"),
+    "no config": (["--config", "{tmp}/folder"], "No such file or directory: '{tmp}/folder/conf"),
+    "config of none": (
+        ["--config", "{tmp}/foreign.json"],
+        "foreign.json must be the config.json of",
+    ),
+    "epochs and steps": (
+        ["--epochs", "2", "--steps", "3"],
+        "--steps 3 and --epochs 2 both say when",
+    ),
+    "epochs": (["--epochs", "1e20"], "max_steps must be at most"),
+    "epochs too": (["--epochs", "nan"], "epochs must be finite and at least 0, got nan"),
+    "samples": (["--sample-every", "-1"], "sample_every must be at least 0, got -1"),
     "cooldown": (["--cooldown", "--schedule", "wsd"], "new/run: the folder holds none"),
     "cooldown never": (["--cooldown", "--resume", "never"], "leave --resume never out"),
     "keep": (["--keep", "best", "--val-fraction", "0"], "keep best with patience 0 needs a valid"),

@@ -102,7 +102,7 @@ def finish(
     poll()
     model.save_pretrained(out / "model")
     model.residual_dtype = None  # as whoever loads the saved model runs it
-    _write_samples(run, model, log.say, poll)
+    write_samples(run, model, log.say, poll)
     summary = {
         "final_step": num_steps,
         "reached_target_at": reached,
@@ -132,10 +132,17 @@ def finish(
     )
 
 
-def _write_samples(
-    run: Run, model: GPT, say: Callable[[str], None], poll: Callable[[], None]
-) -> None:
-    """samples.txt: continuations of a few words of held-out text, within the trained context."""
+def write_samples(
+    run: Run, model: GPT, say: Callable[[str], None], poll: Callable[[], None] = lambda: None
+) -> list[tuple[str, str]]:
+    """samples.txt: continuations of a few words of held-out text, within the trained context.
+
+    Returns:
+        (prompt, continuation) of each; the first has been said.
+
+    Raises:
+        ValueError: the model's logits are not finite.
+    """
     text = run.val_tokens
     if len(text) <= PROMPT_TOKENS * NUM_SAMPLES:
         text = run.train_tokens
@@ -150,3 +157,4 @@ def _write_samples(
         for prompt, answer in zip(prompts, answers, strict=True):
             file.write(f"[prompt] {prompt}\n[model]{answer}\n\n")
     say(f"sample: {prompts[0]}|{answers[0]}")
+    return [*zip(prompts, answers, strict=True)]

@@ -98,6 +98,8 @@ class Recipe:
     """Step at which the schedule reaches min_lr; 0 is max_steps."""
     max_steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 1000
     """Optimizer steps."""
+    epochs: float = 0.0
+    """Times the training text is read, in place of max_steps; 0 is off."""
     batch_size: int = 16
     """Rows (sequences) of a micro-batch."""
     block_size: int = 64
@@ -130,7 +132,9 @@ class Recipe:
     """Seeds the initial weights and the data order."""
 
     def __post_init__(self) -> None:
-        for name in ("max_lr", "min_lr", "weight_decay", "eps", "grad_clip", "target_loss"):
+        for name in (
+            "max_lr", "min_lr", "epochs", "weight_decay", "eps", "grad_clip", "target_loss",
+        ):  # fmt: skip
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"recipe: {name} must be finite and at least 0, got {value}")
@@ -181,6 +185,13 @@ class Recipe:
     def tokens_per_step(self) -> int:
         return self.rows_per_step * self.block_size
 
+    def reading(self, num_tokens: int) -> "Recipe":
+        """This recipe with the steps that its epochs are of a text of so many tokens."""
+        if not self.epochs:
+            return self
+        rows = (num_tokens - 1) // self.block_size
+        return replace(self, max_steps=max(1, math.ceil(self.epochs * rows / self.rows_per_step)))
+
     def learning_rate(self, step: int) -> float:
         """Learning rate of `step`, counted from 0: linear warm-up, the schedule, then min_lr."""
         if step < self.warmup_steps:
@@ -207,7 +218,7 @@ class Recipe:
         """This wsd recipe with its decay begun at `step`, and its share of all steps the same."""
         share = self.decay_fraction
         steps = step + max(1, round(step * share / (1.0 - share)))
-        return replace(self, max_steps=steps, horizon_steps=0)
+        return replace(self, max_steps=steps, horizon_steps=0, epochs=0.0)
 
 
 FINETUNE = "finetune"  # of a run that starts from weights

@@ -58,7 +58,7 @@ STATE = {
 }
 
 # Fields of a recipe that change no step but the last, and of a plan that change no bit of a loss.
-_SAME_STEPS = {"keep", "patience"}
+_SAME_STEPS = {"keep", "patience", "epochs"}  # epochs: max_steps says what they are
 _ENDS = {"max_steps", "horizon_steps"}  # of a recipe, which a cool-down sets
 _SAME_LOSSES = {"cuda_graph", "eval_tokens", "memory_bytes", "notes"}
 
