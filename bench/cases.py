@@ -54,8 +54,6 @@ class Case:
 
     Args:
         op: Name in `kernels.Ops`.
-        inputs: (shape, dtype, randn) -> keyword arguments of the op; floating tensors that
-            require grad are the ones a backward fills. `dtype` is the activations'.
         bytes, flops: (shape, bytes per activation element, mode) -> the floor of one call.
         limit: Which measured matmul rate the flops are held against.
         logits: Columns of the fp32 matrix that plain PyTorch makes on the way, four times.
@@ -64,7 +62,6 @@ class Case:
     """
 
     op: str
-    inputs: Callable[[Shape, torch.dtype, Callable[..., Tensor]], Inputs]
     bytes: Callable[[Shape, int, str], float]
     flops: Callable[[Shape, int, str], float]
     limit: str
@@ -73,61 +70,8 @@ class Case:
     logits: Callable[[Shape], int] = lambda s: 0
 
 
-def _leaf(x: Tensor) -> Tensor:
-    return x.requires_grad_(True)
-
-
-def _norm_weights(s: Shape, randn: Callable[..., Tensor]) -> Inputs:
-    return {"weight": _leaf(1 + 0.1 * randn(s.C)), "bias": _leaf(0.1 * randn(s.C))}
-
-
-def _layer_norm_inputs(s: Shape, dtype: torch.dtype, randn: Callable[..., Tensor]) -> Inputs:
-    return {"x": _leaf(randn(s.B, s.T, s.C).to(dtype)), **_norm_weights(s, randn)}
-
-
-def _add_layer_norm_inputs(s: Shape, dtype: torch.dtype, randn: Callable[..., Tensor]) -> Inputs:
-    # The residual stream stays fp32 under autocast, as in plain PyTorch.
-    x, residual = randn(s.B, s.T, s.C).to(dtype), randn(s.B, s.T, s.C)
-    return {"x": _leaf(x), "residual": _leaf(residual), **_norm_weights(s, randn)}
-
-
-def _gelu_mlp_inputs(s: Shape, dtype: torch.dtype, randn: Callable[..., Tensor]) -> Inputs:
-    # Weights in the activations' dtype: the working copy the training step keeps.
-    C, F = s.C, 4 * s.C
-    return {
-        "x": _leaf(randn(s.B, s.T, C).to(dtype)),
-        "w_fc": _leaf((randn(F, C) * C**-0.5).to(dtype)),
-        "b_fc": _leaf((randn(F) * 0.1).to(dtype)),
-        "w_proj": _leaf((randn(C, F) * F**-0.5).to(dtype)),
-        "b_proj": _leaf((randn(C) * 0.1).to(dtype)),
-    }
-
-
-def _causal_attention_inputs(s: Shape, dtype: torch.dtype, randn: Callable[..., Tensor]) -> Inputs:
-    return {"qkv": _leaf(randn(s.B, s.T, 3 * s.C).to(dtype)), "n_head": s.H}
-
-
-def _linear_cross_entropy_inputs(
-    s: Shape, dtype: torch.dtype, randn: Callable[..., Tensor]
-) -> Inputs:
-    weight = randn(s.Vp, s.C) * 0.02
-    weight[s.V :] = 0
-    targets = (randn(s.B, s.T).abs() * s.V / 4).long().clamp_(max=s.V - 1)
-    return {
-        "x": _leaf(randn(s.B, s.T, s.C).to(dtype)),
-        "weight": _leaf(weight.to(dtype)),
-        "targets": targets,
-        "vocab_size": s.V,
-    }
-
-
 def _split(mode: str, fwd: float, bwd: float) -> float:
     return {"fwd": fwd, "bwd": bwd, "both": fwd + bwd}[mode]
-
-
-def _causal_flops(s: Shape, mode: str) -> float:
-    fwd = 4 * s.B * s.T * s.T * s.C / 2  # two products of T x T x D per head, half of it masked
-    return _split(mode, fwd, 2.5 * fwd)  # five products in the backward
 
 
 _TOKENS = tuple(Shape(B, 1024) for B in (1, 2, 4, 8, 16, 32, 64))
@@ -138,7 +82,6 @@ CASES: dict[str, Case] = {
     for case in (
         Case(
             "layer_norm",
-            _layer_norm_inputs,
             # x -> y; then x, dy -> dx
             bytes=lambda s, e, mode: s.M * s.C * _split(mode, 2 * e, 3 * e),
             flops=lambda s, e, mode: 0.0,
@@ -147,7 +90,6 @@ CASES: dict[str, Case] = {
         ),
         Case(
             "add_layer_norm",
-            _add_layer_norm_inputs,
             # x, residual -> y, residual_out; then dy, dresidual_out, residual_out -> dx, dresidual.
             # fp32 throughout: dx and dresidual are one tensor.
             bytes=lambda s, e, mode: (
@@ -159,7 +101,6 @@ CASES: dict[str, Case] = {
         ),
         Case(
             "gelu_mlp",
-            _gelu_mlp_inputs,
             # Both weights and the hidden activation count: 4C wide, written and read, and once more
             # for what the backward of the GELU needs.
             bytes=lambda s, e, mode: (
@@ -175,16 +116,15 @@ CASES: dict[str, Case] = {
         ),
         Case(
             "causal_attention",
-            _causal_attention_inputs,
             # qkv -> y; then qkv, y, dy -> dqkv
             bytes=lambda s, e, mode: e * s.M * s.C * _split(mode, 4, 8),
-            flops=lambda s, e, mode: _causal_flops(s, mode),
+            # Two products of T x T x D a head, half of it masked; five in the backward.
+            flops=lambda s, e, mode: 2 * s.B * s.T * s.T * s.C * _split(mode, 1, 2.5),
             limit="matmul_tflops",
             sweep=_LENGTHS,
         ),
         Case(
             "linear_cross_entropy",
-            _linear_cross_entropy_inputs,
             # x, weight -> loss; then dx, dweight. Logits are nobody's floor: they need not exist.
             bytes=lambda s, e, mode: e * s.C * (s.M + s.Vp) * _split(mode, 1, 1),
             flops=lambda s, e, mode: 2 * s.M * s.C * s.Vp * _split(mode, 1, 2),
@@ -211,14 +151,44 @@ def find_shape(name: str) -> Shape:
     raise ValueError(f"bench: a shape is b<B>t<T>, such as b64t1024, got {name!r}")
 
 
-def make_inputs(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0):
-    """Fresh random inputs; never zeros, which run faster than data does."""
+def make_inputs(
+    case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Inputs:
+    """Fresh random keyword arguments of an op; never zeros, which run faster than data does.
+
+    Floating tensors require a gradient; `dtype` is the activations' and, as the working copy is
+    that the training step keeps, the weights' of matrix products.
+    """
     generator = torch.Generator(device).manual_seed(seed)
+    (B, T, C), F = (shape.B, shape.T, shape.C), 4 * shape.C
 
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device)
+    def randn(*size: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        x = scale * torch.randn(*size, generator=generator, device=device)
+        return x.to(dtype).requires_grad_()
 
-    return case.inputs(shape, dtype, randn)
+    def norm(*names: str) -> Inputs:  # of these the first is an activation, all else is fp32
+        more = {name: randn(B, T, C, dtype=torch.float32) for name in names[1:]}
+        weight, bias = (randn(C, scale=0.1, dtype=torch.float32) for _ in range(2))
+        weight.detach().add_(1)
+        return {names[0]: randn(B, T, C), **more, "weight": weight, "bias": bias}
+
+    if case.op == "layer_norm":
+        return norm("x")
+    if case.op == "add_layer_norm":  # the residual stream stays fp32 under autocast
+        return norm("x", "residual")
+    if case.op == "gelu_mlp":
+        return {
+            "x": randn(B, T, C),
+            "w_fc": randn(F, C, scale=C**-0.5), "b_fc": randn(F, scale=0.1),
+            "w_proj": randn(C, F, scale=F**-0.5), "b_proj": randn(C, scale=0.1),
+        }  # fmt: skip
+    if case.op == "causal_attention":
+        return {"qkv": randn(B, T, 3 * C), "n_head": shape.H}
+    weight = randn(shape.Vp, C, scale=0.02)
+    weight.detach()[shape.V :] = 0
+    targets = (randn(B, T, dtype=torch.float32).detach().abs() * shape.V / 4).long()
+    targets.clamp_(max=shape.V - 1)
+    return {"x": randn(B, T, C), "weight": weight, "targets": targets, "vocab_size": shape.V}
 
 
 def floor_ms(case: Case, shape: Shape, dtype: torch.dtype, mode: str, limits: dict[str, float]):

@@ -22,7 +22,6 @@ from bench.cases import Shape, check_room
 from kernels import Ops
 from model import GPT, MODELS, GPTConfig
 from training import memory
-from training.environment import seconds_since_start
 from training.machines import free_bytes
 from training.optim import configure_adamw
 from training.plan import Choices, detect, make_plan
@@ -268,14 +267,12 @@ class Prepared:
         first_step_s: Of the first step alone.
         losses: Of the warm-up's steps.
         grad_norm: Of the first step.
-        process_start_s: From the start of the process, imports included, to the first step's end.
         peak_bytes: Largest memory of its process, or on a GPU of the allocator.
     """
 
     first_step_s: float
     losses: Sequence[float]
     grad_norm: float
-    process_start_s: float = 0.0
     peak_bytes: int = 0
 
 
@@ -288,8 +285,8 @@ def prepare(
         torch.cuda.synchronize()
     start = time.perf_counter()
     losses = [contestant.step(batches[0]).item()]  # read, so it has ended
-    first_step_s, process_start_s = time.perf_counter() - start, seconds_since_start()
+    first_step_s = time.perf_counter() - start
     grad_norm = contestant.grad_norm.item()
     losses += [contestant.step(batches[i % NUM_BATCHES]).item() for i in range(1, WARMUP_STEPS)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return contestant, Prepared(first_step_s, losses, grad_norm, process_start_s, peak)
+    return contestant, Prepared(first_step_s, losses, grad_norm, peak)

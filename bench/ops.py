@@ -323,7 +323,7 @@ class Job:
         """
         import pytest  # needed for nothing else here
 
-        self.results, self.rows = results, dict[str, list[OpRow]]()
+        self.results, self.rows = results, dict[tuple[str, str], list[OpRow]]()
         self.until = time.monotonic() + 60 * self.options.minutes
         self.measured = cache(self._measure)
         quiet = [] if flags else ["--benchmark-quiet"]  # the tables below say more
@@ -333,8 +333,8 @@ class Job:
             "--benchmark-autosave", f"--benchmark-storage=file://{record.ROOT}/.benchmarks",
             "--benchmark-sort=name", "--benchmark-columns=median,iqr,rounds", *quiet, *flags,
         ], plugins=[self])  # fmt: skip
-        for label, rows in self.rows.items():
-            print(f"\n{label}, {rows[0].dtype}\n\n{ops_table(rows)}")
+        for (label, mode), rows in self.rows.items():
+            print(f"\n{label}, {rows[0].dtype}, {mode}\n\n{ops_table(rows)}")
         return {4: 2, 5: 0}.get(code, int(code))  # "wrong usage" and "nothing was selected"
 
     def _measure(self, op: str, shape: Shape, mode: str) -> Any:
@@ -344,7 +344,7 @@ class Job:
             op, shape, self.dtype, mode, self.device, providers=self.providers,
             seconds=self.options.seconds, sweep=self.options.sweep,
         )  # fmt: skip
-        self.rows.setdefault(shape.label, []).extend(rows.values())
+        self.rows.setdefault((shape.label, mode), []).extend(rows.values())
         self.results.add("ops", *rows.values())
         return rows, timed
 

@@ -33,7 +33,7 @@ from bench.tables import (
     device_line,
     figures_3,
     number,
-    rivals_table,
+    ops_table,
     rows_table,
     shown,
     source_line,
@@ -74,13 +74,8 @@ def _peak_share(result: Result) -> float | None:
 
 
 def _first_step(cache: str) -> Figure:
-    """Of the recipe on any text, or else of a step alone."""
-    alone = with_values(model="124m", provider="ours bf16", cache=cache)
-    of_recipe = of("seed", with_values(cache=cache), lambda row: row.first_step_s)
-    of_step = of("first_step", alone, lambda row: row.process_start_s)
-    return lambda result: next(
-        (x for x in (of_recipe(result), of_step(result)) if x is not None), None
-    )
+    """Of the recipe, on any text."""
+    return of("seed", with_values(cache=cache), lambda row: row.first_step_s)
 
 
 @dataclass(frozen=True)
@@ -217,7 +212,7 @@ def ops_block(results: Sequence[Result], device_type: str) -> str:
     for label in op_sizes(rows):
         these = [row for row in rows if row.shape == label]
         title = f"Forward and backward, {label}, {these[0].dtype} ({where(result)})"
-        body = rivals_table(these)
+        body = ops_table(these)
         if parts:
             title, body = f"<details><summary>{title}</summary>", f"{body}\n\n</details>"
         parts.append(f"{title}\n\n{body}")
@@ -318,23 +313,15 @@ def limits_block(results: Sequence[Result]) -> str:
 
 
 def tune_block(results: Sequence[Result]) -> str:
+    """Lines for kernels/launches.toml."""
     result = newest(results, "cuda", "tune")
     if result is None:
         return ""
     rows: list[TuneRow] = result.rows("tune")
-    lines = [[r.kernel, f"{r.shape} {r.dtype}", _change(r.present, r.best), f"{r.gain:.3f}"]
-             for r in rows if r.propose]  # fmt: skip
-    parts = [f"{len(lines)} of {len(rows)} launches could be faster ({where(result)})."]
-    return "\n\n".join(
-        [*parts, *([table(["kernel", "size", "proposed", "x now"], lines)] if lines else [])]
-    )
-
-
-def _change(now: dict[str, Any], then: dict[str, Any]) -> str:
-    """What differs between two launches as bench/tune.py describes them."""
-    a, b = (x["blocks"] | x for x in (now, then))
-    differs = [key for key in b if key not in ("blocks", "source") and b[key] != a.get(key)]
-    return ", ".join(f"{key} {a.get(key)} -> {b[key]}" for key in differs)
+    better = [f"# {r.kernel}, x{r.gain:.3f}\n{r.more['row']}" for r in rows if r.propose]
+    lines = "\n".join(["```toml", *better, "```"]) if better else ""
+    found = f"{len(better)} of {len(rows)} launches could be faster ({where(result)})."
+    return "\n\n".join(filter(None, [found, lines]))
 
 
 def plots_block(results: Sequence[Result]) -> str:

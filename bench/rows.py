@@ -77,9 +77,9 @@ class OpRow(TimedRow):
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow(TimedRow):
-    """One contestant's training step; also of a first step alone, and of generation."""
+    """One contestant's training step; also of generation."""
 
-    KEY = ("model", "shape", "accum", "provider", "cache")
+    KEY = ("model", "shape", "accum", "provider")
     model: str
     shape: str
     provider: str
@@ -88,8 +88,6 @@ class StepRow(TimedRow):
     losses: Sequence[float] = ()  # of the warm-up
     grad_norm: float | None = None  # of the first step
     first_step_s: float = 0.0
-    process_start_s: float = 0.0  # to the end of the first step
-    cache: str = ""  # "cold" or "warm", of a first step alone
     peak_gib: float | None = None
     tflops_palm: float = 0.0
     tflops_llmc: float = 0.0
@@ -160,7 +158,7 @@ class TuneRow(Row):
 
 
 SECTIONS: dict[str, type[Row]] = {
-    "ops": OpRow, "optimizer": OpRow, "step": StepRow, "ablation": StepRow, "first_step": StepRow,
+    "ops": OpRow, "optimizer": OpRow, "step": StepRow, "ablation": StepRow,
     "generate": StepRow, "profile": ProfileRow, "seed": SeedRow, "checks": CheckRow,
     "tune": TuneRow,
 }  # fmt: skip

@@ -13,10 +13,8 @@ How they are timed, and how many at once on a CPU, is in `bench.turns`.
 
 import argparse
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,10 +32,7 @@ from bench.rows import StepRow
 from bench.tables import step_table
 from bench.turns import Turns, Worker, measure_cuda, with_ratios, work
 from model import MODELS
-from training.child import ChildDied
 from training.plan import detect
-
-FIRST_STEP_LIMIT_S = 180.0
 
 
 def measure(
@@ -49,33 +44,9 @@ def measure(
         return measure_cuda(find_providers(names, device, nanogpt), setup, device, seconds)
 
     def start(name: str, limit_s: float) -> Worker:
-        return Worker(name, setup, "cpu", nanogpt, limit_s)
+        return Worker(name, setup, nanogpt, limit_s)
 
     return Turns(setup, start, seconds, time.monotonic() + 60 * minutes).measure(names)
-
-
-def first_step(
-    name: str, setup: Setup, device: torch.device, limit_s: float = FIRST_STEP_LIMIT_S
-) -> Iterator[StepRow]:
-    """Seconds from nothing compiled to the end of the first step: empty caches, then full ones.
-
-    In processes of their own. first_step_s leaves imports and model building out; process_start_s
-    is everything since the process began, drawing the initial weights on the CPU included.
-    """
-    with tempfile.TemporaryDirectory() as caches:
-        env = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
-            "TRITON_CACHE_DIR": f"{caches}/triton",
-        }
-        for cache in ("cold", "warm"):
-            row = StepRow(**setup.identity, provider=name, cache=cache)
-            try:
-                with Worker(name, setup, device.type, None, limit_s, env) as worker:
-                    yield replace(row, first_step_s=worker.prepared.first_step_s,
-                                  process_start_s=worker.prepared.process_start_s)  # fmt: skip
-            except ChildDied as why:
-                yield replace(row, doubt=str(why))
-                return
 
 
 def run(
@@ -109,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--minutes", type=cli.amount, default=30.0, help="of a table, on a CPU")
     add("--ablation", action="store_true", help="each op and choice back, in turn")
     add("--against", nargs=2, metavar=("nanogpt", "PATH"))
-    add("--first-step", action="store_true", help="cold and warm, in new processes")
     add("--worker", help=argparse.SUPPRESS)
     cli.add_output(parser)
     args = parser.parse_args(argv)
@@ -124,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nanogpt = Path(path)
         load_nanogpt(nanogpt)  # fail before minutes of measuring
     if args.worker:
-        work(args.worker, setups[0], device, nanogpt)
+        work(args.worker, setups[0], nanogpt)
         return
     if args.ablation and device.type != "cuda":
         raise ValueError("bench: --ablation switches Triton ops off one by one; it needs a GPU")
@@ -139,11 +109,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.ablation:
         ours = [name for name in known_providers(device) if name.startswith("ours bf16")]
         run(ours, setups[0], device, results, section="ablation", **budget)
-    for name in names if args.first_step else ():
-        for row in first_step(name, setups[0], device):
-            results.add("first_step", row)
-            said = row.doubt or f"{row.process_start_s:.1f} s"
-            print(f"first step, {row.cache} caches, {name}: {said}")
     print(f"wrote {os.path.relpath(results.path)}")
 
 

@@ -68,40 +68,11 @@ def over(name: str) -> Callable[[TimedRow], str]:
     return lambda row: number(row.over.get(name), ".2f")
 
 
-OP_NAMES: Columns = {
-    "op": lambda r: r.op,
-    "mode": lambda r: r.mode,
-    "who": lambda r: r.provider + (f" ({r.backend.lower()})" if r.backend else ""),
-}
-
-
-def op_rate(row: OpRow) -> str:
-    """GB/s of an op that is bound by memory, TFLOP/s of the rest."""
-    if row.tflops is None:
-        return f"{figures_3(row.gbs)} GB/s"
-    return f"{figures_3(row.tflops)} TFLOP/s"
-
-
 def ops_table(rows: Sequence[OpRow]) -> str:
-    """A line per op, mode and provider."""
-    ordered: list[OpRow] = sorted(rows, key=lambda row: [*CASES].index(row.op))
-    return rows_table(
-        ordered,
-        OP_NAMES,
-        {
-            "ms": lambda r: f"{r.ms:.3g}",
-            "spread": lambda r: r.spread,
-            "rate": op_rate,
-            "of limit": lambda r: f"{r.of_limit:.0%}",
-            "x eager": over("eager"),
-            "x compile": over("compile"),
-            "extra GiB": lambda r: number(r.peak_gib, ".2f"),
-        },
-    )
+    """A line per op: everyone's ms, and how ours stands; of rows of one size and mode.
 
-
-def rivals_table(rows: Sequence[OpRow]) -> str:
-    """A line per op: everyone's ms, and how ours stands; of rows of one size and mode."""
+    Rates are GB/s for ops bound by memory, TFLOP/s for the rest.
+    """
     who = dict.fromkeys(row.provider for row in rows)
     lines = []
     for op in sorted({row.op for row in rows}, key=[*CASES].index):
@@ -110,13 +81,16 @@ def rivals_table(rows: Sequence[OpRow]) -> str:
         gib = {n: number(row.peak_gib, ".2f") for n, row in found.items()}
         line = [op, *(times.get(name, "") for name in who), "", "", "", ""]
         if ours := found.get("ours"):
-            line[-4:] = [op_rate(ours), f"{ours.of_limit:.0%}"]
-            line += [over("eager")(ours), over("compile")(ours)]
+            rate = f"{figures_3(ours.gbs)} GB/s"
+            rate = rate if ours.tflops is None else f"{figures_3(ours.tflops)} TFLOP/s"
+            line[-4:] = [rate, f"{ours.of_limit:.0%}", over("eager")(ours), over("compile")(ours)]
         memory = [gib.get(name) or "-" for name in ("eager", "compile", "ours")]
         lines.append([*line, " / ".join(memory) if any(gib.values()) else ""])
     header = ["op", *(f"{name} ms" for name in who), "ours", "of limit", "x eager", "x compile"]
     header += ["extra GiB: eager / compile / ours"]
-    return "\n\n".join([table(header, lines), *hidden(rows, OP_NAMES)])
+    names: Columns = {"op": lambda r: r.op, "who": lambda r: r.provider}
+    taken = [f"{row.op} {row.provider} took {row.backend.lower()}." for row in rows if row.backend]
+    return "\n\n".join(filter(None, [table(header, lines), " ".join(taken), *hidden(rows, names)]))
 
 
 def step_table(rows: Sequence[StepRow]) -> str:

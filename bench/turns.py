@@ -183,25 +183,21 @@ def measure_cuda(
 class Worker(Child):
     """A contestant in a process of its own; ChildDied where it fails within `limit_s`."""
 
-    def __init__(
-        self, name: str, setup: Setup, device: str, nanogpt: Path | None, limit_s: float,
-        env: Mapping[str, str] | None = None,
-    ):  # fmt: skip
+    def __init__(self, name: str, setup: Setup, nanogpt: Path | None, limit_s: float):
         command = [sys.executable, "-m", "bench.step", "--worker", name, *setup.flags]
-        command += ["--device", device]
+        command += ["--device", "cpu"]
         command += ["--against", "nanogpt", str(nanogpt.resolve())] if nanogpt else []
-        super().__init__(command, limit_s, env=env)
+        super().__init__(command, limit_s)
         self.prepared: Prepared = self.first
 
 
-def work(name: str, setup: Setup, device: torch.device, nanogpt: Path | None) -> None:
+def work(name: str, setup: Setup, nanogpt: Path | None) -> None:
     """A worker's side: the warm-up, then the ms of a step for each time it is asked."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as where the steps are timed
-    elif name.startswith("ours"):
+    if name.startswith("ours"):
         start_process(make_plan(Recipe(model=setup.model), detect("cpu")), seed=0)
-    batches = make_batches(setup, device)
-    contestant, prepared = prepare(known_providers(device, nanogpt)[name], setup, device, batches)
+    cpu = torch.device("cpu")
+    batches = make_batches(setup, cpu)
+    contestant, prepared = prepare(known_providers(cpu, nanogpt)[name], setup, cpu, batches)
     turns = itertools.cycle(batches)
     replay = timing.host_replay(lambda: contestant.step(next(turns)))
     serve(prepared, lambda _: replay.once())

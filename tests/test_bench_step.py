@@ -157,14 +157,14 @@ def test_rows_state_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_workers_live_in_processes_of_their_own() -> None:
-    with turns.Worker("eager fp32", SETUP, "cpu", None, 120.0) as worker:
+    with turns.Worker("eager fp32", SETUP, None, 120.0) as worker:
         assert worker.process.pid != os.getpid()
         assert worker.ask("step", 60.0) > 0
         batches = contestants.make_batches(SETUP, CPU)
         build = contestants.known_providers(CPU)["eager fp32"]
         _, here = contestants.prepare(build, SETUP, CPU, batches)
         assert worker.prepared.losses == pytest.approx(here.losses, rel=1e-5)
-        assert worker.prepared.process_start_s > worker.prepared.first_step_s > 0
+        assert worker.prepared.first_step_s > 0
         assert 0.1 * GIB < worker.prepared.peak_bytes < 8 * GIB
     assert worker.process.returncode == 0
 
@@ -240,32 +240,6 @@ def test_nanogpt_is_a_model_by_path(tmp_path, monkeypatch) -> None:
     assert theirs.losses == pytest.approx(plain.losses, abs=1e-5)
     assert contestants.weights.cache_info().misses == 1  # for all
     assert "lm_head.weight" not in contestants.weights(setup.config)
-
-
-def test_a_first_step_that_fails_is_a_row_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    class Worker:
-        prepared = Prepared(1.0, [], 0.0, process_start_s=9.0)
-
-        def __init__(self, *args: Any) -> None:
-            seen.append(args)
-            if len(seen) == 4:
-                raise ChildDied("no answer in 7 s: compiling")
-
-        def __enter__(self) -> Any:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-    monkeypatch.setattr(step, "Worker", Worker)
-    rows = [*step.first_step("ours fp32", SETUP, CPU), *step.first_step("x", SETUP, CPU, 7.0)]
-    assert [(row.cache, row.process_start_s) for row in rows] == [
-        ("cold", 9.0), ("warm", 9.0), ("cold", 9.0), ("warm", 0.0)
-    ]  # fmt: skip
-    assert rows[3].doubt == "no answer in 7 s: compiling"
-    caches = [args[-1]["TRITON_CACHE_DIR"] for args in seen]
-    assert caches[0] == caches[1] != caches[2]
 
 
 def test_each_row_is_written_as_it_comes(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
