@@ -5,6 +5,7 @@ is how a Space opens it), sends nothing anywhere, takes no files, and the page l
 elsewhere.
 
     python -m demo.app --model runs/shakespeare-cpu
+    python -m demo.app --model runs/a --beside runs/a/checkpoints/step-200
 """
 
 import html
@@ -14,7 +15,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,8 @@ import gradio as gr
 import torch
 
 from demo.line import Line, status_html
-from model import GPT
+from model import GPT, tokenizer
+from model.decoder import resolve_window
 from model.edge import check_int, exits, is_real
 from model.find import find_model, latest_model
 from model.sampling import Sampling
@@ -55,6 +57,8 @@ CSS = f"""
 .texts{{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.55;min-height:12em}}
 .texts .sample{{padding:.6em 0;border-bottom:1px solid var(--border-color-primary)}}
 .texts .sample:last-child{{border-bottom:0}}
+.pair{{display:grid;grid-template-columns:repeat(auto-fit,minmax(280px,1fr));gap:0 1.5em}}
+.chance{{background:rgb(64 128 224/calc(.75*var(--p)))}}
 .status{{min-height:1.5em;opacity:.8}}
 .run table,.run tr,.run td{{border:0!important;background:none!important}}
 .run table{{font-size:.9em}}.run td{{padding:1px 10px 1px 0!important}}
@@ -87,14 +91,23 @@ class Models:
         runs: Folder of runs.
         about: A JSON file with the panel and the examples, as a Space has it; None makes them from
             the run that the model belongs to. It is shown as it stands.
+        beside: A second model, which answers after the first with the same settings.
     """
 
     def __init__(
-        self, path: Path | str | None = None, runs: Path = Path("runs"), about: Path | None = None
+        self,
+        path: Path | str | None = None,
+        runs: Path = Path("runs"),
+        about: Path | None = None,
+        beside: Path | str | None = None,
     ):
         self.path, self.runs, self.about = path, runs, about
         self._loaded: Loaded | None = None
         self._lock = threading.Lock()
+        self.all: list[Models] = [self]
+        if beside is not None:
+            self.all.append(Models(beside))
+            self.all[1]._lock = self._lock
 
     def get(self) -> Loaded:
         """The model.
@@ -156,25 +169,59 @@ def error_html(models: Models, error: Exception) -> str:
 
 
 def about(models: Models) -> tuple[str, list[str]]:
-    """The panel and the examples; without a model the reason, and none."""
+    """The panels and the examples; without a model the reason, and none."""
     try:
-        loaded = models.get()
+        loaded = [each.get() for each in models.all]
     except (OSError, ValueError) as error:
         return f'<div class="run"><p class="warning">{error_html(models, error)}</p></div>', []
-    return loaded.panel, loaded.examples
+    heads = [f"<h4>{html.escape(str(each.path))}</h4>" for each in loaded]
+    panels = map("".join, zip(heads, (each.panel for each in loaded), strict=True))
+    return "".join(panels) if len(loaded) > 1 else loaded[0].panel, loaded[0].examples
 
 
-def texts_html(
-    prompt: str, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]] | None = None
-) -> str:
-    """The samples, the prompt before each; `spans` are byte ranges to mark in each text."""
-    spans = spans or [[]] * len(texts)
+def texts_html(prompt: str, texts: Iterable[str]) -> str:
+    """The samples, given as HTML, the prompt before each."""
     body = "".join(
         f'<div class="sample"><span class="prompt">{html.escape(prompt)}</span>'
-        f'<span class="text">{mark_spans(text, marks)}</span></div>'
-        for text, marks in zip(texts, spans, strict=True)
+        f'<span class="text">{text}</span></div>'
+        for text in texts
     )
     return f'<div class="texts">{body}</div>'
+
+
+def token_chances(model: GPT, prompt: str, text: str) -> list[tuple[bytes, float]]:
+    """Each token of `text` and the chance the model gives it behind those before.
+
+    A text longer than the window is read in halves of it: each token sees half a window at least.
+    """
+    window, ids = resolve_window(model, None), tokenizer.encode(text).tolist()
+    tokens = (tokenizer.encode(prompt).tolist() or [tokenizer.EOT]) + ids
+    at, found = len(tokens) - len(ids), []
+    with torch.inference_mode():
+        while at < len(tokens):
+            end = min(len(tokens), max(window, at + window // 2))
+            row = torch.tensor(tokens[max(0, end - window) : end])
+            logits = model(row[None, :-1].to(model.transformer.wte.weight.device))[0, at - end :]
+            chances = logits.float().softmax(-1).cpu()
+            found += chances[torch.arange(end - at), row[at - end :]].tolist()
+            at = end
+    return [*zip(get_encoding().decode_tokens_bytes(ids), found, strict=True)]
+
+
+def shaded(tokens: Iterable[tuple[bytes, float]]) -> str:
+    """HTML of tokens, shaded the more the likelier; tokens that share a character are one."""
+    out, held, chance = [], b"", 1.0
+    for data, p in tokens:
+        held, chance = held + data, chance * p
+        try:
+            word = html.escape(held.decode())
+        except UnicodeDecodeError:
+            continue
+        out.append(
+            f'<span class="chance" style="--p:{chance:.3f}" title="{chance:.1%}">{word}</span>'
+        )
+        held, chance = b"", 1.0
+    return "".join(out) + html.escape(held.decode("utf-8", "replace"))
 
 
 def _recited(overlap: Overlap, texts: Sequence[str]) -> str:
@@ -225,30 +272,49 @@ def read_settings(
 
 
 def generate(
-    models: Models, *settings: Any, ended: Callable[[], bool] = lambda: False
+    models: Models,
+    prompt: str | None,
+    *settings: Any,
+    chances: bool = False,
+    ended: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[str, str]]:
-    """(texts, status) as HTML, as text comes.
+    """(texts, status) as HTML, as text comes; of two models one after the other.
 
     Args:
-        models: Gives the model.
-        settings: What `read_settings` takes; an empty seed draws one, which the status names.
+        models: Gives the model, or two.
+        prompt, settings: What `read_settings` takes; an empty seed draws one, which the status
+            names.
+        chances: At the end shade each token by its chance.
         ended: True once nobody wants more of it.
 
     Raises:
         gr.Error: no model, a bad setting, or a model that fails; the page shows the message.
     """
+    finished, prompt = "", prompt or ""
     try:
-        yield from _updates(models.get(), ended, *settings)
+        how = read_settings(prompt, *settings)
+        for each in models.all:
+            last, loaded = each is models.all[-1], each.get()
+            pane = ""
+            for texts, status in _updates(loaded, ended, prompt, *how, chances, last):
+                pane = f"<div><h4>{html.escape(str(loaded.path))}</h4>{texts}</div>"
+                both = f'<div class="pair">{finished}{pane}</div>'
+                yield (both if len(models.all) > 1 else texts), status
+            finished += pane
     except (OSError, ValueError, OverflowError) as error:
         message = error_html(models, error)
         raise gr.Error(message, print_exception=False, duration=None) from None
 
 
 def _updates(
-    loaded: Loaded, ended: Callable[[], bool], prompt: str | None, *settings: Any
+    loaded: Loaded,
+    ended: Callable[[], bool],
+    prompt: str,
+    sampling: Sampling,
+    num_samples: int,
+    chances: bool,
+    last: bool,
 ) -> Iterator[tuple[str, str]]:
-    prompt = prompt or ""
-    sampling, num_samples = read_settings(prompt, *settings)
     notes: list[str] = []
     pieces = stream_text(
         loaded.model, get_encoding(), [prompt], sampling,
@@ -256,7 +322,7 @@ def _updates(
     )  # fmt: skip
     texts, counts = [""] * num_samples, [0] * num_samples
     start = shown = looked = time.perf_counter()
-    spans, cost, recited, stopped = None, 0.0, "", ""
+    spans, cost, recited, stopped = [[]] * num_samples, 0.0, "", ""
     prefix = "".join(f"{html.escape(note)}. " for note in notes)
 
     def status(now: float, state: str = "") -> str:
@@ -282,13 +348,17 @@ def _updates(
             spans, recited = overlap.spans, _recited(overlap, texts)
             looked = time.perf_counter()
             cost = looked - now
-        yield texts_html(prompt, texts, spans), status(now)
+        yield texts_html(prompt, map(mark_spans, texts, spans)), status(now)
         shown = time.perf_counter()
     end = time.perf_counter()
     if loaded.corpus:
         overlap = find_overlap(texts, loaded.corpus)
         spans, recited = overlap.spans, _recited(overlap, texts)
-    yield texts_html(prompt, texts, spans), status(end, "done")
+    if chances:
+        bodies = [shaded(token_chances(loaded.model, prompt, text)) for text in texts]
+    else:
+        bodies = map(mark_spans, texts, spans)
+    yield texts_html(prompt, bodies), status(end, "done" if last or ended() else "")
 
 
 def build(models: Models) -> gr.Blocks:
@@ -332,6 +402,9 @@ def build(models: Models) -> gr.Blocks:
                     num_samples = gr.Slider(
                         1, MAX_SAMPLES, 1, step=1, label="Samples", elem_id="samples"
                     )
+                chances = gr.Checkbox(
+                    label="Shade each token by its chance (stronger: likelier)", elem_id="chances"
+                )
                 with gr.Accordion("Training", open=True):
                     panel = gr.HTML(elem_id="panel")
 
@@ -339,8 +412,11 @@ def build(models: Models) -> gr.Blocks:
         turn = gr.Number(0, visible=False)  # counted by the page, so that Stop names what it ends
         line = Line()
 
-        async def serve(visit: Any, turn: int, *values: Any) -> AsyncIterator[tuple[Any, str]]:
-            async for update in line.serve(partial(generate, models, *values), visit, turn):
+        async def serve(
+            visit: Any, turn: int, chances: Any, *values: Any
+        ) -> AsyncIterator[tuple[Any, str]]:
+            act = partial(generate, models, *values, chances=chances is True)
+            async for update in line.serve(act, visit, turn):
                 yield update
 
         async def end(visit: dict[str, int], turn: int) -> None:
@@ -353,7 +429,18 @@ def build(models: Models) -> gr.Blocks:
         gr.on(
             [go.click, prompt.submit],
             serve,
-            [visit, turn, prompt, temperature, top_k, top_p, max_new_tokens, seed, num_samples],
+            [
+                visit,
+                turn,
+                chances,
+                prompt,
+                temperature,
+                top_k,
+                top_p,
+                max_new_tokens,
+                seed,
+                num_samples,
+            ],
             [output, status],
             js="(visit, turn, ...rest) => [visit, window.turn = (window.turn ?? 0) + 1, ...rest]",
             trigger_mode="multiple",
@@ -384,23 +471,27 @@ def main(args: list[str] | None = None) -> None:
     """`python -m demo.app`."""
     import tyro
 
-    def command(model: str | None = None, port: int | None = None) -> None:
+    def command(
+        model: str | None = None, beside: str | None = None, port: int | None = None
+    ) -> None:
         """Try a model in the browser.
 
         Args:
             model: Run, model folder or .safetensors file; without it the newest under runs/.
+            beside: A second one to compare with: a checkpoint, another run.
             port: Port on localhost; without it the first free one from 7860.
         """
         if port is None and "GRADIO_SERVER_PORT" in os.environ:
             port = int(os.environ["GRADIO_SERVER_PORT"])
         if port is not None:
             check_int("demo", "--port", port, 1, 65535)
-        models = Models(model)
+        models = Models(model, beside=beside)
         try:
-            loaded = models.get()
-            print(f"model: {loaded.path}, {loaded.model.num_parameters():,} parameters")
+            for each in models.all:
+                loaded = each.get()
+                print(f"model: {loaded.path}, {loaded.model.num_parameters():,} parameters")
         except FileNotFoundError as error:
-            if model is not None:
+            if model is not None or beside is not None:
                 raise
             print(f"note: {error}", file=sys.stderr)
         launch(build(models), port)

@@ -129,6 +129,48 @@ def test_recited_text_is_marked(run: Path):
     assert "0% stands verbatim" in status
 
 
+def test_shades_are_the_chances_of_the_tokens(run: Path):
+    """Against one forward for each token; a character of several tokens is shaded once."""
+    model = app.Models(run).get().model
+    text = "one \U0001f600 <b> two" * 9  # longer than the window of 64
+    tokens = get_encoding().encode_ordinary("Hello") + get_encoding().encode_ordinary(text)
+    got = app.token_chances(model, "Hello", text)
+    assert b"".join(data for data, _ in got).decode() == text
+    window, first = model.trained_context, len(tokens) - len(got)
+    with torch.no_grad():
+        for i in range(0, window - first, 9):
+            chance = got[i][1]
+            logits = model(torch.tensor([tokens[: first + i]]))[0, -1]
+            assert chance == pytest.approx(logits.softmax(-1)[tokens[first + i]].item(), rel=1e-3)
+    assert app.token_chances(model, "", "one")[0][1] > 0
+    texts, _ = [*app.generate(app.Models(run), "Recite", 0, 0, 1.0, 9, "", 1, chances=True)][-1]
+    assert len(re.findall(r'class="chance" style="--p:0\.\d+" title="\d+\.\d%"', texts)) >= 5
+    emoji = app.shaded([(b"\xf0\x9f", 0.5), (b"\x98\x80", 0.5), (b"<", 1.0), (b"\xf0", 1.0)])
+    assert re.sub("<.*?>", "", emoji) == "\U0001f600&lt;\ufffd"
+    assert "--p:0.250" in emoji
+
+
+def test_two_models_answer_side_by_side_from_the_same_seed(run: Path, tmp_path: Path):
+    other = app.Models(run).get().model
+    with torch.no_grad():
+        other.transformer.wpe.weight.mul_(-3)
+    other.save_pretrained(tmp_path / "other" / "model")
+    models = app.Models(run, beside=tmp_path / "other")
+    *early, (texts, status) = ask(models, "Hello", max_new_tokens=8)
+    seed = re.findall(r"seed (\d+)", status)[0]
+    alone = [ask(each, "Hello", max_new_tokens=8, seed=seed)[-1][0]
+             for each in (app.Models(run), models.all[1])]  # fmt: skip
+    assert alone[0] != alone[1]
+    assert all(text in texts for text in alone)
+    assert 'class="status done"' in status
+    assert not any("done" in early_status for _, early_status in early)
+    panel, _ = app.about(models)
+    assert panel.count('class="run"') == 2
+    assert str(tmp_path / "other" / "model") in panel
+    with pytest.raises(SystemExit):
+        app.main(["--model", str(run), "--beside", str(tmp_path / "none")])
+
+
 def test_text_is_escaped(run: Path):
     texts, _ = ask(app.Models(run), "<img src=x onerror=alert(1)>", max_new_tokens=1)[-1]
     assert "<img" not in texts

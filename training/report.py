@@ -51,6 +51,7 @@ table{border-collapse:collapse}
 td,th{padding:2px 14px 2px 0;text-align:left;vertical-align:top;font-variant-numeric:tabular-nums}
 pre{background:#88888822;padding:10px}
 pre,td,p,h1{white-space:pre-wrap;overflow-wrap:anywhere}
+@media print{:root{color-scheme:light}.curve,pre,tr{break-inside:avoid}details{display:none}}
 {{ style }}</style>
 </head>
 <body>
