@@ -31,6 +31,8 @@ if INTERPRETED:
     interpreter.install()
 
 WORKER_BYTES = 3 << 30  # of a test process and those it starts
+# Those that take longest begin first, so that no worker is left with one when the others are done.
+LONGEST = ("step", "demo", "resume", "train", "causal_attention", "distributed", "tune", "endings")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
         machines.install()
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError("-m gpu: torch sees no CUDA device")
+    config.option.loadscopereorder = False  # xdist would go by the number of tests
 
 
 @pytest.hookimpl(optionalhook=True)  # tests/matrix.py has no xdist
@@ -60,6 +63,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.forked import Forked, script
+from tests.forked import Forked, python
 from training import checkpoint
 from training.checkpoint import CheckpointError
 from training.signals import EXIT_RESUMABLE
@@ -65,7 +65,7 @@ class Small:
     def start(self, out: str, *flags: str) -> Forked:
         environment = {**os.environ, **self.environment}
         command = self.command(out, *flags)
-        return Forked(script, *command, cwd=self.folder, environment=environment)
+        return Forked(python, *command, cwd=self.folder, environment=environment)
 
     def finish(self, out: str, *flags: str) -> tuple[int, str]:
         output, code = self.start(out, *flags).communicate(TIMEOUT_S)

@@ -93,8 +93,12 @@ def _begin(
     target(*args)
 
 
-def script(*command: str) -> None:
-    """`python SCRIPT ...`, in a forked process."""
-    sys.argv = [*command]
-    sys.path.insert(0, str(Path(command[0]).parent))
-    runpy.run_path(command[0], run_name="__main__")
+def python(*command: str) -> None:
+    """`python SCRIPT ...` or `python -m MODULE ...`, in a forked process."""
+    if command[0] == "-m":
+        sys.argv = [*command[1:]]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [*command]
+        sys.path.insert(0, str(Path(command[0]).parent))
+        runpy.run_path(command[0], run_name="__main__")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train
 from model import GPT, GPTConfig
-from tests.forked import Forked, script
+from tests.forked import Forked, python
 from training import ending, folder, loggers, metrics
 from training.evaluate import evaluate_tokens
 from training.metrics import RunLog
@@ -69,7 +69,7 @@ def run_process(*arguments: str | Path) -> subprocess.CompletedProcess:
 def run_forked(*arguments: str | Path, **environ: str) -> str:
     """The same in a forked process, to its end; what it printed."""
     command = [str(ROOT / "train.py"), *map(str, arguments)]
-    process = Forked(script, *command, cwd=ROOT, environment=not_interpreted() | environ)
+    process = Forked(python, *command, cwd=ROOT, environment=not_interpreted() | environ)
     printed, code = process.communicate(900)
     assert code == 0, printed
     return printed
