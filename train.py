@@ -17,11 +17,11 @@ import contextlib
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -39,6 +39,7 @@ from training import (
     resume,
     signals,
 )
+from training.choose import take_fastest
 from training.data import Corpus, load_corpus
 from training.distributed import ALONE, World, hash_weights, refuse_mismatch, share
 from training.ending import finish, take_best, write_samples
@@ -203,7 +204,7 @@ def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
     # Who shares its GPU with others has the rest do as little at once.
     least = min(world.gather("memory", machine.memory_bytes))
     machine = replace(machine, memory_bytes=least)
-    plan = planned(cfg, machine, world)(cfg.choices)
+    plan = share(make_plan(cfg.recipe, machine, cfg.choices), cfg.recipe, world)
     if cfg.preset == "fineweb-124m" and not (cfg.data or cfg.explain):
         raise ValueError(
             "data: fineweb-124m needs --data FOLDER of token shards: `hf download "
@@ -215,9 +216,21 @@ def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
     return machine, plan, world.in_turn("tokens", lambda: load_corpus(cfg.data, world.say, *texts))
 
 
-def planned(cfg: Config, machine: Machine, world: World) -> Callable[[Choices], Plan]:
-    """What this rank does, by what is chosen."""
-    return lambda choices: share(make_plan(cfg.recipe, machine, choices), cfg.recipe, world)
+def settled(cfg: Config, machine: Machine, world: World, kept: Mapping[str, Any]) -> Plan:
+    """What this rank does: on a GPU with kernels that were checked, of what is fastest there.
+
+    Args:
+        kept: Choices of the checkpoint that the run goes on from.
+    """
+
+    def make(choices: Choices) -> Plan:
+        plan = make_plan(cfg.recipe, machine, choices.or_else(kept))
+        return share(plan, cfg.recipe, world)
+
+    plan = settle(make, cfg.choices, cfg.recipe, machine, world)
+    if kept:
+        return plan
+    return take_fastest(make, cfg.choices, plan, cfg.recipe, machine, world)
 
 
 def prepare(cfg: Config, world: World = ALONE) -> Run:
@@ -233,7 +246,11 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     recipe = recipe.reading(len(parts[0]))
     cfg = replace(cfg, recipe=recipe)
     data_loader(recipe, plan, parts[0], world)  # raises where the text is too short for a batch
-    plan = settle(planned(cfg, machine, world), cfg.choices, recipe, machine, world)
+    out = Path(world.first("out", lambda: str(folder.name(cfg.out, cfg.preset))))
+    how = (recipe, corpus.sha256, cfg.override, cfg.cooldown)
+    saved = resume.find(cfg.resume, out, world, *how)
+    kept, notes = resume.adopt(saved, cfg.choices, recipe, machine)
+    plan = settled(cfg, machine, world, kept)
     same = {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()},
             "data": corpus.sha256, "torch": torch.__version__}  # fmt: skip
     refuse_mismatch(world, "facts", same)
@@ -241,7 +258,11 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     initial = GPT.from_pretrained(source) if source else None
     if initial and world.size > 1:  # rank 0's would be taken by all, in silence
         refuse_mismatch(world, "weights", {f"--init {cfg.init}": hash_weights(initial)})
-    out, saved = find_place(cfg, plan, corpus, world)
+    if saved is not None:
+        notes = resume.check_recipe(saved, *how) + notes
+        notes += resume.check_rate(saved, recipe) + resume.check_plan(saved, plan)
+        world.say("\n".join([f"resume: {saved.path}, {saved.step} steps done", *notes]))
+    world.first("folder", lambda: folder.make(out, recipe))
     if cfg.cooldown and saved:
         recipe = resume.cool_down(saved, recipe)
     facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(parts[0]),
@@ -249,22 +270,6 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     flags = {k: v for k, v in asdict(cfg).items() if k != "recipe"}
     return Run(cfg.preset, recipe, plan, world, out, flags, *parts, facts, saved, initial,
                str(source), items)  # fmt: skip
-
-
-def find_place(
-    cfg: Config, plan: Plan, corpus: Corpus, world: World
-) -> tuple[Path, checkpoint.Checkpoint | None]:
-    """The run folder, made now, and the checkpoint to go on from."""
-    recipe = cfg.recipe
-    out = Path(world.first("out", lambda: str(folder.name(cfg.out, cfg.preset))))
-    how = (recipe, corpus.sha256, cfg.override, cfg.cooldown)
-    saved = resume.find(cfg.resume, out, world, *how)
-    if saved is not None:
-        notes = resume.check_recipe(saved, *how)
-        notes += resume.check_rate(saved, recipe) + resume.check_plan(saved, plan)
-        world.say("\n".join([f"resume: {saved.path}, {saved.step} steps done", *notes]))
-    world.first("folder", lambda: folder.make(out, recipe))
-    return out, saved
 
 
 def train(cfg: Config, run: Run, stop: StopRequest) -> int:
@@ -446,7 +451,7 @@ def explain_plan(cfg: Config) -> int:
     machine, plan, corpus = look(cfg)
     tokens, _ = corpus.split(cfg.recipe.val_fraction)
     cfg = replace(cfg, recipe=cfg.recipe.reading(len(tokens)))
-    plan = settle(planned(cfg, machine, ALONE), cfg.choices, cfg.recipe, machine, ALONE)
+    plan = settled(cfg, machine, ALONE, {})
     start_process(plan, cfg.recipe.seed)
     explain(cfg.recipe, plan, machine, lambda s: probe_steps(cfg.recipe, plan, tokens, s), print)
     return 0

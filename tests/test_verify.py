@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,13 @@ from kernels._op import INTERPRETED
 from model import GPT, GPTConfig
 from model.config import MODELS
 from tests.pretend_cuda import pretend_cuda
-from training import child, verify, verify_child
+from training import child, choose, choose_child, timing, verify, verify_child
 from training.choices import Choices
 from training.distributed import ALONE, World
 from training.machines import Machine
 from training.plan import Plan, make_plan
 from training.recipes import Recipe
 from training.resume import RunFailed
-from training.step import NUM_WARMUP
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU; needs the interpreter")
 
@@ -524,8 +524,12 @@ class Crew(child.Crew):
     def share(self, tasks: Any, until: float) -> Any:
         return [self.ask(task) for task in tasks]
 
+    def each(self, tasks: Any, side_by_side: int) -> Any:
+        return [self.ask(task) for task in tasks]
+
     def ask(self, task: Any, who: int = 0) -> dict[str, Any]:
-        return verify_child.answer(task)
+        side = choose_child if self.command == choose.COMMAND else verify_child
+        return side.answer(task)
 
 
 def of_triton(**changed: Callable[..., Any]) -> Ops:
@@ -540,32 +544,74 @@ def test_a_first_and_a_second_start_on_a_pretended_gpu(
 ) -> None:  # fmt: skip
     off = partial(lambda *args, **kwargs: 1.01 * EAGER.gelu_mlp(*args, **kwargs))
     monkeypatch.setitem(kernels.BACKENDS, "triton", lambda: of_triton(gelu_mlp=off))
+    monkeypatch.setitem(kernels.BACKENDS, "compiled", of_triton)
     monkeypatch.setattr(child, "Crew", Crew)
     monkeypatch.setitem(verify_child.NUM_RERUNS, "cuda", 0)
-    flags = ["--batch-size", "2", "--steps"]
-    said = []
+    # Each is replayed, and then has the time that decides: as one card or another might.
+    for name, value in {"MAX_SETS": 1, "MIN_GRAPH_CALLS": 1, "SPIN_SIZE": 8,
+                        "SPIN_SECONDS": 0.0}.items():  # fmt: skip
+        monkeypatch.setattr(timing, name, value)
+    ms = {"triton": 1.0, "eager": 2.0, "compiled": 1.01, "sdpa-flash": 0.5}
+    replayed: list[str] = []
+
+    def interleave(replays: Any, **_: Any) -> dict[str, timing.Timing]:
+        replayed.extend(name for name, replay in replays.items() if replay.once() > 0)
+        return {name: timing.Timing([ms[name]] * 4, "graph") for name in replays}
+
+    def steps(recipe: Recipe, plan: Plan, *_: Any) -> Any:
+        return SimpleNamespace(seconds=(0.9 if plan.compile_scope == "blocks" else 1.1,) * 4)
+
+    monkeypatch.setattr(timing, "interleave", interleave)
+    monkeypatch.setattr(choose_child, "probe_steps", steps)
+    monkeypatch.setattr(choose, "num_cores", lambda: 1)
+    timing.capture_stream.cache_clear()
+    flags = ["--batch-size", "2", "--save-every", "1", "--steps"]
+    run, said = ["--out", str(tmp_path / "run")], []
     _launch.arch.cache_clear()
     with pretend_cuda():
-        for steps in (NUM_WARMUP + 2, 1):
-            assert start(*flags, str(steps)) == 0
-            said.append(capsys.readouterr().out)
+        with monkeypatch.context() as here:
+            here.setattr(torch.cuda, "get_rng_state_all", list)  # there are none to go back to
+            for steps_, *more in (["2", *run], ["1"], ["3", *run, "--override"]):
+                assert start(*flags, steps_, *more) == 0
+                said.append(capsys.readouterr().out)
+                ms["triton"] = 9.0  # as another day might have it
+            next((tmp_path / "cache").rglob("choice-*")).unlink()
+            here.setattr(torch, "__version__", "9.9")
+            assert start(*flags, "4", *run, "--override") == 0
+        said.append(capsys.readouterr().out)
         assert start(*flags, "1", "--ops", "triton") == 1
         failed = capsys.readouterr().err
     _launch.arch.cache_clear()
-    first, second = said
+    timing.capture_stream.cache_clear()
+    first, second, third, fourth = said
     name = "NVIDIA H100 80GB HBM3"
     assert f"kernels: checking 5 ops and AdamW on {name}, this once; takes about a" in first
     assert " s, 1 wrong; kept in " in first
     assert f"kernels: 5 ops and AdamW were checked on {name} before; see " in second
-    for out in said:
-        assert "ops triton,gelu_mlp=eager, bf16 with bf16 working copies, " in out
+    ops = "triton,gelu_mlp=compiled,causal_attention=sdpa-flash"
+    assert f"ops {ops}, bf16 with bf16 working copies, " in third
+    for out in (first, second):
+        assert f"ops {ops}, bf16 with bf16 working copies, " in out
         assert f"ops: not our gelu_mlp, which fails its check on {name}: " in out
     assert f"train.py: ops: not our gelu_mlp, which fails its check on {name}: " in failed
     assert failed.endswith("; go on with --ops auto\n")
-    assert not (tmp_path / "run3").exists()
-    config = json.loads((tmp_path / "run1" / "config.json").read_text())
+    assert not (tmp_path / "run5").exists()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["versions"]["assembler"].startswith("ptxas 1")
-    assert "gelu_mlp" in config["plan"]["notes"][-1]
+    # Timed once, by every backend that can run; the answer holds where card and versions do.
+    assert {*replayed} == {*ms}
+    assert f"tune: timing what a step can be made of on {name}, this once" in first
+    assert "tune: measured in " in first
+    assert "causal_attention sdpa-flash 0.5 ms (triton 1, eager 2, compiled 1.01); " in first
+    assert "; step as chosen 900 ms (blocks not compiled 900, " in first
+    assert "tune: timing" not in second + third
+    assert "tune: measured before, see " in second
+    assert f"resume: on this card as before: ops {ops}, compile True, " in third
+    assert "resume: torch was " in fourth
+    assert ", now '9.9': the plan is chosen anew\n" in fourth
+    assert "resume: another plan (ops was " in fourth
+    assert "tune: measured in " in config["plan"]["notes"][-1]
+    assert config["plan"]["ops"].startswith("compiled,")
 
 
 def test_a_first_batch_that_differs_is_trained_by_eager_ops(

@@ -192,6 +192,11 @@ class Crew:
             self.children[who] = None
             return {"error": str(why)}
 
+    def each(self, tasks: Sequence[Any], side_by_side: int) -> list[dict[str, Any]]:
+        """The answers of all children, each to a task of its own."""
+        with ThreadPoolExecutor(max(1, side_by_side)) as pool:
+            return [*pool.map(self.ask, tasks, range(len(tasks)))]
+
     def share(self, tasks: Sequence[Any], until: float) -> list[dict[str, Any] | None]:
         """The answers in order, from whoever was free; None for those that came too late."""
         free: SimpleQueue[int] = SimpleQueue()

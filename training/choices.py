@@ -1,7 +1,8 @@
 """What a person may decide instead of the plan."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -48,3 +49,15 @@ class Choices:
     """Replay the whole step as one CUDA graph; auto does on one GPU."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the residual stream under bf16. bf16 changes the numerics."""
+    tune: Literal["auto", "on", "off"] = "auto"
+    """Time what the ops and the step can be made of, and take the fastest; auto does so on a GPU,
+    once, and keeps the answer. on measures again."""
+    tune_file: str | None = None
+    """Where that answer is kept. Default: the user's cache directory."""
+
+    def or_else(self, values: Mapping[str, Any]) -> "Choices":
+        """With these values where the choice is left open."""
+        return replace(self, **{k: v for k, v in values.items() if getattr(self, k) == _OPEN[k]})
+
+
+_OPEN = vars(Choices())

@@ -20,8 +20,11 @@ from model import GPT, export, hf
 from model.edge import one_line, quoted
 from training import checkpoint, generators, schema
 from training.checkpoint import Checkpoint, CheckpointError
+from training.choices import Choices
 from training.distributed import World
+from training.environment import package_version
 from training.guard import Guard, GuardConfig
+from training.machines import Machine
 from training.metrics import RunLog
 from training.optim import AdamW
 from training.plan import Plan
@@ -49,6 +52,7 @@ STATE = {
     },
     "recipe": Every(SCALAR),
     "plan": Every(Must("a plain value", lambda v: isinstance(v, list) or SCALAR.holds(v))),
+    "made_on?": Every(SCALAR),
     "guard?": {
         "in_a_row": schema.count(_LIMITS.patience),
         "skipped": COUNT,
@@ -57,6 +61,15 @@ STATE = {
     },
 }
 
+# What is chosen by time, or by the memory that was free, and goes on as it was on the same card.
+ADOPTED = {
+    "ops": Must("text", lambda v: isinstance(v, str)),
+    "compile": Must("a flag", lambda v: isinstance(v, bool)),
+    "compile_scope": Must("a scope", lambda v: v in ("model", "blocks")),
+    "micro_batch_size": COUNT,
+    "optimizer": Must("an optimizer", lambda v: v in ("torch", "triton")),
+}
+_SHAPE = ("model", "batch_size", "grad_accum_steps", "block_size")
 # Fields of a recipe that change no step but the last, and of a plan that change no bit of a loss.
 _SAME_STEPS = {"keep", "patience", "epochs"}  # epochs: max_steps says what they are
 _ENDS = {"max_steps", "horizon_steps"}  # of a recipe, which a cool-down sets
@@ -135,6 +148,7 @@ def capture(
         "progress": asdict(progress),
         "recipe": {**asdict(recipe), "data_sha256": data_sha256},
         "plan": asdict(plan),
+        "made_on": made_on(plan.device_name),
     }
     if guard is not None:
         tensors["guard"] = guard.tensors()
@@ -399,6 +413,29 @@ def check_rate(saved: Checkpoint, recipe: Recipe) -> list[str]:
                 f"{now:.2e}; --max-lr, --min-lr and --horizon-steps decide it"
             ]
     return []
+
+
+def made_on(card: str) -> dict[str, str | None]:
+    """What a choice by time holds for."""
+    return {"card": card, "torch": torch.__version__, "triton": package_version("triton")}
+
+
+def adopt(
+    saved: Checkpoint | None, asked: Choices, recipe: Recipe, machine: Machine
+) -> tuple[dict[str, Any], list[str]]:
+    """What a plan on a GPU takes over from a checkpoint where nothing is asked for, and a line."""
+    if saved is None or machine.device != "cuda" or "made_on" not in saved.state:
+        return {}, []
+    if changed := _differences(saved.state["made_on"], made_on(machine.name)):
+        return {}, [f"resume: {'; '.join(changed)}: the plan is chosen anew"]
+    before, plan = saved.state["recipe"], saved.state["plan"]
+    if asked.tune == "on" or any(before.get(k) != getattr(recipe, k) for k in _SHAPE):
+        return {}, []
+    kept = {name: plan[name] for name, must in ADOPTED.items() if must.holds(plan.get(name))}
+    kept = {name: value for name, value in kept.items()
+            if getattr(asked.or_else({name: value}), name) == value}  # fmt: skip
+    what = ", ".join(f"{name} {value}" for name, value in kept.items())
+    return kept, [f"resume: on this card as before: {what}"] * bool(kept)
 
 
 def check_plan(saved: Checkpoint, plan: Plan) -> list[str]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,13 +37,15 @@ from training.resume import RunFailed
 from training.step import autocast
 
 ROOT = Path(__file__).parents[1]
-# All but the machine's part of what a verdict depends on.
+# All but the machine's part of what a verdict, or a choice by time, depends on.
 SOURCES = ("kernels/*.py", "kernels/*.toml", "model/gpt.py", "training/verify_child.py",
-           "training/numerics.py", "training/optim.py")  # fmt: skip
+           "training/numerics.py", "training/optim.py", "training/choose*.py",
+           "training/timing.py")  # fmt: skip
 COMMAND = (sys.executable, "-m", "training.verify_child")
 LIMIT_S = 180.0  # of one check, compiling included, on a machine that may be busy
 PASSING = ("no answer", "ended with -9", "allocate memory", "out of memory")  # not so next time
 ADAMW = "adamw"
+T = TypeVar("T")
 # Of loss and gradient norm of the first micro-batch. Gross faults alone show there: each op by
 # itself is held to more.
 FIRST_BATCH = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 1e-1)}
@@ -90,7 +92,8 @@ def find_wrong(
         return {}
     names, key = checked_names(plan), key_of(recipe, plan, machine)
     path = cache_path(key)
-    known, trouble = read_verdicts(path, key)
+    known, trouble = read_kept(path, key, _read)
+    known = known or {}
     new = tuple(name for name in names if name not in known)
     ops = sum(name != ADAMW for name in new or names)
     what = " and ".join([f"{ops} ops"] * (ops > 0) + ["AdamW"] * (ADAMW in (new or names)))
@@ -101,15 +104,9 @@ def find_wrong(
         seconds, wrong = time.monotonic() - began, sum(map(bool, found.values()))
         line = f"kernels: {what} checked on {machine.name} in {seconds:.0f} s, "
         line += f"{wrong} wrong" if wrong else "all right"
-        keep = {n: why for n, why in found.items() if not any(text in why for text in PASSING)}
-        try:
-            if not path.is_absolute():
-                raise OSError("this user has no home directory; set XDG_CACHE_HOME")
-            values = {"key": key, "wrong": known | keep, "seconds": round(seconds, 1)}
-            write_atomically(path, json.dumps(values, indent=2) + "\n")
-            say(f"{line}; kept in {path}")
-        except OSError as error:
-            say(f"{line}; not kept: {one_line(error)}")
+        sure = {n: why for n, why in found.items() if not any(text in why for text in PASSING)}
+        values = {"key": key, "wrong": known | sure, "seconds": round(seconds, 1)}
+        say(f"{line}; {keep(path, json.dumps(values, indent=2))}")
         known |= found
     else:
         say(f"kernels: {what} were checked on {machine.name} before; see {path}")
@@ -137,27 +134,42 @@ def key_of(recipe: Recipe, plan: Plan, machine: Machine) -> dict[str, Any]:
     }
 
 
-def cache_path(key: Mapping[str, Any]) -> Path:
-    """Where the verdicts of a key are kept."""
+def cache_path(key: Mapping[str, Any], kind: str = "kernels") -> Path:
+    """Where what was found for a key is kept."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # a relative one is to be ignored
         base = Path(os.path.expanduser("~/.cache"))
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return base / "fused-gpt" / f"kernels-{name}.json"
+    return base / "fused-gpt" / f"{kind}-{name}.json"
 
 
-def read_verdicts(path: Path, key: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    """By kernel what was found before, and what is wrong with the file if something is."""
+def keep(path: Path, text: str) -> str:
+    """Write it, whole or not at all; where it is now, or why it is nowhere, in words."""
+    try:
+        if str(path).startswith("~"):
+            raise OSError("this user has no home directory; set XDG_CACHE_HOME")
+        write_atomically(path, text + "\n")
+        return f"kept in {path}"
+    except OSError as error:
+        return f"not kept: {one_line(error)}"
+
+
+def read_kept(path: Path, key: Mapping[str, Any], read: Callable[[Any], T]) -> tuple[T | None, str]:
+    """What was found before, as `read` takes it from a file; and what is wrong with that if so."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["key"] == key:
-            return {str(name): str(why) for name, why in values["wrong"].items()}, ""
+            return read(values), ""
         why = "it is of something else"
     except FileNotFoundError:
-        return {}, ""
+        return None, ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         why = one_line(error, 100)
-    return {}, f"; {path} cannot be used: {why}"
+    return None, f"; {path} cannot be used: {why}"
+
+
+def _read(values: Any) -> dict[str, str]:
+    return {str(name): str(why) for name, why in values["wrong"].items()}
 
 
 def ask_children(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str, str]:

@@ -1,0 +1,336 @@
+"""What a run takes by time: decided from numbers alone, measured by children, kept in a file."""
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from kernels import read_ops
+from tests.test_plan import MACHINES
+from tests.test_verify import CONFIG, CPU, H100, MODELS, RECIPE
+from training import choose, resume, verify
+from training.checkpoint import Checkpoint
+from training.choices import Choices
+from training.choose import AS_CHOSEN, STEP
+from training.distributed import ALONE, World
+from training.machines import Machine
+from training.plan import Plan, make_plan
+
+CARDS = {
+    **{name: MACHINES[name] for name in ("A100", "H100", "H200", "4090", "3090", "T4")},
+    "MI300X": replace(H100, name="AMD Instinct MI300X", arch=94, rocm=True),
+    "B300": replace(H100, name="NVIDIA B300", arch=103),
+}
+# As no card measured them: each rule has an op to show it at.
+MS = {
+    "layer_norm": {"triton": 1.0, "eager": 3.0, "compiled": 0.99},  # too little to change
+    "add_layer_norm": {"triton": 1.0, "eager": 3.0, "compiled": 0.9},
+    "gelu_mlp": {"triton": 1.0, "eager": 0.8, "compiled": 0.7},
+    "causal_attention": {"triton": 1.0, "eager": 1.1, "compiled": 1.2,
+                         "sdpa-flash": 0.9, "sdpa-cudnn": 0.6},
+    "linear_cross_entropy": {"triton": 1.0, "eager": 3.0, "compiled": 1.5},
+}  # fmt: skip
+NEW = {"layer_norm": "triton", "add_layer_norm": "compiled", "gelu_mlp": "compiled",
+       "causal_attention": "sdpa-cudnn", "linear_cross_entropy": "triton"}  # fmt: skip
+PLAIN = dict.fromkeys(MS, "compiled") | {"causal_attention": "eager"}
+
+
+def samples(ms: dict[str, dict[str, float]]) -> dict[str, dict[str, list[float]]]:
+    return {what: {name: [x] * 5 for name, x in of.items()} for what, of in ms.items()}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(MODELS, "smoke", CONFIG)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(verify, "nvidia_smi", lambda *_: {"driver_version": "580.1"})
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_each_card_takes_what_is_fastest_of_what_it_can_run(card: str) -> None:
+    machine = CARDS[card]
+    plan = make_plan(RECIPE, machine)
+    old = card in ("T4", "MI300X")  # no kernels of ours, nor SDPA's 16-bit ones
+    taken = choose.choose(plan, machine, samples(MS | {STEP: {AS_CHOSEN: 5.0, "other": 4.0}}))
+    assert taken == (PLAIN if old else NEW) | {STEP: "other"}
+    assert choose.choose(plan, machine, {}) == read_ops(plan.ops) | {STEP: AS_CHOSEN}
+    bare = replace(machine, missing_tools=("g++",))
+    assert "compiled" not in choose.choose(plan, bare, samples(MS)).values()
+
+
+@pytest.mark.parametrize(
+    ("rival", "taken"),
+    [
+        ([0.97] * 8, True),
+        ([0.985] * 8, False),  # under 2%
+        ([0.5, 0.5, 1.3, 1.3] * 2, False),  # half of the turns are lost
+        ([0.0] * 8, False),
+        ([-1.0] * 8, False),
+        ([float("nan")] * 8, False),
+        ([0.5] * 7 + [float("inf")], False),
+        ([1e-4] * 8, False),  # nothing was captured
+        ([], False),
+    ],
+)
+def test_only_a_gain_beyond_noise_changes_anything(rival: list[float], taken: bool) -> None:
+    found = choose.choose(make_plan(RECIPE, H100), H100,
+                          {"gelu_mlp": {"triton": [1.0] * 8, "compiled": rival}})  # fmt: skip
+    assert found["gelu_mlp"] == ("compiled" if taken else "triton")
+    # Where the present one has no time, nothing is known to be faster.
+    lost = {"gelu_mlp": {"triton": [float("nan")], "compiled": rival}}
+    assert choose.choose(make_plan(RECIPE, H100), H100, lost)["gelu_mlp"] == "triton"
+
+
+def test_what_is_asked_for_is_no_question() -> None:
+    def names(**asked: Any) -> list[str]:
+        return [*choose.steps(Choices(), Choices(**asked), H100, "bf16")]
+
+    every = [AS_CHOSEN, "blocks not compiled", "PyTorch's AdamW", "plain PyTorch, compiled"]
+    assert names() == every
+    assert names(compile=True) == every[:1] + every[2:3]
+    assert names(ops="triton", optimizer="torch") == every[:2]
+
+
+# ---- children
+
+# Without torch: kind and op stand in a pickled task.
+CHILD = """
+import os, sys, time
+from multiprocessing.connection import Connection
+
+pipe = Connection(int(os.environ["CHILD_PIPE"]))
+pipe.send("ready")
+while True:
+    task = pipe.recv_bytes()
+    build = b"build" in task
+    if b"add_layer_norm" in task and build:
+        os.abort()
+    if b"gelu_mlp" in task and not build:
+        time.sleep(600)
+    if b"causal_attention" in task and not build:
+        sys.exit("illegal memory access")
+    if b"linear_cross_entropy" in task:
+        pipe.send({"error": "out of memory"})
+    elif build:
+        pipe.send({"failed": {"eager": "RuntimeError: no"}})
+    else:
+        pipe.send({"ms": {"triton": [1.0], "compiled": [0.12345678]}, "failed": {}})
+"""
+
+
+def test_a_child_that_is_lost_costs_its_op_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "COMMAND", (sys.executable, "-S", "-E", "-c", CHILD))
+    monkeypatch.setattr(choose, "TIME_S", 3.0)
+    plan = make_plan(RECIPE, H100)
+    ms, failed = choose._time_ops(choose.rivals(plan, H100), RECIPE, plan)
+    assert {op: of for op, of in ms.items() if of} == {
+        "layer_norm": {"triton": [1.0], "compiled": [0.1235]}
+    }
+    why = {op: of.get("all", "").partition(":")[0] for op, of in failed.items()}
+    assert why == {"layer_norm": "", "add_layer_norm": "it ended with -6",
+                   "gelu_mlp": "no answer in 3 s", "causal_attention": "it ended with 1",
+                   "linear_cross_entropy": "out of memory"}  # fmt: skip
+    assert failed["layer_norm"] == {"eager": "RuntimeError: no"}
+
+
+def test_a_step_that_cannot_be_timed_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([{"ms": [5.0, 5.0]}, {"error": "it ended with -9"}, {"ms": [4.0, 4.00001]}])
+    monkeypatch.setattr(choose.child.Crew, "ask", lambda *_: next(answers))
+    plan = make_plan(RECIPE, H100)
+    ms, failed = choose._time_steps({AS_CHOSEN: plan, "a": plan, "b": plan}, RECIPE)
+    assert (ms, failed) == ({AS_CHOSEN: [5.0, 5.0], "b": [4.0, 4.0]}, {"a": "it ended with -9"})
+    monkeypatch.setattr(choose, "STEPS_S", -1.0)
+    assert choose._time_steps({"a": plan}, RECIPE) == ({}, {"a": "no time left"})
+
+
+# A child as a run starts it, but for the vocabulary.
+REAL_CHILD = """
+import os
+from tests import interpreter, test_verify
+
+interpreter.install()
+test_verify.MODELS["smoke"] = test_verify.CONFIG
+test_verify.timing.MAX_SETS = 2
+test_verify.child.serve(os.getpid(), test_verify.choose_child.answer)
+"""
+
+
+def test_the_interpreter_is_timed_as_a_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real child, real kernels, real clocks; interpreted, ours lose by a lot."""
+    monkeypatch.setattr(choose, "COMMAND", (sys.executable, "-c", REAL_CHILD))
+    plan = make_plan(RECIPE, CPU, Choices(ops="triton", dtype="fp32", compile=False))
+    for name in ("OPS_S", "BUILD_S", "TIME_S"):
+        monkeypatch.setattr(choose, name, 300.0)
+    names = {"causal_attention": ["triton", "eager", "sdpa-flash", "no such"]}
+    ms, failed = choose._time_ops(names, RECIPE, plan)
+    assert {*ms["causal_attention"]} == {"triton", "eager", "sdpa-flash"}
+    assert all(len(of) >= 3 for of in ms["causal_attention"].values())
+    assert failed["causal_attention"]["no such"].startswith("ValueError: ops: cannot read")
+    monkeypatch.setattr(choose, "MAX_GAIN", float("inf"))
+    assert choose.choose(plan, CPU, ms)["causal_attention"] == "eager"
+
+
+# ---- the answer
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was timed; the step is best with PyTorch's AdamW."""
+    asked: list[Any] = []
+
+    def time_ops(names: Any, recipe: Any, plan: Plan) -> Any:
+        asked.append(threading.current_thread().name)
+        return samples(MS), {"layer_norm": {}}
+
+    def time_steps(plans: dict[str, Plan], recipe: Any) -> Any:
+        assert (
+            plans[AS_CHOSEN].ops == "triton,add_layer_norm=compiled,gelu_mlp=compiled,"
+            "causal_attention=sdpa-cudnn"
+        )
+        assert plans[AS_CHOSEN].optimizer == "triton"
+        return {name: [4.0 if "AdamW" in name else 5.0] * 3 for name in plans}, {}
+
+    monkeypatch.setattr(choose, "_time_ops", time_ops)
+    monkeypatch.setattr(choose, "_time_steps", time_steps)
+    return asked
+
+
+def taken(asked: Choices = Choices(), world: World = ALONE, machine: Machine = H100) -> Plan:  # noqa: B008
+    def make(choices: Choices) -> Plan:
+        return make_plan(RECIPE, machine, choices)
+
+    return choose.take_fastest(make, asked, make(asked), RECIPE, machine, world)
+
+
+def answers(tmp_path: Path) -> list[Path]:
+    return [*(tmp_path / "cache").rglob("choice-*")]
+
+
+def test_an_answer_is_kept_and_read(
+    measured: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first = taken()
+    assert read_ops(first.ops) == NEW
+    assert first.optimizer == "torch"
+    [path] = answers(tmp_path)
+    assert first.notes[-1].startswith(f"tune: measured in 0 s, kept in {path}: layer_norm triton ")
+    assert "step PyTorch's AdamW 4 ms (as chosen 5, " in first.notes[-1]
+    text = path.read_text()
+    assert '"sdpa-cudnn": [0.6, 0.6, 0.6, 0.6, 0.6]' in text.replace("[ ", "[").replace(" ]", "]")
+    assert json.loads(text)["chosen"] == NEW | {STEP: "PyTorch's AdamW"}
+    second = taken()
+    assert replace(second, notes=()) == replace(first, notes=())
+    assert second.notes[-1].startswith(f"tune: measured before, see {path}: layer_norm triton ")
+    assert len(measured) == 1
+    assert taken(Choices(tune="off")) == make_plan(RECIPE, H100, Choices(tune="off"))
+    taken(Choices(tune="on"))
+    taken(Choices(compile=True))  # another question
+    assert taken(machine=CPU) == make_plan(RECIPE, CPU)
+    assert len(measured) == 3
+    assert len(answers(tmp_path)) == 2
+    assert capsys.readouterr().out.count("tune: timing what a step can be made of on ") == 3
+
+
+@pytest.mark.parametrize("spoil", [
+    b"", b"{", b"\xff\xfe", b"[1]", b"[" * 100_000, b'{"key": {}}', 3, {"step": 3},
+    {"step": {"as chosen": ["a"]}}, {"step": {"as chosen": None}},
+])  # fmt: skip
+def test_an_answer_that_cannot_be_used_is_made_anew(
+    spoil: Any, measured: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    want = taken()
+    [path] = answers(tmp_path)
+    good = path.read_bytes()
+    if not isinstance(spoil, bytes):
+        spoil = json.dumps(json.loads(good) | {"ms": spoil}).encode()
+    path.write_bytes(spoil)
+    assert replace(taken(), notes=()) == replace(want, notes=())
+    assert f"; {path} cannot be used: " in capsys.readouterr().out
+    assert json.loads(path.read_bytes())["ms"] == json.loads(good)["ms"]
+    # A file that a person names is his: it is not written over.
+    mine = tmp_path / "mine.json"
+    mine.write_bytes(spoil)
+    with pytest.raises(ValueError, match=f"^tune_file; {mine} cannot be used: .*; name another"):
+        taken(Choices(tune_file=str(mine)))
+    assert mine.read_bytes() == spoil
+
+
+def test_where_an_answer_is_kept(measured: list[Any], tmp_path: Path) -> None:
+    asked = Choices(tune_file=str(tmp_path / "a.json"))
+    assert f"kept in {tmp_path / 'a.json'}: " in taken(asked).notes[-1]
+    assert f"measured before, see {tmp_path / 'a.json'}: " in taken(asked).notes[-1]
+    assert len(measured) == 1
+    (tmp_path / "cache").write_text("a file")  # as a read-only folder, for whoever is root too
+    for _ in range(2):
+        made = taken()
+        assert read_ops(made.ops) == NEW
+        assert "not kept: " in made.notes[-1]
+    assert len(measured) == 3
+
+
+def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
+    found: list[Any] = [None] * count
+
+    def one(i: int) -> None:
+        found[i] = work(i)
+
+    threads = [threading.Thread(target=one, args=(i,), name=str(i)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_two_processes_at_once_keep_one_whole_file(measured: list[Any], tmp_path: Path) -> None:
+    made = in_threads(6, lambda _: taken().ops)
+    assert len({*made}) == 1
+    [path] = (tmp_path / "cache" / "fused-gpt").iterdir()
+    assert json.loads(path.read_text())["chosen"]["gelu_mlp"] == "compiled"
+
+
+def test_rank_0_measures_and_tells(measured: list[Any]) -> None:
+    store = dist.HashStore()
+    made = in_threads(2, lambda rank: taken(world=World(rank, 2, rank, store)))
+    assert measured == ["0"]
+    assert made[0] == made[1]
+    assert read_ops(made[0].ops) == NEW
+    assert made[0].optimizer == "triton"  # a step of several ranks is not timed by one
+
+
+# ---- going on
+
+
+def test_a_checkpoint_s_choice_goes_on_where_it_was_made() -> None:
+    plan = make_plan(RECIPE, H100, Choices(ops="compiled", optimizer="torch"))
+    state = {"plan": vars(plan), "recipe": vars(RECIPE), "made_on": resume.made_on(H100.name)}
+    saved = Checkpoint(1, {}, state)
+    kept, [line] = resume.adopt(saved, Choices(), RECIPE, H100)
+    assert kept == {"ops": "compiled", "compile": True, "compile_scope": "blocks",
+                    "micro_batch_size": 3, "optimizer": "torch"}  # fmt: skip
+    assert line.startswith("resume: on this card as before: ops compiled, compile True, ")
+    made = make_plan(RECIPE, H100, Choices().or_else(kept))
+    assert replace(made, notes=()) == replace(plan, notes=())
+    # What a person asks for comes first; on another card, or by wish, all is chosen anew.
+    kept, _ = resume.adopt(saved, Choices(ops="eager", micro_batch_size=1), RECIPE, H100)
+    assert {*kept} == {"compile", "compile_scope", "optimizer"}
+    other = replace(H100, name="NVIDIA A100")
+    kept, [line] = resume.adopt(saved, Choices(), RECIPE, other)
+    assert (kept, line) == (
+        {}, f"resume: card was '{H100.name}', now 'NVIDIA A100': the plan is chosen anew"
+    )  # fmt: skip
+    for asked, recipe, machine in ((Choices(tune="on"), RECIPE, H100), (Choices(), RECIPE, CPU),
+                                   (Choices(), replace(RECIPE, batch_size=6), H100)):  # fmt: skip
+        assert resume.adopt(saved, asked, recipe, machine) == ({}, [])
+    assert resume.adopt(None, Choices(), RECIPE, H100) == ({}, [])
+    # It may come from a stranger.
+    odd = {"ops": 3, "compile": "yes", "compile_scope": "all", "micro_batch_size": 0.5,
+           "optimizer": "sgd"}  # fmt: skip
+    assert resume.adopt(replace(saved, state=state | {"plan": odd}), Choices(), RECIPE, H100) == (
+        {}, [])  # fmt: skip

@@ -1,0 +1,205 @@
+"""What a run takes of what computes the same: measured once on the user's own device.
+
+Children time each op's backends at the run's own shapes, in turns, then the whole step by the plan
+that follows and by its rivals, plain PyTorch compiled among them: what ops gain alone they may lose
+together. `choose` decides from the numbers alone. The answer is a JSON file beside the verdicts of
+training/verify.py, with every sample.
+"""
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from kernels import BACKENDS, SDPA, read_ops, spell_ops
+from training import child
+from training.choices import Choices
+from training.distributed import World
+from training.machines import Machine, num_cores
+from training.plan import Plan, lacks
+from training.recipes import Recipe
+from training.timing import Timing, gains, ratio
+from training.verify import cache_path, keep, key_of, read_kept
+
+COMMAND = (sys.executable, "-m", "training.choose_child")
+OPS_S, STEPS_S = 60.0, 90.0  # for all ops, and for all steps
+BUILD_S, TIME_S = 40.0, 15.0  # of them for one op, which may hang
+MAX_GAIN = 100.0  # more is a mistake of the clock: a graph of nothing takes no time
+STEP, AS_CHOSEN = "step", "as chosen"
+Samples = Mapping[str, Sequence[float]]  # ms, by who was timed, in turns
+
+
+def rivals(plan: Plan, machine: Machine) -> dict[str, list[str]]:
+    """By op what it can be computed by, the plan's own backend first.
+
+    Triton's is one only where the plan has it: elsewhere it is wrong, or takes no such shape.
+    """
+    found = {}
+    for op, present in read_ops(plan.ops).items():
+        known = [*BACKENDS, *(SDPA if op == "causal_attention" else ())]
+        others = [name for name in known if name not in (present, "triton")
+                  and not (name in SDPA and (machine.rocm or plan.device == "cpu"))
+                  and not lacks(name, machine, plan.dtype)]  # fmt: skip
+        found[op] = [present, *others]
+    return found
+
+
+def steps(choices: Choices, asked: Choices, machine: Machine, dtype: str) -> dict[str, Choices]:
+    """What a step is timed by: as chosen, and with one thing that nobody asked for changed."""
+    found = {AS_CHOSEN: choices}
+    if asked.compile is None:
+        found["blocks not compiled"] = replace(choices, compile=False)
+    if asked.optimizer == "auto":
+        found["PyTorch's AdamW"] = replace(choices, optimizer="torch")
+    if asked.ops == "auto" and asked.compile is None and not lacks("compiled", machine, dtype):
+        scope = "model" if asked.compile_scope == "auto" else asked.compile_scope
+        found["plain PyTorch, compiled"] = replace(
+            choices, ops="eager", compile=True, compile_scope=scope
+        )
+    return found
+
+
+def choose(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> dict[str, str]:
+    """What to take of each op, and of the step; from numbers alone.
+
+    Args:
+        plan: What is taken where nothing better is known.
+        machine: What cannot run there is not taken, whatever was measured.
+        measured: By op, and of STEP.
+    """
+    names = rivals(plan, machine) | {STEP: [AS_CHOSEN, *measured.get(STEP, {})]}
+    return {what: _fastest(of, measured.get(what, {})) for what, of in names.items()}
+
+
+def _fastest(names: Sequence[str], samples: Samples) -> str:
+    """The first, unless another is faster beyond noise."""
+    timed = {name: Timing(samples[name]) for name in names if _sound(samples.get(name, ()))}
+    if not (present := timed.get(names[0])):
+        return names[0]
+    better = {name: ratio(present, of) for name, of in timed.items() if gains(present, of)}
+    better = {name: gain for name, gain in better.items() if gain <= MAX_GAIN}
+    return max(better, key=lambda name: better[name], default=names[0])
+
+
+def _sound(samples: Sequence[float]) -> bool:
+    return len(samples) > 0 and all(math.isfinite(ms) and ms > 0 for ms in samples)
+
+
+def take_fastest(
+    make: Callable[[Choices], Plan], asked: Choices, checked: Plan, recipe: Recipe,
+    machine: Machine, world: World,
+) -> Plan:  # fmt: skip
+    """The plan of `make` with what is fastest here, and a note of what that was decided by.
+
+    Args:
+        make, asked: As of training/verify.py's `settle`.
+        checked: What that returned.
+        recipe, machine, world: Of the run. Rank 0 measures and tells.
+
+    Raises:
+        ValueError: --tune-file names a file that is no answer of this kind.
+    """
+    choices = replace(asked, ops=checked.ops, optimizer=checked.optimizer)
+    alone = world.size == 1 and checked.device == "cuda"
+
+    def variants(measured: Mapping[str, Samples]) -> dict[str, Choices]:
+        ops = choose(checked, machine, measured)
+        ops.pop(STEP)
+        taken = replace(choices, ops=spell_ops(ops)) if asked.ops == "auto" else choices
+        return steps(taken, asked, machine, checked.dtype)
+
+    names = {op: of for op, of in rivals(checked, machine).items() if len(of) > 1}
+    names = names if asked.ops == "auto" else {}
+    off = asked.tune == "off" or (asked.tune == "auto" and checked.device != "cuda")
+    if off or not (names or (alone and len(variants({})) > 1)):
+        return checked
+
+    def measure() -> dict[str, Any]:
+        key = key_of(recipe, checked, machine) | {"from": names, "asked": {
+            k: v for k, v in asdict(asked).items() if not k.startswith("tune")
+        }}  # fmt: skip
+        path = Path(asked.tune_file) if asked.tune_file else cache_path(key, "choice")
+        known, trouble = read_kept(path, key, _read)
+        if trouble and asked.tune_file:
+            raise ValueError(f"tune_file{trouble}; name another, or remove it")
+        if known is not None and asked.tune == "auto":
+            return {"ms": known, "from": f"measured before, see {path}"}
+        world.say(f"tune: timing what a step can be made of on {machine.name}, this once; takes up "
+                  f"to three minutes, --tune off leaves it out{trouble}")  # fmt: skip
+        began = time.monotonic()
+        ms, failed = _time_ops(names, recipe, checked)
+        if alone:
+            plans = {name: make(changed) for name, changed in variants(ms).items()}
+            ms[STEP], failed[STEP] = _time_steps(plans, recipe)
+        seconds = round(time.monotonic() - began, 1)
+        chosen = choose(checked, machine, ms)
+        values = {"key": key, "chosen": chosen, "ms": ms, "failed": failed, "seconds": seconds}
+        where = keep(path, re.sub(r"\[[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()),
+                                  json.dumps(values, indent=2)))  # fmt: skip
+        lost = "".join(f", {op} could not be timed ({of['all']})" for op, of in failed.items()
+                       if "all" in of)  # fmt: skip
+        return {"ms": ms, "from": f"measured in {seconds:.0f} s{lost}, {where}"}
+
+    found = world.first("times", measure)
+    plans = variants(found["ms"])
+    made = make(plans.get(choose(checked, machine, found["ms"])[STEP], plans[AS_CHOSEN]))
+    lines = [" ".join(line.split()) for line in table(checked, machine, found["ms"])]
+    note = f"tune: {found['from']}: {'; '.join(lines)}"
+    return replace(made, notes=tuple(dict.fromkeys([*checked.notes, *made.notes, note])))
+
+
+def table(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> Iterator[str]:
+    """A line for each thing that was timed: what was chosen, its time, its rivals'."""
+    for what, chosen in choose(plan, machine, measured).items():
+        ms = {name: Timing(of).median_ms for name, of in measured.get(what, {}).items() if of}
+        if chosen in ms:
+            own = f"{ms.pop(chosen):.4g} ms"
+            others = ", ".join(f"{name} {other:.4g}" for name, other in ms.items())
+            yield f"{what:<21} {chosen:<12} {own:>10}  ({others or 'no rival'})"
+
+
+def _read(values: Any) -> dict[str, dict[str, list[float]]]:
+    return {str(what): {str(name): [float(ms) for ms in samples] for name, samples in of.items()}
+            for what, of in values["ms"].items()}  # fmt: skip
+
+
+def _time_ops(names: Mapping[str, list[str]], recipe: Recipe, plan: Plan) -> tuple[Any, Any]:
+    """Samples of each op, and why others have none; compiled side by side, timed one by one."""
+    ms: dict[str, Any] = {}
+    failed: dict[str, Any] = {}
+    end, tasks = time.monotonic() + OPS_S, [[*of, recipe, plan] for of in names.items()]
+    with child.Crew(COMMAND, len(tasks), BUILD_S) as crew:
+        built = crew.each([("build", task) for task in tasks], num_cores())
+        for who, (task, answer) in enumerate(zip(tasks, built, strict=True)):
+            task[1] = [name for name in task[1] if name not in answer.get("failed", {})]
+            crew.limit_s = min(TIME_S, end - time.monotonic())
+            if "error" not in answer and crew.limit_s > 0:
+                failed[task[0]] = answer["failed"]
+                answer = crew.ask(("time", task), who)
+            ms[task[0]] = {name: _rounded(of) for name, of in answer.get("ms", {}).items()}
+            why = {} if "ms" in answer else {"all": answer.get("error", "no time left")}
+            failed[task[0]] = failed.get(task[0], {}) | answer.get("failed", {}) | why
+    return ms, failed
+
+
+def _time_steps(plans: Mapping[str, Plan], recipe: Recipe) -> tuple[Any, Any]:
+    """Samples of the step by each plan, one after the other: a device has room for one."""
+    ms, failed, end = {}, {}, time.monotonic() + STEPS_S
+    with child.Crew(COMMAND, 1, STEPS_S) as crew:
+        for name, plan in plans.items():
+            crew.limit_s = end - time.monotonic()
+            answer = crew.ask(("step", [recipe, plan])) if crew.limit_s > 0 else {}
+            if "ms" in answer:
+                ms[name] = _rounded(answer["ms"])
+            else:
+                failed[name] = answer.get("error", "no time left")
+    return ms, failed
+
+
+def _rounded(samples: Sequence[float]) -> list[float]:
+    return [float(f"{ms:.4g}") for ms in samples]
