@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from bench import cli
 from training import child
 
 CHILD = """
@@ -75,31 +74,3 @@ def test_a_process_that_outlasts_its_time_ends_with_what_it_started() -> None:
     failed = child.run([sys.executable, "-c", "print('x'); raise SystemExit('no')"], 60)
     assert failed.why == "exit 1: no"
     assert child.run([sys.executable, "-c", ""], 60).why == ""
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["--rounds", "0"], "argument --rounds: must be from 1 to 1,000,000, got 0"),
-        (["--rounds", "many"], "argument --rounds: invalid count value: 'many'"),
-        (["--rounds", "99999999999999999999"], "must be from 1 to 1,000,000"),
-        (["--seconds", "-1"], "argument --seconds: must be more than 0, got -1"),
-        (["--seconds", "nan"], "must be more than 0, got nan"),
-        (["--seconds", "1e400"], "must be more than 0, got 1e400"),
-        (["--out", ""], "argument --out: must name a file or a folder, got nothing"),
-        (["--round", "1"], "unrecognized arguments: --round 1"),
-    ],
-)
-def test_a_wrong_argument_is_one_line(
-    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    parser = cli.Parser("bench.test", None)
-    parser.add_argument("--rounds", type=cli.count)
-    parser.add_argument("--seconds", type=cli.amount)
-    parser.add_argument("--out", type=cli.path)
-    with pytest.raises(SystemExit) as error:
-        parser.parse_args(argv)
-    assert error.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("python -m bench.test: ")
-    assert said in line
