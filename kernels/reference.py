@@ -65,27 +65,33 @@ def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
         )
 
 
-def _turn_into_dz(z: Tensor, ids: Tensor, needs_dz: bool) -> tuple[Tensor, Tensor]:
-    """The log-probabilities of `ids` (R, 1), and softmax(z) - onehot(ids) in place of z (R, Vp).
+def _turn_into_dz(z: Tensor, V: int, ids: Tensor, needs_dz: bool) -> tuple[Tensor, Tensor]:
+    """log p of `ids` (R, 1) under softmax(z), and the softmax less onehot(ids); z (R, Vp) is lost.
 
-    Compiled it is pointwise from z to dz, with a comparison where one would index. Else a few rows
-    take all passes before the next do, so that a cache holds their fp32 form and memory never does.
+    Compiled it is pointwise from z to dz, with a comparison where one would index, and the
+    exponential spelled twice, so that it is computed again and not stored. Else a few rows take all
+    passes before the next do, so that a cache holds their fp32 form and memory never does.
     """
     if torch.compiler.is_compiling():
-        log_p = torch.log_softmax(z.float(), dim=-1)
-        found, cols = log_p.gather(1, ids), torch.arange(z.shape[1], device=z.device)
-        return found, torch.where(cols == ids, torch.expm1(found), torch.exp(log_p)).to(z.dtype)
+        logits, cols = z[:, :V].float(), torch.arange(V, device=z.device)
+        z_max = logits.amax(dim=-1, keepdim=True)
+        log_sum = torch.exp(logits - z_max).sum(dim=-1, keepdim=True).log()
+        # The maximum and the logarithm stay apart: at |z| of 1e4 their sum is off by 5e-4.
+        log_p = logits.gather(1, ids) - z_max - log_sum
+        dz = torch.exp(logits - z_max - log_sum) - torch.where(cols == ids, 1.0, 0.0)
+        return log_p, F.pad(dz, (0, z.shape[1] - V)).to(z.dtype)
+    z[:, V:] = -torch.inf
     num_rows = 128 if z.is_cuda else 4 * torch.get_num_threads()
-    found = z.new_empty(ids.shape, dtype=torch.float32)
-    for rows, at, out in zip(*(t.split(num_rows) for t in (z, ids, found)), strict=True):
-        log_p = rows.float()
-        torch.log_softmax(log_p, dim=-1, out=log_p)
-        out.copy_(log_p.gather(1, at))
+    log_p = z.new_empty(ids.shape, dtype=torch.float32)
+    for rows, at, out in zip(*(t.split(num_rows) for t in (z, ids, log_p)), strict=True):
+        p = rows.float()
+        torch.log_softmax(p, dim=-1, out=p)
+        out.copy_(p.gather(1, at))
         if needs_dz:
-            rows.copy_(log_p.exp_())
-    if needs_dz:
-        z[torch.arange(len(z), device=z.device), ids[:, 0]] = torch.expm1(found[:, 0]).to(z.dtype)
-    return found, z
+            rows.copy_(p.exp_())
+    if needs_dz:  # of a slice, scatter_ would copy all of it where algorithms are deterministic
+        z[torch.arange(len(z), device=z.device), ids[:, 0]] = torch.expm1(log_p[:, 0]).to(z.dtype)
+    return log_p, z
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -106,9 +112,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight: Tensor | None = None
         for rows, at, part in zip(*(t.split(CHUNK_TOKENS) for t in (x, ids, share)), strict=True):
             z = F.linear(rows, w)
-            z[:, vocab_size:] = -torch.inf
             # Without its 1 / count, which fp16 could not hold; it goes on at the end, in fp32.
-            log_p, dz = _turn_into_dz(z, at, needs_dx or needs_dweight)
+            log_p, dz = _turn_into_dz(z, vocab_size, at, needs_dx or needs_dweight)
             loss = loss - (log_p * part).sum()
             part = part.to(x.dtype)
             if needs_dx:
