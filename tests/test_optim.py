@@ -143,11 +143,46 @@ def test_a_bad_step_leaves_everything() -> None:
     assert optimizer.state[p]["step"] == 0
 
 
+def test_muon_is_torchs_for_the_matrices_and_adamw_for_the_rest() -> None:
+    recipe = replace(PRESETS["smoke"], warmup_steps=0, max_lr=1e-2)
+    ours, plain = GPT(CONFIG), GPT(CONFIG)
+    plain.load_state_dict(ours.state_dict())
+    mine = configure_adamw(ours, recipe, "muon")
+    named = [*plain.named_parameters()]
+    hidden = [p for name, p in named if ".h." in name and p.dim() == 2]
+    assert len(hidden) == 8
+    muon = torch.optim.Muon(hidden, 1e-2, 0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(
+        [{"params": [p for n, p in named if p.dim() == 2 and ".h." not in n], "weight_decay": 0.1},
+         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}],
+        lr=1e-2, betas=(recipe.beta1, recipe.beta2))  # fmt: skip
+    for step in range(4):
+        for p, (_, q) in zip(ours.parameters(), named, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        before = [p.detach().clone() for p in ours.parameters()]
+        kept = [value.clone() for state in mine.state.values() for value in state.values()]
+        if step == 2:  # a bad one changes nothing, the momentum included
+            for p in ours.parameters():
+                p.grad = torch.full_like(p, math.nan)
+            mine.step(skip=torch.ones(()))
+            assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), before, strict=True))
+            now = [value for state in mine.state.values() for value in state.values()]
+            assert all(torch.equal(value, was) for value, was in zip(now, kept, strict=True))
+        else:
+            mine.step(skip=torch.zeros(()))
+            muon.step()
+            adamw.step()
+        mine.zero_grad()
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_kernels_are_chosen_by_name() -> None:
     model, recipe = torch.nn.Linear(5, 3), PRESETS["smoke"]
     assert type(configure_adamw(model, recipe)) is AdamW
     assert type(configure_adamw(model, recipe, "torch")) is AdamW
-    with pytest.raises(ValueError, match=r"one of \['torch', 'triton'\], got 'apex'"):
+    with pytest.raises(ValueError, match=r"one of \['torch', 'triton', 'muon'\], got 'apex'"):
         configure_adamw(model, recipe, "apex")  # pyright: ignore[reportArgumentType]
     if not torch.cuda.is_available():  # interpreted
         optimizer = configure_adamw(model, recipe, "triton")

@@ -393,7 +393,7 @@ def assert_capture_changes_no_bit(asked: Choices) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("optimizer", ["torch", "triton"])
+@pytest.mark.parametrize("optimizer", ["torch", "triton", "muon"])
 def test_a_captured_step_changes_no_bit(optimizer: Any) -> None:
     assert_capture_changes_no_bit(choices(dtype="bf16", ops="triton", optimizer=optimizer))
 
@@ -401,7 +401,13 @@ def test_a_captured_step_changes_no_bit(optimizer: Any) -> None:
 @interpreted_only
 @pytest.mark.parametrize(
     ("dtype", "optimizer", "micro"),
-    [("fp32", "torch", 8), ("bf16", "torch", 2), ("bf16", "triton", 2), ("fp32", "triton", 8)],
+    [
+        ("fp32", "torch", 8),
+        ("bf16", "torch", 2),
+        ("bf16", "triton", 2),
+        ("fp32", "triton", 8),
+        ("bf16", "muon", 2),
+    ],
 )
 def test_a_capture_by_the_rules_of_cuda_changes_no_bit(
     dtype: Any, optimizer: Any, micro: int

@@ -406,6 +406,28 @@ def test_a_config_is_the_flags_it_was_made_of(tmp_path: Path) -> None:
     assert (shorter.epochs, shorter.max_steps) == (0.0, 5)
 
 
+def test_muon_resumes_exactly_and_no_other_goes_on_from_it(
+    text: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
+    flags = ["--steps=4", "--save-every=2", "--dtype=fp32", "--batch-size=2"]
+    run_here(text, tmp_path / "a", *flags, "--optimizer", "muon")
+    assert (
+        "Muon for the blocks' matrices, AdamW for the rest: changed maths"
+        in capsys.readouterr().out
+    )
+    resume = ["--resume", str(tmp_path / "a" / "checkpoints" / "step-00000002")]
+    run_here(text, tmp_path / "b", *flags, *resume, "--optimizer", "muon")
+    whole, rest = (events(tmp_path / name)[0] for name in "ab")
+    assert [(s["loss"], s["grad_norm"]) for s in rest] == [
+        (s["loss"], s["grad_norm"]) for s in whole[2:]]  # fmt: skip
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    fixed = ["--preset", "smoke", "--data", str(text), "--out", str(tmp_path / "c")]
+    assert train.main([*fixed, *flags, *resume]) == 2
+    assert "optimizer was 'muon', now torch; with --optimizer muon" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_wsd_run_cools_down_from_any_checkpoint(text: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
     flags = [

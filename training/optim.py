@@ -11,12 +11,18 @@ master.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from training.recipes import Recipe
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter of a GPT is a matrix of its blocks, and no embedding or bias."""
+    return parameter.dim() == 2 and ".h." in name
 
 
 class AdamW(torch.optim.AdamW):
@@ -277,6 +283,68 @@ class TritonAdamW(AdamW):
         return slots
 
 
+class MuonAdamW(AdamW):
+    """torch.optim.Muon for the matrices of the blocks, AdamW for all else, at one learning rate.
+
+    Muon moves a matrix by its momentum made orthogonal (Jordan 2024; momentum 0.95, Nesterov, five
+    Newton-Schulz iterations), scaled to the size of an AdamW update (Liu et al. 2025), so that the
+    rate and decay of a recipe serve both.
+
+    Muon reads its rate on the host. So it is given matrices of zeros at rate 1, and what it makes
+    of them is added to the weights with the rate and `found_inf` as they are on the device: a step
+    waits for nothing and can be captured. In memory they are where AdamW has its second moment.
+
+    Args:
+        params, lr, betas, eps, weight_decay: As in AdamW.
+        matrices: Those of `params` that are Muon's.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        matrices: Iterable[nn.Parameter] = (),
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay)
+        self._moves = {p: torch.zeros_like(p) for p in matrices}
+        moves = [*self._moves.values()]
+        self._muon = torch.optim.Muon(moves, 1.0, 0.0, adjust_lr_fn="match_rms_adamw")
+        for p, move in self._moves.items():
+            self.state[p] = self._muon.state[move] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, skip: Tensor | None = None) -> Any:
+        """Update every parameter that has a gradient, then the working copies.
+
+        Args:
+            closure, skip: As in AdamW.step.
+        """
+        if skip is not None:
+            self.found_inf = skip
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self.fold_working_gradients()
+        for p, move in self._moves.items():
+            move.grad, p.grad = p.grad, None
+            if move.grad is not None and self.found_inf is not None:
+                momentum = self.state[p].get("momentum_buffer", torch.zeros_like(self.found_inf))
+                move.grad = torch.where(self.found_inf > 0, momentum, move.grad)  # which leaves it
+        self._muon.step()
+        for group in self.param_groups:
+            lr = torch.as_tensor(group["lr"], device=group["params"][0].device)
+            lr = lr if self.found_inf is None else lr * (1 - self.found_inf)
+            for p in group["params"]:
+                move = self._moves.get(p)
+                if move is not None and move.grad is not None:
+                    p.mul_(1 - lr * group["weight_decay"]).addcmul_(move, lr)
+                    move.zero_()
+                    move.grad = None
+        super().step()
+        return loss
+
+
 def configure_adamw(model: nn.Module, recipe: Recipe, fused: str = "torch") -> AdamW:
     """AdamW for a model, one pass over each parameter on CPU and CUDA alike.
 
@@ -287,12 +355,14 @@ def configure_adamw(model: nn.Module, recipe: Recipe, fused: str = "torch") -> A
     Args:
         model: Its parameters are fp32.
         recipe: Learning rate, betas, eps and weight decay.
-        fused: Whose kernels: torch's, or ours ("triton"; a GPU, or TRITON_INTERPRET=1).
+        fused: Whose kernels: torch's, or ours ("triton"; a GPU, or TRITON_INTERPRET=1). "muon" is
+            MuonAdamW, another optimizer.
 
     Raises:
         ValueError: an unknown `fused`, parameters that are not fp32, or no GPU for "triton".
     """
-    classes = {"torch": AdamW, "triton": TritonAdamW}
+    matrices = [p for name, p in model.named_parameters() if is_hidden_matrix(name, p)]
+    classes = {"torch": AdamW, "triton": TritonAdamW, "muon": partial(MuonAdamW, matrices=matrices)}
     if fused not in classes:
         raise ValueError(f"adamw: fused must be one of {[*classes]}, got {fused!r}")
     parameters = [p for p in model.parameters() if p.requires_grad]

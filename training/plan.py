@@ -2,13 +2,15 @@
 
 `make_plan` decides from a description of the machine (`training/machines.py`) and from what was
 asked for (`training/choices.py`) alone, so every decision is testable for machines that are not at
-hand. A plan never changes what is trained; the one exception, a bf16 residual stream, must be asked
-for.
+hand. A plan never changes what is trained, but for a bf16 residual stream and Muon, which must be
+asked for.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from kernels import SDPA, Ops, parse_ops, read_ops, unfit
 from model.flops import flops_per_token
@@ -34,7 +36,7 @@ MIN_SDPA_ARCH = 80  # of PyTorch's flash attention and cuDNN's, which are in 16 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe runs. Every field but `residual` is a choice that leaves the losses as they are.
+    """How a recipe runs. Every field leaves the losses as they are, but `residual` and muon.
 
     Args:
         device, device_name: Where it runs.
@@ -44,7 +46,8 @@ class Plan:
         compile: torch.compile, on the whole model or on its blocks (`compile_scope`).
         micro_batch_size, num_micro_batches: Their product is the recipe's rows per step.
         eval_tokens: Validation tokens of an evaluation during the run; the last one takes all.
-        optimizer: "torch" for PyTorch's fused AdamW, "triton" for kernels/adamw.py.
+        optimizer: "torch" for PyTorch's fused AdamW, "triton" for kernels/adamw.py; "muon" is
+            another optimizer, and changes what is computed.
         working_copies: The optimizer writes bf16 copies of the weights that autocast would cast.
         cuda_graph: The step is captured once and replayed.
         residual: Dtype of the residual stream; "bf16" changes the numerics.
@@ -81,7 +84,9 @@ class Plan:
             self.dtype + (" with bf16 working copies" if self.working_copies else ""),
             f"compiled ({self.compile_scope})" if self.compile else "not compiled",
             f"{self.num_micro_batches} x {self.micro_batch_size} rows a step",
-            f"{self.optimizer} AdamW",
+            "Muon for the blocks' matrices, AdamW for the rest: changed maths"
+            if self.optimizer == "muon"
+            else f"{self.optimizer} AdamW",
             *(["one CUDA graph"] if self.cuda_graph else []),
             *(["bf16 residual stream: changed numerics"] if self.residual == "bf16" else []),
             f"about {self.memory_bytes / 2**30:.1f} GiB for a step, beside "
@@ -219,6 +224,11 @@ def _choose_optimizer(wanted: str, machine: Machine, dtype: str) -> str:
     missing = lacks("triton", machine, dtype)
     if wanted == "triton" and missing:
         raise ValueError(f"optimizer: triton needs {missing}; use --optimizer torch")
+    if wanted == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(
+            f"optimizer: torch {torch.__version__} has no Muon; torch 2.9 does, or use "
+            "--optimizer torch"
+        )
     if wanted != "auto":
         return wanted
     ours = machine.device == "cuda" and not (missing or machine.rocm)

@@ -26,7 +26,7 @@ from training.environment import package_version
 from training.guard import Guard, GuardConfig
 from training.machines import Machine
 from training.metrics import RunLog
-from training.optim import AdamW
+from training.optim import AdamW, is_hidden_matrix
 from training.plan import Plan
 from training.recipes import Recipe
 from training.schema import COUNT, MOST, NUMBER, SCALAR, Every, Must
@@ -178,17 +178,22 @@ def expect(model: GPT, accept: Callable[[Checkpoint], object] = bool) -> checkpo
             raise schema.Mismatch(f"state.json: evaluated at step {late[0]}, and {step} are done")
         accept(saved)
         parameters = dict(model.named_parameters())
+        muon = saved.state["plan"].get("optimizer") == "muon"
         weights = parameters if saved.config is None else hf.file_tensors(model)
         groups = {
             "model": {name: schema.tensor(t) for name, t in weights.items()},
             "optimizer": {
                 f"{name}.{kind}": of
                 for name, p in parameters.items()
-                for kind, of in {
-                    "step": schema.tensor(torch.empty(()), 0, step),
-                    "exp_avg": schema.tensor(p),
-                    "exp_avg_sq": schema.tensor(p, 0),
-                }.items()
+                for kind, of in (
+                    {"momentum_buffer": schema.tensor(p)}
+                    if muon and is_hidden_matrix(name, p)
+                    else {
+                        "step": schema.tensor(torch.empty(()), 0, step),
+                        "exp_avg": schema.tensor(p),
+                        "exp_avg_sq": schema.tensor(p, 0),
+                    }
+                ).items()
                 if step  # before the first step there are none
             },
             "rng": generators.EXPECTED,
@@ -439,7 +444,17 @@ def adopt(
 
 
 def check_plan(saved: Checkpoint, plan: Plan) -> list[str]:
-    """Lines about plan fields that differ: the same samples follow, the last bits may not."""
+    """Lines about plan fields that differ: the same samples follow, the last bits may not.
+
+    Raises:
+        ValueError: one of the two is of an optimizer that has no use for the other's state.
+    """
+    was, wanted = saved.state["plan"].get("optimizer"), plan.optimizer
+    if "muon" in (was, wanted) and was != wanted:
+        raise ValueError(
+            f"resume: the checkpoint's optimizer was {quoted(was)}, now {wanted}; with --optimizer "
+            f"{'muon' if was == 'muon' else 'auto'} the run goes on, --resume never starts afresh"
+        )
     now = {k: v for k, v in asdict(plan).items() if k not in _SAME_LOSSES}
     changed = _differences({k: saved.state["plan"].get(k) for k in now}, now)
     if not changed:
