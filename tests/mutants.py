@@ -14,13 +14,17 @@ import os
 import queue
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+import torch
+
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("kernels", "bench", "model", "training", "tests", "pyproject.toml")
@@ -187,19 +191,23 @@ MUTANTS = (
 )  # fmt: skip
 
 
+def quick_tests(op: str) -> None:
+    """Run an op's quick tests in the copy that this forked process is in."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]  # the originals, which brought this function here
+    sys.path[:] = [str(Path.cwd()), *(p for p in sys.path if Path(p).resolve() != ROOT)]
+    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *TESTS[op]]))
+
+
 def run_tests(copy: Path, op: str) -> tuple[int, str]:
     """Exit status of an op's quick tests, and the first test that failed."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-             "-m", "not slow", *TESTS[op]],
-            cwd=copy, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True, text=True, timeout=TIMEOUT_S,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    process = Forked(quick_tests, op, cwd=copy, environment=environment)
+    printed, code = process.communicate(TIMEOUT_S)
+    if code < 0:
         return 124, f"no answer in {TIMEOUT_S} s"
-    failed = re.search(r"^(?:FAILED|ERROR) \S*?(?:::)?(\S+)", done.stdout, re.MULTILINE)
-    return done.returncode, failed[1].split("::")[-1] if failed else ""
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?(?:::)?(\S+)", printed, re.MULTILINE)
+    return code, failed[1].split("::")[-1] if failed else ""
 
 
 def make_copy(folder: Path) -> Path:
@@ -264,6 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             print(f"mutants: {error}")
             return 2
+    if not torch.cuda.is_available():  # as tests/conftest.py has it, which here comes too late
+        os.environ["TRITON_INTERPRET"] = "1"
     failures = judge(mutants, args.workers)
     print(f"mutants: {len(mutants)} tried, {failures} trials not as they must be")
     return 1 if failures else 0
