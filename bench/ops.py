@@ -345,6 +345,7 @@ class Job:
             seconds=self.options.seconds, sweep=self.options.sweep,
         )  # fmt: skip
         self.rows.setdefault((shape.label, mode), []).extend(rows.values())
+        self.results.about["limits"] = timing.limits(self.device)
         self.results.add("ops", *rows.values())
         return rows, timed
 
@@ -367,9 +368,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     job = Job(options, device)
     results = record.Results(device, options.out, options.commit)
-    results.put("limits", timing.limits(device))
     code = job.run(results, rest)
-    print(f"\nwrote {os.path.relpath(results.path)}")
+    print(f"\nwrote {os.path.relpath(results.path)}" if job.rows else "nothing was measured")
     return code
 
 

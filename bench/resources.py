@@ -18,7 +18,6 @@ import importlib
 import io
 import json
 import multiprocessing
-import os
 import re
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from kernels._aot import AotCase
 from kernels._launch import cdiv
 from kernels._op import INTERPRETED
 from model.edge import exits
+from model.files import write_atomically
 from training.environment import package_version
 
 
@@ -157,10 +157,7 @@ def _measure(case: AotCase, arch: int) -> dict[str, Any]:
         "serialised": "wgmma.mma_async instructions are serialized" in ptxas,
         "tensor_ops": {op: mnemonics[op] for op in TENSOR_OPS if mnemonics[op]},
     }
-    cache.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(found))
-    part.replace(kept)  # two processes may measure one build
+    write_atomically(kept, json.dumps(found))  # two processes may measure one build
     return found
 
 
