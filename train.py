@@ -452,6 +452,8 @@ def explain_plan(cfg: Config) -> int:
     tokens, _ = corpus.split(cfg.recipe.val_fraction)
     cfg = replace(cfg, recipe=cfg.recipe.reading(len(tokens)))
     plan = settled(cfg, machine, ALONE, {})
+    if cfg.choices.tune == "only":
+        return 0
     start_process(plan, cfg.recipe.seed)
     explain(cfg.recipe, plan, machine, lambda s: probe_steps(cfg.recipe, plan, tokens, s), print)
     return 0
@@ -468,7 +470,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cfg = parse(sys.argv[1:] if arguments is None else arguments)
             cfg.check()
             world.connect(cfg.device, cfg.rank_timeout)
-            if cfg.explain:
+            if cfg.explain or cfg.choices.tune == "only":
                 return explain_plan(cfg)
             run = prepare(cfg, world)
             cfg = replace(cfg, recipe=run.recipe)  # epochs and a cool-down decide its steps

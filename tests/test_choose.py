@@ -128,7 +128,7 @@ def test_a_child_that_is_lost_costs_its_op_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(choose, "COMMAND", (sys.executable, "-S", "-E", "-c", CHILD))
     monkeypatch.setattr(choose, "TIME_S", 3.0)
     plan = make_plan(RECIPE, H100)
-    ms, failed = choose._time_ops(choose.rivals(plan, H100), RECIPE, plan)
+    ms, failed = choose._time_ops(choose.rivals(plan, H100), RECIPE, plan, 60.0)
     assert {op: of for op, of in ms.items() if of} == {
         "layer_norm": {"triton": [1.0], "compiled": [0.1235]}
     }
@@ -143,10 +143,9 @@ def test_a_step_that_cannot_be_timed_is_not_taken(monkeypatch: pytest.MonkeyPatc
     answers = iter([{"ms": [5.0, 5.0]}, {"error": "it ended with -9"}, {"ms": [4.0, 4.00001]}])
     monkeypatch.setattr(choose.child.Crew, "ask", lambda *_: next(answers))
     plan = make_plan(RECIPE, H100)
-    ms, failed = choose._time_steps({AS_CHOSEN: plan, "a": plan, "b": plan}, RECIPE)
+    ms, failed = choose._time_steps({AS_CHOSEN: plan, "a": plan, "b": plan}, RECIPE, 60.0)
     assert (ms, failed) == ({AS_CHOSEN: [5.0, 5.0], "b": [4.0, 4.0]}, {"a": "it ended with -9"})
-    monkeypatch.setattr(choose, "STEPS_S", -1.0)
-    assert choose._time_steps({"a": plan}, RECIPE) == ({}, {"a": "no time left"})
+    assert choose._time_steps({"a": plan}, RECIPE, -1.0) == ({}, {"a": "no time left"})
 
 
 # A child as a run starts it, but for the vocabulary.
@@ -165,10 +164,9 @@ def test_the_interpreter_is_timed_as_a_device_is(monkeypatch: pytest.MonkeyPatch
     """A real child, real kernels, real clocks; interpreted, ours lose by a lot."""
     monkeypatch.setattr(choose, "COMMAND", (sys.executable, "-c", REAL_CHILD))
     plan = make_plan(RECIPE, CPU, Choices(ops="triton", dtype="fp32", compile=False))
-    for name in ("OPS_S", "BUILD_S", "TIME_S"):
-        monkeypatch.setattr(choose, name, 300.0)
+    monkeypatch.setattr(choose, "TIME_S", 300.0)
     names = {"causal_attention": ["triton", "eager", "sdpa-flash", "no such"]}
-    ms, failed = choose._time_ops(names, RECIPE, plan)
+    ms, failed = choose._time_ops(names, RECIPE, plan, 600.0)
     assert {*ms["causal_attention"]} == {"triton", "eager", "sdpa-flash"}
     assert all(len(of) >= 3 for of in ms["causal_attention"].values())
     assert failed["causal_attention"]["no such"].startswith("ValueError: ops: cannot read")
@@ -184,11 +182,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was timed; the step is best with PyTorch's AdamW."""
     asked: list[Any] = []
 
-    def time_ops(names: Any, recipe: Any, plan: Plan) -> Any:
+    def time_ops(names: Any, recipe: Any, plan: Plan, _: float) -> Any:
         asked.append(threading.current_thread().name)
         return samples(MS), {"layer_norm": {}}
 
-    def time_steps(plans: dict[str, Plan], recipe: Any) -> Any:
+    def time_steps(plans: dict[str, Plan], *_: Any) -> Any:
         assert (
             plans[AS_CHOSEN].ops == "triton,add_layer_norm=compiled,gelu_mlp=compiled,"
             "causal_attention=sdpa-cudnn"
@@ -234,7 +232,17 @@ def test_an_answer_is_kept_and_read(
     assert taken(machine=CPU) == make_plan(RECIPE, CPU)
     assert len(measured) == 3
     assert len(answers(tmp_path)) == 2
-    assert capsys.readouterr().out.count("tune: timing what a step can be made of on ") == 3
+    said = capsys.readouterr().out
+    assert said.count("tune: timing what a step can be made of on ") == 3
+    # `make tune`
+    taken(Choices(tune="only"))
+    _, head, *rows = capsys.readouterr().out.splitlines()
+    assert head == f"tune: measured in 0 s, kept in {path}"
+    assert [row.split()[:4] for row in rows[:2]] == [
+        ["layer_norm", "triton", "1", "ms"],
+        ["add_layer_norm", "compiled", "0.9", "ms"],
+    ]
+    assert rows[0].endswith("(eager 3, compiled 0.99)")
 
 
 @pytest.mark.parametrize("spoil", [

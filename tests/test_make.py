@@ -49,6 +49,7 @@ def test_a_value_arrives_as_it_was_written(checkout: Path, value: str) -> None:
     given = [f"{name}={value}" for name in NAMES[:6]]
     assert make(checkout, "train", *given) == ["train.py", *flags]
     assert make(checkout, "doctor", *given) == ["train.py", "--explain", *flags]
+    assert make(checkout, "tune", *given) == ["train.py", "--tune", "only", *flags]
     tuned = ["--preset", "finetune", "--init", value, *flags]
     assert make(checkout, "finetune", f"INIT={value}", *given) == ["train.py", *tuned]
     sample = ["-m", "model.generate", "--model", value, "--prompt", value]

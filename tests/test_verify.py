@@ -524,10 +524,10 @@ class Crew(child.Crew):
     def share(self, tasks: Any, until: float) -> Any:
         return [self.ask(task) for task in tasks]
 
-    def each(self, tasks: Any, side_by_side: int) -> Any:
+    def each(self, tasks: Any, side_by_side: int, until: float) -> Any:
         return [self.ask(task) for task in tasks]
 
-    def ask(self, task: Any, who: int = 0) -> dict[str, Any]:
+    def ask(self, task: Any, who: int = 0, limit_s: float | None = None) -> dict[str, Any]:
         side = choose_child if self.command == choose.COMMAND else verify_child
         return side.answer(task)
 

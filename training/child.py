@@ -183,19 +183,24 @@ class Crew:
         for child in filter(None, self.children):
             child.end()
 
-    def ask(self, task: Any, who: int = 0) -> dict[str, Any]:
+    def ask(self, task: Any, who: int = 0, limit_s: float | None = None) -> dict[str, Any]:
         """The answer of one of them; that it died or hung is an answer, as "error"."""
         try:
             child = self.children[who] = self.children[who] or Child(self.command)
-            return child.ask(task, self.limit_s)
+            return child.ask(task, self.limit_s if limit_s is None else limit_s)
         except ChildDied as why:
             self.children[who] = None
             return {"error": str(why)}
 
-    def each(self, tasks: Sequence[Any], side_by_side: int) -> list[dict[str, Any]]:
+    def each(self, tasks: Sequence[Any], side_by_side: int, until: float) -> list[dict[str, Any]]:
         """The answers of all children, each to a task of its own."""
+
+        def one(task: Any, who: int) -> dict[str, Any]:
+            left = until - time.monotonic()
+            return self.ask(task, who, left) if left > 0 else {"error": "no time left"}
+
         with ThreadPoolExecutor(max(1, side_by_side)) as pool:
-            return [*pool.map(self.ask, tasks, range(len(tasks)))]
+            return [*pool.map(one, tasks, range(len(tasks)))]
 
     def share(self, tasks: Sequence[Any], until: float) -> list[dict[str, Any] | None]:
         """The answers in order, from whoever was free; None for those that came too late."""

@@ -50,9 +50,9 @@ class Choices:
     """Replay the whole step as one CUDA graph; auto does on one GPU."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the residual stream under bf16. bf16 changes the numerics."""
-    tune: Literal["auto", "on", "off"] = "auto"
+    tune: Literal["auto", "on", "off", "only"] = "auto"
     """Time what the ops and the step can be made of, and take the fastest; auto does so on a GPU,
-    once, and keeps the answer. on measures again."""
+    once, and keeps the answer. on measures again, only does and ends there."""
     tune_file: str | None = None
     """Where that answer is kept. Default: the user's cache directory."""
 

@@ -27,8 +27,8 @@ from training.timing import Timing, gains, ratio
 from training.verify import cache_path, keep, key_of, read_kept
 
 COMMAND = (sys.executable, "-m", "training.choose_child")
-OPS_S, STEPS_S = 60.0, 90.0  # for all ops, and for all steps
-BUILD_S, TIME_S = 40.0, 15.0  # of them for one op, which may hang
+OPS_S, STEPS_S = 60.0, 90.0  # for all ops, and for all steps; twice that where it is asked for
+BUILD, TIME_S = 0.7, 15.0  # share of the ops' that compiling may take; of one op, which may hang
 MAX_GAIN = 100.0  # more is a mistake of the clock: a graph of nothing takes no time
 STEP, AS_CHOSEN = "step", "as chosen"
 Samples = Mapping[str, Sequence[float]]  # ms, by who was timed, in turns
@@ -129,13 +129,15 @@ def take_fastest(
             raise ValueError(f"tune_file{trouble}; name another, or remove it")
         if known is not None and asked.tune == "auto":
             return {"ms": known, "from": f"measured before, see {path}"}
-        world.say(f"tune: timing what a step can be made of on {machine.name}, this once; takes up "
-                  f"to three minutes, --tune off leaves it out{trouble}")  # fmt: skip
-        began = time.monotonic()
-        ms, failed = _time_ops(names, recipe, checked)
+        world.say(
+            f"tune: timing what a step can be made of on {machine.name}, this once; takes two to "
+            f"three minutes, --tune off leaves it out{trouble}"
+        )
+        began, times = time.monotonic(), 1 if asked.tune == "auto" else 2
+        ms, failed = _time_ops(names, recipe, checked, times * OPS_S)
         if alone:
             plans = {name: make(changed) for name, changed in variants(ms).items()}
-            ms[STEP], failed[STEP] = _time_steps(plans, recipe)
+            ms[STEP], failed[STEP] = _time_steps(plans, recipe, times * STEPS_S)
         seconds = round(time.monotonic() - began, 1)
         chosen = choose(checked, machine, ms)
         values = {"key": key, "chosen": chosen, "ms": ms, "failed": failed, "seconds": seconds}
@@ -148,8 +150,10 @@ def take_fastest(
     found = world.first("times", measure)
     plans = variants(found["ms"])
     made = make(plans.get(choose(checked, machine, found["ms"])[STEP], plans[AS_CHOSEN]))
-    lines = [" ".join(line.split()) for line in table(checked, machine, found["ms"])]
-    note = f"tune: {found['from']}: {'; '.join(lines)}"
+    lines = [*table(checked, machine, found["ms"])]
+    if asked.tune == "only":
+        world.say("\n".join([f"tune: {found['from']}", *lines]))
+    note = f"tune: {found['from']}: {'; '.join(' '.join(line.split()) for line in lines)}"
     return replace(made, notes=tuple(dict.fromkeys([*checked.notes, *made.notes, note])))
 
 
@@ -168,32 +172,35 @@ def _read(values: Any) -> dict[str, dict[str, list[float]]]:
             for what, of in values["ms"].items()}  # fmt: skip
 
 
-def _time_ops(names: Mapping[str, list[str]], recipe: Recipe, plan: Plan) -> tuple[Any, Any]:
+def _time_ops(
+    names: Mapping[str, list[str]], recipe: Recipe, plan: Plan, seconds: float
+) -> tuple[Any, Any]:
     """Samples of each op, and why others have none; compiled side by side, timed one by one."""
     ms: dict[str, Any] = {}
     failed: dict[str, Any] = {}
-    end, tasks = time.monotonic() + OPS_S, [[*of, recipe, plan] for of in names.items()]
-    with child.Crew(COMMAND, len(tasks), BUILD_S) as crew:
-        built = crew.each([("build", task) for task in tasks], num_cores())
+    end, tasks = time.monotonic() + seconds, [[*of, recipe, plan] for of in names.items()]
+    with child.Crew(COMMAND, len(tasks), TIME_S) as crew:
+        until = end - (1 - BUILD) * seconds
+        built = crew.each([("build", task) for task in tasks], num_cores(), until)
         for who, (task, answer) in enumerate(zip(tasks, built, strict=True)):
             task[1] = [name for name in task[1] if name not in answer.get("failed", {})]
-            crew.limit_s = min(TIME_S, end - time.monotonic())
-            if "error" not in answer and crew.limit_s > 0:
+            left = min(TIME_S, end - time.monotonic())
+            if "error" not in answer and left > 0:
                 failed[task[0]] = answer["failed"]
-                answer = crew.ask(("time", task), who)
+                answer = crew.ask(("time", task), who, left)
             ms[task[0]] = {name: _rounded(of) for name, of in answer.get("ms", {}).items()}
             why = {} if "ms" in answer else {"all": answer.get("error", "no time left")}
             failed[task[0]] = failed.get(task[0], {}) | answer.get("failed", {}) | why
     return ms, failed
 
 
-def _time_steps(plans: Mapping[str, Plan], recipe: Recipe) -> tuple[Any, Any]:
+def _time_steps(plans: Mapping[str, Plan], recipe: Recipe, seconds: float) -> tuple[Any, Any]:
     """Samples of the step by each plan, one after the other: a device has room for one."""
-    ms, failed, end = {}, {}, time.monotonic() + STEPS_S
-    with child.Crew(COMMAND, 1, STEPS_S) as crew:
+    ms, failed, end = {}, {}, time.monotonic() + seconds
+    with child.Crew(COMMAND, 1, seconds) as crew:
         for name, plan in plans.items():
-            crew.limit_s = end - time.monotonic()
-            answer = crew.ask(("step", [recipe, plan])) if crew.limit_s > 0 else {}
+            left = end - time.monotonic()
+            answer = crew.ask(("step", [recipe, plan]), 0, left) if left > 0 else {}
             if "ms" in answer:
                 ms[name] = _rounded(answer["ms"])
             else:

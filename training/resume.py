@@ -434,7 +434,7 @@ def adopt(
     if changed := _differences(saved.state["made_on"], made_on(machine.name)):
         return {}, [f"resume: {'; '.join(changed)}: the plan is chosen anew"]
     before, plan = saved.state["recipe"], saved.state["plan"]
-    if asked.tune == "on" or any(before.get(k) != getattr(recipe, k) for k in _SHAPE):
+    if asked.tune in ("on", "only") or any(before.get(k) != getattr(recipe, k) for k in _SHAPE):
         return {}, []
     kept = {name: plan[name] for name, must in ADOPTED.items() if must.holds(plan.get(name))}
     kept = {name: value for name, value in kept.items()
