@@ -290,6 +290,9 @@ def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_corpus([tmp_path / name], key="body")
+    (dataset / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(FileNotFoundError, match=r"data: no such file: .*data-00001-of-00002"):
+        load_corpus([dataset], key="body")
     (dataset / "state.json").write_text('{"_data_files": 3}')
     with pytest.raises(ValueError, match=r"state.json is not as .*; name the .arrow files"):
         load_corpus([dataset])
@@ -324,6 +327,20 @@ def test_patterns_and_code(tmp_path: Path) -> None:
     assert said[0].endswith(": 1 .gz, 2 .py")
 
 
+def test_what_only_looks_compressed_or_like_a_pattern_is_taken_as_it_is(tmp_path: Path) -> None:
+    for name, content in (
+        ("BZh.txt", b"BZhello, a word"),
+        ("notes[1].txt", b"hello"),
+        ("padded.txt.gz", gzip.compress(b"hello") + b"\0" * 512),  # as tapes and tar leave it
+        ("bom.txt.gz", gzip.compress(b"\xef\xbb\xbfhello")),
+    ):
+        (tmp_path / name).write_bytes(content)
+        said: list[str] = []
+        text = tokenizer.decode(all_tokens(load_corpus([tmp_path / name], said.append)))
+        assert text == ("BZhello, a word" if name == "BZh.txt" else "hello")
+        assert bool(said) == (name == "bom.txt.gz")
+
+
 def test_a_validation_text_of_its_own(tmp_path: Path) -> None:
     for name in ("train", "val"):
         (tmp_path / f"{name}.txt").write_text(f"{name} text here")
@@ -340,7 +357,7 @@ def test_a_validation_text_of_its_own(tmp_path: Path) -> None:
     assert np.asarray(corpus.split(0.1)[1]).tolist() == [2, 2]  # never what is trained on
     write_tokens(tmp_path / "short.bin", 7)
     asked = train.parse(["--preset", "smoke", "--val-fraction", "0", "--val", "val.txt"])
-    assert asked.evaluates_before(asked.eval_interval)
+    assert asked.evaluates_before(asked.eval_interval, last=False)
     with pytest.raises(ValueError, match="validation needs at least 2 tokens, got 1"):
         load_corpus([tmp_path / "train.txt"], val=[tmp_path / "short.bin"]).split(0.0)
 

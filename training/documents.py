@@ -52,9 +52,9 @@ def _open_zstd(raw: BinaryIO) -> BinaryIO:
 # How compressed files begin, and what reads them.
 _UNPACK: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
     b"\x28\xb5\x2f\xfd": _open_zstd,
+    **{b"BZh%d" % level: bz2.open for level in range(1, 10)},
 }
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 _TABLE_STARTS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # the last is a stream of Arrow
@@ -116,17 +116,17 @@ def is_jsonl(path: Path) -> bool:
     return _suffix(path) == JSONL
 
 
-def _head(path: Path) -> bytes:
+def _begins(path: Path, *starts: bytes) -> bool:
     with path.open("rb") as file:
-        return file.read(8)
+        return file.read(8).startswith(starts)
 
 
 def is_table(path: Path) -> bool:
-    return _head(path).startswith(_TABLE_STARTS)
+    return _begins(path, *_TABLE_STARTS)
 
 
 def is_packed(path: Path) -> bool:
-    return _head(path).startswith((*_UNPACK,))
+    return _begins(path, *_UNPACK)
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     Raises:
         ValueError: it is compressed and damaged or cut short.
     """
-    unpack = next((open for start, open in _UNPACK.items() if _head(path).startswith(start)), None)
+    unpack = next((unpack for start, unpack in _UNPACK.items() if _begins(path, start)), None)
     with path.open("rb") as file:
         try:
             yield unpack(file) if unpack else file, file
@@ -176,11 +176,7 @@ def find_inputs(
         )
     if tokens:
         return tokens[0]
-    found: list[Path] = []
-    for path in named:
-        if not path.exists():
-            raise FileNotFoundError(f"data: no such file: {path}")
-        found += _inside(path) if path.is_dir() else [path]
+    found = [inner for path in named for inner in (_inside(path) if path.is_dir() else [path])]
     heads = [_check_text(path, key) for path in found]
     if all(head in (b"", codecs.BOM_UTF8) for head in heads):
         raise ValueError(f"data: {', '.join(map(str, paths))} is empty; it needs text to train on")
@@ -231,7 +227,9 @@ def _inside(folder: Path) -> list[Path]:
 
 def _check_text(path: Path, key: str) -> bytes:
     """How the text of a file begins; refuses what holds none, by what it is."""
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        raise FileNotFoundError(f"data: no such file: {path}")
+    if not path.is_file():
         raise ValueError(f"data: {path} must be a file or a folder, not a pipe or a device")
     if what := _NO_PROSE.get(_suffix(path)):
         raise ValueError(
@@ -264,7 +262,7 @@ def hash_files(files: Sequence[Path], key: str = KEY) -> str:
             digest.update(f"{JSONL} {key} ".encode())
         elif is_table(path):
             digest.update(f"table {key} ".encode())
-        start = len(codecs.BOM_UTF8) * _head(path).startswith(codecs.BOM_UTF8)
+        start = len(codecs.BOM_UTF8) * _begins(path, codecs.BOM_UTF8)
         digest.update((path.stat().st_size - start).to_bytes(8, "little"))
         with path.open("rb") as file:
             file.seek(start)
@@ -357,10 +355,10 @@ def _table(path: Path, key: str) -> Iterator[Iterator[tuple[Any, int]]]:
     count: int | None = None
     try:
         with arrow.memory_map(str(path)) as source:
-            if _head(path).startswith(b"PAR1"):
+            if _begins(path, b"PAR1"):
                 table = arrow.parquet.ParquetFile(source)
                 columns = table.schema_arrow.names
-            elif _head(path).startswith(b"ARROW1"):
+            elif _begins(path, b"ARROW1"):
                 file = arrow.ipc.open_file(source)
                 count, columns = file.num_record_batches, file.schema.names
                 table = map(file.get_batch, range(file.num_record_batches))
