@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from model import GPT, tokenizer
 from model.decoder import evaluating, resolve_window
 from training.documents import opened
 
 BATCH_TOKENS = 4096  # per forward, padding included
-IGNORED = -100
 # What the published weights score this way: 124M by build-nanogpt's hellaswag.py, which prints
 # 2,967 of 10,042, all four by llm.c's dev/vislog.ipynb.
 PUBLISHED = "GPT-2's 124M 29.4 to 29.6%, 350M 37.5%, 774M 43.2%, 1558M 48.9%; guessing 25%"
@@ -79,25 +79,21 @@ def ending_losses(model: GPT, items: Sequence[Item], window: int) -> list[list[f
 
     Of a row that is longer than the window the beginning is left out.
     """
-    rows = [(item.context, ending) for item in items for ending in item.endings]
-    cropped = [((context + ending)[-window - 1 :], len(ending)) for context, ending in rows]
-    T = max(len(tokens) for tokens, _ in cropped) - 1
-    idx = torch.zeros(len(rows), T, dtype=torch.int64)
-    targets = torch.full_like(idx, IGNORED)
-    for i, (tokens, length) in enumerate(cropped):
-        idx[i, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-        scored = min(length, len(tokens) - 1)
-        targets[i, len(tokens) - 1 - scored : len(tokens) - 1] = torch.tensor(tokens[-scored:])
+    rows, scored = [], []
+    for item in items:
+        for ending in item.endings:
+            rows.append(torch.tensor((item.context + ending)[-window - 1 :]))
+            scored.append(torch.zeros_like(rows[-1]).bool())
+            scored[-1][1:][-len(ending) :] = True  # what begins the row is predicted by nothing
+    idx, mine = (pad_sequence(part, batch_first=True) for part in (rows, scored))
     weight = model.transformer.wte.weight
-    idx, targets = idx.to(weight.device), targets.to(weight.device)
+    idx, mine = idx.to(weight.device), mine[:, 1:].to(weight.device)
     with evaluating(model), torch.no_grad():
-        y = model.transformer(idx, model.residual_dtype)
-        mine = targets != IGNORED  # logits of the endings alone
-        logits = F.linear(y[mine], weight[: model.config.vocab_size])
-        losses = F.cross_entropy(logits.float(), targets[mine], reduction="none")
-    counts = mine.sum(1)
-    means = torch.stack([part.mean() for part in losses.split(counts.tolist())]).tolist()
-    ends = iter(means)
+        y = model.transformer(idx[:, :-1], model.residual_dtype)
+        logits = F.linear(y[mine], weight[: model.config.vocab_size])  # of the endings alone
+        losses = F.cross_entropy(logits.float(), idx[:, 1:][mine], reduction="none")
+    parts = losses.split(mine.sum(1).tolist())
+    ends = iter(torch.stack([part.mean() for part in parts]).tolist())
     return [[next(ends) for _ in item.endings] for item in items]
 
 

@@ -9,11 +9,11 @@ import csv
 import importlib
 import importlib.util
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FILES = ID, TABLE = "log-id", "metrics.csv"
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_s", "val_loss", "hellaswag")
@@ -21,28 +21,21 @@ PROJECT = "fused-gpt"
 Logger = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]  # log a row, close
 
 
-@dataclass(frozen=True)
-class Place:
-    """A run, as a logger opens it.
-
-    Args:
-        folder: Run folder.
-        ident: What a tracker knows the run by.
-        config: Recipe and plan.
-        steps_done: Before this process.
-    """
+class Place(NamedTuple):
+    """A run, as a logger opens it: its folder, its id, recipe and plan, steps done before."""
 
     folder: Path
     ident: str
-    config: Mapping[str, Any]
+    config: dict[str, Any]
     steps_done: int
 
 
 def _tensorboard(place: Place) -> Logger:
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    # What an earlier process wrote of steps that are done again is hidden.
-    writer = SummaryWriter(place.folder / "tensorboard", purge_step=place.steps_done or None)
+    # Hides what an earlier process wrote behind the evaluation that stands before the next step.
+    purged = place.steps_done + 1 if place.steps_done else None
+    writer = SummaryWriter(place.folder / "tensorboard", purge_step=purged)
 
     def log(row: dict[str, Any]) -> None:
         for name in row.keys() - {"step"}:
@@ -57,7 +50,7 @@ def _wandb(place: Place) -> Logger:
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT") or PROJECT, id=place.ident, resume="allow",
-        name=place.folder.resolve().name, dir=place.folder, config={**place.config}, mode=mode,
+        name=place.folder.resolve().name, dir=place.folder, config=place.config, mode=mode,
         settings=wandb.Settings(console="off"),
     )  # fmt: skip
     run.define_metric("*", step_metric="step")  # its own counter never goes back, as a run may
@@ -67,25 +60,23 @@ def _wandb(place: Place) -> Logger:
 def _trackio(place: Place) -> Logger:
     trackio = importlib.import_module("trackio")
     name = f"{place.folder.resolve().name}-{place.ident}"
-    run = trackio.init(project=PROJECT, name=name, resume="allow", config={**place.config})
+    run = trackio.init(project=PROJECT, name=name, resume="allow", config=place.config)
     return lambda row: run.log({k: row[k] for k in row if k != "step"}, row["step"]), run.finish
 
 
 def _csv(place: Place) -> Logger:
     path, kept = place.folder / TABLE, []
     if place.steps_done and path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if _before(row, place.steps_done)]
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            steps = {str(step): step for step in range(place.steps_done + 1)}
+            kept = [row for row in csv.DictReader(file) if row["step"] in steps]
+            # The step itself is done again, the evaluation before it is not.
+            kept = [row for row in kept if steps[row["step"]] < place.steps_done or not row["loss"]]
     file = path.open("w", newline="", encoding="utf-8", buffering=1)
     table: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
     table.writeheader()
     table.writerows(kept)
     return table.writerow, file.close
-
-
-def _before(row: dict[str, str], step: int) -> bool:
-    number = str(row.get("step"))
-    return number.isdecimal() and int(number) < step
 
 
 ADAPTERS: dict[str, Callable[[Place], Logger]] = {
@@ -118,24 +109,21 @@ class Loggers:
         self,
         names: Iterable[str],
         folder: Path,
-        config: Mapping[str, Any],
+        config: dict[str, Any],
         steps_done: int,
         say: Callable[[str], None],
     ):
         self.say = say
         self._loggers: dict[str, Logger] = {}
-        names = [*dict.fromkeys(names)]
-        if not names:
+        if not (names := [*dict.fromkeys(names)]):
             return
-        path, ident = folder / ID, ""
-        if steps_done and path.is_file():
-            ident = path.read_text(encoding="utf-8", errors="replace").strip()
-        if not (ident.isascii() and ident.isalnum()):
-            path.write_text(ident := secrets.token_hex(4), encoding="utf-8")
-        place = Place(folder, ident, config, steps_done)
+        path = folder / ID
+        kept = path.read_text(errors="replace") if steps_done and path.is_file() else ""
+        if not re.fullmatch("[0-9a-f]{8}", kept):
+            path.write_text(kept := secrets.token_hex(4))
+        place = Place(folder, kept, config, steps_done)
         for name in names:
-            opened = self._try(name, lambda name=name: ADAPTERS[name](place))
-            if opened is not None:
+            if opened := self._try(name, lambda name=name: ADAPTERS[name](place)):
                 self._loggers[name] = opened
 
     def log(self, step: int, **values: Any) -> None:

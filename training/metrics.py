@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,7 +108,7 @@ class RunLog:
         steps_done: int = 0,
         keep_bytes: int = 0,
         quiet: bool = False,
-        config: Mapping[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
     ):
         self.tokens_per_step, self.mfu, self.log_every = tokens_per_step, mfu, log_every
         self.quiet = quiet
