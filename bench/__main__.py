@@ -1,6 +1,6 @@
 """Everything the bench can say about this machine, in under ten minutes: `make bench`.
 
-python -m bench                         limits, step table, op tables, resources, estimates
+python -m bench                         limits, step table, op tables, resources
 python -m bench --op layer_norm         that op alone
 python -m bench --benchmark-compare     the ops beside those of the run before this one
 """
@@ -17,9 +17,6 @@ from bench.cases import CASES, CPU_SHAPES, Shape
 from bench.contestants import Setup, default_providers
 from bench.tables import source_line
 from training import timing
-from training.explain import elsewhere
-from training.plan import detect, make_plan
-from training.recipes import Recipe
 
 
 def heading(text: str) -> None:
@@ -75,9 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [sys.executable, "-m", "bench.resources", "--arch", "90"]
         subprocess.run(command, cwd=record.ROOT, env=env, check=False)
-        heading("What a GPU could reach at most (computed from data sheets, not measured)")
-        recipe = Recipe(model="124m", batch_size=64, block_size=1024)
-        print(*elsewhere(recipe, make_plan(recipe, detect("cpu"))), sep="\n")
         heading("What was measured on a GPU")
         print(report.step_block(record.load_all(), "cuda"))
     print(f"\nwrote {os.path.relpath(results.path)}")

@@ -48,6 +48,7 @@ GOAL_GPU = "H200"
 SEED = {"model": "124m", "shape": "B=16 T=64", "accum": 4}
 
 Figure = Callable[[Result], float | None]  # None: not measured; NaN: in doubt
+Block = Callable[[Sequence[Result]], str]
 
 
 def of(section: str, keep: Keep, get: Callable[[Any], float | None]) -> Figure:
@@ -71,11 +72,6 @@ def _peak_share(result: Result) -> float | None:
         _step(LARGE, lambda row: row.peak_gib, who)(result) for who in ("ours bf16", "compile bf16")
     )
     return None if ours is None or theirs is None else ours / theirs
-
-
-def _first_step(cache: str) -> Figure:
-    """Of the recipe, on any text."""
-    return of("seed", with_values(cache=cache), lambda row: row.first_step_s)
 
 
 @dataclass(frozen=True)
@@ -120,26 +116,28 @@ class Goal:
         return ["", "", "open"], None
 
 
-def _over_compile(row: StepRow) -> float | None:
-    return row.over.get("compile bf16")
-
-
+_SPEEDUP = _step(LARGE, lambda row: row.over.get("compile bf16"))
+_COLD, _WARM = (
+    of("seed", with_values(cache=cache), lambda row: row.first_step_s) for cache in ("cold", "warm")
+)
+_SECONDS = of(
+    "seed",
+    with_values(cache="warm", text="tiny Shakespeare"),
+    lambda row: row.seconds if row.reached else math.inf,
+)
 GOALS = (
     Goal("tokens/s over plain PyTorch compiled, B=64 T=1024", "1.10x", 1.10, True,
-         _step(LARGE, _over_compile), "x", 2),
-    Goal("the same, aim", "1.20x", 1.20, True, _step(LARGE, _over_compile), "x", 2),
+         _SPEEDUP, "x", 2),
+    Goal("the same, aim", "1.20x", 1.20, True, _SPEEDUP, "x", 2),
     Goal("tokens/s there, aim", "600,000", 600_000, True,
          _step(LARGE, lambda row: row.tokens_per_s)),
-    Goal("Shakespeare recipe to loss < 0.09, warm caches", "60 s", 60, False,
-         of("seed", with_values(cache="warm", text="tiny Shakespeare"),
-            lambda row: row.seconds if row.reached else math.inf), " s", 1),
+    Goal("Shakespeare recipe to loss < 0.09, warm caches", "60 s", 60, False, _SECONDS, " s", 1),
     Goal("the same recipe as four separate micro-batches, tokens/s", "200,000", 200_000, True,
          _step(SEED, lambda row: row.tokens_per_s)),
     Goal("peak memory over the compiled baseline's, B=64 T=1024", "two thirds", 2 / 3, False,
          _peak_share, "", 3),
-    Goal("process start to first step, cold caches", "30 s", 30, False, _first_step("cold"),
-         " s", 1),
-    Goal("process start to first step, warm caches", "6 s", 6, False, _first_step("warm"), " s", 1),
+    Goal("process start to first step, cold caches", "30 s", 30, False, _COLD, " s", 1),
+    Goal("process start to first step, warm caches", "6 s", 6, False, _WARM, " s", 1),
 )  # fmt: skip
 
 
@@ -183,11 +181,21 @@ def step_block(results: Sequence[Result], device_type: str, largest: int | None 
     return "\n\n".join([*tables[:largest], *([note] if cuda else [])])
 
 
-def ablation_block(results: Sequence[Result]) -> str:
-    result = newest(results, "cuda", "ablation")
-    if result is None:
-        return ""
-    rows: list[StepRow] = result.rows("ablation")
+def of_newest(section: str) -> Callable[[Callable[[Result, list[Any]], str]], Block]:
+    """Makes a block of the newest result of a GPU that has the section, and its rows."""
+
+    def block_of(text: Callable[[Result, list[Any]], str]) -> Block:
+        def block(results: Sequence[Result]) -> str:
+            result = newest(results, "cuda", section)
+            return text(result, result.rows(section)) if result else ""
+
+        return block
+
+    return block_of
+
+
+@of_newest("ablation")
+def ablation_block(result: Result, rows: list[StepRow]) -> str:
     whole = next((row for row in shown(rows) if row.provider == "ours bf16"), None)
     body = rows_table(
         rows,
@@ -225,12 +233,9 @@ def ops_block(results: Sequence[Result], device_type: str) -> str:
     return "\n\n".join(parts)
 
 
-def train_block(results: Sequence[Result]) -> str:
+@of_newest("seed")
+def train_block(result: Result, rows: list[SeedRow]) -> str:
     """The seed recipe to its end, with what it then writes."""
-    result = newest(results, "cuda", "seed")
-    if result is None:
-        return ""
-    rows: list[SeedRow] = result.rows("seed")
     body = rows_table(
         rows,
         {
@@ -285,13 +290,10 @@ def evidence_block(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def limits_block(results: Sequence[Result]) -> str:
+@of_newest("profile")
+def limits_block(result: Result, everything: list[ProfileRow]) -> str:
     """Where a step's time goes, by the profiler, contestants side by side."""
-    result = newest(results, "cuda", "profile")
-    if result is None:
-        return ""
     parts = []
-    everything: list[ProfileRow] = result.rows("profile")
     for model, shape in dict.fromkeys((r.model, r.shape) for r in everything):
         rows = [row for row in everything if (row.model, row.shape) == (model, shape)]
         who = sorted({r.provider for r in rows}, key=lambda name: (name != "ours bf16", name))
@@ -312,12 +314,9 @@ def limits_block(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def tune_block(results: Sequence[Result]) -> str:
+@of_newest("tune")
+def tune_block(result: Result, rows: list[TuneRow]) -> str:
     """Lines for kernels/launches.toml."""
-    result = newest(results, "cuda", "tune")
-    if result is None:
-        return ""
-    rows: list[TuneRow] = result.rows("tune")
     better = [f"# {r.kernel}, x{r.gain:.3f}\n{r.more['row']}" for r in rows if r.propose]
     lines = "\n".join(["```toml", *better, "```"]) if better else ""
     found = f"{len(better)} of {len(rows)} launches could be faster ({where(result)})."
@@ -328,8 +327,6 @@ def plots_block(results: Sequence[Result]) -> str:
     drawn = {name: figure for name, figure in figures.FIGURES.items() if figure.find(results)[1]}
     return "\n".join(f"![{f.title}](../bench/plots/{name}.svg)" for name, f in drawn.items())
 
-
-Block = Callable[[Sequence[Result]], str]
 
 README_BLOCKS: dict[str, Block] = {
     "goals": goals_block,
