@@ -53,6 +53,7 @@ from training.plan import Choices, Machine, Plan, detect, make_plan
 from training.recipes import FINETUNE, Recipe, find_preset, spell_model
 from training.resume import Progress, RunFailed
 from training.run import Run, data_loader
+from training.sharding import Shard
 from training.signals import EXIT_RESUMABLE, Stopped, StopRequest
 from training.step import Outcome, TrainStep, start_process
 from training.verify import compare_first_batch, settle
@@ -204,7 +205,7 @@ def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
     # Who shares its GPU with others has the rest do as little at once.
     least = min(world.gather("memory", machine.memory_bytes))
     machine = replace(machine, memory_bytes=least)
-    plan = share(make_plan(cfg.recipe, machine, cfg.choices), cfg.recipe, world)
+    plan = share(make_plan(cfg.recipe, machine, cfg.choices, world.size), cfg.recipe, world)
     if cfg.preset == "fineweb-124m" and not (cfg.data or cfg.explain):
         raise ValueError(
             "data: fineweb-124m needs --data FOLDER of token shards: `hf download "
@@ -224,7 +225,7 @@ def settled(cfg: Config, machine: Machine, world: World, kept: Mapping[str, Any]
     """
 
     def make(choices: Choices) -> Plan:
-        plan = make_plan(cfg.recipe, machine, choices.or_else(kept))
+        plan = make_plan(cfg.recipe, machine, choices.or_else(kept), world.size)
         return share(plan, cfg.recipe, world)
 
     plan = settle(make, cfg.choices, cfg.recipe, machine, world)
@@ -278,6 +279,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     start_process(plan, recipe.seed)
     model = run.build_model()
     optimizer = configure_adamw(model, recipe, plan.optimizer)
+    if plan.shard == "optimizer":
+        optimizer.shard = Shard(model.parameters(), world)
     guard = Guard(GuardConfig(), torch.device(plan.device)) if recipe.guard else None
     progress = resume.restore(run.saved, model, optimizer, guard) if run.saved else Progress()
     rows = partial(run.first_rows, progress)
@@ -287,10 +290,14 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     batches = run.open_batches(progress)
     run.write_config(model)
     writer = checkpoint.Writer(run.out / "checkpoints", cfg.keep_last, log.say)
+    saves_at_end = cfg.saves or optimizer.shard is not None  # which all ranks are needed for
     watch = Watch(log, guard, stop, recipe.target_loss, alone=world.size == 1)
 
     def save_checkpoint() -> None:
-        if not world.is_main or progress.step > recipe.max_steps:  # beyond: nothing was done
+        if progress.step > recipe.max_steps:  # beyond: nothing was done
+            return
+        if not world.is_main:
+            resume.optimizer_tensors(model, optimizer)  # what this rank alone has, it sends
             return
         with log.aside():
             progress.position, progress.metrics_bytes = batches.position, log.num_bytes
@@ -358,7 +365,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 score_hellaswag(progress.step)
             if _due(cfg.sample_every, progress.step) and not (watch.stopping or done):
                 sample()
-            if save or watch.stopping or (done and cfg.saves):
+            if save or watch.stopping or (done and saves_at_end):
                 save_checkpoint()
             if watch.stopping:
                 writer.finish()
@@ -379,7 +386,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         try:
             finish(run, model, log, progress, kept, watch.reached, take_step.autocast, stop.check)
         except Stopped:  # on this rank; each leaves by itself
-            if not cfg.saves:
+            if not saves_at_end:
                 save_checkpoint()
             return leave(run, progress.step, writer, log, stop)
         writer.finish()

@@ -322,12 +322,12 @@ def test_checkpoints_restore_in_place(device):
     parameters = make_parameters(device, SHAPES[:3])
     model, optimizer = Holder(parameters), ours(groups_of(parameters))
     run(optimizer, parameters, range(2))
-    at = {n: t.data_ptr() for n, t in resume._optimizer_tensors(model, optimizer).items()}
-    saved = {n: t.clone() for n, t in resume._optimizer_tensors(model, optimizer).items()}
+    at = {n: t.data_ptr() for n, t in resume.optimizer_tensors(model, optimizer).items()}
+    saved = {n: t.clone() for n, t in resume.optimizer_tensors(model, optimizer).items()}
     weights = {n: t.clone() for n, t in model.state_dict().items()}
     run(optimizer, parameters, range(2, 4))
     want = values(optimizer, parameters)
-    addresses = {n: t.data_ptr() for n, t in resume._optimizer_tensors(model, optimizer).items()}
+    addresses = {n: t.data_ptr() for n, t in resume.optimizer_tensors(model, optimizer).items()}
     assert addresses == at
 
     def restore(target: Any, state: torch.optim.AdamW) -> None:
@@ -341,7 +341,7 @@ def test_checkpoints_restore_in_place(device):
     restore(model, optimizer)
     run(optimizer, parameters, range(2, 4))
     assert_same(values(optimizer, parameters), want)
-    addresses = {n: t.data_ptr() for n, t in resume._optimizer_tensors(model, optimizer).items()}
+    addresses = {n: t.data_ptr() for n, t in resume.optimizer_tensors(model, optimizer).items()}
     assert addresses == at
 
     fresh = make_parameters(device, SHAPES[:3])

@@ -12,16 +12,20 @@ import pytest
 
 from model import GPT
 from tests.two_ranks import RECIPE
+from training.memory import estimate
+from training.plan import Choices, Machine, make_plan
+from training.recipes import Recipe
 
 ROOT = Path(__file__).parents[1]
 
 
 def answers(folder: Path, *kinds: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.two_ranks"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     ranks = [
         subprocess.Popen([*command, str(rank), "2", str(folder), *kinds], cwd=ROOT,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                         env=environment, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT)
         for rank in (0, 1)
     ]  # fmt: skip
     outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
@@ -34,9 +38,11 @@ def together(tmp_path_factory) -> dict[str, Any]:
     return answers(tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("kind", ["fp32", "aot_eager"])
+@pytest.mark.parametrize("kind", ["fp32", "aot_eager", "sharded", "sharded, ours"])
 def test_two_ranks_take_the_steps_of_one(together, kind):
     """One micro-batch each, and alone two: a sum of two terms has one order."""
+    if kind == "sharded, ours":
+        pytest.importorskip("triton")
     assert together[kind]["bitwise"], together[kind]["error"]
 
 
@@ -55,6 +61,34 @@ def test_gradients_travel_while_others_are_computed(together):
     sent = [int(line.split()[1]) for line in order if line.startswith("all_reduce")]
     assert sum(sent[:-1]) == sum(p.numel() for p in model.parameters())
     assert sent[0] == 4 * RECIPE.model_config.n_embd**2  # the last block's last matrix
+
+
+def test_moments_are_shared_out_as_the_memory_model_says(together):
+    config = replace(RECIPE.model_config, vocab_size=500)
+    how = {"dtype": "fp32", "ops": "eager", "compiled": False, "working_copies": False}
+    alone, shared = (
+        estimate(config, 4, config.block_size, **how, num_micro_batches=1, shards=n).optimizer
+        for n in (1, 2)
+    )
+    counts = 4 * len(list(GPT(config).parameters()))
+    assert together["fp32"]["bytes"] == [alone + counts] * 2
+    assert sum(together["sharded"]["bytes"]) == alone + counts
+    assert shared <= max(together["sharded"]["bytes"]) <= 1.1 * shared
+
+
+def test_moments_are_shared_out_where_they_do_not_fit_otherwise():
+    recipe = Recipe(model="1558m", block_size=1024, batch_size=16, grad_accum_steps=32)
+    card = Machine("cuda", "a card", 90, has_bf16=True, memory_bytes=32 * 10**9)
+    eager = Choices(ops="eager")
+    assert make_plan(recipe, card, eager, ranks=8).shard == "optimizer"
+    large = replace(card, memory_bytes=80 * 10**9)
+    assert make_plan(recipe, large, eager, ranks=8).shard == "none"
+    assert make_plan(recipe, large, replace(eager, shard="optimizer"), ranks=1).shard == "none"
+    with pytest.raises(ValueError, match="shard: Muon's state is not shared out"):
+        make_plan(recipe, large, replace(eager, shard="optimizer", optimizer="muon"), ranks=8)
+    for asked, ranks in ((eager, 1), (replace(eager, shard="none"), 8)):
+        with pytest.raises(ValueError, match="memory: one row of 1558m"):
+            make_plan(recipe, card, asked, ranks=ranks)
 
 
 @pytest.mark.slow

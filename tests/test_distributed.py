@@ -110,7 +110,7 @@ linux_only = pytest.mark.skipif(not Path("/proc").exists(), reason="finds a rank
 
 @linux_only
 def test_dead_rank_ends_the_job_and_one_rank_finishes_what_two_began(text, alone):
-    process = start(job(text, "two", 2))
+    process = start(job(text, "two", 2, "--shard", "optimizer"))
     signal_rank(process, text, "two", 1, signal.SIGKILL)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode != 0
@@ -125,7 +125,7 @@ def test_dead_rank_ends_the_job_and_one_rank_finishes_what_two_began(text, alone
 @pytest.mark.slow
 @linux_only
 def test_torchrun_restarts_a_job_from_its_checkpoint(text, alone):
-    process = start(job(text, "again", 2, restarts=3))
+    process = start(job(text, "again", 2, "--shard", "optimizer", restarts=3))
     signal_rank(process, text, "again", 1, signal.SIGKILL)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output
@@ -136,12 +136,12 @@ def test_torchrun_restarts_a_job_from_its_checkpoint(text, alone):
 @pytest.mark.slow
 @linux_only
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(text, alone):
-    process = start(job(text, "asked", 2))
+    process = start(job(text, "asked", 2, "--shard", "optimizer"))
     signal_rank(process, text, "asked", 1, signal.SIGTERM)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert "another rank: stopped after" in output  # rank 0 says so, and it was not the one asked
     assert f"exitcode  : {EXIT_RESUMABLE}" in output
-    code, output = finish(job(text, "asked", 2))
+    code, output = finish(job(text, "asked", 4, "--shard", "optimizer"))
     assert code == 0, output
     assert "resume:" in output
     assert_equal_runs(metrics(text, "asked"), alone)

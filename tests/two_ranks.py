@@ -20,6 +20,8 @@ from training.distributed import ALONE, World, share
 from training.optim import configure_adamw
 from training.plan import Choices, Machine, make_plan
 from training.recipes import Recipe
+from training.resume import optimizer_tensors
+from training.sharding import Shard
 from training.step import Outcome, TrainStep
 
 RECIPE = Recipe(
@@ -45,13 +47,16 @@ class Rows:
 
 def make_step(world: World, asked: Choices) -> TrainStep:
     torch.manual_seed(RECIPE.seed + world.rank)  # rank 0's weights are to count
-    plan = share(make_plan(RECIPE, CPU, asked), RECIPE, world)
+    plan = share(make_plan(RECIPE, CPU, asked, world.size), RECIPE, world)
     model = GPT(replace(RECIPE.model_config, vocab_size=500))
-    return TrainStep(model, configure_adamw(model, RECIPE, plan.optimizer), RECIPE, plan, world)
+    optimizer = configure_adamw(model, RECIPE, plan.optimizer)
+    if plan.shard == "optimizer":
+        optimizer.shard = Shard(model.parameters(), world)
+    return TrainStep(model, optimizer, RECIPE, plan, world)
 
 
-def run(world: World, asked: Choices) -> tuple[list[Tensor], list[str]]:
-    """All losses, gradient norms and weights, and the order of what happened in a backward."""
+def run(world: World, asked: Choices) -> tuple[list[Tensor], list[str], int]:
+    """All losses, norms, weights and moments; what happened in a backward; bytes of moments."""
     step, rows, seen, order = make_step(world, asked), Rows(world), [], []
     last = step.model.transformer.wpe.weight
     last.register_post_accumulate_grad_hook(lambda _: order.append("last gradient"))
@@ -75,7 +80,10 @@ def run(world: World, asked: Choices) -> tuple[list[Tensor], list[str]]:
         outcome = step.run(once, rows, 1e-3)
         seen += [outcome.loss.clone(), outcome.grad_norm.clone()]
     dist.all_reduce = whole  # pyright: ignore
-    return [*seen, *(p.detach() for p in step.model.parameters()), *step.copies.values()], order
+    moments = optimizer_tensors(step.model, step.optimizer)
+    kept = sum(t.nbytes for state in step.optimizer.state.values() for t in state.values())
+    weights = [p.detach() for p in step.model.parameters()]
+    return [*seen, *weights, *step.copies.values(), *moments.values()], order, kept
 
 
 def main() -> None:
@@ -88,8 +96,16 @@ def main() -> None:
         "fp32": replace(plain, dtype="fp32"),
         "bf16": replace(plain, dtype="bf16", micro_batch_size=2),
         "autocast": replace(plain, dtype="bf16", micro_batch_size=2, working_copies=False),
+        "sharded": replace(plain, dtype="fp32", shard="optimizer"),
+        "sharded, ours": replace(plain, dtype="bf16", shard="optimizer", optimizer="triton"),
         "aot_eager": replace(plain, dtype="bf16", compile=True, compile_scope="blocks"),
     }
+    try:
+        from tests import interpreter
+
+        interpreter.install()
+    except ImportError:  # no triton
+        del kinds["sharded, ours"]
     if sys.argv[4:] == ["inductor"]:
         model = replace(plain, dtype="bf16", compile=True, compile_scope="model")
         kinds = {"model": model, "blocks": kinds["aot_eager"]}
@@ -98,15 +114,19 @@ def main() -> None:
     answers: dict[str, Any] = {}
     for kind, asked in kinds.items():
         torch.compiler.reset()
-        together, order = run(world, asked)
+        together, order, num_bytes = run(world, asked)
+        kept = world.gather(f"{kind} bytes", num_bytes)
         torch.compiler.reset()
-        alone, _ = run(ALONE, asked)
+        if not world.is_main:
+            continue
+        alone, _, _ = run(ALONE, asked)
         pairs = list(zip(together, alone, strict=True))
         answers[kind] = {
             "bitwise": all(torch.equal(a, b) for a, b in pairs),
             "error": max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs),
             "loss": [loss.item() for loss in together[: 2 * NUM_STEPS : 2]],
             "order": order,
+            "bytes": kept,
         }
     if world.is_main:
         (folder / "answers.json").write_text(json.dumps(answers))

@@ -48,6 +48,8 @@ class Choices:
     them; auto has them with bf16."""
     cuda_graph: Switch = None
     """Replay the whole step as one CUDA graph; auto does on one GPU."""
+    shard: Literal["auto", "none", "optimizer"] = "auto"
+    """optimizer: several ranks share AdamW's moments out; auto does where they do not fit."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the residual stream under bf16. bf16 changes the numerics."""
     tune: Literal["auto", "on", "off", "only"] = "auto"

@@ -48,7 +48,7 @@ class MemoryEstimate:
     Args:
         weights: fp32 masters, padding rows included.
         gradients: All of them.
-        optimizer: AdamW's two moments, fp32.
+        optimizer: AdamW's two moments, fp32, of one rank.
         working: bf16 copies of the blocks' matrices that live from step to step.
         activations: Saved for backward by one micro-batch.
         workspace: Beside all the others at the peak. peak: Name of its moment.
@@ -81,6 +81,7 @@ def estimate(
     working_copies: bool,
     num_micro_batches: int,
     residual: str = "fp32",
+    shards: int = 1,
 ) -> MemoryEstimate:
     """Memory of a step; the module docstring has the formulas.
 
@@ -92,6 +93,7 @@ def estimate(
         working_copies: The optimizer keeps bf16 copies of the blocks' matrices.
         num_micro_batches: From the second on, gradients are there during forward.
         residual: Dtype of the residual stream, "fp32" or "bf16".
+        shards: Ranks that share AdamW's moments out, a parameter to one of them.
 
     Raises:
         ValueError: a size below 1, or a dtype or ops that do not exist.
@@ -145,6 +147,7 @@ def estimate(
     peak = max(moments, key=lambda name: moments[name])
     beside = {"bottom": max(before, grads - head), "update": grads}.get(peak, before + activations)
     workspace = moments[peak] - beside
+    moments_bytes = 2 * max(weights // shards, head)  # the embedding is one parameter of one rank
     return MemoryEstimate(
-        weights, grads, 2 * weights, working, activations, workspace, peak, tuple(moments.items())
+        weights, grads, moments_bytes, working, activations, workspace, peak, tuple(moments.items())
     )

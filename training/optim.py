@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from training.recipes import Recipe
+from training.sharding import Shard
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -39,11 +40,13 @@ class AdamW(torch.optim.AdamW):
 
     Attributes:
         found_inf: (), fp32; where it is 1, `step` changes nothing. None is 0.
+        shard: Which parameters this rank updates; None is all.
         clip_order: Order in which torch's `clip` adds the norms up, which decides the last bit.
             None is that of the groups.
     """
 
     found_inf: Tensor | None = None
+    shard: Shard | None = None
     clip_order: Sequence[nn.Parameter] | None = None
 
     def __init__(
@@ -156,7 +159,11 @@ class AdamW(torch.optim.AdamW):
             self.found_inf = skip
         loss = None if closure is None else torch.enable_grad()(closure)()
         self.fold_working_gradients()
+        if self.shard:
+            self.shard.keep_own_gradients()
         super().step()
+        if self.shard:
+            self.shard.exchange()
         self.refresh_working()
         return loss
 
@@ -247,8 +254,13 @@ class TritonAdamW(AdamW):
         if skip is not None:
             self.found_inf = skip
         loss = None if closure is None else torch.enable_grad()(closure)()
+        if self.shard:
+            self.shard.keep_own_gradients()
         self._tables.adamw(self._slots(), self._coefficient, self.found_inf)
         self._coefficient = None
+        if self.shard:
+            self.shard.exchange()
+            self.refresh_working()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -272,14 +284,18 @@ class TritonAdamW(AdamW):
                 grad = p.grad if copy is None or copy.grad is None else copy.grad
                 if grad is None:
                     continue
+                rule = lr, group["betas"], group["eps"], group["weight_decay"]
+                name = f"parameter {j} of group {i}"
+                if self.shard and not self.shard.owns(p):  # only its norm is wanted: no moments
+                    slots.append(Slot(name, p, grad, p, p, p.new_zeros(()), None, *rule))
+                    continue
                 state = self.state[p]
                 if not state:
                     state["step"] = torch.zeros((), device=p.device)
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
                 moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
-                rule = lr, group["betas"], group["eps"], group["weight_decay"]
-                slots.append(Slot(f"parameter {j} of group {i}", p, grad, *moments, copy, *rule))
+                slots.append(Slot(name, p, grad, *moments, copy, *rule))
         return slots
 
 

@@ -50,6 +50,7 @@ class Plan:
             another optimizer, and changes what is computed.
         working_copies: The optimizer writes bf16 copies of the weights that autocast would cast.
         cuda_graph: The step is captured once and replayed.
+        shard: "optimizer" where the ranks share AdamW's moments out.
         residual: Dtype of the residual stream; "bf16" changes the numerics.
         memory_bytes: What a step needs by training/memory.py; an estimate.
         notes: One line for each choice that someone might not expect.
@@ -68,6 +69,7 @@ class Plan:
     optimizer: str = "torch"
     working_copies: bool = False
     cuda_graph: bool = False
+    shard: str = "none"
     residual: str = "fp32"
     memory_bytes: int = 0
     notes: tuple[str, ...] = ()
@@ -87,6 +89,7 @@ class Plan:
             "Muon for the blocks' matrices, AdamW for the rest: changed maths"
             if self.optimizer == "muon"
             else f"{self.optimizer} AdamW",
+            *(["moments shared out over the ranks"] if self.shard == "optimizer" else []),
             *(["one CUDA graph"] if self.cuda_graph else []),
             *(["bf16 residual stream: changed numerics"] if self.residual == "bf16" else []),
             f"about {self.memory_bytes / 2**30:.1f} GiB for a step, beside "
@@ -95,8 +98,12 @@ class Plan:
         return ", ".join(parts)
 
 
-def make_plan(recipe: Recipe, machine: Machine, choices: Choices | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, machine: Machine, choices: Choices | None = None, ranks: int = 1
+) -> Plan:
     """Decide how `recipe` runs on `machine`; choices other than auto, None and 0 are obeyed.
+
+    What several `ranks` can share out they do; their rows come later, see `distributed.share`.
 
     Raises:
         ValueError: a choice asked for is impossible on this machine.
@@ -128,14 +135,21 @@ def make_plan(recipe: Recipe, machine: Machine, choices: Choices | None = None) 
             f"micro_batch_size: must divide the {rows} rows of a step, got {asked.micro_batch_size}"
         )
 
+    if asked.shard == "optimizer" and optimizer == "muon":
+        raise ValueError("shard: Muon's state is not shared out; leave --shard out")
+    shard = asked.shard if ranks > 1 and optimizer != "muon" else "none"
+
     def needs(micro: int) -> int:
         return memory.estimate(
             recipe.model_config, micro, recipe.block_size, dtype=dtype, ops=ops, compiled=compile,
             working_copies=working_copies, num_micro_batches=rows // micro, residual=asked.residual,
+            shards=ranks if shard == "optimizer" else 1,
         ).total + ID_BYTES * rows * recipe.block_size  # fmt: skip
 
     # Far too large is refused, whoever insists: building such a model would end the machine.
     memory_bytes = machine.memory_bytes or UNKNOWN_BYTES
+    if shard == "auto":
+        shard = "optimizer" if needs(1) > MEMORY_SHARE * memory_bytes else "none"
     if needs(1) > (4 if asked.micro_batch_size else 1) * memory_bytes:
         raise ValueError(_too_large(recipe, machine, needs(1)))
     micro = asked.micro_batch_size or recipe.batch_size
@@ -155,6 +169,7 @@ def make_plan(recipe: Recipe, machine: Machine, choices: Choices | None = None) 
         optimizer=optimizer,
         working_copies=working_copies,
         cuda_graph=on_cuda if asked.cuda_graph is None else asked.cuda_graph,
+        shard=shard,
         residual=asked.residual,
         memory_bytes=needs(micro),
         notes=tuple(notes),

@@ -73,7 +73,7 @@ _SHAPE = ("model", "batch_size", "grad_accum_steps", "block_size")
 # Fields of a recipe that change no step but the last, and of a plan that change no bit of a loss.
 _SAME_STEPS = {"keep", "patience", "epochs"}  # epochs: max_steps says what they are
 _ENDS = {"max_steps", "horizon_steps"}  # of a recipe, which a cool-down sets
-_SAME_LOSSES = {"cuda_graph", "eval_tokens", "memory_bytes", "notes"}
+_SAME_LOSSES = {"cuda_graph", "shard", "eval_tokens", "memory_bytes", "notes"}
 
 
 def _is_range(value: Any) -> bool:
@@ -114,13 +114,18 @@ class Progress:
         return sum(step > self.best for step, _ in self.evaluations if self.best is not None)
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and step counts by parameter name; {} before the first step."""
-    return {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Moments and step counts by parameter name; {} before the first step.
+
+    Of a sharded optimizer on rank 0 alone, and all ranks must call it.
+    """
+    shard, named = getattr(optimizer, "shard", None), {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        if shard and optimizer.state:
+            state = shard.to_first(parameter, state)
+        named |= {f"{name}.{key}": value for key, value in state.items()}
+    return named
 
 
 def capture(
@@ -141,7 +146,7 @@ def capture(
     """
     tensors: dict[str, dict[str, Tensor]] = {
         "model": hf.file_tensors(model),
-        "optimizer": _optimizer_tensors(model, optimizer),
+        "optimizer": optimizer_tensors(model, optimizer),
         "rng": generators.states(),
     }
     state: dict[str, Any] = {
@@ -236,9 +241,11 @@ def restore(
     own = model.state_dict() if saved.config is None else hf.file_tensors(model)
     for name, value in saved.tensors["model"].items():
         own[name].copy_(value)
-    parameters = dict(model.named_parameters())
+    parameters, shard = dict(model.named_parameters()), getattr(optimizer, "shard", None)
     for key, value in saved.tensors["optimizer"].items():
         name, _, kind = key.rpartition(".")
+        if shard and not shard.owns(parameters[name]):
+            continue
         state = optimizer.state[parameters[name]]
         if kind in state:
             state[kind].copy_(value)
