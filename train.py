@@ -120,11 +120,11 @@ class Config:
     """Resume although the recipe or the data is not the one that was saved."""
     log_every: int = 0
     """Steps between printed lines; 0 is about a hundred lines a run."""
-    log: str = ""
+    log_to: Annotated[str, tyro.conf.arg(aliases=["--log"])] = ""
     """Where curves go beside metrics.jsonl, of tensorboard,wandb,trackio,csv; the first three need
-    the package of that name."""
+    the package of that name. torchrun takes --log for one of its own flags."""
     tensorboard: bool = False
-    """The same as --log tensorboard."""
+    """The same as --log-to tensorboard."""
     rank_timeout: int = 600
     """Seconds that one of several ranks waits for the others in a step before the job ends."""
 
@@ -168,7 +168,7 @@ class Config:
 
     @property
     def loggers(self) -> list[str]:
-        return [*filter(None, self.log.split(",")), *["tensorboard"] * self.tensorboard]
+        return [*filter(None, self.log_to.split(",")), *["tensorboard"] * self.tensorboard]
 
     @property
     def eval_interval(self) -> int:

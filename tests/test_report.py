@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -19,15 +19,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.run import get_args_parser
 
 import train
 from model.tokenizer import get_encoding
 from training import report
+from training.choices import Choices
 from training.data import SHAKESPEARE_SHA256
 from training.loggers import check_loggers
 from training.metrics import RunLog, read_metrics
 from training.overlap import find_overlap
-from training.recipes import PRESETS
+from training.recipes import PRESETS, Recipe
 from training.report import mark_spans, write_report
 from training.verdicts import SEED_RECIPE, read_run, read_samples, split_samples, verdicts
 
@@ -281,13 +283,22 @@ def test_the_libraries_themselves_take_it_without_a_network(tmp_path, monkeypatc
 
 
 def test_loggers_that_are_not_known(monkeypatch):
-    asked = train.parse(["--preset", "smoke", "--log", "csv,wandb", "--tensorboard"])
-    assert asked.loggers == ["csv", "wandb", "tensorboard"]
+    for flag in ("--log", "--log-to"):
+        asked = train.parse(["--preset", "smoke", flag, "csv,wandb", "--tensorboard"])
+        assert asked.loggers == ["csv", "wandb", "tensorboard"]
     with pytest.raises(ValueError, match=r"log: must be of tensorboard, .*, csv, got 'wandbb'"):
         check_loggers(["csv", "wandbb"])
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="log: trackio is not installed; pip install trackio"):
         check_loggers(["trackio"])
+
+
+def test_no_flag_could_be_short_for_one_of_torchruns():
+    """It would refuse the command, though the flag stands behind train.py."""
+    theirs = [*get_args_parser()._option_string_actions]
+    names = [field.name for of in (train.Config, Recipe, Choices) for field in fields(of)]
+    for flag in (f"--{name.replace('_', '-')}" for name in names):
+        assert not [other for other in theirs if other.startswith(flag)], flag
 
 
 # ---- the report
