@@ -12,9 +12,10 @@ import pytest
 import torch.distributed as dist
 
 from kernels import read_ops
+from tests.pretend_cuda import pretend_cuda
 from tests.test_plan import MACHINES
 from tests.test_verify import CONFIG, CPU, H100, MODELS, RECIPE
-from training import choose, resume, verify
+from training import choose, choose_child, probe, resume, verify
 from training.checkpoint import Checkpoint
 from training.choices import Choices
 from training.choose import AS_CHOSEN, STEP
@@ -148,6 +149,16 @@ def test_a_step_that_cannot_be_timed_is_not_taken(monkeypatch: pytest.MonkeyPatc
     assert choose._time_steps({"a": plan}, RECIPE, -1.0) == ({}, {"a": "no time left"})
 
 
+def test_a_step_is_timed_as_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "MAX_STEPS", 2)
+    plan = make_plan(RECIPE, H100, Choices(ops="eager", optimizer="torch"))
+    with pretend_cuda() as pretended:
+        found = choose_child.answer(("step", [RECIPE, plan]))
+    assert len(found["ms"]) == 2
+    assert min(found["ms"]) > 0
+    assert len(pretended.graphs) == 1  # replayed
+
+
 # A child as a run starts it, but for the vocabulary.
 REAL_CHILD = """
 import os
@@ -213,7 +224,7 @@ def answers(tmp_path: Path) -> list[Path]:
 def test_an_answer_is_kept_and_read(
     measured: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    first = taken()
+    first = taken(Choices(tune="on"))
     assert read_ops(first.ops) == NEW
     assert first.optimizer == "torch"
     [path] = answers(tmp_path)
@@ -226,14 +237,20 @@ def test_an_answer_is_kept_and_read(
     assert replace(second, notes=()) == replace(first, notes=())
     assert second.notes[-1].startswith(f"tune: measured before, see {path}: layer_norm triton ")
     assert len(measured) == 1
+    # At first use a minute has to do: there ops alone are timed.
+    path.unlink()
+    short = taken()
+    assert (short.ops, short.optimizer) == (first.ops, "triton")
+    assert "; `make tune` times whole steps too: layer_norm triton 1 ms" in short.notes[-1]
+    assert "step" not in short.notes[-1].partition("too: ")[2]
     assert taken(Choices(tune="off")) == make_plan(RECIPE, H100, Choices(tune="off"))
     taken(Choices(tune="on"))
     taken(Choices(compile=True))  # another question
     assert taken(machine=CPU) == make_plan(RECIPE, CPU)
-    assert len(measured) == 3
+    assert len(measured) == 4
     assert len(answers(tmp_path)) == 2
     said = capsys.readouterr().out
-    assert said.count("tune: timing what a step can be made of on ") == 3
+    assert said.count("tune: timing what a step can be made of on ") == 4
     # `make tune`
     taken(Choices(tune="only"))
     _, head, *rows = capsys.readouterr().out.splitlines()
@@ -271,7 +288,7 @@ def test_an_answer_that_cannot_be_used_is_made_anew(
 
 def test_where_an_answer_is_kept(measured: list[Any], tmp_path: Path) -> None:
     asked = Choices(tune_file=str(tmp_path / "a.json"))
-    assert f"kept in {tmp_path / 'a.json'}: " in taken(asked).notes[-1]
+    assert f"kept in {tmp_path / 'a.json'}; " in taken(asked).notes[-1]
     assert f"measured before, see {tmp_path / 'a.json'}: " in taken(asked).notes[-1]
     assert len(measured) == 1
     (tmp_path / "cache").write_text("a file")  # as a read-only folder, for whoever is root too

@@ -1,9 +1,9 @@
 """What a run takes of what computes the same: measured once on the user's own device.
 
-Children time each op's backends at the run's own shapes, in turns, then the whole step by the plan
-that follows and by its rivals, plain PyTorch compiled among them: what ops gain alone they may lose
-together. `choose` decides from the numbers alone. The answer is a JSON file beside the verdicts of
-training/verify.py, with every sample.
+Children time each op's backends at the run's own shapes, in turns. `make tune` has them time whole
+steps too, by the plan that follows and by its rivals, plain PyTorch compiled among them: what ops
+gain alone they may lose together. `choose` decides from the numbers alone. The answer is a file of
+JSON beside the verdicts of training/verify.py, with every sample.
 """
 
 import json
@@ -27,7 +27,7 @@ from training.timing import Timing, gains, ratio
 from training.verify import cache_path, keep, key_of, read_kept
 
 COMMAND = (sys.executable, "-m", "training.choose_child")
-OPS_S, STEPS_S = 60.0, 90.0  # for all ops, and for all steps; twice that where it is asked for
+OPS_S, STEPS_S = 60.0, 120.0  # for all ops, and, where it is asked for, for all steps
 BUILD, TIME_S = 0.7, 15.0  # share of the ops' that compiling may take; of one op, which may hang
 MAX_GAIN = 100.0  # more is a mistake of the clock: a graph of nothing takes no time
 STEP, AS_CHOSEN = "step", "as chosen"
@@ -105,7 +105,7 @@ def take_fastest(
         ValueError: --tune-file names a file that is no answer of this kind.
     """
     choices = replace(asked, ops=checked.ops, optimizer=checked.optimizer)
-    alone = world.size == 1 and checked.device == "cuda"
+    long = world.size == 1 and checked.device == "cuda" and asked.tune in ("on", "only")
 
     def variants(measured: Mapping[str, Samples]) -> dict[str, Choices]:
         ops = choose(checked, machine, measured)
@@ -116,7 +116,7 @@ def take_fastest(
     names = {op: of for op, of in rivals(checked, machine).items() if len(of) > 1}
     names = names if asked.ops == "auto" else {}
     off = asked.tune == "off" or (asked.tune == "auto" and checked.device != "cuda")
-    if off or not (names or (alone and len(variants({})) > 1)):
+    if off or not (names or (long and len(variants({})) > 1)):
         return checked
 
     def measure() -> dict[str, Any]:
@@ -129,15 +129,15 @@ def take_fastest(
             raise ValueError(f"tune_file{trouble}; name another, or remove it")
         if known is not None and asked.tune == "auto":
             return {"ms": known, "from": f"measured before, see {path}"}
+        takes = "up to three minutes" if long else "up to a minute, --tune off leaves it out"
         world.say(
-            f"tune: timing what a step can be made of on {machine.name}, this once; takes two to "
-            f"three minutes, --tune off leaves it out{trouble}"
+            f"tune: timing what a step can be made of on {machine.name}; takes {takes}{trouble}"
         )
-        began, times = time.monotonic(), 1 if asked.tune == "auto" else 2
-        ms, failed = _time_ops(names, recipe, checked, times * OPS_S)
-        if alone:
+        began = time.monotonic()
+        ms, failed = _time_ops(names, recipe, checked, OPS_S)
+        if long:
             plans = {name: make(changed) for name, changed in variants(ms).items()}
-            ms[STEP], failed[STEP] = _time_steps(plans, recipe, times * STEPS_S)
+            ms[STEP], failed[STEP] = _time_steps(plans, recipe, STEPS_S)
         seconds = round(time.monotonic() - began, 1)
         chosen = choose(checked, machine, ms)
         values = {"key": key, "chosen": chosen, "ms": ms, "failed": failed, "seconds": seconds}
@@ -145,7 +145,8 @@ def take_fastest(
                                   json.dumps(values, indent=2)))  # fmt: skip
         lost = "".join(f", {op} could not be timed ({of['all']})" for op, of in failed.items()
                        if "all" in of)  # fmt: skip
-        return {"ms": ms, "from": f"measured in {seconds:.0f} s{lost}, {where}"}
+        more = "" if long else "; `make tune` times whole steps too"
+        return {"ms": ms, "from": f"measured in {seconds:.0f} s{lost}, {where}{more}"}
 
     found = world.first("times", measure)
     plans = variants(found["ms"])

@@ -85,7 +85,8 @@ def answer(task: tuple[str, list[Any]]) -> dict[str, Any]:
     plan = next(value for value in arguments if isinstance(value, Plan))
     try:
         start_process(plan, 0)
-        torch.compiler.reset() if kind == "step" else None  # or plans share one limit of recompiles
+        if kind == "step":
+            torch.compiler.reset()  # or all plans share one limit of recompiling
         how = {"step": time_step, "build": partial(time_op, build=True)}
         return how.get(kind, partial(time_op, build=False))(*arguments)
     except Exception as error:
