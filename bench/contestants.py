@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bench import baseline
 from bench.cases import Shape, check_room
+from bench.rows import StepRow
 from kernels import Ops
 from model import GPT, MODELS, GPTConfig
 from training import memory
@@ -259,27 +260,10 @@ def make_batches(setup: Setup, device: torch.device) -> list[list[Batch]]:
     return [[micro() for _ in range(setup.accum)] for _ in range(NUM_BATCHES)]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What a contestant's warm-up showed.
-
-    Args:
-        first_step_s: Of the first step alone.
-        losses: Of the warm-up's steps.
-        grad_norm: Of the first step.
-        peak_bytes: Largest memory of its process, or on a GPU of the allocator.
-    """
-
-    first_step_s: float
-    losses: Sequence[float]
-    grad_norm: float
-    peak_bytes: int = 0
-
-
 def prepare(
-    build: Build, setup: Setup, device: torch.device, batches: list[list[Batch]]
-) -> tuple[Contestant, Prepared]:
-    """Build a contestant and run its warm-up."""
+    name: str, build: Build, setup: Setup, device: torch.device, batches: list[list[Batch]]
+) -> tuple[Contestant, StepRow]:
+    """Build a contestant and run its warm-up; a row of what that showed, without a time."""
     contestant = build(setup, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -288,5 +272,8 @@ def prepare(
     first_step_s = time.perf_counter() - start
     grad_norm = contestant.grad_norm.item()
     losses += [contestant.step(batches[i % NUM_BATCHES]).item() for i in range(1, WARMUP_STEPS)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    return contestant, Prepared(first_step_s, losses, grad_norm, peak)
+    return contestant, StepRow(
+        **setup.identity, provider=name, tokens=setup.tokens, losses=losses, grad_norm=grad_norm,
+        first_step_s=first_step_s,
+        peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    )  # fmt: skip

@@ -79,7 +79,7 @@ def trace_step(
     cuda = device.type == "cuda"
     turns.free_device(device)
     batches = make_batches(setup, device)
-    contestant, _ = prepare(find_providers([name], device)[name], setup, device, batches)
+    contestant, _ = prepare(name, find_providers([name], device)[name], setup, device, batches)
     contestant.step(batches[0])  # ours captures its graph in the fourth step
     if cuda:
         torch.cuda.synchronize()

@@ -5,7 +5,7 @@ measured. `bench.tables` shows rows, and no figure of a row in doubt.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 NOISY_COV = 0.05  # rows whose samples spread more than this are marked
@@ -24,10 +24,10 @@ class Row:
 
     def values(self) -> dict[str, Any]:
         """What a file holds, the key first: the fields that are not as by default."""
-        default = {f.name: f.default for f in fields(self)}
+        default = {f.name: f.default if f.default_factory is MISSING else f.default_factory()
+                   for f in fields(self)}  # fmt: skip
         found = ((name, getattr(self, name)) for name in dict.fromkeys([*self.KEY, *default]))
-        # An empty mapping is the one default that is made and not given.
-        return {name: value for name, value in found if value not in (default[name], {})}
+        return {name: value for name, value in found if value != default[name]}
 
 
 @dataclass(frozen=True, kw_only=True)

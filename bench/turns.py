@@ -22,7 +22,6 @@ from bench.contestants import (
     Batch,
     Build,
     Contestant,
-    Prepared,
     Setup,
     known_providers,
     make_batches,
@@ -49,34 +48,32 @@ ROOM = 1.15  # of what the largest contestant took so far, for the next one
 NO_REFERENCE = "nothing to hold it against: the first contestant failed"
 
 
-def disagreement(found: Prepared, known: Prepared | None) -> str:
+def disagreement(found: StepRow, known: StepRow | None) -> str:
     """Why a contestant's speed must not be shown; empty if losses and gradient are the first's."""
     if known is None:
         return NO_REFERENCE
+    norm, norm_known = found.grad_norm or 0.0, known.grad_norm or 0.0
     for what, ours, theirs, tolerance in (
         ("first loss", found.losses[0], known.losses[0], FIRST_LOSS_TOLERANCE),
         ("warm loss", found.losses[-1], known.losses[-1], WARM_LOSS_TOLERANCE),
-        ("gradient norm", found.grad_norm, known.grad_norm, GRAD_NORM_TOLERANCE * known.grad_norm),
+        ("gradient norm", norm, norm_known, GRAD_NORM_TOLERANCE * norm_known),
     ):
         if not abs(ours - theirs) <= tolerance:  # NaN too
             return f"{what} {ours:.4f}, reference {theirs:.4f}, tolerance {tolerance:.2g}"
     return ""
 
 
-def make_row(
-    name: str, setup: Setup, found: Prepared, timed: timing.Timing, known: Prepared | None,
-    card: str = "", **more: Any,
+def timed_row(
+    row: StepRow, setup: Setup, timed: timing.Timing, known: StepRow | None, card: str = "",
+    **more: Any,
 ) -> StepRow:  # fmt: skip
-    """A row of the step section, held against the first contestant; flops by both formulas."""
+    """The row of a warm-up with its time, held against the first contestant's warm-up."""
     per_s = setup.tokens / timed.median_ms * 1e3 / 1e12
     palm, llmc = (flops_per_token(setup.config, setup.shape.T, f) for f in ("palm", "llmc"))
     sheet = find_card(card)
-    return StepRow(
-        **setup.identity, provider=name, tokens=setup.tokens, doubt=disagreement(found, known),
-        **timed.figures, losses=found.losses, grad_norm=found.grad_norm,
-        first_step_s=found.first_step_s, peak_gib=found.peak_bytes / 2**30 or None,
-        tflops_palm=palm * per_s, tflops_llmc=llmc * per_s, peak_tflops=sheet and sheet.tflops,
-        **more,
+    return replace(
+        row, doubt=disagreement(row, known), **timed.figures, tflops_palm=palm * per_s,
+        tflops_llmc=llmc * per_s, peak_tflops=sheet and sheet.tflops, **more,
     )  # fmt: skip
 
 
@@ -147,30 +144,31 @@ def measure_cuda(
     """
     failed: dict[str, str] = {}
     rows: dict[str, StepRow] = {}
-    first: Prepared | None = None
+    first: StepRow | None = None
     torch.set_float32_matmul_precision("high")
 
-    def alone(name: str) -> tuple[Prepared, timing.Timing] | None:
-        """Figures and times of one, which has the card to itself; None if it failed."""
+    def alone(name: str) -> tuple[StepRow, timing.Timing] | None:
+        """Warm-up and times of one, which has the card to itself; None if it failed."""
         free_device(device)
         torch.cuda.reset_peak_memory_stats(device)
         try:
             batches = make_batches(setup, device)
-            contestant, prepared = prepare(builds[name], setup, device, batches)
+            contestant, row = prepare(name, builds[name], setup, device, batches)
             timed = event_steps(contestant, batches, seconds)
         except Exception as error:  # its frames hold the contestant; they end here
             timing.note_failure(failed, name, error)
             return None
-        return replace(prepared, peak_bytes=torch.cuda.max_memory_allocated(device)), timed
+        return replace(row, peak_gib=torch.cuda.max_memory_allocated(device) / 2**30), timed
 
     for name in builds:
         found = alone(name)
         if found is None:
             yield StepRow(**setup.identity, provider=name, doubt=failed[name])
             continue
-        first = found[0] if name == next(iter(builds)) else first
+        warm, timed = found
+        first = warm if name == next(iter(builds)) else first
         card, state = torch.cuda.get_device_name(device), timing.gpu_state()
-        rows[name] = row = make_row(name, setup, *found, first, card, gpu=state)
+        rows[name] = row = timed_row(warm, setup, timed, first, card, gpu=state)
         yield row
         twin = rows.get(name.replace("ours", "compile"), row)
         again = alone(twin.provider) if twin is not row and not (row.doubt or twin.doubt) else None
@@ -188,7 +186,7 @@ class Worker(Child):
         command += ["--device", "cpu"]
         command += ["--against", "nanogpt", str(nanogpt.resolve())] if nanogpt else []
         super().__init__(command, limit_s)
-        self.prepared: Prepared = self.first
+        self.row: StepRow = self.first
 
 
 def work(name: str, setup: Setup, nanogpt: Path | None) -> None:
@@ -197,10 +195,11 @@ def work(name: str, setup: Setup, nanogpt: Path | None) -> None:
         start_process(make_plan(Recipe(model=setup.model), detect("cpu")), seed=0)
     cpu = torch.device("cpu")
     batches = make_batches(setup, cpu)
-    contestant, prepared = prepare(known_providers(cpu, nanogpt)[name], setup, cpu, batches)
+    build = known_providers(cpu, nanogpt)[name]
+    contestant, row = prepare(name, build, setup, cpu, batches)
     turns = itertools.cycle(batches)
     replay = timing.host_replay(lambda: contestant.step(next(turns)))
-    serve(prepared, lambda _: replay.once())
+    serve(row, lambda _: replay.once())
 
 
 class Turns:
@@ -218,7 +217,7 @@ class Turns:
     ):
         self.setup, self.start, self.seconds, self.deadline = setup, start, seconds, deadline
         self.alive: dict[str, Worker] = {}
-        self.prepared: dict[str, Prepared] = {}  # of all so far
+        self.warm: dict[str, StepRow] = {}  # of all so far
         self.failed: dict[str, str] = {}
 
     def measure(self, names: Sequence[str]) -> Iterator[StepRow]:
@@ -236,14 +235,14 @@ class Turns:
                     continue
                 # Of those who took turns: medians of the ratios of neighbours.
                 over = {other: timing.ratio(timed[other], timed[name]) for other in timed}
-                known = self.prepared.get(first)
-                yield make_row(name, self.setup, self.prepared[name], timed[name], known, over=over)
+                known = self.warm.get(first)
+                yield timed_row(self.warm[name], self.setup, timed[name], known, over=over)
 
     def _turns(self, first: str, others: Sequence[str]) -> dict[str, timing.Timing]:
         """Time the first and those that fit beside it, or, where nobody does, one after it."""
         if first not in self.failed:
             self._begin(first)
-        if first not in self.prepared:
+        if first not in self.warm:
             self.failed |= dict.fromkeys(others, NO_REFERENCE)
             return {}
         for name in others if self.alive else ():
@@ -260,8 +259,8 @@ class Turns:
         """Start a contestant; whether there may be room for more."""
         left, free, beside = self.deadline - time.monotonic(), free_bytes(), bool(self.alive)
         # Of one more: an estimate until one has shown it.
-        largest = max((found.peak_bytes for found in self.prepared.values()), default=0)
-        need = int(ROOM * largest) or self.setup.need_bytes
+        largest = max((row.peak_gib or 0.0 for row in self.warm.values()), default=0.0)
+        need = int(ROOM * largest * 2**30) or self.setup.need_bytes
         if left <= 0:
             self.failed[name] = "no time left; --minutes gives more"
         elif 0 < free < need:
@@ -272,7 +271,7 @@ class Turns:
         else:
             try:
                 self.alive[name] = self.start(name, left / 2)  # a hang must not cost the rest
-                self.prepared[name] = self.alive[name].prepared
+                self.warm[name] = self.alive[name].row
             except ChildDied as why:
                 if beside and why.is_short:  # there will be more where fewer are alive
                     return False

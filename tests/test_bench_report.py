@@ -28,10 +28,11 @@ ON = "aaaaaaaa"  # the commit of `cuda_result`
 def step_row(provider: str, ms: float, shape: str = "b64t1024", **more: Any) -> StepRow:
     """A row as bench/turns.py makes it, with what only a GPU adds."""
     setup = contestants.Setup("124m", find_shape(shape), more.pop("accum", 1))
-    prepared = contestants.Prepared(20.0, [10.9, 10.8], 4.2)
+    warm = StepRow(**setup.identity, provider=provider, tokens=setup.tokens, losses=[10.9, 10.8],
+                   grad_norm=4.2, first_step_s=20.0)  # fmt: skip
     doubt = more.pop("doubt", "")
     timed = timing.Timing([(SECRET if doubt else ms) * x for x in (0.99, 1.0, 1.01)])
-    row = turns.make_row(provider, setup, prepared, timed, prepared, "NVIDIA H200")
+    row = turns.timed_row(warm, setup, timed, warm, "NVIDIA H200")
     return replace(row, peak_gib=60.0, doubt=doubt, **more)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from bench import contestants, record, step, turns
 from bench.cases import Shape
-from bench.contestants import Prepared, Setup
+from bench.contestants import Setup
 from bench.rows import StepRow
 from bench.tables import step_table
 from model import GPTConfig
@@ -21,7 +21,8 @@ CPU = torch.device("cpu")
 SETUP = Setup("smoke", Shape(2, 16), accum=2)
 TINY = GPTConfig(block_size=16, vocab_size=128, n_layer=2, n_head=2, n_embd=32)
 GIB = 1 << 30
-RIGHT = Prepared(0.5, [10.8, 10.7], 4.0, peak_bytes=2 * GIB)
+RIGHT = StepRow(**SETUP.identity, provider="", tokens=SETUP.tokens, losses=[10.8, 10.7],
+                grad_norm=4.0, first_step_s=0.5, peak_gib=2.0)  # fmt: skip
 
 
 class Machine:
@@ -34,7 +35,7 @@ class Machine:
         self.events: list[str] = []
         self.ms = {"a": 100.0, "b": 50.0, "c": 25.0, "d": 200.0, "e": 10.0}
         self.killed: set[str] = set()  # where another is alive
-        self.prepared = dict.fromkeys(self.ms, RIGHT)
+        self.warm = {name: replace(RIGHT, provider=name) for name in self.ms}
         monkeypatch.setattr(turns, "free_bytes", lambda: int(self.total - sum(self.alive.values())))
         monkeypatch.setattr(turns.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(Setup, "need_bytes", 2 * GIB)
@@ -46,7 +47,7 @@ class Machine:
             raise ChildDied(f"no answer in {limit_s:.0f} s: compiling")
         if name in self.killed and self.alive:
             raise ChildDied("it ended with -9: nothing said")
-        self.alive[name] = self.prepared[name].peak_bytes
+        self.alive[name] = 2 * GIB
         return FakeRunner(self, name)
 
     def measure(self, names: str, deadline: float = 1e9) -> dict[str, StepRow]:
@@ -61,7 +62,7 @@ class Machine:
 
 class FakeRunner:
     def __init__(self, machine: Machine, name: str):
-        self.machine, self.name, self.prepared = machine, name, machine.prepared[name]
+        self.machine, self.name, self.row = machine, name, machine.warm[name]
 
     def ask(self, task: str, limit_s: float) -> float:
         return self.machine.ms[self.name]
@@ -136,8 +137,8 @@ def test_it_ends_within_the_time_it_says(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_contestant_is_held_against_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, 100)
-    machine.prepared["b"] = replace(RIGHT, losses=[10.8, 10.9])
-    machine.prepared["c"] = replace(RIGHT, grad_norm=float("nan"))
+    machine.warm["b"] = replace(RIGHT, provider="b", losses=[10.8, 10.9])
+    machine.warm["c"] = replace(RIGHT, provider="c", grad_norm=float("nan"))
     rows = machine.measure("abcd")
     assert rows["b"].doubt == "warm loss 10.9000, reference 10.7000, tolerance 0.1"
     assert rows["c"].doubt.startswith("gradient norm nan")
@@ -162,10 +163,10 @@ def test_workers_live_in_processes_of_their_own() -> None:
         assert worker.ask("step", 60.0) > 0
         batches = contestants.make_batches(SETUP, CPU)
         build = contestants.known_providers(CPU)["eager fp32"]
-        _, here = contestants.prepare(build, SETUP, CPU, batches)
-        assert worker.prepared.losses == pytest.approx(here.losses, rel=1e-5)
-        assert worker.prepared.first_step_s > 0
-        assert 0.1 * GIB < worker.prepared.peak_bytes < 8 * GIB
+        _, here = contestants.prepare("", build, SETUP, CPU, batches)
+        assert worker.row.losses == pytest.approx(here.losses, rel=1e-5)
+        assert worker.row.first_step_s > 0
+        assert 0.1 < (worker.row.peak_gib or 0) < 8
     assert worker.process.returncode == 0
 
 
@@ -174,9 +175,9 @@ def test_our_contestant_takes_the_trainer_s_step() -> None:
     ours = contestants.Ours(SETUP, CPU, Choices(compile=False, dtype="fp32"))
     assert isinstance(ours.take_step, TrainStep)
     assert ours.take_step.plan.num_micro_batches == 2
-    _, found = contestants.prepare(lambda *_: ours, SETUP, CPU, batches)
+    _, found = contestants.prepare("", lambda *_: ours, SETUP, CPU, batches)
     build = contestants.known_providers(CPU)["eager fp32"]
-    _, plain = contestants.prepare(build, SETUP, CPU, batches)
+    _, plain = contestants.prepare("", build, SETUP, CPU, batches)
     assert found.losses == pytest.approx(plain.losses, rel=1e-3)  # its softmax has no padding
     assert found.grad_norm == pytest.approx(plain.grad_norm, rel=1e-3)
 
@@ -195,7 +196,7 @@ def test_a_wrong_model_shows_in_its_gradient_where_its_loss_is_right(monkeypatch
         return contestant
 
     right, wrong = (
-        contestants.prepare(each, setup, CPU, batches)[1] for each in (build, other_weights)
+        contestants.prepare("", each, setup, CPU, batches)[1] for each in (build, other_weights)
     )
     assert turns.disagreement(right, right) == ""
     assert turns.disagreement(wrong, right).startswith("gradient norm")
@@ -234,7 +235,7 @@ def test_nanogpt_is_a_model_by_path(tmp_path, monkeypatch) -> None:
     known = contestants.known_providers(CPU, tmp_path)
     batches = contestants.make_batches(setup, CPU)
     theirs, plain = (
-        contestants.prepare(known[name], setup, CPU, batches)[1]
+        contestants.prepare(name, known[name], setup, CPU, batches)[1]
         for name in ("nanogpt eager fp32", "eager fp32")
     )
     assert theirs.losses == pytest.approx(plain.losses, abs=1e-5)
