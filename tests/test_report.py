@@ -23,7 +23,7 @@ from torch.distributed.run import get_args_parser
 
 import train
 from model.tokenizer import get_encoding
-from training import report
+from training import folder, report
 from training.choices import Choices
 from training.data import SHAKESPEARE_SHA256
 from training.loggers import check_loggers
@@ -280,6 +280,13 @@ def test_the_libraries_themselves_take_it_without_a_network(tmp_path, monkeypatc
     assert "failed" not in capsys.readouterr().out
     written = "log-id" if name == "trackio" else name  # trackio keeps one place for all runs
     assert (tmp_path / written).exists()
+
+
+def test_the_link_that_wandb_makes_stops_no_resume(tmp_path: Path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "latest-run").symlink_to("offline-run-1")
+    with folder.opened(tmp_path, None, print):
+        assert (tmp_path / "wandb" / "latest-run").is_symlink()  # each of its runs has a folder
 
 
 def test_loggers_that_are_not_known(monkeypatch):

@@ -22,7 +22,7 @@ LOCK = "run.lock"
 STOPPED = "stopped"  # there once a job of several ranks was asked to stop
 CHECKPOINTS = "checkpoints"
 LOG = "metrics.jsonl"
-FOLDERS = (CHECKPOINTS, "model", "tensorboard", "wandb")
+FOLDERS = (CHECKPOINTS, "model", "tensorboard")
 # All that a run writes beside its lock.
 WRITTEN = (
     *FOLDERS, LOG, *loggers.FILES, "config.json", "corpus.txt", "loss.png", "report.html",
