@@ -116,7 +116,9 @@ class Ours:
             min_lr=baseline.LEARNING_RATE, beta1=baseline.BETAS[0], beta2=baseline.BETAS[1],
             grad_clip=baseline.CLIP_NORM, weight_decay=baseline.WEIGHT_DECAY,
         )  # fmt: skip
-        plan = make_plan(recipe, detect(device.type), replace(choices, micro_batch_size=B))
+        if device.type == "cuda":  # a CPU's plan merges micro-batches, as training's does
+            choices = replace(choices, micro_batch_size=B)
+        plan = make_plan(recipe, detect(device.type), choices)
         model = GPT(setup.config, plan.op_set)
         model.load_state_dict(weights(setup.config))
         self.optimizer = configure_adamw(model.to(device), recipe, plan.optimizer)

@@ -174,7 +174,7 @@ def test_our_contestant_takes_the_trainer_s_step() -> None:
     batches = contestants.make_batches(SETUP, CPU)
     ours = contestants.Ours(SETUP, CPU, Choices(compile=False, dtype="fp32"))
     assert isinstance(ours.take_step, TrainStep)
-    assert ours.take_step.plan.num_micro_batches == 2
+    assert ours.take_step.plan.micro_batch_size == 2 * SETUP.shape.B  # merged, as in training
     _, found = contestants.prepare("", lambda *_: ours, SETUP, CPU, batches)
     build = contestants.known_providers(CPU)["eager fp32"]
     _, plain = contestants.prepare("", build, SETUP, CPU, batches)

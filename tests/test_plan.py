@@ -44,7 +44,7 @@ EAGER = {"ops": "eager", "dtype": "fp32", "optimizer": "torch", "working_copies"
     [
         *((name, TRITON) for name in ("3090", "4090", "A100", "H100", "H200", "B200")),
         ("T4", EAGER | {"cuda_graph": True, "compile_scope": "blocks"}),
-        ("CPU", EAGER | {"cuda_graph": False, "compile_scope": "model"}),
+        ("CPU", EAGER | {"cuda_graph": False, "compile_scope": "blocks"}),
         ("CPU with AMX", EAGER | {"dtype": "bf16", "working_copies": True, "cuda_graph": False}),
     ],
 )
@@ -52,9 +52,22 @@ def test_what_each_machine_runs(name: str, expected: dict) -> None:
     made = make_plan(SEED, MACHINES[name])
     assert {key: getattr(made, key) for key in expected} == expected
     assert any(note.startswith(f"ops {made.ops}") for note in made.notes)
-    # 4,096 tokens of 124M fit everywhere: one physical batch on a GPU, the recipe's on a CPU.
-    on_cuda = MACHINES[name].device == "cuda"
-    assert (made.micro_batch_size, made.num_micro_batches) == ((64, 1) if on_cuda else (16, 4))
+    # 4,096 tokens of 124M fit everywhere.
+    assert (made.micro_batch_size, made.num_micro_batches) == (64, 1)
+
+
+@pytest.mark.parametrize(("gib", "micro"), [(0, 16), (4, 16), (7, 32), (16, 64)])
+def test_a_cpu_merges_in_half_of_its_memory(gib: int, micro: int) -> None:
+    made = make_plan(SEED, replace(CPU, memory_bytes=gib * GIB))
+    assert made.micro_batch_size == micro
+    assert made.micro_batch_size * made.num_micro_batches == SEED.rows_per_step
+    longer = replace(SEED, block_size=512)  # more than 4,096 tokens at once gain nothing
+    assert make_plan(longer, replace(CPU, memory_bytes=256 * GIB)).micro_batch_size == 16
+
+
+def test_five_minutes_on_a_cpu_are_not_compiled() -> None:
+    assert not make_plan(PRESETS["shakespeare-cpu"], CPU).compile
+    assert make_plan(SEED, CPU).compile
 
 
 @pytest.mark.parametrize("name", [*MACHINES])

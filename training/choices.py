@@ -38,8 +38,8 @@ class Choices:
     compile_scope: Literal["auto", "model", "blocks"] = "auto"
     """Compile the model as one graph, or one block that all layers share: starts sooner."""
     micro_batch_size: int = 0
-    """Rows of a physical batch; 0 is as many of a step's rows as fit on a GPU, the recipe's
-    batch_size on a CPU."""
+    """Rows of a physical batch; 0 is as many of a step's rows as fit on a GPU, up to 4,096 tokens
+    on a CPU."""
     optimizer: Literal["auto", "torch", "triton", "muon"] = "auto"
     """Whose fused AdamW: PyTorch's or ours. muon is torch.optim.Muon for the blocks' matrices and
     AdamW for the rest: changed maths."""

@@ -20,10 +20,11 @@ from training.machines import Machine
 from training.machines import detect as detect  # whoever makes a plan needs both
 from training.recipes import Recipe
 
-# Compiling takes about 20 s of CPU time with a cold cache and saves about a fifth of an fp32 run
-# (4 layers, 256 wide, 2 cores: 1264 -> 1553 tokens/s), so it pays for runs over 100 s. Flops
-# stand for time: 2 cores reach about 1e11 a second.
-MIN_COMPILE_FLOPS = 1e13
+# Compiling the blocks takes 20 to 30 s of CPU time with a cold cache and saves 1.5 to 4% of a step
+# (bench/LOG.md), so it pays for runs over a quarter of an hour. Flops stand for time: 2 cores reach
+# 1e11 to 4e11 a second.
+MIN_COMPILE_FLOPS = 2e14
+CPU_TOKENS = 4096  # at once: products of 1,024 rows spend 4 to 14% on packing weights again
 EVAL_TOKENS = {"cpu": 8192, "cuda": 1 << 20}  # about a second of an evaluation during the run
 # Of a GPU's memory, for a step as the model in training/memory.py counts it. The rest is the CUDA
 # context, cuBLAS workspaces, the allocator's fragments and what a desktop holds.
@@ -114,9 +115,7 @@ def make_plan(
     dtype = _choose_dtype(asked.dtype, machine, notes)
     ops = _choose_ops(asked.ops, recipe, machine, dtype, notes)
     compile = _choose_compile(asked.compile, recipe, machine, notes)
-    scope: str = asked.compile_scope
-    if scope == "auto":
-        scope = "blocks" if on_cuda else "model"
+    scope = "blocks" if asked.compile_scope == "auto" else asked.compile_scope
     optimizer = _choose_optimizer(asked.optimizer, machine, dtype)
     if asked.cuda_graph and not on_cuda:
         raise ValueError("cuda_graph: needs a GPU; leave --cuda-graph out")
@@ -141,8 +140,9 @@ def make_plan(
 
     def needs(micro: int) -> int:
         return memory.estimate(
-            recipe.model_config, micro, recipe.block_size, dtype=dtype, ops=ops, compiled=compile,
-            working_copies=working_copies, num_micro_batches=rows // micro, residual=asked.residual,
+            recipe.model_config, micro, recipe.block_size, dtype=dtype, ops=ops,
+            compiled=compile and scope == "model", working_copies=working_copies,
+            num_micro_batches=rows // micro, residual=asked.residual,
             shards=ranks if shard == "optimizer" else 1,
         ).total + ID_BYTES * rows * recipe.block_size  # fmt: skip
 
@@ -153,7 +153,7 @@ def make_plan(
     if needs(1) > (4 if asked.micro_batch_size else 1) * memory_bytes:
         raise ValueError(_too_large(recipe, machine, needs(1)))
     micro = asked.micro_batch_size or recipe.batch_size
-    if on_cuda and not asked.micro_batch_size:
+    if not asked.micro_batch_size:
         micro = _merge_micro_batches(recipe, machine, needs, notes)
     return Plan(
         device=machine.device,
@@ -179,10 +179,17 @@ def make_plan(
 def _merge_micro_batches(
     recipe: Recipe, machine: Machine, needs: Callable[[int], int], notes: list[str]
 ) -> int:
-    """The largest physical batch that fits: fewer launches, larger GEMMs, the same rows."""
+    """The largest physical batch that fits: fewer launches, larger GEMMs, the same rows.
+
+    On a CPU up to CPU_TOKENS in half of the memory, and no fewer rows than the recipe's.
+    """
     rows, budget = recipe.rows_per_step, int(MEMORY_SHARE * machine.memory_bytes)
     small = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
     divisors = sorted({*small, *(rows // d for d in small)}, reverse=True)
+    if machine.device == "cpu":
+        most, budget = CPU_TOKENS // recipe.block_size, machine.memory_bytes // 2
+        divisors = [*(d for d in divisors if recipe.batch_size < d <= most), recipe.batch_size]
+        budget = max(budget, needs(recipe.batch_size))
     micro = next((d for d in divisors if needs(d) <= budget), 0)
     if not micro:
         raise ValueError(_too_large(recipe, machine, needs(1)))
