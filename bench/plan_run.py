@@ -1,0 +1,100 @@
+"""A run on paper, before anyone rents the cards: hours, checkpoints, disk and cost of a recipe.
+
+python -m bench.plan_run --preset fineweb-124m --cards 8xH100 --price 3
+
+What does not fit is refused as train.py would. Tokens per second are those of the newest result
+file for its card and model; elsewhere, an estimate, its share of the peak. Several cards count as
+many times one: what sending gradients and launching without a graph cost is not measured.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bench import cli, record
+from bench.record import with_values
+from bench.rows import StepRow
+from model.flops import flops_per_token, num_parameters
+from training.distributed import World, share
+from training.machines import Machine, find_card
+from training.plan import Plan, make_plan
+from training.recipes import Recipe, find_preset
+
+# Compute capability, and GiB of memory.
+MEMORY = {
+    "B200": (100, 180), "H200": (90, 141), "H100": (90, 80), "A100": (80, 80), "L40S": (89, 48),
+    "L4": (89, 24), "RTX 5090": (120, 32), "RTX 4090": (89, 24), "RTX 3090": (86, 24),
+}  # fmt: skip
+CHECKPOINTS_KEPT = 3  # train.py's --keep-last and the best
+
+
+def read_cards(text: str) -> tuple[int, str]:
+    """8xH100 -> (8, "H100").
+
+    Raises:
+        ValueError: it is no number of cards that are known.
+    """
+    found = re.fullmatch(r"(?:([1-9]\d{0,3})x)?(.+)", text)
+    if not found or found[2] not in MEMORY:
+        raise ValueError(f"--cards must be like 8xH100, of {', '.join(MEMORY)}, got {text}")
+    return int(found[1] or 1), found[2]
+
+
+def rate(recipe: Recipe, card: str) -> tuple[float, str]:
+    """Tokens per second of one card, and where they come from."""
+    ours = with_values(provider="ours bf16")
+    result = record.newest(record.load_all(), "cuda", "step", ours)
+    figures = find_card(card)
+    assert result is not None, "result files are part of the checkout"
+    assert figures is not None
+    rows: list[StepRow] = [row for row in result.rows("step") if ours(row)]
+    row, name = max(rows, key=lambda row: row.tokens_per_s), result.device["name"]
+    reached = row.tflops_palm / (row.peak_tflops or figures.tflops)
+    flops = flops_per_token(recipe.model_config, recipe.block_size)
+    measured = (recipe.model, figures) == (row.model, find_card(name))
+    measured &= row.shape.endswith(f"T={recipe.block_size}")
+    source = "measured" if measured else f"estimate: {reached:.0%} of the peak, as {row.model}"
+    return reached * figures.tflops * 1e12 / flops, f"{source} on {name}, {row.shape}"
+
+
+def describe(recipe: Recipe, plan: Plan, count: int, card: str, price: float | None) -> list[str]:
+    """What the run takes, a line each."""
+    one, source = rate(recipe, card)
+    tokens = recipe.tokens_per_step * recipe.max_steps
+    hours = tokens / (count * one) / 3600
+    saved = 12 * num_parameters(recipe.model_config) / 1e9  # fp32: weights and two moments
+    several = f", times {count} (estimate: nothing lost between them)" if count > 1 else ""
+    return [
+        plan.describe(),
+        f"tokens: {tokens:,} in {recipe.max_steps:,} steps of {recipe.tokens_per_step:,}",
+        f"tokens per second: {one:,.0f} of one card ({source}){several}",
+        f"hours: {hours:,.1f} of training steps alone; evaluations and start-up come on top",
+        f"checkpoints: {saved:.2f} GB each, {CHECKPOINTS_KEPT * saved:.1f} GB as many as are kept",
+        f"shards: {2 * tokens / 1e9:.1f} GB of disk where no token is seen twice",
+        *([f"cost: {hours * count * price:,.0f} at {price:g} per card and hour"] if price else []),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser("bench.plan_run", __doc__)
+    parser.add_argument("--preset", default="fineweb-124m")
+    parser.add_argument("--model", help="another one than the recipe's: 350m, 774m, 1558m")
+    parser.add_argument("--cards", default="8xH100", metavar="NxCARD")
+    parser.add_argument("--price", type=cli.amount, help="of a card for an hour, any currency")
+    options = parser.parse_args(argv)
+    try:
+        recipe = find_preset(options.preset)
+        recipe = replace(recipe, model=options.model or recipe.model)
+        count, card = read_cards(options.cards)
+        arch, gib = MEMORY[card]
+        machine = Machine("cuda", card, arch, has_bf16=True, memory_bytes=gib << 30)
+        plan = share(make_plan(recipe, machine, None, count), recipe, World(size=count))
+    except ValueError as error:
+        parser.error(str(error))
+    print("\n".join(describe(recipe, plan, count, card, options.price)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
