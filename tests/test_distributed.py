@@ -228,11 +228,13 @@ def test_ranks_wait_for_the_first_to_tokenise_but_not_for_one_that_hangs(monkeyp
 
     def tokenise(world: World) -> int:
         def work() -> int:
-            time.sleep(0 if world.rank else 0.5)
+            time.sleep(0 if world.rank == 1 else 0.5)
             done.append(world.rank)
             return world.rank
 
-        return world.in_turn("tokens", work)
+        mine = world.in_turn("tokens", work)
+        assert world.gather("here", "now") == ["now"] * 3  # one on a host of its own is late, too
+        return mine
 
     assert in_threads(3, tokenise) == [0, 1, 2]
     assert done[0] == 0

@@ -140,14 +140,15 @@ class World:
         return received
 
     def in_turn(self, key: str, work: Callable[[], T]) -> T:
-        """`work` on rank 0, however long it takes, and then on the others."""
+        """`work` on rank 0, then on the others; each may take as long as it takes."""
         if self.store is None:
             return work()
         if not self.is_main:
             self._await(key, patient=True)
         result = work()
-        if self.is_main:
-            self.store.set(key, "true")
+        self.store.set(key if self.is_main else f"{key}/{self.rank}", "true")
+        for rank in range(1, self.size):  # on a host of its own one may have as much to do
+            self._await(f"{key}/{rank}", patient=True)
         return result
 
     def _await(self, key: str, patient: bool = False) -> Any:
