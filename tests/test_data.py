@@ -325,6 +325,7 @@ def test_patterns_and_code(tmp_path: Path) -> None:
     said: list[str] = []
     load_corpus([tmp_path / "sub", tmp_path / "d.txt.gz"], said.append)
     assert said[0].endswith(": 1 .gz, 2 .py")
+    assert all_tokens(load_corpus([f"{tmp_path}/s*/**"])).count(tokenizer.EOT) == 1  # each once
 
 
 def test_what_only_looks_compressed_or_like_a_pattern_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -188,10 +188,12 @@ def find_inputs(
 
 
 def _matches(path: str) -> list[str]:
-    """The files that a pattern names; what exists, or is no pattern, names itself."""
+    """What a pattern names, each once; what exists, or is no pattern, names itself."""
     if Path(path).exists() or not glob.has_magic(path):
         return [path]
-    return sorted(glob.glob(path, recursive=True)) or [path]
+    found = sorted(glob.glob(path, recursive=True))
+    whole = {*map(Path, found)}  # ** names a folder and all that is in it
+    return [match for match in found if whole.isdisjoint(Path(match).parents)] or [path]
 
 
 def _inside(folder: Path) -> list[Path]:
