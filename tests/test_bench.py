@@ -209,6 +209,39 @@ def test_generation_is_timed_beside_transformers():
     assert all(row.ms and "differs" not in row.doubt for row in rows.values())
 
 
+@pytest.mark.filterwarnings("ignore:Not saving anything")
+def test_ops_are_written_as_they_come_and_ours_in_doubt_fails(monkeypatch, tmp_path, capsys):
+    """The plugin that pytest-benchmark runs; what is measured is made up here."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(timing, "limits", lambda device: {"copy_gbs": 1.0})
+    doubt: dict[str, str] = {}
+    written: list[int] = []
+
+    def measure(op: str, shape: Shape, dtype: Any, mode: str, device: Any, **how: Any) -> Any:
+        found = record.load(results.path).rows("ops") if results.path.exists() else []
+        written.append(len(found))
+        timed = {name: timing.Timing([1.0, 2.0]) for name in how["providers"]}
+        whose = {"op": op, "shape": shape.label, "dtype": "fp32", "mode": mode}
+        return ops.make_rows([*timed], timed, doubt, (), 1, 1.0, **whose), timed
+
+    monkeypatch.setattr(ops, "measure", measure)
+    argv = ["--op", "layer_norm", "--provider", "eager", "--provider", "ours"]
+    job = ops.Job(ops.make_parser().parse_args(argv), CPU)
+    results = record.Results(CPU, tmp_path, commit="c" * 40)
+    storage = [f"--benchmark-storage=file://{tmp_path}/kept"]
+    assert job.run(results, storage) == 0
+    assert written == [0, 2, 4]  # once for both providers, of three modes
+    assert "| layer_norm |    1.5 ! |   1.5 ! |" in capsys.readouterr().out
+    doubt["ours"] = RED = "wrong"
+    assert job.run(results, storage) == 1
+    rows = record.load(results.path).rows("ops")
+    assert [row.doubt for row in rows] == ["", RED] * 3
+    assert "layer_norm ours: not shown: wrong" in capsys.readouterr().out
+    job.options.minutes = -1.0
+    assert job.run(results, storage) == 0
+    assert len(written) == 6  # nothing begins after its time
+
+
 @pytest.mark.slow  # imports torch again and measures the machine's limits
 def test_pytest_benchmark_keeps_and_compares_the_measured_samples(tmp_path):
     """`make bench OP=layer_norm` end to end, on a tiny shape."""
