@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import EAGER, Ops
 from model.config import GPTConfig
@@ -88,6 +89,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.dropout = config.dropout
+        self.recompute = False  # each block's forward once more in the backward, to save memory
         self.ops = ops
 
     def forward(
@@ -108,7 +110,12 @@ class Transformer(nn.Module):
         norms = [*(block.ln_1 for block in self.h), self.ln_f]
         y = self.ops.layer_norm(residual, norms[0].weight, norms[0].bias, norms[0].eps)
         for block, next_norm in zip(self.h, norms[1:], strict=True):
-            y, residual = block(y, residual, next_norm)
+            if self.recompute and torch.is_grad_enabled():
+                # A generator's state is a host read, which no CUDA graph can hold.
+                y, residual = checkpoint(block, y, residual, next_norm, use_reentrant=False,
+                                         preserve_rng_state=self.dropout > 0)  # fmt: skip
+            else:
+                y, residual = block(y, residual, next_norm)
         return y
 
 

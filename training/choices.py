@@ -50,6 +50,9 @@ class Choices:
     """Replay the whole step as one CUDA graph; auto does on one GPU."""
     shard: Literal["auto", "none", "optimizer"] = "auto"
     """optimizer: several ranks share AdamW's moments out; auto does where they do not fit."""
+    recompute: Switch = None
+    """Compute each block's forward again in the backward instead of keeping what it made: a third
+    more arithmetic, the same bits, a fraction of the memory; auto where nothing else fits."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the residual stream under bf16. bf16 changes the numerics."""
     tune: Literal["auto", "on", "off", "only"] = "auto"

@@ -16,7 +16,10 @@ Saved for backward, per layer:
     gelu_mlp            x, and two of width 4C     e M C + 2 * e 4 M C     (eager h, g; triton g, d)
     bf16                casts of the 4 matrices    2 * 12 C^2          (unless they are kept copies)
 
-and once: ids 8 M, the first norm's input and statistics, and what linear_cross_entropy computes
+With `recompute` a block keeps its two inputs alone, e M C + r M C, and all of the above exists for
+one block at a time, in the backward.
+
+And once: ids 8 M, the first norm's input and statistics, and what linear_cross_entropy computes
 ahead of its backward, dx (e M C) and dweight (4 Vp C). Dropout adds a mask byte an element, as on
 CUDA. A compiled model saves the same: there is no matmul-free way back to these tensors.
 
@@ -82,6 +85,7 @@ def estimate(
     num_micro_batches: int,
     residual: str = "fp32",
     shards: int = 1,
+    recompute: bool = False,
 ) -> MemoryEstimate:
     """Memory of a step; the module docstring has the formulas.
 
@@ -94,6 +98,7 @@ def estimate(
         num_micro_batches: From the second on, gradients are there during forward.
         residual: Dtype of the residual stream, "fp32" or "bf16".
         shards: Ranks that share AdamW's moments out, a parameter to one of them.
+        recompute: Blocks compute their forward again in the backward.
 
     Raises:
         ValueError: a size below 1, or a dtype or ops that do not exist.
@@ -116,9 +121,14 @@ def estimate(
 
     layer = M * (2 * r * C + 14 * e * C + 2 * stats + 4 * H)
     once = M * (8 + r * C + first_stats + e * C) + head
-    masks = M * C * (2 * L + 1) if config.dropout > 0 else 0
-    casts = 2 * matrices if dtype == "bf16" and not working else 0
-    activations = L * layer + once + masks + casts
+    if config.dropout > 0:
+        once, layer = once + M * C, layer + 2 * M * C  # masks
+    if dtype == "bf16" and not working:
+        layer += 2 * matrices // L  # casts
+    # A block's inputs; the first one's residual is the first norm's input.
+    kept = L * (e + r) * M * C - r * M * C
+    activations = once + (kept if recompute else L * layer)
+    again = layer if recompute else 0
 
     loss = e * M * C + (head // 2 if dtype == "bf16" else 0)
     if "linear_cross_entropy" not in ours:
@@ -140,7 +150,7 @@ def estimate(
     moments = {
         "loss": before + activations + loss,
         "turn": before + activations + head + e * M * C,
-        "mlp": before + activations + (5 if e < r else 4) * e * M * C + 8 * e * C * C,
+        "mlp": before + activations + again + (5 if e < r else 4) * e * M * C + 8 * e * C * C,
         "bottom": max(before, grads - head) + folded + 3 * head + r * M * C,
         "update": weights,
     }

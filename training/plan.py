@@ -9,6 +9,7 @@ asked for.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -52,6 +53,7 @@ class Plan:
         working_copies: The optimizer writes bf16 copies of the weights that autocast would cast.
         cuda_graph: The step is captured once and replayed.
         shard: "optimizer" where the ranks share AdamW's moments out.
+        recompute: Blocks compute their forward again in the backward.
         residual: Dtype of the residual stream; "bf16" changes the numerics.
         memory_bytes: What a step needs by training/memory.py; an estimate.
         notes: One line for each choice that someone might not expect.
@@ -71,6 +73,7 @@ class Plan:
     working_copies: bool = False
     cuda_graph: bool = False
     shard: str = "none"
+    recompute: bool = False
     residual: str = "fp32"
     memory_bytes: int = 0
     notes: tuple[str, ...] = ()
@@ -92,6 +95,7 @@ class Plan:
             else f"{self.optimizer} AdamW",
             *(["moments shared out over the ranks"] if self.shard == "optimizer" else []),
             *(["one CUDA graph"] if self.cuda_graph else []),
+            *(["blocks computed again in the backward"] if self.recompute else []),
             *(["bf16 residual stream: changed numerics"] if self.residual == "bf16" else []),
             f"about {self.memory_bytes / 2**30:.1f} GiB for a step, beside "
             + ("the 0.5 to 1 of torch itself" if self.device == "cpu" else "CUDA's own 0.5"),
@@ -121,6 +125,10 @@ def make_plan(
         raise ValueError("cuda_graph: needs a GPU; leave --cuda-graph out")
     if asked.working_copies and dtype != "bf16":
         raise ValueError(f"working_copies: they are bf16, but dtype is {dtype}; add --dtype bf16")
+    if asked.working_copies and asked.recompute:
+        raise ValueError(
+            "working_copies: --recompute has no use for them; leave one of the two out"
+        )
     if asked.residual == "bf16" and dtype != "bf16":
         raise ValueError(f"residual: bf16 needs --dtype bf16, got {dtype}")
     working_copies = dtype == "bf16" if asked.working_copies is None else asked.working_copies
@@ -138,23 +146,34 @@ def make_plan(
         raise ValueError("shard: Muon's state is not shared out; leave --shard out")
     shard = asked.shard if ranks > 1 and optimizer != "muon" else "none"
 
-    def needs(micro: int) -> int:
+    def needs(micro: int, recompute: bool) -> int:
         return memory.estimate(
             recipe.model_config, micro, recipe.block_size, dtype=dtype, ops=ops,
-            compiled=compile and scope == "model", working_copies=working_copies,
-            num_micro_batches=rows // micro, residual=asked.residual,
+            compiled=compile and scope == "model", working_copies=working_copies and not recompute,
+            num_micro_batches=rows // micro, residual=asked.residual, recompute=recompute,
             shards=ranks if shard == "optimizer" else 1,
         ).total + ID_BYTES * rows * recipe.block_size  # fmt: skip
 
     # Far too large is refused, whoever insists: building such a model would end the machine.
     memory_bytes = machine.memory_bytes or UNKNOWN_BYTES
     if shard == "auto":
-        shard = "optimizer" if needs(1) > MEMORY_SHARE * memory_bytes else "none"
-    if needs(1) > (4 if asked.micro_batch_size else 1) * memory_bytes:
-        raise ValueError(_too_large(recipe, machine, needs(1)))
+        fits = needs(1, asked.recompute is True) <= MEMORY_SHARE * memory_bytes
+        shard = "none" if fits else "optimizer"
+    least, recompute = 1 if on_cuda else recipe.batch_size, asked.recompute is True
+    free = asked.recompute is None and not (asked.working_copies or asked.micro_batch_size)
+    if free and needs(least, False) > MEMORY_SHARE * memory_bytes:
+        recompute = needs(least, True) < needs(least, False)
+        notes.append(
+            f"blocks computed again in the backward: {least} x {recipe.block_size} tokens take "
+            f"{needs(least, True) / 2**30:,.1f} GiB so, else {needs(least, False) / 2**30:,.1f}"
+        )
+    working_copies = working_copies and not recompute
+    required = partial(needs, recompute=recompute)
+    if required(1) > (4 if asked.micro_batch_size else 1) * memory_bytes:
+        raise ValueError(_too_large(recipe, machine, required(1)))
     micro = asked.micro_batch_size or recipe.batch_size
     if not asked.micro_batch_size:
-        micro = _merge_micro_batches(recipe, machine, needs, notes)
+        micro = _merge_micro_batches(recipe, machine, required, notes)
     return Plan(
         device=machine.device,
         device_name=machine.name,
@@ -170,8 +189,9 @@ def make_plan(
         working_copies=working_copies,
         cuda_graph=on_cuda if asked.cuda_graph is None else asked.cuda_graph,
         shard=shard,
+        recompute=recompute,
         residual=asked.residual,
-        memory_bytes=needs(micro),
+        memory_bytes=required(micro),
         notes=tuple(notes),
     )
 

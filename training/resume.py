@@ -73,7 +73,7 @@ _SHAPE = ("model", "batch_size", "grad_accum_steps", "block_size")
 # Fields of a recipe that change no step but the last, and of a plan that change no bit of a loss.
 _SAME_STEPS = {"keep", "patience", "epochs"}  # epochs: max_steps says what they are
 _ENDS = {"max_steps", "horizon_steps"}  # of a recipe, which a cool-down sets
-_SAME_LOSSES = {"cuda_graph", "shard", "eval_tokens", "memory_bytes", "notes"}
+_SAME_LOSSES = {"cuda_graph", "shard", "recompute", "eval_tokens", "memory_bytes", "notes"}
 
 
 def _is_range(value: Any) -> bool:

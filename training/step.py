@@ -96,6 +96,7 @@ class TrainStep:
             self.share = torch.tensor(1 / world.size, device=device)  # of the mean over all ranks
         if copies:
             optimizer.attach_working(copies)
+        model.transformer.recompute = plan.recompute
         self.forward = self._build_forward()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream = torch.cuda.Stream() if plan.cuda_graph else None
