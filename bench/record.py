@@ -206,8 +206,6 @@ def rounded(value: Any, digits: int = 5) -> Any:
 
 def load(path: Path) -> Result:
     """Read a result file; ValueError if it is none."""
-    if path.exists() and not path.is_file():  # a device or a pipe would be read for ever
-        raise ValueError(f"bench: {path} is no regular file")
     try:
         data = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -223,34 +221,17 @@ def load(path: Path) -> Result:
     return Result(data, sections)
 
 
-def load_all(paths: Path | Sequence[Path] = RESULTS) -> list[Result]:
-    """The results of a folder or of files, newest last; those of one device and commit as one."""
-    if isinstance(paths, Path):
-        paths = sorted(paths.glob("*.json"))
+def load_all(folder: Path = RESULTS) -> list[Result]:
+    """The results of a folder, newest last; those of one device, commit and versions as one."""
     found: list[Result] = []
-    for result in sorted(map(load, paths), key=lambda result: result.about["date"]):
+    loaded = map(load, sorted(folder.glob("*.json")))
+    for result in sorted(loaded, key=lambda result: result.about["date"]):
         same = [x for x in found if all(x.about[k] == result.about[k] for k in ONE_FILE)]
         for earlier in same:
             found.remove(earlier)
             earlier.join(result)
         found += same or [result]
     return found
-
-
-def merge(paths: Sequence[Path], into: Path) -> Path:
-    """Make one result file of several, and of the one that stands there; the later row wins.
-
-    Raises:
-        ValueError: they differ in device, commit, torch or triton.
-    """
-    target = into if into.suffix == ".json" else into / load(paths[0]).file_name
-    named = {path.resolve() for path in (*paths, *([target] if target.exists() else []))}
-    whole, *others = load_all([*named])
-    for other in others:  # not of one file, so that this says in what they differ
-        whole.join(other)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    whole.write(target)
-    return target
 
 
 def with_values(**want: Any) -> Keep:

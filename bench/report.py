@@ -2,7 +2,6 @@
 
     python -m bench.report            # write docs/results.md, bench/plots/, the blocks of README.md
     python -m bench.report --check    # exit 1 if one of them says something else than the results
-    python -m bench.report --merge A.json B.json --into bench/results/
 
 docs/results.md is made in whole. In README.md a block is what stands between two comments, each on
 a line of its own, and the rest of the file is never touched:
@@ -11,12 +10,11 @@ a line of its own, and the rest of the file is never touched:
     <!-- /bench:goals -->
 
 Its blocks are the goals on one H200 and, as step-gpu and step-cpu, one table of the whole step per
-kind of device. A row in doubt never shows a figure. `--merge` makes one result of several calls on
-one machine.
+kind of device. Files of one device, commit and versions count as one, whose later rows win. A row
+in doubt never shows a figure.
 """
 
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -389,12 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="edit nothing, exit 1 on a difference")
     parser.add_argument("--results", type=cli.path, default=record.RESULTS)
     parser.add_argument("--root", type=cli.path, default=record.ROOT, help="of what is written")
-    parser.add_argument("--merge", nargs="+", type=cli.path, help="result files of one device")
-    parser.add_argument("--into", type=cli.path, default=record.RESULTS, help="file or folder")
     args = parser.parse_args(argv)
-    if args.merge:
-        print(f"wrote {os.path.relpath(record.merge(args.merge, args.into))}")
-        return 0
     if not args.results.is_dir():
         raise ValueError(f"report: --results must be a folder, got {args.results}")
     results = record.load_all(args.results)

@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -397,36 +396,30 @@ def test_results_keep_rows_replace_twins_and_refuse_strangers(tmp_path):
             record.load_all(tmp_path)
 
 
-def test_merge_makes_one_file_of_several_calls(tmp_path):
-    def part(name: str, hour: int, sections: dict[str, Any], **about: Any) -> Path:
+def test_files_of_several_calls_count_as_one(tmp_path):
+    def part(name: str, hour: int, sections: dict[str, Any], **about: Any) -> None:
         result = Result(cuda_result(f"2027-01-02 {hour}:00 UTC").about | about, sections)
         result.write(tmp_path / name)
-        return tmp_path / name
 
     step = cuda_result().rows("step")
-    a = part("a.json", 10, {"step": step[:2], "checks": checks()}, command="python a",
-             parts={"tests": "done", "step": "cut off"})  # fmt: skip
-    b = part("b.json", 11, {"step": [replace(step[1], ms=99.0), step[2]]}, command="python b",
-             dirty=None, parts={"step": "done"})  # fmt: skip
-    # Later is by date, so a glob may give them in any order.
-    assert report.main(["--merge", str(b), str(a), "--into", str(tmp_path / "out.json")]) == 0
-    merged = record.load(tmp_path / "out.json")
-    assert [(r.provider, r.ms) for r in merged.rows("step")] == [
+    # Later is by date, whatever the names.
+    part("b.json", 10, {"step": step[:2], "checks": checks()}, command="python a",
+         parts={"tests": "done", "step": "cut off"})  # fmt: skip
+    part("a.json", 11, {"step": [replace(step[1], ms=99.0), step[2]]}, command="python b",
+         dirty=None, parts={"step": "done"})  # fmt: skip
+    [whole] = record.load_all(tmp_path)
+    assert [(r.provider, r.ms) for r in whole.rows("step")] == [
         ("compile bf16", 120.0), ("ours bf16", 99.0), ("eager bf16", 200.0)
     ]  # fmt: skip
-    assert merged.rows("checks") == checks()
-    assert merged.about["parts"] == {"tests": "done", "step": "done"}
-    assert (merged.about["date"], merged.about["dirty"]) == ("2027-01-02 11:00 UTC", None)
-    assert {*merged.about["command"].split("; ")} == {"python a", "python b"}
-    # A third call goes into the file that is there.
-    record.merge([part("b.json", 12, {}, command="python a", dirty=True)], tmp_path / "out.json")
-    third = record.load(tmp_path / "out.json")
-    assert (third.rows("step"), third.about["dirty"]) == (merged.rows("step"), True)
-    for key, value in (("commit", "b" * 40), ("device", {"type": "cuda", "name": "NVIDIA H100"})):
-        part("b.json", 13, {}, **{key: value})
-        with pytest.raises(ValueError, match=f"must agree in {key}"):
-            record.merge([a, b], tmp_path / "new/x.json")
-    assert not (tmp_path / "new").exists()
+    assert whole.rows("checks") == checks()
+    assert whole.about["parts"] == {"tests": "done", "step": "done"}
+    assert (whole.about["date"], whole.about["dirty"]) == ("2027-01-02 11:00 UTC", None)
+    assert whole.about["command"] == "python a; python b"
+    part("c.json", 12, {}, command="python a", dirty=True)
+    part("d.json", 13, {}, commit="b" * 40)
+    whole, other = record.load_all(tmp_path)
+    assert (other.about["commit"], whole.about["dirty"]) == ("b" * 40, True)
+    assert whole.about["command"] == "python a; python b"
 
 
 def test_readme_page_and_plots_agree_with_the_results(capsys):
