@@ -2,6 +2,7 @@
 
 import asyncio
 import html
+import importlib
 import json
 import os
 import re
@@ -26,7 +27,8 @@ from model.tokenizer import get_encoding
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed")
 
-from demo import app, line, screenshot, space  # noqa: E402 - they import gradio
+import demo  # noqa: E402 - it imports gradio
+from demo import app, line, screenshot, space  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 # Sees every connection and name look-up of the server process, whoever makes it.
@@ -286,14 +288,16 @@ def test_what_gradio_cannot_read_in_the_environment(
         app.main([])
     assert stop.value.code == 2
     assert "must be a whole number from 1 to 65,535, got 99999" in capsys.readouterr().err
-    done = subprocess.run(
-        [sys.executable, "-m", "demo.app"], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "GRADIO_SERVER_PORT": "abc"},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert re.fullmatch(
-        r"error: demo: gradio cannot read .*GRADIO_SERVER_PORT=abc.*: .*\n", done.stderr
-    )
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "7860")
+    for name, value in {"SERVER_PORT": "abc", "NUM_PORTS": "", "NUM_WORKERS": "-1"}.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(f"GRADIO_{name}", value)
+            with pytest.raises(SystemExit, match="2"):
+                importlib.reload(demo)
+        line = (
+            f"error: demo: GRADIO_{name} must be a whole number, got {value!r}; gradio reads it\n"
+        )
+        assert capsys.readouterr().err == line
 
 
 # ---- visitors in a line
