@@ -474,7 +474,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         held.enter_context(console.surviving(lambda: bool(stop), left))
         try:
             world = held.enter_context(distributed.meet())
-            cfg = parse(sys.argv[1:] if arguments is None else arguments)
+            with world.in_one_voice():
+                cfg = parse(sys.argv[1:] if arguments is None else arguments)
             cfg.check()
             world.connect(cfg.device, cfg.rank_timeout)
             if cfg.explain or cfg.choices.tune == "only":

@@ -326,6 +326,16 @@ def test_eight_restarts_in_a_row(tmp_path):
     assert "could not connect" not in output
 
 
+def test_wrong_flags_are_said_once(monkeypatch, capsys):
+    store = dist.HashStore()
+    for rank in (1, 0):
+        monkeypatch.setattr(distributed, "meet", lambda rank=rank: World(rank, 2, rank, store))
+        with pytest.raises(SystemExit, match="2"):
+            train.main(["--stepz", "3"])
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("--stepz")) == ("", 1)
+
+
 @pytest.mark.parametrize("bad", [0, 1], ids=["first rank", "another rank"])
 def test_bad_data_is_one_line_from_one_rank(text, tmp_path, monkeypatch, capsys, bad):
     """Where its data is bad, and where that of another is."""

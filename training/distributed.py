@@ -6,6 +6,7 @@ world of one and touches no process group.
 """
 
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -184,6 +185,20 @@ class World:
                 if self.store.add("complaints", 0) == self.size:
                     break
                 time.sleep(POLL_S)
+
+    @contextmanager
+    def in_one_voice(self) -> Iterator[None]:
+        """What is printed before a SystemExit, as of wrong flags, is printed by one rank."""
+        if self.size == 1:
+            yield
+            return
+        said = io.StringIO()
+        try:
+            with redirect_stdout(said), redirect_stderr(said):
+                yield
+        except SystemExit:
+            self.complain(said.getvalue().rstrip())
+            raise
 
     def mean_loss(self, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor | None]:
         """The loss over all ranks, and above 0 where one was asked to stop, both on the device."""
