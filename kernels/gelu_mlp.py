@@ -347,7 +347,7 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
         RuntimeError: in the backward, when asked for second derivatives.
     """
     check_device("gelu_mlp", x)
-    C = x.shape[-1]
+    C = x.shape[-1] if x.dim() else 1
     if C % WIDTH:
         raise ValueError(
             f"gelu_mlp: C must be a multiple of {WIDTH}, got x {tuple(x.shape)}; "

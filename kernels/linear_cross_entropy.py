@@ -291,10 +291,10 @@ def linear_cross_entropy(
             neither an id nor `ignore_index`.
     """
     check_device("linear_cross_entropy", x)
-    V = weight.shape[0] if vocab_size is None else vocab_size
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+    C = x.shape[-1] if x.dim() else 0
+    if weight.dim() != 2 or weight.shape[1] != C:
         raise ValueError(
-            f"linear_cross_entropy: weight must be (Vp, {x.shape[-1]}) to match x "
+            f"linear_cross_entropy: weight must be (Vp, {C}) to match x "
             f"{tuple(x.shape)}, got {tuple(weight.shape)}"
         )
     if targets.shape != x.shape[:-1] or targets.dtype != torch.int64:
@@ -302,6 +302,7 @@ def linear_cross_entropy(
             f"linear_cross_entropy: targets must be int64 {tuple(x.shape[:-1])} to match x "
             f"{tuple(x.shape)}, got {targets.dtype} {tuple(targets.shape)}"
         )
+    V = weight.shape[0] if vocab_size is None else vocab_size
     if not 0 < V <= weight.shape[0]:
         raise ValueError(
             f"linear_cross_entropy: vocab_size must be in [1, {weight.shape[0]}] to match weight "

@@ -228,6 +228,7 @@ def test_double_backward_is_refused(device):
             lambda t: t.mT.contiguous().mT,
             r"w_fc must be contiguous, got strides \(1, 256\)",
         ),
+        ("x", lambda t: t[0, 0], r"C must be a multiple of 64, got x \(\)"),
         ("x", lambda t: t[:, :48], r"C must be a multiple of 64, got x \(5, 48\); use --ops tri"),
     ],
 )
