@@ -36,6 +36,7 @@ from kernels._op import INTERPRETED
 from model.edge import exits
 from model.files import write_atomically
 from training.environment import package_version
+from training.metrics import write_json
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     triton = package_version("triton")
     if args.json:
         report = {"triton": triton, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
     for row in failed:  # once more, where they are found
         print(format_row(row))
     verdict = f"{len(failed)} of them in violation" if failed else "none spills, all fit"
