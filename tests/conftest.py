@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import forked
 from tests.machine import sitecustomize as machines
 
 if not torch.cuda.is_available():
@@ -90,6 +92,17 @@ def poison() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore (a run unsets it)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Signals that the tests were started without, as by nohup or with &, are heard again."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    forked.hear()
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -74,6 +74,13 @@ class Forked:
         return printed, code
 
 
+def hear() -> None:
+    """Signals that were ignored when the tests began, as by nohup or with &, do what they do."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _begin(
     out: Connection,
     cwd: str,
@@ -86,6 +93,7 @@ def _begin(
     for number in (1, 2):
         os.dup2(out.fileno(), number)
     out.close()
+    hear()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)

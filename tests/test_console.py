@@ -15,6 +15,7 @@ from training.console import surviving
 from training.metrics import RunLog
 from training.signals import StopRequest
 
+pytestmark = pytest.mark.usefixtures("heard")
 ROOT = Path(__file__).parents[1]
 
 

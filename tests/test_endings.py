@@ -21,6 +21,7 @@ from training import ending, report, run
 from training.metrics import RunLog, read_metrics, to_json
 from training.signals import EXIT_RESUMABLE
 
+pytestmark = pytest.mark.usefixtures("heard")
 posix_only = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
 WORDS = "the king said to his people that no man shall want for bread while I have bread to give"
 
