@@ -27,8 +27,10 @@ PYTEST = $(PY) -m pytest -p no:benchmark --numprocesses auto --dist loadfile \
 	numerics resources torture mutants matrix check fix clean
 .DEFAULT_GOAL := help
 
+##@ set up
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^##@ / {print substr($$0, 5)} \
+		/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.setup ## make .venv and install the exact pins
 $(VENV)/.setup: requirements.txt
@@ -42,6 +44,7 @@ $(VENV)/.setup-dev: requirements-dev.txt $(VENV)/.setup
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
+##@ train and try
 train: setup ## train, sample, draw the loss curve, save the model (DATA= PRESET= STEPS= OUT= ARGS=)
 	$(PY) train.py $(TRAIN_FLAGS)
 
@@ -65,6 +68,7 @@ eval: setup-dev ## EleutherAI's harness on a model folder (MODEL=runs/NAME/model
 demo: setup-dev ## try it in the browser (MODEL= ARGS=)
 	$(PY) -m demo.app $(MODEL_FLAG) $(ARGS)
 
+##@ test
 test: setup-dev ## everything that can run on this machine (OP=layer_norm MACHINE=fp32 ARGS=)
 	$(PYTEST) -m "not slow"
 
@@ -74,6 +78,7 @@ test-slow: setup-dev ## longer sweeps
 test-gpu: setup-dev ## what only a GPU can show, and fails without one
 	$(PYTEST) -m gpu
 
+##@ measure
 bench: setup-dev ## what each op and the whole step buy on this machine (OP= ARGS=)
 	$(PY) -m bench $(OP_FLAG) $(ARGS)
 
@@ -86,6 +91,7 @@ profile: setup ## where the time of a step goes; writes runs/profile/trace.json 
 report: setup ## docs/results.md, README's tables and the plots from bench/results/
 	$(PY) -m bench.report $(ARGS)
 
+##@ whether the kernels and runs can be trusted
 numerics: setup-dev ## error of our ops and of plain PyTorch against float64 (OP= ARGS=)
 	$(PY) -m tests.numerics $(OP_FLAG) $(ARGS)
 
@@ -101,6 +107,7 @@ matrix: setup ## imports, builds and interpreter tests under older and newer tor
 mutants: setup-dev ## plant faults in the kernels; the tests must notice (OP= ARGS=)
 	$(PY) -m tests.mutants $(OP_FLAG) $(ARGS)
 
+##@ edit
 check: setup-dev ## ruff and pyright; edits nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

@@ -50,7 +50,7 @@ from training.machines import has_gpu
 from training.metrics import RunLog
 from training.optim import configure_adamw
 from training.plan import Choices, Machine, Plan, detect, make_plan
-from training.recipes import FINETUNE, Recipe, find_preset, spell_model
+from training.recipes import ABOUT, FINETUNE, Recipe, find_preset, spell_model
 from training.resume import Progress, RunFailed
 from training.run import Run, data_loader
 from training.sharding import Shard
@@ -59,6 +59,7 @@ from training.step import Outcome, TrainStep, start_process
 from training.verify import compare_first_batch, settle
 from training.watch import Watch
 
+LIST = "list"  # in place of a recipe
 DEFAULT_PRESET = {"cpu": "shakespeare-cpu", "cuda": "shakespeare-124m"}
 
 
@@ -73,7 +74,7 @@ class Config:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     preset: str
-    """Recipe: shakespeare-cpu, shakespeare-124m, fineweb-124m, finetune or smoke."""
+    """Recipe, that is what is trained; alone it lists them."""
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """config.json of a run, to make it again; other flags on the line overrule it."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
@@ -84,7 +85,8 @@ class Config:
     text_column: str = documents.KEY
     """Field of a JSONL object, or column of a table, that holds the text."""
     out: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Run folder. Default: runs/PRESET, with a number once that one holds a finished run."""
+    """Run folder. Default: runs/PRESET, or runs/TEXT where a Shakespeare recipe has another text,
+    with a number once that one holds a finished run."""
     init: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Fine-tune: start from the weights of a GPT-2 folder, a run folder, a safetensors file, or a
     model of the Hugging Face hub (gpt2, distilgpt2, owner/name, owner/name@revision). They decide
@@ -247,7 +249,8 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     recipe = recipe.reading(len(parts[0]))
     cfg = replace(cfg, recipe=recipe)
     data_loader(recipe, plan, parts[0], world)  # raises where the text is too short for a batch
-    out = Path(world.first("out", lambda: str(folder.name(cfg.out, cfg.preset))))
+    title = folder.title(cfg.preset, corpus.name, corpus.sha256)
+    out = Path(world.first("out", lambda: str(folder.name(cfg.out, title))))
     how = (recipe, corpus.sha256, cfg.override, cfg.cooldown)
     saved = resume.find(cfg.resume, out, world, *how)
     kept, notes = resume.adopt(saved, cfg.choices, recipe, machine)
@@ -411,7 +414,8 @@ def leave(run: Run, step: int, writer: checkpoint.Writer, log: RunLog, stop: Sto
 def _glance(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags that others depend on, as they are written."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flags in (["--preset"], ["--config"], ["--init"], ["--model"], ["--epochs"],
+    first.add_argument("--preset", nargs="?", const=LIST)
+    for flags in (["--config"], ["--init"], ["--model"], ["--epochs"],
                   ["--steps", "--max-steps"]):  # fmt: skip
         first.add_argument(*flags)
     try:
@@ -434,6 +438,9 @@ def parse(arguments: Sequence[str]) -> Config:
         arguments = [*from_config(given.config), *arguments]
         given = _glance(arguments)
     preset = given.preset
+    if preset == LIST:
+        print("\n".join(f"  {name:18}{what}" for name, what in ABOUT.items()))
+        raise SystemExit(0)
     if preset is None:
         preset = FINETUNE if given.init else DEFAULT_PRESET["cuda" if has_gpu() else "cpu"]
     recipe = find_preset(preset)

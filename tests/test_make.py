@@ -83,6 +83,9 @@ def test_help_names_every_target(checkout: Path) -> None:
                           encoding="utf-8", check=True)  # fmt: skip
     phony = (ROOT / "Makefile").read_text().partition(".PHONY:")[2].partition("\n.DEFAULT")[0]
     named = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")}
+    headings = [line for line in done.stdout.splitlines() if not line.startswith("  ")]
+    assert headings[:3] == ["set up", "train and try", "test"]
+    assert done.stdout.index("train and try") < done.stdout.index("  finetune ")
     assert {*phony.replace("\\", "").split()} - named == {"setup-dev"}
 
 

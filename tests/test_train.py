@@ -20,10 +20,11 @@ import train
 from model import GPT, GPTConfig
 from tests.forked import Forked, python
 from training import ending, folder, loggers, metrics
+from training.data import SHAKESPEARE_SHA256
 from training.evaluate import evaluate_tokens
 from training.metrics import RunLog
 from training.plan import Machine, detect, make_plan
-from training.recipes import find_preset
+from training.recipes import ABOUT, PRESETS, find_preset
 
 ROOT = Path(train.__file__).parent
 CPU = Machine(device="cpu", name="a CPU", num_threads=2)
@@ -301,6 +302,33 @@ def test_a_finished_run_is_not_overwritten(text: Path, tmp_path: Path, monkeypat
     assert train.prepare(cfg).out == Path("runs/smoke")  # nothing finished there
     Path("runs/smoke/summary.json").write_text("{}")
     assert train.prepare(cfg).out == Path("runs/smoke-2")
+
+
+@pytest.mark.parametrize(
+    ("preset", "corpus", "sha256", "title"),
+    [
+        ("shakespeare-cpu", "tiny Shakespeare", SHAKESPEARE_SHA256, "shakespeare-cpu"),
+        ("shakespeare-cpu", "my/input.txt", SHAKESPEARE_SHA256, "shakespeare-cpu"),
+        ("shakespeare-cpu", "pydoc_data.topics", "0", "pydoc_data"),
+        ("shakespeare-124m", "/a/my own text.txt and 2 more", "0", "my-own-text"),
+        ("shakespeare-cpu", "../..", "0", "shakespeare-cpu"),
+        ("smoke", "my.txt", "0", "smoke"),
+    ],
+)
+def test_a_run_is_called_after_its_text_and_not_after_shakespeare(
+    preset: str, corpus: str, sha256: str, title: str
+) -> None:
+    assert folder.title(preset, corpus, sha256) == title
+
+
+@pytest.mark.parametrize("words", [["--preset"], ["--preset", "list"], ["--steps=3", "--preset"]])
+def test_the_recipes_list_themselves(words: list[str], capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        train.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*ABOUT]
+    assert {*ABOUT} == {*PRESETS}
+    assert max(map(len, lines)) < 100
 
 
 def test_init_starts_from_given_weights(text: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -16,6 +17,7 @@ import torch
 from model import GPT, export
 from training import checkpoint, loggers
 from training.checkpoint import Checkpoint
+from training.data import SHAKESPEARE_SHA256
 from training.recipes import Recipe
 
 LOCK = "run.lock"
@@ -30,9 +32,16 @@ WRITTEN = (
 )  # fmt: skip
 
 
-def name(out: str | None, preset: str) -> Path:
-    """Path of the folder: `out`, or runs/`preset`, numbered once that one holds a finished run."""
-    numbered = (Path("runs", preset + (f"-{n}" if n > 1 else "")) for n in count(1))
+def title(preset: str, corpus: str, sha256: str) -> str:
+    """The recipe's name, or the text's where the recipe is called after one that it is not."""
+    if sha256 == SHAKESPEARE_SHA256 or not preset.startswith("shakespeare"):
+        return preset
+    return re.sub(r"[^\w-]+", "-", Path(corpus).stem).strip("-") or preset
+
+
+def name(out: str | None, title: str) -> Path:
+    """Path of the folder: `out`, or runs/`title`, numbered once that one holds a finished run."""
+    numbered = (Path("runs", title + (f"-{n}" if n > 1 else "")) for n in count(1))
     return Path(out) if out else next(p for p in numbered if not (p / "summary.json").exists())
 
 

@@ -289,6 +289,15 @@ PRESETS: dict[str, Recipe] = {
     ),
 }
 
+# What each is for, on a line.
+ABOUT = {
+    "shakespeare-cpu": "a small GPT-2 on a text, five minutes on 2 cores; the default on a CPU",
+    "shakespeare-124m": "GPT-2 124M until it knows tiny Shakespeare by heart; the default on a GPU",
+    "fineweb-124m": "GPT-2 124M, 19,073 steps of half a million tokens; GPUs, and --data",
+    FINETUNE: "weights of --init trained on, the best of them kept; GPT-2 wants a GPU",
+    "smoke": "20 steps of a toy, to try a flag",
+}
+
 # (step, loss) of the published run of the recipe shakespeare-124m, which is drawn beside ours.
 PUBLISHED_LOSS: tuple[tuple[int, float], ...] = (
     (0, 10.97), (100, 6.61), (500, 3.62), (1000, 2.47), (1500, 0.71),
