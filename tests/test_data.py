@@ -302,6 +302,25 @@ def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
         load_corpus([both])
 
 
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_table_is_read_in_flat_memory(tmp_path: Path, form: str) -> None:
+    """Whatever its row groups: here one that holds all."""
+    pa, pq = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    texts, path = [f"{i} " * (5000 - i % 7) for i in range(1000)], tmp_path / f"a.{form}"
+    table = pa.table({"text": texts})
+    if form == "parquet":
+        pq.write_table(table, path, compression="none", use_dictionary=False, write_batch_size=50)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=100)
+    del table
+    size, before, most, rows = path.stat().st_size, pa.total_allocated_bytes(), 0, 0
+    for piece in documents.cut(path):
+        most, rows = max(most, pa.total_allocated_bytes() - before), rows + len(piece.data)
+    assert rows == 1000
+    assert most < size / 3
+
+
 def test_without_pyarrow_the_file_and_the_package_are_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name, start in (("a.parquet", b"PAR1...PAR1"), ("a.txt.zst", b"\x28\xb5\x2f\xfd...")):

@@ -356,9 +356,10 @@ def _table(path: Path, key: str) -> Iterator[Iterator[tuple[Any, int]]]:
 
     count: int | None = None
     try:
-        with arrow.memory_map(str(path)) as source:
+        with arrow.OSFile(str(path)) as source:
             if _begins(path, b"PAR1"):
-                table = arrow.parquet.ParquetFile(source)
+                # Neither a memory map nor a whole column of a row group: either may be gigabytes.
+                table = arrow.parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
                 columns = table.schema_arrow.names
             elif _begins(path, b"ARROW1"):
                 file = arrow.ipc.open_file(source)
