@@ -258,11 +258,11 @@ def dtypes() -> st.SearchStrategy[torch.dtype]:
 
 
 def sweep(**strategies: st.SearchStrategy[Any]) -> Callable[[Fn], Fn]:
-    """`hypothesis.given` with 30 examples, the same ones on every run."""
+    """`hypothesis.given` with 12 examples, the same ones on every run."""
 
     def decorate(test: Fn) -> Fn:
         settings = hypothesis.settings(
-            max_examples=30,
+            max_examples=12,
             derandomize=True,
             deadline=None,
             database=None,

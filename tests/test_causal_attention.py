@@ -65,9 +65,7 @@ def test_matches_reference(shape, dtype, device):
     assert_right(packed(*shape, dtype=dtype, device=device), shape[2])
 
 
-@pytest.mark.parametrize(
-    ("T", "dtype"), [(1023, torch.float32), (1023, torch.float16), (2100, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("T", "dtype"), [(1023, torch.float32), (1100, torch.bfloat16)])
 def test_long_sequences(T, dtype, device):
     """Many blocks in each loop, the last one cut."""
     assert_right(packed(1, T, 1, 32, dtype, device), 1)
