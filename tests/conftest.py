@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ if INTERPRETED:
 
     interpreter.install()
 
+PLANS = re.compile(r"\bimport train\b|train\.py|tests\.faults|\bdetect\b|make_plan|evaluate")
 WORKER_BYTES = 3 << 30  # of a test process and those it starts
 # Those that take longest begin first, so that no worker is left with one when the others are done.
 LONGEST = ("step", "demo", "resume", "train", "causal_attention", "distributed", "tune", "endings")
@@ -52,6 +54,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError("-m gpu: torch sees no CUDA device")
     config.option.loadscopereorder = False  # xdist would go by the number of tests
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """As another machine only files that train, resume, evaluate or plan: the rest is the same."""
+    if not config.getoption("--machine") or not collection_path.match("test_*.py"):
+        return None
+    return None if PLANS.search(collection_path.read_text(encoding="utf-8")) else True
 
 
 @pytest.hookimpl(optionalhook=True)  # tests/matrix.py has no xdist
