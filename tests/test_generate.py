@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from kernels._op import INTERPRETED
 from model import GPT, GPTConfig, generate
@@ -154,6 +155,22 @@ def test_under_autocast_the_cache_has_the_dtype_of_the_keys(model: GPT):
         assert decoder.cache.kv.dtype == torch.bfloat16
         first = Decoder(model, [[5, 90, 3], [1] * 60], GREEDY, use_cache=False).step()
     assert cached[0] == first
+
+
+def test_a_bf16_row_on_the_cpu_multiplies_vectors(model: GPT):
+    """A product of matrices would pack every weight again for each token."""
+    half = random_model().bfloat16().eval()
+    cached, uncached = (Decoder(half, [[5, 90, 3]], GREEDY, use_cache=c) for c in (True, False))
+    cached.step()
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        found = cached._decode()
+    uncached.contexts = cached.contexts
+    with torch.inference_mode():
+        want = uncached._uncached_logits()
+    torch.testing.assert_close(found, want, atol=0.02, rtol=0.02)
+    calls = {event.key for event in recorded.key_averages()}
+    assert "aten::addmv" in calls
+    assert not calls & {"aten::addmm", "aten::mm", "aten::linear"}
 
 
 def test_default_window_is_the_trained_context():
