@@ -184,9 +184,15 @@ class Crew:
             child.end()
 
     def ask(self, task: Any, who: int = 0, limit_s: float | None = None) -> dict[str, Any]:
-        """The answer of one of them; that it died or hung is an answer, as "error"."""
+        """The answer of one of them; that it died or hung is an answer, as "error".
+
+        Its start has a limit of its own, but is part of `limit_s` where one is given.
+        """
+        start_s, began = (START_LIMIT_S, 0.0) if limit_s is None else (limit_s, time.monotonic())
         try:
-            child = self.children[who] = self.children[who] or Child(self.command)
+            child = self.children[who] = self.children[who] or Child(self.command, start_s)
+            if limit_s is not None:
+                limit_s = max(0.0, limit_s + began - time.monotonic())
             return child.ask(task, self.limit_s if limit_s is None else limit_s)
         except ChildDied as why:
             self.children[who] = None
