@@ -340,7 +340,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         loss, asked_to_stop = world.mean_loss(loss, bool(stop))
         grad_norm = optimizer.clip(recipe.grad_clip)
         bad = guard.judge(loss, grad_norm) if guard else None
-        optimizer.step(skip=bad)  # nothing changes where the step is bad
+        optimizer.step(skip=take_step.skip(bad))  # nothing changes where the step is bad
         optimizer.zero_grad()
         return Outcome(loss, grad_norm, bad, asked_to_stop)
 

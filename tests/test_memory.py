@@ -258,7 +258,7 @@ def test_what_is_no_step_is_refused():
     with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
         estimate(MODELS["124m"], 0, 1024, **HOW, num_micro_batches=1)
     fp8: dict[str, Any] = HOW | {"dtype": "fp8"}
-    with pytest.raises(ValueError, match="dtype must be 'fp32' or 'bf16', got 'fp8'"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got 'fp8'"):
         estimate(MODELS["124m"], 1, 1024, **fp8, num_micro_batches=1)
 
 

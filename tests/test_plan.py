@@ -43,7 +43,7 @@ EAGER = {"ops": "eager", "dtype": "fp32", "optimizer": "torch", "working_copies"
     ("name", "expected"),
     [
         *((name, TRITON) for name in ("3090", "4090", "A100", "H100", "H200", "B200")),
-        ("T4", EAGER | {"cuda_graph": True, "compile_scope": "blocks"}),
+        ("T4", EAGER | {"dtype": "fp16", "cuda_graph": True, "compile_scope": "blocks"}),
         ("CPU", EAGER | {"cuda_graph": False, "compile_scope": "blocks"}),
         ("CPU with AMX", EAGER | {"dtype": "bf16", "working_copies": True, "cuda_graph": False}),
     ],
@@ -147,7 +147,8 @@ def test_a_bf16_residual_is_reported_as_changed_numerics() -> None:
         ("CPU", Choices(residual="bf16"), "bf16 needs --dtype bf16, got fp32"),
         ("H200", Choices(micro_batch_size=5), "must divide the 64 rows of a step, got 5"),
         ("H200", Choices(micro_batch_size=-4), "must be at least 0, got -4"),
-        ("H200", Choices(dtype="fp16"), "expected auto, bf16 or fp32, got 'fp16'"),  # pyright: ignore
+        ("H200", Choices(dtype="fp8"), "expected auto, bf16, fp16 or fp32, got 'fp8'"),  # pyright: ignore
+        ("H200", Choices(dtype="fp16", working_copies=True), "they are bf16, but dtype is fp16"),
     ],
 )
 def test_what_a_machine_cannot_do_is_refused(machine: str, asked: Choices, message: str) -> None:

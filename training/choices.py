@@ -31,8 +31,9 @@ class Choices:
     ops: str = "auto"
     """auto, triton, eager, compiled, or one with exceptions: triton,layer_norm=eager; for
     causal_attention sdpa-cudnn and sdpa-flash too."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 is autocast with fp32 weights; auto takes it where the hardware multiplies bf16."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """bf16 and fp16 are autocast with fp32 weights, fp16 with loss scaling; auto takes bf16 where
+    the hardware multiplies it, and fp16 on a GPU that multiplies only that (T4, V100, 20xx)."""
     compile: Switch = None
     """torch.compile the model; auto does where it can and where it pays."""
     compile_scope: Literal["auto", "model", "blocks"] = "auto"

@@ -43,7 +43,7 @@ def traffic_bytes(recipe: Recipe, plan: Plan) -> float:
     norms = 2 * (2 * e + 2 * r) + 2 * (2 * e + 3 * r)
     eager_loss = ops.linear_cross_entropy is EAGER.linear_cross_entropy and not plan.compile
     logits = 5 * e * config.padded_vocab_size
-    casts = 6 if plan.dtype == "bf16" and not plan.working_copies else 0
+    casts = 6 if plan.dtype != "fp32" and not plan.working_copies else 0
     micro = plan.num_micro_batches
     per_parameter = 28 + 12 + 12 * (micro - 1) + casts * micro
     # Each chunk of tokens adds into the head's fp32 gradient: two reads and a write.
@@ -66,11 +66,10 @@ def elsewhere(recipe: Recipe, plan: Plan) -> list[str]:
     """One line for each known GPU, the slowest first: the roofline at its datasheet's figures."""
     found: list[tuple[float, str]] = []
     for name, card in CARDS.items():
-        bf16 = card.fp32_tflops is None
-        peak, dtype = card.fp32_tflops or card.tflops, "bf16" if bf16 else "fp32"
-        there = replace(plan, dtype=dtype, compile=True, ops="eager", working_copies=bf16)
-        speed = recipe.tokens_per_step / roofline_s(recipe, there, peak * 1e3, card.gbs)
-        rates = f"{dtype} {peak:7.1f} TFLOP/s {card.gbs:7,.0f} GB/s"
+        there = replace(plan, dtype=card.dtype, compile=True, ops="eager",
+                        working_copies=card.dtype == "bf16")  # fmt: skip
+        speed = recipe.tokens_per_step / roofline_s(recipe, there, card.tflops * 1e3, card.gbs)
+        rates = f"{card.dtype} {card.tflops:7.1f} TFLOP/s {card.gbs:7,.0f} GB/s"
         found.append((speed, f"{name:9} {rates} {speed:13,.0f} tok/s"))
     return [line for _, line in sorted(found)]
 

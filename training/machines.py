@@ -35,14 +35,14 @@ class Card:
     """Vendor's figures of a GPU, without sparsity.
 
     Args:
-        tflops: Dense bf16 products; fp16 where `fp32_tflops` is given.
+        tflops: Dense products in `dtype`.
         gbs: GB/s of the memory.
-        fp32_tflops: Of a chip that multiplies no bf16, so that training runs in fp32 there.
+        dtype: What training runs in there.
     """
 
     tflops: float
     gbs: float
-    fp32_tflops: float | None = None
+    dtype: str = "bf16"
 
 
 # By the part of the device name that tells it; the first that fits counts. SXM forms where a name
@@ -59,7 +59,7 @@ CARDS: dict[str, Card] = {
     "RTX 5090": Card(209.5, 1792.0),
     "RTX 4090": Card(165.2, 1008.0),
     "RTX 3090": Card(71.2, 936.0),
-    "T4": Card(65.0, 300.0, fp32_tflops=8.1),
+    "T4": Card(65.0, 300.0, dtype="fp16"),
 }
 
 

@@ -91,7 +91,7 @@ def estimate(
 
     Args:
         config, rows, T: The shape, rows of a micro-batch, tokens of a row.
-        dtype: "fp32", or "bf16" for autocast over fp32 masters.
+        dtype: "fp32", or "bf16" or "fp16" for autocast over fp32 masters.
         ops: What `kernels.parse_ops` reads.
         compiled: torch.compile; the eager loss then adds its chunks up out of place.
         working_copies: The optimizer keeps bf16 copies of the blocks' matrices.
@@ -106,9 +106,10 @@ def estimate(
     for name, value in (("rows", rows), ("T", T), ("num_micro_batches", num_micro_batches)):
         if value < 1:
             raise ValueError(f"memory: {name} must be at least 1, got {value}")
+    halves = ("fp32", "bf16", *(["fp16"] if residual == "fp32" else []))
     for name, value in (("dtype", dtype), ("residual", residual)):
-        if value not in ("fp32", "bf16"):
-            raise ValueError(f"memory: {name} must be 'fp32' or 'bf16', got {value!r}")
+        if value not in halves:
+            raise ValueError(f"memory: {name} must be one of {halves}, got {value!r}")
     ours = {op for op, backend in read_ops(ops).items() if backend == "triton"}
     M, C, H, L = rows * T, config.n_embd, config.n_head, config.n_layer
     e, r = (4, 4) if dtype == "fp32" else (2, 2 if residual == "bf16" else 4)
@@ -123,20 +124,20 @@ def estimate(
     once = M * (8 + r * C + first_stats + e * C) + head
     if config.dropout > 0:
         once, layer = once + M * C, layer + 2 * M * C  # masks
-    if dtype == "bf16" and not working:
+    if dtype != "fp32" and not working:
         layer += 2 * matrices // L  # casts
     # A block's inputs; the first one's residual is the first norm's input.
     kept = L * (e + r) * M * C - r * M * C
     activations = once + (kept if recompute else L * layer)
     again = layer if recompute else 0
 
-    loss = e * M * C + (head // 2 if dtype == "bf16" else 0)
+    loss = e * M * C + (head // 2 if dtype != "fp32" else 0)
     if "linear_cross_entropy" not in ours:
         R = min(M, CHUNK_TOKENS)
         loss += e * R * config.padded_vocab_size  # dz takes the place of z
         if compiled or read_ops(ops)["linear_cross_entropy"] == "compiled":
             loss += head if M > R else 0
-        elif dtype == "bf16":
+        elif dtype != "fp32":
             loss += head // 2  # a product on its way into the sum
     else:
         from kernels.linear_cross_entropy import chunk_rows  # needs triton, as these ops do

@@ -40,12 +40,15 @@ class AdamW(torch.optim.AdamW):
 
     Attributes:
         found_inf: (), fp32; where it is 1, `step` changes nothing. None is 0.
+        loss_scale: (2,), fp32, for training/step.py under fp16: the scale, and steps since it fell
+            or grew.
         shard: Which parameters this rank updates; None is all.
         clip_order: Order in which torch's `clip` adds the norms up, which decides the last bit.
             None is that of the groups.
     """
 
     found_inf: Tensor | None = None
+    loss_scale: Tensor | None = None
     shard: Shard | None = None
     clip_order: Sequence[nn.Parameter] | None = None
 

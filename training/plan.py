@@ -33,6 +33,7 @@ MEMORY_SHARE = 0.85
 ID_BYTES = 32  # per token of a step: ids and targets in the step's buffers, and those read ahead
 UNKNOWN_BYTES = 1 << 40  # where the system does not tell: no more than any machine has
 MIN_TRITON_ARCH = 80  # the oldest the kernels are built and checked for; see kernels/_op.py
+MIN_FP16_ARCH = 70  # the oldest with fast fp16 products
 MIN_SDPA_ARCH = 80  # of PyTorch's flash attention and cuDNN's, which are in 16 bits alone
 
 
@@ -44,7 +45,7 @@ class Plan:
         device, device_name: Where it runs.
         num_threads: CPU threads.
         ops: What `kernels.parse_ops` reads.
-        dtype: "fp32", or "bf16" for autocast.
+        dtype: "fp32", or "bf16" or "fp16" for autocast; fp16 with loss scaling.
         compile: torch.compile, on the whole model or on its blocks (`compile_scope`).
         micro_batch_size, num_micro_batches: Their product is the recipe's rows per step.
         eval_tokens: Validation tokens of an evaluation during the run; the last one takes all.
@@ -231,9 +232,12 @@ def _too_large(recipe: Recipe, machine: Machine, needed: int) -> str:
 
 
 def _choose_dtype(dtype: str, machine: Machine, notes: list[str]) -> str:
-    if dtype not in ("auto", "fp32", "bf16"):
-        raise ValueError(f"dtype: expected auto, bf16 or fp32, got {dtype!r}")
+    if dtype not in ("auto", "fp32", "bf16", "fp16"):
+        raise ValueError(f"dtype: expected auto, bf16, fp16 or fp32, got {dtype!r}")
     if dtype == "auto":
+        if machine.device == "cuda" and not machine.has_bf16 and machine.arch >= MIN_FP16_ARCH:
+            notes.append(f"dtype fp16 with loss scaling: {machine.name} has no bf16")
+            return "fp16"
         if not machine.has_bf16:
             notes.append(f"dtype fp32: {machine.name} has no fast bf16 products")
         return "bf16" if machine.has_bf16 else "fp32"

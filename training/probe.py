@@ -21,6 +21,7 @@ from model.flops import flops_per_token
 from training.data import DataLoaderLite, Prefetcher, Tokens
 from training.guard import Guard, GuardConfig
 from training.machines import num_cores, nvidia_smi
+from training.numerics import DTYPES
 from training.optim import configure_adamw
 from training.plan import Machine, Plan
 from training.recipes import Recipe
@@ -48,7 +49,7 @@ class Rates:
 
     Args:
         copy_gbs: GB/s of a copy larger than the caches, bytes read plus bytes written.
-        matmul_gflops: GFLOP/s of a large square product by "fp32", "tf32" and "bf16".
+        matmul_gflops: GFLOP/s of a large square product by "fp32", "tf32", "bf16" and "fp16".
         shape_gflops: The same in the plan's dtype for (tokens of a micro-batch, C, 4C).
         cores: CPU cores this process may use.
         power_limit_w, power_max_w, sm_mhz, sm_max_mhz, driver: Of the GPU; the clock right after
@@ -66,7 +67,7 @@ class Rates:
     driver: str = ""
 
     def matmul(self, dtype: str) -> float:
-        """GFLOP/s of products in "fp32" or "bf16"; fp32 is TF32 where the chip has it."""
+        """GFLOP/s of products in "fp32", "bf16" or "fp16"; fp32 is TF32 where the chip has it."""
         name = "tf32" if dtype == "fp32" and "tf32" in self.matmul_gflops else dtype
         return self.matmul_gflops[name]
 
@@ -135,12 +136,12 @@ def measure_rates(recipe: Recipe, machine: Machine, plan: Plan) -> Rates:
             rates["tf32"] = gflops(size, size, size, torch.float32)
     finally:
         torch.set_float32_matmul_precision(precision)
-    if machine.has_bf16 or plan.dtype == "bf16":
-        rates["bf16"] = gflops(size, size, size, torch.bfloat16)
+    for name in {*(["bf16"] if machine.has_bf16 else []), plan.dtype} - {"fp32"}:
+        rates[name] = gflops(size, size, size, DTYPES[name])
     smi = _gpu_state() if cuda else {}
     C = recipe.model_config.n_embd
     tokens = min(plan.micro_batch_size * recipe.block_size, 65536 if cuda else 1024)
-    dtype = torch.bfloat16 if plan.dtype == "bf16" else torch.float32
+    dtype = DTYPES[plan.dtype]
     return Rates(copy_gbs(), rates, gflops(tokens, C, 4 * C, dtype), num_cores(), **smi)
 
 

@@ -53,6 +53,16 @@ STATE = {
     "recipe": Every(SCALAR),
     "plan": Every(Must("a plain value", lambda v: isinstance(v, list) or SCALAR.holds(v))),
     "made_on?": Every(SCALAR),
+    "loss_scale?": Must(
+        "a scale above 0 and a count",
+        lambda v: (
+            isinstance(v, list)
+            and len(v) == 2
+            and all(map(NUMBER.holds, v))
+            and v[0] > 0
+            and v[1] >= 0
+        ),
+    ),
     "guard?": {
         "in_a_row": schema.count(_LIMITS.patience),
         "skipped": COUNT,
@@ -155,6 +165,8 @@ def capture(
         "plan": asdict(plan),
         "made_on": made_on(plan.device_name),
     }
+    if isinstance(optimizer, AdamW) and optimizer.loss_scale is not None:
+        state["loss_scale"] = optimizer.loss_scale.tolist()
     if guard is not None:
         tensors["guard"] = guard.tensors()
         state["guard"] = guard.state()
@@ -254,6 +266,12 @@ def restore(
             state[kind] = value.to(parameters[name].device, copy=True)
     if isinstance(optimizer, AdamW):
         optimizer.refresh_working()
+        if "loss_scale" in saved.state:
+            values = torch.tensor(saved.state["loss_scale"], dtype=torch.float32)
+            if optimizer.loss_scale is None:
+                optimizer.loss_scale = values.to(next(model.parameters()).device)
+            else:
+                optimizer.loss_scale.copy_(values)
     if guard is not None and "guard" in saved.tensors:
         guard.load(saved.tensors["guard"], saved.state["guard"])
     generators.restore(saved.tensors["rng"])

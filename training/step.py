@@ -25,6 +25,7 @@ from torch.func import functional_call
 from model import GPT
 from training.averaging import Averaging
 from training.distributed import ALONE, World
+from training.numerics import DTYPES
 from training.optim import AdamW
 from training.plan import Plan
 from training.recipes import Recipe
@@ -32,6 +33,9 @@ from training.recipes import Recipe
 # Steps before the capture: kernels get compiled, cuBLAS takes its workspaces, AdamW its moments.
 # They are steps of the run like any other.
 NUM_WARMUP = 3
+# Of the loss under fp16, as torch.amp.GradScaler has it: halved where gradients overflow, doubled
+# after so many steps without. It is a tensor of the optimizer's, so that a graph can change it.
+FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
 
 
 class Rows(Protocol):
@@ -97,6 +101,11 @@ class TrainStep:
         if copies:
             optimizer.attach_working(copies)
         model.transformer.recompute = plan.recompute
+        if plan.dtype != "fp16":
+            optimizer.loss_scale = None
+        elif optimizer.loss_scale is None:
+            optimizer.loss_scale = torch.tensor([FIRST_SCALE, 0.0], device=device)
+        self.overflow: Tensor | None = None
         self.forward = self._build_forward()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.stream = torch.cuda.Stream() if plan.cuda_graph else None
@@ -149,7 +158,9 @@ class TrainStep:
         """
         while True:
             try:
-                return self._micro_batches()
+                loss = self._micro_batches()
+                self._unscale()
+                return loss
             except torch.OutOfMemoryError:
                 capturing = self.stream is not None and torch.cuda.is_current_stream_capturing()
                 if capturing or self.world.size > 1 or self.plan.micro_batch_size == 1:
@@ -159,7 +170,10 @@ class TrainStep:
             self._halve()
 
     def _micro_batches(self) -> Tensor:
-        num_micro = self.plan.num_micro_batches
+        num_micro, scale = self.plan.num_micro_batches, self.optimizer.loss_scale
+        seed = self.share
+        if scale is not None:
+            seed = scale[0] if seed is None else scale[0] * seed
         loss = torch.zeros((), device=self.idx.device)
         micro_batches = zip(self.idx.chunk(num_micro), self.targets.chunk(num_micro), strict=True)
         for i, (idx, targets) in enumerate(micro_batches):
@@ -167,13 +181,39 @@ class TrainStep:
                 self.averaging.begin()
             with self.autocast():
                 micro_loss = self.forward(idx, targets) / num_micro
-            micro_loss.backward(self.share)
+            micro_loss.backward(seed)
             if num_micro > 1:
                 self.optimizer.fold_working_gradients()
             loss += micro_loss.detach()
         if self.averaging:
             self.averaging.finish()
         return loss
+
+    def _unscale(self) -> None:
+        """Take fp16's loss scale out of the gradients again, and let it fall or grow.
+
+        Gradients that overflow at this scale become 0, and `skip` has the update left out: that is
+        no bad step. Under a scale of 1 it is, and they stay as they are for the guard.
+        """
+        if (state := self.optimizer.loss_scale) is None:
+            return
+        scale, steps = state.unbind()
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(grads, 1 / scale)
+        lost = ~torch.nn.utils.get_total_norm(grads).isfinite() & (scale >= 1)
+        for grad in grads:
+            grad.masked_fill_(lost, 0.0)
+        grows = steps + 1 >= GROWTH_STEPS
+        factor = torch.where(lost, 0.5, torch.where(grows, 2.0, 1.0))
+        steps = torch.where(lost | grows, 0.0, steps + 1)
+        state.copy_(torch.stack([scale * factor, steps]))
+        self.overflow = lost.float()
+
+    def skip(self, bad: Tensor | None) -> Tensor | None:
+        """1 where the update is to be left out: for a bad step, or gradients that overflowed."""
+        if self.overflow is None or bad is None:
+            return bad if self.overflow is None else self.overflow
+        return torch.maximum(bad, self.overflow)
 
     def _halve(self) -> None:
         """Smaller physical batches of the same rows."""
@@ -255,9 +295,9 @@ def _is_short(error: BaseException) -> bool:
 
 def autocast(plan: Plan) -> AbstractContextManager[Any]:
     """Context of a forward in the plan's dtype."""
-    if plan.dtype == "bf16":
-        return torch.autocast(plan.device, torch.bfloat16)
-    return nullcontext()
+    if plan.dtype == "fp32":
+        return nullcontext()
+    return torch.autocast(plan.device, DTYPES[plan.dtype])
 
 
 def start_process(plan: Plan, seed: int) -> None:

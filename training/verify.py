@@ -48,7 +48,7 @@ ADAMW = "adamw"
 T = TypeVar("T")
 # Of loss and gradient norm of the first micro-batch. Gross faults alone show there: each op by
 # itself is held to more.
-FIRST_BATCH = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 1e-1)}
+FIRST_BATCH = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 1e-1), "fp16": (1e-2, 1e-1)}
 
 
 def checked_names(plan: Plan) -> tuple[str, ...]:
