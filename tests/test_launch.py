@@ -7,7 +7,7 @@ import torch
 
 from kernels import _launch, adamw, causal_attention, gelu_mlp, linear_cross_entropy
 from kernels._launch import ANY, Key, Launch, candidates_for, launch_for, read_rows, replaced
-from kernels.layer_norm import safe_launch
+from kernels.layer_norm import launch_key, safe_launch
 
 ARCHS = (0, 80, 86, 87, 89, 90, 100, 103, 120, 121, 999)
 MATHS = ("16-bit", "tf32", "ieee")
@@ -35,6 +35,9 @@ def test_every_key_of_every_op_finds_a_row_and_every_row_is_found():
     asked = {replace(key, triton=t) for arch in ARCHS for key in keys(arch) for t in TRITONS}
     for key in asked:
         assert launch_for(key)
+    # Where no row serves it, a formula does.
+    norm = [launch_key("fwd", 65536, 768, torch.float32, arch) for arch in ARCHS]
+    asked |= {replace(key, triton=t) for key in norm for t in TRITONS}
     for layer in _launch.rows():
         idle = [str(row) for row in layer if not any(row.serves(key) for key in asked)]
         assert not idle, "no op asks for these rows"
