@@ -19,6 +19,7 @@ import train
 from tests.faults import Small, wait_for
 from training import ending, report, run
 from training.metrics import RunLog, read_metrics, to_json
+from training.recipes import Recipe, find_preset
 from training.signals import EXIT_RESUMABLE
 
 pytestmark = pytest.mark.usefixtures("heard")
@@ -68,14 +69,14 @@ def strict(path: Path) -> Any:
 def test_each_signal_saves_and_leaves(name, start, tmp_path, monkeypatch, capsys):
     number = getattr(signal, name)
     before = signal.getsignal(number)
-    rate = train.Recipe.learning_rate
+    rate = Recipe.learning_rate
 
-    def signal_in_step_2(recipe: train.Recipe, step: int) -> float:
+    def signal_in_step_2(recipe: Recipe, step: int) -> float:
         if step == 2:
             os.kill(os.getpid(), number)
         return rate(recipe, step)
 
-    monkeypatch.setattr(train.Recipe, "learning_rate", signal_in_step_2)
+    monkeypatch.setattr(Recipe, "learning_rate", signal_in_step_2)
     assert start() == EXIT_RESUMABLE
     assert signal.getsignal(number) is before
     assert f"{name}: stopped after 3 steps" in capsys.readouterr().out
@@ -177,9 +178,9 @@ def test_a_model_that_is_not_finite_is_no_result(
     val_fraction, last, start, tmp_path, monkeypatch, capsys
 ):
     """The last update breaks the model, which no step is left to see."""
-    rate = train.Recipe.learning_rate
+    rate = Recipe.learning_rate
     monkeypatch.setattr(
-        train.Recipe, "learning_rate", lambda recipe, step: rate(recipe, step) if step < 5 else last
+        Recipe, "learning_rate", lambda recipe, step: rate(recipe, step) if step < 5 else last
     )
     flags = ("--val-fraction", val_fraction, "--save-every", "3", "--keep-last", "1")
     assert start(*flags) == 1
@@ -264,7 +265,7 @@ def test_a_longer_run_says_what_becomes_of_the_learning_rate(start, capsys):
     capsys.readouterr()
     assert start("--save-every", "6", "--override", "--steps", "12") == 0
     said = capsys.readouterr().out
-    before, after = (replace(train.find_preset("smoke"), max_steps=n) for n in (6, 12))
+    before, after = (replace(find_preset("smoke"), max_steps=n) for n in (6, 12))
     assert after.learning_rate(6) > 2 * before.learning_rate(5)
     assert (
         f"the learning rate was {before.learning_rate(5):.2e} in the last step and goes on at "

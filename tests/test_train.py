@@ -24,7 +24,7 @@ from training.data import SHAKESPEARE_SHA256
 from training.evaluate import evaluate_tokens
 from training.metrics import RunLog
 from training.plan import Machine, detect, make_plan
-from training.recipes import ABOUT, PRESETS, find_preset
+from training.recipes import ABOUT, PRESETS, Recipe, find_preset
 
 ROOT = Path(train.__file__).parent
 CPU = Machine(device="cpu", name="a CPU", num_threads=2)
@@ -274,7 +274,7 @@ def test_every_recipe_field_is_a_flag_with_the_preset_as_default() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [
-    *(f.name for f in fields(train.Recipe) if f.type in (int, float) or f.name == "max_steps"),
+    *(f.name for f in fields(Recipe) if f.type in (int, float) or f.name == "max_steps"),
     "eval_every", "save_every", "log_every", "keep_last", "micro_batch_size",
 ])  # fmt: skip
 def test_any_number_is_taken_or_refused_by_name(name: str, capsys) -> None:

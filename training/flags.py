@@ -1,13 +1,212 @@
-"""A run's own config.json as the flags that make the run again."""
+"""What a person can ask of train.py: its flags, their checks, and a config.json as flags again."""
 
+import argparse
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import tyro
+
+from model import hf
 from model.edge import quoted
+from training import documents
+from training.choices import Choices
+from training.machines import has_gpu
+from training.recipes import ABOUT, FINETUNE, Recipe, find_preset, spell_model
 
 # Where a run was and how it came to an end, not what it is.
 _OF_ONE_RUN = {"out", "resume", "override", "cooldown", "explain", "config"}
+LIST = "list"  # in place of a recipe
+DEFAULT_PRESET = {"cpu": "shakespeare-cpu", "cuda": "shakespeare-124m"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a GPT-2 from a text file.
+
+    The recipe (--preset) says what is trained; each of its fields is a flag, shown below with the
+    value it has in the chosen preset. The plan (--device, then --ops and all
+    below it) says how it runs.
+    """
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    preset: str
+    """Recipe, that is what is trained; alone it lists them."""
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """config.json of a run, to make it again; other flags on the line overrule it."""
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
+    """Text, code, JSONL, Parquet, Arrow, folders and patterns of them, or a token file or folder.
+    Default: input.txt if it is there, else tiny Shakespeare."""
+    val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
+    """Validation text, of the same kinds; without it --val-fraction of the text, at its end."""
+    text_column: str = documents.KEY
+    """Field of a JSONL object, or column of a table, that holds the text."""
+    out: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Run folder. Default: runs/PRESET, or runs/TEXT where a Shakespeare recipe has another text,
+    with a number once that one holds a finished run."""
+    init: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Fine-tune: start from the weights of a GPT-2 folder, a run folder, a safetensors file, or a
+    model of the Hugging Face hub (gpt2, distilgpt2, owner/name, owner/name@revision). They decide
+    --model too. A checkpoint to resume from comes first."""
+    dropout: float | None = None
+    """Probability of dropout, instead of the model's own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one."""
+    choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
+    explain: bool = False
+    """Measure this machine, try ten steps, say what limits them and what to change; no training."""
+    eval_every: int = -1
+    """Steps between evaluations; 0 is only at the end, -1 ten times a run, and not under 100 where
+    no --keep and no --patience depend on them."""
+    sample_every: int = 0
+    """Steps between samples during the run, into samples.txt and the log; 0 is only at the end."""
+    hellaswag: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """hellaswag_val.jsonl: score the model on it at the end."""
+    hellaswag_every: int = 0
+    """Steps between scores on --hellaswag during the run; 0 is only at the end."""
+    save_every: int = -1
+    """Steps between checkpoints; 0 is only at the end, -1 four times a run. --keep best saves what
+    it needs besides."""
+    keep_last: int = 2
+    """Checkpoints to keep, beside the one with the best validation loss."""
+    resume: str = "auto"
+    """auto goes on from the newest good checkpoint of the run folder and starts afresh where there
+    is none; never starts afresh; else the path of a checkpoint or a run folder."""
+    cooldown: bool = False
+    """Go on from a checkpoint of a wsd run, the newest or the one of --resume, with its decay in
+    --decay-fraction of all steps, and end there."""
+    override: bool = False
+    """Resume although the recipe or the data is not the one that was saved."""
+    log_every: int = 0
+    """Steps between printed lines; 0 is about a hundred lines a run."""
+    log_to: Annotated[str, tyro.conf.arg(aliases=["--log"])] = ""
+    """Where curves go beside metrics.jsonl, of tensorboard,wandb,trackio,csv; the first three need
+    the package of that name. torchrun takes --log for one of its own flags."""
+    tensorboard: bool = False
+    """The same as --log-to tensorboard."""
+    rank_timeout: int = 600
+    """Seconds that one of several ranks waits for the others in a step before the job ends."""
+
+    def check(self) -> None:
+        """Raise ValueError for a value out of range.
+
+        Not in __post_init__: tyro would print what is raised there as a box of several lines.
+        """
+        bounds = {
+            "eval_every": -1,
+            "save_every": -1,
+            "sample_every": 0,
+            "hellaswag_every": 0,
+            "log_every": 0,
+            "keep_last": 1,
+            "rank_timeout": 1,
+        }
+        for name, least in bounds.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"config: {name} must be at least {least}, got {value}")
+        if self.hellaswag_every and not self.hellaswag:
+            raise ValueError("config: --hellaswag-every needs --hellaswag FILE")
+        paths = {"out": (self.out,), "init": (self.init,), "resume": (self.resume,)}
+        for name, values in {**paths, "data": self.data, "val": self.val}.items():
+            if "" in values:
+                raise ValueError(f"config: --{name} is empty; name a path, or leave it out")
+        if self.cooldown and self.resume == "never":
+            raise ValueError(
+                "config: --cooldown goes on from a checkpoint; leave --resume never out"
+            )
+        keep, patience = self.recipe.keep, self.recipe.patience
+        if (keep == "best" or patience) and not (self.val or self.recipe.val_fraction):
+            raise ValueError(
+                f"config: keep {keep} with patience {patience} needs a validation text; give a "
+                "--val-fraction above 0 or --val FILE, or --keep last --patience 0"
+            )
+        if self.preset == FINETUNE and not (self.init or self.explain):
+            raise ValueError(
+                f"init: the recipe {FINETUNE} starts from weights; add --init gpt2, or a folder"
+            )
+
+    @property
+    def loggers(self) -> list[str]:
+        return [*filter(None, self.log_to.split(",")), *["tensorboard"] * self.tensorboard]
+
+    @property
+    def eval_interval(self) -> int:
+        least = 1 if self.recipe.keep == "best" or self.recipe.patience else 100
+        tenth = max(least, math.ceil(self.recipe.max_steps / 10))
+        return self.eval_every if self.eval_every >= 0 else tenth
+
+    @property
+    def save_interval(self) -> int:
+        return self.save_every if self.save_every >= 0 else math.ceil(self.recipe.max_steps / 4)
+
+    @property
+    def saves(self) -> bool:
+        return self.save_interval > 0 or self.recipe.keep == "best"
+
+    def evaluates_before(self, step: int, last: bool) -> bool:
+        """Given weights as they come, too; the last ones here only to be compared with the best."""
+        due = is_due(self.eval_interval, step) or (step == 0 and self.init is not None)
+        validates = bool(self.val) or self.recipe.val_fraction > 0
+        return validates and (self.recipe.keep == "best" if last else due)
+
+    def saves_before(self, step: int) -> bool:
+        return is_due(self.save_interval, step)
+
+
+def is_due(every: int, step: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+def _glance(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags that others depend on, as they are written."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", nargs="?", const=LIST)
+    for flags in (["--config"], ["--init"], ["--model"], ["--epochs"],
+                  ["--steps", "--max-steps"]):  # fmt: skip
+        first.add_argument(*flags)
+    try:
+        return first.parse_known_args(arguments)[0]
+    except argparse.ArgumentError:  # a value is missing, as tyro will say
+        return first.parse_args([])
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """Read the flags; the preset and the weights to start from decide the defaults."""
+    given = _glance(arguments)
+    if given.steps and given.epochs:
+        raise ValueError(
+            f"recipe: --steps {given.steps} and --epochs {given.epochs} both say when it ends; "
+            "give one"
+        )
+    if given.steps:
+        arguments = [*arguments, "--epochs", "0"]  # in place of those of a recipe
+    if given.config is not None:
+        arguments = [*from_config(given.config), *arguments]
+        given = _glance(arguments)
+    preset = given.preset
+    if preset == LIST:
+        print("\n".join(f"  {name:18}{what}" for name, what in ABOUT.items()))
+        raise SystemExit(0)
+    if preset is None:
+        preset = FINETUNE if given.init else DEFAULT_PRESET["cuda" if has_gpu() else "cpu"]
+    recipe = find_preset(preset)
+    if given.init:
+        if given.model:
+            raise ValueError(f"model: --init {given.init} decides the model; leave --model out")
+        shape = replace(hf.read_config(given.init), dropout=recipe.model_config.dropout)
+        T = min(recipe.block_size, shape.block_size)
+        recipe = replace(recipe, model=spell_model(shape), block_size=T)
+    off = {f"--no-{name}": f"--{name}=off" for name in ("compile", "working-copies", "cuda-graph")}
+    spelled = [off.get(flag, flag) for flag in arguments]
+    default = Config(recipe=recipe, preset=preset)
+    cfg = tyro.cli(Config, args=spelled, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    if cfg.dropout is not None:
+        shape = replace(cfg.recipe.model_config, dropout=cfg.dropout)
+        cfg = replace(cfg, recipe=replace(cfg.recipe, model=spell_model(shape)))
+    return cfg
 
 
 def from_config(path: str) -> list[str]:
