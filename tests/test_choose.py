@@ -338,13 +338,13 @@ def test_a_checkpoint_s_choice_goes_on_where_it_was_made() -> None:
     saved = Checkpoint(1, {}, state)
     kept, [line] = resume.adopt(saved, Choices(), RECIPE, H100)
     assert kept == {"ops": "compiled", "compile": True, "compile_scope": "blocks",
-                    "micro_batch_size": 3, "optimizer": "torch"}  # fmt: skip
+                    "recompute": False, "micro_batch_size": 3, "optimizer": "torch"}  # fmt: skip
     assert line.startswith("resume: on this card as before: ops compiled, compile True, ")
     made = make_plan(RECIPE, H100, Choices().or_else(kept))
     assert replace(made, notes=()) == replace(plan, notes=())
     # What a person asks for comes first; on another card, or by wish, all is chosen anew.
     kept, _ = resume.adopt(saved, Choices(ops="eager", micro_batch_size=1), RECIPE, H100)
-    assert {*kept} == {"compile", "compile_scope", "optimizer"}
+    assert {*kept} == {"compile", "compile_scope", "recompute", "optimizer"}
     other = replace(H100, name="NVIDIA A100")
     kept, [line] = resume.adopt(saved, Choices(), RECIPE, other)
     assert (kept, line) == (

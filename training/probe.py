@@ -178,7 +178,7 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     def update(loss: Tensor) -> Outcome:
         norm = optimizer.clip(recipe.grad_clip)
         bad = guard.judge(loss, norm) if guard else None
-        optimizer.step(skip=bad)
+        optimizer.step(skip=take.skip(bad))
         optimizer.zero_grad()
         return Outcome(loss, norm, bad)
 

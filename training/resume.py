@@ -75,9 +75,10 @@ STATE = {
 ADOPTED = {
     "ops": Must("text", lambda v: isinstance(v, str)),
     "compile": Must("a flag", lambda v: isinstance(v, bool)),
+    "recompute": Must("a flag", lambda v: isinstance(v, bool)),
     "compile_scope": Must("a scope", lambda v: v in ("model", "blocks")),
     "micro_batch_size": COUNT,
-    "optimizer": Must("an optimizer", lambda v: v in ("torch", "triton")),
+    "optimizer": Must("an optimizer", lambda v: v in ("torch", "triton", "muon")),
 }
 _SHAPE = ("model", "batch_size", "grad_accum_steps", "block_size")
 # Fields of a recipe that change no step but the last, and of a plan that change no bit of a loss.
