@@ -83,7 +83,8 @@ def run(world: World, asked: Choices) -> tuple[list[Tensor], list[str], int]:
     moments = optimizer_tensors(step.model, step.optimizer)
     kept = sum(t.nbytes for state in step.optimizer.state.values() for t in state.values())
     weights = [p.detach() for p in step.model.parameters()]
-    return [*seen, *weights, *step.copies.values(), *moments.values()], order, kept
+    copies = [copy.detach() for copy in step.copies.values()]
+    return [*seen, *weights, *copies, *moments.values()], order, kept
 
 
 def main() -> None:
