@@ -116,6 +116,7 @@ def test_dead_rank_ends_the_job_and_one_rank_finishes_what_two_began(text, alone
     assert process.returncode != 0
     assert "rank      : 1" in output  # torchrun's report of the first failure
     assert "Signal 9" in output
+    assert "[rank0]: Traceback" not in output  # it lost the other in a collective, and says so
     code, output = finish(job(text, "two", 1))
     assert code == 0, output
     assert "resume:" in output

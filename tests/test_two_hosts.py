@@ -25,7 +25,6 @@ from tests.test_distributed import (
     finish,
     job,
     metrics,
-    start,
     text,  # noqa: F401
 )
 from training import checkpoint
@@ -62,7 +61,15 @@ class Host:
         host = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", AS_HOST, "-",
                 str(self.hosts), self.name]  # fmt: skip
         train = [str(ROOT / "train.py"), *FLAGS, "--data", "text.txt", "--out", "run", *flags]
-        return start([*host, *launcher, *train], cwd=self.folder)
+        return subprocess.Popen([*host, *launcher, *train], cwd=self.folder, text=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+    def slow_down(self, rate: str) -> None:
+        """What it sends from now on; at 50mbit the gradients of a step take two seconds."""
+        limit = ["rate", rate, "burst", "64k", "latency", "1s"]
+        add = ["qdisc", "add", "dev", self.device, "root", "tbf", *limit]
+        assert subprocess.run(["tc", "-n", self.namespace, *add], check=False).returncode == 0
 
     def sent_bytes(self) -> int:
         path = f"/sys/class/net/{self.device}/statistics/tx_bytes"
@@ -116,9 +123,7 @@ def until(done: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
 @pytest.mark.slow
 def test_a_slow_cable_loses_nothing_and_carries_what_a_ring_must(hosts, alone):
     first, other = hosts
-    limit = ["qdisc", "add", "dev", other.device, "root", "tbf", "rate", "100mbit", "burst", "64k",
-             "latency", "1s"]  # fmt: skip
-    assert subprocess.run(["tc", "-n", other.namespace, *limit], check=False).returncode == 0
+    other.slow_down("100mbit")
     jobs = [host.torchrun() for host in hosts]
     outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in jobs]
     assert [process.returncode for process in jobs] == [0, 0], outputs
@@ -134,6 +139,7 @@ def test_a_slow_cable_loses_nothing_and_carries_what_a_ring_must(hosts, alone):
 def test_a_pulled_cable_ends_the_step_and_the_job_goes_on(hosts, alone):
     """Only the first host has the checkpoint that both go on from."""
     first, other = hosts
+    other.slow_down("50mbit")  # the cable is pulled before the last step
     jobs = [host.torchrun("--rank-timeout", "15", restarts=2) for host in hosts]
     until(lambda: len(checkpoint.paths(first.folder / "run" / "checkpoints")) > 0, jobs[0])
     ip("-n", other.namespace, "link", "set", other.device, "down")

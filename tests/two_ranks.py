@@ -97,7 +97,7 @@ def main() -> None:
         "fp32": replace(plain, dtype="fp32"),
         "bf16": replace(plain, dtype="bf16", micro_batch_size=2),
         "autocast": replace(plain, dtype="bf16", micro_batch_size=2, working_copies=False),
-        "sharded": replace(plain, dtype="fp32", shard="optimizer"),
+        "sharded": replace(plain, dtype="fp32", shard="optimizer", recompute=True),
         "sharded, ours": replace(plain, dtype="bf16", shard="optimizer", optimizer="triton"),
         "aot_eager": replace(plain, dtype="bf16", compile=True, compile_scope="blocks"),
     }

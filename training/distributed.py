@@ -91,7 +91,7 @@ class World:
             torch.cuda.set_device(self.local_rank)
         groups = dist.PrefixStore("groups", self.store)
         among = {"store": groups, "rank": self.rank, "world_size": self.size}
-        among["timeout"] = timedelta(seconds=patience_s)
+        among["timeout"] = timedelta(seconds=min(patience_s, 1e8))  # more it cannot count
         if on_cuda:
             among["device_id"] = torch.device("cuda", self.local_rank)  # connects here and now
         with _within(CONNECT, f"rank {self.rank} of {self.size} could not connect to the others"):
