@@ -167,6 +167,7 @@ def test_a_fine_tuning_starts_from_a_name(
     """Its rate is such that it only gets worse: what it began with is what it keeps."""
     out, parameters = Path("run"), here.model.num_parameters()
     monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
+    monkeypatch.setattr(ending, "report_run", lambda *_: None)
     flags = ["--init", "org/tiny@v1", "--data", str(text), "--out", str(out), "--steps", "12",
              "--eval-every", "2", "--max-lr", "1", "--warmup-steps", "1", "--patience", "2",
              "--dropout", "0.2", "--no-guard", "--dtype=fp32", "--grad-accum-steps=1"]  # fmt: skip

@@ -184,6 +184,13 @@ def assert_same_weights(a: Path, b: Path) -> None:
         assert torch.equal(one[name], other[name]), name
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end with few words and, where nobody reads it, without a report."""
+    monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
+    monkeypatch.setattr(ending, "report_run", lambda *_: None)
+
+
 def run_here(text: Path, out: Path, *arguments: str) -> dict:
     """A run in this process; returns its summary."""
     fixed = ["--preset", "smoke", "--data", str(text), "--out", str(out), "--save-every", "0"]
@@ -386,12 +393,11 @@ def test_the_best_weights_are_kept(
     assert "Overfitting" not in verdict
 
 
-def test_samples_while_training_change_no_step(text: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
+def test_samples_while_training_change_no_step(text: Path, tmp_path: Path, brief) -> None:
     flags = [
         "--epochs=0.4",
         "--dtype=fp32",
-        "--model=smoke,n_layer=1,dropout=0.1",
+        "--model=smoke,n_layer=1,n_embd=16,n_head=1,dropout=0.1",
         "--batch-size=2",
     ]
     run_here(text, tmp_path / "a", *flags, "--sample-every", "2", "--log-every", "9")
@@ -435,10 +441,10 @@ def test_a_config_is_the_flags_it_was_made_of(tmp_path: Path) -> None:
 
 
 def test_muon_resumes_exactly_and_no_other_goes_on_from_it(
-    text: Path, tmp_path: Path, monkeypatch, capsys
+    text: Path, tmp_path: Path, brief, capsys
 ) -> None:
-    monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
-    flags = ["--steps=4", "--save-every=2", "--dtype=fp32", "--batch-size=2"]
+    flags = ["--steps=4", "--save-every=2", "--dtype=fp32", "--batch-size=2",
+             "--model=smoke,n_embd=16,n_head=1"]  # fmt: skip
     run_here(text, tmp_path / "a", *flags, "--optimizer", "muon")
     assert (
         "Muon for the blocks' matrices, AdamW for the rest: changed maths"
@@ -456,8 +462,7 @@ def test_muon_resumes_exactly_and_no_other_goes_on_from_it(
     assert not (tmp_path / "c").exists()
 
 
-def test_a_wsd_run_cools_down_from_any_checkpoint(text: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
+def test_a_wsd_run_cools_down_from_any_checkpoint(text: Path, tmp_path: Path, brief) -> None:
     flags = [
         "--schedule=wsd",
         "--decay-fraction=0.25",
