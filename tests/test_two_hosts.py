@@ -1,6 +1,6 @@
 """Two computers on one: network namespaces joined by a cable, each with a name and a folder.
 
-What README's "More than one machine" says, over a real rendezvous: no disk is shared, the cable is
+What docs/guide.md says of several machines, over a real rendezvous: no disk is shared, the cable is
 slow or pulled in the middle of a step.
 """
 
