@@ -81,7 +81,7 @@ def _turn_into_dz(z: Tensor, V: int, ids: Tensor, needs_dz: bool) -> tuple[Tenso
         dz = torch.exp(logits - z_max - log_sum) - torch.where(cols == ids, 1.0, 0.0)
         return log_p, F.pad(dz, (0, z.shape[1] - V)).to(z.dtype)
     z[:, V:] = -torch.inf
-    num_rows = 128 if z.is_cuda else 4 * torch.get_num_threads()
+    num_rows = 128 if z.is_cuda else 16 * torch.get_num_threads()
     log_p = z.new_empty(ids.shape, dtype=torch.float32)
     for rows, at, out in zip(*(t.split(num_rows) for t in (z, ids, log_p)), strict=True):
         p = rows.float()
