@@ -40,7 +40,7 @@ def test_every_key_of_every_op_finds_a_row_and_every_row_is_found():
     asked |= {replace(key, triton=t) for key in norm for t in TRITONS}
     for layer in _launch.rows():
         idle = [str(row) for row in layer if not any(row.serves(key) for key in asked)]
-        assert not idle, "no op asks for these rows"
+        assert not idle, "no op asks for these rows, or `keys` above does not know its keys"
 
 
 def test_a_family_shares_its_rows_in_every_op():

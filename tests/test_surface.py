@@ -19,10 +19,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx import Graph, GraphModule, Node
 
 import kernels
-from bench import cases
+from bench import baseline, cases
 from bench.resources import kernel_modules
 from kernels import EAGER, SDPA, TRITON, Ops, parse_ops, read_ops, spell_ops
 from model import GPT, GPTConfig
+from tests import mutants
 from training import optim
 
 ROOT = Path(__file__).parents[1]
@@ -68,9 +69,11 @@ def test_op_has_every_part(op):
     file = Path(inspect.getfile(function))
     assert file.parent == ROOT / "kernels"
     assert getattr(EAGER, op).__module__ == "kernels.reference"
-    test_file = ROOT / f"tests/test_{op}.py"
-    assert f"{op}(" in test_file.read_text(), "a test file that does not call its op"
+    test_file = f"tests/test_{op}.py"
+    assert f"{op}(" in (ROOT / test_file).read_text(), "a test file that does not call its op"
+    assert test_file in mutants.TESTS.get(file.stem, ()), f"tests/mutants.py: no {test_file}"
     assert op in cases.CASES, f"no bench case for {op}"
+    assert op in baseline.OPS, f"bench/baseline.py has no {op} for the bench to hold it against"
     assert inspect.getdoc(function), f"{op} has no docstring"
 
 
@@ -203,7 +206,8 @@ def test_ops_are_read_from_a_string():
     assert mixed.causal_attention is TRITON.causal_attention
     for spec in ("triton", "triton,gelu_mlp=eager", "compiled,causal_attention=sdpa-flash"):
         assert spell_ops(read_ops(spec)) == spec
-    assert spell_ops(read_ops("triton,layer_norm=eager,gelu_mlp=eager,add_layer_norm=eager")) == (
+    most = [op for op in OPS if op not in ("causal_attention", "linear_cross_entropy")]
+    assert spell_ops(read_ops(",".join(["triton", *(f"{op}=eager" for op in most)]))) == (
         "eager,causal_attention=triton,linear_cross_entropy=triton"
     )
 
