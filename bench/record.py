@@ -62,7 +62,8 @@ def git_state() -> tuple[str, bool]:
 
     Result files and the report made from them do not count: writing them is what the bench does.
     """
-    own = [f":!{path}" for path in ("bench/results", "bench/plots", "README.md")]
+    made = ("bench/results", "bench/plots", "docs/results.md", "README.md")
+    others = ["--", ".", *(f":!{path}" for path in made)]
     try:
         commit, changed = (
             subprocess.run(
@@ -70,7 +71,7 @@ def git_state() -> tuple[str, bool]:
             ).stdout.strip()
             for command in (
                 ["rev-parse", "HEAD"],
-                ["status", "--porcelain", "--untracked-files=no", "--", ".", *own],
+                ["status", "--porcelain", "--untracked-files=no", *others],
             )
         )
     except (OSError, subprocess.SubprocessError):

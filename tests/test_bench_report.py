@@ -2,6 +2,7 @@
 
 import math
 import re
+import subprocess
 from dataclasses import replace
 from typing import Any
 
@@ -442,3 +443,22 @@ def test_report_fills_blocks_and_nothing_else():
         report.fill("<!-- bench:step-cpu -->\n", [])
     with pytest.raises(ValueError, match=r"unknown block 'speed'; known: .*step-gpu"):
         report.fill("<!-- bench:speed -->\n<!-- /bench:speed -->", [])
+
+
+def test_what_the_report_writes_is_no_uncommitted_change(tmp_path, monkeypatch):
+    """Else all that is measured after `make report` is marked as of changed code."""
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    written = ["README.md", "docs/results.md", "bench/plots/x.svg", "bench/results/x.json"]
+    for name in ("train.py", *written):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    who = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    for name in written:
+        (tmp_path / name).write_text("after")
+    commit, dirty = record.git_state()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    assert not dirty
+    (tmp_path / "train.py").write_text("after")
+    assert record.git_state() == (commit, True)
