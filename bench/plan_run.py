@@ -8,7 +8,6 @@ many times one: what sending gradients and launching without a graph cost is not
 """
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -76,25 +75,21 @@ def describe(recipe: Recipe, plan: Plan, count: int, card: str, price: float | N
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser("bench.plan_run", __doc__)
     parser.add_argument("--preset", default="fineweb-124m")
     parser.add_argument("--model", help="another one than the recipe's: 350m, 774m, 1558m")
     parser.add_argument("--cards", default="8xH100", metavar="NxCARD")
     parser.add_argument("--price", type=cli.amount, help="of a card for an hour, any currency")
     options = parser.parse_args(argv)
-    try:
-        recipe = find_preset(options.preset)
-        recipe = replace(recipe, model=options.model or recipe.model)
-        count, card = read_cards(options.cards)
-        arch, gib = MEMORY[card]
-        machine = Machine("cuda", card, arch, has_bf16=True, memory_bytes=gib << 30)
-        plan = share(make_plan(recipe, machine, None, count), recipe, World(size=count))
-    except ValueError as error:
-        parser.error(str(error))
+    recipe = find_preset(options.preset)
+    recipe = replace(recipe, model=options.model or recipe.model)
+    count, card = read_cards(options.cards)
+    arch, gib = MEMORY[card]
+    machine = Machine("cuda", card, arch, has_bf16=True, memory_bytes=gib << 30)
+    plan = share(make_plan(recipe, machine, None, count), recipe, World(size=count))
     print("\n".join(describe(recipe, plan, count, card, options.price)))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)
