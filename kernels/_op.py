@@ -89,12 +89,6 @@ def check_device(op: str, x: Tensor) -> None:
         )
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype activations leave an op in: the autocast dtype where autocast is on, else x's."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def needs_grad(*tensors: Tensor) -> bool:
     """Whether a backward may follow. Ask in the public function.
 

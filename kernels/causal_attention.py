@@ -44,7 +44,8 @@ from . import HEAD_DIMS, unfit
 from ._aot import AotCase, aot_case
 from ._jit import jit
 from ._launch import Key, arch, candidates_for, cdiv, launch_for, math_of, next_pow2, precision_of
-from ._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
+from ._op import check_device, needs_grad, refuse_double_backward, register
+from .reference import autocast_dtype
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two

@@ -52,7 +52,8 @@ from ._launch import (
     next_pow2,
     num_sms,
 )
-from ._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
+from ._op import check_device, needs_grad, refuse_double_backward, register
+from .reference import autocast_dtype
 
 MAX_C = 8192  # a program holds a whole row in registers
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

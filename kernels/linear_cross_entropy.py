@@ -40,8 +40,8 @@ from torch import Tensor
 from ._aot import AotCase, aot_case
 from ._jit import jit
 from ._launch import Key, arch, cdiv, launch_for
-from ._op import autocast_dtype, check_device, needs_grad, refuse_double_backward, register
-from .reference import check_targets
+from ._op import check_device, needs_grad, refuse_double_backward, register
+from .reference import autocast_dtype, check_targets
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Bytes of logits alive at once. At GPT-2's shape in bf16 this gives 4 chunks of 16384 rows, whose

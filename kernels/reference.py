@@ -17,7 +17,7 @@ from torch import Tensor
 CHUNK_TOKENS = 1024  # rows of logits alive at once: 1024 x 50304 fp32 is 206 MB
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
+def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype activations leave an op in: the autocast dtype where autocast is on, else x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -26,7 +26,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """(..., C) -> (..., C); see kernels/layer_norm.py."""
     return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps).to(
-        _autocast_dtype(x)
+        autocast_dtype(x)
     )
 
 
@@ -35,7 +35,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """x, residual (..., C) -> y in x's dtype, residual + x in residual's; see layer_norm.py."""
     residual_out = residual + x.to(residual.dtype)
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     y = F.layer_norm(
         residual_out, weight.shape, weight.to(residual.dtype), bias.to(residual.dtype), eps
     )
@@ -151,6 +151,6 @@ def linear_cross_entropy(
         check_targets(targets, V, ignore_index)
     grad = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
-        x.reshape(-1, x.shape[-1]).to(_autocast_dtype(x)), weight, targets.reshape(-1), V,
+        x.reshape(-1, x.shape[-1]).to(autocast_dtype(x)), weight, targets.reshape(-1), V,
         ignore_index, grad and x.requires_grad, grad and weight.requires_grad,
     )  # fmt: skip
