@@ -23,8 +23,8 @@ OP_FLAG = $${OP:+--op "$$OP"}
 PYTEST = $(PY) -m pytest -p no:benchmark --numprocesses auto --dist loadfile \
 	$${MACHINE:+--machine "$$MACHINE"} $${OP:+"tests/test_$$OP.py"} $(ARGS)
 
-.PHONY: help setup setup-dev train finetune doctor sample eval demo test test-slow test-gpu bench bench-step profile report \
-	numerics resources torture mutants matrix check fix clean
+.PHONY: help setup setup-dev train finetune doctor tune sample eval demo test test-slow test-gpu bench bench-step \
+	profile report numerics resources torture mutants matrix check fix clean
 .DEFAULT_GOAL := help
 
 ##@ set up
@@ -61,8 +61,9 @@ sample: setup ## continue a prompt with the newest model, or another (PROMPT= MO
 	$(PY) -m model.generate $(MODEL_FLAG) --prompt "$$PROMPT" $(ARGS)
 
 eval: setup-dev ## EleutherAI's harness on a model folder (MODEL=runs/NAME/model TASKS=hellaswag ARGS=)
+	@: "$${MODEL:?names a model folder, as MODEL=runs/smoke/model}"
 	@$(PY) -c "import lm_eval" 2>/dev/null || $(PIP) "lm-eval[hf]==0.4.13"
-	$(PY) -m lm_eval --model hf --model_args "pretrained=$${MODEL:?names a model folder}" \
+	$(PY) -m lm_eval --model hf --model_args "pretrained=$$MODEL" \
 		--tasks "$${TASKS:-hellaswag}" $(ARGS)
 
 demo: setup-dev ## try it in the browser (MODEL= ARGS=)

@@ -66,6 +66,17 @@ def test_nothing_given_is_nothing_passed(checkout: Path) -> None:
     assert make(checkout, "sample") == ["-m", "model.generate", "--prompt", ""]
 
 
+def test_a_missing_model_is_said_before_anything_is_installed(checkout: Path) -> None:
+    python = checkout / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> called\nexit 1\n', encoding="utf-8")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MODEL"}
+    done = subprocess.run(["make", "eval"], cwd=checkout, env=environ, capture_output=True,
+                          encoding="utf-8", check=False)  # fmt: skip
+    assert done.returncode != 0
+    assert "MODEL: names a model folder" in done.stderr
+    assert not (checkout / "called").exists()
+
+
 def test_args_are_several_words_quoted_as_in_a_shell(checkout: Path) -> None:
     words = ["--seed", "2", "--out", "a b", "$5"]
     assert make(checkout, "train", """ARGS=--seed 2 --out "a b" '$5'""") == ["train.py", *words]
