@@ -393,7 +393,7 @@ def test_a_step_is_dealt_out_evenly_or_refused(size, micro, count):
     recipe = Recipe(batch_size=16, grad_accum_steps=4)
     plan = make_plan(recipe, detect("cpu"), Choices(ops="eager", dtype="fp32", compile=False))
     if not micro:
-        with pytest.raises(ValueError, match=r"64 rows a step .* cannot be dealt to 3 ranks"):
+        with pytest.raises(ValueError, match=r"64 rows per step .* cannot be dealt to 3 ranks"):
             share(plan, recipe, World(0, size))
         return
     shared = share(plan, recipe, World(0, size))

@@ -244,7 +244,7 @@ def test_the_plan_in_a_line_and_as_json() -> None:
     made = make_plan(SEED, MACHINES["H200"])
     line = made.describe()
     for part in ("NVIDIA H200", "ops triton", "bf16 with bf16 working copies", "compiled (blocks)",
-                 "1 x 64 rows a step", "triton AdamW", "one CUDA graph",
+                 "1 x 64 rows per step", "triton AdamW", "one CUDA graph",
                  "GiB for a step, beside CUDA's own 0.5"):  # fmt: skip
         assert part in line
     assert Plan(**json.loads(json.dumps(asdict(made)))) == replace(made, notes=[*made.notes])

@@ -38,7 +38,7 @@ def test_what_was_not_measured_is_called_an_estimate(capsys):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--cards", "3xH100"], "512 rows a step .* cannot be dealt to 3 ranks"),
+        (["--cards", "3xH100"], "512 rows per step .* cannot be dealt to 3 ranks"),
         (["--cards", "8xTPU"], "--cards must be like 8xH100, of B200.*, got 8xTPU"),
         (["--cards", "0xH100"], "got 0xH100"),
         (["--cards", "RTX 4090", "--model", "1558m"], "memory: one row of 1558m .* RTX 4090 has"),

@@ -335,7 +335,7 @@ def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
         return plan
     if recipe.rows_per_step % world.size:
         raise ValueError(
-            f"distributed: {recipe.rows_per_step} rows a step (batch_size {recipe.batch_size} x "
+            f"distributed: {recipe.rows_per_step} rows per step (batch_size {recipe.batch_size} x "
             f"grad_accum_steps {recipe.grad_accum_steps}) cannot be dealt to {world.size} ranks; "
             "change --batch-size or --nproc-per-node"
         )

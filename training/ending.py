@@ -1,6 +1,7 @@
 """How a run ends: last evaluation, weights, samples, summary and report."""
 
 import math
+import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -128,7 +129,8 @@ def finish(
     report_run(out, run.train_tokens, log.say)
     log.say(
         f"done: {num_steps} steps, {tokens_seen:,} tokens, {summary['epochs']:.1f} epochs, "
-        f"{summary['tokens_per_s']:,.0f} tok/s, {summary['wall_s']:.0f} s in all; see {out}"
+        f"{summary['tokens_per_s']:,.0f} tok/s, {summary['wall_s']:.0f} s in all; "
+        f"try it: make sample MODEL={shlex.quote(str(out))}"
     )
 
 

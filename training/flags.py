@@ -34,9 +34,9 @@ class Config:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     preset: str
-    """Recipe, that is what is trained; alone it lists them."""
+    """Recipe: what is trained. Without a name it lists them."""
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """config.json of a run, to make it again; other flags on the line overrule it."""
+    """Run folder or its config.json: make that run again; other flags on the line overrule it."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
     """Text, code, JSONL, Parquet, Arrow, folders and patterns of them, or a token file or folder.
     Default: input.txt if it is there, else tiny Shakespeare."""
@@ -59,8 +59,8 @@ class Config:
     explain: bool = False
     """Measure this machine, try ten steps, say what limits them and what to change; no training."""
     eval_every: int = -1
-    """Steps between evaluations; 0 is only at the end, -1 ten times a run, and not under 100 where
-    no --keep and no --patience depend on them."""
+    """Steps between evaluations; 0 is only at the end, -1 ten times per run, at least
+    100 steps apart unless --keep best or --patience needs them."""
     sample_every: int = 0
     """Steps between samples during the run, into samples.txt and the log; 0 is only at the end."""
     hellaswag: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -68,23 +68,23 @@ class Config:
     hellaswag_every: int = 0
     """Steps between scores on --hellaswag during the run; 0 is only at the end."""
     save_every: int = -1
-    """Steps between checkpoints; 0 is only at the end, -1 four times a run. --keep best saves what
-    it needs besides."""
+    """Steps between checkpoints; 0 is only at the end, -1 four times per run. --keep best
+    also saves what it needs."""
     keep_last: int = 2
     """Checkpoints to keep, beside the one with the best validation loss."""
     resume: str = "auto"
     """auto goes on from the newest good checkpoint of the run folder and starts afresh where there
     is none; never starts afresh; else the path of a checkpoint or a run folder."""
     cooldown: bool = False
-    """Go on from a checkpoint of a wsd run, the newest or the one of --resume, with its decay in
-    --decay-fraction of all steps, and end there."""
+    """Go on from a checkpoint of a wsd run, the newest or the one of --resume: decay for
+    --decay-fraction of all steps, then end."""
     override: bool = False
     """Resume although the recipe or the data is not the one that was saved."""
     log_every: int = 0
-    """Steps between printed lines; 0 is about a hundred lines a run."""
+    """Steps between printed lines; 0 is about a hundred lines per run."""
     log_to: Annotated[str, tyro.conf.arg(aliases=["--log"])] = ""
-    """Where curves go beside metrics.jsonl, of tensorboard,wandb,trackio,csv; the first three need
-    the package of that name. torchrun takes --log for one of its own flags."""
+    """Where curves go besides metrics.jsonl: any of tensorboard,wandb,trackio,csv; the first three
+    need the package of that name. Under torchrun write --log-to: it has a --log of its own."""
     tensorboard: bool = False
     """The same as --log-to tensorboard."""
     rank_timeout: int = 600

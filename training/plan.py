@@ -90,7 +90,7 @@ class Plan:
             f"ops {self.ops}",
             self.dtype + (" with bf16 working copies" if self.working_copies else ""),
             f"compiled ({self.compile_scope})" if self.compile else "not compiled",
-            f"{self.num_micro_batches} x {self.micro_batch_size} rows a step",
+            f"{self.num_micro_batches} x {self.micro_batch_size} rows per step",
             "Muon for the blocks' matrices, AdamW for the rest: changed maths"
             if self.optimizer == "muon"
             else f"{self.optimizer} AdamW",

@@ -65,7 +65,7 @@ class Run:
         """The first lines of a run: what is trained, from which weights, and how."""
         recipe, model = self.recipe, self.initial
         lines = [
-            f"recipe: {self.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens a "
+            f"recipe: {self.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens per "
             f"step, {recipe.max_steps:,} steps, {len(self.train_tokens):,} training tokens"
         ]
         if model and not self.saved:
