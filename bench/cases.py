@@ -55,7 +55,7 @@ class Case:
     Args:
         op: Name in `kernels.Ops`.
         bytes, flops: (shape, bytes per activation element, mode) -> the floor of one call.
-        limit: Which measured matmul rate the flops are held against.
+        limit: Which measured matmul rate the flops are held against; where there are none, copies.
         logits: Columns of the fp32 matrix that plain PyTorch makes on the way, four times.
         sweep: Shapes for the plot of this op, small to large.
         modes: A subset of MODES. The loss has no "bwd": the gradients come with the forward.
@@ -63,9 +63,9 @@ class Case:
 
     op: str
     bytes: Callable[[Shape, int, str], float]
-    flops: Callable[[Shape, int, str], float]
-    limit: str
     sweep: tuple[Shape, ...]
+    flops: Callable[[Shape, int, str], float] = lambda s, e, mode: 0.0
+    limit: str = "copy_gbs"
     modes: tuple[str, ...] = MODES
     logits: Callable[[Shape], int] = lambda s: 0
 
@@ -84,8 +84,6 @@ CASES: dict[str, Case] = {
             "layer_norm",
             # x -> y; then x, dy -> dx
             bytes=lambda s, e, mode: s.M * s.C * _split(mode, 2 * e, 3 * e),
-            flops=lambda s, e, mode: 0.0,
-            limit="copy_gbs",
             sweep=_TOKENS,
         ),
         Case(
@@ -95,8 +93,6 @@ CASES: dict[str, Case] = {
             bytes=lambda s, e, mode: (
                 s.M * s.C * _split(mode, 2 * e + 2 * 4, 16 if e == 4 else 2 * e + 3 * 4)
             ),
-            flops=lambda s, e, mode: 0.0,
-            limit="copy_gbs",
             sweep=_TOKENS,
         ),
         Case(

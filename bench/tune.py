@@ -375,8 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="children that build; default: cores less two")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="say what would be tried; needs no GPU")
     parser.add_argument("--arch", type=int, default=90, help="of --list; default: 90")
-    parser.add_argument("--out", type=cli.path, default=record.RESULTS)
-    parser.add_argument("--commit", help="what is tuned, where git is not at hand")
+    cli.add_output(parser)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
