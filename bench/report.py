@@ -151,9 +151,7 @@ def goals_block(results: Sequence[Result]) -> str:
     return "\n\n".join([table([*header, "must", "measured", "commit", "state"], lines), *others])
 
 
-NOTHING_YET = (
-    "**On a GPU: nothing has been measured yet**, and no step has been captured as a CUDA graph."
-)
+NO_GPU_STEP = "No training-step result of a GPU is committed yet."
 
 
 def step_block(results: Sequence[Result], device_type: str, largest: int | None = None) -> str:
@@ -164,9 +162,7 @@ def step_block(results: Sequence[Result], device_type: str, largest: int | None 
     """
     result, cuda = newest(results, device_type, "step"), device_type == "cuda"
     if result is None:
-        some = any(r.device["type"] == "cuda" for r in results)
-        nothing = "No training-step result of a GPU is committed yet." if some else NOTHING_YET
-        return nothing if cuda else ""
+        return NO_GPU_STEP if cuda else ""
     groups: dict[str, list[StepRow]] = {}
     for row in sorted(result.rows("step"), key=lambda row: not with_values(**LARGE)(row)):
         accum = f", {row.accum} micro-batches" if row.accum > 1 else ""

@@ -293,7 +293,7 @@ def test_goals_take_what_else_there_is_and_need_what_belongs_to_it():
 def test_without_a_gpu_one_line_and_open_goals():
     result = cuda_result()
     result.about["device"] = {"type": "cpu", "name": "x", "cores": 2, "isa": "AVX2"}
-    assert report.step_block([result], "cuda") == report.NOTHING_YET
+    assert report.step_block([result], "cuda") == report.NO_GPU_STEP
     text = report.page([result])
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
         "## Goals", "## The whole training step on a GPU", "## The whole training step on a CPU",
@@ -305,7 +305,7 @@ def test_without_a_gpu_one_line_and_open_goals():
     assert "measured" not in goals
     # A first call without steps: then the line would be wrong.
     checked = cuda_result(step=[], ops=[], ablation=[])
-    assert report.step_block([checked], "cuda").startswith("No training-step result of a GPU")
+    assert report.step_block([checked], "cuda") == report.NO_GPU_STEP
 
 
 def test_each_section_is_of_the_newest_result_that_has_it():
@@ -438,7 +438,7 @@ def test_report_fills_blocks_and_nothing_else():
     assert filled.endswith("<!-- /bench:step-gpu -->\nafter\n")
     assert "old" not in filled
     assert report.fill(filled, [result]) == filled
-    assert report.fill(filled, []).splitlines()[2] == report.NOTHING_YET
+    assert report.fill(filled, []).splitlines()[2] == report.NO_GPU_STEP
     with pytest.raises(ValueError, match="only 0 are closed"):
         report.fill("<!-- bench:step-cpu -->\n", [])
     with pytest.raises(ValueError, match=r"unknown block 'speed'; known: .*step-gpu"):
