@@ -15,7 +15,7 @@ def lines(capsys: pytest.CaptureFixture[str], *flags: str) -> list[str]:
 def test_a_run_on_eight_cards(capsys):
     plan, *rest = lines(capsys, "--preset", "fineweb-124m", "--cards", "8xH100", "--price", "3")
     said = dict(line.split(": ", 1) for line in rest)
-    assert plan.startswith("plan: cuda (H100")
+    assert plan.startswith("plan: cuda (H100), ops triton")
     assert said["tokens"] == "9,999,745,024 in 19,073 steps of 524,288"
     one = float(said["tokens per second"].split()[0].replace(",", ""))
     assert "measured on NVIDIA H100" in said["tokens per second"]

@@ -85,8 +85,9 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in one line."""
+        threads = f", {self.num_threads} threads" if self.device == "cpu" else ""
         parts = [
-            f"plan: {self.device} ({self.device_name}, {self.num_threads} threads)",
+            f"plan: {self.device} ({self.device_name}{threads})",
             f"ops {self.ops}",
             self.dtype + (" with bf16 working copies" if self.working_copies else ""),
             f"compiled ({self.compile_scope})" if self.compile else "not compiled",
