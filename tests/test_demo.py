@@ -563,7 +563,7 @@ def test_generate_right_after_stop_and_right_after_generate(visitor: Visitor):
         visitor.page.locator("#status .done").wait_for()
         frozen = visitor.text()
         assert re.search(r"\d+ tokens, stopped", visitor.status())
-        assert visitor.page.get_by_text("Error").count() == 0
+        assert visitor.page.get_by_text("Error", exact=True).count() == 0
         visitor.page.wait_for_timeout(200)
         assert visitor.text() == frozen
 

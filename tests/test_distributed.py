@@ -391,7 +391,11 @@ def test_what_torchrun_sets_is_checked(environment, line, tmp_path, monkeypatch,
 @pytest.mark.parametrize(("size", "micro", "count"), [(1, 16, 4), (2, 16, 2), (8, 8, 1), (3, 0, 0)])
 def test_a_step_is_dealt_out_evenly_or_refused(size, micro, count):
     recipe = Recipe(batch_size=16, grad_accum_steps=4)
-    plan = make_plan(recipe, detect("cpu"), Choices(ops="eager", dtype="fp32", compile=False))
+    plan = make_plan(
+        recipe,
+        detect("cpu"),
+        Choices(ops="eager", dtype="fp32", compile=False, micro_batch_size=16),
+    )
     if not micro:
         with pytest.raises(ValueError, match=r"64 rows per step .* cannot be dealt to 3 ranks"):
             share(plan, recipe, World(0, size))
