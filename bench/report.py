@@ -237,7 +237,9 @@ def train_block(result: Result, rows: list[SeedRow]) -> str:
             "caches": lambda row: row.cache,
         },
         {
-            "result": lambda row: cell(row.result) + (", reached" if row.reached else ""),
+            "result": lambda row: (
+                cell(row.result) + (", the lowest below the goal" if row.reached else "")
+            ),
             "first step s": lambda row: number(row.first_step_s, ".1f"),
             "all s": lambda row: number(row.seconds, ".1f"),
             "tokens/s": lambda row: number(row.tokens_per_s, ",.0f"),

@@ -196,7 +196,9 @@ def test_train_block_quotes_what_the_recipe_writes():
     result = cuda_result()
     text = report.train_block([result])
     assert re.search(r"cold \| +loss 9.543 after 100 steps \| +24.0 \| +26.0 \| +260,000 \|", text)
-    assert re.search(r"warm \| loss 0.089 after 3600 steps, reached \| +5.0 \| +58.0 \|", text)
+    assert re.search(
+        r"warm \| loss 0.089 after 3600 steps, the lowest below the goal \| +5.0 \| +58.0 \|", text
+    )
     [fence] = re.findall(r"```\n(.*?)\n```", text, re.DOTALL)
     assert fence.startswith("[prompt]First Citizen:\n[model]\nBefore we proceed ` ` `")
     assert 300 < len(fence) < 360
