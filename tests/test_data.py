@@ -273,7 +273,7 @@ def test_every_form_of_the_same_documents_gives_the_same_tokens(tmp_path, monkey
 
 
 def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
-    pa = pytest.importorskip("pyarrow")
+    pa, pq = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
     whole = write_documents(tmp_path, "parquet").read_bytes()
     dataset = write_documents(tmp_path, "dataset")
     stream = (dataset / "data-00001-of-00002.arrow").read_bytes()
@@ -289,6 +289,13 @@ def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
+            load_corpus([tmp_path / name], key="body")
+    twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["body", "body"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pa.ipc.new_file(tmp_path / "twice.arrow", twice.schema) as w:
+        w.write_table(twice)
+    for name in ("twice.parquet", "twice.arrow"):
+        with pytest.raises(ValueError, match=f"{name} has 2 columns 'body'"):
             load_corpus([tmp_path / name], key="body")
     (dataset / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(FileNotFoundError, match=r"data: no such file: .*data-00001-of-00002"):

@@ -373,6 +373,8 @@ def _table(path: Path, key: str) -> Iterator[Iterator[tuple[Any, int]]]:
                     f"data: {path} has no column {key!r}, it has {', '.join(map(repr, columns))}; "
                     "--text-column names the one to read"
                 )
+            if columns.count(key) > 1:
+                raise ValueError(f"data: {path} has {columns.count(key)} columns {key!r}; keep one")
             yield values(table, source)
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data: {path} cannot be read as a table: {error}") from None
