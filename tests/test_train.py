@@ -548,6 +548,11 @@ BAD = {
     "no out": (["--out", ""], "--out is empty"),
     "no init": (["--init="], "--init is empty"),
     "no resume": (["--resume", ""], "--resume is empty"),
+    "no hellaswag": (["--hellaswag", ""], "--hellaswag is empty"),
+    "no column": (["--text-column", ""], "--text-column is empty"),
+    "no tune file": (["--tune-file", ""], "--tune-file is empty"),
+    "flags in a config": (["--config", "{tmp}/sly.json"], "data must be a plain value"),
+    "empty config": (["--config", ""], "--config is empty"),
     "no model": (["--model", ""], "model: unknown size ''"),
     "seed": (["--seed", str(2**64)], "seed must be at most"),
     "lr beyond fp32": (["--max-lr", "1e300"], "max_lr must be at most 1e+30, got 1e+300"),
@@ -577,6 +582,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "folder").mkdir()
     (tmp_path / "foreign.bin").write_bytes(b"\0\0" * 1000)
+    sly = {"recipe": {"name": "smoke"}, "flags": {"data": ["a.txt", "--out=elsewhere"]}}
+    (tmp_path / "sly.json").write_text(json.dumps(sly))
     (tmp_path / "foreign.json").write_text('{"encoding": "cl100k_base"}')
     monkeypatch.chdir(tmp_path)
     if case == "init and T":

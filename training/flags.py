@@ -109,10 +109,12 @@ class Config:
                 raise ValueError(f"config: {name} must be at least {least}, got {value}")
         if self.hellaswag_every and not self.hellaswag:
             raise ValueError("config: --hellaswag-every needs --hellaswag FILE")
-        paths = {"out": (self.out,), "init": (self.init,), "resume": (self.resume,)}
-        for name, values in {**paths, "data": self.data, "val": self.val}.items():
-            if "" in values:
-                raise ValueError(f"config: --{name} is empty; name a path, or leave it out")
+        names = ("out", "init", "hellaswag", "resume", "text_column")
+        given = {name: (getattr(self, name),) for name in names}
+        given |= {"data": self.data, "val": self.val, "tune_file": (self.choices.tune_file,)}
+        for name in (name for name, values in given.items() if "" in values):
+            flag = name.replace("_", "-")
+            raise ValueError(f"config: --{flag} is empty; give a value, or leave it out")
         if self.cooldown and self.resume == "never":
             raise ValueError(
                 "config: --cooldown goes on from a checkpoint; leave --resume never out"
@@ -219,6 +221,8 @@ def from_config(path: str) -> list[str]:
         OSError: it cannot be read.
         ValueError: no run wrote it.
     """
+    if not path:  # not that of the working directory
+        raise ValueError("config: --config is empty; give a value, or leave it out")
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -241,7 +245,8 @@ def _spelled(file: Path, name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
-    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+    # A word that begins like a flag would be read as one.
+    if isinstance(value, list) and all(isinstance(w, str) and w[:1] != "-" for w in value):
         return [f"--{flag}", *value]
     if not isinstance(value, str | int | float):
         raise ValueError(f"config: {file}: {name} must be a plain value, got {quoted(value)}")
