@@ -215,17 +215,25 @@ class StandIn(ModuleType):
         self.finished += 1
 
 
-def log_steps(folder: Path, names: Sequence[str], first: int, last: int, **more: Any) -> None:
-    """Steps [first, last) and the evaluation behind them, as train.py logs them."""
+def log_steps(folder: Path, names: Sequence[str], first: int, last: int, **more: Any) -> int:
+    """Steps [first, last) and the evaluation behind them, as train.py logs them.
+
+    Returns:
+        What a checkpoint of step `last` would keep of metrics.jsonl.
+    """
     one = torch.ones(())
     log = RunLog(folder, 9, 1, lambda _: None, loggers=names, steps_done=first,
                  keep_bytes=more.pop("keep_bytes", 10**9), config={"seed": 3})  # fmt: skip
     with log:
+        if first:
+            log.event("hellaswag", step=first, hellaswag=0.25)
         for number in range(first, last):
             log.step(number, 0.5, 0, one * (9 - number), one)
         log.finish()
         log.event("eval", step=last, val_loss=7.0)
         log.event("hellaswag", step=last, hellaswag=0.25)
+        log.event("samples", step=last, texts=[])
+        return log.num_bytes
 
 
 def test_loggers_get_the_curves_and_go_on_in_the_same_place(tmp_path: Path, monkeypatch):
@@ -233,9 +241,14 @@ def test_loggers_get_the_curves_and_go_on_in_the_same_place(tmp_path: Path, monk
     for module in (wandb, trackio):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    log_steps(tmp_path, ["csv", "wandb", "trackio", "csv"], 0, 2)
-    log_steps(tmp_path, ["csv"], 2, 4)
-    log_steps(tmp_path, ["csv", "wandb", "trackio"], 2, 4)  # back to the checkpoint of step 2
+    size = log_steps(tmp_path, ["csv", "wandb", "trackio", "csv"], 0, 2)
+    log_steps(tmp_path, ["csv"], 2, 4, keep_bytes=size)
+    # Back to the checkpoint of step 2: what followed it is there once.
+    log_steps(tmp_path, ["csv", "wandb", "trackio"], 2, 4, keep_bytes=size)
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    names = [json.loads(line).get("event") for line in kept]
+    again = ["hellaswag", "samples"]
+    assert names == [None, None, "eval", "hellaswag", None, None, "eval", *again]
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     ends = (",7.0,", ",,0.25")  # an evaluation belongs before the step of its number
     want = [("0,9.0,0.5", ""), ("1,8.0,0.5", ""), *(("2,,,", e) for e in ends),

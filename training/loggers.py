@@ -8,10 +8,12 @@ fails is named once and left out from there on.
 import csv
 import importlib
 import importlib.util
+import json
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,17 +67,16 @@ def _trackio(place: Place) -> Logger:
 
 
 def _csv(place: Place) -> Logger:
-    path, kept = place.folder / TABLE, []
-    if place.steps_done and path.is_file():
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            steps = {str(step): step for step in range(place.steps_done + 1)}
-            kept = [row for row in csv.DictReader(file) if row["step"] in steps]
-            # The step itself is done again, the evaluation before it is not.
-            kept = [row for row in kept if steps[row["step"]] < place.steps_done or not row["loss"]]
-    file = path.open("w", newline="", encoding="utf-8", buffering=1)
+    done = place.folder / "metrics.jsonl"  # cut back to where the run goes on
+    file = (place.folder / TABLE).open("w", newline="", encoding="utf-8", buffering=1)
     table: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
     table.writeheader()
-    table.writerows(kept)
+    for line in done.read_bytes().splitlines() if done.is_file() else ():
+        with suppress(ValueError, TypeError, RecursionError):  # a line that a crash damaged
+            values = json.loads(line)
+            row = {name: values[name] for name in COLUMNS if name in values}
+            if len(row) > 1:
+                table.writerow(row)
     return table.writerow, file.close
 
 

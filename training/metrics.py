@@ -31,6 +31,7 @@ MAX_LOG_BYTES = 1 << 30  # some 5 million steps
 _MAYBE = Must("a number or null", lambda v: v is None or NUMBER.holds(v))
 _STEP = {"step": COUNT, "loss": _MAYBE, "lr": NUMBER, "grad_norm": _MAYBE, "ms": NUMBER,
          "tokens_per_s": NUMBER, "mfu": _MAYBE}  # fmt: skip
+_AGAIN = ("hellaswag", "samples")  # events that a resume makes again, at the same step
 _NOT_WRITTEN = ("bad", "position", "stop")  # fields of a record that metrics.jsonl leaves out
 
 
@@ -118,6 +119,7 @@ class RunLog:
         self._file = path.open("ab", buffering=0)  # a line that fails is not tried again later
         self._pending: tuple[int, float, int, Tensor, torch.cuda.Event | float] | None = None
         self._unread: list[StepRecord] = []
+        self._again_from: int | None = None  # offset of the first such event after the last step
         self._broken = False  # a line of metrics.jsonl is missing, or half there
         self._pinned: list[Tensor] = []
         self._mark: torch.cuda.Event | float = time.perf_counter()  # where the pending step began
@@ -222,6 +224,7 @@ class RunLog:
         )
         self.records.append(record)
         self._unread.append(record)
+        self._again_from = None
         self._write({k: v for k, v in asdict(record).items() if k not in _NOT_WRITTEN})
         curves = ("loss", "lr", "grad_norm", "tokens_per_s")
         self._loggers.log(step, **{name: getattr(record, name) for name in curves})
@@ -231,6 +234,8 @@ class RunLog:
 
     def event(self, name: str, **values: Any) -> None:
         """Write an object that is not a step, e.g. an evaluation."""
+        if name in _AGAIN and self._again_from is None:
+            self._again_from = self.num_bytes
         self._write({"event": name, **values})
         if curves := {k: values[k] for k in ("val_loss", "hellaswag") if k in values}:
             self._loggers.log(values["step"], **curves)
@@ -244,8 +249,9 @@ class RunLog:
 
     @property
     def num_bytes(self) -> int:
-        """Length of metrics.jsonl so far."""
-        return os.fstat(self._file.fileno()).st_size
+        """Length of metrics.jsonl so far, without what follows the last step and is done again."""
+        known = self._again_from
+        return os.fstat(self._file.fileno()).st_size if known is None else known
 
     @contextmanager
     def aside(self) -> Iterator[None]:
