@@ -225,7 +225,15 @@ def from_config(path: str) -> list[str]:
         raise ValueError("config: --config is empty; give a value, or leave it out")
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OSError(
+            f"config: {file} must be a run folder or its config.json: {error.strerror}"
+        ) from None
+    except ValueError:  # no UTF-8, so no config.json either
+        text = ""
+    try:
+        values = json.loads(text)
         recipe, flags = dict(values["recipe"]), dict(values["flags"])
         chosen = {**flags, **flags.pop("choices", {}), **recipe, "preset": recipe.pop("name")}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
