@@ -498,7 +498,7 @@ BAD = {
     "init and T": (["--init", "{tmp}/given", "--block-size", "99"], "16 positions, got 99"),
     "finetune alone": (["--preset", "finetune"], "finetune starts from weights; add --init gpt2"),
     "dropout": (["--dropout", "1"], "model: dropout must be in [0, 1), got 1.0"),
-    "no config": (["--config", "{tmp}/folder"], "No such file or directory: '{tmp}/folder/conf"),
+    "no config": (["--config", "{tmp}/folder"], "folder must be a run folder or its config.json: "),
     "config of none": (
         ["--config", "{tmp}/foreign.json"],
         "foreign.json must be the config.json of",

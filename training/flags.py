@@ -228,7 +228,7 @@ def from_config(path: str) -> list[str]:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise OSError(
-            f"config: {file} must be a run folder or its config.json: {error.strerror}"
+            f"config: {path} must be a run folder or its config.json: {error.strerror}"
         ) from None
     except ValueError:  # no UTF-8, so no config.json either
         text = ""
