@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-HEAD, TAIL = 14, 26  # lines shown of the beginning and of the end
+HEAD, TAIL = 9, 28  # lines shown of the beginning and of the end
 
 
 def draw(command: str, lines: list[str]) -> str:

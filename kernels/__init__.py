@@ -91,6 +91,9 @@ def _triton_ops() -> Ops:
     )
 
 
+TRITON: Ops  # made when it is first asked for
+
+
 def __getattr__(name: str) -> Any:
     if name == "TRITON":
         return _triton_ops()

@@ -484,14 +484,9 @@ def test_a_host_read_falls_back_and_leaves_the_stream(capsys: pytest.CaptureFixt
     assert "the step cannot be captured" in capsys.readouterr().out
 
 
-slow = pytest.mark.slow  # each compiles for ten seconds and more
-
-
-@pytest.mark.parametrize(
-    ("dtype", "scope"),
-    [("fp32", "model"), pytest.param("fp32", "blocks", marks=slow),
-     pytest.param("bf16", "model", marks=slow), pytest.param("bf16", "blocks", marks=slow)],
-)  # fmt: skip
+@pytest.mark.slow  # each compiles for ten seconds and more
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("scope", ["model", "blocks"])
 def test_compiled_steps_equal_the_plain_loop(dtype: Any, scope: Any) -> None:
     if missing := detect("cpu").missing_tools:
         pytest.skip(f"torch.compile needs {missing}")
