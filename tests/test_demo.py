@@ -595,10 +595,10 @@ def test_fifty_clients_over_http(server: tuple[str, Path]):
     call = f"{server[0]}gradio_api/call/generate"
 
     def ask(i: int) -> str:
-        data = [None, 0, f"Client {i}", *{**DEFAULTS, "max_new_tokens": 5}.values()]
+        data = [None, 0, False, f"Client {i}", *{**DEFAULTS, "max_new_tokens": 5}.values()]
         with post(call, json.dumps({"data": data}).encode(), "application/json") as answer:
             event = json.loads(answer.read())["event_id"]
-        with urllib.request.urlopen(f"{call}/{event}", timeout=300) as answer:
+        with urllib.request.urlopen(f"{call}/{event}", timeout=100) as answer:
             return answer.read().decode()
 
     with ThreadPoolExecutor(50) as pool:

@@ -172,7 +172,7 @@ def test_compiled_runs_repeat_bitwise(text: Path, tmp_path: Path) -> None:
             "--steps", "3", "--compile", "--save-every", "0",
             OMP_NUM_THREADS="2", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"),
         )  # fmt: skip
-        assert ", compiled (model), " in printed
+        assert ", compiled (blocks), " in printed
     assert [s["loss"] for s in events(runs[0])[0]] == [s["loss"] for s in events(runs[1])[0]]
     assert_same_weights(*runs)
 

