@@ -91,7 +91,7 @@ def _triton_ops() -> Ops:
     )
 
 
-TRITON: Ops  # made when it is first asked for
+TRITON: Any  # an Ops, made when it is first asked for
 
 
 def __getattr__(name: str) -> Any:
