@@ -21,7 +21,7 @@ import torch.distributed as dist
 import train
 from model import GPT
 from tests.forked import Forked, python
-from training import checkpoint, distributed
+from training import averaging, checkpoint, distributed
 from training.data import load_corpus
 from training.distributed import World, refuse_mismatch, share
 from training.plan import Choices, detect, make_plan
@@ -413,3 +413,13 @@ def test_a_folder_of_shards_is_a_corpus(tmp_path):
     assert len(val) == 300
     whole = np.concatenate([np.asarray(val[:]), np.asarray(train[:])])
     np.testing.assert_array_equal(whole[1:], load_corpus([tmp_path / "a.txt"]).tokens)
+
+
+def test_a_lost_rank_is_known_by_where_it_was_lost():
+    """gloo says it in words of which not all name gloo."""
+    words = "Application timeout caused pair closure"
+    for file, expected in ((dist.__file__, True), (averaging.__file__, True), (__file__, False)):
+        code = compile(f"raise RuntimeError({words!r})", file, "exec")
+        with pytest.raises(RuntimeError) as lost:
+            exec(code)
+        assert distributed.is_peers_fault(lost.value) == expected

@@ -13,10 +13,12 @@ import secrets
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -292,8 +294,14 @@ def _within(limit: timedelta, failure: str) -> Iterator[None]:
 
 
 def is_peers_fault(error: RuntimeError) -> bool:
-    """Whether a collective failed, rather than what this rank does by itself."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """Whether a collective failed, rather than what this rank does by itself.
+
+    By where it was raised: gloo says "Application timeout caused pair closure" and not its name.
+    """
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    waits = (Path(dist.__file__).parent, Path(__file__).parent / "averaging.py")
+    raised_there = any(place in (file, *file.parents) for file in files[-2:] for place in waits)
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or raised_there
 
 
 def is_restart() -> bool:
