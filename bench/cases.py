@@ -7,7 +7,6 @@ time. Sizes follow the rest of the project: M = B * T rows, C width, H heads, V 
 to a multiple of 128.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 Inputs = dict[str, Any]
+Draw = Callable[..., Tensor]  # sizes, and if need be scale and dtype -> a random leaf
 MODES = ("fwd", "bwd", "both")
 
 
@@ -46,6 +46,8 @@ class Shape:
 # The throughput shape, 65,536 tokens; the seed recipe's micro-batch, 1,024; and one between.
 GPU_SHAPES = (Shape(64, 1024), Shape(16, 64), Shape(8, 1024))
 CPU_SHAPES = (Shape(4, 64),)  # what a CPU can time
+TOKENS = tuple(Shape(B, 1024) for B in (1, 2, 4, 8, 16, 32, 64))
+LENGTHS = tuple(Shape(65536 // T, T) for T in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384))
 
 
 @dataclass(frozen=True)
@@ -54,97 +56,124 @@ class Case:
 
     Args:
         op: Name in `kernels.Ops`.
-        bytes, flops: (shape, bytes per activation element, mode) -> the floor of one call.
-        limit: Which measured matmul rate the flops are held against; where there are none, copies.
-        logits: Columns of the fp32 matrix that plain PyTorch makes on the way, four times.
-        sweep: Shapes for the plot of this op, small to large.
+        draw: Its keyword arguments.
+        moved: (shape, bytes per activation element) -> bytes of the forward and the backward.
+        multiplied: Likewise flops, of the shape alone.
+        limit: Which measured rate the op is held against.
         modes: A subset of MODES. The loss has no "bwd": the gradients come with the forward.
+        logits: Whether plain PyTorch makes M x Vp of them in fp32 on the way, four times.
+        sweep: Shapes for the plot of this op, small to large.
     """
 
     op: str
-    bytes: Callable[[Shape, int, str], float]
-    sweep: tuple[Shape, ...]
-    flops: Callable[[Shape, int, str], float] = lambda s, e, mode: 0.0
+    draw: Callable[[Shape, Draw], Inputs]
+    moved: Callable[[Shape, int], tuple[float, float]]
+    multiplied: Callable[[Shape], tuple[float, float]] = lambda s: (0.0, 0.0)
     limit: str = "copy_gbs"
     modes: tuple[str, ...] = MODES
-    logits: Callable[[Shape], int] = lambda s: 0
+    logits: bool = False
+    sweep: tuple[Shape, ...] = TOKENS
+
+    def bytes(self, shape: Shape, itemsize: int, mode: str) -> float:
+        """The floor of one call."""
+        return _of_mode(mode, *self.moved(shape, itemsize))
+
+    def flops(self, shape: Shape, mode: str) -> float:
+        return _of_mode(mode, *self.multiplied(shape))
+
+    def floor_ms(self, shape: Shape, itemsize: int, mode: str, limits: dict[str, float]) -> float:
+        """The time the measured limits allow: the longer of bytes over copy, flops over matmul."""
+        bytes_ms = self.bytes(shape, itemsize, mode) / limits["copy_gbs"] / 1e6
+        flops = self.flops(shape, mode)
+        return max(bytes_ms, flops / limits[self.limit] / 1e9) if flops else bytes_ms
 
 
-def _split(mode: str, fwd: float, bwd: float) -> float:
+def _of_mode(mode: str, fwd: float, bwd: float) -> float:
     return {"fwd": fwd, "bwd": bwd, "both": fwd + bwd}[mode]
 
 
-_TOKENS = tuple(Shape(B, 1024) for B in (1, 2, 4, 8, 16, 32, 64))
-_LENGTHS = tuple(Shape(65536 // T, T) for T in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384))
+def _norm(s: Shape, draw: Draw, *stream: str) -> Inputs:
+    """The residual stream stays fp32 under autocast, as weight and bias do."""
+    wide = {name: draw(s.B, s.T, s.C, dtype=torch.float32) for name in stream}
+    weight, bias = (draw(s.C, scale=0.1, dtype=torch.float32) for _ in range(2))
+    weight.detach().add_(1)
+    return {"x": draw(s.B, s.T, s.C), **wide, "weight": weight, "bias": bias}
+
+
+def _mlp(s: Shape, draw: Draw) -> Inputs:
+    C, F = s.C, 4 * s.C
+    return {
+        "x": draw(s.B, s.T, C),
+        "w_fc": draw(F, C, scale=C**-0.5),
+        "b_fc": draw(F, scale=0.1),
+        "w_proj": draw(C, F, scale=F**-0.5),
+        "b_proj": draw(C, scale=0.1),
+    }
+
+
+def _head(s: Shape, draw: Draw) -> Inputs:
+    weight = draw(s.Vp, s.C, scale=0.02)
+    weight.detach()[s.V :] = 0
+    targets = (draw(s.B, s.T, dtype=torch.float32).detach().abs() * s.V / 4).long()
+    targets.clamp_(max=s.V - 1)
+    return {"x": draw(s.B, s.T, s.C), "weight": weight, "targets": targets, "vocab_size": s.V}
+
+
+def _rows(s: Shape, fwd: float, bwd: float) -> tuple[float, float]:
+    """Of so many bytes, or flops, per activation element."""
+    return s.M * s.C * fwd, s.M * s.C * bwd
+
 
 CASES: dict[str, Case] = {
     case.op: case
     for case in (
         Case(
             "layer_norm",
+            _norm,
             # x -> y; then x, dy -> dx
-            bytes=lambda s, e, mode: s.M * s.C * _split(mode, 2 * e, 3 * e),
-            sweep=_TOKENS,
+            moved=lambda s, e: _rows(s, 2 * e, 3 * e),
         ),
         Case(
             "add_layer_norm",
+            lambda s, draw: _norm(s, draw, "residual"),
             # x, residual -> y, residual_out; then dy, dresidual_out, residual_out -> dx, dresidual.
             # fp32 throughout: dx and dresidual are one tensor.
-            bytes=lambda s, e, mode: (
-                s.M * s.C * _split(mode, 2 * e + 2 * 4, 16 if e == 4 else 2 * e + 3 * 4)
-            ),
-            sweep=_TOKENS,
+            moved=lambda s, e: _rows(s, 2 * e + 2 * 4, 16 if e == 4 else 2 * e + 3 * 4),
         ),
         Case(
             "gelu_mlp",
+            _mlp,
             # Both weights and the hidden activation count: 4C wide, written and read, and once more
             # for what the backward of the GELU needs.
-            bytes=lambda s, e, mode: (
-                e * _split(
-                    mode,
-                    s.M * s.C * (2 + 12) + 8 * s.C**2,
-                    s.M * s.C * (3 + 16) + 16 * s.C**2,
-                )
+            moved=lambda s, e: (
+                e * s.C * (14 * s.M + 8 * s.C),
+                e * s.C * (19 * s.M + 16 * s.C),
             ),
-            flops=lambda s, e, mode: 16 * s.M * s.C**2 * _split(mode, 1, 2),
+            multiplied=lambda s: _rows(s, 16 * s.C, 32 * s.C),
             limit="matmul_k768_tflops",
-            sweep=_TOKENS,
         ),
         Case(
             "causal_attention",
+            lambda s, draw: {"qkv": draw(s.B, s.T, 3 * s.C), "n_head": s.H},
             # qkv -> y; then qkv, y, dy -> dqkv
-            bytes=lambda s, e, mode: e * s.M * s.C * _split(mode, 4, 8),
+            moved=lambda s, e: _rows(s, 4 * e, 8 * e),
             # Two products of T x T x D a head, half of it masked; five in the backward.
-            flops=lambda s, e, mode: 2 * s.B * s.T * s.T * s.C * _split(mode, 1, 2.5),
+            multiplied=lambda s: _rows(s, 2 * s.T, 5 * s.T),
             limit="matmul_tflops",
-            sweep=_LENGTHS,
+            sweep=LENGTHS,
         ),
         Case(
             "linear_cross_entropy",
+            _head,
             # x, weight -> loss; then dx, dweight. Logits are nobody's floor: they need not exist.
-            bytes=lambda s, e, mode: e * s.C * (s.M + s.Vp) * _split(mode, 1, 1),
-            flops=lambda s, e, mode: 2 * s.M * s.C * s.Vp * _split(mode, 1, 2),
+            moved=lambda s, e: (e * s.C * (s.M + s.Vp), e * s.C * (s.M + s.Vp)),
+            multiplied=lambda s: _rows(s, 2 * s.Vp, 4 * s.Vp),
             limit="matmul_k768_tflops",
-            sweep=_TOKENS,
             modes=("fwd", "both"),
-            logits=lambda s: s.Vp,
+            logits=True,
         ),
     )
-}  # fmt: skip
-
-
-def find_case(op: str) -> Case:
-    """The case of an op; ValueError names the known ones."""
-    if op not in CASES:
-        raise ValueError(f"bench: unknown op {op!r}; known: {', '.join(CASES)}")
-    return CASES[op]
-
-
-def find_shape(name: str) -> Shape:
-    """The shape of `b<B>t<T>`, at GPT-2's width."""
-    if found := re.fullmatch(r"b([1-9][0-9]{0,8})t([1-9][0-9]{0,8})", name):
-        return Shape(int(found[1]), int(found[2]))
-    raise ValueError(f"bench: a shape is b<B>t<T>, such as b64t1024, got {name!r}")
+}
 
 
 def make_inputs(
@@ -156,44 +185,12 @@ def make_inputs(
     that the training step keeps, the weights' of matrix products.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    (B, T, C), F = (shape.B, shape.T, shape.C), 4 * shape.C
 
-    def randn(*size: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+    def draw(*size: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         x = scale * torch.randn(*size, generator=generator, device=device)
         return x.to(dtype).requires_grad_()
 
-    def norm(*names: str) -> Inputs:  # of these the first is an activation, all else is fp32
-        more = {name: randn(B, T, C, dtype=torch.float32) for name in names[1:]}
-        weight, bias = (randn(C, scale=0.1, dtype=torch.float32) for _ in range(2))
-        weight.detach().add_(1)
-        return {names[0]: randn(B, T, C), **more, "weight": weight, "bias": bias}
-
-    if case.op == "layer_norm":
-        return norm("x")
-    if case.op == "add_layer_norm":  # the residual stream stays fp32 under autocast
-        return norm("x", "residual")
-    if case.op == "gelu_mlp":
-        return {
-            "x": randn(B, T, C),
-            "w_fc": randn(F, C, scale=C**-0.5), "b_fc": randn(F, scale=0.1),
-            "w_proj": randn(C, F, scale=F**-0.5), "b_proj": randn(C, scale=0.1),
-        }  # fmt: skip
-    if case.op == "causal_attention":
-        return {"qkv": randn(B, T, 3 * C), "n_head": shape.H}
-    weight = randn(shape.Vp, C, scale=0.02)
-    weight.detach()[shape.V :] = 0
-    targets = (randn(B, T, dtype=torch.float32).detach().abs() * shape.V / 4).long()
-    targets.clamp_(max=shape.V - 1)
-    return {"x": randn(B, T, C), "weight": weight, "targets": targets, "vocab_size": shape.V}
-
-
-def floor_ms(case: Case, shape: Shape, dtype: torch.dtype, mode: str, limits: dict[str, float]):
-    """The time the measured limits allow: the longer of bytes over copy and flops over matmul."""
-    bytes_ms = case.bytes(shape, dtype.itemsize, mode) / limits["copy_gbs"] / 1e6
-    flops = case.flops(shape, dtype.itemsize, mode)
-    if not flops:
-        return bytes_ms
-    return max(bytes_ms, flops / limits[case.limit] / 1e9)
+    return case.draw(shape, draw)
 
 
 def check_room(what: str, need: float, room: float) -> None:

@@ -2,12 +2,13 @@
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from bench.cases import Shape, find_shape
+from bench.cases import Shape
 from bench.record import RESULTS
 from model.edge import exits
 from training.console import surviving
@@ -59,11 +60,10 @@ def amount(text: str) -> float:
 
 
 def shape(text: str) -> Shape:
-    """A shape by name."""
-    try:
-        return find_shape(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    """The shape of `b<B>t<T>`, at GPT-2's width."""
+    if found := re.fullmatch(r"b([1-9][0-9]{0,8})t([1-9][0-9]{0,8})", text):
+        return Shape(int(found[1]), int(found[2]))
+    raise argparse.ArgumentTypeError(f"a shape is b<B>t<T>, such as b64t1024, got {text!r}")
 
 
 def path(text: str) -> Path:

@@ -35,7 +35,6 @@ from bench.cases import (
     Inputs,
     Shape,
     check_room,
-    floor_ms,
     make_inputs,
 )  # fmt: skip
 from bench.rows import OpRow
@@ -223,8 +222,8 @@ def measure(
         contestants, device, set_bytes,
         needs=needs, failed=failed, rounds=rounds, seconds=seconds,
     )  # fmt: skip
-    floor = floor_ms(case, shape, dtype, mode, timing.limits(device))
-    flops = case.flops(shape, dtype.itemsize, mode)
+    floor = case.floor_ms(shape, dtype.itemsize, mode, timing.limits(device))
+    flops = case.flops(shape, mode)
     state = timing.gpu_state() if cuda else {}
     rows = make_rows(
         providers, timed, failed, ("eager", "compile"), set_bytes, floor, op=op, shape=shape.label,
@@ -309,7 +308,7 @@ class Job:
             usual = GPU_SHAPES if cuda else CPU_SHAPES
             for shape in case.sweep if options.sweep else options.shape or usual:
                 need = case.bytes(shape, self.dtype.itemsize, "both")
-                need += 0 if cuda else 16 * shape.M * case.logits(shape)
+                need += 16 * shape.M * shape.Vp if case.logits and not cuda else 0
                 check_room(f"{case.op} at {shape.label}", 0 if options.sweep else need, room)
                 modes = options.mode or (("both",) if options.sweep else case.modes)
                 self.todo += [(case.op, shape, mode) for mode in case.modes if mode in modes]

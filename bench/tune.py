@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from bench import cli, ops, record
-from bench.cases import Shape, find_case, make_inputs
+from bench.cases import CASES, Shape, make_inputs
 from bench.rows import TuneRow
 from kernels import causal_attention, gelu_mlp, layer_norm, linear_cross_entropy
 from kernels._launch import Key, Launch, family, launch_for, math_of, replaced, rows
@@ -137,7 +137,7 @@ class Trial:
         self, name: str, shape: Shape, dtype: torch.dtype, device: torch.device, sets: int | None
     ):
         op, mode = KERNELS[name]
-        case, self.name, cuda = find_case(op), name, device.type == "cuda"
+        case, self.name, cuda = CASES[op], name, device.type == "cuda"
         fn = ops.find_provider("ours", op, device)
         self.set_bytes = int(case.bytes(shape, dtype.itemsize, mode))
         sets = sets or (timing.num_sets(self.set_bytes, device) if cuda else 1)

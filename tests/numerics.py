@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench import cli
-from bench.cases import CASES, Shape, find_case, make_inputs, smaller
+from bench.cases import CASES, Shape, make_inputs, smaller
 from training.numerics import (
     DTYPES,
     REDUCED,
@@ -108,7 +108,7 @@ def check_op(
     from kernels import EAGER
 
     cut = check_shape(op, shape, device)
-    inputs = make_inputs(find_case(op), cut, dtype, device, seed=1)
+    inputs = make_inputs(CASES[op], cut, dtype, device, seed=1)
     longest = {"gelu_mlp": 4 * cut.C, "causal_attention": cut.T, "linear_cross_entropy": cut.V}
     terms = longest.get(op, cut.C)
     exact, products = baseline.OPS[op], tf32_products(op) if dtype == torch.float32 else 0
@@ -119,7 +119,7 @@ def reruns_that_differ(
     ours: Callable[..., Any], op: str, dtype: torch.dtype, device: torch.device
 ) -> int:
     """How many of some reruns give another bit; a race shows here before it shows in an error."""
-    inputs = make_inputs(find_case(op), RERUN_SHAPE, dtype, device)
+    inputs = make_inputs(CASES[op], RERUN_SHAPE, dtype, device)
     tensors = {name: v for name, v in inputs.items() if isinstance(v, Tensor)}
     rest = {name: v for name, v in inputs.items() if name not in tensors}
     first = values_and_grads(partial(ours, **rest), tensors)

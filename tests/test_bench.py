@@ -23,7 +23,7 @@ from bench import (
     record,
     tables,
 )
-from bench.cases import CASES, MODES, Shape, find_case, find_shape, floor_ms, make_inputs
+from bench.cases import CASES, MODES, Shape, make_inputs
 from bench.rows import ProfileRow
 from kernels import EAGER
 from model import GPT, GPTConfig
@@ -91,7 +91,7 @@ def test_ratio_is_paired_and_spread_is_marked():
 
 @pytest.mark.parametrize("op", CASES)
 def test_case_covers_the_op_and_its_baseline_agrees(op):
-    case = find_case(op)
+    case = CASES[op]
     inputs = make_inputs(case, TINY, torch.float32, CPU)
     ours = getattr(EAGER, op)(**inputs)
     theirs = baseline.OPS[op](**inputs)
@@ -107,20 +107,20 @@ def test_case_covers_the_op_and_its_baseline_agrees(op):
 
 
 def test_cases_state_the_known_work():
-    big = find_shape("b64t1024")
+    big = Shape(64, 1024)
     bytes_of = {(op, m): CASES[op].bytes(big, 2, m) for op in CASES for m in CASES[op].modes}
     # 65,536 x 768 elements at 12 and 16 bytes: x, residual, y, h; dy, dh_out, h, dh, dx.
     assert bytes_of["add_layer_norm", "fwd"] == 65536 * 768 * 12
     assert bytes_of["add_layer_norm", "bwd"] == 65536 * 768 * 16
-    assert CASES["linear_cross_entropy"].flops(big, 2, "both") == 6 * 65536 * 768 * 50304
-    assert CASES["causal_attention"].flops(big, 2, "fwd") == pytest.approx(103.1e9, rel=1e-3)
-    assert CASES["gelu_mlp"].flops(big, 2, "fwd") == 2 * (2 * 65536 * 768 * 3072)
+    assert CASES["linear_cross_entropy"].flops(big, "both") == 6 * 65536 * 768 * 50304
+    assert CASES["causal_attention"].flops(big, "fwd") == pytest.approx(103.1e9, rel=1e-3)
+    assert CASES["gelu_mlp"].flops(big, "fwd") == 2 * (2 * 65536 * 768 * 3072)
     limits = {"copy_gbs": 4000.0, "matmul_tflops": 700.0, "matmul_k768_tflops": 600.0}
-    assert floor_ms(CASES["layer_norm"], big, torch.bfloat16, "fwd", limits) == pytest.approx(
+    assert CASES["layer_norm"].floor_ms(big, 2, "fwd", limits) == pytest.approx(
         65536 * 768 * 4 / 4e12 * 1e3
     )
-    assert floor_ms(CASES["gelu_mlp"], big, torch.bfloat16, "fwd", limits) == pytest.approx(
-        CASES["gelu_mlp"].flops(big, 2, "fwd") / 600e12 * 1e3
+    assert CASES["gelu_mlp"].floor_ms(big, 2, "fwd", limits) == pytest.approx(
+        CASES["gelu_mlp"].flops(big, "fwd") / 600e12 * 1e3
     )
 
 

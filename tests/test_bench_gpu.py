@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from bench import contestants, ops, optimizer, profile, record, turns
-from bench.cases import CASES, Shape, find_shape
+from bench.cases import CASES, Shape
 from bench.contestants import Setup
 from bench.rows import OpRow, StepRow
 from bench.tables import step_table
@@ -226,7 +226,7 @@ def test_an_error_while_timing_drops_its_contestant_alone() -> None:
 
 @pytest.mark.parametrize("op", CASES)
 def test_cuda_checks_the_kernels_it_times(op: str) -> None:
-    cut = numerics.check_shape(op, find_shape("b64t1024"), CUDA)
+    cut = numerics.check_shape(op, Shape(64, 1024), CUDA)
     assert cut.M <= 16384
     if op in ("layer_norm", "add_layer_norm", "gelu_mlp"):
         assert cut.M > 4096  # their "large" rows
@@ -234,7 +234,7 @@ def test_cuda_checks_the_kernels_it_times(op: str) -> None:
         assert chunk_rows(cut.M, cut.Vp, 4) < cut.M
     if op == "causal_attention":
         assert (cut.B, cut.T) == (4, 1023)
-    assert numerics.check_shape(op, find_shape("b64t1024"), torch.device("cpu")).M <= 512
+    assert numerics.check_shape(op, Shape(64, 1024), torch.device("cpu")).M <= 512
     assert numerics.check_shape(op, TINY, CUDA) == TINY
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import contestants, figures, recipe, record, report, rows, turns
-from bench.cases import CASES, find_shape
+from bench import cli, contestants, figures, recipe, record, report, rows, turns
+from bench.cases import CASES
 from bench.figures import LARGE
 from bench.record import Result, with_values
 from bench.rows import CheckRow, OpRow, ProfileRow, SeedRow, StepRow, TuneRow
@@ -27,7 +27,7 @@ ON = "aaaaaaaa"  # the commit of `cuda_result`
 
 def step_row(provider: str, ms: float, shape: str = "b64t1024", **more: Any) -> StepRow:
     """A row as bench/turns.py makes it, with what only a GPU adds."""
-    setup = contestants.Setup("124m", find_shape(shape), more.pop("accum", 1))
+    setup = contestants.Setup("124m", cli.shape(shape), more.pop("accum", 1))
     warm = StepRow(**setup.identity, provider=provider, tokens=setup.tokens, losses=[10.9, 10.8],
                    grad_norm=4.2, first_step_s=20.0)  # fmt: skip
     doubt = more.pop("doubt", "")
