@@ -45,22 +45,16 @@ def hf_config(model: GPT, dtype: torch.dtype, config: GPTConfig | None = None) -
         "model_type": "gpt2",
         "activation_function": "gelu_new",
         "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
+        **dict.fromkeys(("n_positions", "n_ctx"), config.block_size),
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_inner": None,
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "initializer_range": 0.02,
-        "attn_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "resid_pdrop": config.dropout,
-        "scale_attn_weights": True,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
+        **dict.fromkeys(("scale_attn_weights", "tie_word_embeddings", "use_cache"), True),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), eot),
         "dtype": str(dtype).removeprefix("torch."),
         **{key: getattr(model, key) for key in CONTEXTS},
     }
@@ -75,40 +69,32 @@ def _write_tokenizer(folder: Path, model_max_length: int) -> None:
     merges_text = merges.read_text(encoding="utf-8")
     pairs = [line.split() for line in merges_text.splitlines()[1:] if line]  # line 1: #version
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    _write_json(
-        folder / "tokenizer.json",
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                {
-                    **dict.fromkeys(("single_word", "lstrip", "rstrip"), False),
-                    "id": vocab[END_OF_TEXT],
-                    "content": END_OF_TEXT,
-                    "normalized": True,
-                    "special": True,
-                }
-            ],
-            "normalizer": None,
-            "pre_tokenizer": {**byte_level, "trim_offsets": True},
-            "post_processor": {**byte_level, "trim_offsets": False},
-            "decoder": {**byte_level, "trim_offsets": True},
-            "model": {"type": "BPE", "vocab": vocab, "merges": pairs},
-        },
-        indent=None,  # nobody reads 50,000 lines, and indenting them takes ten times as long
-    )
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "GPT2Tokenizer",
-            "add_prefix_space": False,
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
-            "unk_token": END_OF_TEXT,
-            "model_max_length": model_max_length,
-        },
-    )
+    special = {
+        **dict.fromkeys(("single_word", "lstrip", "rstrip"), False),
+        "id": vocab[END_OF_TEXT],
+        "content": END_OF_TEXT,
+        "normalized": True,
+        "special": True,
+    }
+    whole = {
+        "version": "1.0",
+        **dict.fromkeys(("truncation", "padding")),
+        "added_tokens": [special],
+        "normalizer": None,
+        "pre_tokenizer": {**byte_level, "trim_offsets": True},
+        "post_processor": {**byte_level, "trim_offsets": False},
+        "decoder": {**byte_level, "trim_offsets": True},
+        "model": {"type": "BPE", "vocab": vocab, "merges": pairs},
+    }
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_prefix_space": False,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+        "model_max_length": model_max_length,
+    }
+    # Nobody reads 50,000 lines, and indenting them takes ten times as long.
+    _write_json(folder / "tokenizer.json", whole, indent=None)
+    _write_json(folder / "tokenizer_config.json", settings)
     _write_json(folder / "vocab.json", vocab, indent=None)
     (folder / "merges.txt").write_text(merges_text, encoding="utf-8")
 
@@ -144,23 +130,22 @@ def model_card(model: GPT, config: GPTConfig) -> str:
 
 def check_folder(folder: Path) -> None:
     """Raise ValueError unless `folder` is not there, empty, or holds an earlier export alone."""
-    if not folder.exists():
-        if folder.is_symlink():
-            raise ValueError(
-                f"save_pretrained: {folder} is a link to {folder.readlink()}, which is not there; "
-                "make that folder, or name another"
-            )
-        return
-    if not folder.is_dir():
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(
+            f"save_pretrained: {folder} is a link to {folder.readlink()}, which is not there; "
+            "make that folder, or name another"
+        )
+    if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_pretrained: {folder} is a file; name a folder")
-    entries = [p for p in folder.iterdir() if not p.name.startswith(PARTIAL)]
-    foreign = [p.name for p in entries if p.is_symlink() or p.name not in EXPORTED]
-    if entries and not foreign:
+    inside = [*folder.iterdir()] if folder.is_dir() else []
+    names = [p.name for p in inside if not p.name.startswith(PARTIAL)]
+    foreign = [n for n in names if n not in EXPORTED or (folder / n).is_symlink()]
+    if names and not foreign:
         try:
             ours = "trained_context" in read_json(folder / CONFIG)
         except (OSError, ValueError):
             ours = False
-        foreign = [] if ours else [entries[0].name]
+        foreign = [] if ours else names
     if foreign:
         raise ValueError(
             f"save_pretrained: {folder} must be new, empty or an earlier export, and it holds "
@@ -204,12 +189,11 @@ def save_pretrained(model: GPT, path: str | Path, dtype: torch.dtype = torch.flo
     beside = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     with tempfile.TemporaryDirectory(dir=beside, prefix=PARTIAL) as name:
         partial = Path(name)
-        _write_json(partial / CONFIG, hf_config(model, dtype, config))
-        eot = GPT2_VOCAB - 1 if config.vocab_size >= GPT2_VOCAB else None
-        _write_json(
-            partial / "generation_config.json",
-            {"bos_token_id": eot, "eos_token_id": eot, "max_length": config.block_size},
-        )
+        whole = hf_config(model, dtype, config)
+        _write_json(partial / CONFIG, whole)
+        generation = {key: whole[key] for key in ("bos_token_id", "eos_token_id")}
+        generation["max_length"] = config.block_size
+        _write_json(partial / "generation_config.json", generation)
         (partial / "README.md").write_text(model_card(model, config), encoding="utf-8")
         if config.vocab_size == GPT2_VOCAB:
             _write_tokenizer(partial, config.block_size)

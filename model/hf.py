@@ -36,6 +36,7 @@ from model.gpt import GPT
 CONFIG = "config.json"
 MAX_JSON_BYTES = 16 << 20  # a config has 1 kB; the index of many shards has some 100
 PREFIX = "transformer."
+WTE, HEAD = "wte.weight", "lm_head.weight"
 GPT2_VOCAB = 50257
 GPT2_HEAD_DIM = 64  # every released size; used only where a weights file has no config.json
 # Stored (in, out) by GPT-2's Conv1D. attn.c_proj is square: forgetting it fails no shape check.
@@ -117,7 +118,7 @@ def read_contexts(raw: Mapping[str, Any], where: str, block_size: int) -> dict[s
 def _guess_config(path: Path, shapes: Mapping[str, list[int]]) -> GPTConfig:
     """A config from shapes alone; only the head count is a convention and not a fact."""
     try:
-        V, C = shapes["wte.weight"]
+        V, C = shapes[WTE]
         T, _ = shapes["wpe.weight"]
     except (KeyError, ValueError):
         raise ValueError(
@@ -168,48 +169,51 @@ def _open(file: Path) -> Any:
         ) from None
 
 
-def _read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(files: Iterable[Path]) -> Iterator[tuple[Path, str, Any, str]]:
+    """(file, canonical name, open file, its own name for it) of each tensor."""
     for file in files:
         with _open(file) as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
-                name = canonical(key)
-                if name is not None:
-                    yield name, handle.get_tensor(key)
+                if name := canonical(key):
+                    yield file, name, handle, key
 
 
 def _read_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
-    for file in files:
-        with _open(file) as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a dict
-                name, tensor = canonical(key), handle.get_slice(key)
-                if name is None:
-                    continue
-                if name in shapes:
-                    raise ValueError(f"from_pretrained: {file} repeats the tensor {quoted(name)}")
-                if tensor.get_dtype() not in FLOATS:
-                    raise ValueError(
-                        f"from_pretrained: {file}: {quoted(name)} must be one of "
-                        f"{', '.join(FLOATS)}, got {tensor.get_dtype()}"
-                    )
-                shapes[name] = tensor.get_shape()
+    for file, name, handle, key in _tensors(files):
+        tensor = handle.get_slice(key)
+        if name in shapes:
+            raise ValueError(f"from_pretrained: {file} repeats the tensor {quoted(name)}")
+        if tensor.get_dtype() not in FLOATS:
+            raise ValueError(
+                f"from_pretrained: {file}: {quoted(name)} must be one of {', '.join(FLOATS)}, "
+                f"got {tensor.get_dtype()}"
+            )
+        shapes[name] = tensor.get_shape()
     return shapes
 
 
-def _file_shape(name: str, config: GPTConfig, shape: torch.Size) -> list[int]:
-    """Shape in the file of a parameter that has `shape` here."""
-    if name.endswith(TRANSPOSED):
-        return [shape[1], shape[0]]
-    return [config.vocab_size, shape[1]] if name == "wte.weight" else [*shape]
+def file_tensors(model: GPT) -> dict[str, Tensor]:
+    """The weights by the name and in the layout of a file; views of the parameters, no copies."""
+    tensors: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        view = p.detach()[: model.config.vocab_size] if name.endswith(WTE) else p.detach()
+        tensors[name] = view.t() if name.endswith(TRANSPOSED) else view
+    return tensors
+
+
+def file_shapes(config: GPTConfig) -> dict[str, list[int]]:
+    """Shape in a file of each tensor, by its canonical name."""
+    with torch.device("meta"):
+        tensors = file_tensors(GPT(config))
+    return {name.removeprefix(PREFIX): [*tensor.shape] for name, tensor in tensors.items()}
 
 
 def check_shapes(where: str, config: GPTConfig, shapes: Mapping[str, list[int]]) -> None:
     """Every tensor there, of the right shape in the file, and none that nobody would read."""
-    with torch.device("meta"):
-        ours = our_tensors(GPT(config))
-    expected = {name: _file_shape(name, config, p.shape) for name, p in ours.items()}
+    expected = file_shapes(config)
     missing = sorted(expected.keys() - shapes.keys())
-    unknown = sorted(shapes.keys() - expected.keys() - {"lm_head.weight"})
+    unknown = sorted(shapes.keys() - expected.keys() - {HEAD})
     for what, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -218,10 +222,10 @@ def check_shapes(where: str, config: GPTConfig, shapes: Mapping[str, list[int]])
                 f"{', '.join(one_line(name, 80) for name in names[:5])}{more} "
                 f"(for {config.n_layer} layers, n_embd {config.n_embd})"
             )
-    expected["lm_head.weight"] = expected["wte.weight"]
+    expected[HEAD] = expected[WTE]
     for name, shape in shapes.items():
         rows = shape
-        if name in ("wte.weight", "lm_head.weight") and shape[:1] > expected[name][:1]:
+        if name in (WTE, HEAD) and shape[:1] > expected[name][:1]:
             rows = [config.vocab_size, *shape[1:]]  # of a padded vocabulary; cropped
         if rows != expected[name]:
             raise ValueError(
@@ -231,52 +235,41 @@ def check_shapes(where: str, config: GPTConfig, shapes: Mapping[str, list[int]])
 
 
 @torch.no_grad()
-def build(
-    where: str,
-    config: GPTConfig,
-    ops: Ops,
-    tensors: Iterable[tuple[str, Tensor]],
-    transposed: bool,
-) -> GPT:
-    """A GPT with these tensors (checked before); nothing is initialised only to be overwritten."""
+def build(where: str, config: GPTConfig, ops: Ops, tensors: Iterable[tuple[str, Tensor]]) -> GPT:
+    """A GPT with these tensors of a file; nothing is initialised only to be overwritten.
+
+    Args:
+        where: Names the file in messages.
+        config: The shape, which `check_shapes` has held the tensors to.
+        ops: The op set.
+        tensors: Canonical names and tensors in the layout of a file.
+
+    Raises:
+        ValueError: a value that is not finite, or a head of its own.
+    """
     with torch.device("meta"):
         model = GPT(config, ops)
     model.to_empty(device="cpu")
-    ours = our_tensors(model)
-    wte = ours["wte.weight"]
-    wte[config.vocab_size :].zero_()
+    model.transformer.wte.weight[config.vocab_size :].zero_()
+    ours = {name.removeprefix(PREFIX): view for name, view in file_tensors(model).items()}
     head: Tensor | None = None
     for name, tensor in tensors:
-        if name == "lm_head.weight":
-            head = tensor[: config.vocab_size]
+        if name == HEAD:
+            head = tensor
             continue
-        turn = transposed and name.endswith(TRANSPOSED)
-        target = wte[: config.vocab_size] if name == "wte.weight" else ours[name]
-        target.copy_(tensor.t() if turn else tensor[: len(target)])
-        if not torch.isfinite(target).all():
+        ours[name].copy_(tensor[: len(ours[name])])
+        if not torch.isfinite(ours[name]).all():
             raise ValueError(
                 f"from_pretrained: {where}: {name} holds values that are not finite; the training "
                 f"that wrote it failed, or the file is damaged"
             )
-    if head is not None and not torch.equal(head.to(wte.dtype), wte[: config.vocab_size]):
+    wte = ours[WTE]
+    if head is not None and not torch.equal(head[: len(wte)].to(wte.dtype), wte):
         raise ValueError(
             f"from_pretrained: {where}: lm_head.weight differs from wte.weight; GPT-2's head is "
             f"tied, an untied one is not supported"
         )
     return model
-
-
-def our_tensors(model: GPT) -> dict[str, Tensor]:
-    return {name.removeprefix(PREFIX): p for name, p in model.named_parameters()}
-
-
-def file_tensors(model: GPT) -> dict[str, Tensor]:
-    """The weights by the name and in the layout of a file; views of the parameters, no copies."""
-    tensors: dict[str, Tensor] = {}
-    for name, p in our_tensors(model).items():
-        view = p.detach()[: model.config.vocab_size] if name == "wte.weight" else p.detach()
-        tensors[PREFIX + name] = view.t() if name.endswith(TRANSPOSED) else view
-    return tensors
 
 
 def from_pretrained(path: str | Path, ops: Ops = EAGER) -> GPT:
@@ -299,7 +292,8 @@ def from_pretrained(path: str | Path, ops: Ops = EAGER) -> GPT:
     found = _look_at(path)
     where = str(found.source)
     check_shapes(where, found.config, found.shapes)
-    model = build(where, found.config, ops, _read_tensors(found.files), transposed=True)
+    tensors = ((name, handle.get_tensor(key)) for _, name, handle, key in _tensors(found.files))
+    model = build(where, found.config, ops, tensors)
     for key, value in found.contexts.items():
         setattr(model, key, value)
     return model

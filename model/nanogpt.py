@@ -11,14 +11,7 @@ from model.config import GPTConfig
 from model.edge import quoted
 from model.flops import num_parameters
 from model.gpt import GPT
-from model.hf import (
-    GPT2_VOCAB,
-    TRANSPOSED,
-    build,
-    canonical,
-    check_shapes,
-    our_tensors,
-)
+from model.hf import GPT2_VOCAB, TRANSPOSED, build, canonical, check_shapes, file_shapes
 
 
 def _load(file: Path) -> dict:
@@ -52,7 +45,7 @@ def load_nanogpt(path: str | Path, ops: Ops = EAGER) -> GPT:
     """A model from nanoGPT's ckpt.pt.
 
     The file is unpickled with weights_only, so it cannot run code. Matmul weights are (out, in)
-    as ours. A vocabulary padded to 50304 is cropped to 50257; models without biases get zeros.
+    there. A vocabulary padded to 50304 is cropped to 50257; models without biases get zeros.
 
     Raises:
         FileNotFoundError: no such file.
@@ -91,22 +84,14 @@ def load_nanogpt(path: str | Path, ops: Ops = EAGER) -> GPT:
             raise ValueError(
                 f"import-nanogpt: {file}: {quoted(key)} must name a dense tensor of floats"
             )
-        name = canonical(key)
-        if name is not None:
-            tensors[name] = value
+        if name := canonical(key):
+            tensors[name] = value.t() if name.endswith(TRANSPOSED) and value.ndim == 2 else value
     if not args.get("bias", True):
-        with torch.device("meta"):
-            ours = our_tensors(GPT(config))
-        for name, p in ours.items():
+        for name, shape in file_shapes(config).items():
             if name.endswith(".bias"):
-                tensors.setdefault(name, torch.zeros(p.shape))
-    # The check speaks of file layout, so show it what a GPT-2 file would hold.
-    shapes = {
-        name: [*reversed(t.shape)] if name.endswith(TRANSPOSED) else [*t.shape]
-        for name, t in tensors.items()
-    }
-    check_shapes(str(file), config, shapes)
-    return build(str(file), config, ops, tensors.items(), transposed=False)
+                tensors.setdefault(name, torch.zeros(shape))
+    check_shapes(str(file), config, {name: [*value.shape] for name, value in tensors.items()})
+    return build(str(file), config, ops, tensors.items())
 
 
 def _is_plain(value: object) -> bool:
