@@ -127,14 +127,13 @@ def _load_rows(ptr, rows, M, C: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.
 
 
 @jit
-def _layer_norm_fwd_kernel(
-    x_ptr,  # (M, C)
-    residual_ptr,  # (M, C), or None: h = x
-    weight_ptr,  # (C,)
-    bias_ptr,  # (C,)
-    y_ptr,  # (M, C) out
-    h_ptr,  # (M, C) out, dtype of residual; None with it
-    stats_ptr,  # (3, M) out, fp32: mean, what the mean lost by rounding, rstd
+def _normalise(
+    h,  # tiles of `_load_rows`, 0 outside
+    rows,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    stats_ptr,
     M,
     eps,
     C: tl.constexpr,
@@ -142,18 +141,7 @@ def _layer_norm_fwd_kernel(
     BLOCK_C: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # M * C may pass 2^31
-    h = _load_rows(x_ptr, rows, M, C, BLOCK_C, CHUNKS)
-    if residual_ptr is not None:
-        residual = _load_rows(residual_ptr, rows, M, C, BLOCK_C, CHUNKS)
-        rounded = ()
-        for i in tl.static_range(CHUNKS):
-            at, mask = _tile(rows, M, i, C, BLOCK_C)
-            stored = (residual[i] + h[i]).to(h_ptr.dtype.element_ty)
-            tl.store(h_ptr + at, stored, mask=mask)
-            rounded += (stored.to(tl.float32),)  # normalise what the backward will read
-        h = rounded
-
+    """Store y and the statistics of some rows h."""
     total = h[0]
     for i in tl.static_range(1, CHUNKS):
         total += h[i]
@@ -188,6 +176,36 @@ def _layer_norm_fwd_kernel(
     tl.store(stats_ptr + rows, mean, mask=rows < M)
     tl.store(stats_ptr + M + rows, mean_low, mask=rows < M)
     tl.store(stats_ptr + 2 * M + rows, rstd, mask=rows < M)
+
+
+@jit
+def _layer_norm_fwd_kernel(
+    x_ptr,  # (M, C)
+    residual_ptr,  # (M, C), or None: h = x
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    y_ptr,  # (M, C) out
+    h_ptr,  # (M, C) out, dtype of residual; None with it
+    stats_ptr,  # (3, M) out, fp32: mean, what the mean lost by rounding, rstd
+    M,
+    eps,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # M * C may pass 2^31
+    h = _load_rows(x_ptr, rows, M, C, BLOCK_C, CHUNKS)
+    if residual_ptr is not None:
+        residual = _load_rows(residual_ptr, rows, M, C, BLOCK_C, CHUNKS)
+        rounded = ()
+        for i in tl.static_range(CHUNKS):
+            at, mask = _tile(rows, M, i, C, BLOCK_C)
+            stored = (residual[i] + h[i]).to(h_ptr.dtype.element_ty)
+            tl.store(h_ptr + at, stored, mask=mask)
+            rounded += (stored.to(tl.float32),)  # normalise what the backward will read
+        h = rounded
+    _normalise(h, rows, weight_ptr, bias_ptr, y_ptr, stats_ptr, M, eps, C, ROWS, BLOCK_C, CHUNKS)
 
 
 @jit

@@ -76,12 +76,12 @@ class Mutant:
 _LN, _MLP, _ATTENTION, _LCE, _ADAMW = TESTS
 
 MUTANTS = (
-    Mutant(_LN, "_layer_norm_fwd_kernel", "mask",
+    Mutant(_LN, "_normalise", "mask",
            "(tl.where(mask, h[i] - mean, 0.0),)", "(h[i] - mean,)"),
-    Mutant(_LN, "_layer_norm_fwd_kernel", "row",
+    Mutant(_LN, "_normalise", "row",
            "tl.store(stats_ptr + 2 * M + rows, rstd, mask=rows < M)",
            "tl.store(stats_ptr + 2 * M + rows, rstd, mask=rows < M - 1)"),
-    Mutant(_LN, "_layer_norm_fwd_kernel", "scale", "/ C + eps)", "/ (C + 1) + eps)"),
+    Mutant(_LN, "_normalise", "scale", "/ C + eps)", "/ (C + 1) + eps)"),
     Mutant(_LN, "_layer_norm_bwd_kernel", "mask",
            "tl.sum(dweight[i], axis=0), mask=cols < C)", "tl.sum(dweight[i], axis=0))"),
     Mutant(_LN, "_layer_norm_bwd_kernel", "row",
