@@ -83,7 +83,7 @@ def test_moments_are_shared_out_where_they_do_not_fit_otherwise():
     assert make_plan(recipe, large, eager, ranks=8).shard == "none"
     assert make_plan(recipe, large, replace(eager, shard="optimizer"), ranks=1).shard == "none"
     with pytest.raises(ValueError, match="shard: Muon's state is not shared out"):
-        make_plan(recipe, large, replace(eager, shard="optimizer", optimizer="muon"), ranks=8)
+        make_plan(replace(recipe, muon=True), large, replace(eager, shard="optimizer"), ranks=8)
     for asked, ranks in ((eager, 1), (replace(eager, shard="none"), 8)):
         with pytest.raises(ValueError, match="memory: one row of 1558m"):
             make_plan(recipe, card, asked, ranks=ranks)

@@ -376,19 +376,19 @@ def test_a_bad_step_is_skipped_and_working_copies_follow_a_rollback() -> None:
         torch.testing.assert_close(copy.detach(), kept[name], rtol=0, atol=0)
 
 
-def assert_capture_changes_no_bit(asked: Choices) -> None:
+def assert_capture_changes_no_bit(asked: Choices, muon: bool = False) -> None:
     """Steps as one CUDA graph and launch by launch: losses and weights are the same bits."""
-    found = []
+    found, recipe = [], replace(RECIPE, muon=muon)
     for graph in (False, True):
-        torch.manual_seed(RECIPE.seed)
-        made = make_plan(RECIPE, detect("cuda"), replace(asked, cuda_graph=graph))
-        model = GPT(replace(RECIPE.model_config, vocab_size=500), made.op_set).to("cuda")
-        made_optimizer = configure_adamw(model, RECIPE, made.optimizer)
+        torch.manual_seed(recipe.seed)
+        made = make_plan(recipe, detect("cuda"), replace(asked, cuda_graph=graph))
+        model = GPT(replace(recipe.model_config, vocab_size=500), made.op_set).to("cuda")
+        made_optimizer = configure_adamw(model, recipe, made.optimizer)
         said: list[str] = []
-        step = GuardedStep(model, made_optimizer, RECIPE, made, say=said.append)
+        step = GuardedStep(model, made_optimizer, recipe, made, say=said.append)
         step.guard = Guard(GuardConfig(), torch.device("cuda"))
-        with contextlib.closing(Prefetcher(loader(RECIPE, 8), "cuda")) as batches:
-            losses = [step(batches, RECIPE.learning_rate(s)).loss.clone() for s in range(7)]
+        with contextlib.closing(Prefetcher(loader(recipe, 8), "cuda")) as batches:
+            losses = [step(batches, recipe.learning_rate(s)).loss.clone() for s in range(7)]
         assert (step.graph is not None) == graph, said
         found.append((torch.stack(losses), [p.detach().clone() for p in model.parameters()]))
     (plain, weights), (captured, same) = found
@@ -400,7 +400,8 @@ def assert_capture_changes_no_bit(asked: Choices) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["torch", "triton", "muon"])
 def test_a_captured_step_changes_no_bit(optimizer: Any) -> None:
-    assert_capture_changes_no_bit(choices(dtype="bf16", ops="triton", optimizer=optimizer))
+    muon, whose = optimizer == "muon", optimizer.replace("muon", "torch")
+    assert_capture_changes_no_bit(choices(dtype="bf16", ops="triton", optimizer=whose), muon)
 
 
 @interpreted_only
@@ -417,10 +418,10 @@ def test_a_captured_step_changes_no_bit(optimizer: Any) -> None:
 def test_a_capture_by_the_rules_of_cuda_changes_no_bit(
     dtype: Any, optimizer: Any, micro: int
 ) -> None:
+    muon, whose = optimizer == "muon", optimizer.replace("muon", "torch")
+    asked = choices(dtype=dtype, ops="eager", optimizer=whose, micro_batch_size=micro)
     with pretend_cuda() as pretended:
-        assert_capture_changes_no_bit(
-            choices(dtype=dtype, ops="eager", optimizer=optimizer, micro_batch_size=micro)
-        )
+        assert_capture_changes_no_bit(asked, muon)
     assert len(pretended.graphs) == 1
 
 

@@ -445,20 +445,19 @@ def test_muon_resumes_exactly_and_no_other_goes_on_from_it(
 ) -> None:
     flags = ["--steps=4", "--save-every=2", "--dtype=fp32", "--batch-size=2",
              "--model=smoke,n_embd=16,n_head=1"]  # fmt: skip
-    run_here(text, tmp_path / "a", *flags, "--optimizer", "muon")
-    assert (
-        "Muon for the blocks' matrices, AdamW for the rest: changed maths"
-        in capsys.readouterr().out
-    )
+    run_here(text, tmp_path / "a", *flags, "--muon")
+    assert "training tokens, Muon for the blocks' matrices" in capsys.readouterr().out
     resume = ["--resume", str(tmp_path / "a" / "checkpoints" / "step-00000002")]
-    run_here(text, tmp_path / "b", *flags, *resume, "--optimizer", "muon")
+    run_here(text, tmp_path / "b", *flags, *resume, "--muon")
     whole, rest = (events(tmp_path / name)[0] for name in "ab")
     assert [(s["loss"], s["grad_norm"]) for s in rest] == [
         (s["loss"], s["grad_norm"]) for s in whole[2:]]  # fmt: skip
     assert_same_weights(tmp_path / "a", tmp_path / "b")
     fixed = ["--preset", "smoke", "--data", str(text), "--out", str(tmp_path / "c")]
     assert train.main([*fixed, *flags, *resume]) == 2
-    assert "optimizer was 'muon', now torch; with --optimizer muon" in capsys.readouterr().err
+    assert "muon was True, now False" in capsys.readouterr().err
+    assert train.main([*fixed, *flags, *resume, "--override"]) == 2
+    assert "neither of Muon and AdamW can go on" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
 
 

@@ -41,9 +41,8 @@ class Choices:
     micro_batch_size: int = 0
     """Rows of a physical batch; 0 is as many of a step's rows as fit on a GPU, up to 4,096 tokens
     on a CPU."""
-    optimizer: Literal["auto", "torch", "triton", "muon"] = "auto"
-    """Whose fused AdamW: PyTorch's or ours. muon is torch.optim.Muon for the blocks' matrices and
-    AdamW for the rest: changed maths."""
+    optimizer: Literal["auto", "torch", "triton"] = "auto"
+    """Whose fused AdamW: PyTorch's or ours."""
     working_copies: Switch = None
     """bf16 copies of the fp32 weights, written by the optimizer, so that no micro-batch casts
     them; auto has them with bf16."""

@@ -55,7 +55,7 @@ def steps(choices: Choices, asked: Choices, machine: Machine, dtype: str) -> dic
     found = {AS_CHOSEN: choices}
     if asked.compile is None:
         found["blocks not compiled"] = replace(choices, compile=False)
-    if asked.optimizer == "auto":
+    if asked.optimizer == "auto" and choices.optimizer != "torch":
         found["PyTorch's AdamW"] = replace(choices, optimizer="torch")
     if asked.ops == "auto" and asked.compile is None and not lacks("compiled", machine, dtype):
         scope = "model" if asked.compile_scope == "auto" else asked.compile_scope

@@ -12,7 +12,7 @@ master.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -303,15 +303,12 @@ class TritonAdamW(AdamW):
 
 
 class MuonAdamW(AdamW):
-    """torch.optim.Muon for the matrices of the blocks, AdamW for all else, at one learning rate.
+    """Muon for the matrices of the blocks, AdamW for all else, at one learning rate.
 
     Muon moves a matrix by its momentum made orthogonal (Jordan 2024; momentum 0.95, Nesterov, five
     Newton-Schulz iterations), scaled to the size of an AdamW update (Liu et al. 2025), so that the
-    rate and decay of a recipe serve both.
-
-    Muon reads its rate on the host. So it is given matrices of zeros at rate 1, and what it makes
-    of them is added to the weights with the rate and `found_inf` as they are on the device: a step
-    waits for nothing and can be captured. In memory they are where AdamW has its second moment.
+    rate and decay of a recipe serve both. torch.optim.Muon reads its rate on the host, which no
+    captured step can, and iterates in bf16, which takes most CPUs twenty times as long as fp32.
 
     Args:
         params, lr, betas, eps, weight_decay: As in AdamW.
@@ -328,11 +325,7 @@ class MuonAdamW(AdamW):
         matrices: Iterable[nn.Parameter] = (),
     ):
         super().__init__(params, lr, betas, eps, weight_decay)
-        self._moves = {p: torch.zeros_like(p) for p in matrices}
-        moves = [*self._moves.values()]
-        self._muon = torch.optim.Muon(moves, 1.0, 0.0, adjust_lr_fn="match_rms_adamw")
-        for p, move in self._moves.items():
-            self.state[p] = self._muon.state[move] = {}
+        self._matrices = {*matrices}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, skip: Tensor | None = None) -> Any:
@@ -345,23 +338,33 @@ class MuonAdamW(AdamW):
             self.found_inf = skip
         loss = None if closure is None else torch.enable_grad()(closure)()
         self.fold_working_gradients()
-        for p, move in self._moves.items():
-            move.grad, p.grad = p.grad, None
-            if move.grad is not None and self.found_inf is not None:
-                momentum = self.state[p].get("momentum_buffer", torch.zeros_like(self.found_inf))
-                move.grad = torch.where(self.found_inf > 0, momentum, move.grad)  # which leaves it
-        self._muon.step()
         for group in self.param_groups:
             lr = torch.as_tensor(group["lr"], device=group["params"][0].device)
             lr = lr if self.found_inf is None else lr * (1 - self.found_inf)
             for p in group["params"]:
-                move = self._moves.get(p)
-                if move is not None and move.grad is not None:
-                    p.mul_(1 - lr * group["weight_decay"]).addcmul_(move, lr)
-                    move.zero_()
-                    move.grad = None
+                if p in self._matrices and p.grad is not None:
+                    p.mul_(1 - lr * group["weight_decay"]).sub_(self._direction(p) * lr)
+                    p.grad = None
         super().step()
         return loss
+
+    def _direction(self, p: nn.Parameter) -> Tensor:
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        momentum, grad = self.state[p]["momentum_buffer"], cast(Tensor, p.grad)
+        if self.found_inf is not None:
+            grad = torch.where(self.found_inf > 0, momentum, grad)  # which leaves it as it was
+        momentum.lerp_(grad, 0.05)
+        x = grad.lerp(momentum, 0.95)
+        x = x.bfloat16() if p.is_cuda else x
+        tall = x.shape[0] > x.shape[1]
+        x = x.T if tall else x
+        x = x / x.norm().clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
+                            beta=3.4445)  # fmt: skip
+        return (x.T if tall else x) * (0.2 * math.sqrt(max(p.shape)))
 
 
 def configure_adamw(model: nn.Module, recipe: Recipe, fused: str = "torch") -> AdamW:
@@ -373,23 +376,24 @@ def configure_adamw(model: nn.Module, recipe: Recipe, fused: str = "torch") -> A
 
     Args:
         model: Its parameters are fp32.
-        recipe: Learning rate, betas, eps and weight decay.
-        fused: Whose kernels: torch's, or ours ("triton"; a GPU, or TRITON_INTERPRET=1). "muon" is
-            MuonAdamW, another optimizer.
+        recipe: Learning rate, betas, eps, weight decay, and whether it is MuonAdamW.
+        fused: Whose kernels: torch's, or ours ("triton"; a GPU, or TRITON_INTERPRET=1), which Muon
+            does not take.
 
     Raises:
         ValueError: an unknown `fused`, parameters that are not fp32, or no GPU for "triton".
     """
     matrices = [p for name, p in model.named_parameters() if is_hidden_matrix(name, p)]
-    classes = {"torch": AdamW, "triton": TritonAdamW, "muon": partial(MuonAdamW, matrices=matrices)}
+    classes = {"torch": AdamW, "triton": TritonAdamW}
     if fused not in classes:
         raise ValueError(f"adamw: fused must be one of {[*classes]}, got {fused!r}")
+    make = partial(MuonAdamW, matrices=matrices) if recipe.muon else classes[fused]
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = classes[fused](
+    optimizer = make(
         groups,
         lr=recipe.learning_rate(0),
         betas=(recipe.beta1, recipe.beta2),

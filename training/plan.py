@@ -2,16 +2,13 @@
 
 `make_plan` decides from a description of the machine (`training/machines.py`) and from what was
 asked for (`training/choices.py`) alone, so every decision is testable for machines that are not at
-hand. A plan never changes what is trained, but for a bf16 residual stream and Muon, which must be
-asked for.
+hand. A plan never changes what is trained, but for a bf16 residual stream, which must be asked for.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-
-import torch
 
 from kernels import SDPA, Ops, parse_ops, read_ops, unfit
 from model.flops import flops_per_token
@@ -39,7 +36,7 @@ MIN_SDPA_ARCH = 80  # of PyTorch's flash attention and cuDNN's, which are in 16 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe runs. Every field leaves the losses as they are, but `residual` and muon.
+    """How a recipe runs. Every field leaves the losses as they are, but `residual`.
 
     Args:
         device, device_name: Where it runs.
@@ -49,8 +46,7 @@ class Plan:
         compile: torch.compile, on the whole model or on its blocks (`compile_scope`).
         micro_batch_size, num_micro_batches: Their product is the recipe's rows per step.
         eval_tokens: Validation tokens of an evaluation during the run; the last one takes all.
-        optimizer: "torch" for PyTorch's fused AdamW, "triton" for kernels/adamw.py; "muon" is
-            another optimizer, and changes what is computed.
+        optimizer: "torch" for PyTorch's fused AdamW, "triton" for kernels/adamw.py.
         working_copies: The optimizer writes bf16 copies of the weights that autocast would cast.
         cuda_graph: The step is captured once and replayed.
         shard: "optimizer" where the ranks share AdamW's moments out.
@@ -92,9 +88,7 @@ class Plan:
             self.dtype + (" with bf16 working copies" if self.working_copies else ""),
             f"compiled ({self.compile_scope})" if self.compile else "not compiled",
             f"{self.num_micro_batches} x {self.micro_batch_size} rows per step",
-            "Muon for the blocks' matrices, AdamW for the rest: changed maths"
-            if self.optimizer == "muon"
-            else f"{self.optimizer} AdamW",
+            f"{self.optimizer} AdamW",
             *(["moments shared out over the ranks"] if self.shard == "optimizer" else []),
             *(["one CUDA graph"] if self.cuda_graph else []),
             *(["blocks computed again in the backward"] if self.recompute else []),
@@ -122,7 +116,7 @@ def make_plan(
     ops = _choose_ops(asked.ops, recipe, machine, dtype, notes)
     compile = _choose_compile(asked.compile, recipe, machine, notes)
     scope = "blocks" if asked.compile_scope == "auto" else asked.compile_scope
-    optimizer = _choose_optimizer(asked.optimizer, machine, dtype)
+    optimizer = _choose_optimizer(asked.optimizer, recipe, machine, dtype)
     if asked.cuda_graph and not on_cuda:
         raise ValueError("cuda_graph: needs a GPU; leave --cuda-graph out")
     if asked.working_copies and dtype != "bf16":
@@ -144,9 +138,9 @@ def make_plan(
             f"micro_batch_size: must divide the {rows} rows of a step, got {asked.micro_batch_size}"
         )
 
-    if asked.shard == "optimizer" and optimizer == "muon":
+    if asked.shard == "optimizer" and recipe.muon:
         raise ValueError("shard: Muon's state is not shared out; leave --shard out")
-    shard = asked.shard if ranks > 1 and optimizer != "muon" else "none"
+    shard = asked.shard if ranks > 1 and not recipe.muon else "none"
 
     def needs(micro: int, recompute: bool) -> int:
         return memory.estimate(
@@ -267,15 +261,10 @@ def lacks(backend: str, machine: Machine, dtype: str) -> str:
     return "a GPU" if backend == "sdpa-cudnn" else ""
 
 
-def _choose_optimizer(wanted: str, machine: Machine, dtype: str) -> str:
-    missing = lacks("triton", machine, dtype)
+def _choose_optimizer(wanted: str, recipe: Recipe, machine: Machine, dtype: str) -> str:
+    missing = "a recipe without Muon" if recipe.muon else lacks("triton", machine, dtype)
     if wanted == "triton" and missing:
         raise ValueError(f"optimizer: triton needs {missing}; use --optimizer torch")
-    if wanted == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(
-            f"optimizer: torch {torch.__version__} has no Muon; torch 2.9 does, or use "
-            "--optimizer torch"
-        )
     if wanted != "auto":
         return wanted
     ours = machine.device == "cuda" and not (missing or machine.rocm)

@@ -114,6 +114,8 @@ class Recipe:
     """AdamW's decay rate of the second moment."""
     eps: float = 1e-8
     """AdamW's epsilon."""
+    muon: bool = False
+    """Muon for the blocks' matrices, AdamW for the rest; see training/optim.py."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 is off."""
     target_loss: float = 0.0

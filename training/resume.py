@@ -78,7 +78,7 @@ ADOPTED = {
     "recompute": Must("a flag", lambda v: isinstance(v, bool)),
     "compile_scope": Must("a scope", lambda v: v in ("model", "blocks")),
     "micro_batch_size": COUNT,
-    "optimizer": Must("an optimizer", lambda v: v in ("torch", "triton", "muon")),
+    "optimizer": Must("an optimizer", lambda v: v in ("torch", "triton")),
 }
 _SHAPE = ("model", "batch_size", "grad_accum_steps", "block_size")
 # Fields of a recipe that change no step but the last, and of a plan that change no bit of a loss.
@@ -196,7 +196,7 @@ def expect(model: GPT, accept: Callable[[Checkpoint], object] = bool) -> checkpo
             raise schema.Mismatch(f"state.json: evaluated at step {late[0]}, and {step} are done")
         accept(saved)
         parameters = dict(model.named_parameters())
-        muon = saved.state["plan"].get("optimizer") == "muon"
+        muon = saved.state["recipe"].get("muon")
         weights = parameters if saved.config is None else hf.file_tensors(model)
         groups = {
             "model": {name: schema.tensor(t) for name, t in weights.items()},
@@ -429,6 +429,11 @@ def check_recipe(
             f"{'; '.join(changed)}. --override goes on with the new one, --resume never starts "
             "afresh"
         )
+    if before["muon"] != recipe.muon:
+        raise ValueError(
+            f"resume: neither of Muon and AdamW can go on from the other's state; "
+            f"--{'' if before['muon'] else 'no-'}muon goes on, --resume never starts afresh"
+        )
     return [f"resume: recipe overridden: {change}" for change in changed]
 
 
@@ -470,17 +475,7 @@ def adopt(
 
 
 def check_plan(saved: Checkpoint, plan: Plan) -> list[str]:
-    """Lines about plan fields that differ: the same samples follow, the last bits may not.
-
-    Raises:
-        ValueError: one of the two is of an optimizer that has no use for the other's state.
-    """
-    was, wanted = saved.state["plan"].get("optimizer"), plan.optimizer
-    if "muon" in (was, wanted) and was != wanted:
-        raise ValueError(
-            f"resume: the checkpoint's optimizer was {quoted(was)}, now {wanted}; with --optimizer "
-            f"{'muon' if was == 'muon' else 'auto'} the run goes on, --resume never starts afresh"
-        )
+    """Lines about plan fields that differ: the same samples follow, the last bits may not."""
     now = {k: v for k, v in asdict(plan).items() if k not in _SAME_LOSSES}
     changed = _differences({k: saved.state["plan"].get(k) for k in now}, now)
     if not changed:

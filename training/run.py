@@ -67,6 +67,7 @@ class Run:
         lines = [
             f"recipe: {self.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens per "
             f"step, {recipe.max_steps:,} steps, {len(self.train_tokens):,} training tokens"
+            + (", Muon for the blocks' matrices" if recipe.muon else "")
         ]
         if model and not self.saved:
             lines.append(
