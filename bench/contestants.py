@@ -60,10 +60,10 @@ class Setup:
         shape = f"b{self.shape.B}t{self.shape.T}"
         return ["--model", self.model, "--shape", shape, "--accum", str(self.accum)]
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a row says of it."""
-        return {"model": self.model, "shape": self.shape.label, "accum": self.accum}
+    def row(self, provider: str, **values: Any) -> StepRow:
+        """The row of a contestant, without a time."""
+        return StepRow(model=self.model, shape=self.shape.label, accum=self.accum,
+                       provider=provider, **values)  # fmt: skip
 
     @property
     def need_bytes(self) -> int:
@@ -267,15 +267,14 @@ def prepare(
 ) -> tuple[Contestant, StepRow]:
     """Build a contestant and run its warm-up; a row of what that showed, without a time."""
     contestant = build(setup, device)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    torch.get_device_module(device).synchronize()
     start = time.perf_counter()
     losses = [contestant.step(batches[0]).item()]  # read, so it has ended
     first_step_s = time.perf_counter() - start
     grad_norm = contestant.grad_norm.item()
     losses += [contestant.step(batches[i % NUM_BATCHES]).item() for i in range(1, WARMUP_STEPS)]
-    return contestant, StepRow(
-        **setup.identity, provider=name, tokens=setup.tokens, losses=losses, grad_norm=grad_norm,
-        first_step_s=first_step_s,
-        peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return contestant, setup.row(
+        name, tokens=setup.tokens, losses=losses, grad_norm=grad_norm,
+        first_step_s=first_step_s, peak_gib=peak_gib,
     )  # fmt: skip

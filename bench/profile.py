@@ -17,7 +17,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench import cli, record, turns
+from bench import cli, record, step
 from bench.cases import Shape
 from bench.contestants import Setup, find_providers, make_batches, prepare
 from bench.rows import ProfileRow
@@ -77,7 +77,7 @@ def trace_step(
         Rows of `by_kind`, and all times, longest first; of one step.
     """
     cuda = device.type == "cuda"
-    turns.free_device(device)
+    step.free_device(device)
     batches = make_batches(setup, device)
     contestant, _ = prepare(name, find_providers([name], device)[name], setup, device, batches)
     contestant.step(batches[0])  # ours captures its graph in the fourth step
@@ -92,7 +92,7 @@ def trace_step(
             torch.cuda.synchronize()
         span_us = (time.perf_counter() - start) * 1e6
     del contestant
-    turns.free_device(device)
+    step.free_device(device)
     profiler.export_chrome_trace(str(trace))
     times: list[tuple[str, float, int]] = []
     for event in profiler.key_averages():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 
-from bench import contestants, ops, optimizer, profile, record, turns
+from bench import contestants, ops, optimizer, profile, record, step
 from bench.cases import CASES, Shape
 from bench.contestants import Setup
 from bench.rows import OpRow, StepRow
@@ -298,7 +298,7 @@ def builds(**choices: Any) -> dict[str, contestants.Build]:
 
 
 def assert_step_rows(pretended: Pretended, known: dict[str, contestants.Build]) -> None:
-    rows = [*turns.measure_cuda(known, SETUP, CUDA, 0.0)]
+    rows = [*step.measure_cuda(known, SETUP, CUDA, 0.0)]
     assert [row.provider for row in rows] == ["compile bf16", "ours bf16", "ours bf16"]
     compiled, first, ours = rows
     assert not any(row.doubt for row in rows)
@@ -307,9 +307,9 @@ def assert_step_rows(pretended: Pretended, known: dict[str, contestants.Build]) 
     assert ours.rival_again_ms
     twin = (compiled.ms + ours.rival_again_ms) / 2
     assert ours.over["compile bf16"] == pytest.approx(twin / ours.ms)
-    [_, shown] = turns.with_ratios({"compile bf16": compiled, "ours bf16": ours})
+    [_, shown] = step.with_ratios({"compile bf16": compiled, "ours bf16": ours})
     assert shown.over == ours.over
-    [_, shown] = turns.with_ratios({"compile bf16": compiled, "ours bf16": first})
+    [_, shown] = step.with_ratios({"compile bf16": compiled, "ours bf16": first})
     assert shown.over["compile bf16"] == pytest.approx(compiled.ms / first.ms)
 
 
@@ -333,18 +333,18 @@ def test_a_contestant_that_fails_is_a_row(pretended: Pretended) -> None:
     plain = contestants.known_providers(CUDA)["eager bf16"]
     known |= {"compile bf16": raising(AssertionError("inductor: no\nmore")), "eager bf16": plain}
     rows: dict[str, StepRow] = {
-        row.provider: row for row in turns.measure_cuda(known, SETUP, CUDA, 0.0)
+        row.provider: row for row in step.measure_cuda(known, SETUP, CUDA, 0.0)
     }
     assert rows["compile bf16"].doubt == "AssertionError: inductor: no"
     # Nothing came before it that it could agree with; what was measured is in the file.
-    assert rows["ours bf16"].doubt == rows["eager bf16"].doubt == turns.NO_REFERENCE
+    assert rows["ours bf16"].doubt == rows["eager bf16"].doubt == step.NO_REFERENCE
     assert rows["ours bf16"].ms > 0
     text = step_table([*rows.values()])
-    assert f"ours bf16, eager bf16: not shown: {turns.NO_REFERENCE}" in text
+    assert f"ours bf16, eager bf16: not shown: {step.NO_REFERENCE}" in text
     assert "|" not in text
     known["compile bf16"] = raising(RuntimeError(FATAL))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        next(turns.measure_cuda(known, SETUP, CUDA, 0.0))
+        next(step.measure_cuda(known, SETUP, CUDA, 0.0))
 
 
 def test_optimizer_rows(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cli, contestants, figures, recipe, record, report, rows, turns
+from bench import cli, contestants, figures, recipe, record, report, rows, step
 from bench.cases import CASES
 from bench.figures import LARGE
 from bench.record import Result, with_values
@@ -26,13 +26,13 @@ ON = "aaaaaaaa"  # the commit of `cuda_result`
 
 
 def step_row(provider: str, ms: float, shape: str = "b64t1024", **more: Any) -> StepRow:
-    """A row as bench/turns.py makes it, with what only a GPU adds."""
+    """A row as bench/step.py makes it, with what only a GPU adds."""
     setup = contestants.Setup("124m", cli.shape(shape), more.pop("accum", 1))
-    warm = StepRow(**setup.identity, provider=provider, tokens=setup.tokens, losses=[10.9, 10.8],
-                   grad_norm=4.2, first_step_s=20.0)  # fmt: skip
+    warm = setup.row(provider, tokens=setup.tokens, losses=[10.9, 10.8], grad_norm=4.2,
+                     first_step_s=20.0)  # fmt: skip
     doubt = more.pop("doubt", "")
     timed = timing.Timing([(SECRET if doubt else ms) * x for x in (0.99, 1.0, 1.01)])
-    row = turns.timed_row(warm, setup, timed, warm, "NVIDIA H200")
+    row = step.timed_row(warm, setup, timed, warm, "NVIDIA H200")
     return replace(row, peak_gib=60.0, doubt=doubt, **more)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import contestants, record, step, turns
+from bench import contestants, record, step
 from bench.cases import Shape
 from bench.contestants import Setup
 from bench.rows import StepRow
@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 SETUP = Setup("smoke", Shape(2, 16), accum=2)
 TINY = GPTConfig(block_size=16, vocab_size=128, n_layer=2, n_head=2, n_embd=32)
 GIB = 1 << 30
-RIGHT = StepRow(**SETUP.identity, provider="", tokens=SETUP.tokens, losses=[10.8, 10.7],
-                grad_norm=4.0, first_step_s=0.5, peak_gib=2.0)  # fmt: skip
+RIGHT = SETUP.row("", tokens=SETUP.tokens, losses=[10.8, 10.7], grad_norm=4.0, first_step_s=0.5,
+                  peak_gib=2.0)  # fmt: skip
 
 
 class Machine:
@@ -36,8 +36,8 @@ class Machine:
         self.ms = {"a": 100.0, "b": 50.0, "c": 25.0, "d": 200.0, "e": 10.0}
         self.killed: set[str] = set()  # where another is alive
         self.warm = {name: replace(RIGHT, provider=name) for name in self.ms}
-        monkeypatch.setattr(turns, "free_bytes", lambda: int(self.total - sum(self.alive.values())))
-        monkeypatch.setattr(turns.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(step, "free_bytes", lambda: int(self.total - sum(self.alive.values())))
+        monkeypatch.setattr(step.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(Setup, "need_bytes", 2 * GIB)
 
     def start(self, name: str, limit_s: float) -> Any:
@@ -51,18 +51,18 @@ class Machine:
         return FakeRunner(self, name)
 
     def measure(self, names: str, deadline: float = 1e9) -> dict[str, StepRow]:
-        found = turns.Turns(SETUP, self.start, 1.0, deadline).measure([*names])
+        found = step.Turns(SETUP, self.start, 1.0, deadline).measure([*names])
         rows = {}
         for row in found:
             self.events.append(f"row {row.provider}")
             rows[row.provider] = row
         assert not self.alive
-        return {row.provider: row for row in turns.with_ratios(rows)}
+        return {row.provider: row for row in step.with_ratios(rows)}
 
 
 class FakeRunner:
     def __init__(self, machine: Machine, name: str):
-        self.machine, self.name, self.row = machine, name, machine.warm[name]
+        self.machine, self.name, self.first = machine, name, machine.warm[name]
 
     def ask(self, task: str, limit_s: float) -> float:
         return self.machine.ms[self.name]
@@ -74,7 +74,7 @@ class FakeRunner:
 
 @pytest.fixture(autouse=True)
 def rivals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "RIVALS", ("a", "d"))
+    monkeypatch.setattr(step, "RIVALS", ("a", "d"))
 
 
 def test_all_take_turns_where_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_what_fits_nowhere_is_a_row_and_the_rest_goes_on(monkeypatch: pytest.Mon
     rows = machine.measure("ab")
     assert machine.events == ["row a", "row b"]
     assert rows["a"].doubt == "needs about 2.0 GiB of memory, 1.5 are free"
-    assert rows["b"].doubt == turns.NO_REFERENCE
+    assert rows["b"].doubt == step.NO_REFERENCE
     # One that takes more than was thought, and is killed, is tried again by itself.
     machine = Machine(monkeypatch, 100)
     machine.killed = {"c"}
@@ -158,16 +158,15 @@ def test_rows_state_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_workers_live_in_processes_of_their_own() -> None:
-    with turns.Worker("eager fp32", SETUP, None, 120.0) as worker:
+    with step.start_worker("eager fp32", SETUP, None, 120.0) as worker:
         assert worker.process.pid != os.getpid()
         assert worker.ask("step", 60.0) > 0
         batches = contestants.make_batches(SETUP, CPU)
         build = contestants.known_providers(CPU)["eager fp32"]
         _, here = contestants.prepare("", build, SETUP, CPU, batches)
-        assert worker.row.losses == pytest.approx(here.losses, rel=1e-5)
-        assert worker.row.first_step_s > 0
-        assert 0.1 < (worker.row.peak_gib or 0) < 8
-    assert worker.process.returncode == 0
+        assert worker.first.losses == pytest.approx(here.losses, rel=1e-5)
+        assert worker.first.first_step_s > 0
+        assert 0.1 < (worker.first.peak_gib or 0) < 8
 
 
 def test_our_contestant_takes_the_trainer_s_step() -> None:
@@ -198,8 +197,8 @@ def test_a_wrong_model_shows_in_its_gradient_where_its_loss_is_right(monkeypatch
     right, wrong = (
         contestants.prepare("", each, setup, CPU, batches)[1] for each in (build, other_weights)
     )
-    assert turns.disagreement(right, right) == ""
-    assert turns.disagreement(wrong, right).startswith("gradient norm")
+    assert step.disagreement(right, right) == ""
+    assert step.disagreement(wrong, right).startswith("gradient norm")
 
 
 # A model of nanoGPT's interface: constructor arguments, names of weights, (logits, loss).
@@ -244,15 +243,16 @@ def test_nanogpt_is_a_model_by_path(tmp_path, monkeypatch) -> None:
 
 
 def test_each_row_is_written_as_it_comes(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, 3)
+    machine = Machine(monkeypatch, 3)  # one at a time
     results = record.Results(CPU, tmp_path, commit="c" * 40)
+    written: list[int] = []
 
-    def measure(*_: Any, **__: Any) -> Any:
-        for row in turns.Turns(SETUP, machine.start, 1.0, 1e9).measure("ab"):
-            yield row
-            names = [r.provider for r in record.load(results.path).rows("step")]
-            assert names[-1] == row.provider
+    def start(name: str, setup: Setup, nanogpt: None, limit_s: float) -> Any:
+        written.append(len(record.load(results.path).rows("step")) if written else 0)
+        return machine.start(name, limit_s)
 
-    monkeypatch.setattr(step, "measure", measure)
-    step.run("ab", SETUP, CPU, results, seconds=1.0, minutes=1.0)
+    results.write(results.path)
+    monkeypatch.setattr(step, "start_worker", start)
+    step.run("abc", SETUP, CPU, results, seconds=1.0, minutes=1.0)
+    assert written == [0, 0, 2, 2]
     assert record.load(results.path).rows("step")[1].over == {"a": 2.0}
