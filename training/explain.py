@@ -21,7 +21,7 @@ from model.flops import flops_per_token, num_parameters
 from training.environment import environment
 from training.machines import CARDS, mfu
 from training.plan import Machine, Plan
-from training.probe import PROBE_S, Probe, Rates, measure_rates, probe_steps
+from training.probe import PROBE_S, Probe, Rates, measure_rates, probe_steps, products_s
 from training.recipes import Recipe
 
 __all__ = ["Probe", "Rates", "explain", "findings", "probe_steps"]
@@ -178,6 +178,11 @@ def explain(
     tokens, traffic = recipe.tokens_per_step, f"{traffic_bytes(recipe, plan) / 1e9:.2f} GB"
     beside = f"{traffic} of traffic beside the products of {tokens:,} tokens"
     say(f"estimate from these rates: at most {tokens / bound_s:,.0f} tok/s ({beside})")
+    alone_s = products_s(recipe, plan)
+    say(
+        f"the products alone, each timed at its own shape: {1e3 * alone_s:,.1f} ms, so at most "
+        f"{tokens / alone_s:,.0f} tok/s"
+    )
     say("this recipe elsewhere, computed from datasheets, not measured:")
     say("\n".join(f"  {line}" for line in elsewhere(recipe, plan)))
 
@@ -187,7 +192,8 @@ def explain(
     flops = "" if used is None else f", MFU {100 * used:.1f}%"
     say(
         f"measured: {got.steps} steps{note}, {1e3 * got.step_s:,.1f} ms each, "
-        f"{got.tokens_per_s:,.0f} tok/s, {100 * bound_s / got.step_s:.0f}% of the estimate{flops}"
+        f"{got.tokens_per_s:,.0f} tok/s, {100 * bound_s / got.step_s:.0f}% of the estimate, "
+        f"{100 * alone_s / got.step_s:.0f}% of the products alone{flops}"
     )
     total = sum(got.phases.values())
     for name, s in got.phases.items():

@@ -10,12 +10,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.reference import CHUNK_TOKENS
 from model import GPT
 from model.flops import flops_per_token
 from training.data import DataLoaderLite, Prefetcher, Tokens
@@ -103,18 +105,40 @@ class Probe:
         return self.tokens_per_step / self.step_s
 
 
+def _median_s(call: Callable[[], object], cuda: bool, budget_s: float) -> float:
+    samples, deadline = [], time.perf_counter() + budget_s
+    call()
+    while not samples or (len(samples) < 50 and time.perf_counter() < deadline):
+        with _elapsed(cuda) as read:
+            call()
+        samples.append(read())
+    return statistics.median(samples)
+
+
+def products_s(recipe: Recipe, plan: Plan) -> float:
+    """Seconds of a step's matrix products but attention's, each timed alone at its own shape."""
+    config, cuda = recipe.model_config, plan.device == "cuda"
+    M, C, L = plan.micro_batch_size * recipe.block_size, config.n_embd, config.n_layer
+    head = min(M, CHUNK_TOKENS)
+    products = [(L, M, C, 3 * C), (L, M, C, C), (L, M, C, 4 * C), (L, M, 4 * C, C),
+                (M / head, head, C, config.padded_vocab_size)]  # fmt: skip
+    total = 0.0
+    for times, m, k, n in products:
+        x, weight, dy = (
+            torch.randn(size, device=plan.device).to(DTYPES[plan.dtype])
+            for size in ((m, k), (n, k), (m, n))
+        )
+        for a, b in ((x, weight.T), (dy, weight), (dy.T, x)):  # y, dx, dweight
+            total += times * _median_s(partial(torch.mm, a, b), cuda, RATE_S / 4)
+    return total * plan.num_micro_batches
+
+
 def measure_rates(recipe: Recipe, machine: Machine, plan: Plan) -> Rates:
     """Copy and matmul rates of this machine; about 4 s on a CPU, each the median of some."""
     cuda, device = machine.device == "cuda", torch.device(machine.device)
 
     def median_s(call: Callable[[], object]) -> float:
-        samples, deadline = [], time.perf_counter() + RATE_S
-        call()
-        while not samples or (len(samples) < 50 and time.perf_counter() < deadline):
-            with _elapsed(cuda) as read:
-                call()
-            samples.append(read())
-        return statistics.median(samples)
+        return _median_s(call, cuda, RATE_S)
 
     def gflops(m: int, k: int, n: int, dtype: torch.dtype) -> float:
         a, b = (torch.randn(s, device=device).to(dtype) for s in ((m, k), (k, n)))
