@@ -65,9 +65,9 @@ def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
     plan = share(make_plan(cfg.recipe, machine, cfg.choices, world.size), cfg.recipe, world)
     if cfg.preset == "fineweb-124m" and not (cfg.data or cfg.explain):
         raise ValueError(
-            "data: fineweb-124m needs --data FOLDER of token shards: `hf download "
+            "data: fineweb-124m needs --data FOLDER of token shards: `.venv/bin/hf download "
             "HuggingFaceFW/fineweb-edu --repo-type dataset --include 'sample/10BT/*' --local-dir "
-            "fineweb`, then `python -m training.prepare fineweb/sample/10BT --out FOLDER "
+            "fineweb`, then `.venv/bin/python -m training.prepare fineweb/sample/10BT --out FOLDER "
             "--val-tokens 100000000`"
         )
     texts = (cfg.text_column, cfg.val)

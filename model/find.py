@@ -61,9 +61,9 @@ def latest_model(runs: str | Path = "runs") -> Path:
 
 
 _PICKLE = (
-    "a pickle, which can run code when it is read; `python -m model.hf import-nanogpt FILE --out "
-    "DIR` converts a nanoGPT checkpoint; of a file you trust, transformers loads the folder and "
-    "writes safetensors with save_pretrained"
+    "a pickle, which can run code when it is read; `.venv/bin/python -m model.hf import-nanogpt "
+    "FILE --out DIR` converts a nanoGPT checkpoint; of a file you trust, transformers loads the "
+    "folder and writes safetensors with save_pretrained"
 )
 _CONVERT = f"; the library that wrote it can convert it, or look for {WEIGHTS} where it came from"
 FOREIGN = {

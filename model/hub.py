@@ -66,7 +66,7 @@ def download(name: str) -> Path:
     except errors.RepositoryNotFoundError:
         why = (
             f"{constants.ENDPOINT} shows no model of that name; one that is private or gated needs "
-            "`hf auth login` or HF_TOKEN"
+            "`.venv/bin/hf auth login` or HF_TOKEN"
         )
     except Exception as error:  # of many kinds: no network, no such host, a proxy, a full disk
         reason = one_line(error.__cause__ or error, 160)

@@ -295,7 +295,9 @@ def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     with pa.ipc.new_file(tmp_path / "twice.arrow", twice.schema) as w:
         w.write_table(twice)
     for name in ("twice.parquet", "twice.arrow"):
-        with pytest.raises(ValueError, match=f"{name} has 2 columns 'body'"):
+        with pytest.raises(
+            ValueError, match=f"{name} must have one column 'body', it has 'body', 'body'"
+        ):
             load_corpus([tmp_path / name], key="body")
     (dataset / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(FileNotFoundError, match=r"data: no such file: .*data-00001-of-00002"):
@@ -352,6 +354,26 @@ def test_patterns_and_code(tmp_path: Path) -> None:
     load_corpus([tmp_path / "sub", tmp_path / "d.txt.gz"], said.append)
     assert said[0].endswith(": 1 .gz, 2 .py")
     assert all_tokens(load_corpus([f"{tmp_path}/s*/**"])).count(tokenizer.EOT) == 1  # each once
+
+
+def test_a_pattern_follows_no_link_back_and_takes_nothing_hidden(
+    tmp_path: Path, monkeypatch
+) -> None:
+    for name in ("a.txt", ".b.txt", ".git/c.txt", "d/.e/f.txt", ".kept/g.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "d" / "back").symlink_to(tmp_path)
+    for pattern, name in (
+        (f"{tmp_path}/**/*.txt", "a.txt"),
+        ("**/*.txt", "a.txt"),
+        ("d/../*.txt", "a.txt"),
+        (".k*/*.txt", ".kept/g.txt"),
+        (".kept/**", ".kept/g.txt"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        assert tokenizer.decode(all_tokens(load_corpus([pattern], lambda _: None))) == name, pattern
+    with pytest.raises(ValueError, match=r"holds back, which is not \.txt"):
+        load_corpus([f"{tmp_path}/d*/**"])
 
 
 def test_what_only_looks_compressed_or_like_a_pattern_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ flat whatever the file; each document begins with <|endoftext|>. `train.py --dat
 
 import bz2
 import codecs
+import fnmatch
 import glob
 import gzip
 import hashlib
@@ -18,9 +19,8 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -30,12 +30,11 @@ from training.shards import TOKEN_DTYPE, holds_tokens
 
 JSONL, KEY = ".jsonl", "text"
 TABLES = (".parquet", ".arrow")
-CODE = (
-    ".c", ".cc", ".cpp", ".cu", ".cuh", ".cs", ".go", ".h", ".hpp", ".hs", ".java", ".jl", ".js",
-    ".kt", ".lua", ".ml", ".php", ".pl", ".py", ".r", ".rb", ".rs", ".scala", ".sh", ".sql",
-    ".swift", ".ts", ".tsx",
-)  # fmt: skip
-TAKEN = (".txt", ".md", ".rst", ".tex", JSONL, *TABLES, *CODE)  # of a folder's files
+_CODE = (
+    "c cc cpp cu cuh cs go h hpp hs java jl js kt lua ml php pl py r rb rs scala sh sql swift ts"
+)
+# Of a folder's files.
+TAKEN = (JSONL, *TABLES, *(f".{name}" for name in f"txt md rst tex tsx {_CODE}".split()))
 TAKEN_WORDS = ".txt, .md, code, .jsonl, .parquet or .arrow"
 PIECE_BYTES = 4 << 20  # large enough for tiktoken's full speed, small enough for a flat memory
 BATCH_ROWS = 64  # of a table at once; a row may be a book
@@ -75,23 +74,14 @@ _FOREIGN = {
 _NO_PROSE = {".json": "JSON", ".ndjson": "JSON", ".csv": "a table", ".tsv": "a table"}
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of one input.
-
-    Args:
-        path: The file.
-        start: Offset of the first byte in the unpacked text, or number of the first row.
-        data: Bytes of text or of JSONL, or the values of a table's rows.
-        key: Field of a JSONL object, or column of a table, that is read.
-        advance: Bytes of the file that were read for it.
-    """
+class Piece(NamedTuple):
+    """A part of one input."""
 
     path: Path
-    start: int
-    data: bytes | list[Any]
-    key: str
-    advance: int
+    start: int  # offset of its first byte in the unpacked text, or number of its first row
+    data: bytes | list[Any]  # of text or of JSONL, or the values of a table's rows
+    key: str  # field of a JSONL object, or column of a table, that is read
+    advance: int  # bytes of the file that were read for it
 
 
 def _pyarrow(what: object) -> Any:
@@ -167,7 +157,7 @@ def find_inputs(
     """
     if any(str(path) == "" for path in paths):
         raise ValueError("data: a path must name a file or a folder, got nothing")
-    named = [Path(match) for path in paths for match in _matches(str(path))]
+    named = [match for path in paths for match in _matches(str(path))]
     tokens = [p for p in named if holds_tokens(p)]
     if tokens and len(named) > 1:
         raise ValueError(
@@ -187,13 +177,24 @@ def find_inputs(
     return found
 
 
-def _matches(path: str) -> list[str]:
-    """What a pattern names, each once; what exists, or is no pattern, names itself."""
-    if Path(path).exists() or not glob.has_magic(path):
-        return [path]
-    found = sorted(glob.glob(path, recursive=True))
-    whole = {*map(Path, found)}  # ** names a folder and all that is in it
-    return [match for match in found if whole.isdisjoint(Path(match).parents)] or [path]
+def _matches(path: str) -> list[Path]:
+    """What a pattern names, each once; what exists, or is no pattern, names itself.
+
+    No link to a folder is followed below `**`: it may lead back to where it stands.
+    """
+    pattern = Path(path)
+    if pattern.exists() or not glob.has_magic(path):
+        return [pattern]
+    dotted = [part for part in pattern.parts if part.startswith(".")]
+
+    def shown(match: Path) -> bool:
+        hidden = [part for part in match.parts if part.startswith(".")]
+        return all(any(fnmatch.fnmatch(part, each) for each in dotted) for part in hidden)
+
+    inside = Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+    found = {match for match in inside if shown(match)}
+    # ** names a folder and all that is in it.
+    return sorted(m for m in found if found.isdisjoint(m.parents)) or [pattern]
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -260,10 +261,8 @@ def hash_files(files: Sequence[Path], key: str = KEY) -> str:
     """SHA-256 over the files' text with its lengths, and over what of it is read."""
     digest = hashlib.sha256()
     for path in files:
-        if is_jsonl(path):
-            digest.update(f"{JSONL} {key} ".encode())
-        elif is_table(path):
-            digest.update(f"table {key} ".encode())
+        if kind := JSONL if is_jsonl(path) else "table" if is_table(path) else "":
+            digest.update(f"{kind} {key} ".encode())
         start = len(codecs.BOM_UTF8) * _begins(path, codecs.BOM_UTF8)
         digest.update((path.stat().st_size - start).to_bytes(8, "little"))
         with path.open("rb") as file:
@@ -282,25 +281,28 @@ def cut(path: Path, key: str = KEY) -> Iterator[Piece]:
     Raises:
         ValueError: a JSONL line that is too long to be read, or a table without text.
     """
-    if is_table(path):
-        yield from _cut_table(path, key)
-        return
+    before = 0
+    for start, data, read in _cut_table(path, key) if is_table(path) else _cut_text(path):
+        yield Piece(path, start, data, key, read - before)
+        before = read
+
+
+def _cut_text(path: Path) -> Iterator[tuple[int, bytes, int]]:
     jsonl = is_jsonl(path)
     with opened(path) as (text, file):
         held = text.read(PIECE_BYTES)
         start = len(codecs.BOM_UTF8) * held.startswith(codecs.BOM_UTF8)
-        held, whole, before = held[start:], len(held) == PIECE_BYTES, 0
+        held, whole = held[start:], len(held) == PIECE_BYTES
         while whole:
             if jsonl and not held.endswith(b"\n"):
                 held += _end_of_line(path, text)
             if end := len(held) if jsonl else _text_end(held):
-                at = file.tell()
-                yield Piece(path, start, held[:end], key, at - before)
-                held, start, before = held[end:], start + end, at
+                yield start, held[:end], file.tell()
+                held, start = held[end:], start + end
             wanted = PIECE_BYTES - len(held) % PIECE_BYTES
             more = text.read(wanted)
             held, whole = held + more, len(more) == wanted
-        yield Piece(path, start, held, key, file.tell() - before)
+        yield start, held, file.tell()
 
 
 def _end_of_line(path: Path, text: BinaryIO) -> bytes:
@@ -316,81 +318,64 @@ def _end_of_line(path: Path, text: BinaryIO) -> bytes:
 
 def _text_end(data: bytes) -> int:
     """Last place in `data` for a cut; 0 where there is none."""
-
-    def last_cut(text: str) -> int:
-        return max(tokenizer.cuts(text), default=0)
-
-    # All of it only where its end has no place that is sure by itself.
     near = max(0, len(data) - 4 * tokenizer.PATIENCE)
-    for first, find in ((near, tokenizer.sure_cut), (0, last_cut)):
+    # All of it only where its end has no place that is sure by itself.
+    for first in (near, 0):
         part = data[first:].lstrip(_CONTINUATION)
         try:
             text, _ = codecs.utf_8_decode(part, "strict", False)
         except UnicodeDecodeError:
             return len(data)  # whoever tokenises the piece will name the byte
-        if at := find(text):
+        if at := tokenizer.sure_cut(text) or (0 if first else max(tokenizer.cuts(text), default=0)):
             return len(data) - len(part) + len(text[:at].encode())
     return 0
 
 
 @contextmanager
-def _table(path: Path, key: str) -> Iterator[Iterator[tuple[Any, int]]]:
-    """Values of the column `key`, a few rows at a time, each with the bytes of the file so far.
+def _table(path: Path, key: str) -> Iterator[tuple[Iterator[Any], BinaryIO]]:
+    """Values of the column `key`, a few rows at a time, and the file they are read from.
 
     Raises:
         ValueError: it cannot be read, or has no such column.
     """
-    arrow, size = _pyarrow(path), path.stat().st_size
-
-    def values(table: Any, source: Any) -> Iterator[tuple[Any, int]]:
-        if isinstance(table, arrow.parquet.ParquetFile):
-            rows = 0
-            for batch in table.iter_batches(BATCH_ROWS, columns=[key]):
-                rows += batch.num_rows
-                yield batch.column(0), size * rows // table.metadata.num_rows
-            return
-        for i, batch in enumerate(table, 1):
-            read = source.tell() if count is None else size * i // count
-            for first in range(0, batch.num_rows, BATCH_ROWS):
-                yield batch.column(key).slice(first, BATCH_ROWS), read
-
-    count: int | None = None
+    arrow = _pyarrow(path)
     try:
-        with arrow.OSFile(str(path)) as source:
+        with path.open("rb") as file:
             if _begins(path, b"PAR1"):
                 # Neither a memory map nor a whole column of a row group: either may be gigabytes.
-                table = arrow.parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
-                columns = table.schema_arrow.names
+                table = arrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+                names = table.schema_arrow.names
+                batches = table.iter_batches(BATCH_ROWS, columns=[key])
             elif _begins(path, b"ARROW1"):
-                file = arrow.ipc.open_file(source)
-                count, columns = file.num_record_batches, file.schema.names
-                table = map(file.get_batch, range(file.num_record_batches))
+                table = arrow.ipc.open_file(file)
+                names = table.schema.names
+                batches = map(table.get_batch, range(table.num_record_batches))
             else:
-                table = arrow.ipc.open_stream(source)
-                columns = table.schema.names
-            if key not in columns:
+                batches = arrow.ipc.open_stream(file)
+                names = batches.schema.names
+            if names.count(key) != 1:
                 raise ValueError(
-                    f"data: {path} has no column {key!r}, it has {', '.join(map(repr, columns))}; "
-                    "--text-column names the one to read"
+                    f"data: {path} must have one column {key!r}, it has "
+                    f"{', '.join(map(repr, names))}; --text-column names the one to read"
                 )
-            if columns.count(key) > 1:
-                raise ValueError(f"data: {path} has {columns.count(key)} columns {key!r}; keep one")
-            yield values(table, source)
+            rows = ((batch.column(key), batch.num_rows) for batch in batches)
+            firsts = ((column, first) for column, n in rows for first in range(0, n, BATCH_ROWS))
+            yield (column.slice(first, BATCH_ROWS) for column, first in firsts), file
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data: {path} cannot be read as a table: {error}") from None
 
 
-def _cut_table(path: Path, key: str) -> Iterator[Piece]:
-    with _table(path, key) as columns:
+def _cut_table(path: Path, key: str) -> Iterator[tuple[int, list[Any], int]]:
+    with _table(path, key) as (columns, file):
         held: list[Any] = []
-        start = size = before = 0
-        for column, read in columns:
+        start = size = 0
+        for column in columns:
             held += column.to_pylist()
             size += column.nbytes
             if size >= PIECE_BYTES:
-                yield Piece(path, start, held, key, read - before)
-                start, before, held, size = start + len(held), read, [], 0
-        yield Piece(path, start, held, key, path.stat().st_size - before)
+                yield start, held, file.tell()
+                start, held, size = start + len(held), [], 0
+        yield start, held, path.stat().st_size
 
 
 def encode_piece(piece: Piece) -> tuple[bytes, int, int]:

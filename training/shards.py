@@ -22,7 +22,9 @@ from typing import Any, overload
 import numpy as np
 
 from model import tokenizer
-from model.edge import is_int, quoted
+from model.edge import quoted
+from training import schema
+from training.schema import Must
 
 TOKEN_DTYPE = np.dtype("<u2")  # GPT-2's 50,257 ids fit
 LLMC_MAGIC = 20240520
@@ -35,6 +37,20 @@ FORMAT, VERSION = "fused-gpt-tokens", 2
 FULL_BYTES = 1 << 30  # of token files that are hashed whole; about a second
 _SAMPLES, _SAMPLE_TOKENS = 64, 2048
 _AGAIN = "run the same training.prepare command again"
+_NAME = re.compile(r"(train|val)-\d{6,}\.bin")
+_SHARD = {
+    "file": Must("the name of a shard", lambda v: isinstance(v, str) and bool(_NAME.fullmatch(v))),
+    "tokens": Must("a number of tokens", lambda v: schema.COUNT.holds(v) and v > 0),
+    "sha256": schema.TEXT,
+    "samples?": schema.TEXT,  # not in version 1
+}
+_INDEX = {
+    "format": Must(f"{FORMAT!r}, as training.prepare writes it", lambda v: v == FORMAT),
+    "version": Must(f"1 or {VERSION}", lambda v: v in (1, VERSION)),
+    "shards": [_SHARD],
+    "done": Must("true or false", lambda v: isinstance(v, bool)),
+    **dict.fromkeys(("documents", "next_piece", "skip_tokens"), schema.COUNT),
+}
 
 
 def holds_tokens(path: Path) -> bool:
@@ -64,7 +80,16 @@ def open_shard(path: Path) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"data: no such file: {path}")
     if path.suffix.lower() == ".npy":
-        return _open_npy(path)
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"data: {path} is not a readable .npy file: {error}") from None
+        if tokens.ndim != 1 or tokens.dtype != TOKEN_DTYPE or not len(tokens):
+            raise ValueError(
+                f"data: {path} must be a one-dimensional array of uint16, "
+                f"got {tokens.dtype} of shape {tokens.shape}"
+            )
+        return tokens
     with path.open("rb") as file:
         start = file.read(4 * _LLMC_HEADER)
     if start.startswith((b"PK\x03\x04", b"\x80\x02\x8a\n")):
@@ -75,35 +100,23 @@ def open_shard(path: Path) -> np.ndarray:
             f"data: {path} must hold uint16 tokens, got {num_bytes} bytes; --data takes text too"
         )
     header = np.frombuffer(start[: len(start) // 4 * 4], dtype="<i4")
-    if len(header) == _LLMC_HEADER and header[0] == _LLMC_LLAMA_MAGIC:
+    magic = header[0] if len(header) == _LLMC_HEADER else 0
+    if magic == _LLMC_LLAMA_MAGIC:
         raise ValueError(
             f"data: {path} is an llm.c shard of Llama 3 tokens (magic {_LLMC_LLAMA_MAGIC}); this "
             f"model needs GPT-2's (magic {LLMC_MAGIC})"
         )
     # Two GPT-2 tokens that read as this word are 13768, 309 (" spotlight" and "F"), then 1, 0:
     # a version word of 1 and a size that fits make a mistake impossible in practice.
-    if len(header) == _LLMC_HEADER and header[0] == LLMC_MAGIC and header[1] == 1:
-        expected = 4 * _LLMC_HEADER + TOKEN_DTYPE.itemsize * int(header[2])
-        if num_bytes != expected or not header[2]:
-            raise ValueError(
-                f"data: {path} must be {expected} bytes for the {header[2]} tokens its header "
-                f"names, got {num_bytes}; it is truncated, damaged or empty"
-            )
-        return np.memmap(path, dtype=TOKEN_DTYPE, mode="r", offset=4 * _LLMC_HEADER)
-    return np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
-
-
-def _open_npy(path: Path) -> np.ndarray:
-    try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"data: {path} is not a readable .npy file: {error}") from None
-    if tokens.ndim != 1 or tokens.dtype != TOKEN_DTYPE or not len(tokens):
+    if magic != LLMC_MAGIC or header[1] != 1:
+        return np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
+    expected = 4 * _LLMC_HEADER + TOKEN_DTYPE.itemsize * int(header[2])
+    if num_bytes != expected or not header[2]:
         raise ValueError(
-            f"data: {path} must be a one-dimensional array of uint16, "
-            f"got {tokens.dtype} of shape {tokens.shape}"
+            f"data: {path} must be {expected} bytes for the {header[2]} tokens its header "
+            f"names, got {num_bytes}; it is truncated, damaged or empty"
         )
-    return tokens
+    return np.memmap(path, dtype=TOKEN_DTYPE, mode="r", offset=4 * _LLMC_HEADER)
 
 
 def hash_file(path: Path) -> str:
@@ -209,31 +222,12 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"data: {path} cannot be read: {error}") from None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"data: {path} is not of format {FORMAT!r}; training.prepare writes that")
-    if index.get("version") not in (1, VERSION):
-        raise ValueError(
-            f"data: {path} must have version 1 or {VERSION}, got {quoted(index.get('version'))}"
-        )
-    shards = index.get("shards")
-    names = [_shard_name(shard) for shard in shards] if isinstance(shards, list) else [""]
-    counts = [index.get(name) for name in ("documents", "next_piece", "skip_tokens")]
-    typed = isinstance(index.get("done"), bool) and all(map(is_int, counts))
-    if "" in names or len({*names}) < len(names) or not typed:
-        raise ValueError(
-            f"data: {path} is damaged: 'shards' must be different files with tokens and SHA-256, "
-            f"and done, documents, next_piece and skip_tokens numbers; {_AGAIN} with another --out"
-        )
+    schema.check(f"data: {path}", index, schema.OBJECT)
+    schema.check(f"data: {path}", {name: index.get(name) for name in _INDEX}, _INDEX)
+    names = [shard["file"] for shard in index["shards"]]
+    if len({*names}) < len(names):
+        raise ValueError(f"data: {path}: shards must be different files")
     return index
-
-
-def _shard_name(shard: Any) -> str:
-    """File name in an entry of index.json; "" if something in it cannot be."""
-    if not isinstance(shard, dict):
-        return ""
-    name, tokens = str(shard.get("file")), shard.get("tokens", 0)
-    fits = re.fullmatch(r"(train|val)-\d{6,}\.bin", name) and isinstance(shard.get("sha256"), str)
-    return name if fits and is_int(tokens) and tokens > 0 else ""
 
 
 def check_encoding(path: Path, description: dict[str, Any]) -> None:
@@ -286,21 +280,17 @@ class TokenShards:
     def __getitem__(self, at: np.ndarray) -> np.ndarray: ...
 
     def __getitem__(self, at: slice | np.ndarray) -> "TokenShards | np.ndarray":
+        starts = (self.ends - [len(p) for p in self.parts]).tolist()
         if isinstance(at, slice):
             first, last, step = at.indices(len(self))
             assert step == 1, "token views have no stride"
-            starts = self.ends - [len(p) for p in self.parts]
-            return TokenShards(
-                [
-                    part[max(first - start, 0) : max(last - start, 0)]
-                    for part, start in zip(self.parts, starts.tolist(), strict=True)
-                ]
-            )
+            ranges = [(max(first - start, 0), max(last - start, 0)) for start in starts]
+            return TokenShards([p[a:b] for p, (a, b) in zip(self.parts, ranges, strict=True)])
         out = np.empty(at.shape, dtype=TOKEN_DTYPE)
         owner = np.searchsorted(self.ends, at, side="right")
         for i in np.unique(owner):
             inside = owner == i
-            out[inside] = self.parts[i][at[inside] - (self.ends[i] - len(self.parts[i]))]
+            out[inside] = self.parts[i][at[inside] - starts[i]]
         return _intact(out)
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
