@@ -80,7 +80,7 @@ def key_at(name: str, shape: Shape, dtype: torch.dtype, arch: int) -> Key | None
 
 def safe_at(name: str, C: int, arch: int) -> Launch | None:
     """Its launch where no row serves."""
-    return layer_norm.safe_launch(name[-3:], C, 4, arch) if name[:10] == "layer_norm" else None
+    return layer_norm.safe_launch(name[-3:], C, 4) if name[:10] == "layer_norm" else None
 
 
 def known_launches(name: str, present: Launch, arch: int) -> list[Launch]:

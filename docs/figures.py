@@ -109,7 +109,7 @@ def layer_norm() -> Axes:
     )  # fmt: skip
     for i in range(6):
         box(axes, 22 + 7.3 * i, 38.5, 7, 2.6, CHIP, "128")
-    write(axes, 72, 24.3, "mean, rstd: 12 bytes per row")
+    write(axes, 72, 24.3, "mean, rstd: 8 bytes per row")
 
     title(axes, 1, 20.5, "backward: few programs, each walks many rows")
     some = [(0.15, 0.25), (0.45, 0.55), (0.75, 0.85)]

@@ -28,6 +28,7 @@ _DEVICES = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 # Inductor may pad or permute the inputs of an op that does not say otherwise; the kernels here
 # compute addresses from shapes and would misread them.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MIN_ARCH = 80  # Ampere: bf16 and cp.async; older chips are neither built for nor tested
 
 
@@ -86,6 +87,32 @@ def check_device(op: str, x: Tensor) -> None:
         raise ValueError(
             f"{op}: x must be on the current device cuda:{torch.cuda.current_device()}, got "
             f"{x.device}; call torch.cuda.set_device first"
+        )
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+) -> None:
+    """Refuse a tensor that a kernel, which computes addresses from shapes, would misread.
+
+    Raises:
+        ValueError: another shape, dtype or device, or strides with gaps; all are named.
+    """
+    at, wanted = tensor.device, " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if (*tensor.shape,) != (*shape,) or tensor.dtype not in dtypes or at != device:
+        raise ValueError(
+            f"{op}: {name} must be {(*shape,)}, {wanted}, on {device}; got {(*tensor.shape,)}, "
+            f"{tensor.dtype}, on {at}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must be contiguous, got strides {tensor.stride()} for shape "
+            f"{(*shape,)}; call .contiguous() first"
         )
 
 

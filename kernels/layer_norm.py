@@ -10,9 +10,9 @@ Backward, with g = dy * weight and dh_out the gradient of the residual stream th
     dh = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) + dh_out          dx = dresidual = dh
     dweight = sum_rows(dy * x_hat)          dbias = sum_rows(dy)
 
-The mean is kept as two floats. At a mean of 1e3 one float is wrong by up to 3e-5, and a row whose
-values differ by 1e-2 cannot afford that. So the first mean is subtracted, and what is left is
-averaged again.
+The mean is taken twice. One fp32 mean of values near 1e3 is off by up to 1e-4, and a row whose
+values differ by 1e-2 cannot afford that: what is left after subtracting it is averaged again. The
+backward reads the sum of both as one float, which costs less than the error that PyTorch makes.
 
 Memory bound; every tensor is read or written once. Bytes per element with x and y in bf16:
 
@@ -20,8 +20,7 @@ Memory bound; every tensor is read or written once. Bytes per element with x and
     add_layer_norm, fp32 h    forward 12 (x, residual, y, h)    backward 16 (dy, dh_out, h, dh, dx)
     add_layer_norm, bf16 h    forward  8                        backward  8 (dh is shared)
 
-An H200 at 4.3 TB/s would take 141 us and 187 us for the fp32 pair at M = 65536, C = 768 (604 MB,
-805 MB): estimates, arithmetic only. Statistics add 12 bytes a row, partial sums 4 MB a call.
+Statistics add 8 bytes per row, partial sums 4 MB per call.
 
 Deterministic: dweight and dbias go through one fp32 row of partial sums per program and a second
 kernel that adds those rows in a fixed order. No atomics; reruns are bitwise equal on one device.
@@ -42,30 +41,17 @@ from torch import Tensor
 
 from ._aot import AotCase, aot_case
 from ._jit import jit
-from ._launch import (
-    Key,
-    Launch,
-    arch,
-    cdiv,
-    family,
-    launch_for,
-    next_pow2,
-    num_sms,
-)
-from ._op import check_device, needs_grad, refuse_double_backward, register
+from ._launch import Key, Launch, arch, cdiv, launch_for, next_pow2, num_sms
+from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
 from .reference import autocast_dtype
 
 MAX_C = 8192  # a program holds a whole row in registers
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # How many elements of a row one warp may hold. The backward keeps six values of each element in
 # registers: 168 per thread at 768 elements. At 1024 of fp32 it would be 221, and only 8 warps would
 # fit on an SM (from compiling; not measured).
 WARP_C = {"fwd": 1024, "bwd": 768}
 MAX_WARPS_PER_ROW = 8  # with 16 a thread has at most 128 registers, too few for the backward
-# Warps of the backward that fit on an SM at C = 768, by its registers per thread: 168 on these
-# chips, 190 on sm_120 (from compiling).
-BWD_WARPS_PER_SM = {80: 12, 90: 12, 100: 12}
-OTHER_BWD_WARPS_PER_SM = 8
+BWD_WARPS_PER_SM = 12  # at 768 elements a warp
 
 
 def launch_key(kernel: str, M: int, C: int, dtype: torch.dtype, arch: int) -> Key:
@@ -76,7 +62,7 @@ def launch_key(kernel: str, M: int, C: int, dtype: torch.dtype, arch: int) -> Ke
 
 
 @cache
-def safe_launch(kernel: str, C: int, itemsize: int, arch: int) -> Launch:
+def safe_launch(kernel: str, C: int, itemsize: int) -> Launch:
     """One warp a row as long as the row fits: no barrier, and no idle lane at 768.
 
     A chunk is a warp of 16-byte loads of h: 128 elements in fp32, 256 in 16 bits. At 256 an fp32 h
@@ -91,11 +77,10 @@ def safe_launch(kernel: str, C: int, itemsize: int, arch: int) -> Launch:
         block_c = chunk * warps_per_row
         num_warps = max(4, warps_per_row)
         rows = num_warps // warps_per_row
-    resident = BWD_WARPS_PER_SM.get(family(arch), OTHER_BWD_WARPS_PER_SM)
     return Launch(
         (("ROWS", rows), ("BLOCK_C", block_c)),
         num_warps,
-        programs_per_sm=resident // num_warps if kernel == "bwd" else 1,
+        programs_per_sm=BWD_WARPS_PER_SM // num_warps if kernel == "bwd" else 1,
         source="a formula: compiles without spills",
     )
 
@@ -104,7 +89,7 @@ def _launch(
     kernel: str, M: int, C: int, dtype: torch.dtype, arch: int
 ) -> tuple[Launch, dict[str, Any]]:
     """The launch on M rows of h, and the constexprs it leaves open."""
-    safe = safe_launch(kernel, C, dtype.itemsize, arch)
+    safe = safe_launch(kernel, C, dtype.itemsize)
     launch = launch_for(launch_key(kernel, M, C, dtype, arch), safe)
     return launch, {"C": C, "CHUNKS": cdiv(C, dict(launch.blocks)["BLOCK_C"])}
 
@@ -130,10 +115,10 @@ def _load_rows(ptr, rows, M, C: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.
 def _normalise(
     h,  # tiles of `_load_rows`, 0 outside
     rows,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    stats_ptr,
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    y_ptr,  # (M, C) out
+    stats_ptr,  # (2, M) out, fp32: mean, rstd
     M,
     eps,
     C: tl.constexpr,
@@ -141,7 +126,7 @@ def _normalise(
     BLOCK_C: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Store y and the statistics of some rows h."""
+    """Store y and the statistics of some rows of h."""
     total = h[0]
     for i in tl.static_range(1, CHUNKS):
         total += h[i]
@@ -173,9 +158,8 @@ def _normalise(
         at, mask = _tile(rows, M, i, C, BLOCK_C)
         y = corrected[i] * rstd * weight[i] + bias[i]
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(stats_ptr + rows, mean, mask=rows < M)
-    tl.store(stats_ptr + M + rows, mean_low, mask=rows < M)
-    tl.store(stats_ptr + 2 * M + rows, rstd, mask=rows < M)
+    tl.store(stats_ptr + rows, mean + mean_low, mask=rows < M)
+    tl.store(stats_ptr + M + rows, rstd, mask=rows < M)
 
 
 @jit
@@ -185,8 +169,8 @@ def _layer_norm_fwd_kernel(
     weight_ptr,  # (C,)
     bias_ptr,  # (C,)
     y_ptr,  # (M, C) out
-    h_ptr,  # (M, C) out, dtype of residual; None with it
-    stats_ptr,  # (3, M) out, fp32: mean, what the mean lost by rounding, rstd
+    h_ptr,  # (M, C) out, dtype of residual; not written without one
+    stats_ptr,  # (2, M) out, fp32: mean, rstd
     M,
     eps,
     C: tl.constexpr,
@@ -214,7 +198,7 @@ def _layer_norm_bwd_kernel(
     dh_out_ptr,  # (M, C), dtype of h; or None: nothing to add
     h_ptr,  # (M, C)
     weight_ptr,  # (C,)
-    stats_ptr,  # (3, M) fp32
+    stats_ptr,  # (2, M) fp32
     dh_ptr,  # (M, C) out, dtype of h
     dx_ptr,  # (M, C) out, dtype of x; or None: dh serves
     partial_ptr,  # (2, programs, C) out, fp32: sums for dweight, dbias
@@ -240,8 +224,7 @@ def _layer_norm_bwd_kernel(
         if dh_out_ptr is not None:  # here, not where it is added: one wait for DRAM a row
             dh_out = _load_rows(dh_out_ptr, rows, M, C, BLOCK_C, CHUNKS)
         mean = tl.load(stats_ptr + rows, mask=rows < M, other=0.0)
-        mean_low = tl.load(stats_ptr + M + rows, mask=rows < M, other=0.0)
-        rstd = tl.load(stats_ptr + 2 * M + rows, mask=rows < M, other=0.0)
+        rstd = tl.load(stats_ptr + M + rows, mask=rows < M, other=0.0)
 
         x_hat = ()
         next_dweight = ()
@@ -250,7 +233,7 @@ def _layer_norm_bwd_kernel(
         sum_gx = tl.zeros((ROWS, BLOCK_C), dtype=tl.float32)
         for i in tl.static_range(CHUNKS):
             # No mask on x_hat: dy is 0 in the padding, and with it all that x_hat is summed into.
-            x_hat += ((h[i] - mean - mean_low) * rstd,)
+            x_hat += ((h[i] - mean) * rstd,)
             sum_g += dy[i] * weight[i]
             sum_gx += dy[i] * weight[i] * x_hat[i]
             next_dweight += (dweight[i] + dy[i] * x_hat[i],)
@@ -301,160 +284,103 @@ def _sum_partials_kernel(
         tl.store(dbias_ptr + cols, total.to(dbias_ptr.dtype.element_ty), mask=cols < C)
 
 
-def _launch_fwd(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
-    y: Tensor, h: Tensor | None, stats: Tensor,
-) -> None:  # fmt: skip
-    C = x.shape[-1]
-    M = x.numel() // C
-    dtype = x.dtype if residual is None else residual.dtype
-    launch, fixed = _launch("fwd", M, C, dtype, arch(x.device))
-    grid = (cdiv(M, dict(launch.blocks)["ROWS"]),)
+def _fwd_fake(x, residual, weight, bias, eps, dtype):
+    h = x.new_empty(0) if residual is None else torch.empty_like(residual)
+    stats = x.new_empty((2, *x.shape[:-1]), dtype=torch.float32)
+    return torch.empty_like(x, dtype=dtype), h, stats
+
+
+@register(fake=_fwd_fake)
+def layer_norm_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, residual (..., C) -> y (..., C) in `dtype`, h (..., C), stats (2, ...) fp32.
+
+    Without a residual h is (0,): x serves, and an op may not return what it was given.
+    """
+    y, h, stats = _fwd_fake(x, residual, weight, bias, eps, dtype)
+    M, C = stats[0].numel(), x.shape[-1]
+    stream = x.dtype if residual is None else residual.dtype
+    launch, fixed = _launch("fwd", M, C, stream, arch(x.device))
     if M > 0:
-        _layer_norm_fwd_kernel[grid](
+        _layer_norm_fwd_kernel[(cdiv(M, dict(launch.blocks)["ROWS"]),)](
             x, residual, weight, bias, y, h, stats, M, eps, **fixed, **launch.kwargs()
         )
+    return y, h, stats
 
 
-def _launch_bwd(
-    dy: Tensor, dh_out: Tensor | None, h: Tensor, weight: Tensor, stats: Tensor,
-    dh: Tensor, dx: Tensor | None, dweight: Tensor, dbias: Tensor,
-) -> None:  # fmt: skip
-    C = h.shape[-1]
-    M = h.numel() // C
+def _bwd_fake(dy, dh_out, h, weight, stats, dtype):
+    dx = h.new_empty(0 if dtype == h.dtype else h.shape, dtype=dtype)
+    return torch.empty_like(h), dx, torch.empty_like(weight), torch.empty_like(weight)
+
+
+@register(fake=_bwd_fake)
+def layer_norm_bwd(
+    dy: Tensor,
+    dh_out: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    stats: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dh (..., C), dx (..., C) in `dtype`, dweight (C,), dbias (C,).
+
+    dx is (0,) where `dtype` is that of h: dh serves, and an op may not return it twice.
+    """
+    dh, dx, dweight, dbias = _bwd_fake(dy, dh_out, h, weight, stats, dtype)
+    M, C = stats[0].numel(), h.shape[-1]
     launch, fixed = _launch("bwd", M, C, h.dtype, arch(h.device))
     programs = launch.programs_per_sm * num_sms(h.device)  # all resident: one wave
     programs = min(cdiv(M, dict(launch.blocks)["ROWS"]), programs)
     partial = h.new_empty((2, programs, C), dtype=torch.float32)
     if M > 0:
+        own_dx = None if dtype == h.dtype else dx
         _layer_norm_bwd_kernel[(programs,)](
-            dy, dh_out, h, weight, stats, dh, dx, partial, M, **fixed, **launch.kwargs()
+            dy, dh_out, h, weight, stats, dh, own_dx, partial, M, **fixed, **launch.kwargs()
         )
     total = launch_for(Key("layer_norm.sum", "fp32", f"C={C}", arch(h.device))).kwargs()
     _sum_partials_kernel[(cdiv(C, total["BLOCK_C"]), 2)](
         partial, dweight, dbias, programs, C, **total
     )
-
-
-def _fwd_fake(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    stats = x.new_empty((3, *x.shape[:-1]), dtype=torch.float32)
-    return torch.empty_like(x, dtype=dtype), stats
-
-
-@register(fake=_fwd_fake)
-def layer_norm_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """x (..., C) -> y (..., C) in `dtype`, stats (3, ...) fp32."""
-    y, stats = _fwd_fake(x, weight, bias, eps, dtype)
-    _launch_fwd(x, None, weight, bias, eps, y, None, stats)
-    return y, stats
-
-
-def _bwd_fake(
-    dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-
-
-@register(fake=_bwd_fake)
-def layer_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dy, x (..., C) -> dx (..., C), dweight (C,), dbias (C,)."""
-    dx, dweight, dbias = _bwd_fake(dy, x, weight, stats)
-    _launch_bwd(dy, None, x, weight, stats, dx, None, dweight, dbias)
-    return dx, dweight, dbias
-
-
-def _add_fwd_fake(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, stats = _fwd_fake(x, weight, bias, eps, dtype)
-    return y, torch.empty_like(residual), stats
-
-
-@register(fake=_add_fwd_fake)
-def add_layer_norm_fwd(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x, residual (..., C) -> y (..., C) in `dtype`, residual_out (..., C), stats (3, ...) fp32."""
-    y, residual_out, stats = _add_fwd_fake(x, residual, weight, bias, eps, dtype)
-    _launch_fwd(x, residual, weight, bias, eps, y, residual_out, stats)
-    return y, residual_out, stats
-
-
-def _add_bwd_fake(
-    dy: Tensor, dresidual_out: Tensor | None, residual_out: Tensor, weight: Tensor, stats: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    shape = (0,) if dtype == residual_out.dtype else residual_out.shape
-    dx = residual_out.new_empty(shape, dtype=dtype)
-    return torch.empty_like(residual_out), dx, torch.empty_like(weight), torch.empty_like(weight)
-
-
-@register(fake=_add_bwd_fake)
-def add_layer_norm_bwd(
-    dy: Tensor, dresidual_out: Tensor | None, residual_out: Tensor, weight: Tensor, stats: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> dresidual (..., C), dx (..., C) in `dtype`, dweight (C,), dbias (C,).
-
-    dx is (0,) where `dtype` is the residual's: dresidual serves, and an op may not return it twice.
-    """
-    dresidual, dx, dweight, dbias = _add_bwd_fake(
-        dy, dresidual_out, residual_out, weight, stats, dtype
-    )
-    own_dx = dx if dtype != residual_out.dtype else None
-    _launch_bwd(dy, dresidual_out, residual_out, weight, stats, dresidual, own_dx, dweight, dbias)
-    return dresidual, dx, dweight, dbias
+    return dh, dx, dweight, dbias
 
 
 class _LayerNorm(torch.autograd.Function):
+    """y without a residual, with one y and the sum."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-    ) -> Tensor:
-        y, stats = layer_norm_fwd(x, weight, bias, eps, dtype)
-        ctx.save_for_backward(x, weight, stats)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor):
-        refuse_double_backward("layer_norm")
-        return *layer_norm_bwd(dy.contiguous(), *ctx.saved_tensors), None, None
-
-
-class _AddLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        y, residual_out, stats = add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)
-        ctx.save_for_backward(residual_out, weight, stats)
-        ctx.x_dtype = x.dtype
+    ):
+        y, h, stats = layer_norm_fwd(x, residual, weight, bias, eps, dtype)
+        ctx.save_for_backward(x if residual is None else h, weight, stats)
+        ctx.x_dtype, ctx.op = x.dtype, "layer_norm" if residual is None else "add_layer_norm"
         if not torch.compiler.is_compiling():  # which cannot trace it, and fills in zeros
-            ctx.set_materialize_grads(False)  # the last residual_out of a model has no gradient
-        return y, residual_out
+            ctx.set_materialize_grads(False)  # the last sum of a model has no gradient
+        return y if residual is None else (y, h)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dresidual_out: Tensor | None):
-        refuse_double_backward("add_layer_norm")
-        if dresidual_out is not None:
-            dresidual_out = dresidual_out.contiguous()
+    def backward(ctx: Any, dy: Tensor | None, dh_out: Tensor | None = None):
+        refuse_double_backward(ctx.op)
+        dh_out = None if dh_out is None else dh_out.contiguous()
         if dy is None:
-            assert dresidual_out is not None  # autograd calls with at least one gradient
-            return dresidual_out.to(ctx.x_dtype), dresidual_out, None, None, None, None
-        residual_out, weight, stats = ctx.saved_tensors
-        dresidual, dx, dweight, dbias = add_layer_norm_bwd(
-            dy.contiguous(), dresidual_out, residual_out, weight, stats, ctx.x_dtype
-        )
-        if ctx.x_dtype == residual_out.dtype:
-            dx = dresidual
-        return dx, dresidual, dweight, dbias, None, None
+            assert dh_out is not None  # autograd calls with at least one gradient
+            return dh_out.to(ctx.x_dtype), dh_out, None, None, None, None
+        h, weight, stats = ctx.saved_tensors
+        dh, dx, *rest = layer_norm_bwd(dy.contiguous(), dh_out, h, weight, stats, ctx.x_dtype)
+        dx = dh if ctx.x_dtype == h.dtype else dx
+        return dx, dh if ctx.op == "add_layer_norm" else None, *rest, None, None
 
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -466,26 +392,9 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
             f"{op}: the last axis of x must have 1 to {MAX_C} elements, got x {tuple(x.shape)}; "
             "use the eager backend for others"
         )
-    if weight.shape != (C,) or bias.shape != (C,):
-        raise ValueError(
-            f"{op}: weight and bias must be ({C},) to match x {tuple(x.shape)}, "
-            f"got weight {tuple(weight.shape)}, bias {tuple(bias.shape)}"
-        )
-    if not (x.is_contiguous() and weight.is_contiguous() and bias.is_contiguous()):
-        raise ValueError(
-            f"{op}: x, weight and bias must be contiguous, got strides {x.stride()}, "
-            f"{weight.stride()}, {bias.stride()}; call .contiguous() first"
-        )
-    if x.dtype not in DTYPES or weight.dtype not in DTYPES or weight.dtype != bias.dtype:
-        raise ValueError(
-            f"{op}: x must be fp32, fp16 or bf16, and so weight and bias, alike; "
-            f"got x {x.dtype}, weight {weight.dtype}, bias {bias.dtype}"
-        )
-    if not x.device == weight.device == bias.device:
-        raise ValueError(
-            f"{op}: x, weight and bias must be on one device, got {x.device}, {weight.device}, "
-            f"{bias.device}"
-        )
+    check_tensor(op, "x", x, x.shape, x.device)
+    check_tensor(op, "weight", weight, (C,), x.device)
+    check_tensor(op, "bias", bias, (C,), x.device, (weight.dtype,))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -506,8 +415,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     _check("layer_norm", x, weight, bias)
     dtype = autocast_dtype(x)
     if not needs_grad(x, weight, bias):
-        return layer_norm_fwd(x, weight, bias, eps, dtype)[0]
-    return _LayerNorm.apply(x, weight, bias, eps, dtype)
+        return layer_norm_fwd(x, None, weight, bias, eps, dtype)[0]
+    return _LayerNorm.apply(x, None, weight, bias, eps, dtype)
 
 
 def add_layer_norm(
@@ -529,20 +438,11 @@ def add_layer_norm(
         ValueError: wrong shape, dtype, device or strides; the message has both values.
     """
     _check("add_layer_norm", x, weight, bias)
-    if residual.shape != x.shape or residual.device != x.device:
-        raise ValueError(
-            f"add_layer_norm: residual must match x {tuple(x.shape)} on {x.device}, "
-            f"got {tuple(residual.shape)} on {residual.device}"
-        )
-    if not residual.is_contiguous() or residual.dtype not in DTYPES:
-        raise ValueError(
-            "add_layer_norm: residual must be contiguous and fp32, fp16 or bf16, "
-            f"got strides {residual.stride()}, {residual.dtype}"
-        )
+    check_tensor("add_layer_norm", "residual", residual, x.shape, x.device)
     dtype = autocast_dtype(x)
     if not needs_grad(x, residual, weight, bias):
-        return add_layer_norm_fwd(x, residual, weight, bias, eps, dtype)[:2]
-    return _AddLayerNorm.apply(x, residual, weight, bias, eps, dtype)
+        return layer_norm_fwd(x, residual, weight, bias, eps, dtype)[:2]
+    return _LayerNorm.apply(x, residual, weight, bias, eps, dtype)
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
@@ -562,7 +462,7 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
             launch, fixed = _launch(name, 65536, C, dtype, arch)
             label, fixed = f"{name} C={C} x={x} h={h}", fixed | ({"dx_ptr": None} if x == h else {})
             yield aot_case("add_layer_norm", kernel, label, launch, x, fixed, types=types)
-    for name, absent in (("fwd", ("residual_ptr", "h_ptr")), ("bwd", ("dh_out_ptr", "dx_ptr"))):
+    for name, absent in (("fwd", ("residual_ptr",)), ("bwd", ("dh_out_ptr", "dx_ptr"))):
         launch, fixed = _launch(name, 65536, 768, torch.bfloat16, arch)
         fixed |= dict.fromkeys(absent)
         yield aot_case("layer_norm", kernels[name], f"{name} C=768 bf16", launch, "bf16", fixed)

@@ -12,7 +12,7 @@ Saved for backward, per layer:
 
     c_attn              y of ln_1                  e M C
     causal_attention    qkv, its output, lse       e 3 M C + e M C + 4 M H     (c_proj's input too)
-    add_layer_norm      sum of the residual        r M C + 8 M eager, 12 M triton   (twice a layer)
+    add_layer_norm      sum of the residual        r M C + 8 M   (twice a layer)
     gelu_mlp            x, and two of width 4C     e M C + 2 * e 4 M C     (eager h, g; triton g, d)
     bf16                casts of the 4 matrices    2 * 12 C^2          (unless they are kept copies)
 
@@ -113,15 +113,13 @@ def estimate(
     ours = {op for op, backend in read_ops(ops).items() if backend == "triton"}
     M, C, H, L = rows * T, config.n_embd, config.n_head, config.n_layer
     e, r = (4, 4) if dtype == "fp32" else (2, 2 if residual == "bf16" else 4)
-    first_stats = 12 if "layer_norm" in ours else 8
-    stats = 12 if "add_layer_norm" in ours else 8
     head = 4 * config.padded_vocab_size * C  # the tied embedding, fp32
     matrices = 12 * C * C * L
     num_parameters = head // 4 + config.block_size * C + matrices + 13 * C * L + 2 * C
     working = 2 * matrices if working_copies else 0
 
-    layer = M * (2 * r * C + 14 * e * C + 2 * stats + 4 * H)
-    once = M * (8 + r * C + first_stats + e * C) + head
+    layer = M * (2 * r * C + 14 * e * C + 2 * 8 + 4 * H)
+    once = M * (8 + r * C + 8 + e * C) + head
     if config.dropout > 0:
         once, layer = once + M * C, layer + 2 * M * C  # masks
     if dtype != "fp32" and not working:
