@@ -54,7 +54,7 @@ finetune: setup ## GPT-2 from the Hugging Face hub, or INIT=, trained on (DATA= 
 doctor: setup ## what limits training on this machine and what to change; half a minute (PRESET= ARGS=)
 	$(PY) train.py --explain $(TRAIN_FLAGS)
 
-tune: setup ## time again what a step can be made of here, keep what is fastest; minutes (PRESET= ARGS=)
+tune: setup ## time what a step can be made of here, launch rows too; keep what is fastest (PRESET= ARGS=)
 	$(PY) train.py --tune only $(TRAIN_FLAGS)
 
 sample: setup ## continue a prompt with the newest model, or another (PROMPT= MODEL= ARGS=)

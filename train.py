@@ -83,6 +83,7 @@ def settled(cfg: Config, machine: Machine, world: World, kept: Mapping[str, Any]
 
     def make(choices: Choices) -> Plan:
         plan = make_plan(cfg.recipe, machine, choices.or_else(kept), world.size)
+        plan = replace(plan, launches=kept.get("launches", ""))
         return share(plan, cfg.recipe, world)
 
     plan = settle(make, cfg.choices, cfg.recipe, machine, world)

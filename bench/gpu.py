@@ -21,7 +21,7 @@ read this project's own source.
     profile    where a step's time goes; writes DIR/trace.json.gz
     generate   tokens per second of the 124M model
     ops        each op beside its rivals, with the machine's limits
-    tune       proposals for the launch tables
+    tune       `make tune`; the answer is DIR/tune.json, its launch rows are in DIR/log.txt
     step       the whole step beside plain PyTorch, and with one thing at a time switched back
     seed       train.py on the Shakespeare recipe until its loss is below 0.09, cold and warm caches
     drift      500 steps, Triton ops against eager ops, same seed
@@ -125,7 +125,11 @@ def commands(job: Job) -> Iterator[Command]:
     limited = ["--minutes", "{minutes}"]
     for op in CASES:
         yield Command("ops", 40, job.rows("bench.ops", "--op", op, "--seconds", "2", *limited))
-    yield Command("tune", 290, job.rows("bench.tune", *limited))
+    text = ["--data", str(job.data or record.ROOT / "kernels")]
+    yield Command("tune", 290, [
+        sys.executable, "train.py", "--tune", "only", "--tune-file", str(job.out / "tune.json"),
+        "--preset", "shakespeare-124m", "--batch-size", "64", "--block-size", "1024", *text,
+    ], read_tune)  # fmt: skip
     twins = ["--provider", "compile bf16", "--provider", "ours bf16"]
     for seconds, flags in (
         (20, ["--shape", "b64t1024", *twins]),
@@ -137,7 +141,7 @@ def commands(job: Job) -> Iterator[Command]:
         (25, ["--shape", "b256t256", "--shape", "b32t2048", "--shape", "b16t4096", *twins]),
     ):
         yield Command("step", seconds, job.rows("bench.step", "--seconds", "4", *flags))
-    text = ["--data", str(job.data)] if job.data else []
+    text = text if job.data else []
     for name, seconds in (("seed", 160), ("drift", 95)):
         flags = [*text, *limited, "--keep", str(job.out)]
         yield Command(name, seconds, job.rows("bench.recipe", name, *flags))
@@ -160,6 +164,11 @@ def read_tests(check: str, what: str) -> Callable[[child.Ended], CheckRow]:
         return CheckRow(check=check, what=what, found=child.last_line(ended.text), doubt=doubt)
 
     return read
+
+
+def read_tune(ended: child.Ended) -> CheckRow:
+    found = [line for line in ended.text.splitlines() if line.startswith("tune: ")]
+    return CheckRow(check="make tune", what="times", found="".join(found[-1:]), doubt=ended.why)
 
 
 def read_sanitizer(tool: str, op: str) -> Callable[[child.Ended], CheckRow]:

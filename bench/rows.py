@@ -144,7 +144,7 @@ class CheckRow(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class TuneRow(Row):
-    """What `bench.tune` found for one kernel at one shape; launches as it describes them."""
+    """What a search for launch rows found for one kernel at one shape; of results up to 2026."""
 
     KEY = ("kernel", "shape", "dtype")
     kernel: str

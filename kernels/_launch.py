@@ -1,9 +1,10 @@
 """Which launch a kernel takes: `launch_for(key)` over the rows of launches.toml. No tensors here.
 
 Tuning is committed data. An op asks for its launch when it runs, and the most specific row that
-serves the key is the answer: a measured row before one that was only compiled. Nothing is timed
-while a model runs, and nothing but a trial (`replaced`) changes an answer, so a captured step and
-a second run launch what the first one did.
+serves the key is the answer: a measured row before one that was only compiled. What `make tune`
+measured on this machine is laid over them before the first step (`lay_over`). Nothing is timed
+while a model runs, and nothing but a trial (`replaced`) changes an answer then, so a captured step
+and a second run launch what the first one did.
 """
 
 import tomllib
@@ -168,16 +169,34 @@ def rows() -> tuple[dict[Key, Launch], ...]:
     return read_rows(ROWS.read_text(encoding="utf-8"))
 
 
+_laid_over: dict[Key, Launch] = {}
+
+
+def lay_over(text: str) -> None:
+    """Have rows that were measured on this machine serve before those of the file, from now on.
+
+    Args:
+        text: The table [measured] of a file like launches.toml; "" takes them away again.
+
+    Raises:
+        ValueError: as `read_rows`.
+    """
+    found, *_ = read_rows(text)
+    _laid_over.clear()
+    _laid_over.update(found)
+    _row_for.cache_clear()
+
+
 @cache
 def _row_for(key: Key) -> Launch | None:
-    for layer in rows()[:-1]:
+    for layer in (_laid_over, *rows()[:-1]):
         if serving := [row for row in layer if row.serves(key)]:
             return layer[max(serving, key=Key.rank)]
     return None
 
 
 def candidates_for(key: Key) -> list[Launch]:
-    """Rows that no call takes before a GPU has timed them: `bench.tune` tries them first."""
+    """Rows that no call takes before a GPU has timed them: `make tune` tries them first."""
     return [launch for row, launch in rows()[-1].items() if row.serves(key)]
 
 
@@ -196,7 +215,7 @@ def launch_for(key: Key, safe: Launch | None = None) -> Launch:
     found = _row_for(key) or safe
     if found is None:
         raise LookupError(f"launch rows: none for {key}; each kernel needs one of any arch")
-    trial, asked = _trials.get(key.kernel, (None, []))
+    trial, asked = _trials.get(key.kernel) or _trials.get(ANY) or (None, [])
     asked.append((key, found))
     return trial or found
 
@@ -205,7 +224,7 @@ def launch_for(key: Key, safe: Launch | None = None) -> Launch:
 def replaced(kernel: str, launch: Launch | None) -> Iterator[list[tuple[Key, Launch]]]:
     """Inside, `kernel` runs with `launch` whatever its key, or as ever if None.
 
-    Yields the list of what was asked for, and what it would have run with.
+    Yields the list of what was asked for, and what it would have run with; for ANY of all kernels.
     """
     asked: list[tuple[Key, Launch]] = []
     before = _trials.get(kernel)

@@ -36,7 +36,7 @@ if INTERPRETED:
 PLANS = re.compile(r"\bimport train\b|train\.py|tests\.faults|\bdetect\b|make_plan|evaluate")
 WORKER_BYTES = 3 << 30  # of a test process and those it starts
 # Those that take longest begin first, so that no worker is left with one when the others are done.
-LONGEST = ("step", "demo", "resume", "train", "causal_attention", "distributed", "tune", "endings")
+LONGEST = ("step", "demo", "resume", "train", "causal_attention", "distributed", "endings")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -336,7 +336,7 @@ WRONG = [
     ("bench.gpu", ["--out", "x", "--only", "numerics,speed"], "unknown part 'speed'; known: check"),
     ("bench.gpu", ["--out", "x"], "torch sees no GPU"),
     ("bench.gpu", [], "the following arguments are required: --out"),
-    ("bench.tune", ["--shape", "b4"], "a shape is b<B>t<T>"),
+    ("bench.ops", ["--shape", "b4"], "a shape is b<B>t<T>"),
     ("tests.numerics", ["--dtype", "int8"], "choose from"),
 ]
 

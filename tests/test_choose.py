@@ -15,10 +15,10 @@ from kernels import read_ops
 from tests.pretend_cuda import pretend_cuda
 from tests.test_plan import MACHINES
 from tests.test_verify import CONFIG, CPU, H100, MODELS, RECIPE
-from training import choose, choose_child, probe, resume, verify
+from training import choose, probe, resume, trials, verify
 from training.checkpoint import Checkpoint
 from training.choices import Choices
-from training.choose import AS_CHOSEN, STEP
+from training.choose import AS_CHOSEN, COMMITTED, STEP
 from training.distributed import ALONE, World
 from training.machines import Machine
 from training.plan import Plan, make_plan
@@ -39,6 +39,8 @@ MS = {
 }  # fmt: skip
 NEW = {"layer_norm": "triton", "add_layer_norm": "compiled", "gelu_mlp": "compiled",
        "causal_attention": "sdpa-cudnn", "linear_cross_entropy": "triton"}  # fmt: skip
+UP = "gelu_mlp.up"
+ROWS = '[measured]\ngelu_mlp = [\n    ["up", 2],\n]\n'  # the fastest of what `measured` tries
 PLAIN = dict.fromkeys(MS, "compiled") | {"causal_attention": "eager"}
 
 
@@ -153,7 +155,7 @@ def test_a_step_is_timed_as_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(probe, "MAX_STEPS", 2)
     plan = make_plan(RECIPE, H100, Choices(ops="eager", optimizer="torch"))
     with pretend_cuda() as pretended:
-        found = choose_child.answer(("step", [RECIPE, plan]))
+        found = trials.answer(("step", RECIPE, plan))
     assert len(found["ms"]) == 2
     assert min(found["ms"]) > 0
     assert len(pretended.graphs) == 1  # replayed
@@ -161,13 +163,12 @@ def test_a_step_is_timed_as_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> No
 
 # A child as a run starts it, but for the vocabulary.
 REAL_CHILD = """
-import os
 from tests import interpreter, test_verify
 
 interpreter.install()
 test_verify.MODELS["smoke"] = test_verify.CONFIG
 test_verify.timing.MAX_SETS = 2
-test_verify.child.serve(os.getpid(), test_verify.choose_child.answer)
+test_verify.child.serve(0, test_verify.trials.answer)
 """
 
 
@@ -197,15 +198,23 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         asked.append(threading.current_thread().name)
         return samples(MS), {"layer_norm": {}}
 
+    def time_launches(*_: Any) -> Any:
+        return {UP: {f'["up", {i}],': [ms] * 5 for i, ms in enumerate((1.0, 0.9, 0.8, 0.99))},
+                "layer_norm.fwd": {"now": [1.0] * 5, "new": [0.99] * 5}}  # fmt: skip
+
     def time_steps(plans: dict[str, Plan], *_: Any) -> Any:
         assert (
             plans[AS_CHOSEN].ops == "triton,add_layer_norm=compiled,gelu_mlp=compiled,"
             "causal_attention=sdpa-cudnn"
         )
         assert plans[AS_CHOSEN].optimizer == "triton"
+        with_rows = {name for name, plan in plans.items() if plan.launches == ROWS}
+        assert with_rows == plans.keys() - {COMMITTED, "plain PyTorch, compiled"}
         return {name: [4.0 if "AdamW" in name else 5.0] * 3 for name in plans}, {}
 
     monkeypatch.setattr(choose, "_time_ops", time_ops)
+    monkeypatch.setattr(choose, "time_launches", time_launches)
+    monkeypatch.setattr(choose, "find_wrong", lambda *_: {})
     monkeypatch.setattr(choose, "_time_steps", time_steps)
     return asked
 
@@ -226,22 +235,27 @@ def test_an_answer_is_kept_and_read(
 ) -> None:
     first = taken(Choices(tune="on"))
     assert read_ops(first.ops) == NEW
-    assert first.optimizer == "torch"
+    assert (first.optimizer, first.launches) == ("torch", ROWS)
     [path] = answers(tmp_path)
-    assert first.notes[-1].startswith(f"tune: measured in 0 s, kept in {path}: layer_norm triton ")
+    assert first.notes[-1].startswith(f"tune: measured in 0 s, kept in {path}: ")
+    assert ": gelu_mlp.up row 2 0.8 ms (as committed 1, row 1 0.9, row 3 0.99); " in first.notes[-1]
+    assert "layer_norm.fwd as committed 1 ms (row 1 0.99); layer_norm triton 1" in first.notes[-1]
     assert "step PyTorch's AdamW 4 ms (as chosen 5, " in first.notes[-1]
     text = path.read_text()
     assert '"sdpa-cudnn": [0.6, 0.6, 0.6, 0.6, 0.6]' in text.replace("[ ", "[").replace(" ]", "]")
-    assert json.loads(text)["chosen"] == NEW | {STEP: "PyTorch's AdamW"}
+    assert json.loads(text)["chosen"] == NEW | {
+        STEP: "PyTorch's AdamW", UP: '["up", 2],', "layer_norm.fwd": "now"
+    }  # fmt: skip
     second = taken()
     assert replace(second, notes=()) == replace(first, notes=())
-    assert second.notes[-1].startswith(f"tune: measured before, see {path}: layer_norm triton ")
+    assert second.notes[-1].startswith(f"tune: measured before, see {path}: ")
     assert len(measured) == 1
     # At first use a minute has to do: there ops alone are timed.
     path.unlink()
     short = taken()
-    assert (short.ops, short.optimizer) == (first.ops, "triton")
-    assert "; `make tune` times whole steps too: layer_norm triton 1 ms" in short.notes[-1]
+    assert (short.ops, short.optimizer, short.launches) == (first.ops, "triton", "")
+    more = "; `make tune` searches launch rows and times whole steps too: layer_norm triton 1 ms"
+    assert more in short.notes[-1]
     assert "step" not in short.notes[-1].partition("too: ")[2]
     assert taken(Choices(tune="off")) == make_plan(RECIPE, H100, Choices(tune="off"))
     taken(Choices(tune="on"))
@@ -253,13 +267,37 @@ def test_an_answer_is_kept_and_read(
     assert said.count("tune: timing what a step can be made of on ") == 4
     # `make tune`
     taken(Choices(tune="only"))
-    _, head, *rows = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out
+    _, head, *rows = said.splitlines()
     assert head == f"tune: measured in 0 s, kept in {path}"
-    assert [row.split()[:4] for row in rows[:2]] == [
+    assert [row.split()[:4] for row in rows[2:4]] == [
         ["layer_norm", "triton", "1", "ms"],
         ["add_layer_norm", "compiled", "0.9", "ms"],
     ]
-    assert rows[0].endswith("(eager 3, compiled 0.99)")
+    assert rows[2].endswith("(eager 3, compiled 0.99)")
+    assert said.endswith(f"CONTRIBUTING.md says how to send these rows:\n{ROWS}\n")
+
+
+def test_rows_that_a_kernel_is_wrong_with_or_a_step_slower_are_not_taken(
+    measured: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def checked(recipe: Any, plan: Plan, *_: Any) -> dict[str, str]:
+        assert plan.launches == ROWS
+        return {"gelu_mlp": "y: error 1"}
+
+    def time_steps(plans: dict[str, Plan], *_: Any) -> Any:
+        seen.append([*plans])
+        return {name: [1.0 if name == COMMITTED else 5.0] * 3 for name in plans}, {}
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(choose, "_time_steps", time_steps)
+    assert (taken(Choices(tune="on")).launches, taken().launches) == ("", "")
+    assert COMMITTED in seen[0]
+    with monkeypatch.context() as here:
+        here.setattr(choose, "find_wrong", checked)
+        assert taken(Choices(tune="on")).launches == ""
+    assert COMMITTED not in seen[1]
+    assert "tune: the launch rows stay as they are: y: error 1\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("spoil", [
@@ -354,6 +392,17 @@ def test_a_checkpoint_s_choice_goes_on_where_it_was_made() -> None:
                                    (Choices(), replace(RECIPE, batch_size=6), H100)):  # fmt: skip
         assert resume.adopt(saved, asked, recipe, machine) == ({}, [])
     assert resume.adopt(None, Choices(), RECIPE, H100) == ({}, [])
+    # Launch rows of this card go on; those that cannot be read do not.
+    row = '["up", "16-bit", "large", 90, "3.7", {BLOCK_M = 64}, 4, 3, 0, 1, "here"]'
+    for text, same in ((f"[measured]\ngelu_mlp = [{row}]", True), ("[measured", False),
+                       ("measured = 3", False), ("[measured]\ngelu_mlp = 3", False),
+                       ("sources = 3\n[measured]\ngelu_mlp = [[3]]", False)):  # fmt: skip
+        state["plan"] = vars(replace(plan, launches=text))
+        kept, _ = resume.adopt(saved, Choices(), RECIPE, H100)
+        assert kept.get("launches") == (text if same else None), text
+        assert Choices().or_else(kept) == Choices().or_else(
+            {k: v for k, v in kept.items() if k != "launches"}
+        )  # fmt: skip
     # It may come from a stranger.
     odd = {"ops": 3, "compile": "yes", "compile_scope": "all", "micro_batch_size": 0.5,
            "optimizer": "sgd"}  # fmt: skip

@@ -23,7 +23,7 @@ from kernels._op import INTERPRETED
 from model import GPT, GPTConfig
 from model.config import MODELS
 from tests.pretend_cuda import pretend_cuda
-from training import child, choose, choose_child, timing, verify, verify_child
+from training import child, choose, kernel_check, timing, trials, verify
 from training.choices import Choices
 from training.distributed import ALONE, World
 from training.machines import Machine
@@ -106,24 +106,24 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any], *names
         return lambda *args, **kwargs: fault(getattr(EAGER, name)(*args, **kwargs))
 
     ops = replace(EAGER, **{name: wrong(name) for name in names})
-    monkeypatch.setattr(verify_child, "parse_ops", lambda _: ops)
+    monkeypatch.setattr(kernel_check, "parse_ops", lambda _: ops)
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(verify_child.NUM_RERUNS, "cpu", 2)
+    monkeypatch.setitem(kernel_check.NUM_RERUNS, "cpu", 2)
     calls.clear()
     fault, said = FAULTS[name]
     planted(monkeypatch, fault, "causal_attention")
-    assert verify_child.check("causal_attention", RECIPE, plan_of()).startswith(said)
+    assert kernel_check.check("causal_attention", RECIPE, plan_of()).startswith(said)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_eager_ops_pass_and_a_hundredth_is_noticed_in_each(
     dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify_child, "EXACT_BYTES", 1)  # row by row
-    monkeypatch.setitem(verify_child.NUM_RERUNS, "cpu", 1)
+    monkeypatch.setattr(kernel_check, "EXACT_BYTES", 1)  # row by row
+    monkeypatch.setitem(kernel_check.NUM_RERUNS, "cpu", 1)
     recipe = RECIPE
     plan = make_plan(recipe, CPU, Choices(dtype=dtype, ops="eager"))  # pyright: ignore
     both: dict[str, Callable[[Any], Any]] = {"add_layer_norm": lambda pair: (
@@ -131,11 +131,11 @@ def test_eager_ops_pass_and_a_hundredth_is_noticed_in_each(
     )}  # fmt: skip
     for op in OPS:
         planted(monkeypatch, lambda y: y)
-        assert verify_child.check(op, recipe, plan) == ""
+        assert kernel_check.check(op, recipe, plan) == ""
         for which, name in enumerate(("y", "d")):
             fault = both.get(op, lambda y: (1.01 * y, Scaled.apply(y)))
             planted(monkeypatch, lambda y, fault=fault, which=which: fault(y)[which], op)
-            said = verify_child.check(op, recipe, plan)
+            said = kernel_check.check(op, recipe, plan)
             assert "over budget" in said, (op, name)
             assert said[0] in (name, "l", "d"), said
 
@@ -143,20 +143,20 @@ def test_eager_ops_pass_and_a_hundredth_is_noticed_in_each(
 @pytest.mark.slow  # half a minute in the interpreter
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_our_own_kernels_pass(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(verify_child.NUM_RERUNS, "cpu", 1)
+    monkeypatch.setitem(kernel_check.NUM_RERUNS, "cpu", 1)
     choices = Choices(ops="triton", optimizer="triton", dtype=dtype)  # pyright: ignore
     plan = replace(make_plan(RECIPE, CPU, choices), working_copies=dtype == "bf16")
     assert verify.checked_names(plan) == (*OPS, "adamw")
     for name in verify.checked_names(plan):
-        assert verify_child.check(name, RECIPE, plan) == "", name
+        assert kernel_check.check(name, RECIPE, plan) == "", name
 
 
 def test_what_float64_says_does_not_depend_on_how_the_batch_is_cut() -> None:
     recipe, plan = replace(RECIPE, batch_size=5), replace(plan_of(), micro_batch_size=5)
     for op in OPS:
-        *_, exact = verify_child._runs_of(op, recipe, plan)
+        *_, exact = kernel_check._runs_of(op, recipe, plan)
         fn, tensors, douts, _ = exact.args  # pyright: ignore
-        whole, cut = (verify_child.exact_values(fn, tensors, douts, n) for n in (5, 2))
+        whole, cut = (kernel_check.exact_values(fn, tensors, douts, n) for n in (5, 2))
         assert whole.keys() == cut.keys()
         for key, value in whole.items():
             torch.testing.assert_close(cut[key], value, rtol=1e-12, atol=1e-14, msg=f"{op} {key}")
@@ -164,7 +164,7 @@ def test_what_float64_says_does_not_depend_on_how_the_batch_is_cut() -> None:
 
 @pytest.mark.parametrize("fault", ["", "moment", "copy", "norm"])
 def test_adamw_is_checked_likewise(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    configure = verify_child.configure_adamw
+    configure = kernel_check.configure_adamw
 
     def ours(model: GPT, recipe: Recipe, kind: str) -> Any:
         optimizer = configure(model, recipe, "torch")
@@ -183,11 +183,11 @@ def test_adamw_is_checked_likewise(fault: str, monkeypatch: pytest.MonkeyPatch) 
             optimizer.clip = lambda max_norm: clip(max_norm) * (1.0001 if fault == "norm" else 1)
         return optimizer
 
-    monkeypatch.setattr(verify_child, "configure_adamw", ours)
+    monkeypatch.setattr(kernel_check, "configure_adamw", ours)
     plan = replace(plan_of(dtype="bf16"), working_copies=True)
     said = {"moment": "weights: error", "copy": "copies: error", "norm": "norm: error"}
-    assert verify_child.check("adamw", RECIPE, plan).startswith(said.get(fault, ""))
-    assert bool(fault) == bool(verify_child.check("adamw", RECIPE, plan))
+    assert kernel_check.check("adamw", RECIPE, plan).startswith(said.get(fault, ""))
+    assert bool(fault) == bool(kernel_check.check("adamw", RECIPE, plan))
 
 
 # ---- children
@@ -208,7 +208,7 @@ while True:
     if b"causal_attention" in task:
         sys.exit("CompilationError: at 3:4")
     if b"linear_cross_entropy" in task:
-        pipe.send({"why": "CUDA out of memory", "short": True})
+        pipe.send({"error": "CUDA out of memory", "short": True})
     else:
         pipe.send({"why": ""})
 """
@@ -224,7 +224,7 @@ def test_a_child_that_is_lost_costs_its_op_alone(monkeypatch: pytest.MonkeyPatch
         "add_layer_norm": "its process: it ended with -6: nothing said",
         "gelu_mlp": "its process: no answer in 10 s: nothing said",
         "causal_attention": "its process: it ended with 1: CompilationError: at 3:4",
-        "linear_cross_entropy": "CUDA out of memory",
+        "linear_cross_entropy": "its process: CUDA out of memory",
     }
     assert {name: why.partition("; `make")[0] for name, why in found.items()} == wrong
     assert said[0].startswith("kernels: checking 5 ops and AdamW on NVIDIA H100 80GB HBM3, this")
@@ -241,9 +241,12 @@ def test_a_child_says_what_an_op_raises(monkeypatch: pytest.MonkeyPatch) -> None
 
     planted(monkeypatch, fails, "gelu_mlp")
     with pytest.raises(SystemExit, match=r"^RuntimeError: CUDA error: an illegal memory access"):
-        verify_child.answer(("gelu_mlp", RECIPE, plan_of()))
+        trials.answer(("check", "gelu_mlp", RECIPE, plan_of()))
     planted(monkeypatch, lambda _: short(), "gelu_mlp")
-    assert verify_child.answer(("gelu_mlp", RECIPE, plan_of())) == {"why": "full", "short": True}
+    assert trials.answer(("check", "gelu_mlp", RECIPE, plan_of())) == {
+        "error": "full",
+        "short": True,
+    }
 
 
 def short() -> Any:
@@ -489,7 +492,7 @@ from tests import interpreter, test_verify
 
 interpreter.install()
 test_verify.MODELS["smoke"] = test_verify.CONFIG
-test_verify.verify_child.main()
+test_verify.child.serve(0, test_verify.trials.answer)
 """
 
 
@@ -527,8 +530,7 @@ class Crew(child.Crew):
         return [self.ask(task) for task in tasks]
 
     def ask(self, task: Any, who: int = 0, limit_s: float | None = None) -> dict[str, Any]:
-        side = choose_child if self.command == choose.COMMAND else verify_child
-        return side.answer(task)
+        return trials.answer(task)
 
 
 def of_triton(**changed: Callable[..., Any]) -> Ops:
@@ -545,7 +547,7 @@ def test_a_first_and_a_second_start_on_a_pretended_gpu(
     monkeypatch.setitem(kernels.BACKENDS, "triton", lambda: of_triton(gelu_mlp=off))
     monkeypatch.setitem(kernels.BACKENDS, "compiled", of_triton)
     monkeypatch.setattr(child, "Crew", Crew)
-    monkeypatch.setitem(verify_child.NUM_RERUNS, "cuda", 0)
+    monkeypatch.setitem(kernel_check.NUM_RERUNS, "cuda", 0)
     # Each is replayed, and then has the time that decides: as one card or another might.
     for name, value in {"MAX_SETS": 1, "MIN_GRAPH_CALLS": 1, "SPIN_SIZE": 8,
                         "SPIN_SECONDS": 0.0}.items():  # fmt: skip

@@ -62,8 +62,9 @@ class Choices:
     """Where that answer is kept. Default: the user's cache directory."""
 
     def or_else(self, values: Mapping[str, Any]) -> "Choices":
-        """With these values where the choice is left open."""
-        return replace(self, **{k: v for k, v in values.items() if getattr(self, k) == _OPEN[k]})
+        """With these values where the choice is left open; what is no choice is left out."""
+        ours = {k: v for k, v in values.items() if k in _OPEN and getattr(self, k) == _OPEN[k]}
+        return replace(self, **ours)
 
 
 _OPEN = vars(Choices())

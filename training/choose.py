@@ -1,15 +1,15 @@
 """What a run takes of what computes the same: measured once on the user's own device.
 
-Children time each op's backends at the run's own shapes, in turns. `make tune` has them time whole
-steps too, by the plan that follows and by its rivals, plain PyTorch compiled among them: what ops
-gain alone they may lose together. `choose` decides from the numbers alone. The answer is a file of
-JSON beside the verdicts of training/verify.py, with every sample.
+Children time each op's backends at the run's own shapes, in turns. `make tune` has them look for
+better launch rows before (training/search.py), and time whole steps after, by the plan that follows
+and by its rivals, plain PyTorch compiled among them: what ops gain alone they may lose together.
+`choose` decides from the numbers alone. The answer is a file of JSON beside the verdicts of
+training/verify.py, with every sample.
 """
 
 import json
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -23,15 +23,16 @@ from training.distributed import World
 from training.machines import Machine, num_cores
 from training.plan import Plan, lacks
 from training.recipes import Recipe
+from training.search import time_launches
 from training.timing import Timing, gains, ratio
-from training.verify import cache_path, keep, key_of, read_kept
+from training.trials import COMMAND
+from training.verify import cache_path, find_wrong, keep, key_of, read_kept
 
-COMMAND = (sys.executable, "-m", "training.choose_child")
-# For all ops, the end of the children left out, and, where it is asked for, for all steps.
-OPS_S, STEPS_S = 50.0, 120.0
+# For all ops, the end of the children left out; where they are asked for, for all steps and rows.
+OPS_S, STEPS_S, ROWS_S = 50.0, 100.0, 80.0
 BUILD, TIME_S = 0.7, 15.0  # share of the ops' that compiling may take; of one op, which may hang
 MAX_GAIN = 100.0  # more is a mistake of the clock: a graph of nothing takes no time
-STEP, AS_CHOSEN = "step", "as chosen"
+STEP, AS_CHOSEN, COMMITTED = "step", "as chosen", "committed launch rows"
 Samples = Mapping[str, Sequence[float]]  # ms, by who was timed, in turns
 
 
@@ -71,10 +72,21 @@ def choose(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> dic
     Args:
         plan: What is taken where nothing better is known.
         machine: What cannot run there is not taken, whatever was measured.
-        measured: By op, and of STEP.
+        measured: By op, by kernel (its present launch row first), and of STEP.
     """
-    names = rivals(plan, machine) | {STEP: [AS_CHOSEN, *measured.get(STEP, {})]}
+    names = {kernel: [*of] for kernel, of in measured.items() if "." in kernel and of}
+    names |= rivals(plan, machine) | {STEP: [AS_CHOSEN, *measured.get(STEP, {})]}
     return {what: _fastest(of, measured.get(what, {})) for what, of in names.items()}
+
+
+def launch_rows(chosen: Mapping[str, str], measured: Mapping[str, Samples]) -> str:
+    """The rows of kernels that others than their present ones were chosen for, as [measured]."""
+    found: dict[str, list[str]] = {}
+    for kernel, row in chosen.items():
+        if "." in kernel and row != next(iter(measured[kernel])):
+            found.setdefault(kernel.partition(".")[0], []).append(f"    {row}\n")
+    return "".join(["[measured]\n" * bool(found),
+                    *(f"{op} = [\n{''.join(rows)}]\n" for op, rows in found.items())])  # fmt: skip
 
 
 def _fastest(names: Sequence[str], samples: Samples) -> str:
@@ -107,18 +119,24 @@ def take_fastest(
     """
     choices = replace(asked, ops=checked.ops, optimizer=checked.optimizer)
     long = world.size == 1 and checked.device == "cuda" and asked.tune in ("on", "only")
-
-    def variants(measured: Mapping[str, Samples]) -> dict[str, Choices]:
-        ops = choose(checked, machine, measured)
-        ops.pop(STEP)
-        taken = replace(choices, ops=spell_ops(ops)) if asked.ops == "auto" else choices
-        return steps(taken, asked, machine, checked.dtype)
-
     names = {op: of for op, of in rivals(checked, machine).items() if len(of) > 1}
     names = names if asked.ops == "auto" else {}
     off = asked.tune == "off" or (asked.tune == "auto" and checked.device != "cuda")
-    if off or not (names or (long and len(variants({})) > 1)):
+    if off or not (names or long):
         return checked
+
+    def plans(measured: Mapping[str, Samples]) -> dict[str, Plan]:
+        chosen = choose(checked, machine, measured)
+        ops = {op: chosen[op] for op in read_ops(checked.ops)}
+        taken = replace(choices, ops=spell_ops(ops)) if asked.ops == "auto" else choices
+        every = steps(taken, asked, machine, checked.dtype)
+        found = {name: make(changed) for name, changed in every.items()}
+        if rows := launch_rows(chosen, measured):
+            found[COMMITTED] = found[AS_CHOSEN]
+            for name, plan in found.items():
+                if name != COMMITTED and "triton" in read_ops(plan.ops).values():
+                    found[name] = replace(plan, launches=rows)
+        return found
 
     def measure() -> dict[str, Any]:
         key = key_of(recipe, checked, machine) | {"from": names, "asked": {
@@ -130,15 +148,17 @@ def take_fastest(
             raise ValueError(f"tune_file{trouble}; name another, or remove it")
         if known is not None and asked.tune == "auto":
             return {"ms": known, "from": f"measured before, see {path}"}
-        takes = "up to three minutes" if long else "up to a minute, --tune off leaves it out"
+        takes = "up to four minutes" if long else "up to a minute, --tune off leaves it out"
         world.say(
             f"tune: timing what a step can be made of on {machine.name}; takes {takes}{trouble}"
         )
         began = time.monotonic()
-        ms, failed = _time_ops(names, recipe, checked, OPS_S)
+        launches = _sound_launches(checked, recipe, machine, world.say) if long else {}
+        rows = launch_rows(choose(checked, machine, launches), launches)
+        ms, failed = _time_ops(names, recipe, replace(checked, launches=rows), OPS_S)
+        ms |= launches
         if long:
-            plans = {name: make(changed) for name, changed in variants(ms).items()}
-            ms[STEP], failed[STEP] = _time_steps(plans, recipe, STEPS_S)
+            ms[STEP], failed[STEP] = _time_steps(plans(ms), recipe, STEPS_S)
         seconds = round(time.monotonic() - began, 1)
         chosen = choose(checked, machine, ms)
         values = {"key": key, "chosen": chosen, "ms": ms, "failed": failed, "seconds": seconds}
@@ -146,23 +166,40 @@ def take_fastest(
                                   json.dumps(values, indent=2)))  # fmt: skip
         lost = "".join(f", {op} could not be timed ({of['all']})" for op, of in failed.items()
                        if "all" in of)  # fmt: skip
-        more = "" if long else "; `make tune` times whole steps too"
+        more = "" if long else "; `make tune` searches launch rows and times whole steps too"
         return {"ms": ms, "from": f"measured in {seconds:.0f} s{lost}, {where}{more}"}
 
     found = world.first("times", measure)
-    plans = variants(found["ms"])
-    made = make(plans.get(choose(checked, machine, found["ms"])[STEP], plans[AS_CHOSEN]))
+    every = plans(found["ms"])
+    made = every.get(choose(checked, machine, found["ms"])[STEP], every[AS_CHOSEN])
     lines = [*table(checked, machine, found["ms"])]
     if asked.tune == "only":
         world.say("\n".join([f"tune: {found['from']}", *lines]))
+        if made.launches:
+            world.say(f"CONTRIBUTING.md says how to send these rows:\n{made.launches}")
     note = f"tune: {found['from']}: {'; '.join(' '.join(line.split()) for line in lines)}"
     return replace(made, notes=tuple(dict.fromkeys([*checked.notes, *made.notes, note])))
+
+
+def _sound_launches(
+    plan: Plan, recipe: Recipe, machine: Machine, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Samples of launch rows; none where a kernel is wrong with those that follow from them."""
+    ms = time_launches(recipe, plan, machine, ROWS_S)
+    rows = launch_rows(choose(plan, machine, ms), ms)
+    if rows and (wrong := find_wrong(recipe, replace(plan, launches=rows), machine, say)):
+        say(f"tune: the launch rows stay as they are: {next(iter(wrong.values()))}")
+        return {}
+    return ms
 
 
 def table(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> Iterator[str]:
     """A line for each thing that was timed: what was chosen, its time, its rivals'."""
     for what, chosen in choose(plan, machine, measured).items():
         ms = {name: Timing(of).median_ms for name, of in measured.get(what, {}).items() if of}
+        if "." in what:  # whose names are rows
+            labels = {row: f"row {i}" if i else "as committed" for i, row in enumerate(ms)}
+            ms, chosen = {labels[row]: of for row, of in ms.items()}, labels.get(chosen, chosen)
         if chosen in ms:
             own = f"{ms.pop(chosen):.4g} ms"
             others = ", ".join(f"{name} {other:.4g}" for name, other in ms.items())
@@ -180,19 +217,20 @@ def _time_ops(
     """Samples of each op, and why others have none; compiled side by side, timed one by one."""
     ms: dict[str, Any] = {}
     failed: dict[str, Any] = {}
-    end, tasks = time.monotonic() + seconds, [[*of, recipe, plan] for of in names.items()]
-    with child.Crew(COMMAND, len(tasks), TIME_S) as crew:
+    end = time.monotonic() + seconds
+    with child.Crew(COMMAND, len(names), TIME_S) as crew:
         until = end - (1 - BUILD) * seconds
-        built = crew.each([("build", task) for task in tasks], num_cores(), until)
-        for who, (task, answer) in enumerate(zip(tasks, built, strict=True)):
-            task[1] = [name for name in task[1] if name not in answer.get("failed", {})]
+        built = crew.each([("build", *of, recipe, plan) for of in names.items()],
+                          num_cores(), until)  # fmt: skip
+        for who, ((op, backends), answer) in enumerate(zip(names.items(), built, strict=True)):
             left = min(TIME_S, end - time.monotonic())
             if "error" not in answer and left > 0:
-                failed[task[0]] = answer["failed"]
-                answer = crew.ask(("time", task), who, left)
-            ms[task[0]] = {name: _rounded(of) for name, of in answer.get("ms", {}).items()}
+                failed[op] = answer["failed"]
+                sound = [name for name in backends if name not in failed[op]]
+                answer = crew.ask(("time", op, sound, recipe, plan), who, left)
+            ms[op] = {name: _rounded(of) for name, of in answer.get("ms", {}).items()}
             why = {} if "ms" in answer else {"all": answer.get("error", "no time left")}
-            failed[task[0]] = failed.get(task[0], {}) | answer.get("failed", {}) | why
+            failed[op] = failed.get(op, {}) | answer.get("failed", {}) | why
     return ms, failed
 
 
@@ -202,7 +240,7 @@ def _time_steps(plans: Mapping[str, Plan], recipe: Recipe, seconds: float) -> tu
     with child.Crew(COMMAND, 1, seconds) as crew:
         for name, plan in plans.items():
             left = end - time.monotonic()
-            answer = crew.ask(("step", [recipe, plan]), 0, left) if left > 0 else {}
+            answer = crew.ask(("step", recipe, plan), 0, left) if left > 0 else {}
             if "ms" in answer:
                 ms[name] = _rounded(answer["ms"])
             else:

@@ -53,6 +53,7 @@ class Plan:
         recompute: Blocks compute their forward again in the backward.
         residual: Dtype of the residual stream; "bf16" changes the numerics.
         memory_bytes: What a step needs by training/memory.py; an estimate.
+        launches: Launch rows that were measured here, as [measured] of kernels/launches.toml.
         notes: One line for each choice that someone might not expect.
     """
 
@@ -73,6 +74,7 @@ class Plan:
     recompute: bool = False
     residual: str = "fp32"
     memory_bytes: int = 0
+    launches: str = ""
     notes: tuple[str, ...] = ()
 
     @property

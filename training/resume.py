@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels._launch import read_rows
 from model import GPT, export, hf
 from model.edge import one_line, quoted
 from training import checkpoint, generators, schema
@@ -79,12 +80,19 @@ ADOPTED = {
     "compile_scope": Must("a scope", lambda v: v in ("model", "blocks")),
     "micro_batch_size": COUNT,
     "optimizer": Must("an optimizer", lambda v: v in ("torch", "triton")),
+    "launches": Must("launch rows", lambda v: isinstance(v, str) and _are_rows(v)),
 }
 _SHAPE = ("model", "batch_size", "grad_accum_steps", "block_size")
 # Fields of a recipe that change no step but the last, and of a plan that change no bit of a loss.
 _SAME_STEPS = {"keep", "patience", "epochs"}  # epochs: max_steps says what they are
 _ENDS = {"max_steps", "horizon_steps"}  # of a recipe, which a cool-down sets
 _SAME_LOSSES = {"cuda_graph", "shard", "recompute", "eval_tokens", "memory_bytes", "notes"}
+
+
+def _are_rows(text: str) -> bool:
+    with suppress(ValueError, TypeError, AttributeError, RecursionError):  # it may be a stranger's
+        return any(read_rows(text))
+    return False
 
 
 def _is_range(value: Any) -> bool:
@@ -469,15 +477,16 @@ def adopt(
         return {}, []
     kept = {name: plan[name] for name, must in ADOPTED.items() if must.holds(plan.get(name))}
     kept = {name: value for name, value in kept.items()
-            if getattr(asked.or_else({name: value}), name) == value}  # fmt: skip
-    what = ", ".join(f"{name} {value}" for name, value in kept.items())
+            if getattr(asked.or_else({name: value}), name, value) == value}  # fmt: skip
+    what = ", ".join(f"{name} {one_line(value, 60)}" for name, value in kept.items())
     return kept, [f"resume: on this card as before: {what}"] * bool(kept)
 
 
 def check_plan(saved: Checkpoint, plan: Plan) -> list[str]:
     """Lines about plan fields that differ: the same samples follow, the last bits may not."""
     now = {k: v for k, v in asdict(plan).items() if k not in _SAME_LOSSES}
-    changed = _differences({k: saved.state["plan"].get(k) for k in now}, now)
+    then = {k: saved.state["plan"].get(k, getattr(Plan, k, None)) for k in now}
+    changed = _differences(then, now)
     if not changed:
         return []
     return [f"resume: another plan ({'; '.join(changed)}): same samples, losses equal to rounding"]
@@ -485,7 +494,7 @@ def check_plan(saved: Checkpoint, plan: Plan) -> list[str]:
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
-        f"{one_line(name)} was {quoted(before.get(name))}, now {now.get(name)!r}"
+        f"{one_line(name)} was {quoted(before.get(name))}, now {quoted(now.get(name))}"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from kernels._launch import lay_over
 from model import GPT
 from training.averaging import Averaging
 from training.distributed import ALONE, World
@@ -301,8 +302,9 @@ def autocast(plan: Plan) -> AbstractContextManager[Any]:
 
 
 def start_process(plan: Plan, seed: int) -> None:
-    """Seeds, matmul precision, and on the CPU runs that repeat to the last bit."""
+    """Seeds, launch rows, matmul precision, and on the CPU runs that repeat to the last bit."""
     torch.manual_seed(seed)
+    lay_over(plan.launches)
     if plan.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
     else:

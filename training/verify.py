@@ -1,7 +1,7 @@
 """Whether the kernels compute on this device what plain PyTorch does, before a run trusts them.
 
 `settle` has children hold each op that a plan gives to Triton, and AdamW, to the rule of
-training/numerics.py (see training/verify_child.py): an illegal access ends a process and a bad
+training/numerics.py (see training/kernel_check.py): an illegal access ends a process and a bad
 launch may never return, and a child that is lost costs its op and no more. What they find is kept
 in the user's cache directory, a readable file for each card, driver, version, assembler, state of
 the sources and shape. `compare_first_batch` is part of every run.
@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -35,13 +34,14 @@ from training.plan import Plan
 from training.recipes import Recipe
 from training.resume import RunFailed
 from training.step import autocast
+from training.trials import COMMAND
 
 ROOT = Path(__file__).parents[1]
 # All but the machine's part of what a verdict, or a choice by time, depends on.
-SOURCES = ("kernels/*.py", "kernels/*.toml", "model/gpt.py", "training/verify_child.py",
-           "training/numerics.py", "training/optim.py", "training/choose*.py",
-           "training/timing.py")  # fmt: skip
-COMMAND = (sys.executable, "-m", "training.verify_child")
+SOURCES = ("kernels/*.py", "kernels/*.toml", "model/gpt.py", *(
+    f"training/{name}.py" for name in (
+        "kernel_check", "trials", "numerics", "optim", "choose", "search", "timing"
+)))  # fmt: skip
 LIMIT_S = 180.0  # of one check, compiling included, on a machine that may be busy
 PASSING = ("no answer", "ended with -9", "allocate memory", "out of memory")  # not so next time
 ADAMW = "adamw"
@@ -130,7 +130,10 @@ def key_of(recipe: Recipe, plan: Plan, machine: Machine) -> dict[str, Any]:
         "model": asdict(recipe.model_config),
         "rows": plan.micro_batch_size,
         "T": recipe.block_size,
-        **{name: getattr(plan, name) for name in ("dtype", "residual", "working_copies")},
+        **{
+            name: getattr(plan, name)
+            for name in ("dtype", "residual", "working_copies", "launches")
+        },
     }
 
 
@@ -174,7 +177,7 @@ def _read(values: Any) -> dict[str, str]:
 
 def ask_children(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str, str]:
     """Why each of the kernels is wrong on the plan's device, or ""."""
-    tasks = [(name, recipe, plan) for name in names]
+    tasks = [("check", name, recipe, plan) for name in names]
     side_by_side = min(len(tasks), num_cores()) if plan.device == "cuda" else 1
     with child.Crew(COMMAND, side_by_side, LIMIT_S) as crew:
         answers = crew.share(tasks, math.inf)
@@ -182,7 +185,7 @@ def ask_children(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str
             if answer and answer.get("short"):  # of memory; now it has the device alone
                 answers[i] = crew.ask(tasks[i])
     found = ({"error": "no answer"} | (answer or {}) for answer in answers)
-    why = [one_line(each.get("why", f"its process: {each['error']}")) for each in found]
+    why = [one_line(each.get("why", f"its process: {each.get('error')}")) for each in found]
     return dict(zip(names, why, strict=True))
 
 

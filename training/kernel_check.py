@@ -1,4 +1,4 @@
-"""One kernel on this device against plain PyTorch; the side of training/verify.py that may crash.
+"""Whether one kernel computes on this device what plain PyTorch does, or AdamW.
 
 An op gets the arguments that the model itself passes, in shape and dtype, filled with noise. Its
 values and every gradient are held to the rule of training/numerics.py, on memory that reads as NaN
@@ -7,8 +7,6 @@ until it is written to; then they are computed again and again, and no bit may c
 
 import contextlib
 import inspect
-import os
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
@@ -21,8 +19,6 @@ from torch.func import functional_call
 
 from kernels import EAGER, Ops, parse_ops
 from model import GPT
-from model.edge import one_line
-from training import child
 from training.numerics import (
     REDUCED,
     Values,
@@ -41,7 +37,6 @@ from training.step import autocast, start_process, working_copies
 NUM_RERUNS = {"cuda": 20, "cpu": 0}  # the interpreter is slow, and runs programs one by one
 NUM_LAYERS = 2  # of the model whose tensors are taken; more have the same shapes
 EXACT_BYTES = 1 << 30  # of float64 at once: a batch that needs more is taken some rows at a time
-LIMIT_S = 600  # nobody waits that long; it ends where the process that asked is gone
 
 
 def check(name: str, recipe: Recipe, plan: Plan) -> str:
@@ -243,34 +238,3 @@ def _update(recipe: Recipe, plan: Plan, kind: str) -> Values:
 
 def _flat(tensors: Any) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
-
-
-def answer(task: tuple[str, Recipe, Plan]) -> dict[str, Any]:
-    """`check`, for the process that asks; it is "short" where memory was."""
-    if hasattr(signal, "alarm"):
-        signal.alarm(LIMIT_S)
-    try:
-        return {"why": check(*task)}
-    except torch.OutOfMemoryError as error:
-        return {"why": one_line(error, 200), "short": True}
-    except Exception as error:
-        # A device's context may be lost with it: the next op gets a process of its own.
-        raise SystemExit(f"{type(error).__name__}: {one_line(error, 200)}") from error
-    finally:
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
-
-
-def main() -> None:
-    """Answer until nobody asks any more."""
-
-    def answer_and_free(task: tuple[str, Recipe, Plan]) -> dict[str, Any]:
-        found = answer(task)
-        torch.cuda.empty_cache()
-        return found
-
-    child.serve(os.getpid(), answer_and_free)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,247 @@
+"""The search for launch rows: what it tries, what it survives, and the rows that come of it."""
+
+import math
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import OPS, _launch, causal_attention, gelu_mlp, layer_norm
+from kernels._launch import Key, Launch, candidates_for, launch_for, read_rows
+from kernels._op import INTERPRETED
+from model import GPTConfig
+from model.config import MODELS
+from tests.pretend_cuda import pretend_cuda
+from tests.test_verify import CPU, H100, RECIPE
+from training import choose, search, timing, trials
+from training.choices import Choices
+from training.plan import Plan, make_plan
+from training.search import PERSISTENT, candidates, row_text
+from training.step import start_process
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU; needs the interpreter")
+NORM = "layer_norm.fwd"
+# At D = 128 in fp32 the loops of attention begin at T = 17.
+SHORT = replace(RECIPE, batch_size=1)
+LOOPS, TINY = replace(SHORT, block_size=18), replace(SHORT, block_size=4, model="smoke,n_embd=64")
+LARGE = {
+    "up": gelu_mlp.launch_key("up", 65536, "16-bit", 90),
+    "down": gelu_mlp.launch_key("down", 65536, "16-bit", 90),
+    **{name: causal_attention.launch_key(name, "16-bit", 64, 1024, 90)
+       for name in ("fwd", "dq", "dkdv")},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = GPTConfig(block_size=18, vocab_size=250, n_layer=1, n_head=1, n_embd=128)
+    monkeypatch.setitem(MODELS, "smoke", config)
+    trials._held.clear()
+
+
+def plan_of(**asked: Any) -> Plan:
+    return make_plan(LOOPS, CPU, Choices(**{"ops": "triton", "dtype": "fp32", "compile": False,
+                                            **asked}))  # fmt: skip
+
+
+def has(found: list[Launch], **wanted: Any) -> bool:
+    """Whether one has all these block sizes and fields."""
+    return any(wanted.items() <= (vars(c) | dict(c.blocks)).items() for c in found)
+
+
+def test_a_candidate_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is launched in place of the present row, gives the same results, and nothing stays."""
+    launched: list[Launch] = []
+    kwargs = Launch.kwargs
+    monkeypatch.setattr(Launch, "kwargs", lambda self: (launched.append(self), kwargs(self))[1])
+    plan, seen, now, candidate = plan_of(), set(), None, None
+    for recipe, ops in ((TINY, OPS), (LOOPS, ["causal_attention"])):
+        for op in ops:
+            for key, now in trials.answer(("list", op, recipe, plan))["launches"]:
+                if key.kernel in seen:
+                    continue
+                outer, inner = ("BLOCK_N", "BLOCK_M") if "dkdv" in key.kernel else (
+                    "BLOCK_M", "BLOCK_N")  # fmt: skip
+                candidate = next(
+                    x for x in candidates(key.kernel, now)
+                    if recipe is TINY or dict(x.blocks)[outer] % dict(x.blocks)[inner] == 0
+                )  # fmt: skip
+                launched.clear()
+                task = "launches", op, key.kernel, [candidate], {}, recipe, plan
+                assert trials.answer(task) == {}
+                assert candidate in launched
+                seen.add(key.kernel)
+            launched.clear()
+            trials._held[op, recipe, plan, False][0][0]()
+            assert now in launched
+            assert candidate not in launched
+    assert seen >= {*PERSISTENT, NORM, "linear_cross_entropy.rows", *(
+        f"causal_attention.{k}" for k in ("fwd", "dq", "dkdv", "short")
+    ), *search.BRIEF}  # fmt: skip
+
+
+def test_other_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of()
+    [(_, now), *_] = trials.answer(("list", "layer_norm", TINY, plan))["launches"]
+    monkeypatch.setattr(trials, "same", lambda ours, theirs: False)
+    found = trials.answer(("launches", "layer_norm", NORM, [now], {}, TINY, plan))
+    assert found == {"error": "ValueError: results differ from the present row's"}
+    monkeypatch.undo()
+    x = torch.tensor([1.0, 2.0])
+    assert trials.same([x], [x * (1 + 1e-7)])
+    assert not trials.same([x], [x * 1.001])
+    assert not trials.same([x], [x * float("nan")])
+
+
+@pytest.mark.parametrize(
+    "key", [*LARGE.values(), gelu_mlp.launch_key("up", 64, "tf32", 80)], ids=str
+)
+def test_known_rows_come_first_and_no_two_launch_alike(key: Key) -> None:
+    now = launch_for(key)
+    found = candidates(key.kernel, now)
+    known = [x for x in search.known_launches(now)[1:] if x in found]
+    assert found[: len(dict.fromkeys(known))] == [*dict.fromkeys(known)]
+    assert now not in found
+    assert 0 < len({*found}) == len(found) <= search.MAX_CANDIDATES
+
+
+def test_the_search_has_what_is_likely() -> None:
+    for kernel in ("up", "down"):
+        found = candidates(f"gelu_mlp.{kernel}", launch_for(LARGE[kernel]))
+        tile = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8}
+        for stages in (3, 4):
+            assert has(found[:2], **tile, num_stages=stages)  # of [candidates]
+        assert {(128, 2), (None, 1), (168, 3)} <= {(c.maxnreg, c.programs_per_sm) for c in found}
+    for kernel in ("fwd", "dq", "dkdv"):
+        found = candidates(f"causal_attention.{kernel}", launch_for(LARGE[kernel]))
+        assert {c.num_stages for c in found} >= {2, 3, 4}
+        waiting = {*candidates_for(LARGE[kernel])} - {launch_for(LARGE[kernel])}
+        assert waiting <= {*found[:4]}
+    for mode in ("fwd", "bwd"):
+        found = candidates(f"layer_norm.{mode}", layer_norm.safe_launch(mode, 768, 4, 90))
+        assert len({dict(c.blocks)["BLOCK_C"] for c in found}) >= 2
+        assert len({c.programs_per_sm for c in found}) == (1 if mode == "fwd" else 3)
+
+
+def test_a_row_is_one_of_the_file_and_serves_once_laid_over() -> None:
+    best = Launch((("BLOCK_M", 64), ("BLOCK_N", 32)), 4, 3, maxnreg=168, programs_per_sm=3)
+    key = gelu_mlp.launch_key("up", 65536, "16-bit", 103)
+    present = launch_for(key)
+    for launch in (best, replace(best, maxnreg=None), Launch((), 8)):
+        row = row_text(key, launch, 'a card, 2026-01-02: 1.5 -> 1.25 ms, B=1 "')
+        text = f"[measured]\ngelu_mlp = [\n{row}\n]"
+        [(found, read)] = read_rows(text)[0].items()
+        assert found.serves(key)
+        assert (read, read.source) == (launch, 'a card, 2026-01-02: 1.5 -> 1.25 ms, B=1 "')
+        start_process(plan_of(), 0)
+        start_process(replace(plan_of(), launches=text), 0)
+        assert launch_for(key) == launch
+    start_process(plan_of(), 0)
+    assert launch_for(key) == present
+    with pytest.raises(ValueError, match=r"^launch rows: measured, gelu_mlp"):
+        _launch.lay_over("[measured]\ngelu_mlp = [[1]]")
+    assert launch_for(key) == present
+
+
+class Crew:
+    """One child, in this process; times by hand, 1 ms where none is given."""
+
+    ms: dict[Launch, list[float]] = {}  # noqa: RUF012
+    tried: list[Launch] = []  # noqa: RUF012
+
+    def __init__(self, *_: Any):
+        self.children = [None]
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def ask(self, task: Any) -> dict[str, Any]:
+        if task[0] == "launches" and task[4]:
+            self.tried.extend(task[3])
+            return {"ms": [(self.ms.get(x, [1.0]) * 8)[:8] for x in task[3]]}
+        return trials.answer(task)
+
+    def share(self, tasks: Any, until: float) -> list[Any]:
+        return [self.ask(task) if time.monotonic() < until else None for task in tasks]
+
+
+def test_the_fastest_meet_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search.child, "Crew", Crew)
+    monkeypatch.setattr(search, "MAX_CANDIDATES", 3)
+    plan = plan_of(ops="eager,layer_norm=triton")
+    recipe = TINY
+    [(key, now), *_] = trials.answer(("list", "layer_norm", recipe, plan))["launches"]
+    slower, _, good = candidates(NORM, now)
+    Crew.ms, Crew.tried = {slower: [2.0], good: [0.5]}, []
+
+    def rows() -> str:
+        ms = search.time_launches(recipe, plan, CPU, 600.0)
+        assert {*ms} == {NORM, "layer_norm.bwd"}
+        assert next(iter(ms[NORM].values())) == [1.0] * 8  # the present one
+        assert len(ms[NORM]) == 4
+        return choose.launch_rows(choose.choose(plan, CPU, ms), ms)
+
+    text = rows()
+    assert read_rows(text)[0] == {key: good}
+    [row] = [line for line in text.splitlines() if "fwd" in line]
+    assert '"a CPU, 20' in row
+    assert ', B=1 T=4: layer_norm 1 -> 0.5 ms"],' in row
+    # Half of the turns are lost; too little; it does not launch as quickly as it seemed.
+    for few in ([0.7, 0.7, 1.3, 1.3], [0.99], [math.nan]):
+        Crew.ms = {good: few}
+        assert rows() == ""
+    Crew.tried.clear()
+    ms = search.time_launches(recipe, plan, CPU, -1.0)  # no time: the present ones alone
+    assert [[*of.values()] for of in ms.values()] == [[[1.0] * 8]] * 2
+
+
+@pytest.mark.parametrize("size", [(64, 1024), (16, 64), (3, 17), (16, 17), (32, 1000)])
+def test_a_small_shape_compiles_alike(size: tuple[int, int]) -> None:
+    """Triton specialises on multiples of 16; attention's kernel depends on T."""
+    recipe = replace(RECIPE, block_size=size[1], model="smoke,block_size=1024")
+    plan = replace(plan_of(), micro_batch_size=size[0])
+    less, fewer = search.small(recipe, plan)
+    (B, T), (b, t) = size, (fewer.micro_batch_size, less.block_size)
+    assert b * t <= 16 * search.SMALL_T + 256
+    assert (b * t % 16 == 0, t % 16 == 0) == (B * T % 16 == 0, T % 16 == 0)
+    for direction in ("fwd", "bwd"):
+        longest = causal_attention.short_t(direction, 2, 64, 90)
+        assert (t <= longest) == (longest >= T)
+
+
+def test_launches_are_timed_on_a_pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "MIN_GRAPH_CALLS": 2,
+        "MAX_SETS": 1,
+        "SPIN_SIZE": 8,
+        "SPIN_SECONDS": 0.0,
+    }.items():
+        monkeypatch.setattr(timing, name, value)
+    plan = replace(make_plan(SHORT, H100, Choices(ops="triton", dtype="fp32")), micro_batch_size=1)
+    _launch.arch.cache_clear()  # of no pretended device, neither before nor after
+    timing.capture_stream.cache_clear()
+    compared_on: list[Any] = []
+    same = trials.same
+    with pretend_cuda() as pretended:
+
+        def compare(*results: Any) -> bool:
+            compared_on.append(pretended.current)
+            return same(*results)
+
+        monkeypatch.setattr(trials, "same", compare)
+        [(_, now), *_] = trials.answer(("list", "layer_norm", SHORT, plan))["launches"]
+        launches = [now, candidates(NORM, now)[0]]
+        how = {"rounds": 2, "seconds": 1.0}
+        found = trials.answer(("launches", "layer_norm", NORM, launches, how, SHORT, plan))
+        # The results are still being written on their stream; another would read too early.
+        assert {*map(id, compared_on)} == {id(timing.capture_stream())}
+        assert pretended.current is not timing.capture_stream()
+    _launch.arch.cache_clear()
+    timing.capture_stream.cache_clear()
+    assert [len(ms) for ms in found["ms"]] == [2, 2]
+    assert len(pretended.graphs) == 2

@@ -1,0 +1,157 @@
+"""Better launch rows for the run's kernels: what `make tune` tries, and in which order.
+
+A kernel's present launch is replaced by candidates: those of [candidates] and of other rows of
+launches.toml with the same blocks, then the present one with one thing changed, then two, and so
+on. Children build them side by side, on few rows of the same specialisation, so that Triton's
+cache on disk has them; then one child alone checks the results and times. A candidate that kills
+its child or hangs costs itself and no other. The fastest few are timed beside the present one in
+turns; training/choose.py decides by these samples.
+"""
+
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from kernels import read_ops
+from kernels._launch import Key, Launch, family, rows
+from training import child
+from training.machines import Machine, num_cores
+from training.plan import Plan
+from training.recipes import Recipe
+from training.timing import Timing
+from training.trials import COMMAND
+
+FINALISTS = 3
+FINAL = {"rounds": 20, "seconds": 5.0}  # the last turns; four launches rarely need the time
+QUICK = {"rounds": 5, "seconds": 0.3, "warmup": 1}
+MAX_CANDIDATES = 200  # of a kernel
+BATCH = 4  # candidates of each child before those that came back are timed
+TASK_LIMIT_S = 60.0  # one candidate; a build takes 1 to 3 s, several at once longer
+SMALL_T = 256  # tokens of a sequence a build runs on: more than the short attention kernels take
+BRIEF = ("layer_norm.sum", "linear_cross_entropy.scale")  # too short to matter
+PERSISTENT = ("gelu_mlp.up", "gelu_mlp.down", "layer_norm.bwd")  # as many programs as a row says
+
+
+def known_launches(present: Launch) -> list[Launch]:
+    """The present launch, and those of rows with its blocks."""
+    found = [launch for layer in reversed(rows()) for key, launch in layer.items() if key.arch != 0]
+    names = dict(present.blocks).keys()
+    return [present, *(x for x in found if names and dict(x.blocks).keys() == names)]
+
+
+def axes_of(name: str, present: Launch) -> list[list[dict[str, Any]]]:
+    """What can be changed of a launch: to the values of known ones, and to those beside its own."""
+    known, now = known_launches(present), vars(present) | dict(present.blocks)
+    values: dict[str, set[int]] = {
+        block: {dict(launch.blocks)[block] for launch in known} | {size // 2, size * 2} - {0}
+        for block, size in present.blocks
+    }
+    values["num_warps"] = {launch.num_warps for launch in known} | {4, 8}
+    stages = {launch.num_stages for launch in known}
+    if len(stages) > 1:  # else it has no loop to pipeline
+        values["num_stages"] = stages | {present.num_stages + 1, max(1, present.num_stages - 1)}
+    axes = [[{k: v} for v in sorted(found - {now[k]})] for k, found in values.items()]
+    limit, programs = present.maxnreg or 0, present.programs_per_sm
+    limits = {(launch.maxnreg or 0, launch.programs_per_sm) for launch in known} | {(0, 1)}
+    if name in PERSISTENT:
+        limits |= {(limit, programs + 1), (0, programs)}
+    pairs = sorted(limits - {(limit, programs)})
+    return [*axes, [{"maxnreg": regs or None, "programs_per_sm": n} for regs, n in pairs]]
+
+
+def _changed(launch: Launch, change: dict[str, Any]) -> Launch:
+    blocks = tuple((name, change.get(name, size)) for name, size in launch.blocks)
+    fields = {name: value for name, value in change.items() if name not in dict(blocks)}
+    return replace(launch, blocks=blocks, **fields)
+
+
+def candidates(name: str, present: Launch) -> list[Launch]:
+    """What to try, the most promising first; no two of them launch alike."""
+    points = itertools.product(*([{}, *axis] for axis in axes_of(name, present)))
+    nearest = sorted(points, key=lambda point: sum(map(bool, point)))
+    near = (_changed(present, {k: v for c in point for k, v in c.items()}) for point in nearest)
+    found = {}
+    for launch in (*known_launches(present), *near):
+        programs = launch.programs_per_sm if name in PERSISTENT else 0
+        found.setdefault((*launch.kwargs().items(), programs), launch)
+    return [*found.values()][1 : 1 + MAX_CANDIDATES]  # the first is the present one
+
+
+def small(recipe: Recipe, plan: Plan) -> tuple[Recipe, Plan]:
+    """Few rows for which Triton compiles the same: it asks whether B * T and T divide by 16."""
+    T = recipe.block_size
+    short = T if T <= SMALL_T else SMALL_T + T % 16
+    few = math.gcd(plan.micro_batch_size, 16) if T % 16 else 1
+    return replace(recipe, block_size=short), replace(plan, micro_batch_size=few)
+
+
+def row_text(key: Key, launch: Launch, source: str) -> str:
+    """A row as launches.toml has it."""
+    blocks = ", ".join(f"{name} = {size}" for name, size in launch.blocks)
+    kernel, where = key.kernel.partition(".")[2], family(int(key.arch))
+    words = [json.dumps(value) for value in (kernel, key.math, key.size, where, key.triton)]
+    limits = [launch.num_warps, launch.num_stages, launch.maxnreg or 0, launch.programs_per_sm]
+    return f"[{', '.join([*words, f'{{{blocks}}}', *map(str, limits), json.dumps(source)])}],"
+
+
+def time_launches(
+    recipe: Recipe, plan: Plan, machine: Machine, seconds: float
+) -> dict[str, dict[str, list[float]]]:
+    """By kernel of the plan's Triton ops the samples of its present row, first, and of others.
+
+    The kernels share the time. One that cannot be timed is left out.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    end, here = time.monotonic() + seconds, f"{machine.name}, {datetime.now(UTC):%Y-%m-%d}"
+    where = f"{here}, B={plan.micro_batch_size} T={recipe.block_size}"
+    jobs = max(1, num_cores() - 2) if plan.device == "cuda" else 1
+    ops = [op for op, backend in read_ops(plan.ops).items() if backend == "triton"]
+    with child.Crew(COMMAND, jobs, TASK_LIMIT_S) as crew:
+        todo: dict[str, tuple[str, Key, Launch]] = {}
+        for op in reversed(ops):  # add_layer_norm, which is most of the norms, before layer_norm
+            for key, launch in crew.ask(("list", op, recipe, plan)).get("launches", ()):
+                if key.kernel not in BRIEF:
+                    todo.setdefault(key.kernel, (op, key, launch))
+        for left, (kernel, (op, key, present)) in zip(
+            range(len(todo), 0, -1), todo.items(), strict=True
+        ):
+            until = time.monotonic() + (end - time.monotonic()) / left
+            timed = _search(crew, op, kernel, present, recipe, plan, until)
+            if not timed:
+                continue
+            before = statistics.median(timed[0][1])
+            found[kernel] = {
+                row_text(key, launch, launch.source if launch is present else
+                         f"{where}: {op} {before:.4g} -> {statistics.median(ms):.4g} ms"): ms
+                for launch, ms in timed
+            }  # fmt: skip
+    return found
+
+
+def _search(
+    crew: child.Crew, op: str, kernel: str, present: Launch, recipe: Recipe, plan: Plan,
+    end: float,
+) -> list[tuple[Launch, list[float]]]:  # fmt: skip
+    """Launches and their samples in turns, the present one first; tries others until `end`."""
+
+    def timed(launches: Sequence[Launch], how: dict[str, Any]) -> list[list[float]]:
+        return crew.ask(("launches", op, kernel, launches, how, recipe, plan)).get("ms", [])
+
+    todo, size = candidates(kernel, present), BATCH * len(crew.children)
+    fastest: list[tuple[float, int]] = []
+    for start in range(0, len(todo), size):
+        batch = todo[start : start + size]
+        tasks = [("launches", op, kernel, [x], {}, *small(recipe, plan)) for x in batch]
+        for i, answer in enumerate(crew.share(tasks, end), start):
+            if answer == {} and time.monotonic() < end and (ms := timed([todo[i]], QUICK)):
+                fastest.append((Timing(ms[0]).median_ms, i))
+        if time.monotonic() > end:
+            break
+    launches = [present, *(todo[i] for _, i in sorted(fastest)[:FINALISTS])]
+    return [*zip(launches, timed(launches, FINAL), strict=False)]
