@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from demo.app import CORPUS_FILE, MAX_SAMPLES, TITLE, Loaded, Models
+from demo.app import MAX_SAMPLES, TITLE
+from demo.models import CORPUS_FILE, Loaded, Models
 from model.edge import exits, one_line
 from model.files import write_atomically
 
@@ -38,34 +39,24 @@ launch(build(Models(HERE / "{WEIGHTS}", about=HERE / "{ABOUT}")))
 '''
 
 
-def pins(requirements: Path) -> list[str]:
-    """Lines of requirements.txt for what the page needs; installed versions where it has none."""
-    lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
-    by_name = {line.partition("==")[0].strip(): line.strip() for line in lines if "==" in line}
-    return [by_name.get(name, f"{name}=={version(name)}") for name in PINNED]
+README = """---
+title: {title}
+emoji: \U0001f4dc
+colorFrom: blue
+colorTo: yellow
+sdk: gradio
+sdk_version: {gradio}
+python_version: "3.12"
+app_file: app.py
+pinned: false
+license: mit
+suggested_hardware: cpu-basic
+---
 
+# {heading}
 
-def readme(title: str, gradio_version: str, trained_context: int, marks: bool) -> str:
-    """README.md with the front matter Spaces read."""
-    return (
-        "---\n"
-        f"title: {json.dumps(title)}\n"
-        "emoji: \U0001f4dc\n"
-        "colorFrom: blue\n"
-        "colorTo: yellow\n"
-        "sdk: gradio\n"
-        f"sdk_version: {gradio_version}\n"
-        'python_version: "3.12"\n'
-        "app_file: app.py\n"
-        "pinned: false\n"
-        "license: mit\n"
-        "suggested_hardware: cpu-basic\n"
-        "---\n\n"
-        f"# {title}\n\n"
-        f"Prompt a GPT-2 trained at a context of {trained_context} tokens; up to {MAX_SAMPLES} "
-        "samples stream at once"
-        + (", and what stands verbatim in the training text is marked.\n" if marks else ".\n")
-    )
+Prompt a GPT-2 trained at a context of {context} tokens; up to {most} samples stream at once{marks}.
+"""
 
 
 def write_space(
@@ -134,11 +125,17 @@ def _fill(out: Path, loaded: Loaded, title: str, training_text: bool) -> None:
     loaded.model.save_pretrained(out / WEIGHTS / "model", torch.float32)
     if training_text:
         write_atomically(out / WEIGHTS / CORPUS_FILE, loaded.corpus)
+    marks = ", and what stands verbatim in the training text is marked" if training_text else ""
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    facts = {"title": json.dumps(title), "heading": title, "gradio": version("gradio")}
+    facts |= {"context": loaded.model.trained_context, "most": MAX_SAMPLES, "marks": marks}
     texts = {
         ABOUT: json.dumps({"panel": loaded.panel, "examples": loaded.examples}),
         "app.py": APP,
-        "README.md": readme(title, version("gradio"), loaded.model.trained_context, training_text),
-        "requirements.txt": "\n".join(pins(ROOT / "requirements.txt")) + "\n",
+        "README.md": README.format(**facts),
+        "requirements.txt": "".join(
+            f"{line}\n" for line in requirements if line.partition("==")[0] in PINNED
+        ),
         ".gitattributes": "*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
     }
     for name, text in texts.items():

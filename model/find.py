@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -58,6 +60,17 @@ def latest_model(runs: str | Path = "runs") -> Path:
             f"with --model"
         )
     return max(weights, key=lambda p: p.stat().st_mtime).parent
+
+
+def usable_device(command: str, device: str) -> str:
+    """ "cpu" or "cuda"; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: "cuda" without a GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{command}: --device cuda, but torch sees no GPU here; use --device cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 _PICKLE = (

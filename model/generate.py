@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from model.edge import exits, one_line, read_stdin, read_utf8
-from model.find import latest_model
+from model.find import latest_model, usable_device
 from model.gpt import GPT
 from model.sampling import Sampling
 from model.text import stream_text
@@ -49,13 +49,7 @@ class Options(Sampling):
 
 
 def _run(options: Options) -> None:
-    from model.tokenizer import get_encoding  # loading the vocabulary can wait for a valid command
-
-    sampling, device = options.sampling, options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("generate: --device cuda, but torch sees no GPU here; use --device cpu")
+    sampling, device = options.sampling, usable_device("generate", options.device)
     prompts = [
         read_utf8("generate: stdin", read_stdin("generate", MAX_PROMPT_BYTES)) if p == "-" else p
         for p in options.prompt
@@ -68,7 +62,7 @@ def _run(options: Options) -> None:
         print(f"note: {line}", file=sys.stderr)
 
     more = {"num_samples": options.num_samples, "window": options.window, "notify": note}
-    pieces = stream_text(model, get_encoding(), prompts, sampling, **more)
+    pieces = stream_text(model, prompts, sampling, **more)
     num_rows = len(prompts) * options.num_samples
     texts, counts = [""] * num_rows, [0] * num_rows
     start = time.perf_counter()

@@ -3,15 +3,12 @@
 import codecs
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from model import tokenizer
 from model.decoder import Decoder, evaluating, resolve_window, rows_of
 from model.gpt import GPT
 from model.sampling import Sampling
-
-if TYPE_CHECKING:
-    import tiktoken
 
 
 class Piece(NamedTuple):
@@ -25,34 +22,18 @@ class Piece(NamedTuple):
 
 @dataclass
 class _RowText:
-    """Turns the tokens of one row into text that can be shown at once."""
+    """Turns the bytes of one row into text that can be shown at once."""
 
-    encoding: "tiktoken.Encoding"
     stop: tuple[str, ...]
-    num_tokens: int = 0
     done: bool = False
     held: str = ""  # might be the start of a stop string
-    bytes_to_text: codecs.IncrementalDecoder = field(
+    decoder: codecs.IncrementalDecoder = field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
     )
 
-    def feed(self, token: int) -> str:
-        self.num_tokens += 1
-        if token == self.encoding.eot_token:
-            return self.finish()
-        text = self.bytes_to_text.decode(self.encoding.decode_single_token_bytes(token))
-        return self._release(text, final=False)
-
-    def finish(self) -> str:
-        """The rest; a character the model left incomplete becomes U+FFFD."""
-        if self.done:
-            return ""
-        text = self._release(self.bytes_to_text.decode(b"", final=True), final=True)
-        self.done = True
-        return text
-
-    def _release(self, text: str, final: bool) -> str:
-        text = self.held + text
+    def feed(self, data: bytes, final: bool = False) -> str:
+        """What can be shown now; at the end an incomplete character becomes U+FFFD."""
+        text = self.held + self.decoder.decode(data, final)
         ends = [at for at in (text.find(s) for s in self.stop) if at >= 0]
         if ends:
             self.held, self.done = "", True
@@ -62,36 +43,19 @@ class _RowText:
             for s in self.stop:
                 sizes = range(min(len(s) - 1, len(text)), 0, -1)
                 keep = max(keep, next((n for n in sizes if text.endswith(s[:n])), 0))
-        self.held = text[len(text) - keep :]
+        self.held, self.done = text[len(text) - keep :], final
         return text[: len(text) - keep]
-
-
-def encode_prompt(encoding: "tiktoken.Encoding", prompt: str) -> list[int]:
-    """Token ids of a prompt; an empty one starts from <|endoftext|>.
-
-    Raises:
-        ValueError: the string holds a lone surrogate, which stands for a byte that is not UTF-8.
-    """
-
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"generate: the prompt is not UTF-8: character {error.start} is {prompt[error.start]!r}"
-        ) from None
-    return tokenizer.encode(prompt).tolist() or [encoding.eot_token]
 
 
 def stream_text(
     model: GPT,
-    encoding: "tiktoken.Encoding",
     prompts: Sequence[str],
     sampling: Sampling,
     *,
     num_samples: int = 1,
     window: int | None = None,
     use_cache: bool = True,
-    notify: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Piece]:
     """Generate text and hand it out as it comes.
 
@@ -99,8 +63,7 @@ def stream_text(
     has done=True.
 
     Args:
-        model: The model; its vocabulary must hold the encoding's.
-        encoding: GPT-2's (model.tokenizer.get_encoding).
+        model: The model; its vocabulary must hold GPT-2's.
         prompts: An empty one starts from <|endoftext|>.
         sampling: How to choose, and where to stop.
         num_samples: Rows per prompt; row = prompt * num_samples + sample.
@@ -111,51 +74,41 @@ def stream_text(
     Raises:
         ValueError: a bad window, prompt or number of samples, or a model of another vocabulary.
     """
-    if model.config.vocab_size < encoding.n_vocab:
-        raise ValueError(
-            f"generate: the model has {model.config.vocab_size} tokens, the encoding "
-            f"{encoding.name!r} {encoding.n_vocab}"
-        )
+    tokenizer.check_vocabulary("generate", model.config.vocab_size)
     limit = resolve_window(model, window)
-    ids = [encode_prompt(encoding, prompt) for prompt in prompts]
+    ids = [tokenizer.encode(prompt).tolist() or [tokenizer.EOT] for prompt in prompts]
     for i, prompt_ids in enumerate(ids):
-        if len(prompt_ids) > limit and notify:
+        if len(prompt_ids) > limit:
             notify(
                 f"prompt {i + 1} has {len(prompt_ids)} tokens, the window holds {limit}: "
                 f"only its last {limit} are read"
             )
     rows, numbers = rows_of(ids, num_samples)
-    known = encoding.n_vocab  # a padded vocabulary has logits for ids that are no tokens
+    known = tokenizer.VOCAB_SIZE  # a padded vocabulary has logits for ids that are no tokens
     decoder = Decoder(model, rows, sampling, numbers, limit, use_cache, vocab_size=known)
-    return _pieces(decoder, [_RowText(encoding, sampling.stop) for _ in rows])
+    return _pieces(decoder, [_RowText(sampling.stop) for _ in rows])
 
 
-def _pieces(decoder: Decoder, texts: list[_RowText]) -> Iterator[Piece]:
+def _pieces(decoder: Decoder, rows: list[_RowText]) -> Iterator[Piece]:
     """The loop of `stream_text`, apart so that bad input raises at the call, not at first use."""
+    num, spell = 0, tokenizer.get_encoding().decode_single_token_bytes
     with evaluating(decoder.model):
-        for _ in range(decoder.sampling.max_new_tokens):
+        while num < decoder.sampling.max_new_tokens and not all(row.done for row in rows):
+            num += 1
             for r, token in enumerate(decoder.step()):
-                if texts[r].done:
-                    continue
-                piece = texts[r].feed(token)
-                if piece or texts[r].done:
-                    yield Piece(r, piece, texts[r].num_tokens, texts[r].done)
-            if all(text.done for text in texts):
-                return
-    for r, text in enumerate(texts):
-        if not text.done:
-            yield Piece(r, text.finish(), text.num_tokens, True)
+                if not rows[r].done:
+                    end = token == tokenizer.EOT
+                    text = rows[r].feed(b"" if end else spell(token), end)
+                    if text or rows[r].done:
+                        yield Piece(r, text, num, rows[r].done)
+    for r, row in enumerate(rows):
+        if not row.done:
+            yield Piece(r, row.feed(b"", final=True), num, True)
 
 
-def generate_text(
-    model: GPT,
-    encoding: "tiktoken.Encoding",
-    prompts: Sequence[str],
-    sampling: Sampling,
-    **more: Any,
-) -> list[str]:
+def generate_text(model: GPT, prompts: Sequence[str], sampling: Sampling, **more: Any) -> list[str]:
     """The continuation of each row, prompts not included; arguments as for `stream_text`."""
     texts: dict[int, str] = {}
-    for piece in stream_text(model, encoding, prompts, sampling, **more):
+    for piece in stream_text(model, prompts, sampling, **more):
         texts[piece.row] = texts.get(piece.row, "") + piece.text
     return [texts[r] for r in sorted(texts)]

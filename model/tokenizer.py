@@ -11,7 +11,7 @@ import os
 import tempfile
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -91,20 +91,6 @@ def vocab_files() -> tuple[Path, Path]:
     return found[0], found[1]
 
 
-@contextmanager
-def _tiktoken_cache(folder: Path) -> Iterator[None]:
-    """tiktoken reads its cache folder from the environment; leave that as it was."""
-    before = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TIKTOKEN_CACHE_DIR"]
-        else:
-            os.environ["TIKTOKEN_CACHE_DIR"] = before
-
-
 @cache
 def get_encoding() -> tiktoken.Encoding:
     """GPT-2's encoding, loaded once per process."""
@@ -114,8 +100,22 @@ def get_encoding() -> tiktoken.Encoding:
         for target, source in zip(cached.values(), vocab_files(), strict=True):
             if source != target:
                 write_atomically(target, source.read_bytes())
-    with _tiktoken_cache(cache_dir() / "tiktoken"):
+    name, before = "TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ[name] = str(cache_dir() / "tiktoken")  # where tiktoken is told its folder
+    try:
         return tiktoken.get_encoding(ENCODING)
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def check_vocabulary(what: str, vocab_size: int) -> None:
+    """Raise ValueError for a model that lacks tokens of GPT-2's."""
+    if vocab_size < VOCAB_SIZE:
+        raise ValueError(
+            f"{what}: the model has {vocab_size} tokens, the encoding {ENCODING!r} {VOCAB_SIZE}"
+        )
 
 
 def _kind(char: str) -> str:
@@ -195,7 +195,7 @@ def encode(text: str) -> np.ndarray:
     except UnicodeEncodeError as error:
         half = ord(error.object[error.start])
         raise ValueError(
-            f"tokenizer: U+{half:04X} is half of a surrogate pair and no text"
+            f"tokenizer: U+{half:04X} is half of a surrogate pair: the text is not UTF-8"
         ) from None
 
 

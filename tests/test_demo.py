@@ -28,7 +28,9 @@ from model.tokenizer import get_encoding
 gr = pytest.importorskip("gradio", reason="gradio is not installed")
 
 import demo  # noqa: E402 - it imports gradio
-from demo import app, line, screenshot, space  # noqa: E402
+from demo import app, line, space  # noqa: E402
+from demo.texts import shaded, token_chances  # noqa: E402
+from docs.screenshot import start_chromium  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 # Sees every connection and name look-up of the server process, whoever makes it.
@@ -66,7 +68,7 @@ def make_run(folder: Path) -> GPT:
         model.transformer.wte.weight[50257:].zero_()
     model.save_pretrained(folder / "model")
     greedy = Sampling(max_new_tokens=30, temperature=0.0)
-    text = generate_text(model, get_encoding(), ["Recite"], greedy)[0]
+    text = generate_text(model, ["Recite"], greedy)[0]
     (folder / "corpus.txt").write_text(f"{SECRET}. {text} After.")
     samples = "".join(f"[prompt] {p}\n[model] answer\n\n" for p in (" Of my own text", "1 | 2"))
     (folder / "samples.txt").write_text(samples)
@@ -109,7 +111,7 @@ def plain(page: str) -> str:
 def test_last_text_is_what_the_library_generates(run: Path):
     texts, status = ask(app.Models(run), "Hello", seed="5", top_k=40)[-1]
     sampling = Sampling(max_new_tokens=20, temperature=0.8, top_k=40, seed=5)
-    expected = generate_text(GPT.from_pretrained(run), get_encoding(), ["Hello"], sampling)[0]
+    expected = generate_text(GPT.from_pretrained(run), ["Hello"], sampling)[0]
     assert plain(texts) == "Hello" + expected
     assert re.search(r"20 tokens, \d+ tokens/s, seed 5;", status)
 
@@ -136,7 +138,7 @@ def test_shades_are_the_chances_of_the_tokens(run: Path):
     model = app.Models(run).get().model
     text = "one \U0001f600 <b> two" * 9  # longer than the window of 64
     tokens = get_encoding().encode_ordinary("Hello") + get_encoding().encode_ordinary(text)
-    got = app.token_chances(model, "Hello", text)
+    got = token_chances(model, "Hello", text)
     assert b"".join(data for data, _ in got).decode() == text
     window, first = model.trained_context, len(tokens) - len(got)
     with torch.no_grad():
@@ -144,10 +146,10 @@ def test_shades_are_the_chances_of_the_tokens(run: Path):
             chance = got[i][1]
             logits = model(torch.tensor([tokens[: first + i]]))[0, -1]
             assert chance == pytest.approx(logits.softmax(-1)[tokens[first + i]].item(), rel=1e-3)
-    assert app.token_chances(model, "", "one")[0][1] > 0
+    assert token_chances(model, "", "one")[0][1] > 0
     texts, _ = [*app.generate(app.Models(run), "Recite", 0, 0, 1.0, 9, "", 1, chances=True)][-1]
     assert len(re.findall(r'class="chance" style="--p:0\.\d+" title="\d+\.\d%"', texts)) >= 5
-    emoji = app.shaded([(b"\xf0\x9f", 0.5), (b"\x98\x80", 0.5), (b"<", 1.0), (b"\xf0", 1.0)])
+    emoji = shaded([(b"\xf0\x9f", 0.5), (b"\x98\x80", 0.5), (b"<", 1.0), (b"\xf0", 1.0)])
     assert re.sub("<.*?>", "", emoji) == "\U0001f600&lt;\ufffd"
     assert "--p:0.250" in emoji
 
@@ -269,7 +271,7 @@ def test_panel_and_examples_are_of_the_run(run: Path, tmp_path: Path):
 def test_bad_flags(args: list[str], message: str, capsys: pytest.CaptureFixture[str],
                    monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    for main, first in ((app.main, []), (screenshot.main, ["out.png"]), (space.main, ["out"])):
+    for main, first in ((app.main, []), (space.main, ["out"])):
         if "--port" in args and main is not app.main:
             continue
         with pytest.raises(SystemExit) as stop:
@@ -356,7 +358,7 @@ def test_two_texts_at_once_are_what_each_would_be_alone(run: Path):
 
     for i, (texts, _) in enumerate(asyncio.run(both())):
         sampling = Sampling(max_new_tokens=40, temperature=0.8, seed=i)
-        (text,) = generate_text(models.get().model, get_encoding(), [f"Client {i}:"], sampling)
+        (text,) = generate_text(models.get().model, [f"Client {i}:"], sampling)
         assert plain(texts) == f"Client {i}:{text}"
 
 
@@ -437,7 +439,7 @@ def browser(server: tuple[str, Path]) -> Iterator[Any]:
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with sync.sync_playwright() as playwright:
         try:
-            browser = screenshot.start_chromium(playwright)
+            browser = start_chromium(playwright)
         except FileNotFoundError as error:
             pytest.skip(str(error))
         yield browser
@@ -732,7 +734,7 @@ def test_an_error_half_way_leaves_nothing_of_a_space(
     out = tmp_path / "space"
     if exists:
         out.mkdir()
-    monkeypatch.setattr(space, "pins", fail)
+    monkeypatch.setattr(space, "write_atomically", fail)
     with pytest.raises(type(error)):
         space.write_space(out, run)
     assert [*tmp_path.iterdir()] == ([out] if exists else [])

@@ -77,7 +77,7 @@ def test_dropout_is_off():
 
 def test_text(model: GPT):
     text = "Caf\u00e9 \U0001f600: to be or not to be. <|endoftext|> is text here.\n" * 3
-    result = evaluate_text(model, get_encoding(), text.encode())
+    result = evaluate_text(model, text.encode())
     ids = get_encoding().encode_ordinary(text)
     assert result.num_tokens == len(ids) - 1
     assert result.loss == pytest.approx(plain_loss(model, ids, 16), rel=1e-5)
@@ -87,8 +87,8 @@ def test_text(model: GPT):
     assert result.bits_per_byte == pytest.approx(
         result.loss * result.num_tokens / math.log(2) / result.num_bytes
     )
-    assert evaluate_text(model, get_encoding(), text.encode(), max_tokens=5).num_tokens == 4
-    assert evaluate_text(model, get_encoding(), b"\xef\xbb\xbf" + text.encode()) == result
+    assert evaluate_text(model, text.encode(), max_tokens=5).num_tokens == 4
+    assert evaluate_text(model, b"\xef\xbb\xbf" + text.encode()) == result
 
 
 def test_uniform_model_scores_log_vocab():
@@ -106,9 +106,9 @@ def test_bad_input(model: GPT):
     with pytest.raises(ValueError, match="window must be a whole number from 2 to 16"):
         evaluate_tokens(model, np.arange(9), window=17)
     with pytest.raises(ValueError, match="byte 0xff at offset 3"):
-        evaluate_text(model, get_encoding(), b"abc\xff")
+        evaluate_text(model, b"abc\xff")
     with pytest.raises(ValueError, match="the model has 97 tokens"):
-        evaluate_text(GPT(GPTConfig(16, 97, 1, 1, 8)), get_encoding(), b"abc")
+        evaluate_text(GPT(GPTConfig(16, 97, 1, 1, 8)), b"abc")
 
 
 def test_command_line(model: GPT, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from model import GPT, GPTConfig, generate
 from model.decoder import Decoder, generate_tokens
 from model.find import latest_model
 from model.sampling import Sampling, sample
-from model.text import _RowText, generate_text, stream_text
+from model.text import Piece, _pieces, _RowText, generate_text, stream_text
 from model.tokenizer import get_encoding
 from tests.pretend_cuda import pretend_cuda
 
@@ -322,23 +323,15 @@ def test_settings_at_their_ends_choose_a_token_there_is(temperature: float, top_
 # ---- text
 
 
-class ByteEncoding:
-    """One token per byte: every way to cut a character in two occurs."""
-
-    eot_token = 256
-
-    def decode_single_token_bytes(self, token: int) -> bytes:
-        return bytes([token])
-
-
 def feed_bytes(raw: bytes, stop: tuple[str, ...]) -> list[str]:
-    row = _RowText(ByteEncoding(), stop)  # type: ignore[arg-type]
+    """Byte by byte, so that every way to cut a character in two occurs."""
+    row = _RowText(stop)
     pieces = []
     for byte in raw:
-        pieces.append(row.feed(byte))
+        pieces.append(row.feed(bytes([byte])))
         if row.done:
             return pieces
-    return [*pieces, row.finish()]
+    return [*pieces, row.feed(b"", final=True)]
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -364,23 +357,23 @@ def test_incomplete_character_at_the_end_becomes_one_mark():
     assert feed_bytes(b"a\xffb", ()) == ["a", "\ufffd", "b", ""]
 
 
-def test_end_of_text_ends_a_row():
-    row = _RowText(ByteEncoding(), ("xyz",))  # type: ignore[arg-type]
-    assert row.feed(ord("x")) == ""  # might become the stop string
-    assert row.feed(256) == "x"
-    assert row.done
+def test_end_of_text_ends_a_row_and_gives_out_what_was_held():
+    tokens = [*get_encoding().encode_ordinary("x"), get_encoding().eot_token]
+    decoder = Mock(sampling=GREEDY, step=Mock(side_effect=[[token] for token in tokens]))
+    pieces = _pieces(decoder, [_RowText(("xyz",))])  # x might become the stop string
+    assert [*pieces] == [Piece(0, "x", 2, True)]
 
 
 def test_text_is_the_decoded_tokens(text_model: GPT):
     encoding = get_encoding()
     sampling = Sampling(max_new_tokens=120, temperature=1.5, seed=4)
     prompts = ["First Citizen:\n", "", "caf\u00e9 \U0001f600"]
-    texts = generate_text(text_model, encoding, prompts, sampling)
+    texts = generate_text(text_model, prompts, sampling)
     ids = [encoding.encode_ordinary(p) or [encoding.eot_token] for p in prompts]
     tokens = generate_tokens(text_model, ids, sampling, stop_token=encoding.eot_token)
     assert texts == [encoding.decode(row, errors="replace") for row in tokens]
     assert any("\ufffd" in text for text in texts)  # the hard case did occur
-    pieces = [*stream_text(text_model, encoding, prompts[:1], sampling)]
+    pieces = [*stream_text(text_model, prompts[:1], sampling)]
     assert "".join(p.text for p in pieces) == texts[0]
     assert len(pieces) > 50
     assert [p.done for p in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -388,10 +381,10 @@ def test_text_is_the_decoded_tokens(text_model: GPT):
 
 
 def test_stop_string_in_a_model_text(text_model: GPT):
-    encoding, sampling = get_encoding(), Sampling(max_new_tokens=60, seed=1)
-    whole = generate_text(text_model, encoding, ["a"], sampling)[0]
+    sampling = Sampling(max_new_tokens=60, seed=1)
+    whole = generate_text(text_model, ["a"], sampling)[0]
     stop = whole[20:24]
-    cut = generate_text(text_model, encoding, ["a"], replace(sampling, stop=(stop,)))[0]
+    cut = generate_text(text_model, ["a"], replace(sampling, stop=(stop,)))[0]
     assert cut == whole[: whole.index(stop)]
 
 
@@ -402,14 +395,14 @@ def test_tokens_beyond_the_encoding_are_never_chosen():
         model.transformer.wte.weight[50257:] *= 1000
     sampling = Sampling(max_new_tokens=20, temperature=0.0)
     assert max(generate_tokens(model, [[1]], sampling)[0]) >= 50257
-    generate_text(model, get_encoding(), ["a"], sampling)  # such an id has no bytes: would raise
+    generate_text(model, ["a"], sampling)  # such an id has no bytes: would raise
 
 
 def test_long_prompt_is_cropped_left_with_a_line(text_model: GPT):
     encoding, sampling = get_encoding(), Sampling(max_new_tokens=10, temperature=0.0)
     lines: list[str] = []
     long = "one two three four five six seven eight nine ten " * 10
-    text = generate_text(text_model, encoding, ["hi", long], sampling, notify=lines.append)[1]
+    text = generate_text(text_model, ["hi", long], sampling, notify=lines.append)[1]
     ids = encoding.encode_ordinary(long)
     assert lines == [
         f"prompt 2 has {len(ids)} tokens, the window holds 48: only its last 48 are read"
@@ -458,13 +451,13 @@ def test_bad_calls(model: GPT, text_model: GPT):
     for odd in (0, 4097, 10**9, *ODD):
         for call in (generate_text, stream_text):
             with pytest.raises(ValueError, match="num_samples must be a whole number from 1 to 4"):
-                call(text_model, get_encoding(), ["a"], GREEDY, num_samples=odd)
+                call(text_model, ["a"], GREEDY, num_samples=odd)
     with pytest.raises(ValueError, match=r"needs 1 to 4,096 prompts .* got 0"):
         generate_tokens(model, [], GREEDY)
     with pytest.raises(ValueError, match=r"needs 1 to 4,096 prompts .* got 5,000"):
         generate_tokens(model, [[1]] * 5000, GREEDY)
     with pytest.raises(ValueError, match="the model has 197 tokens"):
-        generate_text(model, get_encoding(), ["a"], GREEDY)
+        generate_text(model, ["a"], GREEDY)
     assert generate_tokens(model, [[1]], Sampling(max_new_tokens=0)) == [[]]
 
 
@@ -494,7 +487,7 @@ def test_command_line_streams_a_prompt_from_stdin(runs: Path, text_model: GPT):
     )
     assert done.returncode == 0, done.stderr
     sampling = Sampling(max_new_tokens=20, seed=3)
-    expected = generate_text(text_model, get_encoding(), ["First:\n"], sampling)[0]
+    expected = generate_text(text_model, ["First:\n"], sampling)[0]
     assert done.stdout.decode() == f"First:\n{expected}\n"
     assert b"20 tokens" in done.stderr
 
@@ -535,7 +528,7 @@ def test_command_line_batch(
         ),
         (["--num-samples", "1000000000"], "num_samples must be a whole number from 1 to 4,096"),
         (["--prompt", "-"], "stdin is not UTF-8: byte 0xff at offset 2"),
-        (["--prompt", "\udcff"], "the prompt is not UTF-8"),
+        (["--prompt", "\udcff"], "U+DCFF is half of a surrogate pair: the text is not UTF-8"),
     ],
 )
 def test_command_line_bad_input(
@@ -617,7 +610,7 @@ def test_logits_that_are_not_finite_are_refused(
                 with pytest.raises(ValueError, match="logits are not finite"):
                     generate_tokens(model, [[1], [2, 3]], sampling, use_cache=use_cache)
             with pytest.raises(ValueError, match="logits are not finite"):
-                generate_text(model, get_encoding(), ["a"], sampling)
+                generate_text(model, ["a"], sampling)
     monkeypatch.setattr(GPT, "from_pretrained", lambda _: model)
     code, _, err = call_main(monkeypatch, capsys, runs, "--prompt", "a")
     assert code == 2

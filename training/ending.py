@@ -152,7 +152,7 @@ def write_samples(
     prompts = [decode(np.asarray(text[i : i + PROMPT_TOKENS])) for i in starts]
     sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=run.recipe.seed)
     answers = [""] * len(prompts)
-    for piece in stream_text(model, get_encoding(), prompts, sampling):
+    for piece in stream_text(model, prompts, sampling):
         answers[piece.row] += piece.text
         poll()
     with (run.out / "samples.txt").open("w", encoding="utf-8") as file:

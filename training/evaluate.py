@@ -16,9 +16,9 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,38 +28,25 @@ from torch import Tensor
 from model import GPT, tokenizer
 from model.decoder import evaluating, resolve_window
 from model.edge import check_int, exits, read_stdin, read_utf8
-from model.find import latest_model
+from model.find import latest_model, usable_device
 from training import hellaswag
 from training.documents import find_inputs, is_jsonl, is_table, opened
 from training.metrics import to_json
-
-if TYPE_CHECKING:
-    import tiktoken
 
 PIECE_TOKENS = 1024  # of a text that is not read whole
 MAX_STDIN_BYTES = 1 << 30
 BATCH_TOKENS = 4096  # per forward; more gains nothing on 2 cores and costs memory
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model scores on a text.
+class Evaluation(NamedTuple):
+    """What a model scores on a text."""
 
-    Args:
-        loss: Nats per token.
-        perplexity: exp(loss).
-        bits_per_byte: Of the predicted tokens' UTF-8 bytes.
-        num_tokens: Tokens predicted.
-        num_bytes: Their bytes.
-        window: Row length.
-    """
-
-    loss: float
-    perplexity: float
-    bits_per_byte: float
-    num_tokens: int
-    num_bytes: int
-    window: int
+    loss: float  # nats per token
+    perplexity: float  # exp(loss)
+    bits_per_byte: float  # of the predicted tokens' UTF-8 bytes
+    num_tokens: int  # predicted
+    num_bytes: int  # theirs
+    window: int  # row length
 
 
 def evaluate_tokens(
@@ -129,18 +116,12 @@ def eval_pieces(num_tokens: int, max_tokens: int, T: int, shares: int) -> list[t
 
 
 def evaluate_text(
-    model: GPT,
-    encoding: "tiktoken.Encoding",
-    text: bytes,
-    *,
-    window: int | None = None,
-    max_tokens: int | None = None,
+    model: GPT, text: bytes, *, window: int | None = None, max_tokens: int | None = None
 ) -> Evaluation:
     """Score a text.
 
     Args:
-        model: Its vocabulary must hold the encoding's.
-        encoding: GPT-2's.
+        model: Its vocabulary must hold GPT-2's.
         text: UTF-8; a byte order mark at its beginning is left out.
         window: See `evaluate_tokens`.
         max_tokens: Read no more than the first so many, at least 2.
@@ -150,16 +131,12 @@ def evaluate_text(
     """
     if max_tokens is not None:
         check_int("evaluate", "max_tokens", max_tokens, 2, 10**12)
-    if model.config.vocab_size < encoding.n_vocab:
-        raise ValueError(
-            f"evaluate: the model has {model.config.vocab_size} tokens, the encoding "
-            f"{encoding.name!r} {encoding.n_vocab}"
-        )
+    tokenizer.check_vocabulary("evaluate", model.config.vocab_size)
     tokens = tokenizer.encode(read_utf8("evaluate: the text", text))[:max_tokens]
     loss = evaluate_tokens(model, tokens, window=window)
     if not math.isfinite(loss):
         raise ValueError(f"evaluate: the loss is {loss}; the model's weights are not usable")
-    num_bytes = len(encoding.decode_bytes(tokens[1:].tolist()))
+    num_bytes = len(tokenizer.get_encoding().decode_bytes(tokens[1:].tolist()))
     num = len(tokens) - 1
     return Evaluation(
         loss=loss,
@@ -201,11 +178,7 @@ def _run(options: Options) -> dict[str, Any]:
         raise ValueError("evaluate: name what to score, either --text FILE or --hellaswag FILE")
     if options.max_items is not None:
         check_int("evaluate", "max_items", options.max_items, 1, 10**9)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("evaluate: --device cuda, but torch sees no GPU here; use --device cpu")
+    device = usable_device("evaluate", options.device)
     path = latest_model() if options.model is None else options.model
     if options.text is None:
         items = hellaswag.read_items(options.hellaswag or "", options.max_items)
@@ -221,11 +194,8 @@ def _run(options: Options) -> dict[str, Any]:
         with opened(files[0]) as (unpacked, _):
             text = unpacked.read()
     model = GPT.from_pretrained(path).to(device)
-    encoding = tokenizer.get_encoding()
-    result = evaluate_text(
-        model, encoding, text, window=options.window, max_tokens=options.max_tokens
-    )
-    return {"model": str(path), "text": options.text, **asdict(result)}
+    result = evaluate_text(model, text, window=options.window, max_tokens=options.max_tokens)
+    return {"model": str(path), "text": options.text, **result._asdict()}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,0 +1,133 @@
+"""The models of the page: where they are found, and what is known of their training."""
+
+import html
+import json
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from model import GPT
+from model.find import find_model, latest_model
+from training.plot import inline_svg
+from training.report import CORPUS_FILE, facts, loss_figure
+from training.verdicts import Run, read_run, read_samples, verdicts
+
+MAX_EXAMPLES = 4
+EXAMPLE_CHARS = 80
+NO_MODEL = (
+    "There is no model here yet. Train one with <code>make train</code> (a few minutes on a CPU), "
+    "then reload this page."
+)
+NO_RECORD = "How this model was trained is not known: no record of it lies beside the weights."
+# Rows of training.report.facts that help a visitor.
+PANEL = (
+    "recipe", "model", "training text", "training tokens", "tokens seen",
+    "epochs (times the text was read)",
+    "trained context", "training loss, last 5% of steps", "validation loss",
+    "bits per byte, held-out text", "device",
+)  # fmt: skip
+_loading = threading.Lock()  # also around matplotlib, whose settings are global
+
+
+class Loaded(NamedTuple):
+    """A model with what is known of its training."""
+
+    path: Path
+    model: GPT
+    corpus: bytes
+    panel: str
+    examples: list[str]
+
+
+class Models:
+    """Finds and loads the model when it is first asked for, once.
+
+    Args:
+        path: A run, model folder or .safetensors file; None takes the newest under `runs`.
+        runs: Folder of runs.
+        about: A JSON file with the panel and the examples, as a Space has it; None makes them from
+            the run that the model belongs to. It is shown as it stands.
+        beside: A second model, which answers after the first with the same settings.
+    """
+
+    def __init__(
+        self,
+        path: Path | str | None = None,
+        runs: Path = Path("runs"),
+        about: Path | None = None,
+        beside: Path | str | None = None,
+    ):
+        self.path, self.runs, self.about = path, runs, about
+        self.loaded: Loaded | None = None
+        self.all: list[Models] = [self, *([Models(beside)] if beside is not None else [])]
+
+    def get(self) -> Loaded:
+        """The model.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, or it cannot be read.
+        """
+        with _loading:
+            if self.loaded is None:
+                folder = find_model(latest_model(self.runs) if self.path is None else self.path)
+                model = GPT.from_pretrained(folder).eval()
+                if torch.cuda.is_available():
+                    model = model.cuda()
+                # A run keeps its record beside model/.
+                places = (folder, folder.parent)
+                run = next((p for p in places if (p / "summary.json").is_file()), folder)
+                text = next((p / CORPUS_FILE for p in places if (p / CORPUS_FILE).is_file()), None)
+                corpus = text.read_bytes() if text else b""
+                if self.about:
+                    known = json.loads(self.about.read_text(encoding="utf-8"))
+                else:
+                    known = {
+                        "panel": run_html(read_run(run), model, len(corpus)),
+                        "examples": example_prompts(run),
+                    }
+                self.loaded = Loaded(folder, model, corpus, **known)
+            return self.loaded
+
+
+def example_prompts(run: Path) -> list[str]:
+    """What the run's own samples begin with: words of the text that it was tested on."""
+    prompts = (prompt.strip()[:EXAMPLE_CHARS] for prompt, _ in read_samples(run))
+    worded = (prompt for prompt in prompts if any(map(str.isalpha, prompt)))
+    return [*dict.fromkeys(worded)][:MAX_EXAMPLES]
+
+
+def run_html(run: Run, model: GPT, corpus_bytes: int) -> str:
+    """What is known of the training: verdicts, loss curve, figures."""
+    recipe = run.part("recipe").get("model")
+    size = f"{model.num_parameters():,} parameters"
+    known = dict(facts(run, corpus_bytes))
+    known["model"] = f"{recipe}, {size}" if recipe else size
+    known["trained context"] = f"{model.trained_context:,} tokens"
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(known[name])}</td></tr>"
+        for name in PANEL
+        if name in known
+    )
+    judged = verdicts(run) if run.steps or run.summary else [("note", NO_RECORD)]
+    lines = "".join(f'<p class="{kind}">{html.escape(line)}</p>' for kind, line in judged)
+    curve = inline_svg(loss_figure(run), "loss") if run.steps else ""
+    return f'<div class="run">{lines}<div class="curve">{curve}</div><table>{rows}</table></div>'
+
+
+def error_html(models: Models, error: Exception) -> str:
+    """What went wrong; or, before the first training, what to do."""
+    early = models.path is None and isinstance(error, FileNotFoundError)
+    return NO_MODEL if early else html.escape(str(error))
+
+
+def about(models: Models) -> tuple[str, list[str]]:
+    """The panels and the examples; without a model the reason, and none."""
+    try:
+        loaded = [each.get() for each in models.all]
+    except (OSError, ValueError) as error:
+        return f'<div class="run"><p class="warning">{error_html(models, error)}</p></div>', []
+    heads = [f"<h4>{html.escape(str(each.path))}</h4>" for each in loaded]
+    panels = map("".join, zip(heads, (each.panel for each in loaded), strict=True))
+    return "".join(panels) if len(loaded) > 1 else loaded[0].panel, loaded[0].examples
