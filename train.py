@@ -42,14 +42,15 @@ from training.distributed import ALONE, World, hash_weights, refuse_mismatch, sh
 from training.ending import finish, take_best, write_samples
 from training.explain import explain, probe_steps
 from training.flags import Config, is_due, parse
-from training.guard import Guard, GuardConfig
+from training.guard import Guard
 from training.metrics import RunLog
 from training.optim import configure_adamw
 from training.plan import Choices, Machine, Plan, detect, make_plan
-from training.resume import Progress, RunFailed
+from training.resume import RunFailed
 from training.run import Run, data_loader
 from training.sharding import Shard
 from training.signals import EXIT_RESUMABLE, Stopped, StopRequest
+from training.state import Progress, capture, optimizer_tensors, restore
 from training.step import Outcome, TrainStep, start_process
 from training.verify import compare_first_batch, settle
 from training.watch import Watch
@@ -120,7 +121,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
         refuse_mismatch(world, "weights", {f"--init {cfg.init}": hash_weights(initial)})
     if saved is not None:
         notes = resume.check_recipe(saved, *how) + notes
-        notes += resume.check_rate(saved, recipe) + resume.check_plan(saved, plan)
+        notes += resume.check_plan(saved, plan)
         world.say("\n".join([f"resume: {saved.path}, {saved.step} steps done", *notes]))
     world.first("folder", lambda: folder.make(out, recipe))
     if cfg.cooldown and saved:
@@ -140,8 +141,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     optimizer = configure_adamw(model, recipe, plan.optimizer)
     if plan.shard == "optimizer":
         optimizer.shard = Shard(model.parameters(), world)
-    guard = Guard(GuardConfig(), torch.device(plan.device)) if recipe.guard else None
-    progress = resume.restore(run.saved, model, optimizer, guard) if run.saved else Progress()
+    guard = Guard(plan.device) if recipe.guard else None
+    progress = restore(run.saved, model, optimizer, guard) if run.saved else Progress()
     rows = partial(run.first_rows, progress)
     plan = run.plan = compare_first_batch(model, plan, rows, cfg.choices.ops, world)
     log = run.open_log(progress, cfg.log_every, cfg.loggers)
@@ -156,12 +157,12 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         if progress.step > recipe.max_steps:  # beyond: nothing was done
             return
         if not world.is_main:
-            resume.optimizer_tensors(model, optimizer)  # what this rank alone has, it sends
+            optimizer_tensors(model, optimizer)  # what this rank alone has, it sends
             return
         with log.aside():
             progress.position, progress.metrics_bytes = batches.position, log.num_bytes
-            cost = writer.submit(resume.capture, progress, model, optimizer, guard, recipe, plan,
-                                 run.corpus["sha256"])  # fmt: skip
+            cost = writer.submit(capture, progress, model, optimizer, guard, recipe,
+                                 take_step.plan, run.corpus["sha256"])  # fmt: skip
         log.event("checkpoint", step=progress.step, **cost)
 
     def evaluate() -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -68,6 +69,17 @@ def quoted(value: object) -> str:
     if isinstance(value, dict | list) or (isinstance(value, int) and value.bit_length() > 256):
         return f"a long {type(value).__name__}"
     return one_line(repr(value), 80)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an OSError name `path` where it names none, as one of read or write does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno:
+            error.filename = str(path)
+        raise
 
 
 def is_int(value: Any) -> bool:

@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from model.edge import naming
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -19,7 +21,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
-        yield partial
+        with naming(path):
+            yield partial
         with contextlib.suppress(OSError):  # some file systems keep no modes
             partial.chmod(mode)
         os.replace(partial, path)

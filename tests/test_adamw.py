@@ -16,7 +16,7 @@ from kernels._op import INTERPRETED
 from kernels.adamw import CHUNK
 from kernels.adamw_tables import Slot, Tables
 from model import GPTConfig
-from training import generators, resume
+from training import state as saving
 from training.optim import AdamW, TritonAdamW
 
 # One element, an odd few, a power of two, one past a block, a whole chunk and a ragged one.
@@ -318,30 +318,30 @@ class Holder(nn.Module):
 
 
 def test_checkpoints_restore_in_place(device):
-    """As training/resume.py does it: into live state, or before the first step."""
+    """As training/state.py does it: into live state, or before the first step."""
     parameters = make_parameters(device, SHAPES[:3])
     model, optimizer = Holder(parameters), ours(groups_of(parameters))
     run(optimizer, parameters, range(2))
-    at = {n: t.data_ptr() for n, t in resume.optimizer_tensors(model, optimizer).items()}
-    saved = {n: t.clone() for n, t in resume.optimizer_tensors(model, optimizer).items()}
+    at = {n: t.data_ptr() for n, t in saving.optimizer_tensors(model, optimizer).items()}
+    saved = {n: t.clone() for n, t in saving.optimizer_tensors(model, optimizer).items()}
     weights = {n: t.clone() for n, t in model.state_dict().items()}
     run(optimizer, parameters, range(2, 4))
     want = values(optimizer, parameters)
-    addresses = {n: t.data_ptr() for n, t in resume.optimizer_tensors(model, optimizer).items()}
+    addresses = {n: t.data_ptr() for n, t in saving.optimizer_tensors(model, optimizer).items()}
     assert addresses == at
 
     def restore(target: Any, state: torch.optim.AdamW) -> None:
-        checkpoint = resume.Checkpoint(
+        checkpoint = saving.Checkpoint(
             2,
-            {"model": weights, "optimizer": saved, "rng": generators.states()},
-            {"progress": asdict(resume.Progress(step=2)), "recipe": {"max_steps": 4}, "plan": {}},
+            {"model": weights, "optimizer": saved, "rng": {"cpu": torch.get_rng_state()}},
+            {"progress": asdict(saving.Progress(step=2)), "recipe": {"max_steps": 4}, "plan": {}},
         )
-        resume.restore(checkpoint, target, state, None)
+        saving.restore(checkpoint, target, state, None)
 
     restore(model, optimizer)
     run(optimizer, parameters, range(2, 4))
     assert_same(values(optimizer, parameters), want)
-    addresses = {n: t.data_ptr() for n, t in resume.optimizer_tensors(model, optimizer).items()}
+    addresses = {n: t.data_ptr() for n, t in saving.optimizer_tensors(model, optimizer).items()}
     assert addresses == at
 
     fresh = make_parameters(device, SHAPES[:3])

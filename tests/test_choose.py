@@ -22,6 +22,7 @@ from training.choose import AS_CHOSEN, COMMITTED, STEP
 from training.distributed import ALONE, World
 from training.machines import Machine
 from training.plan import Plan, make_plan
+from training.state import made_on
 
 CARDS = {
     **{name: MACHINES[name] for name in ("A100", "H100", "H200", "4090", "3090", "T4")},
@@ -372,7 +373,7 @@ def test_rank_0_measures_and_tells(measured: list[Any]) -> None:
 
 def test_a_checkpoint_s_choice_goes_on_where_it_was_made() -> None:
     plan = make_plan(RECIPE, H100, Choices(ops="compiled", optimizer="torch"))
-    state = {"plan": vars(plan), "recipe": vars(RECIPE), "made_on": resume.made_on(H100.name)}
+    state = {"plan": vars(plan), "recipe": vars(RECIPE), "made_on": made_on(H100.name)}
     saved = Checkpoint(1, {}, state)
     kept, [line] = resume.adopt(saved, Choices(), RECIPE, H100)
     assert kept == {"ops": "compiled", "compile": True, "compile_scope": "blocks",

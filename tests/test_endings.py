@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 
 import train
 from tests.faults import Small, wait_for
-from training import ending, report, run
+from training import checkpoint, ending, report, run
 from training.metrics import RunLog, read_metrics, to_json
 from training.recipes import Recipe, find_preset
 from training.signals import EXIT_RESUMABLE
+from training.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("heard")
-posix_only = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
 WORDS = "the king said to his people that no man shall want for bread while I have bread to give"
 
 
@@ -64,7 +64,6 @@ def strict(path: Path) -> Any:
 # ---- signals
 
 
-@posix_only
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
 def test_each_signal_saves_and_leaves(name, start, tmp_path, monkeypatch, capsys):
     number = getattr(signal, name)
@@ -86,7 +85,6 @@ def test_each_signal_saves_and_leaves(name, start, tmp_path, monkeypatch, capsys
     assert [s["step"] for s in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]] == [*range(6)]
 
 
-@posix_only
 @pytest.mark.parametrize(("where", "saving"), [("evaluation", "0"), ("samples", "4")])
 def test_the_end_of_a_run_answers_too(where, saving, start, tmp_path, monkeypatch):
     """Within a batch or a token, and the same command does the rest."""
@@ -240,6 +238,20 @@ def test_a_full_disk_at_the_end_is_a_line(what, start, tmp_path, monkeypatch, ca
     assert start("--save-every", "3") == 0
     assert strict(tmp_path / "run" / "summary.json")["final_step"] == 6
     assert "failed" not in {e["event"] for e in read_metrics(tmp_path / "run" / "metrics.jsonl")[2]}
+
+
+def test_rows_that_did_not_fit_are_not_tried_again(start, tmp_path, monkeypatch):
+    run_micro_batches, short = TrainStep._micro_batches, iter([True])
+
+    def run_out_of_memory(self: TrainStep) -> torch.Tensor:
+        if next(short, False):
+            raise torch.OutOfMemoryError("none left")
+        return run_micro_batches(self)
+
+    monkeypatch.setattr(TrainStep, "_micro_batches", run_out_of_memory)
+    assert start("--steps", "1", "--save-every", "1") == 0
+    saved = checkpoint.read(tmp_path / "run" / "checkpoints" / "step-00000001").state["plan"]
+    assert (saved["micro_batch_size"], saved["num_micro_batches"]) == (1, 2)
 
 
 def test_a_log_that_cannot_be_written_costs_the_log(start, tmp_path, monkeypatch, capsys):

@@ -21,11 +21,11 @@ from model import GPT
 from training import checkpoint, resume
 from training.checkpoint import CheckpointError
 from training.distributed import ALONE
-from training.guard import Guard, GuardConfig
+from training.guard import Guard
 from training.optim import configure_adamw
 from training.plan import Choices, detect, make_plan
 from training.recipes import Recipe
-from training.resume import Progress
+from training.state import Progress, capture, restore
 
 RECIPE = Recipe(
     model="smoke,n_layer=1,n_head=1,n_embd=8,block_size=8", block_size=8, batch_size=1, max_steps=12
@@ -44,9 +44,7 @@ def sane(tmp_path_factory: pytest.TempPathFactory) -> Path:
     optimizer.step()
     progress = Progress(STEP, 9, [(3, 5)], 100, [(4, 5.5)])
     plan = make_plan(RECIPE, detect("cpu"), Choices(ops="eager", dtype="fp32", compile=False))
-    saved = resume.capture(
-        progress, model, optimizer, Guard(GuardConfig(), torch.device("cpu")), RECIPE, plan, "abc"
-    )
+    saved = capture(progress, model, optimizer, Guard("cpu"), RECIPE, plan, "abc")
     return checkpoint.write(tmp_path_factory.mktemp("sane"), saved)
 
 
@@ -310,6 +308,6 @@ def test_nothing_is_changed_by_a_checkpoint_that_is_refused(sane: Path) -> None:
     model = GPT(RECIPE.model_config)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"exp_avg must be float32 of shape \(50304, 8\)"):
-        resume.restore(saved, model, configure_adamw(model, RECIPE), None)
+        restore(saved, model, configure_adamw(model, RECIPE), None)
     for name, value in before.items():
         assert torch.equal(model.state_dict()[name], value), name

@@ -11,8 +11,8 @@ import torch
 from kernels._op import INTERPRETED
 from tests.pretend_cuda import pretend_cuda
 from tests.test_step import RECIPE, GuardedStep, choices, make_step, open_batches, plain_loop, run
-from training import resume, step
-from training.guard import Guard, GuardConfig
+from training import state, step
+from training.guard import Guard
 from training.plan import Machine, make_plan
 from training.step import NUM_WARMUP, Outcome
 
@@ -72,7 +72,7 @@ def test_an_overflow_is_skipped_and_no_bad_step(
     taken = fp16_step()
     if captured:
         taken.plan = replace(taken.plan, cuda_graph=True)
-    taken.guard = Guard(GuardConfig(), torch.device("cpu"))
+    taken.guard = Guard("cpu")
     before, scales, norms, bads = weights(taken), [], [], []
     num_steps = NUM_WARMUP + 25
     with pretend_cuda() if captured else nullcontext(), closing(open_batches(taken)) as batches:
@@ -100,7 +100,7 @@ def test_an_overflow_is_skipped_and_no_bad_step(
 def test_gradients_that_no_scale_saves_are_the_guard_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "FIRST_SCALE", 0.5)
     taken = fp16_step()
-    taken.guard = Guard(GuardConfig(), torch.device("cpu"))
+    taken.guard = Guard("cpu")
     hook = next(taken.model.parameters()).register_hook(lambda grad: grad * float("inf"))
     with closing(open_batches(taken)) as batches:
         before = weights(taken)
@@ -116,23 +116,25 @@ def test_a_resume_knows_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     run(taken, 2)
     assert taken.optimizer.loss_scale is not None
     taken.optimizer.loss_scale[0] = 128.0
-    progress = resume.Progress(step=2)
-    saved = resume.capture(
+    progress = state.Progress(step=2)
+    saved = state.capture(
         progress, taken.model, taken.optimizer, None, taken.recipe, taken.plan, "00"
     )
     assert saved.state["loss_scale"] == [128.0, 2.0]
     other = make_step(choices(dtype="fp16", ops="eager"))
     other.optimizer.loss_scale = None  # as when train.py restores: before there is a step
-    resume.restore(saved, other.model, other.optimizer, None)
+    state.restore(saved, other.model, other.optimizer, None)
     again = Step(other.model, other.optimizer, other.recipe, other.plan)
     assert scale_of(again) == [128.0, 2.0]
     held = again.optimizer.loss_scale
-    resume.restore(saved, other.model, other.optimizer, None)  # after a rollback, in place
+    state.restore(saved, other.model, other.optimizer, None)  # after a rollback, in place
     assert again.optimizer.loss_scale is held
-    for odd in ([0.0, 2.0], [1.0], [float("inf"), 0], "x", [1.0, -1.0]):
+    forged = ([0.0, 2.0], [1.0], [float("inf"), 0], "x", [1.0, -1.0], [1e-30, 0], [96.0, 0],
+              [2.0**128, 0], [0.25, 0], [1.0, 1e9], [1.0, float("nan")], {"1": 2})  # fmt: skip
+    for odd in forged:
         saved.state["loss_scale"] = odd
-        with pytest.raises(ValueError, match="loss_scale must be a scale above 0 and a count"):
-            resume.restore(saved, other.model, other.optimizer, None)
+        with pytest.raises(ValueError, match="loss_scale must be a scale, a power of two"):
+            state.restore(saved, other.model, other.optimizer, None)
     # In another dtype there is none.
     plan = replace(other.plan, dtype="fp32")
     assert Step(other.model, other.optimizer, other.recipe, plan).optimizer.loss_scale is None

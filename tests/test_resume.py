@@ -15,7 +15,7 @@ from model import GPT, hf
 from tests.faults import Small, disturb, flip_bytes, wait_for
 from training import checkpoint, folder
 from training.checkpoint import Checkpoint, CheckpointError, Writer, newest_good
-from training.guard import Guard, GuardConfig
+from training.guard import Guard
 from training.metrics import RunLog, read_metrics
 from training.optim import configure_adamw
 from training.recipes import Recipe
@@ -101,11 +101,11 @@ def test_a_resumed_fine_tuning_keeps_the_positions_it_came_with(small):
     model.trained_context = 32
     assert now.config is not None
     tuned = replace(now, config={**now.config, "trained_context": 48, "fine_tuned_context": 32})
-    train.resume.restore(tuned, model, configure_adamw(model, recipe), None)
+    train.restore(tuned, model, configure_adamw(model, recipe), None)
     assert (model.trained_context, model.fine_tuned_context) == (48, 32)
     odd = replace(now, config={**now.config, "trained_context": "all"})
     with pytest.raises(CheckpointError, match="trained_context must be a whole number"):
-        train.resume.restore(odd, model, configure_adamw(model, recipe), None)
+        train.restore(odd, model, configure_adamw(model, recipe), None)
 
 
 def test_checkpoint_of_version_1_still_resumes(small, tmp_path):
@@ -114,12 +114,12 @@ def test_checkpoint_of_version_1_still_resumes(small, tmp_path):
     now = checkpoint.read(run.checkpoints("calm") / f"step-{run.steps:08d}")
     models = [GPT(Recipe(model=MODEL, block_size=32).model_config) for _ in range(2)]
     optimizers = [configure_adamw(m, Recipe(model=MODEL, block_size=32)) for m in models]
-    train.resume.restore(now, models[0], optimizers[0], None)
+    train.restore(now, models[0], optimizers[0], None)
     weights = {name: t.clone() for name, t in models[0].state_dict().items()}
     before = Checkpoint(now.step, {**now.tensors, "model": weights}, now.state)
     back = checkpoint.read(checkpoint.write(tmp_path, before))
     assert back.config is None
-    train.resume.restore(back, models[1], optimizers[1], None)
+    train.restore(back, models[1], optimizers[1], None)
     for name, value in weights.items():
         assert torch.equal(models[1].state_dict()[name], value), name
 
@@ -241,7 +241,7 @@ def judge(guard: Guard, loss: float, norm: float = 1.0) -> bool:
 
 
 def test_guard_finds_bad_steps_and_nothing_else():
-    guard = Guard(GuardConfig(window=8), torch.device("cpu"))
+    guard = Guard("cpu", window=8)
     assert not any(judge(guard, 5.0 + 0.1 * (i % 3)) for i in range(8))
     assert judge(guard, 30.0)
     assert judge(guard, float("nan"))
@@ -253,7 +253,7 @@ def test_guard_finds_bad_steps_and_nothing_else():
 
 def test_guard_tolerates_the_noise_of_training():
     """4,000 losses around a falling mean, sigma 3%: no false alarm."""
-    guard = Guard(GuardConfig(), torch.device("cpu"))
+    guard = Guard("cpu")
     generator = torch.Generator().manual_seed(0)
     noise = 1 + 0.03 * torch.randn(4000, generator=generator)
     bad = sum(judge(guard, float(n) * (3 + 7 * 0.999**i)) for i, n in enumerate(noise))
@@ -341,7 +341,7 @@ def test_checkpoint_of_another_model_is_refused(small):
     model = GPT(Recipe(model=MODEL + ",n_layer=1", block_size=32).model_config)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     with pytest.raises(CheckpointError, match=r"unknown.*transformer\.h\.1"):
-        train.resume.restore(saved, model, optimizer, None)
+        train.restore(saved, model, optimizer, None)
 
 
 def test_the_best_is_saved_when_found_and_kept_over_a_resume(small, monkeypatch):

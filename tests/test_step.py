@@ -22,7 +22,7 @@ from model import GPT
 from tests.pretend_cuda import HOST_READS, pretend_cuda
 from training import metrics
 from training.data import DataLoaderLite, Prefetcher
-from training.guard import Guard, GuardConfig
+from training.guard import Guard
 from training.optim import configure_adamw
 from training.plan import Choices, Machine, detect, make_plan
 from training.recipes import Recipe
@@ -68,7 +68,7 @@ def make_step(asked: Choices, recipe: Recipe = RECIPE, ops: Any = EAGER) -> Guar
     model = GPT(replace(recipe.model_config, vocab_size=500), ops)
     optimizer = configure_adamw(model, recipe, made.optimizer)
     step = GuardedStep(model, optimizer, recipe, made)
-    step.guard = Guard(GuardConfig(), torch.device("cpu"))
+    step.guard = Guard("cpu")
     return step
 
 
@@ -349,13 +349,13 @@ def undone(step: GuardedStep, capture: Callable[[Any], None]) -> Callable[[Any],
 
 
 def test_a_bad_step_is_skipped_and_working_copies_follow_a_rollback() -> None:
-    from training import resume
+    from training import state
 
     step = make_step(choices(dtype="bf16"))
     run(step, 3)
     assert step.guard is not None
-    saved = resume.capture(
-        resume.Progress(step=3), step.model, step.optimizer, step.guard, RECIPE, step.plan, "x"
+    saved = state.capture(
+        state.Progress(step=3), step.model, step.optimizer, step.guard, RECIPE, step.plan, "x"
     )
     kept = {name: copy.detach().clone() for name, copy in step.copies.items()}
     with torch.no_grad():
@@ -386,7 +386,7 @@ def assert_capture_changes_no_bit(asked: Choices, muon: bool = False) -> None:
         made_optimizer = configure_adamw(model, recipe, made.optimizer)
         said: list[str] = []
         step = GuardedStep(model, made_optimizer, recipe, made, say=said.append)
-        step.guard = Guard(GuardConfig(), torch.device("cuda"))
+        step.guard = Guard("cuda")
         with contextlib.closing(Prefetcher(loader(recipe, 8), "cuda")) as batches:
             losses = [step(batches, recipe.learning_rate(s)).loss.clone() for s in range(7)]
         assert (step.graph is not None) == graph, said

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from model.files import write_atomically
-from training.guard import Guard, GuardConfig
+from training.guard import Guard
 from training.metrics import StepRecord
 from training.resume import RunFailed
 from training.signals import StopRequest
@@ -34,7 +33,7 @@ def record(step: int, loss: float = 2.0, norm: float = 1.0, **values) -> StepRec
 
 def watch(*records: StepRecord, guarded: bool = True, target: float = 0.0, alone: bool = True):
     stop = StopRequest()
-    guard = Guard(GuardConfig(), torch.device("cpu")) if guarded else None
+    guard = Guard("cpu") if guarded else None
     log = Log(*records)
     return Watch(log, guard, stop, target, alone), log, stop  # pyright: ignore
 

@@ -20,8 +20,8 @@ from training.distributed import ALONE, World, share
 from training.optim import configure_adamw
 from training.plan import Choices, Machine, make_plan
 from training.recipes import Recipe
-from training.resume import optimizer_tensors
 from training.sharding import Shard
+from training.state import optimizer_tensors
 from training.step import Outcome, TrainStep
 
 RECIPE = Recipe(

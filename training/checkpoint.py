@@ -35,16 +35,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from model.edge import is_int, one_line
+from model.edge import is_int, naming, one_line
 from training import schema
-from training.schema import COUNT, OBJECT, TEXT, Every, Must
+from training.schema import COUNT, OBJECT, TEXT, Every, Mismatch, Must
 
 FORMAT = "fused-gpt-checkpoint"
 VERSION = 2  # 1 had no config.json, and the weights in the layout of the module
 MANIFEST = {
     "format": Must(repr(FORMAT), lambda v: v == FORMAT),
     "version": Must(f"from 1 to {VERSION}", lambda v: is_int(v) and 1 <= v <= VERSION),
-    "step": Must("of at most 8 digits", lambda v: COUNT.holds(v) and v < 10**8),
+    "step": schema.count(10**8 - 1),
     "files": Every({"bytes": COUNT, "sha256": TEXT}, r"[a-z]{1,32}\.(json|safetensors)"),
     "sha256": TEXT,
 }
@@ -57,7 +57,6 @@ _FINITE = {"model", "optimizer"}  # groups without which no run can go on
 # What file systems answer to a call that they lack.
 _LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF,
             errno.EPERM, errno.EACCES, errno.EISDIR, errno.EXDEV}  # fmt: skip
-
 
 # Given a checkpoint without its tensors, the schema of those.
 Expected = Callable[["Checkpoint"], dict[str, dict[str, Must]]]
@@ -89,30 +88,6 @@ class Checkpoint:
     sha256: str = ""
 
 
-@torch.no_grad()
-def snapshot(
-    step: int,
-    tensors: dict[str, dict[str, Tensor]],
-    state: dict[str, Any],
-    config: dict[str, Any] | None = None,
-    best: int | None = None,
-) -> Checkpoint:
-    """Copy live tensors to the host, so that training may go on while the copy is written.
-
-    Args:
-        step: Optimizer steps done.
-        tensors: Groups of live tensors on any device.
-        state: JSON values; copied through JSON so that later changes do not reach the file.
-        config, best: As in Checkpoint.
-    """
-    copies = {
-        # Into new memory of its own layout: what comes may be a transposed view.
-        group: {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in named.items()}
-        for group, named in tensors.items()
-    }
-    return Checkpoint(step, copies, json.loads(json.dumps(state, allow_nan=False)), config, best)
-
-
 def _canonical(value: Any) -> bytes:
     """One byte string per JSON value, so that a flipped byte anywhere changes the meaning."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
@@ -130,16 +105,15 @@ def _as_far_as_possible(say: Callable[[str], None], call: str, lost: str) -> Ite
 
 
 def _write_file(path: Path, data: bytes, say: Callable[[str], None]) -> None:
-    with open(path, "wb") as f:
+    lost = "a power cut may damage the newest checkpoints"
+    with naming(path), open(path, "wb") as f:
         f.write(data)
         f.flush()
-        with _as_far_as_possible(say, "fsync", "a power cut may damage the newest checkpoints"):
+        with _as_far_as_possible(say, "fsync", lost):
             os.fsync(f.fileno())
 
 
 def _fsync_folder(path: Path, say: Callable[[str], None]) -> None:
-    if os.name == "nt":  # folders cannot be opened there; the rename is still atomic
-        return
     lost = "a power cut may lose the newest checkpoint, and a run then goes on from the one before"
     with _as_far_as_possible(say, "fsync folders", lost):
         fd = os.open(path, os.O_RDONLY)
@@ -172,71 +146,60 @@ def write(folder: Path, checkpoint: Checkpoint, say: Callable[[str], None] = pri
         OSError: no space, no permission; nothing is left under the final name and the temporary
             folder is removed.
     """
-    final = folder / f"step-{checkpoint.step:08d}"
-    temporary = folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
     for group in _FINITE & checkpoint.tensors.keys():
         for name, value in checkpoint.tensors[group].items():
             if not torch.isfinite(value).all():
                 raise ValueError(f"{name} of the {group} is not finite")
+    final = folder / f"step-{checkpoint.step:08d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+    aside = folder / f"{_REPLACED}{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    files: dict[str, dict[str, Any]] = {}
+
+    def put(name: str, data: bytes) -> None:
+        _write_file(temporary / name, data, say)
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
     try:
-        temporary.mkdir()
-        files: dict[str, dict[str, Any]] = {}
-
-        def put(name: str, data: bytes) -> None:
-            _write_file(temporary / name, data, say)
-            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
+        temporary.mkdir(parents=True)
         for group, named in checkpoint.tensors.items():
             put(f"{group}.safetensors", save_tensors(named, metadata={"format": "pt"}))
         if checkpoint.config is not None:
             put("config.json", _canonical(checkpoint.config))
         put("state.json", _canonical(checkpoint.state))
-        manifest = {
-            "format": FORMAT,
-            "version": 1 if checkpoint.config is None else VERSION,
-            "step": checkpoint.step,
-            "files": files,
-        }
+        version = 1 if checkpoint.config is None else VERSION
+        manifest = {"format": FORMAT, "version": version, "step": checkpoint.step, "files": files}
         digest = hashlib.sha256(_canonical(manifest)).hexdigest()
         _write_file(temporary / "manifest.json", _canonical({**manifest, "sha256": digest}), say)
         _fsync_folder(temporary, say)
         if final.exists():  # the same step again, after a rollback: the older one steps aside
-            aside = folder / f"{_REPLACED}{final.name}"
             _move(final, aside, say)
-            _move(temporary, final, say)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            _move(temporary, final, say)
+        _move(temporary, final, say)
+        shutil.rmtree(aside, ignore_errors=True)
         _fsync_folder(folder, say)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return final
 
 
 def _read_file(path: Path, limit: int) -> bytes:
     """A regular file of at most `limit` bytes; no link is followed, no pipe waited for."""
-    flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
     try:
-        with open(os.open(path, os.O_RDONLY | flags), "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
                 raise OSError(f"it must be a regular file of at most {limit:,} bytes")
             return file.read(limit + 1)
     except OSError as error:
         reason = "it is a link" if path.is_symlink() else error.strerror or error
-        raise CheckpointError(f"checkpoint {path.parent}: {path.name}: {reason}") from None
+        raise Mismatch(f"{path.name}: {reason}") from None
 
 
-def _parse(path: Path, data: bytes) -> Any:
+def _parse(name: str, data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"checkpoint {path.parent}: {path.name} is no JSON: {error}"
-        ) from None
+        raise Mismatch(f"{name} is no JSON: {error}") from None
 
 
 def read(path: Path, expected: Expected | None = None) -> Checkpoint:
@@ -254,36 +217,32 @@ def read(path: Path, expected: Expected | None = None) -> Checkpoint:
     path = Path(path)
     try:
         return _read(path, expected)
-    except schema.Mismatch as error:
+    except Mismatch as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from None
 
 
 def _read(path: Path, expected: Expected | None) -> Checkpoint:
     if path.is_symlink() or not path.is_dir():
-        why = "a link" if path.is_symlink() else "no such folder"
-        raise CheckpointError(f"checkpoint {path}: {why}")
+        raise Mismatch("a link" if path.is_symlink() else "no such folder")
     raw = _read_file(path / "manifest.json", MAX_JSON_BYTES)
-    manifest = _parse(path / "manifest.json", raw)
+    manifest = _parse("manifest.json", raw)
     schema.check("manifest.json", manifest, MANIFEST)
     files, digest = manifest["files"], manifest["sha256"]
     own = hashlib.sha256(_canonical({k: v for k, v in manifest.items() if k != "sha256"}))
     # Comparing the bytes too: a flip that leaves the parsed value alone is still a flip.
     if digest != own.hexdigest() or raw != _canonical(manifest):
-        raise CheckpointError(f"checkpoint {path}: manifest.json does not match its own checksum")
+        raise Mismatch("manifest.json does not match its own checksum")
 
     def verified(name: str, limit: int) -> bytes:
         data, entry = _read_file(path / name, limit), files[name]
         if len(data) != entry["bytes"]:
-            raise CheckpointError(
-                f"checkpoint {path}: {name} has {len(data)} bytes, "
-                f"the manifest says {entry['bytes']}"
-            )
+            raise Mismatch(f"{name} has {len(data)} bytes, the manifest says {entry['bytes']}")
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise CheckpointError(f"checkpoint {path}: {name} does not match its checksum")
+            raise Mismatch(f"{name} does not match its checksum")
         return data
 
     names = [name for name in files if name.endswith(".json")]
-    texts = {name: _parse(path / name, verified(name, MAX_JSON_BYTES)) for name in names}
+    texts = {name: _parse(name, verified(name, MAX_JSON_BYTES)) for name in names}
     wanted = ("state.json", "config.json")[: manifest["version"]]
     schema.check("manifest.json: files", texts, dict.fromkeys(wanted, OBJECT))
     state, config = texts["state.json"], texts.get("config.json")
@@ -300,9 +259,7 @@ def _read(path: Path, expected: Expected | None) -> Checkpoint:
         try:
             saved.tensors[group] = load_tensors(data)
         except Exception as error:  # of many kinds: another program may have written it
-            raise CheckpointError(
-                f"checkpoint {path}: {name} is unreadable: {one_line(error, 160)}"
-            ) from None
+            raise Mismatch(f"{name} is unreadable: {one_line(error, 160)}") from None
         if kinds is not None:
             schema.check(group, saved.tensors[group], kinds[group])
     return saved
@@ -359,14 +316,12 @@ class Writer:
     """
 
     def __init__(self, folder: Path, keep_last: int, say: Callable[[str], None]):
-        self.folder = folder
-        self.keep_last = keep_last
+        self.folder, self.keep_last = folder, keep_last
         self.say = functools.cache(say)  # what the file system lacks is said once
-        here = paths(folder)
-        self.last_good = step_of(here[-1]) if here else None
+        self.last_good = next((step_of(path) for path in reversed(paths(folder))), None)
         self.failure: str | None = None  # of the last write, if it failed
         self.write_ms = 0.0  # of the last write, on the background thread
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread()
 
     def __enter__(self) -> "Writer":
         return self
@@ -396,9 +351,8 @@ class Writer:
 
     def wait(self) -> None:
         """Return once nothing is in flight."""
-        if self._thread is not None:
+        if self._thread.ident is not None:
             self._thread.join()
-            self._thread = None
 
     def finish(self) -> None:
         """As `wait`, at the end of a run.
@@ -421,6 +375,6 @@ class Writer:
             return
         self.last_good, self.failure = checkpoint.step, None
         self.write_ms = 1e3 * (time.perf_counter() - start)
-        for path in paths(self.folder)[: -self.keep_last or None]:
+        for path in paths(self.folder)[: -self.keep_last]:
             if step_of(path) != checkpoint.best:
                 shutil.rmtree(path, ignore_errors=True)

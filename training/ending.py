@@ -19,8 +19,9 @@ from training.folder import CHECKPOINTS
 from training.metrics import RunLog
 from training.ngrams import ngram_losses
 from training.report import DECODE_TOKENS, report_run
-from training.resume import Progress, RunFailed
+from training.resume import RunFailed
 from training.run import Run
+from training.state import Progress
 
 NUM_SAMPLES = 4
 PROMPT_TOKENS = 8

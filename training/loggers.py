@@ -14,8 +14,9 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 FILES = ID, TABLE = "log-id", "metrics.csv"
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_s", "val_loss", "hellaswag")
@@ -23,21 +24,12 @@ PROJECT = "fused-gpt"
 Logger = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]  # log a row, close
 
 
-class Place(NamedTuple):
-    """A run, as a logger opens it: its folder, its id, recipe and plan, steps done before."""
-
-    folder: Path
-    ident: str
-    config: dict[str, Any]
-    steps_done: int
-
-
-def _tensorboard(place: Place) -> Logger:
+def _tensorboard(folder: Path, ident: str, config: dict[str, Any], steps_done: int) -> Logger:
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     # Hides what an earlier process wrote behind the evaluation that stands before the next step.
-    purged = place.steps_done + 1 if place.steps_done else None
-    writer = SummaryWriter(place.folder / "tensorboard", purge_step=purged)
+    purged = steps_done + 1 if steps_done else None
+    writer = SummaryWriter(folder / "tensorboard", purge_step=purged)
 
     def log(row: dict[str, Any]) -> None:
         for name in row.keys() - {"step"}:
@@ -46,29 +38,27 @@ def _tensorboard(place: Place) -> Logger:
     return log, writer.close
 
 
-def _wandb(place: Place) -> Logger:
+def _wandb(folder: Path, ident: str, config: dict[str, Any], steps_done: int) -> Logger:
     wandb = importlib.import_module("wandb")
     # Without an account it would ask for one; `wandb sync` sends an offline run later.
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT") or PROJECT, id=place.ident, resume="allow",
-        name=place.folder.resolve().name, dir=place.folder, config=place.config, mode=mode,
-        settings=wandb.Settings(console="off"),
-    )  # fmt: skip
+    where = {"project": os.environ.get("WANDB_PROJECT") or PROJECT, "dir": folder, "mode": mode}
+    name, settings = folder.resolve().name, wandb.Settings(console="off")
+    run = wandb.init(id=ident, resume="allow", name=name, config=config, settings=settings, **where)
     run.define_metric("*", step_metric="step")  # its own counter never goes back, as a run may
     return run.log, run.finish
 
 
-def _trackio(place: Place) -> Logger:
+def _trackio(folder: Path, ident: str, config: dict[str, Any], steps_done: int) -> Logger:
     trackio = importlib.import_module("trackio")
-    name = f"{place.folder.resolve().name}-{place.ident}"
-    run = trackio.init(project=PROJECT, name=name, resume="allow", config=place.config)
+    name = f"{folder.resolve().name}-{ident}"
+    run = trackio.init(project=PROJECT, name=name, resume="allow", config=config)
     return lambda row: run.log({k: row[k] for k in row if k != "step"}, row["step"]), run.finish
 
 
-def _csv(place: Place) -> Logger:
-    done = place.folder / "metrics.jsonl"  # cut back to where the run goes on
-    file = (place.folder / TABLE).open("w", newline="", encoding="utf-8", buffering=1)
+def _csv(folder: Path, ident: str, config: dict[str, Any], steps_done: int) -> Logger:
+    done = folder / "metrics.jsonl"  # cut back to where the run goes on
+    file = (folder / TABLE).open("w", newline="", encoding="utf-8", buffering=1)
     table: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
     table.writeheader()
     for line in done.read_bytes().splitlines() if done.is_file() else ():
@@ -80,12 +70,7 @@ def _csv(place: Place) -> Logger:
     return table.writerow, file.close
 
 
-ADAPTERS: dict[str, Callable[[Place], Logger]] = {
-    "tensorboard": _tensorboard,
-    "wandb": _wandb,
-    "trackio": _trackio,
-    "csv": _csv,
-}
+ADAPTERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "csv": _csv}
 
 
 def check_loggers(names: Sequence[str]) -> None:
@@ -102,7 +87,9 @@ class Loggers:
 
     Args:
         names: Of `ADAPTERS`.
-        folder, config, steps_done: See `Place`.
+        folder: Of the run.
+        config: Recipe and plan.
+        steps_done: Before this process.
         say: Told of one that fails.
     """
 
@@ -122,15 +109,15 @@ class Loggers:
         kept = path.read_text(errors="replace") if steps_done and path.is_file() else ""
         if not re.fullmatch("[0-9a-f]{8}", kept):
             path.write_text(kept := secrets.token_hex(4))
-        place = Place(folder, kept, config, steps_done)
         for name in names:
-            if opened := self._try(name, lambda name=name: ADAPTERS[name](place)):
+            opening = partial(ADAPTERS[name], folder, kept, config, steps_done)
+            if opened := self._try(name, opening):
                 self._loggers[name] = opened
 
     def log(self, step: int, **values: Any) -> None:
         """A row of values."""
         for name, (log, _) in [*self._loggers.items()]:
-            self._try(name, lambda log=log: log({"step": step, **values}))
+            self._try(name, partial(log, {"step": step, **values}))
 
     def close(self) -> None:
         """Let each write what it holds."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.text import Text
 from torch import Tensor
 
@@ -25,12 +25,9 @@ from model.edge import printable
 from model.files import write_atomically
 from training.environment import seconds_since_start
 from training.loggers import Loggers
-from training.schema import COUNT, NUMBER, Mismatch, Must, check
+from training.schema import Mismatch, check, of
 
 MAX_LOG_BYTES = 1 << 30  # some 5 million steps
-_MAYBE = Must("a number or null", lambda v: v is None or NUMBER.holds(v))
-_STEP = {"step": COUNT, "loss": _MAYBE, "lr": NUMBER, "grad_norm": _MAYBE, "ms": NUMBER,
-         "tokens_per_s": NUMBER, "mfu": _MAYBE}  # fmt: skip
 _AGAIN = ("hellaswag", "samples")  # events that a resume makes again, at the same step
 _NOT_WRITTEN = ("bad", "position", "stop")  # fields of a record that metrics.jsonl leaves out
 
@@ -73,6 +70,10 @@ class StepRecord:
             f"step {self.step:5d} | loss {self.loss:7.4f} | lr {self.lr:.2e} | norm "
             f"{self.grad_norm:7.3f} | {self.ms:7.1f} ms | {self.tokens_per_s:9,.0f} tok/s{mfu}"
         )
+
+
+_MAY_BE_NULL = dict.fromkeys(("loss", "grad_norm"), of(float | None))
+_STEP = {k: v for k, v in (of(StepRecord) | _MAY_BE_NULL).items() if k not in _NOT_WRITTEN}
 
 
 class RunLog:
@@ -123,17 +124,8 @@ class RunLog:
         self._broken = False  # a line of metrics.jsonl is missing, or half there
         self._pinned: list[Tensor] = []
         self._mark: torch.cuda.Event | float = time.perf_counter()  # where the pending step began
-        self.records: list[StepRecord] = []
-        if not quiet:
-            self.records = _read_records(path, steps_done)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            transient=True,
-            disable=quiet or not sys.stdout.isatty(),
-        )
+        self.records = [] if quiet else _read_records(path, steps_done)
+        self._bar = Progress(transient=True, disable=quiet or not sys.stdout.isatty())
         self._task = self._bar.add_task("training", total=max_steps)
         names = () if quiet else loggers
         self._loggers = Loggers(names, folder, config or {}, steps_done, self.say)
@@ -210,18 +202,8 @@ class RunLog:
         loss, grad_norm, bad, stop = values.tolist()
         self.first_step_s = self.first_step_s or seconds_since_start()
         tokens_per_s = self.tokens_per_step / seconds
-        record = StepRecord(
-            step=step,
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            ms=1000.0 * seconds,
-            tokens_per_s=tokens_per_s,
-            mfu=self.mfu(tokens_per_s),
-            bad=bool(bad),
-            position=position,
-            stop=bool(stop),
-        )
+        speed = (1000.0 * seconds, tokens_per_s, self.mfu(tokens_per_s))
+        record = StepRecord(step, loss, lr, grad_norm, *speed, bool(bad), position, bool(stop))
         self.records.append(record)
         self._unread.append(record)
         self._again_from = None

@@ -21,7 +21,7 @@ from kernels.reference import CHUNK_TOKENS
 from model import GPT
 from model.flops import flops_per_token
 from training.data import DataLoaderLite, Prefetcher, Tokens
-from training.guard import Guard, GuardConfig
+from training.guard import Guard
 from training.machines import num_cores, nvidia_smi
 from training.numerics import DTYPES
 from training.optim import configure_adamw
@@ -196,7 +196,7 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     dtype = torch.bfloat16 if plan.residual == "bf16" else None
     model = GPT(recipe.model_config, plan.op_set, dtype).to(device)
     optimizer = configure_adamw(model, recipe, plan.optimizer)  # pyright: ignore
-    guard = Guard(GuardConfig(), device) if recipe.guard else None
+    guard = Guard(device) if recipe.guard else None
     take = TrainStep(model, optimizer, recipe, plan, say=notes.append)
 
     def update(loss: Tensor) -> Outcome:

@@ -25,7 +25,7 @@ from training.machines import mfu
 from training.metrics import RunLog
 from training.plan import Plan
 from training.recipes import FINETUNE, Recipe
-from training.resume import Progress
+from training.state import Progress
 
 
 @dataclass

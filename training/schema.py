@@ -1,4 +1,4 @@
-"""What a value out of a file must be, written as data and checked in one walk.
+"""What a value out of a file must be, derived from the types that declare it, checked in one walk.
 
 A schema is one of
     Must(words, holds)    a single value
@@ -6,13 +6,17 @@ A schema is one of
     [schema]              an array of any length
     (schema, schema)      an array of exactly these
     Every(schema)         an object of any names that are like its pattern
+
+`of` makes it from a type: a dataclass, a TypedDict, or what their fields are declared as. A bound
+that a type has no word for stands beside it: Annotated[int, count(3)].
 """
 
 import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -44,22 +48,46 @@ class Every:
     names: str = r"\w{1,64}"
 
 
-OBJECT = Must("an object", lambda v: isinstance(v, dict))
-ARRAY = Must("an array", lambda v: isinstance(v, list))
-
-
 def count(most: int) -> Must:
     """A whole number from 0 to `most`."""
     return Must(f"a whole number from 0 to {most}", lambda v: is_int(v) and 0 <= v <= most)
 
 
 COUNT = count(MOST)
-NUMBER = Must("a finite number", lambda v: is_real(v) and -LARGE <= v <= LARGE)
+ARRAY = Must("an array", lambda v: isinstance(v, list))
+OBJECT = Must("an object", lambda v: isinstance(v, dict))
 TEXT = Must("a text of at most 4096 characters", lambda v: isinstance(v, str) and len(v) <= 4096)
-SCALAR = Must(
-    "a number, a text, true, false or null",
-    lambda v: v is None or isinstance(v, bool) or NUMBER.holds(v) or TEXT.holds(v),
-)
+PLAIN = {
+    int: COUNT,
+    float: Must("a finite number", lambda v: is_real(v) and -LARGE <= v <= LARGE),
+    str: TEXT,
+    bool: Must("true or false", lambda v: isinstance(v, bool)),
+    NoneType: Must("null", lambda v: v is None),
+    list: ARRAY,
+    dict: OBJECT,
+}
+
+
+def of(hint: Any) -> Any:
+    """The schema of a type."""
+    kind, args = get_origin(hint) or hint, get_args(hint)
+    if kind in PLAIN and not args:
+        return PLAIN[kind]
+    if kind in (Annotated, NotRequired):
+        return next((extra for extra in args if isinstance(extra, Must)), None) or of(args[0])
+    if kind is Literal:
+        return Must(f"of {', '.join(map(str, args))}", lambda v: isinstance(v, str) and v in args)
+    if kind in (list, tuple):
+        return [of(args[0])] if kind is list else tuple(map(of, args))
+    if kind is dict:
+        return Every(of(args[1]))
+    if kind in (Union, UnionType):  # of single values
+        each = [of(arg) for arg in args]
+        words = " or ".join(one.words for one in each)
+        return Must(words, lambda v: any(one.holds(v) for one in each))
+    optional = getattr(hint, "__optional_keys__", ())  # of a TypedDict
+    hints = get_type_hints(hint, include_extras=True)
+    return {name + "?" * (name in optional): of(hint) for name, hint in hints.items()}
 
 
 def tensor(
@@ -113,8 +141,8 @@ def check(where: str, value: Any, schema: Any) -> None:
             raise Mismatch(f"{where} must have {len(schema)} values, got {len(value)}")
         each = schema if isinstance(schema, tuple) else schema * len(value)
         inside = [(f"{where}[{i}]", *pair) for i, pair in enumerate(zip(value, each, strict=True))]
-    for name, inner, of in inside:
-        check(one_line(name, 160), inner, of)
+    for name, inner, wanted in inside:
+        check(one_line(name, 160), inner, wanted)
 
 
 def _spelled(value: Any) -> str:
