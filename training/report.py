@@ -38,59 +38,23 @@ STYLE = """
 .prompt{opacity:.65}mark{background:#ff9a3c66;color:inherit}
 .curve svg{display:block;width:100%;max-width:640px;height:auto}
 """
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root{color-scheme:light dark}
-body{font:16px/1.5 system-ui,sans-serif;max-width:800px;margin:1em auto;padding:0 1em}
-table{border-collapse:collapse}
-td,th{padding:2px 14px 2px 0;text-align:left;vertical-align:top;font-variant-numeric:tabular-nums}
-pre{background:#88888822;padding:10px}
-pre,td,p,h1{white-space:pre-wrap;overflow-wrap:anywhere}
-@media print{:root{color-scheme:light}.curve,pre,tr{break-inside:avoid}details{display:none}}
-{{ style }}</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% for kind, line in verdicts %}<p class="{{ kind }}">{{ line }}</p>
-{% endfor %}
-<h2>Numbers</h2>
-<table>
-{% for name, value in facts %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
-{% endfor %}</table>
-{% if curves %}<h2>Curves</h2>
-{% for curve in curves %}<div class="curve">{{ curve }}</div>
-{% endfor %}{% endif %}
-{% if published %}<h2>Beside the published run</h2>
-<table>
-<tr><th>step</th><th>published loss</th><th>this run</th></tr>
-{% for row in published %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>
-<p>The published run stopped after 4,176 steps of 4,096 tokens, 50.6 epochs.</p>
-{% endif %}
-{% if overlap and overlap.shares %}<h2>What of the samples stands in the training text</h2>
-<table>
-<tr><th>window, bytes</th><th>share of the samples' windows found verbatim</th></tr>
-{% for size, share in overlap.shares.items() %}
-<tr><td>{{ size }}</td><td>{{ "{:.1%}".format(share) }}</td></tr>
-{% endfor %}</table>
-{% if not whole %}<p>Only the first {{ "{:,}".format(searched) }} bytes of the training text were \
-searched.</p>{% endif %}
-{% if overlap.longest %}<p>The longest stretch, {{ overlap.longest | length }} bytes:</p>
-<pre>{{ overlap.longest.decode("utf-8", "replace") }}</pre>{% endif %}
-{% endif %}
-{% if samples %}<h2>Samples</h2>
-{% if overlap %}<p>Marked: at least 32 bytes found verbatim.</p>{% endif %}
-{% for prompt, text in samples %}<pre><span class="prompt">{{ prompt }}</span>{{ text }}</pre>
-{% endfor %}{% endif %}
-<h2>Configuration</h2>
-<details><summary>config.json</summary><pre>{{ config }}</pre></details>
-</body>
-</html>
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+# What is known of a run in numbers: name, where it is found, format.
+FACTS = """
+training text | corpus_bytes | {:,.0f} bytes
+training tokens | corpus_tokens | {:,.0f}
+tokens seen | tokens_seen | {:,.0f}
+epochs (times the text was read) | epochs | {:.2f}
+steps | steps | {:,.0f}
+trained context | trained_context | {:,.0f} tokens
+training loss, last 5% of steps | train_loss | {:.4f} nats per token
+validation loss | val_loss | {:.4f} nats per token
+perplexity, held-out text | perplexity | {:,.2f}
+bits per byte, held-out text | val_bits_per_byte | {:.3f}
+time in steps | train_s | {:,.1f} s
+time in all, start-up included | wall_s | {:,.1f} s
+speed | tokens_per_s | {:,.0f} tokens/s
+weights file | model_bytes | {:,.0f} bytes
 """
 
 
@@ -101,40 +65,27 @@ def facts(run: Run, corpus_bytes: int = 0) -> list[tuple[str, str]]:
         run: The run.
         corpus_bytes: Size of the training text; 0 where it is not known.
     """
-    summary, nats = run.summary, " nats per token"
     val, parameters = run.val_loss, number(run.config, "parameters")
-    model = str(run.part("recipe").get("model", ""))
     size = f"{parameters:,.0f} parameters" if parameters else ""
-    rows: list[tuple[str, float | None, str]] = [
-        ("training text", corpus_bytes or None, ",.0f bytes"),
-        ("training tokens", number(summary, "corpus_tokens"), ",.0f"),
-        ("tokens seen", number(summary, "tokens_seen"), ",.0f"),
-        ("epochs (times the text was read)", number(summary, "epochs"), ".2f"),
-        ("steps", run.num_steps, ",.0f"),
-        ("trained context", number(summary, "trained_context"), ",.0f tokens"),
-        ("training loss, last 5% of steps", run.train_loss, ".4f" + nats),
-        ("validation loss", val, ".4f" + nats),
-        ("perplexity, held-out text", None if val is None else math.exp(min(val, 99)), ",.2f"),
-        ("bits per byte, held-out text", number(summary, "val_bits_per_byte"), ".3f"),
-        *(
-            (f"validation loss of counting ({name})", loss, ".4f" + nats)
-            for name, loss in run.baselines.items()
-        ),
-        ("time in steps", number(summary, "train_s"), ",.1f s"),
-        ("time in all, start-up included", number(summary, "wall_s"), ",.1f s"),
-        ("speed", number(summary, "tokens_per_s"), ",.0f tokens/s"),
-        ("weights file", number(summary, "model_bytes"), ",.0f bytes"),
-    ]
-    texts = [
+    model = str(run.part("recipe").get("model", ""))
+    found = [
         ("recipe", run.recipe_name),
         ("model", ", ".join(filter(None, (model, size)))),
-        ("device", str(summary.get("device") or run.config.get("device") or "")),
+        ("device", str(run.summary.get("device") or run.config.get("device") or "")),
     ]
-    for name, value, form in rows:
-        spec, _, unit = form.partition(" ")
-        if value is not None:
-            texts.append((name, f"{value:{spec}} {unit}".strip()))
-    return [(name, text) for name, text in texts if text]
+    values = run.summary | {
+        "corpus_bytes": corpus_bytes or None,
+        "steps": run.num_steps,
+        "train_loss": run.train_loss,
+        "val_loss": val,
+        "perplexity": None if val is None else math.exp(min(val, 99)),
+    }
+    for name, key, form in (line.split(" | ") for line in FACTS.strip().splitlines()):
+        if (value := number(values, key)) is not None:
+            found.append((name, form.format(value)))
+    found += [(f"validation loss of counting ({name})", f"{loss:.4f} nats per token")
+              for name, loss in run.baselines.items()]  # fmt: skip
+    return [(name, text) for name, text in found if text]
 
 
 def loss_figure(run: Run) -> "Figure":
@@ -171,40 +122,36 @@ def write_report(folder: Path, corpus: bytes, whole: bool = True) -> list[tuple[
     Returns:
         The verdicts.
     """
-    from jinja2 import Environment  # only at the end of a run
-    from markupsafe import Markup
+    from jinja2 import Template  # only at the end of a run
 
     run, samples = read_run(folder), read_samples(folder)
-    texts = [text for _, text in samples]
-    overlap = find_overlap(texts, corpus) if samples and corpus else None
+    overlap = find_overlap([text for _, text in samples], corpus) if samples and corpus else None
     if corpus and whole and len(corpus) <= KEEP_CORPUS_BYTES:
         write_atomically(folder / CORPUS_FILE, corpus)
     judged, table = verdicts(run, overlap, whole), facts(run, len(corpus) if whole else 0)
-    figures = {}
+    curves = []
     if run.steps:
-        figures["loss"] = loss_figure(run)
-        plot.save(figures["loss"], folder / "loss.png")
-        figures["learning rate, gradient norm, speed"] = plot.step_curves(
-            {
-                "learning rate": points(run.steps, "lr"),
-                "gradient norm before clipping": points(run.steps, "grad_norm"),
-                "tokens per second": points(run.steps, "tokens_per_s"),
-            }
-        )
-    ours = dict(points(run.steps, "loss"))
+        plot.save(figure := loss_figure(run), folder / "loss.png")
+        series = {
+            "learning rate": points(run.steps, "lr"),
+            "gradient norm before clipping": points(run.steps, "grad_norm"),
+            "tokens per second": points(run.steps, "tokens_per_s"),
+        }
+        beside = plot.step_curves(series)
+        curves = [plot.inline_svg(figure, "loss"), plot.inline_svg(beside, ", ".join(series))]
     spans = overlap.spans if overlap else [[] for _ in samples]
-    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE).render(
+    page = Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True).render(
         title=f"Run {folder.resolve().name}",
-        style=Markup(STYLE),
+        style=STYLE,
         verdicts=judged,
         facts=table,
-        curves=[Markup(plot.inline_svg(figure, label)) for label, figure in figures.items()],
-        published=[(f"{step:,}", f"{loss:.3g}", f"{ours[step]:.3g}" if step in ours else "")
-                   for step, loss in run.published],
+        curves=curves,
+        run=run,
+        ours=dict(points(run.steps, "loss")),
         overlap=overlap,
         whole=whole,
         searched=len(corpus),
-        samples=[(prompt, Markup(mark_spans(text, marks)))
+        samples=[(prompt, mark_spans(text, marks))
                  for (prompt, text), marks in zip(samples, spans, strict=True)],
         config=json.dumps(run.config, indent=2),
     )  # fmt: skip
@@ -215,14 +162,16 @@ def write_report(folder: Path, corpus: bytes, whole: bool = True) -> list[tuple[
         "shares": overlap.shares,
         "covered": overlap.covered,
     }
-    content = {
-        "verdicts": [{"kind": kind, "text": line} for kind, line in judged],
-        "facts": dict(table),
-        "train_loss": run.train_loss,
-        "val_loss": run.val_loss,
-        "overlap": found,
-    }
-    write_json(folder / "report.json", content)
+    write_json(
+        folder / "report.json",
+        {
+            "verdicts": [{"kind": kind, "text": line} for kind, line in judged],
+            "facts": dict(table),
+            "train_loss": run.train_loss,
+            "val_loss": run.val_loss,
+            "overlap": found,
+        },
+    )
     return judged
 
 
