@@ -551,6 +551,7 @@ BAD = {
     "no column": (["--text-column", ""], "--text-column is empty"),
     "no tune file": (["--tune-file", ""], "--tune-file is empty"),
     "flags in a config": (["--config", "{tmp}/sly.json"], "data must be a plain value"),
+    "help in a config": (["--config", "{tmp}/help.json"], "help.json: train.py has no flag 'help'"),
     "empty config": (["--config", ""], "--config is empty"),
     "no model": (["--model", ""], "model: unknown size ''"),
     "seed": (["--seed", str(2**64)], "seed must be at most"),
@@ -583,6 +584,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (tmp_path / "foreign.bin").write_bytes(b"\0\0" * 1000)
     sly = {"recipe": {"name": "smoke"}, "flags": {"data": ["a.txt", "--out=elsewhere"]}}
     (tmp_path / "sly.json").write_text(json.dumps(sly))
+    curt = {"recipe": {"name": "smoke"}, "flags": {"help": True, "choices": {}}}
+    (tmp_path / "help.json").write_text(json.dumps(curt))
     (tmp_path / "foreign.json").write_text('{"encoding": "cl100k_base"}')
     monkeypatch.chdir(tmp_path)
     if case == "init and T":

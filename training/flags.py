@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,8 @@ from training.recipes import ABOUT, FINETUNE, Recipe, find_preset, spell_model
 _OF_ONE_RUN = {"out", "resume", "override", "cooldown", "explain", "config"}
 LIST = "list"  # in place of a recipe
 DEFAULT_PRESET = {"cpu": "shakespeare-cpu", "cuda": "shakespeare-124m"}
+_LEAST = {"eval_every": -1, "save_every": -1, "keep_last": 1, "rank_timeout": 1}
+_LEAST |= dict.fromkeys(("sample_every", "hellaswag_every", "log_every"), 0)
 
 
 @dataclass(frozen=True)
@@ -95,26 +97,15 @@ class Config:
 
         Not in __post_init__: tyro would print what is raised there as a box of several lines.
         """
-        bounds = {
-            "eval_every": -1,
-            "save_every": -1,
-            "sample_every": 0,
-            "hellaswag_every": 0,
-            "log_every": 0,
-            "keep_last": 1,
-            "rank_timeout": 1,
-        }
-        for name, least in bounds.items():
+        for name, least in _LEAST.items():
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"config: {name} must be at least {least}, got {value}")
         if self.hellaswag_every and not self.hellaswag:
             raise ValueError("config: --hellaswag-every needs --hellaswag FILE")
-        names = ("out", "init", "hellaswag", "resume", "text_column")
-        given = {name: (getattr(self, name),) for name in names}
-        given |= {"data": self.data, "val": self.val, "tune_file": (self.choices.tune_file,)}
-        for name in (name for name, values in given.items() if "" in values):
-            flag = name.replace("_", "-")
-            raise ValueError(f"config: --{flag} is empty; give a value, or leave it out")
+        for name, value in {**vars(self.choices), **vars(self)}.items():
+            if (value == "" and name != "log_to") or (isinstance(value, tuple) and "" in value):
+                flag = name.replace("_", "-")
+                raise ValueError(f"config: --{flag} is empty; give a value, or leave it out")
         if self.cooldown and self.resume == "never":
             raise ValueError(
                 "config: --cooldown goes on from a checkpoint; leave --resume never out"
@@ -225,24 +216,24 @@ def from_config(path: str) -> list[str]:
         raise ValueError("config: --config is empty; give a value, or leave it out")
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        values = json.loads(file.read_text(encoding="utf-8"))
+        recipe, flags = dict(values["recipe"]), dict(values["flags"])
+        preset, choices = recipe.pop("name"), flags.pop("choices", {})
+        chosen = {**flags, **choices, **recipe, "preset": preset}
     except OSError as error:
         raise OSError(
             f"config: {path} must be a run folder or its config.json: {error.strerror}"
         ) from None
-    except ValueError:  # no UTF-8, so no config.json either
-        text = ""
-    try:
-        values = json.loads(text)
-        recipe, flags = dict(values["recipe"]), dict(values["flags"])
-        chosen = {**flags, **flags.pop("choices", {}), **recipe, "preset": recipe.pop("name")}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(
             f"config: {file} must be the config.json of a run, with its recipe and flags"
         ) from None
-    left_out = _OF_ONE_RUN | {"choices", "name"}
+    left_out = _OF_ONE_RUN
     left_out |= {"model"} if chosen.get("init") else set()  # whose weights decide it
     left_out |= {"max_steps"} if chosen.get("epochs") else set()  # of that text
+    known = {f.name for of in (Config, Choices, Recipe) for f in fields(of)}
+    for name in sorted(chosen.keys() - known):
+        raise ValueError(f"config: {file}: train.py has no flag {quoted(name)}")
     return [word for name, value in chosen.items() if name not in left_out
             for word in _spelled(file, name, value)]  # fmt: skip
 
