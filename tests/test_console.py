@@ -100,7 +100,6 @@ def test_nobody_reads_and_the_run_is_to_stop(pipe, monkeypatch, capfd):
     assert "nobody reads it" in capfd.readouterr().err
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
 def test_a_signal_in_the_middle_of_a_print(monkeypatch):
     """A handler that prints there raises "reentrant call", or waits for itself."""
 
@@ -128,7 +127,6 @@ def test_a_signal_in_the_middle_of_a_print(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
 def test_nohup_is_obeyed(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

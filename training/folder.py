@@ -1,7 +1,7 @@
 """The folder of a run: for one process, with no way out, and nothing of an earlier run lost."""
 
 import contextlib
-import errno
+import fcntl
 import math
 import os
 import re
@@ -54,14 +54,16 @@ def make(folder: Path, recipe: Recipe) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file; --out names a folder")
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    with torch.device("meta"):
+        parameters = GPT(recipe.model_config).parameters()
+    needed, free = 4 * sum(p.numel() for p in parameters) + (1 << 20), math.inf
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"\0" * 4096)
-        with torch.device("meta"):
-            parameters = GPT(recipe.model_config).parameters()
-        needed = 4 * sum(p.numel() for p in parameters) + (1 << 20)
-        free = _free_bytes(folder)
+        with contextlib.suppress(OSError):  # some file systems do not count
+            disk = shutil.disk_usage(folder)
+            free = disk.free if disk.total else math.inf
         if free < needed:
             raise OSError(f"{free:,} bytes free, the model alone needs {needed:,}")
     except OSError as error:
@@ -70,15 +72,6 @@ def make(folder: Path, recipe: Recipe) -> None:
                 path.rmdir()
         reason = error.strerror or error
         raise ValueError(f"out: cannot write to {folder}: {reason}; choose another --out") from None
-
-
-def _free_bytes(folder: Path) -> float:
-    """Of the disk; infinity where the file system does not count."""
-    with contextlib.suppress(OSError):
-        disk = shutil.disk_usage(folder)
-        if disk.total:
-            return disk.free
-    return math.inf
 
 
 @contextlib.contextmanager
@@ -108,20 +101,17 @@ def opened(
 
 def _refuse_links(folder: Path, written: str) -> None:
     """A folder may come from a stranger: a link in it must not choose which file is overwritten."""
-    path = folder / written
-    is_kind = stat.S_ISDIR if written in FOLDERS else stat.S_ISREG
-    if os.path.lexists(path) and not is_kind(path.lstat().st_mode):
-        raise _led_away(path)
-    for entry in path.iterdir() if written in FOLDERS and path.exists() else ():
-        if not (stat.S_ISREG(mode := entry.lstat().st_mode) or stat.S_ISDIR(mode)):
-            raise _led_away(entry)
-
-
-def _led_away(path: Path) -> ValueError:
-    return ValueError(
-        f"run: {path} is a link, a pipe or of another kind than a run makes it; a run writes to "
-        "its own files only: remove it, or choose another --out (which may be a link itself)"
-    )
+    path, inside = folder / written, written in FOLDERS
+    kinds = {path: [stat.S_IFDIR if inside else stat.S_IFREG]} if os.path.lexists(path) else {}
+    if inside and path.is_dir() and not path.is_symlink():
+        kinds |= {entry: [stat.S_IFREG, stat.S_IFDIR] for entry in path.iterdir()}
+    for entry, allowed in kinds.items():
+        if stat.S_IFMT(entry.lstat().st_mode) not in allowed:
+            raise ValueError(
+                f"run: {entry} is a link, a pipe or of another kind than a run makes it; a run "
+                "writes to its own files only: remove it, or choose another --out (which may be a "
+                "link itself)"
+            )
 
 
 def _set_aside(folder: Path, saved: Checkpoint | None, say: Callable[[str], None]) -> None:
@@ -157,40 +147,21 @@ def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         ValueError: another process holds it; the message names that process.
     """
     with open(path, "a+", encoding="utf-8") as f:
-        try:
-            held = _try_lock(f.fileno())
-        except OSError as error:
-            held = True
-            say(
-                f"run: this file system has no locks ({error.strerror}); a second process in "
-                f"{path.parent} would not be noticed"
-            )
         f.seek(0)
-        if not held:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             holder = f.read(32).strip()
             raise ValueError(
                 f"run: {path.parent} is in use by process {holder if holder.isdecimal() else '?'}; "
                 "wait for it or choose another --out"
+            ) from None
+        except OSError as error:
+            say(
+                f"run: this file system has no locks ({error.strerror}); a second process in "
+                f"{path.parent} would not be noticed"
             )
         f.truncate()
         f.write(f"{os.getpid()}\n")
         f.flush()
         yield
-
-
-def _try_lock(fd: int) -> bool:
-    """False where another process holds it; OSError where there are no locks."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # pyright: ignore
-        else:
-            import fcntl
-
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-            raise
-        return False
-    return True

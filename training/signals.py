@@ -18,7 +18,7 @@ from typing import Any
 EXIT_RESUMABLE = 75
 EXIT_AT_ONCE = 130  # 128 + SIGINT, what a shell reports for an interrupted program
 
-_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # the last two do not exist on Windows
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Stopped(Exception):
@@ -50,10 +50,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._thread.start()
-        for name in _SIGNALS:
-            number = getattr(signal, name, None)
+        for number in _SIGNALS:
             # nohup has SIGHUP ignored, and means it.
-            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -78,6 +77,5 @@ class StopRequest:
 
 def ignore() -> None:
     """Let the process end by itself: its work is done and its exit code decided."""
-    for name in _SIGNALS:
-        if number := getattr(signal, name, None):
-            signal.signal(number, signal.SIG_IGN)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
