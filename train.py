@@ -27,7 +27,6 @@ import torch
 from model import GPT, hf
 from model.edge import one_line
 from training import (
-    checkpoint,
     console,
     distributed,
     folder,
@@ -36,6 +35,7 @@ from training import (
     resume,
     signals,
 )
+from training.checkpoint import CheckpointError, Writer
 from training.choose import take_fastest
 from training.data import Corpus, load_corpus
 from training.distributed import ALONE, World, hash_weights, refuse_mismatch, share
@@ -149,7 +149,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     take_step = TrainStep(model, optimizer, recipe, plan, world, log.say)
     batches = run.open_batches(progress)
     run.write_config(model)
-    writer = checkpoint.Writer(run.out / "checkpoints", cfg.keep_last, log.say)
+    writer = Writer(run.out / "checkpoints", cfg.keep_last, log.say)
     saves_at_end = cfg.saves or optimizer.shard is not None  # which all ranks are needed for
     watch = Watch(log, guard, stop, recipe.target_loss, alone=world.size == 1)
 
@@ -255,7 +255,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     return 0
 
 
-def leave(run: Run, step: int, writer: checkpoint.Writer, log: RunLog, stop: StopRequest) -> int:
+def leave(run: Run, step: int, writer: Writer, log: RunLog, stop: StopRequest) -> int:
     """Say how to go on; the checkpoint is on disk when this returns."""
     writer.finish()
     if run.world.size > 1 and run.world.is_main:
@@ -301,31 +301,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             opened = folder.opened(run.out, run.saved, world.say, restarted)
             if world.first("stopped", lambda: held.enter_context(opened)):
                 return EXIT_RESUMABLE
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RunFailed) as error:
             world.complain(f"train.py: {one_line(error)}")
-            return 2
-        except RunFailed as error:
-            world.complain(f"train.py: {one_line(error)}")
-            return 1
+            return 1 if isinstance(error, RunFailed) else 2
         stop.say = world.say
         held.enter_context(stop)
         world.say(run.introduce())
         try:
             return train(cfg, run, stop)
-        except (RunFailed, checkpoint.CheckpointError, torch.OutOfMemoryError) as error:
-            print(f"train.py: {one_line(error)}", file=sys.stderr)
-            return 1
-        except OSError as error:  # a full disk, a file system that went away
-            way_out = "the same command goes on from its newest checkpoint"
-            line = one_line(f"{error}; what {run.out} holds stays, and {way_out}")
+        except (ValueError, OSError, RuntimeError) as error:
+            line, way_out = one_line(error), "the same command goes on from its newest checkpoint"
+            if isinstance(error, OSError):  # a full disk, a file system that went away
+                line = one_line(f"{error}; what {run.out} holds stays, and {way_out}")
+            elif not isinstance(error, RunFailed | CheckpointError | torch.OutOfMemoryError):
+                if not (isinstance(error, RuntimeError) and distributed.is_peers_fault(error)):
+                    raise
+                lost = f"distributed: rank {world.rank} lost the others"
+                line = f"{lost}: {one_line(error, 160)}; {way_out}"
             print(f"train.py: {line}", file=sys.stderr)
-            return 1
-        except RuntimeError as error:
-            if not distributed.is_peers_fault(error):
-                raise
-            line = f"distributed: rank {world.rank} lost the others: {one_line(error, 160)}"
-            way_out = "the same command goes on from its newest checkpoint"
-            print(f"train.py: {line}; {way_out}", file=sys.stderr)
             return 1
 
 
