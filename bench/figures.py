@@ -45,18 +45,17 @@ class Figure:
     draw: Callable[[Result, list[Any]], "Axes"]
 
 
-def latest(results: Sequence[Result], device: str, section: str, keep: Keep = bool) -> Found:
-    """The newest result with rows that `keep` takes, and those of them that may be shown."""
-    result = newest(results, device, section, keep)
-    return result, [row for row in shown(result.rows(section)) if keep(row)] if result else []
+def latest(results: Sequence[Result], device: str, section: str, **want: Any) -> Found:
+    """The newest result with such rows, and those of them that may be shown."""
+    result, rows = newest(results, device, section, with_values(**want))
+    return result, shown(rows)
 
 
 def step_rows(device: str, results: Sequence[Result]) -> Found:
     """Of one size; on a GPU that of the goals, whatever was measured last."""
     result, rows = latest(results, device, "step")
     first = next(filter(with_values(**LARGE), rows), rows[0] if rows else None)
-    size = ("model", "shape", "accum")
-    return result, [r for r in rows if all(getattr(r, k) == getattr(first, k) for k in size)]
+    return result, [row for row in rows if all(getattr(row, k) == getattr(first, k) for k in LARGE)]
 
 
 def draw_step(result: Result, rows: list[StepRow]) -> "Axes":
@@ -83,7 +82,7 @@ def op_sizes(rows: Iterable[OpRow]) -> list[str]:
 
 def op_rows(device: str, results: Sequence[Result]) -> Found:
     """Of one size, those that have a time of eager's to be held against."""
-    result, rows = latest(results, device, "ops", with_values(mode="both", sweep=False))
+    result, rows = latest(results, device, "ops", mode="both", sweep=False)
     rows = [row for row in rows if row.provider == "eager" or "eager" in row.over]
     return result, [row for row in rows if row.shape == op_sizes(rows)[0]]
 
@@ -119,10 +118,8 @@ def warmest(rows: Iterable[SeedRow]) -> SeedRow | None:
 
 
 def curve_rows(results: Sequence[Result]) -> Found:
-    def keep(row: SeedRow) -> bool:
-        return row.text == "tiny Shakespeare" and not row.doubt and bool(row.curve)
-
-    result, rows = latest(results, "cuda", "seed", keep)
+    keep: Keep = lambda row: row.text == "tiny Shakespeare" and row.curve and not row.doubt  # noqa: E731
+    result, rows = newest(results, "cuda", "seed", keep)
     return result, [row for row in rows if row is warmest(rows)]
 
 
@@ -134,7 +131,7 @@ def draw_curve(result: Result, rows: list[SeedRow]) -> "Axes":
 
 
 def sweep_rows(op: str, results: Sequence[Result]) -> Found:
-    return latest(results, "cuda", "ops", with_values(op=op, mode="both", sweep=True))
+    return latest(results, "cuda", "ops", op=op, mode="both", sweep=True)
 
 
 def draw_sweep(result: Result, rows: list[OpRow]) -> "Axes":
@@ -144,8 +141,7 @@ def draw_sweep(result: Result, rows: list[OpRow]) -> "Axes":
     for name in dict.fromkeys(row.provider for row in rows):
         line = {labels.index(row.shape): row.gbs if row.tflops is None else row.tflops
                 for row in rows if row.provider == name}  # fmt: skip
-        xs = sorted(line)
-        axes.plot(xs, [line[x] for x in xs], ".-", color=colour(name), label=name)
+        axes.plot(*zip(*sorted(line.items()), strict=True), ".-", color=colour(name), label=name)
     axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=20)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, frameon=False)
@@ -165,29 +161,18 @@ FIGURES: dict[str, Figure] = {
 }  # fmt: skip
 
 
-def fingerprint(rows: Sequence[Row]) -> str:
+def to_draw(results: Sequence[Result]) -> dict[str, tuple[Result, list[Any]]]:
+    """By figure what it shows; those without data are left out."""
+    found = {name: figure.find(results) for name, figure in FIGURES.items()}
+    return {name: (result, rows) for name, (result, rows) in found.items() if result and rows}
+
+
+def mark(rows: Sequence[Row]) -> str:
     """Of the rows a figure shows; it stands in the SVG, so a stale figure is found."""
-    values = [row.values() for row in rows]
-    return "rows " + hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    values = json.dumps([row.values() for row in rows], sort_keys=True)
+    return f"rows {hashlib.sha256(values.encode()).hexdigest()[:16]}"
 
 
-def draw_all(results: Sequence[Result], folder: Path) -> list[str]:
-    """Draw every figure that has data; their names."""
-    drawn = []
-    for name, figure in FIGURES.items():
-        result, rows = figure.find(results)
-        if result is not None and rows:
-            drawing: Any = figure.draw(result, rows).figure
-            plot.save(drawing, folder / f"{name}.svg", fingerprint(rows))
-            drawn.append(name)
-    return drawn
-
-
-def stale(results: Sequence[Result], folder: Path) -> list[str]:
-    """Figures that are missing, or show other rows than the results have."""
-    found = []
-    for name, figure in FIGURES.items():
-        rows, path = figure.find(results)[1], folder / f"{name}.svg"
-        if rows and (not path.exists() or fingerprint(rows) not in path.read_text()):
-            found.append(name)
-    return found
+def draw(name: str, result: Result, rows: list[Any], path: Path) -> None:
+    drawing: Any = FIGURES[name].draw(result, rows).figure
+    plot.save(drawing, path, mark(rows))

@@ -219,7 +219,8 @@ def take_rows(command: Command, ended: child.Ended, path: Path, results: record.
     results.add("checks", *found)
     if path.exists():
         written = record.load(path)
-        results.absorb(written)
+        results.join(written)
+        results.write(results.path)
         path.unlink()
         found += [row for rows in written.sections.values() for row in rows]
     if ended.why and not any(row.doubt for row in found):

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bench import cli, record
-from bench.record import with_values
 from bench.rows import StepRow
 from model.flops import flops_per_token, num_parameters
 from training.distributed import World, share
@@ -42,13 +41,13 @@ def read_cards(text: str) -> tuple[int, str]:
 
 def rate(recipe: Recipe, card: str) -> tuple[float, str]:
     """Tokens per second of one card, and where they come from."""
-    ours = with_values(provider="ours bf16")
-    result = record.newest(record.load_all(), "cuda", "step", ours)
+    ours = record.with_values(provider="ours bf16")
+    result, rows = record.newest(record.load_all(), "cuda", "step", ours)
     figures = find_card(card)
     assert result is not None, "result files are part of the checkout"
     assert figures is not None
-    rows: list[StepRow] = [row for row in result.rows("step") if ours(row)]
-    row, name = max(rows, key=lambda row: row.tokens_per_s), result.device["name"]
+    row: StepRow = max(rows, key=lambda row: row.tokens_per_s)
+    name = result.device["name"]
     reached = row.tflops_palm / (row.peak_tflops or figures.tflops)
     flops = flops_per_token(recipe.model_config, recipe.block_size)
     measured = (recipe.model, figures) == (row.model, find_card(name))

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,12 +25,13 @@ import torch
 from bench.rows import SECTIONS, Row, merged
 from model.files import write_atomically
 from training.child import ROOT
-from training.environment import package_version
+from training.environment import git, package_version
 from training.machines import cpu_name, nvidia_smi
 
 RESULTS = ROOT / "bench/results"
 SCHEMA = "fused-gpt/bench/2"
 ONE_FILE = ("device", "commit", "torch", "triton")  # the same for all rows of a file
+MADE = ("bench/results", "bench/plots", "docs/results.md", "README.md")  # by the bench itself
 Keep = Callable[[Any], bool]
 
 
@@ -58,25 +58,10 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def git_state() -> tuple[str, bool]:
-    """Commit and whether tracked files differ from it; ("unknown", True) outside a checkout.
-
-    Result files and the report made from them do not count: writing them is what the bench does.
-    """
-    made = ("bench/results", "bench/plots", "docs/results.md", "README.md")
-    others = ["--", ".", *(f":!{path}" for path in made)]
-    try:
-        commit, changed = (
-            subprocess.run(
-                ["git", *command], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
-            ).stdout.strip()
-            for command in (
-                ["rev-parse", "HEAD"],
-                ["status", "--porcelain", "--untracked-files=no", *others],
-            )
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown", True
-    return commit, bool(changed)
+    """Commit and whether tracked files differ from it, MADE left out; ("unknown", True) if so."""
+    status = ["status", "--porcelain", "--untracked-files=no", "--", "."]
+    changed = git(ROOT, *status, *(f":!{path}" for path in MADE))
+    return git(ROOT, "rev-parse", "HEAD") or "unknown", changed != ""
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
@@ -112,12 +97,6 @@ class Result:
     @property
     def device(self) -> dict[str, Any]:
         return self.about["device"]
-
-    @property
-    def file_name(self) -> str:
-        cores = f" {self.device['cores']} cores" if self.device["type"] == "cpu" else ""
-        slug = re.sub(r"[^a-z0-9]+", "-", (self.device["name"] + cores).lower()).strip("-")
-        return f"{slug}-{self.about['commit'][:8]}.json"
 
     def rows(self, section: str) -> list[Any]:
         """Rows of a section, of the type that SECTIONS has for it."""
@@ -160,8 +139,8 @@ class Results(Result):
     """The open result file of this device and commit.
 
     Args:
-        path: File or folder; a folder gets the file's usual name.
         device: Where the rows come from.
+        path: File or folder; a folder gets a file named after device and commit.
         commit: As in `environment`.
 
     Raises:
@@ -170,7 +149,10 @@ class Results(Result):
 
     def __init__(self, device: torch.device, path: Path = RESULTS, commit: str | None = None):
         super().__init__(environment(device, commit))
-        self.path = path if path.suffix == ".json" else path / self.file_name
+        cores = f" {self.device['cores']} cores" if self.device["type"] == "cpu" else ""
+        slug = re.sub(r"[^a-z0-9]+", "-", (self.device["name"] + cores).lower()).strip("-")
+        name = f"{slug}-{self.about['commit'][:8]}.json"
+        self.path = path if path.suffix == ".json" else path / name
         self.path.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
         if self.path.exists():
             before = load(self.path)
@@ -179,18 +161,12 @@ class Results(Result):
 
     def add(self, section: str, *rows: Row) -> None:
         """Insert or replace rows and write the file."""
-        assert all(isinstance(row, SECTIONS[section]) for row in rows)
         self.sections[section] = merged(self.rows(section), rows)
         self.write(self.path)
 
     def put(self, name: str, value: Any) -> None:
         """Set what is not a list of rows, such as limits, and write the file."""
         self.about[name] = value
-        self.write(self.path)
-
-    def absorb(self, later: Result) -> None:
-        """Take over what another result holds, and write the file."""
-        self.join(later)
         self.write(self.path)
 
 
@@ -209,7 +185,7 @@ def load(path: Path) -> Result:
     """Read a result file; ValueError if it is none."""
     try:
         data = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(f"bench: {path.name} is not JSON ({error})") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
@@ -224,15 +200,14 @@ def load(path: Path) -> Result:
 
 def load_all(folder: Path = RESULTS) -> list[Result]:
     """The results of a folder, newest last; those of one device, commit and versions as one."""
-    found: list[Result] = []
+    found: dict[str, Result] = {}
     loaded = map(load, sorted(folder.glob("*.json")))
     for result in sorted(loaded, key=lambda result: result.about["date"]):
-        same = [x for x in found if all(x.about[k] == result.about[k] for k in ONE_FILE)]
-        for earlier in same:
-            found.remove(earlier)
+        key = json.dumps([result.about[name] for name in ONE_FILE])
+        if earlier := found.pop(key, None):
             earlier.join(result)
-        found += same or [result]
-    return found
+        found[key] = earlier or result
+    return [*found.values()]
 
 
 def with_values(**want: Any) -> Keep:
@@ -241,8 +216,14 @@ def with_values(**want: Any) -> Keep:
 
 
 def newest(
-    results: Sequence[Result], device_type: str, section: str, keep: Keep = bool
-) -> Result | None:
-    """The latest result of that kind of device that has such rows (by default any) in `section`."""
-    of_kind = (r for r in reversed(results) if r.device["type"] == device_type)
-    return next((r for r in of_kind if any(map(keep, r.rows(section)))), None)
+    results: Sequence[Result], device_type: str, section: str, keep: Keep = lambda row: True
+) -> tuple[Result | None, list[Any]]:
+    """The latest result of that kind of device with rows in `section` that `keep` takes, and them.
+
+    Without one, None and no rows.
+    """
+    for result in reversed(results):
+        rows = [row for row in result.rows(section) if keep(row)]
+        if rows and result.device["type"] == device_type:
+            return result, rows
+    return None, []

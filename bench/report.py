@@ -25,7 +25,7 @@ from bench import cli, figures, record
 from bench.contestants import ABLATION
 from bench.figures import LARGE, op_sizes, warmest
 from bench.record import Keep, Result, newest, with_values
-from bench.rows import CheckRow, OpRow, ProfileRow, SeedRow, StepRow, TuneRow
+from bench.rows import CheckRow, SeedRow, StepRow
 from bench.tables import (
     cell,
     device_line,
@@ -59,16 +59,16 @@ def of(section: str, keep: Keep, get: Callable[[Any], float | None]) -> Figure:
     return figure
 
 
-def _step(
+def of_step(
     setup: dict[str, Any], get: Callable[[StepRow], float | None], who: str = "ours bf16"
 ) -> Figure:
     return of("step", with_values(**setup, provider=who), get)
 
 
-def _peak_share(result: Result) -> float | None:
-    ours, theirs = (
-        _step(LARGE, lambda row: row.peak_gib, who)(result) for who in ("ours bf16", "compile bf16")
-    )
+def peak_share(result: Result) -> float | None:
+    """Of ours in that of the compiled baseline."""
+    who = ("ours bf16", "compile bf16")
+    ours, theirs = (of_step(LARGE, lambda row: row.peak_gib, name)(result) for name in who)
     return None if ours is None or theirs is None else ours / theirs
 
 
@@ -77,22 +77,21 @@ class Goal:
     """A bound on a figure.
 
     Args:
-        what: The figure, in words.
-        must: The bound, in words.
+        what, must: The figure and the bound, in words.
         bound: The bound.
-        at_least: Whether the figure must reach the bound; else it must not exceed it.
-        figure: Finds it in a result.
+        figure: Finds the figure in a result.
         unit: Written after it.
         digits: After the point; rounded against us, so a figure never looks better than it is.
+        at_least: Whether the figure must reach the bound; else it must not exceed it.
     """
 
     what: str
     must: str
     bound: float
-    at_least: bool
     figure: Figure
     unit: str = ""
     digits: int = 0
+    at_least: bool = False
 
     def text(self, figure: float) -> str:
         units = round(figure * 10**self.digits, 4)  # 1.15 * 100 is 114.99999999999999
@@ -103,39 +102,41 @@ class Goal:
         """Figure, commit and verdict by the newest result of a GPU that measured it, and that."""
         for result in reversed(results):
             figure = self.figure(result) if result.device["type"] == "cuda" else None
-            if figure is not None:
-                met = figure >= self.bound if self.at_least else figure <= self.bound
+            if figure is None:
+                continue
+            met = figure >= self.bound if self.at_least else figure <= self.bound
+            if math.isnan(figure):
                 said = ["not shown: in doubt", "open"]
-                if math.isinf(figure):
-                    said = ["not reached", "short"]
-                elif not math.isnan(figure):
-                    said = [self.text(figure), "met" if met else "short"]
-                return [said[0], result.about["commit"][:8], said[1]], result
+            elif math.isinf(figure):
+                said = ["not reached", "short"]
+            else:
+                said = [self.text(figure), "met" if met else "short"]
+            return [said[0], result.about["commit"][:8], said[1]], result
         return ["", "", "open"], None
 
 
-_SPEEDUP = _step(LARGE, lambda row: row.over.get("compile bf16"))
-_COLD, _WARM = (
+SPEEDUP = of_step(LARGE, lambda row: row.over.get("compile bf16"))
+RATE = of_step(LARGE, lambda row: row.tokens_per_s)
+SEED_RATE = of_step(SEED, lambda row: row.tokens_per_s)
+COLD, WARM = (
     of("seed", with_values(cache=cache), lambda row: row.first_step_s) for cache in ("cold", "warm")
 )
-_SECONDS = of(
+SECONDS = of(
     "seed",
     with_values(cache="warm", text="tiny Shakespeare"),
     lambda row: row.seconds if row.reached else math.inf,
 )
 GOALS = (
-    Goal("tokens/s over plain PyTorch compiled, B=64 T=1024", "1.10x", 1.10, True,
-         _SPEEDUP, "x", 2),
-    Goal("the same, aim", "1.20x", 1.20, True, _SPEEDUP, "x", 2),
-    Goal("tokens/s there, aim", "600,000", 600_000, True,
-         _step(LARGE, lambda row: row.tokens_per_s)),
-    Goal("Shakespeare recipe to loss < 0.09, warm caches", "60 s", 60, False, _SECONDS, " s", 1),
-    Goal("the same recipe as four separate micro-batches, tokens/s", "200,000", 200_000, True,
-         _step(SEED, lambda row: row.tokens_per_s)),
-    Goal("peak memory over the compiled baseline's, B=64 T=1024", "two thirds", 2 / 3, False,
-         _peak_share, "", 3),
-    Goal("process start to first step, cold caches", "30 s", 30, False, _COLD, " s", 1),
-    Goal("process start to first step, warm caches", "6 s", 6, False, _WARM, " s", 1),
+    Goal("tokens/s over plain PyTorch compiled, B=64 T=1024", "1.10x", 1.1, SPEEDUP, "x", 2, True),
+    Goal("the same, aim", "1.20x", 1.2, SPEEDUP, "x", 2, True),
+    Goal("tokens/s there, aim", "600,000", 6e5, RATE, at_least=True),
+    Goal("Shakespeare recipe to loss < 0.09, warm caches", "60 s", 60, SECONDS, " s", 1),
+    Goal("the same recipe as four separate micro-batches, tokens/s", "200,000", 2e5, SEED_RATE,
+         at_least=True),
+    Goal("peak memory over the compiled baseline's, B=64 T=1024", "two thirds", 2 / 3, peak_share,
+         digits=3),
+    Goal("process start to first step, cold caches", "30 s", 30, COLD, " s", 1),
+    Goal("process start to first step, warm caches", "6 s", 6, WARM, " s", 1),
 )  # fmt: skip
 
 
@@ -160,14 +161,15 @@ def step_block(results: Sequence[Result], device_type: str, largest: int | None 
     Args:
         largest: So many tables at most.
     """
-    result, cuda = newest(results, device_type, "step"), device_type == "cuda"
+    result, rows = newest(results, device_type, "step")
+    cuda, is_large = device_type == "cuda", with_values(**LARGE)
     if result is None:
         return NO_GPU_STEP if cuda else ""
     groups: dict[str, list[StepRow]] = {}
-    for row in sorted(result.rows("step"), key=lambda row: not with_values(**LARGE)(row)):
+    for row in sorted(rows, key=lambda row: not is_large(row)):
         accum = f", {row.accum} micro-batches" if row.accum > 1 else ""
         title = f"GPT-2 {row.model}, {row.shape}{accum}"
-        if cuda and not (with_values(**LARGE)(row) or with_values(**SEED)(row)):
+        if cuda and not (is_large(row) or with_values(**SEED)(row)):
             row, title = replace(row, provider=f"{title}: {row.provider}"), "Other sizes"
         groups.setdefault(title, []).append(row)
     tables = [f"{title} ({where(result)})\n\n{step_table(rows)}" for title, rows in groups.items()]
@@ -175,21 +177,17 @@ def step_block(results: Sequence[Result], device_type: str, largest: int | None 
     return "\n\n".join([*tables[:largest], *([note] if cuda else [])])
 
 
-def of_newest(section: str) -> Callable[[Callable[[Result, list[Any]], str]], Block]:
-    """Makes a block of the newest result of a GPU that has the section, and its rows."""
+def of_gpu(section: str, text: Callable[[Result, list[Any]], str]) -> Block:
+    """A block of the newest result of a GPU that has the section."""
 
-    def block_of(text: Callable[[Result, list[Any]], str]) -> Block:
-        def block(results: Sequence[Result]) -> str:
-            result = newest(results, "cuda", section)
-            return text(result, result.rows(section)) if result else ""
+    def block(results: Sequence[Result]) -> str:
+        result, rows = newest(results, "cuda", section)
+        return text(result, rows) if result else ""
 
-        return block
-
-    return block_of
+    return block
 
 
-@of_newest("ablation")
-def ablation_block(result: Result, rows: list[StepRow]) -> str:
+def ablation_text(result: Result, rows: list[StepRow]) -> str:
     whole = next((row for row in shown(rows) if row.provider == "ours bf16"), None)
     body = rows_table(
         rows,
@@ -205,11 +203,9 @@ def ablation_block(result: Result, rows: list[StepRow]) -> str:
 
 def ops_block(results: Sequence[Result], device_type: str) -> str:
     """Both directions together; one size in sight, the others folded."""
-    keep = with_values(mode="both", sweep=False)
-    result = newest(results, device_type, "ops", keep)
+    result, rows = newest(results, device_type, "ops", with_values(mode="both", sweep=False))
     if result is None:
         return ""
-    rows: list[OpRow] = [*filter(keep, result.rows("ops"))]
     parts = []
     for label in op_sizes(rows):
         these = [row for row in rows if row.shape == label]
@@ -227,9 +223,9 @@ def ops_block(results: Sequence[Result], device_type: str) -> str:
     return "\n\n".join(parts)
 
 
-@of_newest("seed")
-def train_block(result: Result, rows: list[SeedRow]) -> str:
+def seed_text(result: Result, rows: list[SeedRow]) -> str:
     """The seed recipe to its end, with what it then writes."""
+    goal = ", the lowest below the goal"
     body = rows_table(
         rows,
         {
@@ -237,9 +233,7 @@ def train_block(result: Result, rows: list[SeedRow]) -> str:
             "caches": lambda row: row.cache,
         },
         {
-            "result": lambda row: (
-                cell(row.result) + (", the lowest below the goal" if row.reached else "")
-            ),
+            "result": lambda row: cell(row.result) + (goal if row.reached else ""),
             "first step s": lambda row: number(row.first_step_s, ".1f"),
             "all s": lambda row: number(row.seconds, ".1f"),
             "tokens/s": lambda row: number(row.tokens_per_s, ",.0f"),
@@ -267,13 +261,14 @@ def evidence_block(results: Sequence[Result]) -> str:
     for result in results:
         for row in result.rows("checks") if result.device["type"] == "cuda" else ():
             latest[row.check, row.what] = row, result.about["commit"][:8]
-    lines, reds = [], dict[tuple[str, str, str], list[CheckRow]]()
+    lines: list[list[str]] = []
+    reds: dict[tuple[str, str, str], list[CheckRow]] = {}
     for check in sorted({check for check, _ in latest}):
         rows = [(row, commit) for row, commit in latest.values() if row.check == check]
         holds = f"{sum(not row.doubt for row, _ in rows)} of {len(rows)} hold"
-        said = dict.fromkeys(cell(row.found) for row, _ in rows if row.found)
-        lines.append([check, ": ".join([holds, *(["; ".join(said)] if said else [])]),
-                      ", ".join(sorted({commit for _, commit in rows}))])  # fmt: skip
+        said = "; ".join(dict.fromkeys(cell(row.found) for row, _ in rows if row.found))
+        commits = ", ".join(sorted({commit for _, commit in rows}))
+        lines.append([check, f"{holds}: {said}" if said else holds, commits])
         for row, commit in rows:
             if row.doubt:
                 reds.setdefault((check, row.what.split(" ")[0], commit), []).append(row)
@@ -286,22 +281,19 @@ def evidence_block(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-@of_newest("profile")
-def limits_block(result: Result, everything: list[ProfileRow]) -> str:
+def profile_text(result: Result, everything: list[Any]) -> str:
     """Where a step's time goes, by the profiler, contestants side by side."""
     parts = []
     for model, shape in dict.fromkeys((r.model, r.shape) for r in everything):
         rows = [row for row in everything if (row.model, row.shape) == (model, shape)]
         who = sorted({r.provider for r in rows}, key=lambda name: (name != "ours bf16", name))
+        found = {(row.kind, row.provider): row for row in rows}
         longest = {row.kind: row.ms for row in sorted(rows, key=lambda row: row.ms)}
         lines = []
         for kind in sorted(longest, key=lambda kind: (kind == "idle", -longest[kind])):
-            found = {row.provider: row for row in rows if row.kind == kind}
-            lines.append([kind, *(
-                text for name in who
-                for text in ([f"{found[name].ms:,.2f}", f"{found[name].share:.1%}"]
-                             if name in found else ["", ""])
-            )])  # fmt: skip
+            cells = [(f"{row.ms:,.2f}", f"{row.share:.1%}") if row else ("", "")
+                     for row in (found.get((kind, name)) for name in who)]  # fmt: skip
+            lines.append([kind, *sum(cells, ())])
         sums = [sum(row.ms for row in rows if row.provider == name) for name in who]
         lines.append(["all", *(text for total in sums for text in (f"{total:,.2f}", ""))])
         header = ["kind", *(text for name in who for text in (f"{name}: ms", "share"))]
@@ -310,18 +302,16 @@ def limits_block(result: Result, everything: list[ProfileRow]) -> str:
     return "\n\n".join(parts)
 
 
-@of_newest("tune")
-def tune_block(result: Result, rows: list[TuneRow]) -> str:
+def tune_text(result: Result, rows: list[Any]) -> str:
     """Lines for kernels/launches.toml."""
     better = [f"# {r.kernel}, x{r.gain:.3f}\n{r.more['row']}" for r in rows if r.propose]
-    lines = "\n".join(["```toml", *better, "```"]) if better else ""
     found = f"{len(better)} of {len(rows)} launches could be faster ({where(result)})."
-    return "\n\n".join(filter(None, [found, lines]))
+    return "\n\n".join([found, *(["\n".join(["```toml", *better, "```"])] if better else [])])
 
 
 def plots_block(results: Sequence[Result]) -> str:
-    drawn = {name: figure for name, figure in figures.FIGURES.items() if figure.find(results)[1]}
-    return "\n".join(f"![{f.title}](../bench/plots/{name}.svg)" for name, f in drawn.items())
+    titles = {name: figures.FIGURES[name].title for name in figures.to_draw(results)}
+    return "\n".join(f"![{title}](../bench/plots/{name}.svg)" for name, title in titles.items())
 
 
 README_BLOCKS: dict[str, Block] = {
@@ -337,10 +327,10 @@ SECTIONS: dict[str, Block] = {
     "The whole training step on a CPU": lambda results: step_block(results, "cpu"),
     "Each op on a GPU": lambda results: ops_block(results, "cuda"),
     "Each op on a CPU": lambda results: ops_block(results, "cpu"),
-    "Where the time of a step goes": limits_block,
-    "Ours with one thing switched back": ablation_block,
-    "The Shakespeare recipe": train_block,
-    "Launch rows that the tuner proposes": tune_block,
+    "Where the time of a step goes": of_gpu("profile", profile_text),
+    "Ours with one thing switched back": of_gpu("ablation", ablation_text),
+    "The Shakespeare recipe": of_gpu("seed", seed_text),
+    "Launch rows that the tuner proposes": of_gpu("tune", tune_text),
     "What a GPU said of the kernels": evidence_block,
     "Plots": plots_block,
     "What was run": lambda results: "\n".join(f"- {source_line(result)}" for result in results),
@@ -389,22 +379,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.results.is_dir():
         raise ValueError(f"report: --results must be a folder, got {args.results}")
     results = record.load_all(args.results)
-    readme, plots = args.root / "README.md", args.root / "bench/plots"
-    wanted = {
+    readme = args.root / "README.md"
+    texts = {
         readme: fill(readme.read_text() if readme.exists() else "", results),
         args.root / "docs/results.md": page(results),
     }
-    wrong = [str(path.relative_to(args.root)) for path, text in wanted.items()
-             if not path.exists() or path.read_text() != text]  # fmt: skip
+    drawn = {args.root / f"bench/plots/{name}.svg": (name, *found)
+             for name, found in figures.to_draw(results).items()}  # fmt: skip
+    said = {path: path.read_text() if path.exists() else None for path in (*texts, *drawn)}
+    wrong = [path for path, text in texts.items() if said[path] != text]
+    wrong += [path for path, (*_, rows) in drawn.items()
+              if figures.mark(rows) not in (said[path] or "")]  # fmt: skip
+    names = ", ".join(str(path.relative_to(args.root)) for path in wrong)
     if args.check:
-        if wrong := [*wrong, *figures.stale(results, plots)]:
-            print(f"report: {', '.join(wrong)} differ from bench/results; run `make report`",
-                  file=sys.stderr)  # fmt: skip
+        if wrong:
+            print(f"report: {names} differ from bench/results; run `make report`", file=sys.stderr)
         return 1 if wrong else 0
-    for path, text in wanted.items():
+    for path, text in texts.items():
         write_atomically(path, text)
-    drawn = figures.draw_all(results, plots)
-    print(f"wrote {', '.join([*wrong, *drawn])} from {len(results)} results")
+    for path, found in drawn.items():
+        figures.draw(*found, path)
+    print(f"wrote {len(said)} files from {len(results)} results; changed: {names or 'none'}")
     return 0
 
 

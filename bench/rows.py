@@ -5,7 +5,7 @@ measured. `bench.tables` shows rows, and no figure of a row in doubt.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 NOISY_COV = 0.05  # rows whose samples spread more than this are marked
@@ -24,10 +24,9 @@ class Row:
 
     def values(self) -> dict[str, Any]:
         """What a file holds, the key first: the fields that are not as by default."""
-        default = {f.name: f.default if f.default_factory is MISSING else f.default_factory()
-                   for f in fields(self)}  # fmt: skip
+        default = {f.name: f.default for f in fields(self)}
         found = ((name, getattr(self, name)) for name in dict.fromkeys([*self.KEY, *default]))
-        return {name: value for name, value in found if value != default[name]}
+        return {name: value for name, value in found if value not in (default[name], {})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +157,13 @@ class TuneRow(Row):
 
 
 SECTIONS: dict[str, type[Row]] = {
-    "ops": OpRow, "optimizer": OpRow, "step": StepRow, "ablation": StepRow,
-    "generate": StepRow, "profile": ProfileRow, "seed": SeedRow, "checks": CheckRow,
+    **dict.fromkeys(("ops", "optimizer"), OpRow),
+    **dict.fromkeys(("step", "ablation", "generate"), StepRow),
+    "profile": ProfileRow,
+    "seed": SeedRow,
+    "checks": CheckRow,
     "tune": TuneRow,
-}  # fmt: skip
+}
 
 
 def merged(*groups: Iterable[Row]) -> list[Row]:

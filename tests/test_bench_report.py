@@ -194,7 +194,7 @@ def test_every_section_says_what_a_gpu_measured():
 
 def test_train_block_quotes_what_the_recipe_writes():
     result = cuda_result()
-    text = report.train_block([result])
+    text = report.SECTIONS["The Shakespeare recipe"]([result])
     assert re.search(r"cold \| +loss 9.543 after 100 steps \| +24.0 \| +26.0 \| +260,000 \|", text)
     assert re.search(
         r"warm \| loss 0.089 after 3600 steps, the lowest below the goal \| +5.0 \| +58.0 \|", text
@@ -205,7 +205,7 @@ def test_train_block_quotes_what_the_recipe_writes():
     assert fence.endswith("x ...")
     assert "<!--" not in text
     change(result, "seed", {"cache": "warm"}, doubt="no step, exit 1")
-    text = report.train_block([result])
+    text = report.SECTIONS["The Shakespeare recipe"]([result])
     assert "warm: not shown: no step, exit 1" in text
     assert "58.0" not in text
 
@@ -227,7 +227,7 @@ def test_evidence_is_the_newest_of_each_thing_that_was_checked():
 
 
 def test_limits_hold_ours_beside_the_baseline():
-    lines = report.limits_block([cuda_result()]).splitlines()
+    lines = report.SECTIONS["Where the time of a step goes"]([cuda_result()]).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:9]]
     assert [cells[0], *cells[2:]] == [
         ["kind", "ours bf16: ms", "share", "compile bf16: ms", "share"],
@@ -313,7 +313,7 @@ def test_without_a_gpu_one_line_and_open_goals():
 def test_each_section_is_of_the_newest_result_that_has_it():
     old, new = cuda_result(commit="c" * 40), cuda_result("2027-01-03 10:00 UTC", profile=[])
     new.sections["ops"] = [row for row in new.rows("ops") if not row.sweep]
-    assert "cccccccc" in report.limits_block([old, new])
+    assert "cccccccc" in report.SECTIONS["Where the time of a step goes"]([old, new])
     assert ON in report.step_block([old, new], "cuda")
     assert figures.FIGURES["sweep-gelu_mlp"].find([old, new])[0] is old
     assert figures.FIGURES["ops-gpu"].find([old, new])[0] is new
@@ -349,7 +349,7 @@ def test_a_page_and_every_figure_are_made_and_checked(tmp_path, capsys):
     (tmp_path / "docs/results.md").write_text("")
     capsys.readouterr()
     assert report.main([*where, "--check"]) == 1
-    assert "docs/results.md, curve-gpu differ" in capsys.readouterr().err
+    assert "docs/results.md, bench/plots/curve-gpu.svg differ" in capsys.readouterr().err
 
 
 def test_figures_leave_out_what_is_in_doubt_or_has_nothing_to_be_held_against():

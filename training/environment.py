@@ -15,8 +15,8 @@ def environment() -> dict[str, Any]:
     """Commit, versions and machine of this process, for config.json."""
     checkout = Path(__file__).resolve().parents[1]
     return {
-        "git_commit": _git(checkout, "rev-parse", "HEAD"),
-        "git_dirty": bool(_git(checkout, "status", "--porcelain")),
+        "git_commit": git(checkout, "rev-parse", "HEAD"),
+        "git_dirty": bool(git(checkout, "status", "--porcelain")),
         "versions": {
             "python": platform.python_version(),
             **{name: package_version(name) for name in ("torch", "triton", "numpy", "tiktoken")},
@@ -40,7 +40,8 @@ def seconds_since_start() -> float:
 _IMPORTED = time.perf_counter()
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def git(folder: Path, *arguments: str) -> str | None:
+    """What it says, in a line or several; None where there is no git, no checkout or no answer."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
