@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_output(parser)
     args, rest = cli.parse_with_benchmark(parser, argv)
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device(cli.devices()[-1])
     setups = [Setup("124m", shape) for shape in args.shape or (() if cuda else CPU_SHAPES)]
     setups = setups or [Setup("124m", Shape(64, 1024)), Setup("124m", Shape(16, 64), accum=4)]
     for setup in setups:

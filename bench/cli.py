@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from bench.cases import Shape
 from bench.record import RESULTS
 from model.edge import exits
@@ -31,6 +33,11 @@ def add_output(parser: Parser, default: Path | None = RESULTS) -> None:
     """Where rows go and what they are of, as `record.Results` takes it."""
     parser.add_argument("--out", type=path, default=default, help="result file or folder")
     parser.add_argument("--commit", help="what is measured, where git is not at hand")
+
+
+def devices() -> list[str]:
+    """Of this machine, the one to take where nothing is said last."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def parse_with_benchmark(

@@ -23,7 +23,7 @@ import torch
 
 from bench import cli
 from bench.record import Results
-from bench.rows import StepRow
+from bench.rows import StepRow, filled
 from bench.tables import rows_table
 from model import GPT, MODELS
 from model.decoder import generate_tokens
@@ -110,15 +110,13 @@ def measure(options: argparse.Namespace) -> list[StepRow]:
             replays, rounds=options.rounds, seconds=1e9, warmup=0, min_rounds=1, failed=failed
         )
     rows = []
+    shape = f"{options.batch} x {num} new tokens, {options.dtype}"
     for name in options.only:
-        row = StepRow(
-            model=options.model, shape=f"{options.batch} x {num} new tokens, {options.dtype}",
-            provider=name, tokens=options.batch * num, doubt=failed.get(name, ""),
-        )  # fmt: skip
-        if found := timed.get(name):
-            doubt = difference(tokens[name], tokens.get("cached", tokens[name]))
-            over = {n: timing.ratio(timed[n], found) for n in timed if n != name}
-            row = replace(row, doubt=doubt, over=over, **found.figures)
+        row = StepRow(model=options.model, shape=shape, provider=name, tokens=options.batch * num)
+        row = filled(row, timed, failed, timed)
+        if name in timed:
+            known = tokens.get("cached", tokens[name])
+            row = replace(row, doubt=difference(tokens[name], known))
         rows.append(row)
     return rows
 
@@ -134,15 +132,15 @@ def difference(found: list[list[int]], cached: list[list[int]]) -> str:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser("bench.generate", __doc__)
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    parser.add_argument("--model", default="small", choices=[*MODELS])
-    parser.add_argument("--tokens", type=cli.count, default=256, help="new ones of each row")
-    parser.add_argument("--batch", type=cli.count, default=1, help="rows at once")
-    parser.add_argument("--dtype", default="fp32", choices=[*DTYPES])
-    parser.add_argument("--rounds", type=cli.count, default=5, help="samples of each")
-    parser.add_argument("--only", action="append", choices=PROVIDERS,
-                        help="repeat for several; uncached takes minutes for 124m")  # fmt: skip
-    parser.add_argument("--device", default="cpu", choices=devices)
+    add = parser.add_argument
+    add("--model", default="small", choices=[*MODELS])
+    add("--tokens", type=cli.count, default=256, help="new ones of each row")
+    add("--batch", type=cli.count, default=1, help="rows at once")
+    add("--dtype", default="fp32", choices=[*DTYPES])
+    add("--rounds", type=cli.count, default=5, help="samples of each")
+    some = "repeat for several; uncached takes minutes for 124m"
+    add("--only", action="append", choices=PROVIDERS, help=some)
+    add("--device", default="cpu", choices=cli.devices())
     cli.add_output(parser, None)
     options = parser.parse_args(argv)
     options.only = options.only or PROVIDERS

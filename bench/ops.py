@@ -5,11 +5,13 @@
     python -m bench.ops --sweep               # many sizes, for the plots
     python -m bench.ops --benchmark-compare   # beside the run before this one
 
-It runs under pytest-benchmark (`bench/test_ops.py`), which keeps each run under .benchmarks/ and
-whose other options can be given too. All providers of an op are sampled in turn by the bench's own
-timer. The op's numerics are compared with float64 first; where they fail, the row is in doubt and
-no speed is printed. Percent of limit is the time the copy and matmul rates of the same run allow
-(bytes and flops of `bench.cases`) over the measured time.
+It runs under pytest-benchmark (`test_op` below), which keeps each run under .benchmarks/ and whose
+other options can be given too. All providers of an op are sampled in turn by the bench's own timer
+the first time one of them is asked for; pytest-benchmark reads the samples through a clock that
+moves by what was measured, so its statistics are of device time on CUDA. The op's numerics are
+compared with float64 first; where they fail, the row is in doubt and no speed is printed. Percent
+of limit is the time the copy and matmul rates of the same run allow (bytes and flops of
+`bench.cases`) over the measured time.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +40,7 @@ from bench.cases import (
     check_room,
     make_inputs,
 )  # fmt: skip
-from bench.rows import OpRow
+from bench.rows import OpRow, filled
 from bench.tables import ops_table
 from kernels import SDPA, parse_ops
 from tests import numerics
@@ -69,28 +72,26 @@ def _liger(op: str) -> Fn:
         from liger_kernel.transformers import functional
     except ImportError:
         raise Unavailable("liger_kernel is not installed") from None
-    if op == "layer_norm":
-        return lambda x, weight, bias, eps=1e-5: functional.liger_layer_norm(
-            x, weight.to(x.dtype), bias.to(x.dtype), eps
-        )
-
-    def loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        call: Any = functional.liger_fused_linear_cross_entropy
-        return call(x.flatten(0, -2), weight[:vocab_size], targets.flatten())
-
-    return loss
+    if op == "linear_cross_entropy":
+        return _flat(functional.liger_fused_linear_cross_entropy)
+    return lambda x, weight, bias, eps=1e-5: functional.liger_layer_norm(
+        x, weight.to(x.dtype), bias.to(x.dtype), eps
+    )
 
 
 def _linear_ce() -> Fn:
     call: Any = getattr(F, "linear_cross_entropy", None)
     if call is None:
         raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
+    return _flat(partial(call, options=options))
 
-    def loss(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
-        return call(x.flatten(0, -2), weight[:vocab_size], targets.flatten(), options=options)
 
-    return loss
+def _flat(call: Fn) -> Fn:
+    """Our signature of a loss that knows no padding."""
+    return lambda x, weight, targets, vocab_size: call(
+        x.flatten(0, -2), weight[:vocab_size], targets.flatten()
+    )
 
 
 def find_provider(name: str, op: str, device: torch.device) -> Fn:
@@ -162,13 +163,10 @@ def make_rows(
     """
     rows = {}
     for name in names:
-        row = OpRow(provider=name, doubt=failed.get(name, ""), **whose)
+        row = filled(OpRow(provider=name, **whose), timed, failed, rivals)
         if found := timed.get(name):
-            over = {o: timing.ratio(timed[o], found) for o in rivals if o in timed and o != name}
-            row = replace(
-                row, timed=found.mode, gbs=nbytes / found.median_ms / 1e6, over=over,
-                of_limit=floor / found.median_ms, **found.figures,
-            )  # fmt: skip
+            rates = {"gbs": nbytes / row.ms / 1e6, "of_limit": floor / row.ms}
+            row = replace(row, timed=found.mode, **rates)
         rows[name] = row
     return rows
 
@@ -320,14 +318,12 @@ class Job:
             results: Where the rows go.
             flags: More options of pytest-benchmark.
         """
-        import pytest  # needed for nothing else here
-
         self.results, self.rows = results, dict[tuple[str, str], list[OpRow]]()
         self.until = time.monotonic() + 60 * self.options.minutes
         self.measured = cache(self._measure)
         quiet = [] if flags else ["--benchmark-quiet"]  # the tables below say more
         code = pytest.main([
-            str(record.ROOT / "bench/test_ops.py"), "-q", "--no-header", "--disable-warnings",
+            str(record.ROOT / "bench/ops.py"), "-q", "--no-header", "--disable-warnings",
             "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-only",
             "--benchmark-autosave", f"--benchmark-storage=file://{record.ROOT}/.benchmarks",
             "--benchmark-sort=name", "--benchmark-columns=median,iqr,rounds", *quiet, *flags,
@@ -361,10 +357,34 @@ class Job:
         return {name: self.results.about[name] for name in ("device", "torch", "triton", "python")}
 
 
+class Clock:
+    """In seconds; what was measured moves it, and nothing else."""
+
+    now = 0.0
+
+
+@pytest.mark.benchmark(timer=lambda: Clock.now)
+def test_op(benchmark: Any, measured: Callable[[], Any], provider: str) -> None:
+    """One op, shape, mode and provider."""
+    if (found := measured()) is None:
+        pytest.skip("no time left")
+    row, timed = (by_name.get(provider) for by_name in found)
+    if row.doubt:
+        (pytest.fail if provider == "ours" else pytest.skip)(f"{provider}: {row.doubt}")
+    benchmark.group = f"{row.op} {row.mode} {row.shape}"
+    benchmark.extra_info |= row.values()
+    samples = iter(timed.samples_ms)
+
+    def replay() -> None:
+        Clock.now += next(samples) / 1e3
+
+    benchmark.pedantic(replay, rounds=row.rounds)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options, rest = cli.parse_with_benchmark(parser, argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(cli.devices()[-1])
     job = Job(options, device)
     results = record.Results(device, options.out, options.commit)
     code = job.run(results, rest)

@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--trace", type=cli.path, default=Path("runs/profile/trace.json"))
     cli.add_output(parser, None)
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device(cli.devices()[-1])
     setup = Setup(args.model, args.shape)
     setup.check_memory(device)
     find_providers([args.provider], device)

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=cli.path, help="folder for curve, samples and report")
     cli.add_output(parser)
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(cli.devices()[-1])
     results, text = record.Results(device, args.out, args.commit), text_of(args.data)
     end = time.monotonic() + 60 * args.minutes
     runs: dict[str, Trained] = {}

@@ -4,9 +4,11 @@ A row whose figures must not be shown says why in `doubt`, and nowhere else; it 
 measured. `bench.tables` shows rows, and no figure of a row in doubt.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+from training.timing import Timing, ratio
 
 NOISY_COV = 0.05  # rows whose samples spread more than this are marked
 
@@ -37,6 +39,7 @@ class TimedRow(Row):
     temperature right after.
     """
 
+    provider: str
     ms: float = 0.0
     q1_ms: float = 0.0
     q3_ms: float = 0.0
@@ -63,7 +66,6 @@ class OpRow(TimedRow):
     shape: str
     dtype: str
     mode: str
-    provider: str
     sweep: bool = False  # part of a plot over sizes, not of a table
     timed: str = ""  # "graph", "launches" or "host", as in training/timing.py
     gbs: float = 0.0
@@ -81,7 +83,6 @@ class StepRow(TimedRow):
     KEY = ("model", "shape", "accum", "provider")
     model: str
     shape: str
-    provider: str
     accum: int = 1
     tokens: int = 0
     losses: Sequence[float] = ()  # of the warm-up
@@ -164,6 +165,21 @@ SECTIONS: dict[str, type[Row]] = {
     "checks": CheckRow,
     "tune": TuneRow,
 }
+
+
+R = TypeVar("R", bound=TimedRow)
+
+
+def filled(
+    row: R, timed: Mapping[str, Timing], failed: Mapping[str, str], rivals: Iterable[str]
+) -> R:
+    """The row of a provider with its time and its ratios to rivals, or with why it has no time."""
+    row = replace(row, doubt=failed.get(row.provider, ""))
+    if (found := timed.get(row.provider)) is None:
+        return row
+    over = {other: ratio(timed[other], found) for other in rivals if other in timed}
+    over.pop(row.provider, None)
+    return replace(row, over=over, **found.figures)
 
 
 def merged(*groups: Iterable[Row]) -> list[Row]:

@@ -324,9 +324,8 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser("bench.step", __doc__)
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     add = parser.add_argument
-    add("--device", default=devices[-1], choices=devices)
+    add("--device", default=cli.devices()[-1], choices=cli.devices())
     add("--model", default="124m", choices=[*MODELS])
     add("--shape", action="append", type=cli.shape,
         help="b<B>t<T>, repeat for several; default b64t1024 on a GPU, b4t64 on a CPU")  # fmt: skip
