@@ -156,6 +156,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     def save_checkpoint() -> None:
         if progress.step > recipe.max_steps:  # beyond: nothing was done
             return
+        take_step.gather()
         if not world.is_main:
             optimizer_tensors(model, optimizer)  # what this rank alone has, it sends
             return
@@ -166,6 +167,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         log.event("checkpoint", step=progress.step, **cost)
 
     def evaluate() -> None:
+        take_step.gather()
         with log.aside(), take_step.autocast():
             val_loss = run.validate(model, run.val_tokens, plan.eval_tokens)
         if math.isfinite(val_loss):  # else the next step's loss tells
@@ -175,6 +177,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         log.say(f"step {progress.step:5d} | validation loss {val_loss:.4f}{given}")
 
     def score_hellaswag(done: int) -> None:
+        take_step.gather()
         with log.aside(), take_step.autocast():
             share = run.score_hellaswag(model, lambda: bool(stop))
         if not stop:  # else it has seen a part of them
@@ -183,6 +186,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             log.say(f"step {done:5d} | {hellaswag.line(right, len(run.items))}")
 
     def sample() -> None:
+        take_step.gather()
         if not world.is_main:
             return
         try:
@@ -192,14 +196,13 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         except ValueError as error:  # as for an evaluation, the next step's loss tells
             log.say(f"step {progress.step:5d} | {error}")
 
-    def step() -> Outcome:  # called launch by launch at first; on one GPU then a captured graph
+    def step() -> Outcome:  # called launch by launch at first; on a GPU then a captured graph
         loss = take_step.accumulate()  # forward and backward of each micro-batch
-        loss, asked_to_stop = world.mean_loss(loss, bool(stop))
         grad_norm = optimizer.clip(recipe.grad_clip)
         bad = guard.judge(loss, grad_norm) if guard else None
         optimizer.step(skip=take_step.skip(bad))  # nothing changes where the step is bad
         optimizer.zero_grad()
-        return Outcome(loss, grad_norm, bad, asked_to_stop)
+        return Outcome(loss, grad_norm, bad, take_step.asked_to_stop)
 
     with log, writer, contextlib.closing(batches):
         while True:
@@ -209,6 +212,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             if guard and action:
                 writer.wait()
                 world.barrier()
+                take_step.gather()
                 progress = resume.roll_back(
                     run.out, world, action, guard, log, model, optimizer, recipe.rows_per_step
                 )
@@ -235,10 +239,11 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 break
 
             lr = recipe.learning_rate(progress.step)
-            outcome = take_step.run(step, batches, lr)
+            outcome = take_step.run(step, batches, lr, bool(stop))
             log.step(progress.step, lr, batches.position, *outcome)
             progress.step += 1
         log.finish()
+        take_step.gather()
         writer.wait()  # the weights to keep may be on their way to the disk
         kept = take_best(run, model, log.say, progress)
         if run.items:

@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.distributed.distributed_c10d import Work
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -75,9 +76,16 @@ class Recorded:
                     tensor.fill_(float("nan"))
             return
         found = tree_leaves(self.func(*self.args, **self.kwargs))
+        if self.is_collective:
+            Work.unbox(found[-1]).wait()
+            return
         fresh = [t for t in found if isinstance(t, Tensor)]
         for old, new in zip(self.results, fresh, strict=bool(self.results)):
             old.copy_(new)
+
+    @property
+    def is_collective(self) -> bool:
+        return self.func.namespace == "c10d"
 
     @property
     def name(self) -> str:
@@ -98,6 +106,8 @@ class _Capture(TorchDispatchMode):
         if operation.name in HOST_READS:
             raise RuntimeError(REFUSED)
         schema = func._schema
+        if operation.is_collective:  # whose schemas do not say what they write
+            self.overwritten += [(t, t.detach().clone()) for t in args[0]]
         for parameter, value in zip(schema.arguments, args, strict=False):
             self._keep(parameter, value)
         for parameter in schema.arguments:

@@ -28,7 +28,7 @@ def test_a_run_on_eight_cards(capsys):
 
 def test_what_was_not_measured_is_called_an_estimate(capsys):
     plan, *rest = lines(capsys, "--model", "1558m", "--cards", "8xL4")
-    assert "moments shared out over the ranks" in plan
+    assert "AdamW's state shared out over the ranks" in plan
     assert "one card (estimate: " in rest[1]
     assert "times 8 (estimate: nothing lost between them)" in rest[1]
     (one,) = (line for line in lines(capsys, "--cards", "H100") if "tokens per second" in line)

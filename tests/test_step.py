@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -311,7 +312,7 @@ def test_what_a_failed_capture_held_is_free_before_the_batch_is_halved() -> None
         halve = step._halve
         step._halve = lambda: (freed.append(held[0]() is None), halve())[1]
         run(step, NUM_WARMUP + NUM_WARMUP + 2)
-        assert step.graph is not None  # of the halved batch
+        assert step.graph  # of the halved batch
     assert freed == [True]
 
 
@@ -325,7 +326,7 @@ def captured_by(
         yield
         raise error
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
@@ -389,7 +390,7 @@ def assert_capture_changes_no_bit(asked: Choices, muon: bool = False) -> None:
         step.guard = Guard("cuda")
         with contextlib.closing(Prefetcher(loader(recipe, 8), "cuda")) as batches:
             losses = [step(batches, recipe.learning_rate(s)).loss.clone() for s in range(7)]
-        assert (step.graph is not None) == graph, said
+        assert bool(step.graph) == graph, said
         found.append((torch.stack(losses), [p.detach().clone() for p in model.parameters()]))
     (plain, weights), (captured, same) = found
     assert len(set(plain.tolist())) == len(plain)  # a replay on stale rows or weights would repeat

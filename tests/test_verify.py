@@ -176,7 +176,7 @@ def test_adamw_is_checked_likewise(fault: str, monkeypatch: pytest.MonkeyPatch) 
                 if fault == "moment":
                     optimizer.state[next(model.parameters())]["exp_avg_sq"][1] *= 1.01
                 if fault == "copy":
-                    next(iter(optimizer._copies.values()))[3] *= 1.02
+                    next(iter(optimizer.copies.values()))[3] *= 1.02
 
         if kind == "triton":
             optimizer.step = spoilt

@@ -1,24 +1,28 @@
 """Run by tests/test_averaging.py, once for each rank: python -m tests.two_ranks RANK SIZE FOLDER.
 
 Takes a few steps in every way that several ranks may take them, and beside them the steps of one
-rank alone on the same rows. Rank 0 writes what came to FOLDER/answers.json.
+rank alone on the same rows; captured ones by the recording of tests/pretend_cuda.py. Rank 0 writes
+what came to FOLDER/answers.json.
 """
 
 import functools
 import json
 import sys
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from model import GPT
+from tests import pretend_cuda as pretend
 from training.distributed import ALONE, World, share
 from training.optim import configure_adamw
-from training.plan import Choices, Machine, make_plan
+from training.plan import Choices, Machine, detect, make_plan
 from training.recipes import Recipe
 from training.sharding import Shard
 from training.state import optimizer_tensors
@@ -45,19 +49,22 @@ class Rows:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def make_step(world: World, asked: Choices) -> TrainStep:
+def make_step(world: World, asked: Choices, said: list[str]) -> TrainStep:
     torch.manual_seed(RECIPE.seed + world.rank)  # rank 0's weights are to count
-    plan = share(make_plan(RECIPE, CPU, asked, world.size), RECIPE, world)
+    machine = detect("cuda") if asked.cuda_graph else CPU
+    plan = share(make_plan(RECIPE, machine, asked, world.size), RECIPE, world)
     model = GPT(replace(RECIPE.model_config, vocab_size=500))
     optimizer = configure_adamw(model, RECIPE, plan.optimizer)
     if plan.shard == "optimizer":
         optimizer.shard = Shard(model.parameters(), world)
-    return TrainStep(model, optimizer, RECIPE, plan, world)
+    return TrainStep(model, optimizer, RECIPE, plan, world, said.append)
 
 
-def run(world: World, asked: Choices) -> tuple[list[Tensor], list[str], int]:
-    """All losses, norms, weights and moments; what happened in a backward; bytes of moments."""
-    step, rows, seen, order = make_step(world, asked), Rows(world), [], []
+def run(
+    world: World, asked: Choices, num_steps: int, said: list[str]
+) -> tuple[list[Tensor], list[str], list[int]]:
+    """All losses, norms, weights and moments; what happened in a backward; bytes of each kind."""
+    step, rows, seen, order = make_step(world, asked, said), Rows(world), [], []
     last = step.model.transformer.wpe.weight
     last.register_post_accumulate_grad_hook(lambda _: order.append("last gradient"))
     whole = dist.all_reduce
@@ -68,20 +75,27 @@ def run(world: World, asked: Choices) -> tuple[list[Tensor], list[str], int]:
 
     def once() -> Outcome:
         loss = step.accumulate()
-        loss, _ = world.mean_loss(loss, False)
         norm = step.optimizer.clip(RECIPE.grad_clip)
         step.optimizer.step()
         step.optimizer.zero_grad()
-        return Outcome(loss, norm)
+        return Outcome(loss, norm, None, step.asked_to_stop)
 
     dist.all_reduce = watched  # pyright: ignore
-    for _ in range(NUM_STEPS):
-        order.clear()
-        outcome = step.run(once, rows, 1e-3)
+    for i in range(num_steps):
+        if i == NUM_STEPS + 1:  # as before an evaluation, in which all weights are wanted
+            step.gather()
+        if i == num_steps - 1:
+            order.append("last step")
+        outcome = step.run(once, rows, 1e-3, stop=world.rank == 1 and i == num_steps - 1)
         seen += [outcome.loss.clone(), outcome.grad_norm.clone()]
+        if outcome.asked_to_stop is not None:
+            order.append(f"asked to stop: {outcome.asked_to_stop.item():g}")
     dist.all_reduce = whole  # pyright: ignore
+    states = [value for state in step.optimizer.state.values() for value in state.values()]
+    kept = [p.untyped_storage().size() for p in step.model.parameters()]
+    kept = [sum(kept), sum(t.nbytes for t in states)]
+    step.gather()
     moments = optimizer_tensors(step.model, step.optimizer)
-    kept = sum(t.nbytes for state in step.optimizer.state.values() for t in state.values())
     weights = [p.detach() for p in step.model.parameters()]
     copies = [copy.detach() for copy in step.copies.values()]
     return [*seen, *weights, *copies, *moments.values()], order, kept
@@ -93,34 +107,46 @@ def main() -> None:
     world = World(rank, size, rank, dist.FileStore(str(folder / "store"), size))
     world.connect("cpu", 120)
     plain = Choices(compile=False, micro_batch_size=4)  # alone two micro-batches, one on two ranks
+    bf16, sharded = replace(plain, dtype="bf16"), replace(plain, shard="optimizer")
     kinds = {
         "fp32": replace(plain, dtype="fp32"),
-        "bf16": replace(plain, dtype="bf16", micro_batch_size=2),
-        "autocast": replace(plain, dtype="bf16", micro_batch_size=2, working_copies=False),
-        "sharded": replace(plain, dtype="fp32", shard="optimizer", recompute=True),
-        "sharded, ours": replace(plain, dtype="bf16", shard="optimizer", optimizer="triton"),
-        "aot_eager": replace(plain, dtype="bf16", compile=True, compile_scope="blocks"),
+        "bf16": replace(bf16, micro_batch_size=2),
+        "autocast": replace(bf16, micro_batch_size=2, working_copies=False),
+        "sharded": replace(sharded, dtype="fp32", recompute=True),
+        "aot_eager": replace(bf16, compile=True, compile_scope="blocks"),
+        "bf16 sums": replace(bf16, reduce_dtype="bf16"),
     }
-    try:
+    with suppress(ImportError):  # no triton
         from tests import interpreter
 
         interpreter.install()
-    except ImportError:  # no triton
-        del kinds["sharded, ours"]
+        kinds["sharded, ours"] = replace(sharded, dtype="bf16", optimizer="triton")
+        on_gpu = replace(plain, cuda_graph=True, ops="eager", optimizer="torch")
+        kinds["captured"] = replace(on_gpu, dtype="fp32")
+        kinds["captured, sharded"] = replace(kinds["sharded, ours"], cuda_graph=True, ops="eager")
+        kinds["cut"] = replace(on_gpu, dtype="bf16", shard="optimizer")
     if sys.argv[4:] == ["inductor"]:
-        model = replace(plain, dtype="bf16", compile=True, compile_scope="model")
+        model = replace(bf16, compile=True, compile_scope="model")
         kinds = {"model": model, "blocks": kinds["aot_eager"]}
     else:
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     answers: dict[str, Any] = {}
     for kind, asked in kinds.items():
         torch.compiler.reset()
-        together, order, num_bytes = run(world, asked)
+        said: list[str] = []
+        num_steps = 2 * NUM_STEPS if asked.cuda_graph else NUM_STEPS
+        with ExitStack() as pretended:
+            if asked.cuda_graph:
+                pretended.enter_context(pretend.pretend_cuda())
+            if kind == "cut":
+                refused = pretend.HOST_READS | {"allreduce_", "broadcast_"}
+                pretended.enter_context(mock.patch.object(pretend, "HOST_READS", refused))
+            together, order, num_bytes = run(world, asked, num_steps, said)
         kept = world.gather(f"{kind} bytes", num_bytes)
         torch.compiler.reset()
         if not world.is_main:
             continue
-        alone, _, _ = run(ALONE, asked)
+        alone, _, _ = run(ALONE, replace(asked, cuda_graph=None), num_steps, [])
         pairs = list(zip(together, alone, strict=True))
         answers[kind] = {
             "bitwise": all(torch.equal(a, b) for a, b in pairs),
@@ -128,6 +154,7 @@ def main() -> None:
             "loss": [loss.item() for loss in together[: 2 * NUM_STEPS : 2]],
             "order": order,
             "bytes": kept,
+            "said": said,
         }
     if world.is_main:
         (folder / "answers.json").write_text(json.dumps(answers))

@@ -47,9 +47,11 @@ class Choices:
     """bf16 copies of the fp32 weights, written by the optimizer, so that no micro-batch casts
     them; auto has them with bf16."""
     cuda_graph: Switch = None
-    """Replay the whole step as one CUDA graph; auto does on one GPU."""
+    """Replay the whole step as one CUDA graph; auto does on a GPU."""
     shard: Literal["auto", "none", "optimizer"] = "auto"
-    """optimizer: several ranks share AdamW's moments out; auto does where they do not fit."""
+    """optimizer: several ranks share AdamW's state out; auto does where it does not fit."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype in which ranks add up the gradients of matrices. bf16 halves what travels, rounded."""
     recompute: Switch = None
     """Compute each block's forward again in the backward instead of keeping what it made: a third
     more arithmetic, the same bits, a fraction of the memory; auto where nothing else fits."""

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -202,15 +202,6 @@ class World:
             self.complain(said.getvalue().rstrip())
             raise
 
-    def mean_loss(self, loss: Tensor, stop: bool) -> tuple[Tensor, Tensor | None]:
-        """The loss over all ranks, and above 0 where one was asked to stop, both on the device."""
-        if self.size == 1:
-            return loss, None
-        both = torch.stack([loss, torch.full_like(loss, float(stop))])
-        dist.all_reduce(both)
-        both[0] /= self.size
-        return both[0], both[1]
-
     def mean(self, total: float, weight: float, device: str) -> float:
         """Sum of `total` over the ranks by the sum of `weight`."""
         if self.size == 1:
@@ -293,6 +284,13 @@ def _within(limit: timedelta, failure: str) -> Iterator[None]:
         timer.cancel()
 
 
+def wait(works: Iterable[dist.Work | None]) -> None:
+    """Until these collectives, which are all begun first, have ended."""
+    for work in list(works):
+        assert work is not None
+        work.wait()
+
+
 def is_peers_fault(error: RuntimeError) -> bool:
     """Whether a collective failed, rather than what this rank does by itself.
 
@@ -334,7 +332,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
-    """The part of `plan` that one rank does: fewer rows, no graph.
+    """The part of `plan` that one rank does: fewer rows.
 
     Raises:
         ValueError: the recipe's rows cannot be dealt out evenly.
@@ -349,7 +347,6 @@ def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
         )
     rows = recipe.rows_per_step // world.size
     micro = max(d for d in range(1, plan.micro_batch_size + 1) if rows % d == 0)
-    plan = replace(plan, cuda_graph=False)
     return replace(plan, micro_batch_size=micro, num_micro_batches=rows // micro)
 
 

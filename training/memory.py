@@ -4,7 +4,8 @@ Bytes, with M = rows * T tokens of a micro-batch, C, H, L, Vp as in the model, e
 activation (4 in fp32, 2 in bf16) and r those of the residual stream (4 unless it is bf16 too).
 
 Alive through the step: 4 bytes of master weight and 8 of AdamW moments a parameter, padding rows
-included; with working copies 2 more for each of the blocks' matrices. Gradients, 4 bytes a
+included; with working copies 2 more for each of the blocks' matrices. Ranks that share these out
+have a part of the moments each, and of the masters that a copy stands for. Gradients, 4 bytes a
 parameter, come as the backward of the first micro-batch goes; those of working copies are bf16 in a
 step of one micro-batch, and in a longer one are folded into fp32 after each.
 
@@ -49,7 +50,7 @@ class MemoryEstimate:
     """Bytes of one step.
 
     Args:
-        weights: fp32 masters, padding rows included.
+        weights: fp32 masters of one rank, padding rows included.
         gradients: All of them.
         optimizer: AdamW's two moments, fp32, of one rank.
         working: bf16 copies of the blocks' matrices that live from step to step.
@@ -97,7 +98,7 @@ def estimate(
         working_copies: The optimizer keeps bf16 copies of the blocks' matrices.
         num_micro_batches: From the second on, gradients are there during forward.
         residual: Dtype of the residual stream, "fp32" or "bf16".
-        shards: Ranks that share AdamW's moments out, a parameter to one of them.
+        shards: Ranks that share AdamW's state out, a parameter to one of them.
         recompute: Blocks compute their forward again in the backward.
 
     Raises:
@@ -157,6 +158,8 @@ def estimate(
     beside = {"bottom": max(before, grads - head), "update": grads}.get(peak, before + activations)
     workspace = moments[peak] - beside
     moments_bytes = 2 * max(weights // shards, head)  # the embedding is one parameter of one rank
+    if working:
+        weights -= max(0, 2 * working - weights // shards)  # the rank that owns no embedding
     return MemoryEstimate(
         weights, grads, moments_bytes, working, activations, workspace, peak, tuple(moments.items())
     )

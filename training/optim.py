@@ -43,6 +43,7 @@ class AdamW(torch.optim.AdamW):
         loss_scale: (2,), fp32, for training/step.py under fp16: the scale, and steps since it fell
             or grew.
         shard: Which parameters this rank updates; None is all.
+        copies: Working copies by parameter.
         clip_order: Order in which torch's `clip` adds the norms up, which decides the last bit.
             None is that of the groups.
     """
@@ -61,7 +62,7 @@ class AdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
     ):
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
-        self._copies: dict[nn.Parameter, Tensor] = {}
+        self.copies: dict[nn.Parameter, Tensor] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dtype != torch.float32 or p.layout != torch.strided:
@@ -72,6 +73,10 @@ class AdamW(torch.optim.AdamW):
             # Fused steps live on the device; torch wants the flag to capture them in a CUDA graph.
             group["capturable"] = any(p.is_cuda for p in group["params"])
         self._warned_capturable_if_run_uncaptured = True  # warm-up steps are, on purpose
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Forget what a captured step was made of; the next capture follows a step without."""
 
     def attach_working(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
         """Take these parameters' gradients from their copies, and write the copies after each step.
@@ -93,14 +98,15 @@ class AdamW(torch.optim.AdamW):
                     f"adamw: a working copy must be a contiguous bf16 leaf, {tuple(p.shape)} on "
                     f"{p.device}, got {copy.dtype}, {tuple(copy.shape)} on {copy.device}"
                 )
-        self._copies = dict(copies)
+        self.copies = dict(copies)
         self.refresh_working()
 
     @torch.no_grad()
     def refresh_working(self) -> None:
-        """Write every working copy anew from its parameter, in place."""
-        if self._copies:
-            torch._foreach_copy_([*self._copies.values()], [*self._copies])
+        """Write every working copy anew from its parameter, in place; not from a released one."""
+        here = [(copy, p) for p, copy in self.copies.items() if p.untyped_storage().size()]
+        if here:
+            torch._foreach_copy_([copy for copy, _ in here], [p for _, p in here])
 
     @torch.no_grad()
     def fold_working_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
@@ -111,13 +117,10 @@ class AdamW(torch.optim.AdamW):
         Args:
             parameters: Those to look at; None is all.
         """
-        self._fold(p for p in parameters or self._copies if p in self._copies)
-
-    def _fold(self, parameters: Iterable[nn.Parameter]) -> None:
         sums, more = [], []
-        for p in parameters:
-            copy = self._copies[p]
-            if copy.grad is None:
+        for p in self.copies if parameters is None else parameters:
+            copy = self.copies.get(p)
+            if copy is None or copy.grad is None:
                 continue
             if p.grad is None:
                 p.grad = copy.grad.float()
@@ -152,7 +155,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, skip: Tensor | None = None) -> Any:
-        """Update every parameter that has a gradient, then the working copies.
+        """Update every parameter that has a gradient, and the working copies.
 
         Args:
             closure: As in torch; evaluated first.
@@ -161,19 +164,24 @@ class AdamW(torch.optim.AdamW):
         if skip is not None:
             self.found_inf = skip
         loss = None if closure is None else torch.enable_grad()(closure)()
-        self.fold_working_gradients()
+        for p in self.shard.others if self.shard else ():
+            p.grad = None
+            if p in self.copies:
+                self.copies[p].grad = None
+        self._update()
         if self.shard:
-            self.shard.keep_own_gradients()
-        super().step()
-        if self.shard:
-            self.shard.exchange()
-        self.refresh_working()
+            self.shard.exchange(self.copies)
         return loss
+
+    def _update(self) -> None:
+        self.fold_working_gradients()
+        super().step()
+        self.refresh_working()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, those of the working copies too."""
         super().zero_grad(set_to_none)
-        for copy in self._copies.values():
+        for copy in self.copies.values():
             copy.grad = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -218,20 +226,13 @@ class TritonAdamW(AdamW):
         ValueError: the kernels do not run on the parameters' device.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-    ):
+    def set_up(self) -> None:
         from kernels.adamw_tables import Tables  # triton is not there on every machine
 
-        super().__init__(params, lr, betas, eps, weight_decay)
         self._step_supports_amp_scaling = False  # a GradScaler unscales by itself then
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        self._tables = Tables(parameters[0].device)
+        device = self.param_groups[0]["params"][0].device
+        self._tables = Tables(device)
+        self._all_tables = Tables(device)  # of a norm that spans more than one rank's parameters
         self._coefficient: Tensor | None = None  # of the clip since the last step
 
     @torch.no_grad()
@@ -241,30 +242,13 @@ class TritonAdamW(AdamW):
         Arguments, result and errors are those of AdamW.clip. Call it once a step: gradients are not
         changed, so a second call replaces the first.
         """
-        norm, self._coefficient = self._tables.grad_norm(self._slots(), max_norm)
+        tables = self._all_tables if self.shard else self._tables
+        norm, self._coefficient = tables.grad_norm(self._slots(), max_norm)
         return norm
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, skip: Tensor | None = None) -> Any:
-        """Update every parameter that has a gradient, and its working copy in the same pass.
-
-        Args:
-            closure, skip: As in AdamW.step.
-
-        Raises:
-            ValueError: a gradient is sparse, strided, or neither fp32 nor bf16.
-        """
-        if skip is not None:
-            self.found_inf = skip
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        if self.shard:
-            self.shard.keep_own_gradients()
+    def _update(self) -> None:
         self._tables.adamw(self._slots(), self._coefficient, self.found_inf)
         self._coefficient = None
-        if self.shard:
-            self.shard.exchange()
-            self.refresh_working()
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, and the coefficient of the clip that measured them."""
@@ -276,14 +260,14 @@ class TritonAdamW(AdamW):
         from kernels.adamw_tables import Slot
 
         # A weight and its copy may both have a gradient; a kernel reads one, so it gets the sum.
-        self._fold([p for p in self._copies if p.grad is not None])
+        self.fold_working_gradients([p for p in self.copies if p.grad is not None])
         slots = []
         for i, group in enumerate(self.param_groups):
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type == "cpu" != self._tables.device.type:
                 lr = lr.item()  # a host value: reading it waits for nothing
             for j, p in enumerate(group["params"]):
-                copy = self._copies.get(p)
+                copy = self.copies.get(p)
                 grad = p.grad if copy is None or copy.grad is None else copy.grad
                 if grad is None:
                     continue
@@ -315,28 +299,11 @@ class MuonAdamW(AdamW):
         matrices: Those of `params` that are Muon's.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        matrices: Iterable[nn.Parameter] = (),
-    ):
-        super().__init__(params, lr, betas, eps, weight_decay)
+    def __init__(self, params: Iterable[Any], matrices: Iterable[nn.Parameter], **options: Any):
+        super().__init__(params, **options)
         self._matrices = {*matrices}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, skip: Tensor | None = None) -> Any:
-        """Update every parameter that has a gradient, then the working copies.
-
-        Args:
-            closure, skip: As in AdamW.step.
-        """
-        if skip is not None:
-            self.found_inf = skip
-        loss = None if closure is None else torch.enable_grad()(closure)()
+    def _update(self) -> None:
         self.fold_working_gradients()
         for group in self.param_groups:
             lr = torch.as_tensor(group["lr"], device=group["params"][0].device)
@@ -345,8 +312,7 @@ class MuonAdamW(AdamW):
                 if p in self._matrices and p.grad is not None:
                     p.mul_(1 - lr * group["weight_decay"]).sub_(self._direction(p) * lr)
                     p.grad = None
-        super().step()
-        return loss
+        super()._update()
 
     def _direction(self, p: nn.Parameter) -> Tensor:
         if not self.state[p]:

@@ -49,7 +49,8 @@ class Plan:
         optimizer: "torch" for PyTorch's fused AdamW, "triton" for kernels/adamw.py.
         working_copies: The optimizer writes bf16 copies of the weights that autocast would cast.
         cuda_graph: The step is captured once and replayed.
-        shard: "optimizer" where the ranks share AdamW's moments out.
+        shard: "optimizer" where the ranks share AdamW's state out.
+        reduce_dtype: In which the ranks add up the gradients of matrices; "bf16" rounds them.
         recompute: Blocks compute their forward again in the backward.
         residual: Dtype of the residual stream; "bf16" changes the numerics.
         memory_bytes: What a step needs by training/memory.py; an estimate.
@@ -71,6 +72,7 @@ class Plan:
     working_copies: bool = False
     cuda_graph: bool = False
     shard: str = "none"
+    reduce_dtype: str = "fp32"
     recompute: bool = False
     residual: str = "fp32"
     memory_bytes: int = 0
@@ -91,7 +93,8 @@ class Plan:
             f"compiled ({self.compile_scope})" if self.compile else "not compiled",
             f"{self.num_micro_batches} x {self.micro_batch_size} rows per step",
             f"{self.optimizer} AdamW",
-            *(["moments shared out over the ranks"] if self.shard == "optimizer" else []),
+            *(["AdamW's state shared out over the ranks"] if self.shard == "optimizer" else []),
+            *(["gradients added up in bf16"] if self.reduce_dtype == "bf16" else []),
             *(["one CUDA graph"] if self.cuda_graph else []),
             *(["blocks computed again in the backward"] if self.recompute else []),
             *(["bf16 residual stream: changed numerics"] if self.residual == "bf16" else []),
@@ -187,6 +190,7 @@ def make_plan(
         working_copies=working_copies,
         cuda_graph=on_cuda if asked.cuda_graph is None else asked.cuda_graph,
         shard=shard,
+        reduce_dtype=asked.reduce_dtype if ranks > 1 else "fp32",
         recompute=recompute,
         residual=asked.residual,
         memory_bytes=required(micro),

@@ -224,7 +224,7 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
                 replayed += [read()] if i > NUM_WARMUP else []
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
-            take.graph = take.outcome = None  # its pool holds what a step needs once more
+            take.graph, take.outcome = [], None  # its pool holds what a step needs once more
             gc.collect()
             torch.cuda.empty_cache()
         deadline = time.perf_counter() + limit_s  # compiling, above or in the first step, is apart

@@ -2,8 +2,11 @@
 
 The step itself is a function of the caller's (train.py): accumulate, clip, judge, optimizer.step.
 All it touches stays on the device: learning rate, step count, clip factor and the guard's verdict
-are device scalars. So on one GPU the whole function is recorded as one CUDA graph, which the later
+are device scalars. So on a GPU the whole function is recorded as one CUDA graph, which the later
 steps replay. Warm-up steps and a step that could not be captured call it, launch by launch.
+
+On several ranks the graph holds the collectives, as torch documents it for NCCL. Where they cannot
+be captured they run between graphs of the rest, and gradients travel after the backward.
 
 Under bf16 the model can be called with bf16 copies in place of the fp32 weights that autocast would
 cast in every micro-batch; the optimizer writes the copies. A copy's gradient is what autocast would
@@ -27,7 +30,7 @@ from model import GPT
 from training.averaging import Averaging
 from training.distributed import ALONE, World
 from training.numerics import DTYPES
-from training.optim import AdamW
+from training.optim import AdamW, is_hidden_matrix
 from training.plan import Plan
 from training.recipes import Recipe
 
@@ -71,7 +74,7 @@ class TrainStep:
         model: On the plan's device.
         optimizer: Of `configure_adamw`, for the model's parameters.
         recipe, plan: What and how. `self.plan` has smaller micro-batches once memory ran out.
-        world: The ranks; a graph and halving are for one alone.
+        world: The ranks; halving is for one alone, but for memory that a capture lacks.
         say: Receives a line when the step does not run as planned.
     """
 
@@ -95,10 +98,14 @@ class TrainStep:
             group["lr"] = self.lr
         self.copies = working_copies(model) if plan.working_copies else {}
         copies = {p: self.copies[n] for n, p in model.named_parameters() if n in self.copies}
-        self.averaging = self.share = None
+        self.averaging = self.share = self.asked_to_stop = None
+        self.stop = torch.zeros((), device=device)
         if world.size > 1:
-            self.averaging = Averaging(model.parameters(), copies, optimizer)
+            dtype = DTYPES[plan.reduce_dtype]
+            self.averaging = Averaging(model.parameters(), copies, optimizer, dtype)
             self.share = torch.tensor(1 / world.size, device=device)  # of the mean over all ranks
+            for part in filter(None, (self.averaging, optimizer.shard)):
+                part.outside = self._outside
         if copies:
             optimizer.attach_working(copies)
         model.transformer.recompute = plan.recompute
@@ -108,12 +115,15 @@ class TrainStep:
             optimizer.loss_scale = torch.tensor([FIRST_SCALE, 0.0], device=device)
         self.overflow: Tensor | None = None
         self.forward = self._build_forward()
-        self.graph: torch.cuda.CUDAGraph | None = None
+        # The captured step: one graph, or several and what runs between them.
+        self.graph: list[Callable[[], None]] = []
+        self.cut: Callable[[Callable[[], None]], None] | None = None  # while one is captured
+        self.num_captures = 0
         self.stream = torch.cuda.Stream() if plan.cuda_graph else None
         self.outcome: Outcome | None = None
         self.warm_steps = 0  # since the start or a halving, whose shapes are new
 
-    def run(self, step: Step, batches: Rows, lr: float) -> Outcome:
+    def run(self, step: Step, batches: Rows, lr: float, stop: bool = False) -> Outcome:
         """Take one step.
 
         Args:
@@ -121,6 +131,7 @@ class TrainStep:
                 tensor that outlives it moves.
             batches: Gives the step's rows and their targets, (rows, T) int64 each.
             lr: Learning rate of the update.
+            stop: This rank was asked to stop, which all learn in `asked_to_stop`.
 
         Raises:
             torch.OutOfMemoryError: not even one row fits.
@@ -129,16 +140,38 @@ class TrainStep:
         self.idx.copy_(idx, non_blocking=True)
         self.targets.copy_(targets, non_blocking=True)
         self.lr.fill_(lr)
-        if self.plan.cuda_graph and self.graph is None and self.warm_steps >= NUM_WARMUP:
+        self.stop.fill_(float(stop))
+        if self.optimizer.shard:
+            self.optimizer.shard.release(self.optimizer.copies)
+        if self.plan.cuda_graph and not self.graph and self.warm_steps >= NUM_WARMUP:
             self._capture(step)
-        if self.graph is not None:
-            self.graph.replay()
-        else:
+        for part in self.graph:
+            part()
+        if self.graph and self.averaging:
+            # NCCL's watchdog, which ends a rank that waits for too long, sees nothing in a graph.
+            torch.distributed.all_reduce(self.stop)
+        if not self.graph:
             with self._beside():
                 self.outcome = step()
             self.warm_steps += 1
         assert self.outcome is not None
         return self.outcome
+
+    def gather(self) -> None:
+        """Before anyone looks at the weights: all of them, where ranks share them out.
+
+        In memory they take the place of a captured step, which the next steps make again.
+        """
+        if (shard := self.optimizer.shard) and shard.released:
+            self.graph, self.warm_steps = [], min(self.warm_steps, NUM_WARMUP - 1)
+            self.optimizer.set_up()
+            shard.gather(self.optimizer.copies)
+
+    def _outside(self, work: Callable[[], None]) -> None:
+        if self.cut:
+            self.cut(work)
+        else:
+            work()
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
@@ -155,7 +188,7 @@ class TrainStep:
         """Forward and backward of each micro-batch: mean gradients of the step's rows into `.grad`.
 
         Returns:
-            Their mean loss on this rank, (), fp32.
+            Their mean loss over all ranks, (), fp32.
         """
         while True:
             try:
@@ -178,8 +211,8 @@ class TrainStep:
         loss = torch.zeros((), device=self.idx.device)
         micro_batches = zip(self.idx.chunk(num_micro), self.targets.chunk(num_micro), strict=True)
         for i, (idx, targets) in enumerate(micro_batches):
-            if self.averaging and i == num_micro - 1:
-                self.averaging.begin()
+            if self.averaging:
+                self.averaging.begin(last=i == num_micro - 1)
             with self.autocast():
                 micro_loss = self.forward(idx, targets) / num_micro
             micro_loss.backward(seed)
@@ -187,7 +220,8 @@ class TrainStep:
                 self.optimizer.fold_working_gradients()
             loss += micro_loss.detach()
         if self.averaging:
-            self.averaging.finish()
+            loss, self.asked_to_stop = self.averaging.finish(torch.stack([loss, self.stop]))
+            loss = loss / self.world.size
         return loss
 
     def _unscale(self) -> None:
@@ -246,29 +280,68 @@ class TrainStep:
         return forward
 
     def _capture(self, step: Step) -> None:
-        """Record the step as a graph; it is not executed. Falls back aloud."""
-        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        pool = torch.cuda.graph_pool_handle()
-        try:
-            # thread_local: the thread that reads ahead may pin memory meanwhile.
-            with torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"):
-                self.outcome = step()
-            self.graph = graph
+        """Record the step as a graph; it is not executed. Falls back aloud, on all ranks alike."""
+        while True:
+            self.num_captures += 1
+            failed = self.world.gather(f"capture {self.num_captures}", self._record(step))
+            if not any(failed):
+                return
+            self.graph = []
+            reason = next(filter(None, failed))["reason"]
+            if (
+                any(failure and failure["short"] for failure in failed)
+                and self.plan.micro_batch_size > 1
+            ):
+                self._halve()  # a graph's pool is its own: warm-up may have fitted
+                return
+            if self.averaging and self.averaging.overlaps:
+                self.averaging.overlaps = False
+                self.say(f"cuda graph: not with the collectives ({reason}); trying all but them")
+                continue
+            if self.averaging:
+                self.averaging.overlaps = True
+            self.say(f"cuda graph: the step cannot be captured ({reason}); going on without")
+            self.plan = replace(self.plan, cuda_graph=False)
             return
+
+    def _record(self, step: Step) -> dict[str, Any] | None:
+        """Capture the step, or say what failed, and whether it was memory."""
+        before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+        parts: list[Callable[[], None]] = []
+        try:
+            with contextlib.ExitStack() as capture:
+
+                def begin() -> None:
+                    graph = torch.cuda.CUDAGraph()
+                    parts.append(graph.replay)
+                    # thread_local: the thread that reads ahead may pin memory meanwhile.
+                    capture.enter_context(torch.cuda.graph(
+                        graph, pool, self.stream, capture_error_mode="thread_local"
+                    ))  # fmt: skip
+
+                def cut(work: Callable[[], None]) -> None:
+                    capture.close()
+                    parts.append(work)
+                    begin()
+
+                begin()
+                if self.averaging and not self.averaging.overlaps:
+                    self.cut = cut
+                self.outcome = step()
+            self.graph = parts
+            return None
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # the context leaves it where the capture's end raises
             # The capture's end hides what went wrong in it. Text alone: a name for the exception
             # here would keep its frames, and with them the activations, through `_halve`.
             reason = str(error.__context__ or error).strip().splitlines()[0]
-            short = _is_short(error)
+            short = any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
+        finally:
+            self.cut = None
         self.optimizer.zero_grad(set_to_none=True)
+        parts.clear()
         _abandon(pool)
-        del graph
-        if short and self.plan.micro_batch_size > 1:
-            self._halve()  # a graph's pool is its own: warm-up may have fitted
-            return
-        self.say(f"cuda graph: the step cannot be captured ({reason}); going on without")
-        self.plan = replace(self.plan, cuda_graph=False)
+        return {"reason": reason, "short": short}
 
 
 def _abandon(pool: Any) -> None:
@@ -285,13 +358,6 @@ def _abandon(pool: Any) -> None:
     torch._C._cuda_releasePool(device, pool)
     with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros((), device="cuda")  # a capture that ends well frees the generator
-
-
-def _is_short(error: BaseException) -> bool:
-    """Whether memory ran out, here or in what this error hides."""
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(
-        error.__context__, torch.OutOfMemoryError
-    )
 
 
 def autocast(plan: Plan) -> AbstractContextManager[Any]:
@@ -342,5 +408,5 @@ def working_copies(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter.detach().to(torch.bfloat16).requires_grad_()
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 2 and ".h." in name
+        if is_hidden_matrix(name, parameter)
     }
