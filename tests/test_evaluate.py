@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +211,7 @@ def test_hellaswag_losses_are_those_of_transformers(items_file: Path):
             patch.setattr(hellaswag, "BATCH_TOKENS", tokens)
             assert hellaswag.count_right(model, items) == (right, 3)
     # The right answer is what is counted, not a place: the model's own choices are all right.
-    own = [replace(item, label=answer) for item, answer in zip(items, answers, strict=True)]
+    own = [item._replace(label=answer) for item, answer in zip(items, answers, strict=True)]
     assert hellaswag.count_right(model, own) == (3, 3)
     assert hellaswag.count_right(model, items, stopped=lambda: True) == (0, 0)
 

@@ -50,23 +50,14 @@ Tokens = np.ndarray | TokenShards
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids on disk.
+    """Token ids on disk, memory-mapped."""
 
-    Args:
-        tokens: (N,) uint16, memory-mapped.
-        name: What to call it in messages and in config.json.
-        sha256: Of what it was made from, see `hash_files`, or of the token files.
-        path: The token file, or the folder of shards.
-        val: (N_val,) uint16 where the source has a validation part of its own.
-        val_named: It was asked for by name: it holds whatever the recipe says.
-    """
-
-    tokens: TokenShards
-    name: str
-    sha256: str
-    path: Path
-    val: TokenShards | None = None
-    val_named: bool = False
+    tokens: TokenShards  # (N,) uint16
+    name: str  # in messages and in config.json
+    sha256: str  # of what it was made from, see `hash_files`, or of the token files
+    path: Path  # the token file, or the folder of shards
+    val: TokenShards | None = None  # where the source has a validation part of its own
+    val_named: bool = False  # it was asked for by name: it holds whatever the recipe says
 
     def split(self, val_fraction: float) -> tuple[TokenShards, TokenShards]:
         """Training part, and the validation part: the source's own, else the tail.
@@ -113,7 +104,11 @@ def load_corpus(
         both = hashlib.sha256(f"{corpus.sha256} {held_out.sha256}".encode()).hexdigest()
         own = held_out.tokens if held_out.val is None else held_out.val
         return replace(corpus, val=own, val_named=True, sha256=both)
-    name, paths = (_name(paths), paths) if paths else _default_source(say)
+    if paths:
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        name = f"{paths[0]}{more}"
+    else:
+        name, paths = _default_source(say)
     inputs = find_inputs(paths, say, key)
     if isinstance(inputs, Path):
         beside = inputs.iterdir() if inputs.is_dir() else ()
@@ -124,10 +119,6 @@ def load_corpus(
         counts = Counter(path.suffix.lower() for path in inputs)
         say(f"data: {name}: {', '.join(f'{n} {suffix}' for suffix, n in sorted(counts.items()))}")
     return _tokenise(inputs, name, tokenizer.cache_dir() / "tokens", key)
-
-
-def _name(paths: Sequence[str | Path]) -> str:
-    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
 
 def open_tokens(path: Path) -> Corpus:

@@ -10,9 +10,8 @@ github.com/rowanz/hellaswag), one JSON object a line with "ctx", "endings" and "
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +27,7 @@ BATCH_TOKENS = 4096  # per forward, padding included
 PUBLISHED = "GPT-2's 124M 29.4 to 29.6%, 350M 37.5%, 774M 43.2%, 1558M 48.9%; guessing 25%"
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """Token ids of the context and of each ending, and the number of the right one."""
 
     context: list[int]

@@ -8,7 +8,6 @@ goes on where it stopped, and starts anew where the inputs or the shards are no 
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -48,6 +47,7 @@ from training.shards import (
     TOKEN_DTYPE,
     VERSION,
     check_shard,
+    hash_file,
     hash_samples,
     holds_tokens,
     read_index,
@@ -84,9 +84,9 @@ class Config:
         for name in ("out", "text_column"):
             if not getattr(self, name):
                 raise ValueError(f"prepare: {name} must not be empty")
-        check_int("prepare", "shard_tokens", self.shard_tokens, 1, 10**12)
-        check_int("prepare", "val_tokens", self.val_tokens, 0, 10**12)
-        check_int("prepare", "processes", self.processes, 1, 4 * num_cores())
+        limits = {"shard_tokens": (1, 10**12), "val_tokens": (0, 10**12)}
+        for name, (least, most) in (limits | {"processes": (1, 4 * num_cores())}).items():
+            check_int("prepare", name, getattr(self, name), least, most)
 
 
 class ShardWriter:
@@ -124,8 +124,7 @@ class ShardWriter:
         elif self.out.exists() and holds_tokens(self.out):
             raise ValueError(f"prepare: {self.out} holds other token files; choose another --out")
         self._partial = self.out / ".shard.partial"
-        self._documents = self.index["documents"]
-        self._count, self._digest = 0, hashlib.sha256()  # of the shard being filled
+        self._documents, self._count = self.index["documents"], 0  # the latter in the shard begun
         self.tokens = sum(shard["tokens"] for shard in self.index["shards"])
 
     def _resume(self, fixed: list[str]) -> None:
@@ -136,18 +135,18 @@ class ShardWriter:
                 f"prepare: {self.out} holds shards of another command ({', '.join(changed)} "
                 f"differ); choose another --out"
             )
-        try:
-            what = "the inputs" if old.get("sha256") != self.index["sha256"] else ""
-            for shard in old["shards"]:
-                check_shard(self.out / shard["file"], shard, whole=True)
-        except ValueError:
-            what = "its shards"
+        what = "the inputs" if old.get("sha256") != self.index["sha256"] else ""
         for shard in old["shards"]:
-            if (self.out / shard["file"]).is_dir():
+            path = self.out / shard["file"]
+            if path.is_dir():
                 raise ValueError(
-                    f"prepare: {self.out / shard['file']} is a folder in the place of a shard; "
-                    "move it away and run the same command again"
+                    f"prepare: {path} is a folder in the place of a shard; move it away and run "
+                    "the same command again"
                 )
+            try:
+                check_shard(path, shard, whole=True)
+            except ValueError:
+                what = "its shards"
         if not what:
             self.index = old
             return
@@ -175,7 +174,6 @@ class ShardWriter:
             except OSError as error:  # a full disk names no file
                 reason = error.strerror or error
                 raise OSError(f"prepare: cannot write to {self.out}: {reason}") from None
-            self._digest.update(part.tobytes())
             self._count += len(part)
             self.tokens += len(part)
             if self._count == self._target()[1]:
@@ -207,12 +205,11 @@ class ShardWriter:
         number = sum(shard["file"].startswith(split) for shard in self.index["shards"])
         name = f"{split}-{number:06d}.bin"
         samples = hash_samples(np.memmap(self._partial, dtype=TOKEN_DTYPE, mode="r"))
+        shard = {"file": name, "tokens": self._count, "sha256": hash_file(self._partial)}
         os.replace(self._partial, self.out / name)
-        shard = {"file": name, "tokens": self._count, "sha256": self._digest.hexdigest()}
         self.index["shards"].append(shard | {"samples": samples})
         self.index |= {"next_piece": next_piece, "skip_tokens": skip_tokens}
-        self.index["documents"] = self._documents
-        self._count, self._digest = 0, hashlib.sha256()
+        self.index["documents"], self._count = self._documents, 0
         self._save()
 
     def _save(self) -> None:
