@@ -239,8 +239,33 @@ def test_out_of_memory_halves_the_batch_and_goes_on(capsys: pytest.CaptureFixtur
 
 def test_one_row_too_many_is_the_end() -> None:
     ops = replace(EAGER, causal_attention=short_of_memory(0))
-    with pytest.raises(torch.OutOfMemoryError):
+    needed = r"^memory: not even one row at a time fits, .* take 0\.\d\d GiB of it; take a smaller"
+    with pytest.raises(torch.OutOfMemoryError, match=needed):
         run(make_step(choices(dtype="fp32", micro_batch_size=8), ops=ops), 1)
+
+
+def test_memory_that_runs_out_in_the_optimizer_s_state_halves_the_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Half of the moments are there when it does; no weight has moved, and none moves twice."""
+    expected, _ = plain_loop("fp32", 3)
+    step, zeros_like, made = (
+        make_step(choices(dtype="fp32", micro_batch_size=8)),
+        torch.zeros_like,
+        0,
+    )
+
+    def short(like: Tensor, **how: Any) -> Tensor:
+        nonlocal made
+        made += isinstance(like, torch.nn.Parameter)
+        if made % 12 == 11 and step.plan.micro_batch_size > 2:  # past all matrices
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return zeros_like(like, **how)
+
+    monkeypatch.setattr(torch, "zeros_like", short)
+    assert worst(run(step, 3), expected) <= 1e-5
+    assert (step.plan.micro_batch_size, step.plan.num_micro_batches) == (2, 4)
+    assert capsys.readouterr().out.count("memory:") == 2  # 8 -> 4 -> 2
 
 
 def test_what_cannot_be_captured_runs_without_a_graph(

@@ -178,6 +178,19 @@ class AdamW(torch.optim.AdamW):
         super().step()
         self.refresh_working()
 
+    @torch.no_grad()
+    def make_state(self) -> None:
+        """Give the parameters that this rank updates moments and a step count, all or none."""
+        fresh: dict[Tensor, dict[str, Tensor]] = {}
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if not self.state.get(p) and (self.shard is None or self.shard.owns(p)):
+                fresh[p] = self._new_state(p)
+        self.state.update(fresh)
+
+    def _new_state(self, p: nn.Parameter) -> dict[str, Tensor]:
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        return {"step": torch.zeros((), device=p.device), **moments}
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, those of the working copies too."""
         super().zero_grad(set_to_none)
@@ -276,11 +289,7 @@ class TritonAdamW(AdamW):
                 if self.shard and not self.shard.owns(p):  # only its norm is wanted: no moments
                     slots.append(Slot(name, p, grad, p, p, p.new_zeros(()), None, *rule))
                     continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), device=p.device)
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
+                state = self.state[p] = self.state[p] or self._new_state(p)
                 moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
                 slots.append(Slot(name, p, grad, *moments, copy, *rule))
         return slots
@@ -314,9 +323,13 @@ class MuonAdamW(AdamW):
                     p.grad = None
         super()._update()
 
+    def _new_state(self, p: nn.Parameter) -> dict[str, Tensor]:
+        if p in self._matrices:
+            return {"momentum_buffer": torch.zeros_like(p)}
+        return super()._new_state(p)
+
     def _direction(self, p: nn.Parameter) -> Tensor:
-        if not self.state[p]:
-            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.state[p] = self.state[p] or self._new_state(p)
         momentum, grad = self.state[p]["momentum_buffer"], cast(Tensor, p.grad)
         if self.found_inf is not None:
             grad = torch.where(self.found_inf > 0, momentum, grad)  # which leaves it as it was

@@ -194,11 +194,18 @@ class TrainStep:
             try:
                 loss = self._micro_batches()
                 self._unscale()
+                self.optimizer.make_state()  # before a weight moves, and where halving may help
                 return loss
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 capturing = self.stream is not None and torch.cuda.is_current_stream_capturing()
-                if capturing or self.world.size > 1 or self.plan.micro_batch_size == 1:
+                if capturing or self.world.size > 1:
                     raise
+                if self.plan.micro_batch_size == 1:
+                    kept = 16 * sum(p.numel() for p in self.model.parameters()) / 2**30
+                    raise torch.OutOfMemoryError(
+                        "memory: not even one row at a time fits, and weights, gradients and "
+                        f"moments take {kept:.2f} GiB of it; take a smaller --model or --block-size"
+                    ) from error
             # Outside the handler: the exception's frames hold the activations.
             self.optimizer.zero_grad(set_to_none=True)
             self._halve()
