@@ -61,7 +61,7 @@ BESIDE = ("numerics", "tests", "sanitizer", "resume")
 MIN_S = 15.0
 SANITIZER_ERROR = 99  # exit code compute-sanitizer is told to use
 OP_TESTS = [f"tests/test_{name}.py" for name in (*CASES, "adamw", "backends")]
-GPU_TESTS = ["tests/test_step.py", "tests/test_generate.py", "tests/test_bench.py"]
+GPU_TESTS = ["tests/test_step.py", "tests/test_generate.py", "tests/test_timing.py"]
 
 
 @dataclass(frozen=True)

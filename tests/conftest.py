@@ -6,6 +6,7 @@ import re
 import signal
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ elif "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)  # the tensors are small; more threads only wait for one another
 
 from kernels._op import INTERPRETED
+from tests import pretend_cuda
+from training import timing
 
 if INTERPRETED:
     from tests import interpreter
@@ -101,6 +104,22 @@ def poison() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore (a run unsets it)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator["pretend_cuda.Pretended"]:
+    """A pretended GPU on which the timer is soon done: few calls, few samples."""
+    small = {"MAX_SETS": 1, "MIN_GRAPH_CALLS": 1, "SPIN_SIZE": 8, "SPIN_SECONDS": 0.0}
+    for name, value in small.items():
+        monkeypatch.setattr(timing, name, value)
+    monkeypatch.setattr(timing, "interleave", partial(timing.interleave, warmup=0, min_rounds=1))
+    timing.capture_stream.cache_clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for a few elements, threads only wait for one another
+    with pretend_cuda.pretend_cuda() as pretended:
+        yield pretended
+    torch.set_num_threads(threads)
+    timing.capture_stream.cache_clear()
 
 
 @pytest.fixture

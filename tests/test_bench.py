@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,65 +27,10 @@ from bench.rows import ProfileRow
 from kernels import EAGER
 from model import GPT, GPTConfig
 from training import timing
-from training.machines import free_bytes
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 8, C=32, H=2, V=128)
 TINY_CONFIG = GPTConfig(block_size=16, vocab_size=128, n_layer=2, n_head=2, n_embd=32)
-
-
-def test_timer_measures_a_sleep():
-    found = timing.time_calls(
-        {"short": [lambda: time.sleep(0.005)], "long": [lambda: time.sleep(0.015)]},
-        CPU, rounds=10, warmup=1,
-    )  # fmt: skip
-    # A sleep is never shorter than asked; a busy machine makes it longer, the best one hardly.
-    assert 5.0 <= min(found["short"].samples_ms) < 8.0
-    assert 15.0 <= min(found["long"].samples_ms) < 18.0
-    assert 1.5 < timing.ratio(found["long"], found["short"]) < 4.0
-
-
-@pytest.mark.gpu
-def test_timer_measures_a_copy_of_known_bytes():
-    device = torch.device("cuda")
-    source = torch.randn(1 << 28, device=device)
-    target = torch.empty_like(source)
-    found = timing.time_calls({"": [lambda: target.copy_(source)]}, device, 1 << 31)[""]
-    gbs = 2 * 4 * (1 << 28) / found.median_ms / 1e6
-    assert found.mode == "graph"
-    assert 0.5 < gbs / timing.limits(device)["copy_gbs"] < 1.1
-
-
-def test_interleave_takes_turns_and_keeps_the_budget():
-    order = []
-    clock = {"a": 1.0, "b": 2.0}
-
-    def replay(name):
-        def once():
-            order.append(name)
-            return clock[name]
-
-        return timing.Replay(once, "host")
-
-    replays = {name: replay(name) for name in clock}
-    found = timing.interleave(replays, rounds=4, seconds=60.0, warmup=1)
-    assert order == ["a", "b"] * 5
-    assert found["a"].samples_ms == (1.0,) * 4
-    found = timing.interleave(replays, rounds=50, seconds=0.0, min_rounds=3)
-    assert len(found["a"].samples_ms) == 3
-    failed: dict[str, str] = {}
-    late = time.monotonic() - 1.0
-    assert timing.interleave(replays, warmup=0, until=late, failed=failed) == {}
-    assert failed == dict.fromkeys(clock, "no time left")
-
-
-def test_ratio_is_paired_and_spread_is_marked():
-    # Both slow down threefold half-way: the ratio of neighbours does not notice.
-    slow, fast = timing.Timing([2, 2, 6, 6, 6]), timing.Timing([1, 1, 3, 3, 3])
-    assert timing.ratio(slow, fast) == 2.0
-    steady = timing.Timing([1.0, 1.01, 1.02])
-    assert steady.median_ms == 1.01
-    assert steady.quartiles_ms == pytest.approx((1.005, 1.015))
 
 
 @pytest.mark.parametrize("op", CASES)
@@ -266,35 +210,6 @@ def test_pytest_benchmark_keeps_and_compares_the_measured_samples(tmp_path):
         row = rows[entry["extra_info"]["mode"], entry["extra_info"]["provider"]]
         assert entry["stats"]["median"] * 1e3 == pytest.approx(row.ms, rel=1e-3)
         assert entry["stats"]["rounds"] == row.rounds
-
-
-def write_cgroup(folder: Path, names: tuple[str, str, str], limit: str, used: int, cached: int):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in zip(names, (limit, str(used)), strict=False):
-        (folder / name).write_text(f"{text}\n")
-    (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cached}\n")
-
-
-def test_free_memory_is_what_the_machine_or_a_cgroup_leaves(tmp_path):
-    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
-    assert free_bytes(proc, groups) == 0  # unknown
-    (proc / "self").mkdir(parents=True)
-    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
-    assert free_bytes(proc, groups) == 8000 << 10
-    two = ("memory.max", "memory.current", "inactive_file")
-    (proc / "self/cgroup").write_text("0::/job/step\n")
-    write_cgroup(groups / "job/step", two, "max", 5, 0)
-    assert free_bytes(proc, groups) == 8000 << 10
-    write_cgroup(groups / "job", two, "1000000", 600000, 100000)  # of the one above it
-    assert free_bytes(proc, groups) == 500000
-    write_cgroup(groups / "job/step", two, "300000", 290000, 10)
-    assert free_bytes(proc, groups) == 10010
-    write_cgroup(groups / "job/step", two, "300000", 400000, 10)
-    assert free_bytes(proc, groups) == 0
-    one = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    (proc / "self/cgroup").write_text("4:memory:/docker/named-on-the-host\n1:cpu:/\n")
-    write_cgroup(groups / "memory", one, "700000", 100000, 0)
-    assert free_bytes(proc, groups) == 600000
 
 
 # Every command with what it cannot take; an empty list is what needs a GPU.

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from model.flops import flops_per_token
 from training import explain as explain_module
 from training import probe as probe_module
 from training.explain import elsewhere, explain, findings, roofline_s, traffic_bytes
-from training.machines import find_card, nvidia_smi
+from training.machines import find_card, free_bytes, nvidia_smi
 from training.plan import Choices, Machine, detect, make_plan
 from training.probe import Probe, Rates, measure_rates, probe_steps
 from training.recipes import Recipe, find_preset
@@ -142,6 +143,35 @@ def test_known_machines_stand_in_order_of_speed():
 def test_a_card_is_found_by_whole_words(name: str, tflops: float | None):
     card = find_card(name)
     assert (card and card.tflops) == tflops
+
+
+def write_cgroup(folder: Path, names: tuple[str, str, str], limit: str, used: int, cached: int):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip(names, (limit, str(used)), strict=False):
+        (folder / name).write_text(f"{text}\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cached}\n")
+
+
+def test_free_memory_is_what_the_machine_or_a_cgroup_leaves(tmp_path):
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    assert free_bytes(proc, groups) == 0  # unknown
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    assert free_bytes(proc, groups) == 8000 << 10
+    two = ("memory.max", "memory.current", "inactive_file")
+    (proc / "self/cgroup").write_text("0::/job/step\n")
+    write_cgroup(groups / "job/step", two, "max", 5, 0)
+    assert free_bytes(proc, groups) == 8000 << 10
+    write_cgroup(groups / "job", two, "1000000", 600000, 100000)  # of the one above it
+    assert free_bytes(proc, groups) == 500000
+    write_cgroup(groups / "job/step", two, "300000", 290000, 10)
+    assert free_bytes(proc, groups) == 10010
+    write_cgroup(groups / "job/step", two, "300000", 400000, 10)
+    assert free_bytes(proc, groups) == 0
+    one = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    (proc / "self/cgroup").write_text("4:memory:/docker/named-on-the-host\n1:cpu:/\n")
+    write_cgroup(groups / "memory", one, "700000", 100000, 0)
+    assert free_bytes(proc, groups) == 600000
 
 
 def test_what_nvidia_smi_does_not_know_is_left_out(tmp_path, monkeypatch):

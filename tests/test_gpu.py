@@ -2,10 +2,7 @@
 
 import importlib
 import json
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from kernels._op import INTERPRETED
 from model import MODELS, GPTConfig
 from tests import sanitize
 from tests.pretend_cuda import pretend_cuda
-from tests.test_bench_child import wait_until_gone
 from training import child, flags
 from training.verdicts import Run
 
@@ -136,36 +132,6 @@ def test_commands_run_and_their_rows_are_kept(job: gpu.Job) -> None:
     assert "3 passed" in log
     assert "compiling" in log
     assert not list(job.scratch.iterdir())
-
-
-def test_what_a_signal_ends() -> None:
-    """The processes of all threads, and then this one."""
-    code = (
-        "import sys, threading\nfrom training import child\n"
-        "run = [sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True, "
-        'file=open(2, "w")); time.sleep(600)\']\n'
-        "with child.ended_by_signals():\n"
-        "    threads = [threading.Thread(target=lambda: child.run(run, 500)) for _ in range(2)]\n"
-        "    [t.start() for t in threads]\n    print('ready', flush=True)\n"
-        "    [t.join() for t in threads]\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=record.ROOT
-    ) as process:
-        assert process.stdout
-        process.stdout.readline()
-        children: list[str] = []
-        listed = Path(f"/proc/{process.pid}/task")
-        deadline = time.monotonic() + 300
-        while len(children) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
-            children = [pid for task in listed.iterdir()
-                        for pid in (task / "children").read_text().split()]  # fmt: skip
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
-    assert len(children) == 2
-    for pid in children:
-        wait_until_gone(int(pid))
 
 
 @pytest.mark.parametrize(

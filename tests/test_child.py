@@ -1,6 +1,8 @@
 """Processes of the bench: they answer, they end with what they started, they say why."""
 
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -74,3 +76,33 @@ def test_a_process_that_outlasts_its_time_ends_with_what_it_started() -> None:
     failed = child.run([sys.executable, "-c", "print('x'); raise SystemExit('no')"], 60)
     assert failed.why == "exit 1: no"
     assert child.run([sys.executable, "-c", ""], 60).why == ""
+
+
+def test_what_a_signal_ends() -> None:
+    """The processes of all threads, and then this one."""
+    code = (
+        "import sys, threading\nfrom training import child\n"
+        "run = [sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True, "
+        'file=open(2, "w")); time.sleep(600)\']\n'
+        "with child.ended_by_signals():\n"
+        "    threads = [threading.Thread(target=lambda: child.run(run, 500)) for _ in range(2)]\n"
+        "    [t.start() for t in threads]\n    print('ready', flush=True)\n"
+        "    [t.join() for t in threads]\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=child.ROOT
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        children: list[str] = []
+        listed = Path(f"/proc/{process.pid}/task")
+        deadline = time.monotonic() + 300
+        while len(children) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+            children = [pid for task in listed.iterdir()
+                        for pid in (task / "children").read_text().split()]  # fmt: skip
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert len(children) == 2
+    for pid in children:
+        wait_until_gone(int(pid))
