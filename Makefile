@@ -32,10 +32,11 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / {print substr($$0, 5)} \
 		/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.setup ## make .venv and install the exact pins
+setup: $(VENV)/.setup ## make .venv and install the exact pins, with the torch that fits the GPU
 $(VENV)/.setup: requirements.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) "$$(grep '^torch==' requirements.txt)"
+	@pin=$$(grep '^torch==' requirements.txt); torch=$$($(PY) -m training.torch_build); \
+		[ "$$torch" != "$$pin" ] && $(PIP) "$$torch" || $(PIP) "$$pin"
 	$(PIP) -r requirements.txt
 	@touch $@
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,56 @@ def test_a_value_arrives_as_it_was_written(checkout: Path, value: str) -> None:
     assert make(checkout, "sample", MODEL=value, PROMPT=value) == sample  # from the environment
     assert make(checkout, "demo", *given) == ["-m", "demo.app", "--model", value]
     assert make(checkout, "mutants", f"OP={value}") == ["-m", "tests.mutants", "--op", value]
+
+
+PIP = """#!/bin/sh
+case "$*" in
+    "-m pip"*"+cu126"*) echo "$@" >> called; exit {code} ;;
+    "-m pip"*) echo "$@" >> called ;;
+    *) exec {python} "$@" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("card", "found", "installed", "said"),
+    [
+        ("NVIDIA H100 80GB HBM3, 580.65.06, 9.0", True, [""], ""),
+        ("Tesla V100-SXM2-16GB, 580.65, 7.0", True, ["+cu126"],
+         "setup: Tesla V100-SXM2-16GB (sm_70, driver 580): torch==2.13.0+cu126 fits, cu130 needs "
+         "sm_75 to sm_129; if pip does not find it"),
+        ("NVIDIA A100-SXM4-80GB, 535.104.05, 8.0", False, ["+cu126", ""],
+         "cu130 needs driver 580 or newer; if pip does not find it, torch==2.13.0 follows"),
+        ("NVIDIA A100, 580.1, 8.0\\nTesla P100, 580.1, 6.0", True, ["+cu126"], "sm_75 to sm_129"),
+        ("Tesla T4, 470.2, 7.5", True, [""], "cu126 needs driver 525 or newer; the CPU will be"),
+        ("NVIDIA B200, 570.2, 10.0", True, [""], "cu126 needs sm_50 to sm_90; the CPU"),
+        ("Failed to initialize NVML", True, [""], ""),
+    ],
+)  # fmt: skip
+def test_setup_installs_the_torch_that_fits_the_card(
+    checkout: Path, card: str, found: bool, installed: list[str], said: str
+) -> None:
+    python, smi = checkout / ".venv" / "bin" / "python", checkout / "bin" / "nvidia-smi"
+    (checkout / ".venv" / ".setup").unlink()
+    for path, text in (
+        (python, PIP.format(code=int(not found), python=sys.executable)),
+        (smi, f"#!/bin/sh\nprintf '{card}\\n'\n"),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o755)
+    (checkout / "training").mkdir()
+    for name in ("__init__.py", "torch_build.py"):
+        shutil.copy(ROOT / "training" / name, checkout / "training" / name)
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    environ["PATH"] = f"{smi.parent}:{environ['PATH']}"
+    done = subprocess.run(["make", "setup"], cwd=checkout, env=environ, capture_output=True,
+                          encoding="utf-8", check=True)  # fmt: skip
+    *first, rest = (checkout / "called").read_text().splitlines()
+    assert [line.partition(" torch==2.13.0")[2] for line in first] == installed
+    assert rest.endswith(" -r requirements.txt")
+    assert said in done.stderr
+    assert bool(done.stderr) == bool(said)
 
 
 def test_nothing_given_is_nothing_passed(checkout: Path) -> None:

@@ -20,13 +20,11 @@ import torch
 
 from model import GPTConfig
 from model.flops import flops_per_token
+from training.torch_build import DRIVERS, OLDER
 
 # torch.compile on a CPU calls these; openssl hashes its precompiled headers.
 COMPILE_TOOLS = ("g++", "as", "ld", "openssl")
 NO_SPACE = "a torch in a folder without spaces"  # torch 2.13 does not quote it
-# The oldest driver for a major version of CUDA: NVIDIA's CUDA compatibility guide.
-DRIVERS = {11: 450, 12: 525, 13: 580}
-OLDER = "pytorch.org/get-started/previous-versions has the lines that install other builds"
 FREE_SHARE = 0.9  # of a GPU's memory is free at least where nobody else uses it
 
 

@@ -1,0 +1,70 @@
+"""Which build of torch fits the GPUs of this machine: `make setup` asks before there is a torch.
+
+Standard library alone. What pip installs for a plain version is the first of BUILDS.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# The oldest driver for a major version of CUDA: NVIDIA's CUDA compatibility guide.
+DRIVERS = {11: 450, 12: 525, 13: 580}
+# First and last compute capability of each build of torch 2.13, by PyTorch's support matrix.
+BUILDS = {"cu130": (75, 129), "cu126": (50, 90)}
+PAGE = "pytorch.org/get-started/previous-versions"
+OLDER = f"{PAGE} has the lines that install other builds"
+
+
+def choose(cards: Sequence[tuple[str, int, int]], pin: str) -> tuple[str, str]:
+    """What pip is to install, and a line about it where that is not the pin or does not fit.
+
+    Args:
+        cards: Name, major version of the driver, and compute capability (90 for 9.0) of each.
+        pin: Such as "torch==2.13.0".
+    """
+    lacks: list[str] = []
+    for build, (first, last) in BUILDS.items():
+        needed = DRIVERS[int(build[2:4])]
+        lack = [f"driver {needed} or newer" for _, driver, _ in cards if driver < needed]
+        lack += [f"sm_{first} to sm_{last}" for _, _, arch in cards if not first <= arch <= last]
+        if not lack:
+            break
+        lacks.append(f"{build} needs {' and '.join(dict.fromkeys(lack))}")
+    else:
+        return pin, f"no build of {pin} fits, {', '.join(lacks)}; the CPU will be used"
+    if not lacks:
+        return pin, ""
+    wanted = f"{pin}+{build}"
+    return wanted, (
+        f"{wanted} fits, {lacks[0]}; if pip does not find it, {pin} follows, which cannot use the "
+        f"GPU: PIP_EXTRA_INDEX_URL=... make -B setup, with the index that {PAGE} names for CUDA "
+        f"{build[2:4]}.{build[4:]}"
+    )
+
+
+def find_cards() -> list[tuple[str, int, int]]:
+    """As `choose` takes them; none where nvidia-smi does not say."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = re.findall(r"^(.+), (\d+)[\d.]*, (\d+)\.(\d)$", done.stdout, re.MULTILINE)
+    return [(name, int(driver), int(major + minor)) for name, driver, major, minor in found]
+
+
+def main() -> None:
+    """Print what to install, and on stderr why."""
+    pins = Path(__file__).parents[1].joinpath("requirements.txt").read_text(encoding="utf-8")
+    cards = find_cards()
+    wanted, line = choose(cards, re.findall(r"^torch==[\d.]+", pins, re.MULTILINE)[0])
+    if line:
+        name, driver, arch = cards[0]
+        print(f"setup: {name} (sm_{arch}, driver {driver}): {line}", file=sys.stderr)
+    print(wanted)
+
+
+if __name__ == "__main__":
+    main()
