@@ -105,6 +105,11 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, ep
     return F.layer_norm(residual, weight.shape, weight, bias, eps).to(x.dtype), residual
 
 
+def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, weight: Tensor, bias: Tensor):
+    h = F.embedding(idx, wte) + wpe
+    return layer_norm(h, weight, bias), h, wte
+
+
 def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, w_fc, b_fc), approximate="tanh"), w_proj, b_proj)
 
@@ -126,6 +131,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
 OPS: dict[str, Callable[..., Any]] = {
     "layer_norm": layer_norm,
     "add_layer_norm": add_layer_norm,
+    "embedding": embedding,
     "gelu_mlp": gelu_mlp,
     "causal_attention": causal_attention,
     "linear_cross_entropy": linear_cross_entropy,

@@ -100,6 +100,19 @@ def _norm(s: Shape, draw: Draw, *stream: str) -> Inputs:
     return {"x": draw(s.B, s.T, s.C), **wide, "weight": weight, "bias": bias}
 
 
+def _tokens(s: Shape, draw: Draw) -> Inputs:
+    """Tables in the dtype of the activations, or without autocast y would not be."""
+    drawn = draw(s.B, s.T, dtype=torch.float32).detach()
+    norm = _norm(s, draw)
+    return {
+        "idx": (drawn.abs() * s.V / 4).long().clamp_(max=s.V - 1),
+        "wte": draw(s.Vp, s.C, scale=0.02),
+        "wpe": draw(s.T, s.C, scale=0.02),
+        "weight": norm["weight"],
+        "bias": norm["bias"],
+    }
+
+
 def _mlp(s: Shape, draw: Draw) -> Inputs:
     C, F = s.C, 4 * s.C
     return {
@@ -139,6 +152,15 @@ CASES: dict[str, Case] = {
             # x, residual -> y, residual_out; then dy, dresidual_out, residual_out -> dx, dresidual.
             # fp32 throughout: dx and dresidual are one tensor.
             moved=lambda s, e: _rows(s, 2 * e + 2 * 4, 16 if e == 4 else 2 * e + 3 * 4),
+        ),
+        Case(
+            "embedding",
+            _tokens,
+            # idx, rows of wte -> y, residual; then dy, dresidual, residual, dtied -> dwte.
+            moved=lambda s, e: (
+                8 * s.M + e * s.C * (2 * s.M + min(s.M, s.Vp) + s.T),
+                8 * s.M + e * s.C * (3 * s.M + 2 * s.Vp + s.T),
+            ),
         ),
         Case(
             "gelu_mlp",

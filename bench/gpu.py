@@ -124,7 +124,7 @@ def commands(job: Job) -> Iterator[Command]:
                 "--rounds", "2", "--dtype", dtype, "--batch", batch))  # fmt: skip
     limited = ["--minutes", "{minutes}"]
     for op in CASES:
-        yield Command("ops", 40, job.rows("bench.ops", "--op", op, "--seconds", "2", *limited))
+        yield Command("ops", 35, job.rows("bench.ops", "--op", op, "--seconds", "2", *limited))
     text = ["--data", str(job.data or record.ROOT / "kernels")]
     yield Command("tune", 290, [
         sys.executable, "train.py", "--tune", "only", "--tune-file", str(job.out / "tune.json"),
@@ -148,7 +148,7 @@ def commands(job: Job) -> Iterator[Command]:
     yield Command("optimizer", 20, job.rows("bench.optimizer", "--seconds", "2"))
     for op in CASES:
         flags = ["--op", op, "--sweep", "--seconds", "1", *limited]
-        yield Command("sweep", 8, job.rows("bench.ops", *flags))
+        yield Command("sweep", 6, job.rows("bench.ops", *flags))
 
 
 def pytest(marked: str, files: Sequence[str]) -> list[str]:

@@ -133,6 +133,39 @@ def layer_norm() -> Axes:
     return axes
 
 
+def embedding() -> Axes:
+    axes = canvas(49)
+    title(axes, 1, 43.5, "forward: a warp per token")
+    tensor(axes, 1, 26, 5, 14, READ, "wte", [(0.3, 0.36)])
+    tensor(axes, 9, 33, 5, 7, READ, "wpe", [(0.5, 0.6)])
+    frame(
+        axes, 21, 28, 46, 12,
+        "h = wte[idx] + wpe[t], in the registers of 32 lanes", "rounded to the dtype of the stream",
+        "mean, rstd", "y = (h - mean) * rstd * weight + bias",
+    )  # fmt: skip
+    arrow(axes, 14.3, 36.5, 20.7, 36.5)
+    arrow(axes, 6.3, 30.8, 20.7, 30.8)
+    for y, name in ((36, "y (M, C)"), (28, "residual = h")):
+        tensor(axes, 72, y, 15, 4, WRITE, name, [(0.35, 0.6)])
+        arrow(axes, 67.3, y + 2, 71.7, y + 2)
+
+    title(axes, 1, 22, "backward: a program per block of sorted tokens")
+    write(axes, 1, 19, "tokens, sorted")
+    write(axes, 1, 14.5, "their rows of dh, read", "wherever they stand")
+    write(axes, 1, 6.5, "sums")
+    for i, token in enumerate((11, 11, 262, 262, 262, 262, 262, 262, 262, 262, 318, 464)):
+        x = 21 + 4.2 * i + 1.6 * (i // 4)
+        box(axes, x, 17.5, 4, 3, READ, str(token))
+        box(axes, x, 11, 4, 5, READ)
+    for x, width, text in ((21, 8, "11"), (29.6, 8, "262"), (39.6, 16.6, "262: carried"),
+                           (58, 8, "carried"), (66.4, 4, "318"), (70.6, 4, "464")):  # fmt: skip
+        box(axes, x, 5, width, 3, WRITE, text)
+        arrow(axes, x + width / 2, 10.8, x + width / 2, 8.2)
+    write(axes, 1, 2.3, "Sums go into dwte, which begins as the head's gradient. "
+                        "What is carried is a row for a second launch.")  # fmt: skip
+    return axes
+
+
 def product(axes: Axes, x: float, y: float, a: str, b: str, c: str) -> None:
     """A matrix product: A on the left, B above, and the tile that one program owns."""
     tensor(axes, x, y, 7, 13, READ, a, [(0.4, 0.6)])
@@ -310,7 +343,8 @@ def adamw() -> Axes:
 
 
 FIGURES: tuple[Callable[[], Axes], ...] = (
-    layer_norm, gelu_mlp, attention_forward, attention_backward, linear_cross_entropy, adamw
+    layer_norm, embedding, gelu_mlp, attention_forward, attention_backward, linear_cross_entropy,
+    adamw,
 )  # fmt: skip
 
 

@@ -32,6 +32,19 @@ class AddLayerNorm(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class Embedding(Protocol):
+    def __call__(
+        self,
+        idx: Tensor,
+        wte: Tensor,
+        wpe: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float = 1e-5,
+        residual_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 class GeluMLP(Protocol):
     def __call__(
         self, x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor
@@ -63,6 +76,7 @@ class Ops:
 
     layer_norm: LayerNorm
     add_layer_norm: AddLayerNorm
+    embedding: Embedding
     gelu_mlp: GeluMLP
     causal_attention: CausalAttention
     linear_cross_entropy: LinearCrossEntropy
@@ -71,6 +85,7 @@ class Ops:
 EAGER = Ops(
     layer_norm=reference.layer_norm,
     add_layer_norm=reference.add_layer_norm,
+    embedding=reference.embedding,
     gelu_mlp=reference.gelu_mlp,
     causal_attention=reference.causal_attention,
     linear_cross_entropy=reference.linear_cross_entropy,
@@ -80,11 +95,12 @@ EAGER = Ops(
 @cache
 def _triton_ops() -> Ops:
     # Modules, not functions: `kernels.layer_norm` must stay the module.
-    from . import causal_attention, gelu_mlp, layer_norm, linear_cross_entropy
+    from . import causal_attention, embedding, gelu_mlp, layer_norm, linear_cross_entropy
 
     return Ops(
         layer_norm=layer_norm.layer_norm,
         add_layer_norm=layer_norm.add_layer_norm,
+        embedding=embedding.embedding,
         gelu_mlp=gelu_mlp.gelu_mlp,
         causal_attention=causal_attention.causal_attention,
         linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,

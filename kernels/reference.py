@@ -42,6 +42,31 @@ def add_layer_norm(
     return y.to(dtype), residual_out
 
 
+def check_ids(idx: Tensor, Vp: int) -> None:
+    """Refuse a token outside the table. For CPU tensors: on CUDA looking costs a sync."""
+    outside = idx[(idx < 0) | (idx >= Vp)]
+    if outside.numel():
+        raise ValueError(f"embedding: idx must be in [0, {Vp}), got {outside[0].item()}")
+
+
+def embedding(
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    residual_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """idx (B, T) -> y, residual (B, T, C), wte; see embedding.py. Here wpe may be (B, T, C) too."""
+    if idx.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_ids(idx, len(wte))
+    residual = F.embedding(idx, wte) + wpe
+    if residual_dtype is not None:
+        residual = residual.to(residual_dtype)
+    return layer_norm(residual, weight, bias, eps), residual, wte
+
+
 def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
     """(..., C) -> (..., C) through 4C; see kernels/gelu_mlp.py."""
     return F.linear(F.gelu(F.linear(x, w_fc, b_fc), approximate="tanh"), w_proj, b_proj)

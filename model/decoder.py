@@ -255,7 +255,7 @@ class Decoder:
         hidden = []
         for context in self.contexts:
             idx = torch.tensor([context], device=self.device)
-            hidden.append(self.model.transformer(idx, self.model.residual_dtype)[:, -1])
+            hidden.append(self.model.transformer(idx, self.model.residual_dtype)[0][:, -1])
         self.uncached_rows.clear()
         return F.linear(torch.cat(hidden), weight)
 
@@ -280,7 +280,7 @@ class Decoder:
         S = max(map(len, contexts))
         idx = torch.tensor([c + [0] * (S - len(c)) for c in contexts], device=self.device)
         self.cache.start(rows)
-        y = self.prefill(idx, model.residual_dtype)
+        y, _ = self.prefill(idx, model.residual_dtype)
         ends = torch.tensor([len(c) - 1 for c in contexts], device=self.device)
         last = y[torch.arange(len(rows), device=self.device), ends]
         return F.linear(last, model.transformer.wte.weight[: model.config.vocab_size])
@@ -301,7 +301,7 @@ class Decoder:
         self.cache.start_decode(positions, span)
         one = isinstance(positions, int)
         at = slice(positions, positions + 1) if one else positions[:, None]
-        y = self.decode(tokens[:, None], self.model.residual_dtype, at)
+        y, _ = self.decode(tokens[:, None], self.model.residual_dtype, at)
         z = torch.mv(self.head.t(), y[0, 0])[None] if self.one_bf16_row else y[:, 0] @ self.head
         return z[:, : self.model.config.vocab_size]
 

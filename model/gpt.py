@@ -4,7 +4,7 @@ Every op with a hand-written kernel is called through `ops`, so the model does n
 backend runs. The residual add belongs to the LayerNorm that follows it, hence the loop below
 hands each block the norm of the next one:
 
-    residual = wte[idx] + wpe[:T]                         y = LN(residual; h[0].ln_1)
+    y, residual = LN(wte[idx] + wpe[:T]; h[0].ln_1), and the sum
     for each block:
         y, residual = add_LN(attn(y), residual; ln_2)
         y, residual = add_LN(mlp(y), residual; ln_1 of the next block, or ln_f)
@@ -97,18 +97,22 @@ class Transformer(nn.Module):
         idx: Tensor,
         residual_dtype: torch.dtype | None,
         positions: slice | Tensor | None = None,
-    ) -> Tensor:
-        """idx (B, T) int64 -> ln_f of the last residual, (B, T, C).
+    ) -> tuple[Tensor, Tensor]:
+        """idx (B, T) int64 -> ln_f of the last residual, (B, T, C), and the table for the head.
 
         `positions` are those of the tokens, (B, T) or the same for all rows; None: from 0.
         """
-        positions = slice(idx.shape[1]) if positions is None else positions
-        residual = self.wte(idx) + self.wpe.weight[positions]
-        residual = _dropout(residual, self.dropout, self.training)
-        if residual_dtype is not None:
-            residual = residual.to(residual_dtype)
+        wte = self.wte.weight
+        wpe = self.wpe.weight[slice(idx.shape[1]) if positions is None else positions]
         norms = [*(block.ln_1 for block in self.h), self.ln_f]
-        y = self.ops.layer_norm(residual, norms[0].weight, norms[0].bias, norms[0].eps)
+        first = norms[0].weight, norms[0].bias, norms[0].eps
+        if self.dropout > 0 and self.training:  # comes between the sum and its norm
+            residual = F.dropout(F.embedding(idx, wte) + wpe, self.dropout)
+            if residual_dtype is not None:
+                residual = residual.to(residual_dtype)
+            y = self.ops.layer_norm(residual, *first)
+        else:
+            y, residual, wte = self.ops.embedding(idx, wte, wpe, *first, residual_dtype)
         for block, next_norm in zip(self.h, norms[1:], strict=True):
             if self.recompute and torch.is_grad_enabled():
                 # A generator's state is a host read, which no CUDA graph can hold.
@@ -116,7 +120,7 @@ class Transformer(nn.Module):
                                          preserve_rng_state=self.dropout > 0)  # fmt: skip
             else:
                 y, residual = block(y, residual, next_norm)
-        return y
+        return y, wte
 
 
 class GPT(nn.Module):
@@ -186,8 +190,7 @@ class GPT(nn.Module):
             raise ValueError(
                 f"model: T must be at most block_size {self.config.block_size}, got {idx.shape[1]}"
             )
-        y = self.transformer(idx, self.residual_dtype)
-        weight = self.transformer.wte.weight
+        y, weight = self.transformer(idx, self.residual_dtype)
         if targets is None:
             return F.linear(y, weight[: self.config.vocab_size])
         return self.ops.linear_cross_entropy(y, weight, targets, self.config.vocab_size)

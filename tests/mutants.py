@@ -32,6 +32,7 @@ TIMEOUT_S = 600
 
 TESTS = {
     "layer_norm": ("tests/test_layer_norm.py", "tests/test_add_layer_norm.py"),
+    "embedding": ("tests/test_embedding.py",),
     "gelu_mlp": ("tests/test_gelu_mlp.py",),
     "causal_attention": ("tests/test_causal_attention.py",),
     "linear_cross_entropy": ("tests/test_linear_cross_entropy.py",),
@@ -62,7 +63,7 @@ class Mutant:
         start = source.find(f"\ndef {self.function}(")
         if start < 0:
             raise ValueError(f"{self.file}: no function {self.function}")
-        following = re.compile(r"\n(?=\S)").search(source, source.index("\n):", start) + 3)
+        following = re.compile(r"\n(?=\S)").search(source, source.index(":\n", start) + 2)
         end = following.start() if following else len(source)
         body = source[start:end]
         if body.count(self.old) != 1:
@@ -73,7 +74,7 @@ class Mutant:
         return source[:start] + body.replace(self.old, self.new) + source[end:]
 
 
-_LN, _MLP, _ATTENTION, _LCE, _ADAMW = TESTS
+_LN, _EMBEDDING, _MLP, _ATTENTION, _LCE, _ADAMW = TESTS
 
 MUTANTS = (
     Mutant(_LN, "_normalise", "mask",
@@ -96,6 +97,21 @@ MUTANTS = (
     Mutant(_LN, "_sum_partials_kernel", "row", "(rows < P)", "(rows < P - 1)"),
     Mutant(_LN, "_sum_partials_kernel", "scale",
            "total = tl.sum(acc, axis=0)", "total = 0.99 * tl.sum(acc, axis=0)"),
+
+    Mutant(_EMBEDDING, "_embedding_fwd_kernel", "mask", "mask=mask & known", "mask=mask"),
+    Mutant(_EMBEDDING, "_embedding_fwd_kernel", "row",
+           "stored, mask=mask)", "stored, mask=mask & (rows < M - 1))"),
+    Mutant(_EMBEDDING, "_embedding_fwd_kernel", "scale", "wte + wpe", "wte + 0.99 * wpe"),
+    Mutant(_EMBEDDING, "_embedding_fwd_kernel", "place", "(rows % T)", "(rows % (T + 1))"),
+    Mutant(_EMBEDDING, "_embedding_sums_kernel", "mask",
+           "(token != previous) & (token >= 0)", "(token != previous)"),
+    Mutant(_EMBEDDING, "_embedding_sums_kernel", "row",
+           "range(first, first + ROWS)", "range(first, first + ROWS - 1)"),
+    Mutant(_EMBEDDING, "_embedding_sums_kernel", "scale", "+ total,", "+ 0.99 * total,"),
+    Mutant(_EMBEDDING, "_embedding_sums_kernel", "carry",
+           "tl.where(ids == previous, d, 0.0)", "tl.where(ids == previous, 0.0, 0.0)"),
+    Mutant(_EMBEDDING, "embedding_bwd", "levels", "programs > 1 else 0", "programs > 4 else 0"),
+    Mutant(_EMBEDDING, "embedding_bwd", "tie", "torch.float32, copy=True)", "torch.float32)"),
 
     Mutant(_MLP, "_tile_at", "row", "tl.minimum(tiles_m - first, GROUP_M)", "GROUP_M"),
     Mutant(_MLP, "_dot_tile", "row", "num_rows - 1)", "num_rows)"),

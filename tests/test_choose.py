@@ -33,13 +33,15 @@ CARDS = {
 MS = {
     "layer_norm": {"triton": 1.0, "eager": 3.0, "compiled": 0.99},  # too little to change
     "add_layer_norm": {"triton": 1.0, "eager": 3.0, "compiled": 0.9},
+    "embedding": {"triton": 1.0, "eager": 3.0, "compiled": 1.5},
     "gelu_mlp": {"triton": 1.0, "eager": 0.8, "compiled": 0.7},
     "causal_attention": {"triton": 1.0, "eager": 1.1, "compiled": 1.2,
                          "sdpa-flash": 0.9, "sdpa-cudnn": 0.6},
     "linear_cross_entropy": {"triton": 1.0, "eager": 3.0, "compiled": 1.5},
 }  # fmt: skip
-NEW = {"layer_norm": "triton", "add_layer_norm": "compiled", "gelu_mlp": "compiled",
-       "causal_attention": "sdpa-cudnn", "linear_cross_entropy": "triton"}  # fmt: skip
+NEW = {"layer_norm": "triton", "add_layer_norm": "compiled", "embedding": "triton",
+       "gelu_mlp": "compiled", "causal_attention": "sdpa-cudnn",
+       "linear_cross_entropy": "triton"}  # fmt: skip
 UP = "gelu_mlp.up"
 ROWS = '[measured]\ngelu_mlp = [\n    ["up", 2],\n]\n'  # the fastest of what `measured` tries
 PLAIN = dict.fromkeys(MS, "compiled") | {"causal_attention": "eager"}
@@ -134,10 +136,10 @@ def test_a_child_that_is_lost_costs_its_op_alone(monkeypatch: pytest.MonkeyPatch
     plan = make_plan(RECIPE, H100)
     ms, failed = choose._time_ops(choose.rivals(plan, H100), RECIPE, plan, 60.0)
     assert {op: of for op, of in ms.items() if of} == {
-        "layer_norm": {"triton": [1.0], "compiled": [0.1235]}
+        op: {"triton": [1.0], "compiled": [0.1235]} for op in ("layer_norm", "embedding")
     }
     why = {op: of.get("all", "").partition(":")[0] for op, of in failed.items()}
-    assert why == {"layer_norm": "", "add_layer_norm": "it ended with -6",
+    assert why == {"layer_norm": "", "add_layer_norm": "it ended with -6", "embedding": "",
                    "gelu_mlp": "no answer in 3 s", "causal_attention": "it ended with 1",
                    "linear_cross_entropy": "out of memory"}  # fmt: skip
     assert failed["layer_norm"] == {"eager": "RuntimeError: no"}

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import _launch, adamw, causal_attention, gelu_mlp, linear_cross_entropy
+from kernels import _launch, adamw, causal_attention, embedding, gelu_mlp, linear_cross_entropy
 from kernels._launch import ANY, Key, Launch, candidates_for, launch_for, read_rows, replaced
 from kernels.layer_norm import launch_key
 
@@ -27,6 +27,7 @@ def keys(arch: int) -> list[Key]:
     for dtype in (torch.float32, torch.bfloat16):
         for kernel in ("rows", "scale"):
             found.append(linear_cross_entropy.launch_key(kernel, dtype, arch))
+        found.append(embedding.launch_key("sums", 768, dtype, arch))
     found += [adamw.launch_key(k, arch) for k in ("step", "norm", "clip", "advance")]
     return [*found, Key("layer_norm.sum", "fp32", "C=768", arch)]
 

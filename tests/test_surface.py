@@ -260,11 +260,11 @@ def test_schemas_declare_no_mutation_and_no_alias():
 L = 2
 CONFIG = GPTConfig(block_size=32, vocab_size=211, n_layer=L, n_head=2, n_embd=64)
 FORWARD = {
-    "layer_norm_fwd": 1 + 2 * L, "gelu_mlp_up": L, "causal_attention_fwd": L,
+    "embedding_fwd": 1, "layer_norm_fwd": 2 * L, "gelu_mlp_up": L, "causal_attention_fwd": L,
     "linear_cross_entropy_fwd": 1,
 }  # fmt: skip
 BACKWARD = {
-    "layer_norm_bwd": 1 + 2 * L, "gelu_mlp_down": L, "causal_attention_bwd": L,
+    "embedding_bwd": 1, "layer_norm_bwd": 1 + 2 * L, "gelu_mlp_down": L, "causal_attention_bwd": L,
     "linear_cross_entropy_bwd": 2,  # scales the gradients of x and of the weight
 }  # fmt: skip
 COPIES = ("aten::clone", "aten::copy", "aten::copy_", "aten::contiguous")

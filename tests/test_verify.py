@@ -126,9 +126,10 @@ def test_eager_ops_pass_and_a_hundredth_is_noticed_in_each(
     monkeypatch.setitem(kernel_check.NUM_RERUNS, "cpu", 1)
     recipe = RECIPE
     plan = make_plan(recipe, CPU, Choices(dtype=dtype, ops="eager"))  # pyright: ignore
-    both: dict[str, Callable[[Any], Any]] = {"add_layer_norm": lambda pair: (
-        (1.01 * pair[0], pair[1]), (Scaled.apply(pair[0]), pair[1])
-    )}  # fmt: skip
+    both: dict[str, Callable[[Any], Any]] = dict.fromkeys(
+        ("add_layer_norm", "embedding"),
+        lambda out: ((1.01 * out[0], *out[1:]), (Scaled.apply(out[0]), *out[1:])),
+    )
     for op in OPS:
         planted(monkeypatch, lambda y: y)
         assert kernel_check.check(op, recipe, plan) == ""
@@ -227,12 +228,12 @@ def test_a_child_that_is_lost_costs_its_op_alone(monkeypatch: pytest.MonkeyPatch
         "linear_cross_entropy": "its process: CUDA out of memory",
     }
     assert {name: why.partition("; `make")[0] for name, why in found.items()} == wrong
-    assert said[0].startswith("kernels: checking 5 ops and AdamW on NVIDIA H100 80GB HBM3, this")
+    assert said[0].startswith("kernels: checking 6 ops and AdamW on NVIDIA H100 80GB HBM3, this")
     path = verify.cache_path(verify.key_of(RECIPE, plan, H100))
     assert said[1].endswith(f" s, 4 wrong; kept in {path}")
     # Time and memory may be short for once; the rest is known.
     kept = json.loads(path.read_text())["wrong"]
-    assert kept.keys() == {"layer_norm", "add_layer_norm", "causal_attention", "adamw"}
+    assert kept.keys() == {"layer_norm", "add_layer_norm", "embedding", "causal_attention", "adamw"}
 
 
 def test_a_child_says_what_an_op_raises(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +280,7 @@ def test_a_verdict_is_kept_for_its_key(asked: list[Any]) -> None:
         assert found == {"gelu_mlp": f"y: error 1; {more}"}
     assert asked == [(*OPS, "adamw")]
     assert said[1].endswith(f" s, 1 wrong; kept in {path}")
-    assert said[2] == f"kernels: 5 ops and AdamW were checked on {H100.name} before; see {path}"
+    assert said[2] == f"kernels: 6 ops and AdamW were checked on {H100.name} before; see {path}"
     values = json.loads(path.read_text())
     assert values["key"]["card"] == H100.name
     assert values["wrong"]["gelu_mlp"] == "y: error 1"
@@ -415,7 +416,7 @@ def test_auto_goes_on_without_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     assert any(note.startswith("causal_attention eager: ") for note in plan.notes)
     plan = settled(dict.fromkeys((*OPS, "adamw"), "it ended"), monkeypatch)
     assert (plan.ops, plan.optimizer) == ("eager", "torch")
-    assert sum("fails its check" in note for note in plan.notes) == 6
+    assert sum("fails its check" in note for note in plan.notes) == 7
     plan = settled({"gelu_mlp": "off"}, monkeypatch, ops="eager", optimizer="torch")
     assert plan.ops == "eager"  # nothing was asked
 
@@ -582,9 +583,9 @@ def test_a_first_and_a_second_start_on_a_pretended_gpu(
     timing.capture_stream.cache_clear()
     first, second, third, fourth = said
     name = "NVIDIA H100 80GB HBM3"
-    assert f"kernels: checking 5 ops and AdamW on {name}, this once; takes about a" in first
+    assert f"kernels: checking 6 ops and AdamW on {name}, this once; takes about a" in first
     assert " s, 1 wrong; kept in " in first
-    assert f"kernels: 5 ops and AdamW were checked on {name} before; see " in second
+    assert f"kernels: 6 ops and AdamW were checked on {name} before; see " in second
     ops = "triton,gelu_mlp=compiled,causal_attention=sdpa-flash"
     assert f"ops {ops}, bf16 with bf16 working copies, " in third
     for out in (first, second):

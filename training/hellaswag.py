@@ -87,7 +87,7 @@ def ending_losses(model: GPT, items: Sequence[Item], window: int) -> list[list[f
     weight = model.transformer.wte.weight
     idx, mine = idx.to(weight.device), mine[:, 1:].to(weight.device)
     with evaluating(model), torch.no_grad():
-        y = model.transformer(idx[:, :-1], model.residual_dtype)
+        y, _ = model.transformer(idx[:, :-1], model.residual_dtype)
         logits = F.linear(y[mine], weight[: model.config.vocab_size])  # of the endings alone
         losses = F.cross_entropy(logits.float(), idx[:, 1:][mine], reduction="none")
     parts = losses.split(mine.sum(1).tolist())

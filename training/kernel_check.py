@@ -123,6 +123,10 @@ def model_inputs(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
     copies = working_copies(model) if plan.working_copies else {}
     with torch.no_grad(), autocast(plan):
         functional_call(model, copies, (idx, idx.roll(-1, 1)))
+        # Of its own a model calls this one under dropout alone, and has none here.
+        norm = {"x" if key == "residual" else key: value
+                for key, value in found["add_layer_norm"].items() if key != "x"}  # fmt: skip
+        found.setdefault("layer_norm", norm)
         for arguments in found.values():
             for key, value in arguments.items():
                 if isinstance(value, Tensor) and value.is_floating_point() and value.dim() != 2:
@@ -165,7 +169,7 @@ def exact_values(
     """What `values_and_grads` gives in float64, from so many rows of the batch at a time.
 
     A loss is the mean over the batch; weights, which have no batch, get the sum of what each part
-    gives; all else is put together again.
+    gives, and one that is an output too is the same in all; all else is put together again.
     """
     batch = {key for key, t in tensors.items() if t.dim() > 2 or not t.is_floating_point()}
     size = len(tensors[min(batch)])
@@ -175,14 +179,14 @@ def exact_values(
         share = (rows.stop - at) / size
         cut = {key: t[rows] if key in batch else t for key, t in tensors.items()}
         cut = {key: t.double() if t.is_floating_point() else t for key, t in cut.items()}
-        wanted = tuple(d.double() * share if d.dim() == 0 else d[rows].double() for d in douts)
+        wanted = tuple(d.double() * share if d.dim() < 3 else d[rows].double() for d in douts)
         for key, value in values_and_grads(fn, cut, wanted).items():
             held = parts.setdefault(key, [])
             if key == "loss":
                 value = value * share
             if held and (key == "loss" or key[1:] in tensors.keys() - batch):
                 held[0] += value
-            else:
+            elif not held or value.dim() > 2:
                 held.append(value)
     return {key: torch.cat(found) if len(found) > 1 else found[0] for key, found in parts.items()}
 

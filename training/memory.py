@@ -30,7 +30,8 @@ The peak is at one of five moments; `MemoryEstimate.moments` has them with what 
     turn      the loss's backward scales dx and dweight: both exist twice
     mlp       the last layer's backward: a gradient of (M, 4C), and those of the two matrices,
               beside all that was saved
-    bottom    the embedding's gradient three times: the head's, the table's and their sum
+    bottom    the embedding's gradient three times: the head's, the table's and their sum; where
+              the op is ours twice, the head's and what it is added into
     update    all gradients in fp32, which is what torch's clipping wants
 
 Gradients are part of the first three moments only where an earlier micro-batch left some. What the
@@ -114,6 +115,7 @@ def estimate(
     ours = {op for op, backend in read_ops(ops).items() if backend == "triton"}
     M, C, H, L = rows * T, config.n_embd, config.n_head, config.n_layer
     e, r = (4, 4) if dtype == "fp32" else (2, 2 if residual == "bf16" else 4)
+    tables = 2 if "embedding" in ours and config.dropout == 0 else 3
     head = 4 * config.padded_vocab_size * C  # the tied embedding, fp32
     matrices = 12 * C * C * L
     num_parameters = head // 4 + config.block_size * C + matrices + 13 * C * L + 2 * C
@@ -151,7 +153,7 @@ def estimate(
         "loss": before + activations + loss,
         "turn": before + activations + head + e * M * C,
         "mlp": before + activations + again + (5 if e < r else 4) * e * M * C + 8 * e * C * C,
-        "bottom": max(before, grads - head) + folded + 3 * head + r * M * C,
+        "bottom": max(before, grads - head) + folded + tables * head + r * M * C,
         "update": weights,
     }
     peak = max(moments, key=lambda name: moments[name])

@@ -191,7 +191,7 @@ DTYPES = {
     "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 }  # fmt: skip
 # Gradients that are sums over rows.
-REDUCED = ("dweight", "dbias", "dw_fc", "db_fc", "dw_proj", "db_proj")
+REDUCED = ("dweight", "dbias", "dwte", "dwpe", "dw_fc", "db_fc", "dw_proj", "db_proj")
 
 
 @contextlib.contextmanager
