@@ -120,10 +120,11 @@ def main() -> None:
         from tests import interpreter
 
         interpreter.install()
-        kinds["sharded, ours"] = replace(sharded, dtype="bf16", optimizer="triton")
+        ours = replace(sharded, dtype="bf16", ops="eager,embedding=triton", optimizer="triton")
+        kinds["sharded, ours"] = ours
         on_gpu = replace(plain, cuda_graph=True, ops="eager", optimizer="torch")
         kinds["captured"] = replace(on_gpu, dtype="fp32")
-        kinds["captured, sharded"] = replace(kinds["sharded, ours"], cuda_graph=True, ops="eager")
+        kinds["captured, sharded"] = replace(ours, cuda_graph=True)
         kinds["cut"] = replace(on_gpu, dtype="bf16", shard="optimizer")
     if sys.argv[4:] == ["inductor"]:
         model = replace(bf16, compile=True, compile_scope="model")
