@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = record.Results(device, args.out, args.commit)
     heading("This machine")
     print(source_line(results))
-    limits = timing.limits(device)
-    results.put("limits", limits)
+    limits = results.about["limits"] = timing.limits(device)
     print(
         f"copy {limits['copy_gbs']:,.4g} GB/s, {'bf16' if cuda else 'fp32'} matmul "
         f"{limits['matmul_tflops']:,.3g} TFLOP/s, with K=768 {limits['matmul_k768_tflops']:,.3g}: "

@@ -21,7 +21,7 @@ from bench import cli, record, step
 from bench.cases import Shape
 from bench.contestants import Setup, find_providers, make_batches, prepare
 from bench.rows import ProfileRow
-from bench.tables import rows_table, table
+from bench.tables import Columns, rows_table, table
 from model import MODELS
 
 # First match wins; names of kernels (CUDA) and operators (CPU).
@@ -52,20 +52,19 @@ def by_kind(times: Times, span_us: float, rest: str, **whose: Any) -> list[Profi
     Args:
         whose: Model, shape and provider of the rows.
     """
+
+    def row(kind: str, us: float, items: Times = ()) -> ProfileRow:
+        names = [name[:MAX_NAME] for name, _, _ in items[:NUM_NAMES]]
+        calls = sum(num for _, _, num in items)
+        return ProfileRow(**whose, kind=kind, ms=us / 1e3, share=us / span_us, calls=calls,
+                          names=names or ())  # fmt: skip
+
     kinds: dict[str, list[tuple[str, float, int]]] = {}
     for item in sorted(times, key=lambda item: -item[1]):
         kinds.setdefault(kind_of(item[0]), []).append(item)
+    rows = [row(kind, sum(us for _, us, _ in items), items) for kind, items in kinds.items()]
     left = max(0.0, span_us - sum(us for _, us, _ in times))
-    rows = [
-        ProfileRow(
-            **whose, kind=kind, ms=sum(us for _, us, _ in items) / 1e3,
-            share=sum(us for _, us, _ in items) / span_us, calls=sum(n for _, _, n in items),
-            names=[name[:MAX_NAME] for name, _, _ in items[:NUM_NAMES]],
-        )
-        for kind, items in kinds.items()
-    ]  # fmt: skip
-    rows.sort(key=lambda row: -row.ms)
-    return [*rows, ProfileRow(**whose, kind=rest, ms=left / 1e3, share=left / span_us)]
+    return [*sorted(rows, key=lambda row: -row.ms), row(rest, left)]
 
 
 def trace_step(
@@ -76,20 +75,18 @@ def trace_step(
     Returns:
         Rows of `by_kind`, and all times, longest first; of one step.
     """
-    cuda = device.type == "cuda"
+    cuda, synchronize = device.type == "cuda", torch.get_device_module(device).synchronize
     step.free_device(device)
     batches = make_batches(setup, device)
     contestant, _ = prepare(name, find_providers([name], device)[name], setup, device, batches)
     contestant.step(batches[0])  # ours captures its graph in the fourth step
-    if cuda:
-        torch.cuda.synchronize()
+    synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as profiler:
         start = time.perf_counter()
         for i in range(steps):
             contestant.step(batches[i % len(batches)])
-        if cuda:
-            torch.cuda.synchronize()
+        synchronize()
         span_us = (time.perf_counter() - start) * 1e6
     del contestant
     step.free_device(device)
@@ -107,16 +104,11 @@ def trace_step(
     return rows, sorted(times, key=lambda item: -item[1])
 
 
-def profile_table(rows: Sequence[ProfileRow]) -> str:
-    return rows_table(
-        rows,
-        {"kind": lambda r: r.kind},
-        {
-            "ms per step": lambda r: f"{r.ms:,.3f}",
-            "share": lambda r: f"{r.share:.1%}",
-            "calls per step": lambda r: f"{r.calls:,}",
-        },
-    )
+COLUMNS: Columns = {
+    "ms per step": lambda r: f"{r.ms:,.3f}",
+    "share": lambda r: f"{r.share:.1%}",
+    "calls per step": lambda r: f"{r.calls:,}",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_float32_matmul_precision("high")
     rows, times = trace_step(args.provider, setup, device, args.steps, args.trace)
     print(f"{args.provider}, GPT-2 {args.model}, {setup.shape.label}, {device.type}\n")
-    print(profile_table(rows))
+    print(rows_table(rows, {"kind": lambda r: r.kind}, COLUMNS))
     lines = [[key[:60], f"{us / 1e3:,.3f}", str(count)] for key, us, count in times[:10]]
     print(f"\n{table(['longest', 'ms', 'calls'], lines)}")
     for row in rows:

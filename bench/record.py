@@ -87,7 +87,7 @@ class Result:
     """What is known of one device at one commit.
 
     Args:
-        about: Device, versions, commit, date, command; and what is no list of rows: limits, parts.
+        about: Device, versions, commit, date, command; and what is no list of rows: limits.
         sections: Rows by section.
     """
 
@@ -117,12 +117,8 @@ class Result:
                 )
         commands = dict.fromkeys(c for x in (ours, theirs) for c in x["command"].split("; "))
         dirty = (ours["dirty"], theirs["dirty"])  # rows cannot be told apart: clean where all are
-        self.about = ours | theirs | {
-            "command": "; ".join(commands),
-            "dirty": True if True in dirty else None if None in dirty else False,
-            **{name: ours.get(name, {}) | theirs.get(name, {})
-               for name in ("parts", "limits") if name in ours or name in theirs},
-        }  # fmt: skip
+        self.about = ours | theirs | {"command": "; ".join(commands)}
+        self.about["dirty"] = True if True in dirty else None if None in dirty else False
         for name, rows in later.sections.items():
             self.sections[name] = merged(self.rows(name), rows)
 
@@ -162,11 +158,6 @@ class Results(Result):
     def add(self, section: str, *rows: Row) -> None:
         """Insert or replace rows and write the file."""
         self.sections[section] = merged(self.rows(section), rows)
-        self.write(self.path)
-
-    def put(self, name: str, value: Any) -> None:
-        """Set what is not a list of rows, such as limits, and write the file."""
-        self.about[name] = value
         self.write(self.path)
 
 

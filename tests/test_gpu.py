@@ -40,7 +40,7 @@ def parse(self: cli.Parser, argv: Sequence[str], *_: Any) -> Any:
 def test_every_command_is_understood(job: gpu.Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.Parser, "parse_known_args", parse)
     providers = contestants.known_providers(CUDA)
-    values = {"seconds": "9", "minutes": "0.1", "out": "x.json"}
+    values = {"minutes": "0.1", "out": "x.json"}
     seen = set()
     for command in gpu.commands(job):
         argv = [p.format(**values) if p.startswith("{") else p for p in command.argv]
@@ -114,8 +114,8 @@ def test_commands_run_and_their_rows_are_kept(job: gpu.Job) -> None:
     gpu.run_all(job, todo[:5], 5.0, results)
     gpu.run_all(job, todo[5:], 0.05, results)
     monkey.undo()
-    found = record.load(results.path)
-    doubts = {(row.check, row.what): row.doubt for row in found.rows("checks")}
+    found = record.load(results.path).rows("checks")
+    doubts = {(row.check, row.what): row.doubt for row in found}
     assert doubts == {
         ("numerics bf16", "a"): "",
         ("numerics bf16", "b"): "error 3, allowed 2",  # it says itself why it ended with 1
@@ -124,10 +124,6 @@ def test_commands_run_and_their_rows_are_kept(job: gpu.Job) -> None:
         ("ends well", "ops: "): "exit 1: no such GPU",
         ("ends well", "tune: "): "cut off",
     }
-    assert found.about["parts"] == {
-        "numerics": "2 run, 1 failed", "resume": "1 run, 0 failed", "sanitizer": "1 run, 1 failed",
-        "ops": "1 run, 1 failed", "tune": "1 run, 1 failed",
-    }  # fmt: skip
     log = (job.out / "log.txt").read_text()
     assert "3 passed" in log
     assert "compiling" in log
