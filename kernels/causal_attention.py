@@ -13,21 +13,20 @@ Backward, with dO the gradient of y:
 
 S never leaves the chip: the forward walks the keys once with an online softmax (running row
 maximum and sum) and saves lse alone, in fp32 and base 2; the backward recomputes P from it. Every
-loop kernel takes its masked blocks first, then the blocks that need no mask.
+loop takes its masked blocks first, then the blocks that need no mask.
 
 Bound: matrix units from T of a few hundred on, bytes below. Flops, halved for causality: forward
 2 B H T^2 D; backward 5 B H T^2 D useful, 7 executed, as S and dP are computed by both launches.
 Bytes per token and C, in elements: forward reads 3 and writes 1; dq reads 5 (q, k, v, y, dO) and
 writes 1; dk/dv reads 4 and writes 2; k and v (q and dO there) are re-read from L2 by each block.
 
-Backward launches: dq by query blocks, which computes delta on the way, then dk/dv by key blocks.
-The second works on S^T = k q^T, so P^T and dS^T leave the dot in the orientation the next one
-reads and no tile is transposed in registers (wrong results on Hopper before Triton 3.7.1, fla-org
-issue 826). Nothing is summed across programs: no atomics, no fp32 dq buffer, bitwise equal reruns.
-Up to SHORT_T (128 in 16 bits at D = 64) a head is one tile: no loop, one launch a direction. At
-T = 64 a warp then runs 756 + 1,231 instructions, forward + backward, where the loops over 64x64
-tiles run at least 880 + 1,773, and the backward moves 8 instead of 12 elements per token and C
-(bf16, compiled for sm_90 with triton 3.7.1).
+The backward makes dq by query blocks, with delta on the way, then dk/dv by key blocks. The second
+works on S^T = k q^T, so P^T and dS^T leave the dot in the orientation the next one reads and no
+tile is transposed in registers (wrong results on Hopper before Triton 3.7.1, fla-org issue 826).
+Nothing is summed across programs: no atomics, no fp32 dq buffer, bitwise equal reruns. Up to
+SHORT_T (128 in 16 bits at D = 64) one launch does it all, a head per program: at T = 64 1,231
+instructions per warp, where the two launches run at least 1,773, and 8 elements per token and C
+instead of 12 (bf16, compiled for sm_90 with triton 3.7.1).
 
 Source: Dao 2023, https://arxiv.org/abs/2307.08691; delta inside dq saves its separate pass there.
 """
@@ -43,24 +42,27 @@ from torch import Tensor
 from . import HEAD_DIMS, unfit
 from ._aot import AotCase, aot_case
 from ._jit import jit
-from ._launch import Key, arch, candidates_for, cdiv, launch_for, math_of, next_pow2, precision_of
-from ._op import check_device, needs_grad, refuse_double_backward, register
+from ._launch import (
+    Key,
+    Launch,
+    arch,
+    candidates_for,
+    cdiv,
+    launch_for,
+    math_of,
+    next_pow2,
+    precision_of,
+)
+from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
 from .reference import autocast_dtype
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two
 
 
 @jit
-def _qkv_base(qkv_ptr, head, T, H, D: tl.constexpr):
-    """Where q of one head starts in packed (B, T, 3C), head = b * H + h."""
-    return qkv_ptr + (head // H).to(tl.int64) * T * (3 * H * D) + (head % H) * D
-
-
-@jit
-def _y_base(y_ptr, head, T, H, D: tl.constexpr):
-    """Where one head starts in (B, T, C)."""
-    return y_ptr + (head // H).to(tl.int64) * T * (H * D) + (head % H) * D
+def _head_ptr(ptr, head, T, H, width, D: tl.constexpr):
+    """Where a head, b * H + h, starts in (B, T, width): qkv is 3C wide, y is C = H * D."""
+    return ptr + (head // H).to(tl.int64) * T * width + (head % H) * D
 
 
 @jit
@@ -81,41 +83,11 @@ def _tile(width, BLOCK: tl.constexpr, D: tl.constexpr):
 
 
 @jit
-def _load_tile(ptrs, rows, T, MASKED: tl.constexpr):
-    """A (rows, D) tile; with MASKED, rows from T on read as zeros."""
+def _load(ptrs, rows, T, MASKED: tl.constexpr):
+    """A (rows, D) tile or (rows,) statistics; with MASKED, rows from T on read as zeros."""
     if MASKED:
-        return tl.load(ptrs, mask=(rows < T)[:, None], other=0.0)
+        return tl.load(ptrs, mask=rows < T, other=0.0)
     return tl.load(ptrs)
-
-
-@jit
-def _attend(
-    q,  # (BLOCK_M, D)
-    k_ptrs,  # (BLOCK_N, D) pointers
-    v_ptrs,  # (BLOCK_N, D) pointers
-    acc,  # (BLOCK_M, D), y before the division
-    row_max,  # (BLOCK_M,), of S * log2(e)
-    row_sum,  # (BLOCK_M,)
-    rows,  # (BLOCK_M,)
-    cols,  # (BLOCK_N,)
-    T,
-    qk_scale,
-    DIAGONAL: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """One step of the online softmax; off the diagonal every key is real and visible."""
-    k = _load_tile(k_ptrs, cols, T, DIAGONAL)
-    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-    if DIAGONAL:
-        s = tl.where(rows[:, None] >= cols[None, :], s, float("-inf"))
-    # Never -inf - -inf: the block that comes first holds a key that every row sees.
-    new_max = tl.maximum(row_max, tl.max(s, axis=1) * qk_scale)
-    p = tl.exp2(s * qk_scale - new_max[:, None])
-    alpha = tl.exp2(row_max - new_max)
-    row_sum = row_sum * alpha + tl.sum(p, axis=1)
-    v = _load_tile(v_ptrs, cols, T, DIAGONAL)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=INPUT_PRECISION)
-    return acc, new_max, row_sum
 
 
 @jit
@@ -130,21 +102,19 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr,  # a multiple of BLOCK_N
     BLOCK_N: tl.constexpr,
     STORE_LSE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     tl.static_assert(BLOCK_M % BLOCK_N == 0)  # the unmasked blocks end where the diagonal begins
     # Late queries see the most keys: starting them first keeps the last wave short.
     head, first = _place(T, BLOCK_M, True)
     stride = 3 * H * D
     rows = first + tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_N)
+    tile_n = _tile(stride, BLOCK_N, D)
     # Block starts are 64-bit scalars: with the offsets inside a block no address overflows.
-    tile_m, tile_n = _tile(stride, BLOCK_M, D), _tile(stride, BLOCK_N, D)
-    q_ptr = _qkv_base(qkv_ptr, head, T, H, D)
-    kv_ptr = q_ptr + H * D  # k of the block at hand, v is H * D further
-
-    q_ptr += first.to(tl.int64) * stride
-    q = tl.load(q_ptr + tile_m, mask=(rows < T)[:, None], other=0.0)
+    row_start = first.to(tl.int64)
+    head_ptr = _head_ptr(qkv_ptr, head, T, H, stride, D)
+    q_ptrs = head_ptr + row_start * stride + _tile(stride, BLOCK_M, D)
+    q = _load(q_ptrs, rows[:, None], T, True)
     qk_scale = scale * LOG2_E
     acc = tl.zeros((BLOCK_M, D), dtype=tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -152,22 +122,27 @@ def _attention_fwd_kernel(
     # The diagonal comes first. Every row sees key `first`, so its maximum is finite from there on;
     # and with the diagonal last, ptxas serialises the WGMMA of a third stage (C7515, compiled for
     # sm_90 with triton 3.6.0 and 3.7.1).
-    diagonal_ptr = kv_ptr + first.to(tl.int64) * stride
-    for start in range(first, tl.minimum(first + BLOCK_M, T), BLOCK_N):
-        acc, row_max, row_sum = _attend(
-            q, diagonal_ptr + tile_n, diagonal_ptr + H * D + tile_n, acc, row_max, row_sum, rows,
-            start + cols, T, qk_scale, True, INPUT_PRECISION,
-        )  # fmt: skip
-        diagonal_ptr += BLOCK_N * stride
-    for _ in range(0, first, BLOCK_N):
-        acc, row_max, row_sum = _attend(
-            q, kv_ptr + tile_n, kv_ptr + H * D + tile_n, acc, row_max, row_sum, rows, cols, T,
-            qk_scale, False, INPUT_PRECISION,
-        )  # fmt: skip
-        kv_ptr += BLOCK_N * stride
+    for before in tl.static_range(2):
+        kv_ptr = head_ptr + H * D + (0 if before else row_start * stride)
+        end = first if before else tl.minimum(first + BLOCK_M, T)
+        for start in range(0 if before else first, end, BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            k = _load(kv_ptr + tile_n, cols[:, None], T, not before)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if not before:
+                s = tl.where(rows[:, None] >= cols[None, :], s, float("-inf"))
+            # Never -inf - -inf: the block that comes first holds a key that every row sees.
+            new_max = tl.maximum(row_max, tl.max(s, axis=1) * qk_scale)
+            p = tl.exp2(s * qk_scale - new_max[:, None])
+            alpha = tl.exp2(row_max - new_max)
+            row_sum = row_sum * alpha + tl.sum(p, axis=1)
+            v = _load(kv_ptr + H * D + tile_n, cols[:, None], T, not before)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+            row_max = new_max
+            kv_ptr += BLOCK_N * stride
 
     y = acc / row_sum[:, None]
-    y_ptr = _y_base(y_ptr, head, T, H, D) + first.to(tl.int64) * (H * D)
+    y_ptr = _head_ptr(y_ptr, head, T, H, H * D, D) + row_start * (H * D)
     tile_y = _tile(H * D, BLOCK_M, D)
     tl.store(y_ptr + tile_y, y.to(y_ptr.dtype.element_ty), mask=(rows < T)[:, None])
     if STORE_LSE:
@@ -177,30 +152,31 @@ def _attention_fwd_kernel(
 
 @jit
 def _dq_step(
-    q,  # (BLOCK_M, D)
-    do,  # (BLOCK_M, D)
-    k_ptrs,  # (BLOCK_N, D) pointers
-    v_ptrs,  # (BLOCK_N, D) pointers
-    lse,  # (BLOCK_M,)
-    delta,  # (BLOCK_M,)
-    dq,  # (BLOCK_M, D)
-    rows,  # (BLOCK_M,)
-    cols,  # (BLOCK_N,)
-    T,
-    qk_scale,
-    DIAGONAL: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    dq, q, do, k, v, lse, delta, visible, qk_scale, EDGE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """dq of one query block += dS k of one key block."""
-    k = _load_tile(k_ptrs, cols, T, DIAGONAL)
-    v = _load_tile(v_ptrs, cols, T, DIAGONAL)
-    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+    """dq of one query block += dS k of one key block; without EDGE all of it is visible."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(s * qk_scale - lse[:, None])
-    if DIAGONAL:
-        p = tl.where(rows[:, None] >= cols[None, :], p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
+    if EDGE:
+        p = tl.where(visible, p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@jit
+def _dkdv_step(
+    dk, dv, q, do, k, v, lse, delta, visible, qk_scale, EDGE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """dk, dv of one key block += dS^T q, P^T dO of one query block."""
+    st = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    pt = tl.exp2(st * qk_scale - lse[None, :])
+    if EDGE:
+        pt = tl.where(visible, pt, 0.0)
+    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION)
+    dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    dst = pt * (dpt - delta[None, :])
+    return tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION), dv
 
 
 @jit
@@ -217,28 +193,23 @@ def _attention_dq_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,  # a multiple of BLOCK_N
     BLOCK_N: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     tl.static_assert(BLOCK_M % BLOCK_N == 0)
     head, first = _place(T, BLOCK_M, True)
     stride = 3 * H * D
     rows = first + tl.arange(0, BLOCK_M)
-    mask = (rows < T)[:, None]
-    cols = tl.arange(0, BLOCK_N)
-    tile_m, tile_n = _tile(stride, BLOCK_M, D), _tile(stride, BLOCK_N, D)
-    tile_y = _tile(H * D, BLOCK_M, D)
+    tile, tile_n = _tile(stride, BLOCK_M, D), _tile(stride, BLOCK_N, D)
     row_start = first.to(tl.int64)
-    q_ptr = _qkv_base(qkv_ptr, head, T, H, D)
-    kv_ptr = q_ptr + H * D
-
-    y_start = row_start * (H * D)
-    y = tl.load(_y_base(y_ptr, head, T, H, D) + y_start + tile_y, mask=mask, other=0.0)
-    do = tl.load(_y_base(dy_ptr, head, T, H, D) + y_start + tile_y, mask=mask, other=0.0)
+    y_at = row_start * (H * D) + _tile(H * D, BLOCK_M, D)
+    y = _load(_head_ptr(y_ptr, head, T, H, H * D, D) + y_at, rows[:, None], T, True)
+    do = _load(_head_ptr(dy_ptr, head, T, H, H * D, D) + y_at, rows[:, None], T, True)
     delta = tl.sum(do.to(tl.float32) * y.to(tl.float32), axis=1)
     stat = head.to(tl.int64) * T + rows
     tl.store(delta_ptr + stat, delta, mask=rows < T)
-    lse = tl.load(lse_ptr + stat, mask=rows < T, other=0.0)
-    q = tl.load(q_ptr + row_start * stride + tile_m, mask=mask, other=0.0)
+    lse = _load(lse_ptr + stat, rows, T, True)
+    head_ptr = _head_ptr(qkv_ptr, head, T, H, stride, D)
+    q = _load(head_ptr + row_start * stride + tile, rows[:, None], T, True)
     qk_scale = scale * LOG2_E
     dq = tl.zeros((BLOCK_M, D), dtype=tl.float32)
     # The diagonal first, as in the forward. In 16 bits LLVM must not move work out of these loops
@@ -246,60 +217,18 @@ def _attention_dq_kernel(
     # program would fit on an SM instead of two (D = 64, sm_90). In exact fp32 it must: otherwise
     # 108 registers become 255, and spill. Both from compiling with triton 3.6.0.
     NARROW: tl.constexpr = qkv_ptr.dtype.element_ty != tl.float32
-    diagonal_ptr = kv_ptr + row_start * stride
-    last = tl.minimum(first + BLOCK_M, T)
-    for start in tl.range(first, last, BLOCK_N, disable_licm=NARROW):
-        dq = _dq_step(
-            q, do, diagonal_ptr + tile_n, diagonal_ptr + H * D + tile_n, lse, delta, dq, rows,
-            start + cols, T, qk_scale, True, INPUT_PRECISION,
-        )  # fmt: skip
-        diagonal_ptr += BLOCK_N * stride
-    for _ in tl.range(0, first, BLOCK_N, disable_licm=NARROW):
-        dq = _dq_step(
-            q, do, kv_ptr + tile_n, kv_ptr + H * D + tile_n, lse, delta, dq, rows, cols, T,
-            qk_scale, False, INPUT_PRECISION,
-        )  # fmt: skip
-        kv_ptr += BLOCK_N * stride
-    dq_ptr = _qkv_base(dqkv_ptr, head, T, H, D) + row_start * stride
-    tl.store(dq_ptr + tile_m, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask)
-
-
-@jit
-def _dkdv_step(
-    k,  # (BLOCK_N, D)
-    v,  # (BLOCK_N, D)
-    q_ptrs,  # (BLOCK_M, D) pointers
-    do_ptrs,  # (BLOCK_M, D) pointers
-    lse_ptrs,  # (BLOCK_M,) pointers
-    delta_ptrs,  # (BLOCK_M,) pointers
-    dk,  # (BLOCK_N, D)
-    dv,  # (BLOCK_N, D)
-    rows,  # (BLOCK_M,)
-    cols,  # (BLOCK_N,)
-    T,
-    qk_scale,
-    EDGE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    """dk, dv of one key block += dS^T q, P^T dO of one query block."""
-    # Rows past T read as zeros: P is 1 there, but dO, dP and delta are 0 and add nothing.
-    q = _load_tile(q_ptrs, rows, T, EDGE)
-    do = _load_tile(do_ptrs, rows, T, EDGE)
-    if EDGE:
-        lse = tl.load(lse_ptrs, mask=rows < T, other=0.0)
-        delta = tl.load(delta_ptrs, mask=rows < T, other=0.0)
-    else:
-        lse = tl.load(lse_ptrs)
-        delta = tl.load(delta_ptrs)
-    st = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
-    pt = tl.exp2(st * qk_scale - lse[None, :])
-    if EDGE:
-        pt = tl.where(rows[None, :] >= cols[:, None], pt, 0.0)
-    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=INPUT_PRECISION)
-    dpt = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
-    dst = pt * (dpt - delta[None, :])
-    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
-    return dk, dv
+    for before in tl.static_range(2):
+        kv_ptr = head_ptr + H * D + (0 if before else row_start * stride)
+        end = first if before else tl.minimum(first + BLOCK_M, T)
+        for start in tl.range(0 if before else first, end, BLOCK_N, disable_licm=NARROW):
+            cols = start + tl.arange(0, BLOCK_N)
+            k = _load(kv_ptr + tile_n, cols[:, None], T, not before)
+            v = _load(kv_ptr + H * D + tile_n, cols[:, None], T, not before)
+            visible = rows[:, None] >= cols[None, :]
+            dq = _dq_step(dq, q, do, k, v, lse, delta, visible, qk_scale, not before, PRECISION)
+            kv_ptr += BLOCK_N * stride
+    dq_ptrs = _head_ptr(dqkv_ptr, head, T, H, stride, D) + row_start * stride + tile
+    tl.store(dq_ptrs, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=(rows < T)[:, None])
 
 
 @jit
@@ -315,24 +244,22 @@ def _attention_dkdv_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # a multiple of BLOCK_M
-    INPUT_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     tl.static_assert(BLOCK_N % BLOCK_M == 0)
     head, first = _place(T, BLOCK_N, False)  # early keys are seen by most: they go first
     stride = 3 * H * D
-    rows = tl.arange(0, BLOCK_M)
     cols = first + tl.arange(0, BLOCK_N)
-    mask = (cols < T)[:, None]
-    tile_m, tile_n = _tile(stride, BLOCK_M, D), _tile(stride, BLOCK_N, D)
+    tile, tile_n = _tile(stride, BLOCK_M, D), _tile(stride, BLOCK_N, D)
     tile_y = _tile(H * D, BLOCK_M, D)
-    q_ptr = _qkv_base(qkv_ptr, head, T, H, D)
-    do_ptr = _y_base(dy_ptr, head, T, H, D)
+    head_ptr = _head_ptr(qkv_ptr, head, T, H, stride, D)
+    do_ptr = _head_ptr(dy_ptr, head, T, H, H * D, D)
     lse_ptr += head.to(tl.int64) * T
     delta_ptr += head.to(tl.int64) * T
 
-    kv_start = first.to(tl.int64) * stride
-    k = tl.load(q_ptr + H * D + kv_start + tile_n, mask=mask, other=0.0)
-    v = tl.load(q_ptr + 2 * H * D + kv_start + tile_n, mask=mask, other=0.0)
+    k_ptrs = head_ptr + H * D + first.to(tl.int64) * stride + tile_n
+    k = _load(k_ptrs, cols[:, None], T, True)
+    v = _load(k_ptrs + H * D, cols[:, None], T, True)
     qk_scale = scale * LOG2_E
     dk = tl.zeros((BLOCK_N, D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, D), dtype=tl.float32)
@@ -341,64 +268,27 @@ def _attention_dkdv_kernel(
     cut = T // BLOCK_M * BLOCK_M
     num_diagonal = tl.cdiv(tl.minimum(full, T) - first, BLOCK_M)
     num_edges = num_diagonal + tl.where((cut >= full) & (cut < T), 1, 0)
-    for i in range(num_edges):
-        start = tl.where(i < num_diagonal, first + i * BLOCK_M, cut).to(tl.int64)
-        dk, dv = _dkdv_step(
-            k, v, q_ptr + start * stride + tile_m, do_ptr + start * (H * D) + tile_y,
-            lse_ptr + start + rows, delta_ptr + start + rows, dk, dv, start.to(tl.int32) + rows,
-            cols, T, qk_scale, True, INPUT_PRECISION,
-        )  # fmt: skip
-    q_ptr += full.to(tl.int64) * stride
-    do_ptr += full.to(tl.int64) * (H * D)
-    lse_ptr += full
-    delta_ptr += full
-    for _ in range(full, cut, BLOCK_M):
-        dk, dv = _dkdv_step(
-            k, v, q_ptr + tile_m, do_ptr + tile_y, lse_ptr + rows, delta_ptr + rows, dk, dv,
-            rows, cols, T, qk_scale, False, INPUT_PRECISION,
-        )  # fmt: skip
-        q_ptr += BLOCK_M * stride
-        do_ptr += BLOCK_M * H * D
-        lse_ptr += BLOCK_M
-        delta_ptr += BLOCK_M
-    dk_ptr = _qkv_base(dqkv_ptr, head, T, H, D) + H * D + kv_start
-    tl.store(dk_ptr + tile_n, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
-    tl.store(dk_ptr + H * D + tile_n, dv.to(dk_ptr.dtype.element_ty), mask=mask)
-
-
-@jit
-def _attention_short_fwd_kernel(
-    qkv_ptr,  # (B, T, 3C)
-    y_ptr,  # (B, T, C) out
-    lse_ptr,  # (B, H, T) out, fp32
-    T,
-    H,
-    scale,
-    D: tl.constexpr,
-    BLOCK_T: tl.constexpr,  # >= T
-    STORE_LSE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):
-    head = tl.program_id(0)
-    rows = tl.arange(0, BLOCK_T)
-    mask = (rows < T)[:, None]
-    dims = tl.arange(0, D)[None, :]
-    q_ptrs = _qkv_base(qkv_ptr, head, T, H, D) + rows[:, None] * (3 * H * D) + dims
-    q = tl.load(q_ptrs, mask=mask, other=0.0)
-    k = tl.load(q_ptrs + H * D, mask=mask, other=0.0)
-    v = tl.load(q_ptrs + 2 * H * D, mask=mask, other=0.0)
-
-    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION) * (scale * LOG2_E)
-    s = tl.where(rows[:, None] >= rows[None, :], s, float("-inf"))
-    row_max = tl.max(s, axis=1)
-    p = tl.exp2(s - row_max[:, None])
-    row_sum = tl.sum(p, axis=1)
-    y = tl.dot(p.to(v.dtype), v, input_precision=INPUT_PRECISION) / row_sum[:, None]
-    y_ptrs = _y_base(y_ptr, head, T, H, D) + rows[:, None] * (H * D) + dims
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
-    if STORE_LSE:
-        lse = row_max + tl.log2(row_sum)
-        tl.store(lse_ptr + head.to(tl.int64) * T + rows, lse, mask=rows < T)
+    for after in tl.static_range(2):
+        for i in range((cut - full) // BLOCK_M if after else num_edges):
+            if after:
+                start = (full + i * BLOCK_M).to(tl.int64)
+            else:
+                start = tl.where(i < num_diagonal, first + i * BLOCK_M, cut).to(tl.int64)
+            # Rows past T read as zeros: P is 1 there, but dO, dP and delta are 0 and add nothing.
+            rows = start.to(tl.int32) + tl.arange(0, BLOCK_M)
+            q = _load(head_ptr + start * stride + tile, rows[:, None], T, not after)
+            do = _load(do_ptr + start * (H * D) + tile_y, rows[:, None], T, not after)
+            lse = _load(lse_ptr + rows, rows, T, not after)
+            delta = _load(delta_ptr + rows, rows, T, not after)
+            visible = rows[None, :] >= cols[:, None]
+            dk, dv = _dkdv_step(
+                dk, dv, q, do, k, v, lse, delta, visible, qk_scale, not after, PRECISION
+            )
+    mask = (cols < T)[:, None]
+    dk_ptrs = _head_ptr(dqkv_ptr, head, T, H, stride, D) + H * D + first.to(tl.int64) * stride
+    dk_ptrs += tile_n
+    tl.store(dk_ptrs, (dk * scale).to(dqkv_ptr.dtype.element_ty), mask=mask)
+    tl.store(dk_ptrs + H * D, dv.to(dqkv_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -412,60 +302,46 @@ def _attention_short_bwd_kernel(
     H,
     scale,
     D: tl.constexpr,
-    BLOCK_T: tl.constexpr,  # >= T
-    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # >= T
+    PRECISION: tl.constexpr,
 ):
     head = tl.program_id(0)
-    rows = tl.arange(0, BLOCK_T)
-    mask = (rows < T)[:, None]
-    tile, tile_y = _tile(3 * H * D, BLOCK_T, D), _tile(H * D, BLOCK_T, D)
-    q_ptrs = _qkv_base(qkv_ptr, head, T, H, D) + tile
-    y = tl.load(_y_base(y_ptr, head, T, H, D) + tile_y, mask=mask, other=0.0)
-    do = tl.load(_y_base(dy_ptr, head, T, H, D) + tile_y, mask=mask, other=0.0)
-    lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=rows < T, other=0.0)
+    rows = tl.arange(0, BLOCK_M)
+    tile, tile_y = _tile(3 * H * D, BLOCK_M, D), _tile(H * D, BLOCK_M, D)
+    q_ptrs = _head_ptr(qkv_ptr, head, T, H, 3 * H * D, D) + tile
+    y = _load(_head_ptr(y_ptr, head, T, H, H * D, D) + tile_y, rows[:, None], T, True)
+    do = _load(_head_ptr(dy_ptr, head, T, H, H * D, D) + tile_y, rows[:, None], T, True)
+    lse = _load(lse_ptr + head.to(tl.int64) * T + rows, rows, T, True)
     delta = tl.sum(do.to(tl.float32) * y.to(tl.float32), axis=1)
-    q = tl.load(q_ptrs, mask=mask, other=0.0)
-    k = tl.load(q_ptrs + H * D, mask=mask, other=0.0)
-    v = tl.load(q_ptrs + 2 * H * D, mask=mask, other=0.0)
-    dq_ptrs = _qkv_base(dqkv_ptr, head, T, H, D) + tile
+    q = _load(q_ptrs, rows[:, None], T, True)
+    k = _load(q_ptrs + H * D, rows[:, None], T, True)
+    v = _load(q_ptrs + 2 * H * D, rows[:, None], T, True)
     qk_scale = scale * LOG2_E
+    zero = tl.zeros((BLOCK_M, D), dtype=tl.float32)
+    mask = (rows < T)[:, None]
+    dq_ptrs = _head_ptr(dqkv_ptr, head, T, H, 3 * H * D, D) + tile
 
     # S and dP twice, as in the long case: two small dots cost less than transposing registers.
-    st = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
-    pt = tl.exp2(st * qk_scale - lse[None, :])
-    pt = tl.where(rows[None, :] >= rows[:, None], pt, 0.0)
-    dv = tl.dot(pt.to(do.dtype), do, input_precision=INPUT_PRECISION)
+    seen = rows[None, :] >= rows[:, None]
+    dk, dv = _dkdv_step(zero, zero, q, do, k, v, lse, delta, seen, qk_scale, True, PRECISION)
     tl.store(dq_ptrs + 2 * H * D, dv.to(dqkv_ptr.dtype.element_ty), mask=mask)
-    dpt = tl.dot(v, tl.trans(do), input_precision=INPUT_PRECISION)
-    dst = pt * (dpt - delta[None, :])
-    dk = tl.dot(dst.to(q.dtype), q, input_precision=INPUT_PRECISION) * scale
-    tl.store(dq_ptrs + H * D, dk.to(dqkv_ptr.dtype.element_ty), mask=mask)
-
-    s = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-    p = tl.exp2(s * qk_scale - lse[:, None])
-    p = tl.where(rows[:, None] >= rows[None, :], p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=INPUT_PRECISION)
-    ds = p * (dp - delta[:, None])
-    dq = tl.dot(ds.to(k.dtype), k, input_precision=INPUT_PRECISION) * scale
-    tl.store(dq_ptrs, dq.to(dqkv_ptr.dtype.element_ty), mask=mask)
+    tl.store(dq_ptrs + H * D, (dk * scale).to(dqkv_ptr.dtype.element_ty), mask=mask)
+    visible = rows[:, None] >= rows[None, :]
+    dq = _dq_step(zero, q, do, k, v, lse, delta, visible, qk_scale, True, PRECISION)
+    tl.store(dq_ptrs, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=mask)
 
 
-# Longest sequence whose head is one tile, by direction, bytes an element and D. Beyond it the tile
-# spills on some arch, and the loops take over.
-SHORT_T = {
-    ("fwd", 2, 16): 128, ("fwd", 2, 32): 128, ("fwd", 2, 64): 128, ("fwd", 2, 128): 64,
-    ("fwd", 4, 16): 64, ("fwd", 4, 32): 64, ("fwd", 4, 64): 32, ("fwd", 4, 128): 16,
-    ("bwd", 2, 16): 128, ("bwd", 2, 32): 128, ("bwd", 2, 64): 128, ("bwd", 2, 128): 64,
-    ("bwd", 4, 16): 64, ("bwd", 4, 32): 32, ("bwd", 4, 64): 32, ("bwd", 4, 128): 16,
-}  # fmt: skip
+# Longest sequence whose backward is one tile a head, by bytes of an element, for each of HEAD_DIMS.
+# Beyond it the tile spills on some arch, and the loops take over.
+SHORT_T = {2: (128, 128, 128, 64), 4: (64, 32, 32, 16)}
 # Less where mma reads all its operands from registers: sm_80 to 89, and sm_120.
-MMA_SYNC_SHORT_T = {("bwd", 2, 32): 64, ("bwd", 2, 64): 32, ("bwd", 2, 128): 32}
+MMA_SYNC_SHORT_T = {2: (128, 64, 32, 32), 4: (64, 32, 32, 16)}
 
 
 def launch_key(kernel: str, math: str, D: int, T: int, arch: int) -> Key:
-    """The key of "fwd", "dq", "dkdv", or of "short": both directions of a head in one tile."""
-    loop = f"D={D} {'T>=2048' if T >= 2048 else 'T<2048'}"
-    size = f"T={_block_t(T)} D={D}" if kernel == "short" else loop
+    """The key of "fwd", "dq", "dkdv", or of "short": the backward of a head in one tile."""
+    span = "T<=64" if T <= 64 else "T<2048" if T < 2048 else "T>=2048"
+    size = f"T={_block_t(T)} D={D}" if kernel == "short" else f"D={D} {span}"
     return Key(f"causal_attention.{kernel}", math, size, arch)
 
 
@@ -474,38 +350,32 @@ def _block_t(T: int) -> int:
     return max(next_pow2(T), 16)  # the least a dot takes
 
 
-def short_t(direction: str, itemsize: int, D: int, arch: int) -> int:
-    known = SHORT_T | MMA_SYNC_SHORT_T if arch // 10 in (8, 12) else SHORT_T
-    return known[direction, itemsize, D]
-
-
-def _is_short(direction: str, qkv: Tensor, n_head: int) -> bool:
-    """Whether one tile holds a head."""
-    D = qkv.shape[2] // (3 * n_head)
-    return qkv.shape[1] <= short_t(direction, qkv.element_size(), D, arch(qkv.device))
+def short_t(itemsize: int, D: int, arch: int) -> int:
+    """Longest sequence that the backward of "short" takes."""
+    known = MMA_SYNC_SHORT_T if arch // 10 in (8, 12) else SHORT_T
+    return known[itemsize][HEAD_DIMS.index(D)]
 
 
 def _own_block(kernel: str) -> str:
     """The block of the tokens that a program answers for; these are the rows of S, or of S^T."""
-    return {"short": "BLOCK_T", "dkdv": "BLOCK_N"}.get(kernel, "BLOCK_M")
+    return "BLOCK_N" if kernel == "dkdv" else "BLOCK_M"
 
 
 def _fixed(kernel: str, math: str, D: int, T: int) -> dict[str, Any]:
     """The constexprs that a launch leaves open."""
-    tile = {"BLOCK_T": _block_t(T)} if kernel == "short" else {}
-    return {"D": D, "INPUT_PRECISION": precision_of(math), **tile}
+    tile = {"BLOCK_M": _block_t(T)} if kernel == "short" else {}
+    return {"D": D, "PRECISION": precision_of(math), **tile}
 
 
-def _plan(kernel: str, qkv: Tensor, n_head: int) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and keyword arguments of one launch."""
-    B, T, C3 = qkv.shape
-    D, math = C3 // (3 * n_head), math_of(qkv.dtype)
+def _plan(kernel: str, qkv: Tensor, n_head: int) -> tuple[int, dict[str, Any]]:
+    """Blocks of a sequence, and keyword arguments of one launch."""
+    T, D, math = qkv.shape[1], qkv.shape[2] // (3 * n_head), math_of(qkv.dtype)
     launch = launch_for(launch_key(kernel, math, D, T, arch(qkv.device)))
     kwargs = {**_fixed(kernel, math, D, T), **launch.kwargs()}
-    return (cdiv(T, kwargs[_own_block(kernel)]) * B * n_head,), kwargs
+    return cdiv(T, kwargs[_own_block(kernel)]), kwargs
 
 
-def _fwd_fake(qkv: Tensor, n_head: int, save_lse: bool) -> tuple[Tensor, Tensor]:
+def _fwd_fake(qkv, n_head, save_lse):
     B, T, C3 = qkv.shape
     lse_shape = (B, n_head, T) if save_lse else (0,)
     return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty(lse_shape, dtype=torch.float32)
@@ -517,15 +387,15 @@ def causal_attention_fwd(qkv: Tensor, n_head: int, save_lse: bool) -> tuple[Tens
     y, lse = _fwd_fake(qkv, n_head, save_lse)
     if qkv.numel() == 0:
         return y, lse
-    short = _is_short("fwd", qkv, n_head)
-    kernel = _attention_short_fwd_kernel if short else _attention_fwd_kernel
-    grid, constexprs = _plan("short" if short else "fwd", qkv, n_head)
-    scale = constexprs["D"] ** -0.5
-    kernel[grid](qkv, y, lse, qkv.shape[1], n_head, scale, STORE_LSE=save_lse, **constexprs)
+    blocks, kwargs = _plan("fwd", qkv, n_head)
+    scale = kwargs["D"] ** -0.5
+    _attention_fwd_kernel[(blocks * len(qkv) * n_head,)](
+        qkv, y, lse, qkv.shape[1], n_head, scale, STORE_LSE=save_lse, **kwargs
+    )
     return y, lse
 
 
-def _bwd_fake(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head: int) -> Tensor:
+def _bwd_fake(dy, qkv, y, lse, n_head):
     return torch.empty_like(qkv)
 
 
@@ -535,18 +405,22 @@ def causal_attention_bwd(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head
     dqkv = torch.empty_like(qkv)
     if qkv.numel() == 0:
         return dqkv
-    T, scale = qkv.shape[1], (y.shape[2] // n_head) ** -0.5
-    if _is_short("bwd", qkv, n_head):
-        grid, constexprs = _plan("short", qkv, n_head)
-        _attention_short_bwd_kernel[grid](
-            dy, qkv, y, lse, dqkv, T, n_head, scale, **constexprs
-        )  # fmt: skip
+    B, T, C3 = qkv.shape
+    D = C3 // (3 * n_head)
+    scale, heads = D**-0.5, B * n_head
+    if short_t(qkv.element_size(), D, arch(qkv.device)) >= T:
+        blocks, kwargs = _plan("short", qkv, n_head)
+        _attention_short_bwd_kernel[(blocks * heads,)](
+            dy, qkv, y, lse, dqkv, T, n_head, scale, **kwargs
+        )
         return dqkv
     delta = torch.empty_like(lse)
-    grid, constexprs = _plan("dq", qkv, n_head)
-    _attention_dq_kernel[grid](dy, qkv, y, lse, dqkv, delta, T, n_head, scale, **constexprs)
-    grid, constexprs = _plan("dkdv", qkv, n_head)
-    _attention_dkdv_kernel[grid](dy, qkv, lse, delta, dqkv, T, n_head, scale, **constexprs)
+    blocks, kwargs = _plan("dq", qkv, n_head)
+    _attention_dq_kernel[(blocks * heads,)](
+        dy, qkv, y, lse, dqkv, delta, T, n_head, scale, **kwargs
+    )
+    blocks, kwargs = _plan("dkdv", qkv, n_head)
+    _attention_dkdv_kernel[(blocks * heads,)](dy, qkv, lse, delta, dqkv, T, n_head, scale, **kwargs)
     return dqkv
 
 
@@ -593,11 +467,8 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
         raise ValueError(
             f"causal_attention: triton's needs {what}; use --ops triton,causal_attention=eager"
         )
-    if not qkv.is_contiguous():
-        raise ValueError(f"causal_attention: qkv must be contiguous, got strides {qkv.stride()}")
     qkv = qkv.to(autocast_dtype(qkv))
-    if qkv.dtype not in DTYPES:
-        raise ValueError(f"causal_attention: qkv must be one of {DTYPES}, got {qkv.dtype}")
+    check_tensor("causal_attention", "qkv", qkv, qkv.shape, qkv.device)
     if needs_grad(qkv):
         return _CausalAttention.apply(qkv, n_head)
     return causal_attention_fwd(qkv, n_head, False)[0]
@@ -606,25 +477,29 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
 def aot_cases(arch: int) -> Iterator[AotCase]:
     """Builds the launches above choose on `arch`, and candidates: not all, as each takes long."""
     kernels = {
-        "fwd": _attention_fwd_kernel, "dq": _attention_dq_kernel, "dkdv": _attention_dkdv_kernel,
-        "short fwd": _attention_short_fwd_kernel, "short bwd": _attention_short_bwd_kernel,
-    }  # fmt: skip
+        "fwd": _attention_fwd_kernel,
+        "dq": _attention_dq_kernel,
+        "dkdv": _attention_dkdv_kernel,
+        "short": _attention_short_bwd_kernel,
+    }
     builds = [("bf16", 2, "16-bit", D) for D in HEAD_DIMS]
     builds += [("fp32", 4, "tf32", 64), ("fp32", 4, "ieee", 64)]
     if arch not in (80, 90, 100):  # which have rows of their own
         builds = builds[2:4]
-    for name, (dtype, itemsize, math, D) in product(kernels, builds):
-        which, _, direction = name.partition(" ")
-        longest = short_t(direction, itemsize, D, arch) if direction else 1024
-        for T in sorted({min(64, longest), longest}) if direction else (longest,):
-            key = launch_key(which, math, D, T, arch)
-            for launch in (launch_for(key), *candidates_for(key)):
-                fixed = _fixed(which, math, D, T)
-                sizes = (fixed | dict(launch.blocks)).items()
-                blocks = " ".join(f"{k[6:]}{size}" for k, size in sizes if k[:6] == "BLOCK_")
-                yield aot_case(
-                    "causal_attention", kernels[name],
-                    f"{name} D={D} {'tf32' if math == 'tf32' else dtype} {blocks}", launch, dtype,
-                    {**fixed, "STORE_LSE": True}, mma="" if math == "ieee" else _own_block(which),
-                    unaligned=("T", "H"),
-                )  # fmt: skip
+    for (name, kernel), (dtype, itemsize, math, D) in product(kernels.items(), builds):
+        longest = short_t(itemsize, D, arch) if name == "short" else 1024
+        launches: dict[Launch, int] = {}  # each with the longest sequence that it serves
+        for T in (min(64, longest), longest) if name in ("fwd", "short") else (longest,):
+            key = launch_key(name, math, D, T, arch)
+            launches |= dict.fromkeys((launch_for(key), *candidates_for(key)), T)
+        for launch, T in launches.items():
+            fixed = _fixed(name, math, D, T)
+            sizes = (fixed | dict(launch.blocks)).items()
+            blocks = " ".join(f"{k[6:]}{size}" for k, size in sizes if k[:6] == "BLOCK_")
+            label = f"{name} D={D} {'tf32' if math == 'tf32' else dtype} {blocks}"
+            mma = "" if math == "ieee" else _own_block(name)
+            fixed["STORE_LSE"] = True
+            yield aot_case(
+                "causal_attention", kernel, label, launch, dtype, fixed, mma=mma,
+                unaligned=("T", "H"),
+            )  # fmt: skip
