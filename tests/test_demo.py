@@ -1,4 +1,4 @@
-"""The page in a real headless Chromium, the functions behind it, and the Space folder."""
+"""The functions behind the page, its line of visitors, and the Space folder."""
 
 import asyncio
 import html
@@ -9,10 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,31 +27,8 @@ gr = pytest.importorskip("gradio", reason="gradio is not installed")
 import demo  # noqa: E402 - it imports gradio
 from demo import app, line, space  # noqa: E402
 from demo.texts import shaded, token_chances  # noqa: E402
-from docs.screenshot import start_chromium  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-# Sees every connection and name look-up of the server process, whoever makes it.
-SERVER = """
-import sys
-from pathlib import Path
-root, run, log = sys.argv[1:4]
-sys.path.insert(0, root)
-def hook(event, args):
-    if event == "socket.connect":
-        address = args[1]
-        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            open(log, "a").write(f"connect {address}\\n")
-    elif event == "socket.getaddrinfo":
-        host = args[0]
-        if host not in (None, "", "127.0.0.1", "::1", "localhost", "0.0.0.0", b"localhost"):
-            open(log, "a").write(f"look up {host!r}\\n")
-sys.addaudithook(hook)
-from demo.app import Models, build, launch
-page = build(Models(Path(run)))
-_, url, _ = launch(page, prevent_thread_lock=True, quiet=True)
-print("URL", url, flush=True)
-page.block_thread()
-"""
 
 
 def make_run(folder: Path) -> GPT:
@@ -91,6 +65,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def models(run: Path) -> app.Models:
+    return app.Models(run)
+
+
 # ---- the functions behind the page
 
 
@@ -108,34 +87,33 @@ def plain(page: str) -> str:
     return html.unescape(re.sub(r"<[^>]+>", "", page))
 
 
-def test_last_text_is_what_the_library_generates(run: Path):
-    texts, status = ask(app.Models(run), "Hello", seed="5", top_k=40)[-1]
+def test_last_text_is_what_the_library_generates(models: app.Models):
+    texts, status = ask(models, "Hello", seed="5", top_k=40)[-1]
     sampling = Sampling(max_new_tokens=20, temperature=0.8, top_k=40, seed=5)
-    expected = generate_text(GPT.from_pretrained(run), ["Hello"], sampling)[0]
+    expected = generate_text(models.get().model, ["Hello"], sampling)[0]
     assert plain(texts) == "Hello" + expected
     assert re.search(r"20 tokens, \d+ tokens/s, seed 5;", status)
 
 
-def test_an_empty_seed_draws_one_that_gives_the_text_again(run: Path):
-    models = app.Models(run)
+def test_an_empty_seed_draws_one_that_gives_the_text_again(models: app.Models):
     drawn = [ask(models, "a", seed=seed)[-1] for seed in ("", " ")]
     assert drawn[0][0] != drawn[1][0]
     seed = re.findall(r"seed (\d+)", drawn[0][1])[0]
     assert ask(models, "a", seed=seed)[-1][0] == drawn[0][0]
 
 
-def test_recited_text_is_marked(run: Path):
-    texts, status = ask(app.Models(run), "Recite", temperature=0, max_new_tokens=30)[-1]
+def test_recited_text_is_marked(models: app.Models):
+    texts, status = ask(models, "Recite", temperature=0, max_new_tokens=30)[-1]
     assert "<mark>" in texts
     assert "100% stands verbatim" in status
-    texts, status = ask(app.Models(run), "Something else", seed="3")[-1]
+    texts, status = ask(models, "Something else", seed="3")[-1]
     assert "<mark>" not in texts
     assert "0% stands verbatim" in status
 
 
-def test_shades_are_the_chances_of_the_tokens(run: Path):
+def test_shades_are_the_chances_of_the_tokens(models: app.Models):
     """Against one forward for each token; a character of several tokens is shaded once."""
-    model = app.Models(run).get().model
+    model = models.get().model
     text = "one \U0001f600 <b> two" * 9  # longer than the window of 64
     tokens = get_encoding().encode_ordinary("Hello") + get_encoding().encode_ordinary(text)
     got = token_chances(model, "Hello", text)
@@ -147,7 +125,7 @@ def test_shades_are_the_chances_of_the_tokens(run: Path):
             logits = model(torch.tensor([tokens[: first + i]]))[0, -1]
             assert chance == pytest.approx(logits.softmax(-1)[tokens[first + i]].item(), rel=1e-3)
     assert token_chances(model, "", "one")[0][1] > 0
-    texts, _ = [*app.generate(app.Models(run), "Recite", 0, 0, 1.0, 9, "", 1, chances=True)][-1]
+    texts, _ = [*app.generate(models, "Recite", 0, 0, 1.0, 9, "", 1, chances=True)][-1]
     assert len(re.findall(r'class="chance" style="--p:0\.\d+" title="\d+\.\d%"', texts)) >= 5
     emoji = shaded([(b"\xf0\x9f", 0.5), (b"\x98\x80", 0.5), (b"<", 1.0), (b"\xf0", 1.0)])
     assert re.sub("<.*?>", "", emoji) == "\U0001f600&lt;\ufffd"
@@ -175,54 +153,52 @@ def test_two_models_answer_side_by_side_from_the_same_seed(run: Path, tmp_path: 
         app.main(["--model", str(run), "--beside", str(tmp_path / "none")])
 
 
-def test_text_is_escaped(run: Path):
-    texts, _ = ask(app.Models(run), "<img src=x onerror=alert(1)>", max_new_tokens=1)[-1]
+def test_text_is_escaped(models: app.Models):
+    texts, _ = ask(models, "<img src=x onerror=alert(1)>", max_new_tokens=1)[-1]
     assert "<img" not in texts
     assert "&lt;img" in texts
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"temperature": -1}, "temperature must be finite and &gt;= 0"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"top_p": 0}, r"top_p must be in \(0, 1\]"),
-        ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
-        ({"top_k": -2}, "top_k"),
-        ({"top_k": float("inf")}, "infinity"),
-        ({"max_new_tokens": 0}, "max length must be 1 to 500, got 0"),
-        ({"max_new_tokens": 10**6}, "max length must be 1 to 500"),
-        ({"num_samples": 50}, "samples must be 1 to 4, got 50"),
-        ({"seed": "-1"}, "seed must be a whole number or empty, got &#x27;-1&#x27;"),
-        ({"seed": "1.5"}, "seed must be"),
-        ({"seed": str(2**64)}, "seed must be"),
-        ({"top_k": "3"}, "every setting must be a number"),
-        ({"top_p": None}, "every setting must be a number"),
-    ],
+BAD = (
+    ({"temperature": -1}, "temperature must be finite and &gt;= 0"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"top_p": 0}, r"top_p must be in \(0, 1\]"),
+    ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
+    ({"top_k": -2}, "top_k"),
+    ({"top_k": float("inf")}, "infinity"),
+    ({"max_new_tokens": 0}, "max length must be 1 to 500, got 0"),
+    ({"max_new_tokens": 10**6}, "max length must be 1 to 500"),
+    ({"num_samples": 50}, "samples must be 1 to 4, got 50"),
+    ({"seed": "-1"}, "seed must be a whole number or empty, got &#x27;-1&#x27;"),
+    ({"seed": "1.5"}, "seed must be"),
+    ({"seed": str(2**64)}, "seed must be"),
+    ({"top_k": "3"}, "every setting must be a number"),
+    ({"top_p": None}, "every setting must be a number"),
 )
-def test_bad_settings(run: Path, change: dict[str, Any], message: str):
-    with pytest.raises(gr.Error, match=message):
-        ask(app.Models(run), "a", **change)
 
 
-def test_prompts_too_long_or_empty(run: Path):
+def test_bad_settings(models: app.Models):
+    for change, message in BAD:
+        with pytest.raises(gr.Error, match=message):
+            ask(models, "a", **change)
+
+
+def test_prompts_too_long_or_empty(models: app.Models):
     with pytest.raises(gr.Error, match="has 4,001 characters, at most 4,000"):
-        ask(app.Models(run), "x" * 4001)
-    _, status = ask(app.Models(run), "one two " * 60, max_new_tokens=1)[-1]
+        ask(models, "x" * 4001)
+    _, status = ask(models, "one two " * 60, max_new_tokens=1)[-1]
     assert "only its last 64 are read" in status
-    assert "20 tokens" in ask(app.Models(run), "")[-1][1]
+    assert "20 tokens" in ask(models, "")[-1][1]
 
 
-def test_a_model_that_fails_while_it_writes_is_told_in_words(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_model_that_fails_while_it_writes_is_told_in_words(models: app.Models, monkeypatch):
     def pieces(*_: Any, **__: Any) -> Iterator[Any]:
         yield from ()
         raise ValueError("logits are <not> finite")
 
     monkeypatch.setattr(app, "stream_text", pieces)
     with pytest.raises(gr.Error, match="logits are &lt;not&gt; finite"):
-        ask(app.Models(run), "a")
+        ask(models, "a")
 
 
 def test_no_model_and_then_one(run: Path, tmp_path: Path):
@@ -242,8 +218,8 @@ def test_no_model_and_then_one(run: Path, tmp_path: Path):
         ask(named, "a")
 
 
-def test_panel_and_examples_are_of_the_run(run: Path, tmp_path: Path):
-    panel, examples = app.about(app.Models(run))
+def test_panel_and_examples_are_of_the_run(models: app.Models, run: Path, tmp_path: Path):
+    panel, examples = app.about(models)
     assert "123,456" in panel
     assert "Memorisation" in panel  # 9.9 against about 5.1
     assert "<svg" in panel
@@ -343,8 +319,7 @@ def test_fifty_visitors_wait_in_the_order_they_came(monkeypatch: pytest.MonkeyPa
         assert places[:1] == ([visitor - 1] if visitor >= line.AT_ONCE else [])
 
 
-def test_two_texts_at_once_are_what_each_would_be_alone(run: Path):
-    models = app.Models(run)
+def test_two_texts_at_once_are_what_each_would_be_alone(models: app.Models):
     settings = {**DEFAULTS, "max_new_tokens": 40}
 
     async def visit(waiting: line.Line, i: int) -> tuple[str, str]:
@@ -406,210 +381,6 @@ def test_stop_ends_the_turn_it_names_and_no_later_one(
         assert ("first", "end") not in first or order == "stop first"
     alone, _ = asyncio.run(turns("stop only"))
     assert ("stopped" in alone[-1][1]) if waiting else alone[-1] == ("first", "end")
-
-
-# ---- the page in a browser
-
-
-@pytest.fixture(scope="module")
-def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """(address, log of what the process looked for outside)."""
-    log = tmp_path_factory.mktemp("server") / "outside.log"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(ROOT), str(run), str(log)], cwd=run,
-        # Uploads go to a folder that every user of the machine would share.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(log.parent)},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert process.stdout
-    lines = []
-    for text in process.stdout:
-        lines.append(text)
-        if text.startswith("URL"):
-            break
-    else:
-        pytest.fail("the server did not start:\n" + "".join(lines))
-    yield lines[-1].split()[1], log
-    process.terminate()
-    process.wait(timeout=200)
-
-
-@pytest.fixture(scope="module")
-def browser(server: tuple[str, Path]) -> Iterator[Any]:
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync.sync_playwright() as playwright:
-        try:
-            browser = start_chromium(playwright)
-        except FileNotFoundError as error:
-            pytest.skip(str(error))
-        yield browser
-        browser.close()
-
-
-class Visitor:
-    """One browser context with the page open."""
-
-    def __init__(self, browser: Any, url: str, width: int = 1200):
-        self.context = browser.new_context(viewport={"width": width, "height": 900})
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(200_000)
-        self.requests: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.errors: list[str] = []
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(url)
-        self.page.locator("#go").wait_for()
-        # Gradio shows a picture of its own there while it loads.
-        self.page.locator("#panel svg[role=img]").wait_for()
-
-    def set(self, name: str, value: float) -> None:
-        field = self.page.locator(f"#{name} input[type=number]")
-        field.fill(str(value))
-        field.press("Tab")
-
-    def start(self, prompt: str) -> None:
-        self.page.locator("#prompt textarea").fill(prompt)
-        self.page.locator("#go").click()
-
-    def answer(self, prompt: str) -> str:
-        """The finished text that `prompt` begins."""
-        self.start(prompt)
-        self.page.wait_for_function(
-            "prompt => document.querySelector('#output .prompt').innerText === prompt"
-            " && document.querySelector('#status .done')",
-            arg=prompt,
-        )
-        return self.text()
-
-    def text(self) -> str:
-        return self.page.locator("#output .sample").first.inner_text()
-
-    def status(self) -> str:
-        return self.page.locator("#status .status").inner_text()
-
-    def wait_for(self, number: int, prompt: str = "") -> None:
-        """Until the text begins with `prompt` and the status line counts so many tokens."""
-        self.page.wait_for_function(
-            "([n, prompt]) => document.querySelector('#output').innerText.startsWith(prompt) &&"
-            " parseInt((document.querySelector('#status').innerText.match(/(\\d+) tokens/)"
-            " || [0, 0])[1]) >= n",
-            arg=[number, prompt],
-        )
-
-
-@pytest.fixture
-def visitor(browser: Any, server: tuple[str, Path]) -> Iterator[Visitor]:
-    visitor = Visitor(browser, server[0])
-    yield visitor
-    visitor.context.close()
-    assert visitor.errors == []
-
-
-def test_text_appears_grows_and_nothing_leaves_the_machine(
-    visitor: Visitor, server: tuple[str, Path]
-):
-    """In the browser every request goes to the server, and the server opens no connection."""
-    url, log = server
-    prompt = "<b>${1+1}</b> {{value}} <script>document.title = 'owned'</script>"
-    visitor.set("length", 200)
-    visitor.start(prompt)
-    lengths = []
-    for number in (1, 60, 120, 200):
-        visitor.wait_for(number)
-        lengths.append(len(visitor.text()))
-    assert visitor.text().startswith(prompt)
-    assert lengths == sorted({*lengths})
-    assert re.search(r"200 tokens, \d+ tokens/s, seed \d+", visitor.status())
-    assert visitor.page.title() == app.TITLE
-    outside = [u for u in visitor.requests if not u.startswith((url, "data:", "blob:"))]
-    assert outside == []
-    assert len(visitor.requests) > 5
-    assert not log.exists() or log.read_text() == ""
-    assert "127.0.0.1" in url
-
-
-def test_seeds_examples_and_errors_on_the_page(visitor: Visitor):
-    visitor.set("length", 10)
-    first, second = visitor.answer("Another"), visitor.answer("Another ")
-    assert first != second[:7] + second[8:]  # a new seed each time
-    visitor.page.locator("#seed input").fill("5")
-    same = [visitor.answer("Another"), visitor.answer("Recite"), visitor.answer("Another")]
-    assert same[0] == same[2] != same[1]
-    assert "seed 5" in visitor.status()
-    visitor.set("temperature", 0)
-    visitor.answer("Recite")  # the corpus holds the greedy answer
-    assert visitor.page.locator("#output mark").count() > 0
-    visitor.page.locator("#examples").get_by_text("Of my own text").click()
-    visitor.page.wait_for_function(
-        "() => document.querySelector('#prompt textarea').value === 'Of my own text'"
-    )
-    visitor.page.locator("#seed input").fill("-5")
-    visitor.page.locator("#go").click()
-    visitor.page.get_by_text("the seed must be a whole number or empty, got '-5'").wait_for()
-
-
-def test_generate_right_after_stop_and_right_after_generate(visitor: Visitor):
-    """However close the clicks are, the last one is what happens."""
-    visitor.set("length", 500)
-    for i, delay_ms in enumerate((0, 0, 10, 60)):
-        visitor.start(f"First {i}")
-        visitor.wait_for(5, f"First {i}")
-        visitor.page.locator("#prompt textarea").fill(f"Second {i}")
-        visitor.page.evaluate(
-            "([stop, delay]) => { if (stop) document.querySelector('#stop').click();"
-            " setTimeout(() => document.querySelector('#go').click(), delay) }",
-            [i != 1, delay_ms],
-        )
-        visitor.wait_for(5, f"Second {i}")
-        visitor.page.locator("#stop").click()
-        visitor.page.locator("#status .done").wait_for()
-        frozen = visitor.text()
-        assert re.search(r"\d+ tokens, stopped", visitor.status())
-        assert visitor.page.get_by_text("Error", exact=True).count() == 0
-        visitor.page.wait_for_timeout(200)
-        assert visitor.text() == frozen
-
-
-def test_page_fits_a_phone(browser: Any, server: tuple[str, Path]):
-    visitor = Visitor(browser, server[0], width=390)
-    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
-    visitor.context.close()
-
-
-# ---- over HTTP
-
-
-def post(url: str, body: bytes, kind: str) -> Any:
-    request = urllib.request.Request(url, body, {"Content-Type": kind})
-    return urllib.request.urlopen(request, timeout=300)
-
-
-def test_files_are_refused(server: tuple[str, Path]):
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
-    body += b"1" * 100_000 + b"\r\n--x--\r\n"
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        post(f"{server[0]}gradio_api/upload", body, "multipart/form-data; boundary=x")
-    assert refused.value.code == 413
-
-
-@pytest.mark.slow
-def test_fifty_clients_over_http(server: tuple[str, Path]):
-    call = f"{server[0]}gradio_api/call/generate"
-
-    def ask(i: int) -> str:
-        data = [None, 0, False, f"Client {i}", *{**DEFAULTS, "max_new_tokens": 5}.values()]
-        with post(call, json.dumps({"data": data}).encode(), "application/json") as answer:
-            event = json.loads(answer.read())["event_id"]
-        with urllib.request.urlopen(f"{call}/{event}", timeout=100) as answer:
-            return answer.read().decode()
-
-    with ThreadPoolExecutor(50) as pool:
-        answers = [*pool.map(ask, range(50))]
-    for i, answer in enumerate(answers):
-        assert f"Client {i}<" in html.unescape(answer)
-        assert "5 tokens," in answer
-        assert "error" not in answer
-    assert any("place 20 in the line" in answer for answer in answers)
 
 
 # ---- the Space
