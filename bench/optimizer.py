@@ -63,6 +63,8 @@ def make_step(
 
 def doubt_of(weights: dict[str, list[nn.Parameter]]) -> str:
     """Why no time of ours may be shown; empty where both hold the same weights."""
+    if "triton" not in weights:
+        return ""
     if "torch" not in weights:
         return "nothing to hold it against: torch failed"
     pairs = zip(weights["torch"], weights["triton"], strict=True)
@@ -85,7 +87,6 @@ def measure(model: str, working: bool, device: torch.device, seconds: float) -> 
             steps[kind], weights[kind] = [step], parameters
         except Exception as error:
             timing.note_failure(failed, kind, error)
-    doubt = doubt_of(weights) if "triton" in weights else ""
     # What clip and step read and write at the least.
     nbytes = sum(p.numel() * (30 if working and p.dim() >= 2 else 32)
                  for parameters in [*weights.values()][:1] for p in parameters)  # fmt: skip
@@ -95,22 +96,9 @@ def measure(model: str, working: bool, device: torch.device, seconds: float) -> 
         nbytes / timing.limits(device)["copy_gbs"] / 1e6,
         op="optimizer", shape=model, dtype="bf16 copies" if working else "fp32", mode="step",
     )  # fmt: skip
-    rows["triton"] = replace(rows["triton"], doubt=rows["triton"].doubt or doubt)
+    doubt = rows["triton"].doubt or doubt_of(weights)
+    rows["triton"] = replace(rows["triton"], doubt=doubt)
     return [*rows.values()]
-
-
-def run(model: str, device: torch.device, results: record.Results, seconds: float) -> int:
-    """Measure, write the rows, print the table; 1 where one is in doubt."""
-    rows = [row for working in (False, True) for row in measure(model, working, device, seconds)]
-    results.add("optimizer", *rows)
-    print(rows_table(
-        rows,
-        {"gradients": lambda r: r.dtype, "who": lambda r: r.provider},
-        {"ms": lambda r: f"{r.ms:.3g}", "spread": lambda r: r.spread,
-         "GB/s": lambda r: f"{r.gbs:,.0f}", "of limit": lambda r: f"{r.of_limit:.0%}",
-         "x torch": over("torch")},
-    ))  # fmt: skip
-    return 1 if any(row.doubt for row in rows) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,8 +109,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise ValueError("bench: needs a GPU; interpreted kernels have no speed to measure")
-    device = torch.device("cuda", torch.cuda.current_device())
-    return run(args.model, device, record.Results(device, args.out, args.commit), args.seconds)
+    device = torch.device("cuda")
+    results = record.Results(device, args.out, args.commit)
+    rows = [row for working in (False, True)
+            for row in measure(args.model, working, device, args.seconds)]  # fmt: skip
+    results.add("optimizer", *rows)
+    print(rows_table(
+        rows,
+        {"gradients": lambda r: r.dtype, "who": lambda r: r.provider},
+        {"ms": lambda r: f"{r.ms:.3g}", "spread": lambda r: r.spread,
+         "GB/s": lambda r: f"{r.gbs:,.0f}", "of limit": lambda r: f"{r.of_limit:.0%}",
+         "x torch": over("torch")},
+    ))  # fmt: skip
+    return int(any(row.doubt for row in rows))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from bench import cli, record
-from bench.rows import CheckRow, SeedRow
+from bench.rows import CheckRow, Row, SeedRow
 from training import child
 from training.data import SHAKESPEARE_SHA256
 from training.recipes import PRESETS
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results, text = record.Results(device, args.out, args.commit), text_of(args.data)
     end = time.monotonic() + 60 * args.minutes
     runs: dict[str, Trained] = {}
-    doubts: dict[str, str] = {}
+    rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as scratch, child.ended_by_signals():
         env = {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
                "TRITON_CACHE_DIR": f"{scratch}/triton"}  # fmt: skip
@@ -140,18 +140,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs[name] = train(args.data, folder, flags, end - time.monotonic(), env)
             if args.what == "drift":
                 if len(runs) > 1:  # a row stands already, should the yardstick not come to its end
-                    row = drift_row(runs, text)
-                    results.add("checks", row)
-                    doubts["drift"] = row.doubt
+                    rows["drift"] = drift_row(runs, text)
+                    results.add("checks", rows["drift"])
                 continue
-            row = seed_row(folder, *runs[name], text, name)
-            results.add("seed", row)
-            doubts[name] = row.doubt
+            rows[name] = seed_row(folder, *runs[name], text, name)
+            results.add("seed", rows[name])
             for kept in ("loss.png", "samples.txt", "report.html") if args.keep else ():
                 if (folder / kept).is_file():
                     args.keep.mkdir(parents=True, exist_ok=True)
                     shutil.copy(folder / kept, args.keep / f"seed-{kept}")
-    return 1 if any(doubts.values()) else 0
+    return int(any(row.doubt for row in rows.values()))
 
 
 if __name__ == "__main__":

@@ -147,9 +147,9 @@ def test_optimizer_rows(
     pretended: Pretended, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(optimizer, "CHECK_STEPS", 1)
-    results = record.Results(torch.device("cpu"), tmp_path, "c" * 40)
-    assert optimizer.run("test", CUDA, results, 0.0) == 0
-    rows = results.rows("optimizer")
+    argv = ["--model", "test", "--seconds", "1e-9", "--out", str(tmp_path / "x.json")]
+    assert optimizer.main([*argv, "--commit", "c" * 40]) == 0
+    rows = record.load(tmp_path / "x.json").rows("optimizer")
     assert [(row.dtype, row.provider) for row in rows] == [
         ("fp32", "torch"), ("fp32", "triton"), ("bf16 copies", "torch"), ("bf16 copies", "triton")
     ]  # fmt: skip
