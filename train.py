@@ -14,7 +14,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import contextlib
 import math
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -39,11 +38,10 @@ from training.checkpoint import CheckpointError, Writer
 from training.choose import take_fastest
 from training.data import Corpus, load_corpus
 from training.distributed import ALONE, World, hash_weights, refuse_mismatch, share
-from training.ending import finish, take_best, write_samples
+from training.ending import finish, leave, sample, take_best
 from training.explain import explain, probe_steps
 from training.flags import Config, is_due, parse
 from training.guard import Guard
-from training.metrics import RunLog
 from training.optim import configure_adamw
 from training.plan import Choices, Machine, Plan, detect, make_plan
 from training.resume import RunFailed
@@ -64,13 +62,6 @@ def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
     least = min(world.gather("memory", machine.memory_bytes))
     machine = replace(machine, memory_bytes=least)
     plan = share(make_plan(cfg.recipe, machine, cfg.choices, world.size), cfg.recipe, world)
-    if cfg.preset == "fineweb-124m" and not (cfg.data or cfg.explain):
-        raise ValueError(
-            "data: fineweb-124m needs --data FOLDER of token shards: `.venv/bin/hf download "
-            "HuggingFaceFW/fineweb-edu --repo-type dataset --include 'sample/10BT/*' --local-dir "
-            "fineweb`, then `.venv/bin/python -m training.prepare fineweb/sample/10BT --out FOLDER "
-            "--val-tokens 100000000`"
-        )
     texts = (cfg.text_column, cfg.val)
     return machine, plan, world.in_turn("tokens", lambda: load_corpus(cfg.data, world.say, *texts))
 
@@ -176,26 +167,6 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         given = f" of {cfg.init} as it came" if cfg.init and progress.step == 0 else ""
         log.say(f"step {progress.step:5d} | validation loss {val_loss:.4f}{given}")
 
-    def score_hellaswag(done: int) -> None:
-        take_step.gather()
-        with log.aside(), take_step.autocast():
-            share = run.score_hellaswag(model, lambda: bool(stop))
-        if not stop:  # else it has seen a part of them
-            log.event("hellaswag", step=done, hellaswag=share)
-            right = round(share * len(run.items))
-            log.say(f"step {done:5d} | {hellaswag.line(right, len(run.items))}")
-
-    def sample() -> None:
-        take_step.gather()
-        if not world.is_main:
-            return
-        try:
-            with log.aside(), torch.compiler.set_stance("force_eager"):
-                texts = write_samples(run, model, log.say)
-            log.event("samples", step=progress.step, texts=texts)
-        except ValueError as error:  # as for an evaluation, the next step's loss tells
-            log.say(f"step {progress.step:5d} | {error}")
-
     def step() -> Outcome:  # called launch by launch at first; on a GPU then a captured graph
         loss = take_step.accumulate()  # forward and backward of each micro-batch
         grad_norm = optimizer.clip(recipe.grad_clip)
@@ -226,9 +197,11 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 save |= progress.best == progress.step and cfg.saves
                 done |= 0 < recipe.patience <= progress.stale
             if is_due(cfg.hellaswag_every, progress.step) and not (watch.stopping or done):
-                score_hellaswag(progress.step)
+                take_step.gather()
+                run.score_hellaswag(model, log, progress.step, take_step.autocast, stop)
             if is_due(cfg.sample_every, progress.step) and not (watch.stopping or done):
-                sample()
+                take_step.gather()
+                sample(run, model, log, progress.step)
             if save or watch.stopping or (done and saves_at_end):
                 save_checkpoint()
             if watch.stopping:
@@ -247,7 +220,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         writer.wait()  # the weights to keep may be on their way to the disk
         kept = take_best(run, model, log.say, progress)
         if run.items:
-            score_hellaswag(kept)
+            run.score_hellaswag(model, log, kept, take_step.autocast, stop)
         try:
             finish(run, model, log, progress, kept, watch.reached, take_step.autocast, stop.check)
         except Stopped:  # on this rank; each leaves by itself
@@ -258,19 +231,6 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     if stop:  # it came after the last step; everything is written
         world.say(f"{stop.signal}: the run is complete")
     return 0
-
-
-def leave(run: Run, step: int, writer: Writer, log: RunLog, stop: StopRequest) -> int:
-    """Say how to go on; the checkpoint is on disk when this returns."""
-    writer.finish()
-    if run.world.size > 1 and run.world.is_main:
-        (run.out / folder.STOPPED).touch()  # torchrun takes this for a failure and starts again
-    log.event("stopped", step=step, signal=stop.signal)
-    log.say(
-        f"{stop.signal or 'another rank'}: stopped after {step} steps, last good checkpoint: step "
-        f"{writer.last_good}; the same command with --out {shlex.quote(str(run.out))} goes on"
-    )
-    return EXIT_RESUMABLE
 
 
 def explain_plan(cfg: Config) -> int:

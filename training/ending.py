@@ -3,10 +3,9 @@
 import math
 import shlex
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
+import torch
 
 from model import GPT
 from model.edge import one_line
@@ -14,13 +13,15 @@ from model.sampling import Sampling
 from model.text import stream_text
 from model.tokenizer import decode, get_encoding
 from training import metrics
+from training.checkpoint import Writer
 from training.environment import seconds_since_start
-from training.folder import CHECKPOINTS
+from training.folder import CHECKPOINTS, STOPPED
 from training.metrics import RunLog
 from training.ngrams import ngram_losses
 from training.report import DECODE_TOKENS, report_run
 from training.resume import RunFailed
-from training.run import Run
+from training.run import Autocast, Run
+from training.signals import EXIT_RESUMABLE, StopRequest
 from training.state import Progress
 
 NUM_SAMPLES = 4
@@ -59,7 +60,7 @@ def finish(
     progress: Progress,
     kept: int,
     reached: int | None,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    autocast: Autocast,
     poll: Callable[[], None],
 ) -> None:
     """Last evaluation, weights, samples, summary, report; in that order.
@@ -161,3 +162,28 @@ def write_samples(
             file.write(f"[prompt] {prompt}\n[model]{answer}\n\n")
     say(f"sample: {prompts[0]}|{answers[0]}")
     return [*zip(prompts, answers, strict=True)]
+
+
+def sample(run: Run, model: GPT, log: RunLog, step: int) -> None:
+    """Samples of a run that goes on."""
+    if not run.world.is_main:
+        return
+    try:
+        with log.aside(), torch.compiler.set_stance("force_eager"):
+            texts = write_samples(run, model, log.say)
+        log.event("samples", step=step, texts=texts)
+    except ValueError as error:  # as for an evaluation, the next step's loss tells
+        log.say(f"step {step:5d} | {error}")
+
+
+def leave(run: Run, step: int, writer: Writer, log: RunLog, stop: StopRequest) -> int:
+    """Say how to go on; the checkpoint is on disk when this returns."""
+    writer.finish()
+    if run.world.size > 1 and run.world.is_main:
+        (run.out / STOPPED).touch()  # torchrun takes this for a failure and starts again
+    log.event("stopped", step=step, signal=stop.signal)
+    log.say(
+        f"{stop.signal or 'another rank'}: stopped after {step} steps, last good checkpoint: step "
+        f"{writer.last_good}; the same command with --out {shlex.quote(str(run.out))} goes on"
+    )
+    return EXIT_RESUMABLE

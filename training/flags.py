@@ -120,6 +120,13 @@ class Config:
             raise ValueError(
                 f"init: the recipe {FINETUNE} starts from weights; add --init gpt2, or a folder"
             )
+        if self.preset == "fineweb-124m" and not (self.data or self.explain):
+            raise ValueError(
+                "data: fineweb-124m needs --data FOLDER of token shards: `.venv/bin/hf download "
+                "HuggingFaceFW/fineweb-edu --repo-type dataset --include 'sample/10BT/*' "
+                "--local-dir fineweb`, then `.venv/bin/python -m training.prepare "
+                "fineweb/sample/10BT --out FOLDER --val-tokens 100000000`"
+            )
 
     @property
     def loggers(self) -> list[str]:

@@ -6,6 +6,7 @@ loss.png, summary.json and report.html.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from training.machines import mfu
 from training.metrics import RunLog
 from training.plan import Plan
 from training.recipes import FINETUNE, Recipe
+from training.signals import StopRequest
 from training.state import Progress
+
+Autocast = Callable[[], AbstractContextManager[Any]]  # of a forward in the plan's dtype
 
 
 @dataclass
@@ -160,12 +164,18 @@ class Run:
                 weight += len(tokens) - 1
         return world.mean(total, weight, self.plan.device)
 
-    def score_hellaswag(self, model: GPT, stopped: Callable[[], bool]) -> float:
-        """Share of `items` that are answered rightly; the ranks share the work."""
+    def score_hellaswag(
+        self, model: GPT, log: RunLog, done: int, autocast: Autocast, stop: StopRequest
+    ) -> None:
+        """Log the share of `items` answered rightly after `done` steps; the ranks share them."""
         mine, T = self.items[self.world.rank :: self.world.size], self.recipe.block_size
-        with torch.compiler.set_stance("force_eager"):
-            right, seen = hellaswag.count_right(model, mine, T, stopped)
-        return self.world.mean(right, seen or 1e-9, self.plan.device)
+        with log.aside(), autocast(), torch.compiler.set_stance("force_eager"):
+            right, seen = hellaswag.count_right(model, mine, T, lambda: bool(stop))
+            share = self.world.mean(right, seen or 1e-9, self.plan.device)
+        if not stop:  # else it has seen a part of them
+            log.event("hellaswag", step=done, hellaswag=share)
+            answered = round(share * len(self.items))
+            log.say(f"step {done:5d} | {hellaswag.line(answered, len(self.items))}")
 
 
 def data_loader(
