@@ -138,3 +138,16 @@ def seed() -> None:
     """Every test draws the same numbers whatever ran before it."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small enough to tokenise and evaluate in no time, large enough for a validation part."""
+    path = tmp_path_factory.mktemp("text") / "input.txt"
+    words = (
+        "the king said to his people that no man shall want for bread while I have bread to give"
+    )
+    words = words.split()
+    lines = (" ".join(words[i * k % len(words)] for k in range(12)) for i in range(150))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path

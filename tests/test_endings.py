@@ -24,16 +24,6 @@ from training.signals import EXIT_RESUMABLE
 from training.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("heard")
-WORDS = "the king said to his people that no man shall want for bread while I have bread to give"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = WORDS.split()
-    path = tmp_path_factory.mktemp("text") / "input.txt"
-    lines = (" ".join(words[i * k % len(words)] for k in range(12)) for i in range(60))
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
 
 
 @pytest.fixture

@@ -239,26 +239,9 @@ def test_a_disk_error_is_not_mistaken_for_a_missing_call(tmp_path: Path, monkeyp
 # ---- the same through train.py
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("king queen sword night thou art " * 100)
-    return path
-
-
 def run_here(text: Path, out: Path, *flags: str) -> int:
-    fixed = [
-        "--preset",
-        "smoke",
-        "--device",
-        "cpu",
-        "--no-compile",
-        "--batch-size",
-        "2",
-        "--block-size",
-        "32",
-    ]
-    return train.main([*fixed, "--data", str(text), "--out", str(out), *flags])
+    command = "--preset smoke --model smoke,n_embd=16,n_head=1 --device cpu --no-compile"
+    return train.main([*command.split(), "--data", str(text), "--out", str(out), *flags])
 
 
 def test_a_run_that_could_save_nothing_does_not_end_as_if_it_had(

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import namedtuple
@@ -28,19 +29,6 @@ from training.recipes import ABOUT, PRESETS, Recipe, find_preset
 
 ROOT = Path(train.__file__).parent
 CPU = Machine(device="cpu", name="a CPU", num_threads=2)
-# Small enough to tokenise and evaluate in no time, large enough for a validation part.
-WORDS = "the king said to his people that no man shall want for bread while I have bread to give"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = WORDS.split()
-    path = tmp_path_factory.mktemp("text") / "input.txt"
-    lines = (" ".join(words[i * k % len(words)] for k in range(12)) for i in range(150))
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
 # Runs a command and adds the most memory that it or what it started had, in KiB.
 MEASURE = """
 import resource, subprocess, sys
@@ -491,90 +479,83 @@ def test_a_wsd_run_cools_down_from_any_checkpoint(text: Path, tmp_path: Path, br
     assert (again.saved.step, again.recipe.max_steps) == (8, 8)
 
 
-BAD = {
-    "init": (["--init", "{tmp}/folder"], "{tmp}/folder"),
-    "init and model": (["--init", "x", "--model", "tiny"], "--init x decides the model"),
-    "init and T": (["--init", "{tmp}/given", "--block-size", "99"], "16 positions, got 99"),
-    "finetune alone": (["--preset", "finetune"], "finetune starts from weights; add --init gpt2"),
-    "dropout": (["--dropout", "1"], "model: dropout must be in [0, 1), got 1.0"),
-    "no config": (["--config", "{tmp}/folder"], "folder must be a run folder or its config.json: "),
-    "config of none": (
-        ["--config", "{tmp}/foreign.json"],
-        "foreign.json must be the config.json of",
-    ),
-    "epochs and steps": (
-        ["--epochs", "2", "--steps", "3"],
-        "--steps 3 and --epochs 2 both say when",
-    ),
-    "epochs": (["--epochs", "1e20"], "max_steps must be at most"),
-    "epochs too": (["--epochs", "nan"], "epochs must be finite and at least 0, got nan"),
-    "samples": (["--sample-every", "-1"], "sample_every must be at least 0, got -1"),
-    "cooldown": (["--cooldown", "--schedule", "wsd"], "new/run: the folder holds none"),
-    "cooldown never": (["--cooldown", "--resume", "never"], "leave --resume never out"),
-    "keep": (["--keep", "best", "--val-fraction", "0"], "keep best with patience 0 needs a valid"),
-    "patience": (["--patience", "-1"], "patience must be at least 0, got -1"),
-    "no such file": (["--data", "{tmp}/absent.txt"], "data: no such file: {tmp}/absent.txt"),
-    "a name that recolours": (["--data", "\x1b[31mred"], r"no such file: \x1b[31mred"),
-    "empty file": (["--data", "{tmp}/empty.txt"], "data: {tmp}/empty.txt is empty"),
-    "not utf-8": (["--data", "{tmp}/latin.txt"], "byte 0xe9 at offset 3"),
-    "short text": (["--data", "{tmp}/short.txt"], "validation needs at least 2 tokens, got 0"),
-    "no text": (
-        ["--data", "{tmp}/folder"],
-        "data: no .txt, .md, code, .jsonl, .parquet or .arrow file in the folder",
-    ),
-    "foreign tokens": (["--data", "{tmp}/foreign.bin"], "vocabulary 'cl100k_base'"),
-    "T > block_size": (["--block-size", "65"], "at most the model's 64 positions, got 65"),
-    "heads": (["--model", "smoke,n_head=3"], "n_embd 64, n_head 3"),
-    "preset": (["--preset", "smok"], "unknown recipe 'smok'; did you mean 'smoke'?"),
-    "model": (["--model", "124"], "unknown size '124'; did you mean '124m'?"),
-    "negative lr": (["--max-lr", "-1"], "max_lr must be finite and at least 0, got -1.0"),
-    "lr not finite": (["--max-lr", "nan"], "max_lr must be finite and at least 0, got nan"),
-    "negative steps": (["--steps", "-5"], "max_steps must be at least 1, got -5"),
-    "fraction": (["--val-fraction", "1"], "val_fraction must be in [0, 1), got 1.0"),
-    "out is a file": (["--out", "{tmp}/empty.txt"], "{tmp}/empty.txt is a file"),
-    "out below a file": (["--out", "{tmp}/empty.txt/x"], "cannot write to {tmp}/empty.txt/x"),
-    "out unwritable": (["--out", "/proc/nowhere/x"], "out: cannot write to /proc/nowhere/x"),
-    "no gpu": (["--device", "cuda"], "torch sees no GPU; use --device cpu"),
-    "triton": (["--ops", "triton"], "ops: 'triton' needs a GPU; use --ops eager"),
-    "one triton op": (["--ops", "eager,gelu_mlp=triton"], "needs a GPU"),
-    "ops": (["--ops", "cuda"], "unknown backend 'cuda'"),
-    "an op": (["--ops", "eager,norm=eager"], "cannot read 'norm=eager'"),
-    "eval_every": (["--eval-every", "-2"], "eval_every must be at least -1, got -2"),
-    "fineweb": (["--preset", "fineweb-124m"], "fineweb-124m needs --data FOLDER of token shards"),
-    "no preset": (["--preset", ""], "preset: unknown recipe ''"),
-    "no data": (["--data", ""], "--data is empty"),
-    "no second data": (["--data", "{tmp}/short.txt", ""], "--data is empty"),
-    "no out": (["--out", ""], "--out is empty"),
-    "no init": (["--init="], "--init is empty"),
-    "no resume": (["--resume", ""], "--resume is empty"),
-    "no hellaswag": (["--hellaswag", ""], "--hellaswag is empty"),
-    "no column": (["--text-column", ""], "--text-column is empty"),
-    "no tune file": (["--tune-file", ""], "--tune-file is empty"),
-    "flags in a config": (["--config", "{tmp}/sly.json"], "data must be a plain value"),
-    "help in a config": (["--config", "{tmp}/help.json"], "help.json: train.py has no flag 'help'"),
-    "empty config": (["--config", ""], "--config is empty"),
-    "no model": (["--model", ""], "model: unknown size ''"),
-    "seed": (["--seed", str(2**64)], "seed must be at most"),
-    "lr beyond fp32": (["--max-lr", "1e300"], "max_lr must be at most 1e+30, got 1e+300"),
-    "eps": (["--eps", "0"], "eps must be at least 1e-30, got 0.0"),
-    "steps": (["--steps", "9" * 400], "max_steps must be at most"),
-    "wide": (["--model", "smoke,n_embd=64000,n_layer=1000"], "n_layer=1000 at T=64 needs about"),
-    "wider": (["--model", "smoke,n_embd=" + "8" * 40], "n_embd must be a whole number"),
-    "deep": (["--model", "smoke,n_layer=10000000"], "n_layer must be a whole number"),
-    "wide, asked": (
-        ["--micro-batch-size", "1", "--model", "smoke,n_embd=64000,n_layer=1000"],
-        "n_layer=1000 at T=64 needs about",
-    ),
-    "long steps": (["--grad-accum-steps", "1000000000"], "the 4,000,000,000 rows of a step"),
-    "validation": (["--val-fraction", "0.0005"], "validation needs at least 2 tokens, got 0"),
-}
+# Flags => what is said of them.
+BAD = """
+--init {tmp}/folder => {tmp}/folder
+--init x --model tiny => --init x decides the model
+--init {tmp}/given --block-size 99 => 16 positions, got 99
+--preset finetune => finetune starts from weights; add --init gpt2
+--dropout 1 => model: dropout must be in [0, 1), got 1.0
+--config {tmp}/folder => folder must be a run folder or its config.json:
+--config {tmp}/foreign.json => foreign.json must be the config.json of
+--epochs 2 --steps 3 => --steps 3 and --epochs 2 both say when
+--epochs 1e20 => max_steps must be at most
+--epochs nan => epochs must be finite and at least 0, got nan
+--sample-every -1 => sample_every must be at least 0, got -1
+--cooldown --schedule wsd => new/run: the folder holds none
+--cooldown --resume never => leave --resume never out
+--keep best --val-fraction 0 => keep best with patience 0 needs a valid
+--patience -1 => patience must be at least 0, got -1
+--data {tmp}/absent.txt => data: no such file: {tmp}/absent.txt
+--data '\x1b[31mred' => no such file: \\x1b[31mred
+--data {tmp}/empty.txt => data: {tmp}/empty.txt is empty
+--data {tmp}/latin.txt => byte 0xe9 at offset 3
+--data {tmp}/short.txt => validation needs at least 2 tokens, got 0
+--data {tmp}/folder => data: no .txt, .md, code, .jsonl, .parquet or .arrow file in the folder
+--data {tmp}/foreign.bin => vocabulary 'cl100k_base'
+--block-size 65 => at most the model's 64 positions, got 65
+--model smoke,n_head=3 => n_embd 64, n_head 3
+--preset smok => unknown recipe 'smok'; did you mean 'smoke'?
+--model 124 => unknown size '124'; did you mean '124m'?
+--max-lr -1 => max_lr must be finite and at least 0, got -1.0
+--max-lr nan => max_lr must be finite and at least 0, got nan
+--steps -5 => max_steps must be at least 1, got -5
+--val-fraction 1 => val_fraction must be in [0, 1), got 1.0
+--out {tmp}/empty.txt => {tmp}/empty.txt is a file
+--out {tmp}/empty.txt/x => cannot write to {tmp}/empty.txt/x
+--out /proc/nowhere/x => out: cannot write to /proc/nowhere/x
+--device cuda => torch sees no GPU; use --device cpu
+--ops triton => ops: 'triton' needs a GPU; use --ops eager
+--ops eager,gelu_mlp=triton => needs a GPU
+--ops cuda => unknown backend 'cuda'
+--ops eager,norm=eager => cannot read 'norm=eager'
+--eval-every -2 => eval_every must be at least -1, got -2
+--preset fineweb-124m => fineweb-124m needs --data FOLDER of token shards
+--preset '' => preset: unknown recipe ''
+--data '' => --data is empty
+--data {tmp}/short.txt '' => --data is empty
+--out '' => --out is empty
+--init= => --init is empty
+--resume '' => --resume is empty
+--hellaswag '' => --hellaswag is empty
+--text-column '' => --text-column is empty
+--tune-file '' => --tune-file is empty
+--config {tmp}/sly.json => data must be a plain value
+--config {tmp}/help.json => help.json: train.py has no flag 'help'
+--config '' => --config is empty
+--model '' => model: unknown size ''
+--seed {2**64} => seed must be at most
+--max-lr 1e300 => max_lr must be at most 1e+30, got 1e+300
+--eps 0 => eps must be at least 1e-30, got 0.0
+--steps {huge} => max_steps must be at most
+--model smoke,n_embd=64000,n_layer=1000 => n_layer=1000 at T=64 needs about
+--model smoke,n_embd={huge} => n_embd must be a whole number
+--model smoke,n_layer=10000000 => n_layer must be a whole number
+--micro-batch-size 1 --model smoke,n_embd=64000,n_layer=1000 => n_layer=1000 at T=64 needs about
+--grad-accum-steps 1000000000 => the 4,000,000,000 rows of a step
+--val-fraction 0.0005 => validation needs at least 2 tokens, got 0
+"""
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", BAD.strip().splitlines())
 def test_bad_input_is_one_line_and_leaves_nothing(
     case: str, text: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:
-    if case in ("no gpu", "triton", "one triton op"):
+    for word, value in (("{tmp}", str(tmp_path)), ("{2**64}", str(2**64)), ("{huge}", "9" * 400)):
+        case = case.replace(word, value)
+    flags, message = case.split(" => ")
+    arguments = shlex.split(flags)
+    if {"cuda", "triton", "eager,gelu_mlp=triton"} & {*arguments}:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     (tmp_path / "empty.txt").touch()
@@ -582,23 +563,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "folder").mkdir()
     (tmp_path / "foreign.bin").write_bytes(b"\0\0" * 1000)
-    sly = {"recipe": {"name": "smoke"}, "flags": {"data": ["a.txt", "--out=elsewhere"]}}
-    (tmp_path / "sly.json").write_text(json.dumps(sly))
-    curt = {"recipe": {"name": "smoke"}, "flags": {"help": True, "choices": {}}}
-    (tmp_path / "help.json").write_text(json.dumps(curt))
     (tmp_path / "foreign.json").write_text('{"encoding": "cl100k_base"}')
+    for name, given in (("sly", {"data": ["a.txt", "--out=elsewhere"]}), ("help", {"help": True})):
+        config = {"recipe": {"name": "smoke"}, "flags": given}
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
-    if case == "init and T":
+    if "given" in flags:
         GPT(GPTConfig(16, n_layer=1, n_head=1, n_embd=8)).save_pretrained("given")
     before = sorted(tmp_path.rglob("*"))
-    arguments, message = BAD[case]
-    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
     for flag, value in (("--preset", "smoke"), ("--data", str(text)), ("--out", "new/run")):
-        if flag not in arguments and (case != "fineweb" or flag != "--data"):
+        if flag not in arguments and ("fineweb-124m" not in arguments or flag != "--data"):
             arguments += [flag, value]
     assert train.main(arguments) == 2
     error = capsys.readouterr().err
-    assert message.replace("{tmp}", str(tmp_path)) in error
+    assert message in error
     assert error.startswith("train.py: ")
     assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before

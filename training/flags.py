@@ -235,7 +235,7 @@ def from_config(path: str) -> list[str]:
         raise ValueError(
             f"config: {file} must be the config.json of a run, with its recipe and flags"
         ) from None
-    left_out = _OF_ONE_RUN
+    left_out = set(_OF_ONE_RUN)
     left_out |= {"model"} if chosen.get("init") else set()  # whose weights decide it
     left_out |= {"max_steps"} if chosen.get("epochs") else set()  # of that text
     known = {f.name for of in (Config, Choices, Recipe) for f in fields(of)}
