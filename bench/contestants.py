@@ -201,8 +201,7 @@ PLAIN = {"eager fp32": (False, False), "eager bf16": (True, False),
 
 
 def _ours(**choices: Any) -> Build:
-    choices = {"compile": True, **choices}
-    return lambda setup, device: Ours(setup, device, Choices(**choices))
+    return partial(Ours, choices=Choices(**{"compile": True, **choices}))
 
 
 def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[str, Build]:
@@ -233,21 +232,19 @@ def find_providers(
 ) -> dict[str, Build]:
     """Those of the names; ValueError for an unknown one, with the known ones."""
     known = known_providers(device, nanogpt)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"bench: unknown provider {name!r}; known: {', '.join(known)}")
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"bench: unknown provider {unknown[0]!r}; known: {', '.join(known)}")
     return {name: known[name] for name in names}
 
 
 def default_providers(device: torch.device, nanogpt: bool = False) -> list[str]:
     """bf16 on a CPU only where the plan would take it."""
+    names, theirs = ["eager fp32", "compile fp32", "ours fp32"], ["eager fp32", "compile fp32"]
     if device.type == "cuda":
-        names = ["eager fp32", "eager bf16", "compile bf16", "ours bf16"]
-        return [*names, *(["nanogpt compile bf16"] if nanogpt else [])]
-    names = ["eager fp32", "compile fp32", "ours fp32"]
-    if detect("cpu").has_bf16:
+        names, theirs = ["eager fp32", "eager bf16", "compile bf16", "ours bf16"], ["compile bf16"]
+    elif detect("cpu").has_bf16:
         names += ["eager bf16", "compile bf16", "ours bf16"]
-    return [*names, *(["nanogpt eager fp32", "nanogpt compile fp32"] if nanogpt else [])]
+    return [*names, *(f"nanogpt {name}" for name in theirs if nanogpt)]
 
 
 def make_batches(setup: Setup, device: torch.device) -> list[list[Batch]]:
