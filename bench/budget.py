@@ -1,0 +1,196 @@
+"""What a training step should cost on a card, before anyone has timed it, beside what was timed.
+
+    python -m bench.budget
+    python -m bench.budget --card A100 --shape b16t64
+
+A line per part of a GPT-2 124M step in bf16: bytes, flops and exponentials, the floor (the longest
+of the three at the card's rates) and the prediction, which adds them up as if nothing overlapped.
+No figure is fitted. Registers and programs per SM are those of the compiled kernels: a part whose
+kernels fit on an SM only once has nothing to overlap with. All but the last column is arithmetic.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench import cli, record, resources
+from bench.cases import CASES, Shape
+from bench.plan_run import MEMORY
+from bench.record import Result, with_values
+from bench.tables import number, shown, table
+from kernels._op import INTERPRETED
+from model import MODELS
+from model.edge import exits
+from model.flops import num_parameters
+from training.machines import CARDS, find_card
+
+# What of a data sheet's rates an H100 reached in a copy and in a large product; result file
+# b9feadcb. For the cards that no result file measured.
+COPY_SHARE, MATMUL_SHARE = 0.89, 0.70
+# SMs and boost clock in GHz, by the vendors' data sheets; each SM has 16 exponentials per clock.
+UNITS = {
+    "B200": (148, 1.85),
+    "H200": (132, 1.83),
+    "H100": (132, 1.83),
+    "A100": (108, 1.41),
+    "L40S": (142, 2.52),
+    "L4": (58, 2.04),
+    "RTX 5090": (170, 2.41),
+    "RTX 4090": (128, 2.52),
+    "RTX 3090": (82, 1.70),
+}
+EXPS_PER_CLOCK = 16
+MODEL, ITEMSIZE, TRAIN = "124m", 2, "both"
+# The kernels of an op at each shape, by the beginning of a case's label; of several the first.
+BUILDS = {
+    "add_layer_norm": ("fwd C=768 x=bf16 h=fp32", "bwd C=768 x=bf16 h=fp32"),
+    "gelu_mlp": ("up bf16 16-bit {size}", "down bf16 16-bit {size}"),
+    "causal_attention": ("fwd D=64 bf16 M{block}", "dq D=64 bf16", "dkdv D=64 bf16"),
+    "linear_cross_entropy": ("bf16 train",),
+    "adamw": ("update",),
+}
+SHORT = ("fwd D=64 bf16 M64", "short D=64 bf16 M64")  # attention's, up to 64 tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of work, `calls` times in a step; bytes, flops and exponentials of one call."""
+
+    name: str
+    calls: int
+    bytes: float
+    flops: float = 0.0
+    exps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes, flops and exponentials per second, and where they come from."""
+
+    bytes: float
+    flops: float
+    exps: float
+    source: str
+
+    def seconds(self, part: Part) -> tuple[float, float, float]:
+        return part.bytes / self.bytes, part.flops / self.flops, part.exps / self.exps
+
+
+def parts(s: Shape) -> list[Part]:
+    """The parts of a step: the ops as the model calls them, and what lies between."""
+    L, e = MODELS[MODEL].n_layer, ITEMSIZE
+    elements, logits = s.M * s.C, s.M * s.Vp
+
+    def of(op: str, calls: int, more: float = 0.0, redone: float = 1.0, exps: float = 0.0) -> Part:
+        case = CASES[op]
+        moved = case.bytes(s, e, TRAIN) + more
+        return Part(op, calls, moved, redone * case.flops(s, TRAIN), exps)
+
+    return [
+        of("embedding", 1),
+        of("add_layer_norm", 2 * L),
+        of("gelu_mlp", L, exps=4 * elements),
+        # The two launches of the backward both make S and dP: 7 products, where 5 would do.
+        of("causal_attention", L, redone=9 / 7, exps=3 * s.B * s.H * s.T**2 / 2),
+        # Between the products the logits are read and dz written in their place.
+        of("linear_cross_entropy", 1, more=2 * e * logits, exps=2 * logits),
+        # c_attn and c_proj, forward and both gradients; their activations count under the ops.
+        Part("other products", L, 0.0, 3 * 2 * 4 * elements * s.C),
+        Part("bias gradients", L, 5 * e * elements),  # of c_attn and twice c_proj
+        # p, m and v read and written, the gradient read twice: fp32, or bf16 with a working copy.
+        Part("adamw", 1, 32 * num_parameters(MODELS[MODEL]) - 2 * 12 * s.C**2 * L),
+    ]
+
+
+def measured_on(name: str, section: str) -> list[Result]:
+    """Result files of a card with rows in a section, newest last."""
+    card = find_card(name)
+    return [r for r in record.load_all()
+            if find_card(r.device["name"]) == card and card and r.rows(section)]  # fmt: skip
+
+
+def rates_of(card: str) -> Rates:
+    """As measured, where a result file has it, else the usual share of the data sheet."""
+    sheet, (sms, ghz) = CARDS[card], UNITS[card]
+    exps = EXPS_PER_CLOCK * sms * ghz * 1e9
+    for result in reversed(measured_on(card, "ops")):
+        if limits := result.about.get("limits"):
+            source = f"measured, {result.about['commit'][:8]}"
+            return Rates(limits["copy_gbs"] * 1e9, limits["matmul_tflops"] * 1e12, exps, source)
+    source = f"{COPY_SHARE:.0%} and {MATMUL_SHARE:.0%} of the data sheet"
+    return Rates(sheet.gbs * COPY_SHARE * 1e9, sheet.tflops * MATMUL_SHARE * 1e12, exps, source)
+
+
+def measured_ms(card: str, s: Shape) -> dict[str, float]:
+    """By part, of one call; "step" is the whole."""
+    found: dict[str, float] = {}
+    for section, keep, name in (
+        ("ops", with_values(provider="ours", shape=s.label, dtype="bf16", mode=TRAIN), ""),
+        ("profile", with_values(provider="ours bf16", shape=s.label, kind="optimizer"), "adamw"),
+        ("step", with_values(provider="ours bf16", shape=s.label, model=MODEL), "step"),
+    ):
+        for result in measured_on(card, section):
+            rows = filter(keep, shown(result.rows(section)))
+            found |= {name or row.op: row.ms for row in rows}
+    return found
+
+
+def compiled(arch: int, s: Shape) -> dict[str, str]:
+    """By op, registers and programs per SM of its kernels, forward first."""
+    words = {"size": "small" if s.M < 4096 else "large", "block": 128}
+    wanted = {op: [label.format(**words) for label in labels] for op, labels in BUILDS.items()}
+    if s.T <= 64:
+        wanted["causal_attention"] = [*SHORT]
+    modules = map(importlib.import_module, resources.kernel_modules())
+    cases = [case for module in modules for case in module.aot_cases(arch)]
+    found: dict[str, str] = {}
+    for op, labels in wanted.items():
+        own = [case for case in cases if case.op == op]
+        builds = [next(c for c in own if c.label.startswith(label)) for label in labels]
+        rows = [resources.inspect_case(case, arch) for case in builds]
+        found[op] = ", ".join(f"{row.registers} x{row.blocks_per_sm}" for row in rows)
+    return found
+
+
+def lines(card: str, s: Shape, builds: dict[str, str]) -> list[list[str]]:
+    """The table's lines: every part, and the sum."""
+    rates, measured = rates_of(card), measured_ms(card, s)
+    found, floor, total = [], 0.0, 0.0
+    for part in parts(s):
+        seconds = rates.seconds(part)
+        least, sum_ms = 1e3 * max(seconds), 1e3 * sum(seconds)
+        floor, total = floor + part.calls * least, total + part.calls * sum_ms
+        known = measured.get(part.name)
+        off = "" if known is None else f"{sum_ms / known - 1:+.0%}"
+        figures = (part.bytes / 1e6, part.flops / 1e9, part.exps / 1e9)
+        found.append([
+            part.name, str(part.calls), *(f"{figure:,.0f}" if figure else "" for figure in figures),
+            builds.get(part.name, ""), f"{least:.3f}", f"{sum_ms:.3f}", number(known, ".3f"), off,
+        ])  # fmt: skip
+    known = measured.get("step")
+    off = "" if known is None else f"{total / known - 1:+.0%}"
+    empty = [""] * 5
+    return [*found, ["step", *empty, f"{floor:.1f}", f"{total:.1f}", number(known, ".1f"), off]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser("bench.budget", __doc__)
+    parser.add_argument("--card", choices=[*UNITS], default="H100")
+    parser.add_argument("--shape", type=cli.shape, default=Shape(64, 1024), help="such as b16t64")
+    args = parser.parse_args(argv)
+    rates = rates_of(args.card)
+    # A process that interprets kernels cannot compile them.
+    builds = {} if INTERPRETED else compiled(MEMORY[args.card][0], args.shape)
+    print(f"budget of GPT-2 {MODEL}, {args.shape.label}, bf16, on one {args.card}: a prediction")
+    print(f"{rates.bytes / 1e12:.2f} TB/s and {rates.flops / 1e12:.0f} TFLOP/s ({rates.source}), "
+          f"{rates.exps / 1e12:.1f}e12 exponentials per second")  # fmt: skip
+    header = ["part", "calls", "MB", "GFLOP", "Gexp", "registers x programs", "floor ms",
+              "predicted ms", "measured ms", "off by"]  # fmt: skip
+    print(table(header, lines(args.card, args.shape, builds)))
+    return 0
+
+
+if __name__ == "__main__":
+    with exits():
+        sys.exit(main())
