@@ -23,7 +23,6 @@ from training.numerics import (
     REDUCED,
     Values,
     compare,
-    compare_spread,
     default_douts,
     precision,
     tf32_products,
@@ -54,14 +53,19 @@ def check(name: str, recipe: Recipe, plan: Plan) -> str:
     terms = {"gelu_mlp": 4 * config.n_embd, "causal_attention": recipe.block_size,
              "linear_cross_entropy": config.vocab_size,
              "adamw": 64}  # fmt: skip # the norm's sums in a row: all follows from it
-    how = {"reduced": (*REDUCED, "norm"), "rows": rows, "terms": terms.get(name, config.n_embd)}
+    how: dict[str, Any] = {
+        "reduced": (*REDUCED, "norm"),
+        "rows": rows,
+        "terms": terms.get(name, config.n_embd),
+    }
     if _in_tf32(plan):
         with precision("tf32"):
             how["products"] = tf32_products(name)
     exact = exact_by()
-    both = *compare(ours, eager, exact, **how), *compare_spread(ours, eager, exact, **how)
-    if missed := [str(found) for found in both if not found.holds]:
-        return missed[0]
+    for spread in (False, True):
+        for found in compare(ours, eager, exact, spread=spread, **how):
+            if not found.holds:
+                return str(found)
     first = None  # poison makes torch choose other algorithms: those runs are not compared
     for _ in range(NUM_RERUNS[plan.device] + 1 if NUM_RERUNS[plan.device] else 0):
         again = ours_by()

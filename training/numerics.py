@@ -96,6 +96,7 @@ def compare(
     terms: int = 1,
     products: int = 0,
     atol: float | Mapping[str, float] | None = None,
+    spread: bool = False,
 ) -> list[Comparison]:
     """Hold each result to twice the error that eager makes in the same dtype.
 
@@ -105,6 +106,11 @@ def compare(
     sqrt(terms), an fp32 result: the order of adding is its only error, and cuBLAS, which adds in
     several chains, is up to three times closer than one chain is.
 
+    With `spread` the same of root mean square errors, which tell a bias of 1% from rounding, in
+    bf16 too. The second part is eps/4 rms(exact), about what rounding the exact value gives; an
+    fp32 sum of `terms`, or any over `rows` rows, may be off by what fp32 loses in as many steps.
+    One value is no spread: those are left out.
+
     Args:
         ours, eager, exact: results of `values_and_grads`; `exact` in float64.
         reduced: names that are sums over rows, e.g. "dweight".
@@ -112,59 +118,30 @@ def compare(
         terms: products in the longest sum of an element.
         products: TF32 products one behind the other; see `tf32_products`.
         atol: absolute allowance instead of eps max|exact|; by name, the rest has that.
+        spread: of root mean square errors.
     """
     comparisons = []
     for name, want in exact.items():
-        got, low = ours[name], eager[name]
-        info = torch.finfo(got.dtype)
-        finite = want[want.isfinite()].abs()
-        scale = finite.max().item() if finite.numel() else 0.0
-        allowance = atol.get(name) if isinstance(atol, Mapping) else atol
-        if allowance is None:
-            allowance = info.eps * (scale + info.tiny)
-        if got.dtype == torch.float32:
-            allowance *= terms**0.5
-        if name in reduced:
-            allowance *= rows**0.5
-        allowance += products * TF32_LOSS * scale
-        eager_error = largest_error(low, want)
-        comparisons.append(
-            Comparison(
-                name, got.dtype, largest_error(got, want), eager_error, 2 * eager_error + allowance
-            )
-        )
-    return comparisons
-
-
-def compare_spread(
-    ours: Values,
-    eager: Values,
-    exact: Values,
-    *,
-    reduced: tuple[str, ...] = (),
-    rows: int = 1,
-    terms: int = 1,
-    products: int = 0,
-) -> list[Comparison]:
-    """The same of root mean square errors, which tell a bias of 1% from rounding, in bf16 too.
-
-    The budget is 2 rms(eager - exact) + eps/4 rms(exact), about what rounding the exact value
-    gives; an fp32 sum of `terms`, or any over `rows` rows, may be off by what fp32 loses in as many
-    steps. One value is no spread: those are left out.
-    """
-    comparisons = []
-    for name, want in exact.items():
-        if want.numel() < 2:
+        if spread and want.numel() < 2:
             continue
-        error, plain = (_rms(values[name].to(want.dtype) - want) for values in (ours, eager))
-        eps, step = (torch.finfo(dtype).eps for dtype in (ours[name].dtype, torch.float32))
-        eps = eps / 4 + step * (rows**0.5 if name in reduced else 0)
-        if ours[name].dtype == torch.float32:
-            eps += step * terms**0.5
-        eps += products * TF32_LOSS
-        budget = 2 * plain + eps * _rms(want)
-        label = f"{name}, root mean square"
-        comparisons.append(Comparison(label, ours[name].dtype, error, plain, budget))
+        got, low, info = ours[name], eager[name], torch.finfo(ours[name].dtype)
+        is_sum, is_fp32 = name in reduced, got.dtype == torch.float32
+        if spread:
+            error, plain = (_rms(value.to(want.dtype) - want) for value in (got, low))
+            scale, step = _rms(want), torch.finfo(torch.float32).eps
+            allowance = info.eps / 4 + step * (rows**0.5 * is_sum + terms**0.5 * is_fp32)
+            allowance *= scale
+        else:
+            error, plain = (largest_error(value, want) for value in (got, low))
+            finite = want[want.isfinite()].abs()
+            scale = finite.max().item() if finite.numel() else 0.0
+            allowance = atol.get(name) if isinstance(atol, Mapping) else atol
+            if allowance is None:
+                allowance = info.eps * (scale + info.tiny)
+            allowance *= (terms if is_fp32 else 1) ** 0.5 * (rows if is_sum else 1) ** 0.5
+        budget = 2 * plain + allowance + products * TF32_LOSS * scale
+        label = f"{name}, root mean square" if spread else name
+        comparisons.append(Comparison(label, got.dtype, error, plain, budget))
     return comparisons
 
 
