@@ -17,11 +17,10 @@ from tests.test_plan import MACHINES
 from tests.test_verify import CONFIG, CPU, H100, MODELS, RECIPE
 from training import choose, probe, resume, trials, verify
 from training.checkpoint import Checkpoint
-from training.choices import Choices
 from training.choose import AS_CHOSEN, COMMITTED, STEP
 from training.distributed import ALONE, World
 from training.machines import Machine
-from training.plan import Plan, make_plan
+from training.plan import Choices, Plan, make_plan
 from training.state import made_on
 
 CARDS = {

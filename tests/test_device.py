@@ -15,9 +15,8 @@ import train
 from kernels._op import INTERPRETED
 from tests.pretend_cuda import DEVICE, pretend_cuda
 from training import machines
-from training.choices import Choices
 from training.machines import Machine, built_for, launcher_lacks, why_unusable
-from training.plan import make_plan
+from training.plan import Choices, make_plan
 from training.recipes import PRESETS
 
 SEED = PRESETS["shakespeare-124m"]

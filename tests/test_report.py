@@ -24,11 +24,11 @@ from torch.distributed.run import get_args_parser
 import train
 from model.tokenizer import get_encoding
 from training import folder, report
-from training.choices import Choices
 from training.data import SHAKESPEARE_SHA256
 from training.loggers import check_loggers
 from training.metrics import RunLog, read_metrics
 from training.overlap import find_overlap
+from training.plan import Choices
 from training.recipes import PRESETS, Recipe
 from training.report import mark_spans, write_report
 from training.verdicts import SEED_RECIPE, read_run, read_samples, split_samples, verdicts

@@ -16,8 +16,7 @@ from model.config import MODELS
 from tests.pretend_cuda import pretend_cuda
 from tests.test_verify import CPU, H100, RECIPE
 from training import choose, search, timing, trials
-from training.choices import Choices
-from training.plan import Plan, make_plan
+from training.plan import Choices, Plan, make_plan
 from training.search import PERSISTENT, candidates, row_text
 from training.step import start_process
 

@@ -24,10 +24,9 @@ from model import GPT, GPTConfig
 from model.config import MODELS
 from tests.pretend_cuda import pretend_cuda
 from training import child, choose, kernel_check, timing, trials, verify
-from training.choices import Choices
 from training.distributed import ALONE, World
 from training.machines import Machine
-from training.plan import Plan, make_plan
+from training.plan import Choices, Plan, make_plan
 from training.recipes import Recipe
 from training.resume import RunFailed
 

@@ -18,10 +18,9 @@ from typing import Any
 
 from kernels import BACKENDS, SDPA, read_ops, spell_ops
 from training import child
-from training.choices import Choices
 from training.distributed import World
 from training.machines import Machine, num_cores
-from training.plan import Plan, lacks
+from training.plan import Choices, Plan, lacks
 from training.recipes import Recipe
 from training.search import time_launches
 from training.timing import Timing, gains, ratio

@@ -13,8 +13,8 @@ import tyro
 from model import hf
 from model.edge import quoted
 from training import documents
-from training.choices import Choices
 from training.machines import has_gpu
+from training.plan import Choices
 from training.recipes import ABOUT, FINETUNE, Recipe, find_preset, spell_model
 
 # Where a run was and how it came to an end, not what it is.

@@ -15,12 +15,11 @@ from model import GPT
 from model.edge import one_line, quoted
 from training import checkpoint, schema
 from training.checkpoint import Checkpoint, CheckpointError
-from training.choices import Choices
 from training.distributed import World
 from training.guard import Guard
 from training.machines import Machine
 from training.metrics import RunLog
-from training.plan import Plan
+from training.plan import Choices, Plan
 from training.recipes import Recipe
 from training.state import Progress, expect, made_on, restore
 

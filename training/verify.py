@@ -26,11 +26,10 @@ from model import GPT
 from model.edge import one_line
 from model.files import write_atomically
 from training import child
-from training.choices import Choices
 from training.distributed import World
 from training.environment import assembler, package_version
 from training.machines import Machine, num_cores, nvidia_smi
-from training.plan import Plan
+from training.plan import Choices, Plan
 from training.recipes import Recipe
 from training.resume import RunFailed
 from training.step import autocast
