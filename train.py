@@ -46,7 +46,7 @@ from training.optim import configure_adamw
 from training.plan import Choices, Machine, Plan, detect, make_plan
 from training.resume import RunFailed
 from training.run import Run, data_loader
-from training.sharding import Shard
+from training.sharding import share_out
 from training.signals import EXIT_RESUMABLE, Stopped, StopRequest
 from training.state import Progress, capture, optimizer_tensors, restore
 from training.step import Outcome, TrainStep, start_process
@@ -130,8 +130,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     start_process(plan, recipe.seed)
     model = run.build_model()
     optimizer = configure_adamw(model, recipe, plan.optimizer)
-    if plan.shard == "optimizer":
-        optimizer.shard = Shard(model.parameters(), world)
+    share_out(optimizer, model, plan, world)
     guard = Guard(plan.device) if recipe.guard else None
     progress = restore(run.saved, model, optimizer, guard) if run.saved else Progress()
     rows = partial(run.first_rows, progress)

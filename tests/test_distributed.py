@@ -112,7 +112,9 @@ linux_only = pytest.mark.skipif(not Path("/proc").exists(), reason="finds a rank
 def test_dead_rank_ends_the_job_and_one_rank_finishes_what_two_began(text, alone):
     process = start(job(text, "two", 2, "--shard", "optimizer"))
     signal_rank(process, text, "two", 1, signal.SIGKILL)
+    killed = time.monotonic()
     output, _ = process.communicate(timeout=TIMEOUT_S)
+    print(f"the job ended {time.monotonic() - killed:.1f} s after its rank")
     assert process.returncode != 0
     assert "rank      : 1" in output  # torchrun's report of the first failure
     assert "Signal 9" in output
@@ -136,16 +138,18 @@ def test_torchrun_restarts_a_job_from_its_checkpoint(text, alone):
 
 @pytest.mark.slow
 @linux_only
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(text, alone):
-    process = start(job(text, "asked", 2, "--shard", "optimizer"))
-    signal_rank(process, text, "asked", 1, signal.SIGTERM)
+@pytest.mark.parametrize("shard", ["optimizer", "full"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(text, alone, shard):
+    out = f"asked-{shard}"
+    process = start(job(text, out, 2, "--shard", shard))
+    signal_rank(process, text, out, 1, signal.SIGTERM)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert "another rank: stopped after" in output  # rank 0 says so, and it was not the one asked
     assert f"exitcode  : {EXIT_RESUMABLE}" in output
-    code, output = finish(job(text, "asked", 4, "--shard", "optimizer"))
+    code, output = finish(job(text, out, 4, "--shard", shard))
     assert code == 0, output
     assert "resume:" in output
-    assert_equal_runs(metrics(text, "asked"), alone)
+    assert_equal_runs(metrics(text, out), alone)
 
 
 @pytest.mark.slow

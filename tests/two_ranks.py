@@ -24,7 +24,7 @@ from training.distributed import ALONE, World, share
 from training.optim import configure_adamw
 from training.plan import Choices, Machine, detect, make_plan
 from training.recipes import Recipe
-from training.sharding import Shard
+from training.sharding import share_out
 from training.state import optimizer_tensors
 from training.step import Outcome, TrainStep
 
@@ -55,8 +55,7 @@ def make_step(world: World, asked: Choices, said: list[str]) -> TrainStep:
     plan = share(make_plan(RECIPE, machine, asked, world.size), RECIPE, world)
     model = GPT(replace(RECIPE.model_config, vocab_size=500))
     optimizer = configure_adamw(model, RECIPE, plan.optimizer)
-    if plan.shard == "optimizer":
-        optimizer.shard = Shard(model.parameters(), world)
+    share_out(optimizer, model, plan, world)
     return TrainStep(model, optimizer, RECIPE, plan, world, said.append)
 
 
@@ -113,6 +112,8 @@ def main() -> None:
         "bf16": replace(bf16, micro_batch_size=2),
         "autocast": replace(bf16, micro_batch_size=2, working_copies=False),
         "sharded": replace(sharded, dtype="fp32", recompute=True),
+        "full": replace(plain, dtype="fp32", shard="full"),
+        "full, bf16": replace(bf16, shard="full", working_copies=False, recompute=True),
         "aot_eager": replace(bf16, compile=True, compile_scope="blocks"),
         "bf16 sums": replace(bf16, reduce_dtype="bf16"),
     }

@@ -5,7 +5,8 @@ activation (4 in fp32, 2 in bf16) and r those of the residual stream (4 unless i
 
 Alive through the step: 4 bytes of master weight and 8 of AdamW moments a parameter, padding rows
 included; with working copies 2 more for each of the blocks' matrices. Ranks that share these out
-have a part of the moments each, and of the masters that a copy stands for. Gradients, 4 bytes a
+have a part of the moments each, and of the masters that a copy stands for. Where they share out the
+matrices altogether, two blocks' are whole at a time, with one's gradients. Gradients, 4 bytes a
 parameter, come as the backward of the first micro-batch goes; those of working copies are bf16 in a
 step of one micro-batch, and in a longer one are folded into fp32 after each.
 
@@ -24,7 +25,7 @@ And once: ids 8 M, the first norm's input and statistics, and what linear_cross_
 ahead of its backward, dx (e M C) and dweight (4 Vp C). Dropout adds a mask byte an element, as on
 CUDA. A compiled model saves the same: there is no matmul-free way back to these tensors.
 
-The peak is at one of five moments; `MemoryEstimate.moments` has them with what they add:
+The peak is at one of these moments; `MemoryEstimate.moments` has them with what they add:
 
     loss      a chunk of logits in e: of 1024 rows eager, larger triton; and eager dweight once more
     turn      the loss's backward scales dx and dweight: both exist twice
@@ -33,6 +34,7 @@ The peak is at one of five moments; `MemoryEstimate.moments` has them with what 
     bottom    the embedding's gradient three times: the head's, the table's and their sum; where
               the op is ours twice, the head's and what it is added into
     update    all gradients in fp32, which is what torch's clipping wants
+    gather    of several ranks: before an evaluation or a checkpoint, the weights that others have
 
 Gradients are part of the first three moments only where an earlier micro-batch left some. What the
 allocator rounds and fragments, the CUDA context (0.5 GB) and cuBLAS's workspace are not counted:
@@ -88,6 +90,7 @@ def estimate(
     residual: str = "fp32",
     shards: int = 1,
     recompute: bool = False,
+    full: bool = False,
 ) -> MemoryEstimate:
     """Memory of a step; the module docstring has the formulas.
 
@@ -101,6 +104,7 @@ def estimate(
         residual: Dtype of the residual stream, "fp32" or "bf16".
         shards: Ranks that share AdamW's state out, a parameter to one of them.
         recompute: Blocks compute their forward again in the backward.
+        full: They share out the blocks' matrices, with their gradients and moments, by rows.
 
     Raises:
         ValueError: a size below 1, or a dtype or ops that do not exist.
@@ -125,7 +129,7 @@ def estimate(
     once = M * (8 + r * C + 8 + e * C) + head
     if config.dropout > 0:
         once, layer = once + M * C, layer + 2 * M * C  # masks
-    if dtype != "fp32" and not working:
+    if dtype != "fp32" and not working and not full:
         layer += 2 * matrices // L  # casts
     # A block's inputs; the first one's residual is the first norm's input.
     kept = L * (e + r) * M * C - r * M * C
@@ -145,7 +149,9 @@ def estimate(
 
         logits = chunk_rows(M, config.padded_vocab_size, e) * config.padded_vocab_size
         loss += e * logits
-    weights = 4 * num_parameters
+    whole = weights = 4 * num_parameters
+    if full:
+        weights -= 4 * matrices - 4 * matrices // shards
     folded = working if num_micro_batches > 1 else 0  # bf16 gradients on their way into fp32 ones
     grads = weights if folded or not working else weights - working
     before = grads if num_micro_batches > 1 else 0
@@ -156,12 +162,18 @@ def estimate(
         "bottom": max(before, grads - head) + folded + tables * head + r * M * C,
         "update": weights,
     }
+    moments_bytes = 2 * weights
+    if full:
+        working = (3 * e + 4) * matrices // L
+    else:
+        moments_bytes = 2 * max(whole // shards, head)  # the embedding is one parameter of one rank
+        weights -= max(0, 2 * working - whole // shards)  # the rank that owns no embedding
+    if shards > 1:
+        moments["gather"] = whole - weights
     peak = max(moments, key=lambda name: moments[name])
-    beside = {"bottom": max(before, grads - head), "update": grads}.get(peak, before + activations)
+    beside = {"bottom": max(before, grads - head), "update": grads, "gather": 0}
+    beside = beside.get(peak, before + activations)
     workspace = moments[peak] - beside
-    moments_bytes = 2 * max(weights // shards, head)  # the embedding is one parameter of one rank
-    if working:
-        weights -= max(0, 2 * working - weights // shards)  # the rank that owns no embedding
     return MemoryEstimate(
         weights, grads, moments_bytes, working, activations, workspace, peak, tuple(moments.items())
     )

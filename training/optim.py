@@ -12,13 +12,16 @@ master.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from training.recipes import Recipe
-from training.sharding import Shard
+from training.sharding import Shard, total_norm
+
+if TYPE_CHECKING:
+    from training.full_shard import FullShard
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -50,7 +53,7 @@ class AdamW(torch.optim.AdamW):
 
     found_inf: Tensor | None = None
     loss_scale: Tensor | None = None
-    shard: Shard | None = None
+    shard: "Shard | FullShard | None" = None
     clip_order: Sequence[nn.Parameter] | None = None
 
     def __init__(
@@ -149,9 +152,10 @@ class AdamW(torch.optim.AdamW):
         self.fold_working_gradients()
         grouped = [p for group in self.param_groups for p in group["params"]]
         parameters = self.clip_order or grouped
+        norm = self.shard.norm(parameters) if self.shard else total_norm(parameters)
         if 0 < max_norm < math.inf:
-            return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, skip: Tensor | None = None) -> Any:
@@ -255,6 +259,8 @@ class TritonAdamW(AdamW):
         Arguments, result and errors are those of AdamW.clip. Call it once a step: gradients are not
         changed, so a second call replaces the first.
         """
+        if self.shard and self.shard.rows:
+            return super().clip(max_norm)  # one launch has not all of a norm
         tables = self._all_tables if self.shard else self._tables
         norm, self._coefficient = tables.grad_norm(self._slots(), max_norm)
         return norm

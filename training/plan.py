@@ -35,6 +35,7 @@ MIN_TRITON_ARCH = 80  # the oldest the kernels are built and checked for; see ke
 MIN_FP16_ARCH = 70  # the oldest with fast fp16 products
 MIN_SDPA_ARCH = 80  # of PyTorch's flash attention and cuDNN's, which are in 16 bits alone
 
+_SHARED = {"optimizer": "AdamW's state", "full": "the blocks' matrices and AdamW's state"}
 _STATES = {"auto": None, "on": True, "off": False}
 
 
@@ -77,8 +78,9 @@ class Choices:
     them; auto has them with bf16."""
     cuda_graph: Switch = None
     """Replay the whole step as one CUDA graph; auto does on a GPU."""
-    shard: Literal["auto", "none", "optimizer"] = "auto"
-    """optimizer: several ranks share AdamW's state out; auto does where it does not fit."""
+    shard: Literal["auto", "none", "optimizer", "full"] = "auto"
+    """optimizer: several ranks share AdamW's state out. full: the blocks' matrices altogether. auto
+    takes the first that fits."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which ranks add up the gradients of matrices. bf16 halves what travels, rounded."""
     recompute: Switch = None
@@ -116,7 +118,8 @@ class Plan:
         optimizer: "torch" for PyTorch's fused AdamW, "triton" for kernels/adamw.py.
         working_copies: The optimizer writes bf16 copies of the weights that autocast would cast.
         cuda_graph: The step is captured once and replayed.
-        shard: "optimizer" where the ranks share AdamW's state out.
+        shard: "optimizer" where the ranks share AdamW's state out, "full" where they share out the
+            blocks' matrices and what belongs to them.
         reduce_dtype: In which the ranks add up the gradients of matrices; "bf16" rounds them.
         recompute: Blocks compute their forward again in the backward.
         residual: Dtype of the residual stream; "bf16" changes the numerics.
@@ -160,7 +163,11 @@ class Plan:
             f"compiled ({self.compile_scope})" if self.compile else "not compiled",
             f"{self.num_micro_batches} x {self.micro_batch_size} rows per step",
             f"{self.optimizer} AdamW",
-            *(["AdamW's state shared out over the ranks"] if self.shard == "optimizer" else []),
+            *(
+                [f"{_SHARED[self.shard]} shared out over the ranks"]
+                if self.shard in _SHARED
+                else []
+            ),
             *(["gradients added up in bf16"] if self.reduce_dtype == "bf16" else []),
             *(["one CUDA graph"] if self.cuda_graph else []),
             *(["blocks computed again in the backward"] if self.recompute else []),
@@ -210,23 +217,30 @@ def make_plan(
             f"micro_batch_size: must divide the {rows} rows of a step, got {asked.micro_batch_size}"
         )
 
-    if asked.shard == "optimizer" and recipe.muon:
+    if asked.shard in _SHARED and recipe.muon:
         raise ValueError("shard: Muon's state is not shared out; leave --shard out")
+    whole = {"working-copies": asked.working_copies, "cuda-graph": asked.cuda_graph,
+             "dtype fp16": dtype == "fp16"}  # fmt: skip
+    if asked.shard == "full" and (flags := [flag for flag, value in whole.items() if value]):
+        raise ValueError(f"shard: full goes without --{flags[0]}; leave one of the two out")
     shard = asked.shard if ranks > 1 and not recipe.muon else "none"
 
     def needs(micro: int, recompute: bool) -> int:
+        copies = working_copies and not recompute and shard != "full"
         return memory.estimate(
             recipe.model_config, micro, recipe.block_size, dtype=dtype, ops=ops,
-            compiled=compile and scope == "model", working_copies=working_copies and not recompute,
+            compiled=compile and scope == "model", working_copies=copies, full=shard == "full",
             num_micro_batches=rows // micro, residual=asked.residual, recompute=recompute,
-            shards=ranks if shard == "optimizer" else 1,
+            shards=ranks if shard in _SHARED else 1,
         ).total + ID_BYTES * rows * recipe.block_size  # fmt: skip
 
     # Far too large is refused, whoever insists: building such a model would end the machine.
     memory_bytes = machine.memory_bytes or UNKNOWN_BYTES
     if shard == "auto":
-        fits = needs(1, asked.recompute is True) <= MEMORY_SHARE * memory_bytes
-        shard = "none" if fits else "optimizer"
+        for kind in ("none", "optimizer", *(["full"] if not any(whole.values()) else [])):
+            shard = kind  # which `needs` reads
+            if needs(1, asked.recompute is True) <= MEMORY_SHARE * memory_bytes:
+                break
     least, recompute = 1 if on_cuda else recipe.batch_size, asked.recompute is True
     free = asked.recompute is None and not (asked.working_copies or asked.micro_batch_size)
     if free and needs(least, False) > MEMORY_SHARE * memory_bytes:
@@ -235,7 +249,7 @@ def make_plan(
             f"blocks computed again in the backward: {least} x {recipe.block_size} tokens take "
             f"{needs(least, True) / 2**30:,.1f} GiB so, else {needs(least, False) / 2**30:,.1f}"
         )
-    working_copies = working_copies and not recompute
+    working_copies = working_copies and not recompute and shard != "full"
     required = partial(needs, recompute=recompute)
     if required(1) > (4 if asked.micro_batch_size else 1) * memory_bytes:
         raise ValueError(_too_large(recipe, machine, required(1)))
@@ -255,7 +269,7 @@ def make_plan(
         compile_scope=scope,
         optimizer=optimizer,
         working_copies=working_copies,
-        cuda_graph=on_cuda if asked.cuda_graph is None else asked.cuda_graph,
+        cuda_graph=on_cuda and shard != "full" if asked.cuda_graph is None else asked.cuda_graph,
         shard=shard,
         reduce_dtype=asked.reduce_dtype if ranks > 1 else "fp32",
         recompute=recompute,

@@ -6,12 +6,23 @@ are those of one rank to the last bit. A step sends (n - 1) / n of the weights o
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from model import GPT
 from training.distributed import World, wait
+from training.plan import Plan
+
+if TYPE_CHECKING:
+    from training.optim import AdamW
+
+
+def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Norm of all gradients together, (), fp32."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class Shard:
@@ -28,6 +39,8 @@ class Shard:
         outside: As in training/averaging.py.
     """
 
+    rows: Mapping[nn.Parameter, Tensor] = {}  # of matrices that are cut; see training/full_shard.py
+
     def __init__(self, parameters: Iterable[nn.Parameter], world: World):
         self.rank, self.owner, self.released = world.rank, {}, False
         self.outside: Callable[[Callable[[], None]], None] = lambda work: work()
@@ -42,6 +55,17 @@ class Shard:
     def owns(self, parameter: nn.Parameter) -> bool:
         return self.owner[parameter] == self.rank
 
+    def part(self, parameter: nn.Parameter, value: Tensor) -> Tensor | None:
+        """What this rank keeps of a moment or a step count."""
+        return value if self.owns(parameter) else None
+
+    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Of all gradients together, which are on each rank."""
+        return total_norm(parameters)
+
+    def take_gradients(self) -> None:
+        """Nothing: they are at the parameters."""
+
     def exchange(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
         """What the model reads of every parameter, as the owner has it."""
         read = [(copies.get(p, p).detach(), rank) for p, rank in self.owner.items()]
@@ -49,6 +73,8 @@ class Shard:
 
     def release(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
         """Free the fp32 weights that others own, of parameters with a copy."""
+        if self.released:
+            return
         self.released = bool(copies)
         for p in copies:
             if not self.owns(p):
@@ -78,3 +104,13 @@ class Shard:
                 dist.recv(tensor, owner)
                 received[name] = tensor.cpu()
         return received
+
+
+def share_out(optimizer: "AdamW", model: GPT, plan: Plan, world: World) -> None:
+    """Give each rank its part of what the plan shares out."""
+    if plan.shard == "full":
+        from training.full_shard import FullShard  # FSDP2 takes a while to import
+
+        optimizer.shard = FullShard(model, plan, world)
+    elif plan.shard == "optimizer":
+        optimizer.shard = Shard(model.parameters(), world)

@@ -258,7 +258,7 @@ def restore(
     parameters, shard = dict(model.named_parameters()), getattr(optimizer, "shard", None)
     for key, value in saved.tensors["optimizer"].items():
         name, _, kind = key.rpartition(".")
-        if shard and not shard.owns(parameters[name]):
+        if shard and (value := shard.part(parameters[name], value)) is None:
             continue
         state = optimizer.state[parameters[name]]
         if kind in state:

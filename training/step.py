@@ -102,13 +102,16 @@ class TrainStep:
         self.stop = torch.zeros((), device=device)
         if world.size > 1:
             dtype = DTYPES[plan.reduce_dtype]
-            self.averaging = Averaging(model.parameters(), copies, optimizer, dtype)
+            cut = optimizer.shard.rows if optimizer.shard else ()
+            self.averaging = Averaging(model.parameters(), copies, optimizer, dtype, cut)
             self.share = torch.tensor(1 / world.size, device=device)  # of the mean over all ranks
             for part in filter(None, (self.averaging, optimizer.shard)):
                 part.outside = self._outside
         if copies:
             optimizer.attach_working(copies)
-        model.transformer.recompute = plan.recompute
+        self.worker = getattr(optimizer.shard, "twin", model)  # what computes the steps
+        self.worker.use(model.ops)
+        self.worker.transformer.recompute = plan.recompute
         if plan.dtype != "fp16":
             optimizer.loss_scale = None
         elif optimizer.loss_scale is None:
@@ -229,6 +232,8 @@ class TrainStep:
         if self.averaging:
             loss, self.asked_to_stop = self.averaging.finish(torch.stack([loss, self.stop]))
             loss = loss / self.world.size
+            if self.optimizer.shard:
+                self.optimizer.shard.take_gradients()
         return loss
 
     def _unscale(self) -> None:
@@ -275,14 +280,14 @@ class TrainStep:
     def _build_forward(self) -> Callable[[Tensor, Tensor], Tensor]:
         def forward(idx: Tensor, targets: Tensor) -> Tensor:
             if self.copies:
-                return functional_call(self.model, self.copies, (idx, targets))
-            return self.model(idx, targets)
+                return functional_call(self.worker, self.copies, (idx, targets))
+            return self.worker(idx, targets)
 
         if not self.plan.compile:
             return forward
         if self.plan.compile_scope == "model":
-            return torch.compile(forward if self.copies else self.model, dynamic=False)
-        for block in self.model.transformer.h:
+            return torch.compile(forward if self.copies else self.worker, dynamic=False)
+        for block in self.worker.transformer.h:
             block.compile(dynamic=False)
         return forward
 

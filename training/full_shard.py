@@ -1,0 +1,130 @@
+"""The matrices of the blocks cut by rows over the ranks, by FSDP2 with the blocks as units.
+
+Of each matrix a rank has some rows, with their gradient and moments. The matrices of a block are
+whole while it is computed, in bf16 under bf16. A block reads the LayerNorm of the next one, so the
+vectors stay whole on each rank, as do the embeddings.
+
+A twin of the model computes the steps. The model's own parameters are the rows that this rank
+updates, and whole again after `gather`: whoever reads or writes a model need not know.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import Shard as Rows
+
+from model import GPT
+from training.distributed import World
+from training.numerics import DTYPES
+from training.optim import is_hidden_matrix
+from training.plan import Plan
+from training.sharding import total_norm
+
+
+class FullShard:
+    """In the place of a `training.sharding.Shard`.
+
+    Args:
+        model: On the plan's device. It keeps all else, which the twin shares with it.
+        plan: Dtypes.
+        world: More than one rank.
+
+    Attributes:
+        twin: What a step calls in place of the model.
+        rows: By parameter of the model, that of the twin.
+        others, released, outside: As in `Shard`.
+    """
+
+    def __init__(self, model: GPT, plan: Plan, world: World):
+        self.others, self.released = [], False
+        self.outside: Callable[[Callable[[], None]], None] = lambda work: work()
+        self.mesh = init_device_mesh(plan.device, (world.size,))
+        with torch.device("meta"):
+            self.twin = GPT(model.config, model.ops, model.residual_dtype)
+        matrices = {n for n, p in model.named_parameters() if is_hidden_matrix(n, p)}
+        how = {
+            "mesh": self.mesh,
+            "ignored_params": {p for n, p in self.twin.named_parameters() if n not in matrices},
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=None if plan.dtype == "fp32" else DTYPES[plan.dtype],
+                reduce_dtype=DTYPES[plan.reduce_dtype],
+                cast_forward_inputs=False,  # the residual stream stays fp32
+            ),
+        }
+        for unit in (*self.twin.transformer.h, self.twin):
+            module = fully_shard(unit, **how)
+            assert isinstance(module, FSDPModule)
+            module.set_gradient_divide_factor(1.0)  # a rank's loss is scaled already
+            module.set_force_sum_reduction_for_comms(True)  # as gloo wants it
+        self.twin.to_empty(device=plan.device)
+        self.rows: dict[nn.Parameter, DTensor] = {}
+        for name, parameter in model.named_parameters():
+            owner, _, last = name.rpartition(".")
+            twin = getattr(self.twin.get_submodule(owner), last)
+            if isinstance(twin, DTensor):
+                self.rows[parameter] = twin
+            else:
+                setattr(self.twin.get_submodule(owner), last, parameter)
+
+    def owns(self, parameter: nn.Parameter) -> bool:
+        return True
+
+    def part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's rows of a whole tensor."""
+        if parameter not in self.rows or value.dim() < 2:
+            return value
+        value = value.to(self.rows[parameter].device)
+        return distribute_tensor(value, self.mesh, [Rows(0)], src_data_rank=None).to_local()
+
+    def exchange(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
+        """Nothing: the next forward gathers what it needs."""
+
+    @torch.no_grad()
+    def release(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
+        """Keep this rank's rows alone."""
+        if self.released:
+            return
+        for p, rows in self.rows.items():
+            rows.to_local().copy_(self.part(p, p.detach()))
+            p.data = rows.to_local()
+        self.released = True
+
+    def take_gradients(self) -> None:
+        """Give the model's parameters what the twin's backward made; their rows may have moved."""
+        for p, rows in self.rows.items():
+            assert isinstance(rows.grad, DTensor)
+            p.data, p.grad, rows.grad = rows.to_local().detach(), rows.grad.to_local(), None
+
+    def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Of all gradients together, the other ranks' rows included."""
+        square = torch.zeros((), device=self.mesh.device_type)
+        for cut in (True, False):
+            square += total_norm(p for p in parameters if cut == (p in self.rows)) ** 2
+            if cut:
+                dist.all_reduce(square)
+        return square.sqrt()
+
+    @torch.no_grad()
+    def gather(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
+        """All rows again."""
+        if self.released:
+            for p, rows in self.rows.items():
+                p.data = rows.full_tensor()
+            self.released = False
+
+    def to_first(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The whole moments on every rank. All take part."""
+        if parameter not in self.rows:
+            return moments
+        how = {"shape": parameter.shape, "stride": parameter.stride()}
+        return {
+            name: DTensor.from_local(t, self.mesh, [Rows(0)], **how).full_tensor().cpu()
+            if t.dim()
+            else t
+            for name, t in moments.items()
+        }
