@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from model import GPTConfig
 from model.config import MODELS
 from tests.pretend_cuda import pretend_cuda
 from tests.test_verify import CPU, H100, RECIPE
-from training import choose, search, timing, trials
+from training import choose, kernel_check, search, timing, trials
+from training.distributed import ALONE
 from training.plan import Choices, Plan, make_plan
 from training.search import PERSISTENT, candidates, row_text
 from training.step import start_process
@@ -160,6 +162,9 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def each(self, tasks: Any, side_by_side: int, until: float) -> list[Any]:
+        return [self.ask(task) for task in tasks]
+
     def ask(self, task: Any) -> dict[str, Any]:
         if task[0] == "launches" and task[4]:
             self.tried.extend(task[3])
@@ -244,3 +249,48 @@ def test_launches_are_timed_on_a_pretended_gpu(monkeypatch: pytest.MonkeyPatch) 
     timing.capture_stream.cache_clear()
     assert [len(ms) for ms in found["ms"]] == [2, 2]
     assert len(pretended.graphs) == 2
+
+
+def test_make_tune_finds_checks_keeps_and_lays_over_a_row_on_a_pretended_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """From the kernels that a run launches to the rows that its step is launched with."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(search.child, "Crew", Crew)
+    monkeypatch.setattr(search, "MAX_CANDIDATES", 1)
+    monkeypatch.setitem(kernel_check.NUM_RERUNS, "cuda", 0)
+    monkeypatch.setattr(timing, "MAX_SETS", 1)
+    steps: list[dict[str, Plan]] = []
+
+    def time_steps(plans: dict[str, Plan], *_: Any) -> Any:
+        steps.append(plans)
+        return {name: [1.0] * 4 for name in plans}, {}
+
+    monkeypatch.setattr(choose, "_time_steps", time_steps)
+    asked = Choices(ops="eager,layer_norm=triton", optimizer="torch", dtype="fp32", tune="only")
+
+    def make(choices: Choices) -> Plan:
+        return make_plan(TINY, H100, choices)
+
+    _launch.arch.cache_clear()
+    timing.capture_stream.cache_clear()
+    with pretend_cuda():
+        [(key, now), *_] = trials.answer(("list", "layer_norm", TINY, make(asked)))["launches"]
+        [best] = candidates(NORM, now)
+        Crew.ms, Crew.tried = {best: [0.5]}, []
+        found = choose.take_fastest(make, asked, make(asked), TINY, H100, ALONE)
+        again = replace(asked, tune="auto")
+        later = choose.take_fastest(make, again, make(again), TINY, H100, ALONE)
+        start_process(later, 0)
+        assert launch_for(key) == best
+        start_process(make(asked), 0)
+        assert launch_for(key, now) == now  # no row serves it
+    _launch.arch.cache_clear()
+    timing.capture_stream.cache_clear()
+    said = capsys.readouterr().out
+    rows = {key: best, replace(key, kernel="layer_norm.bwd"): best}  # so far they are alike
+    assert read_rows(found.launches)[0] == rows
+    assert found.launches in said
+    assert "kernels: 1 ops checked on NVIDIA H100 80GB HBM3 in " in said
+    assert steps[0][choose.COMMITTED].launches == ""
+    assert steps[0][choose.AS_CHOSEN].launches == found.launches == later.launches

@@ -121,7 +121,7 @@ def take_fastest(
     names = {op: of for op, of in rivals(checked, machine).items() if len(of) > 1}
     names = names if asked.ops == "auto" else {}
     off = asked.tune == "off" or (asked.tune == "auto" and checked.device != "cuda")
-    if off or not (names or long):
+    if off:
         return checked
 
     def plans(measured: Mapping[str, Samples]) -> dict[str, Plan]:
@@ -147,6 +147,8 @@ def take_fastest(
             raise ValueError(f"tune_file{trouble}; name another, or remove it")
         if known is not None and asked.tune == "auto":
             return {"ms": known, "from": f"measured before, see {path}"}
+        if not (names or long):  # what was asked for by name is no question
+            return {}
         takes = "up to four minutes" if long else "up to a minute, --tune off leaves it out"
         world.say(
             f"tune: timing what a step can be made of on {machine.name}; takes {takes}{trouble}"
@@ -168,7 +170,8 @@ def take_fastest(
         more = "" if long else "; `make tune` searches launch rows and times whole steps too"
         return {"ms": ms, "from": f"measured in {seconds:.0f} s{lost}, {where}{more}"}
 
-    found = world.first("times", measure)
+    if not (found := world.first("times", measure)):
+        return checked
     every = plans(found["ms"])
     made = every.get(choose(checked, machine, found["ms"])[STEP], every[AS_CHOSEN])
     lines = [*table(checked, machine, found["ms"])]
