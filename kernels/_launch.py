@@ -124,8 +124,11 @@ def _read_row(op: str, row: Any, sources: Mapping[str, str]) -> tuple[Key, Launc
     for name, value in {**blocks, "warps": warps}.items():
         if not _is_power(value):
             raise ValueError(f"{name} must be a power of two, got {value!r}")
-    for name, value, least in (("stages", stages, 1), ("registers", maxnreg, 0),
-                               ("programs", programs, 1)):  # fmt: skip
+    for name, value, least in (
+        ("stages", stages, 1),
+        ("registers", maxnreg, 0),
+        ("programs", programs, 1),
+    ):
         if type(value) is not int or value < least:
             raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
     if not isinstance(source, str) or not source:

@@ -103,7 +103,8 @@ def check_tensor(
     Raises:
         ValueError: another shape, dtype or device, or strides with gaps; all are named.
     """
-    at, wanted = tensor.device, " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    at, names = tensor.device, (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    wanted = " or ".join(dict.fromkeys(names))
     if (*tensor.shape,) != (*shape,) or tensor.dtype not in dtypes or at != device:
         raise ValueError(
             f"{op}: {name} must be {(*shape,)}, {wanted}, on {device}; got {(*tensor.shape,)}, "

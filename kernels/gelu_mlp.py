@@ -47,7 +47,7 @@ from . import WIDTH
 from ._aot import AotCase, aot_case
 from ._jit import jit
 from ._launch import Key, arch, candidates_for, cdiv, launch_for, math_of, num_sms, precision_of
-from ._op import check_device, needs_grad, refuse_double_backward, register
+from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
 from .reference import autocast_dtype
 
 _E = 2.718281828459045
@@ -121,32 +121,43 @@ def _gelu(h):
 
 
 @jit
-def _store_up(
-    h,  # (BLOCK_M, BLOCK_N) before the bias
-    b_ptr,
-    g_ptr,
-    d_ptr,
-    at,  # int64, first element of the tile in (M, N)
-    num_rows,
-    N,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SAVE_D: tl.constexpr,
-):
+def _store_up(h, b_ptr, g_ptr, d_ptr, num_rows, N, SAVE_D: tl.constexpr):
+    """g and d of a tile of h before the bias; the pointers are at its first row and column."""
+    BLOCK_M: tl.constexpr = h.shape[0]
+    BLOCK_N: tl.constexpr = h.shape[1]
     if BLOCK_N > PART_N:
         HALF_N: tl.constexpr = BLOCK_N // 2
         left, right = _halves(h, BLOCK_M, BLOCK_N)
-        _store_up(left, b_ptr, g_ptr, d_ptr, at, num_rows, N, BLOCK_M, HALF_N, SAVE_D)
-        _store_up(right, b_ptr + HALF_N, g_ptr, d_ptr, at + HALF_N, num_rows, N,
-                  BLOCK_M, HALF_N, SAVE_D)  # fmt: skip
+        _store_up(left, b_ptr, g_ptr, d_ptr, num_rows, N, SAVE_D)
+        _store_up(right, b_ptr + HALF_N, g_ptr + HALF_N, d_ptr + HALF_N, num_rows, N, SAVE_D)
     else:
         rows = tl.arange(0, BLOCK_M)[:, None]
         cols = tl.arange(0, BLOCK_N)
         offs = rows * N + cols[None, :]
         g, d = _gelu(h + tl.load(b_ptr + cols).to(tl.float32)[None, :])
-        tl.store(g_ptr + at + offs, g.to(g_ptr.dtype.element_ty), mask=rows < num_rows)
+        tl.store(g_ptr + offs, g.to(g_ptr.dtype.element_ty), mask=rows < num_rows)
         if SAVE_D:
-            tl.store(d_ptr + at + offs, d.to(d_ptr.dtype.element_ty), mask=rows < num_rows)
+            tl.store(d_ptr + offs, d.to(d_ptr.dtype.element_ty), mask=rows < num_rows)
+
+
+@jit
+def _store_down(dg, d_ptr, dh_ptr, sums_ptr, num_rows, N):
+    """dh and its column sums of a tile of dg; the pointers are at its first row and column."""
+    BLOCK_M: tl.constexpr = dg.shape[0]
+    BLOCK_N: tl.constexpr = dg.shape[1]
+    if BLOCK_N > PART_N:
+        HALF_N: tl.constexpr = BLOCK_N // 2
+        left, right = _halves(dg, BLOCK_M, BLOCK_N)
+        _store_down(left, d_ptr, dh_ptr, sums_ptr, num_rows, N)
+        _store_down(right, d_ptr + HALF_N, dh_ptr + HALF_N, sums_ptr + HALF_N, num_rows, N)
+    else:
+        rows = tl.arange(0, BLOCK_M)[:, None]
+        cols = tl.arange(0, BLOCK_N)
+        offs = rows * N + cols[None, :]
+        # d is 0 past M, and so is what those rows add to the sums: unless the last dy is infinite.
+        dh = dg * tl.load(d_ptr + offs, mask=rows < num_rows, other=0.0).to(tl.float32)
+        tl.store(dh_ptr + offs, dh.to(dh_ptr.dtype.element_ty), mask=rows < num_rows)
+        tl.store(sums_ptr + cols, tl.sum(dh, axis=0))
 
 
 @jit
@@ -175,40 +186,10 @@ def _gelu_mlp_up_kernel(
         row = (pid_m * BLOCK_M).to(tl.int64)  # M * N may pass 2^31
         col = (pid_n * BLOCK_N).to(tl.int64)
         num_rows = M - pid_m * BLOCK_M
-        acc = _dot_tile(
-            x_ptr + row * K, w_ptr + col * K, num_rows, K, 1, K,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-        _store_up(acc, b_ptr + col, g_ptr, d_ptr, row * N + col, num_rows, N,
-                  BLOCK_M, BLOCK_N, SAVE_D)  # fmt: skip
-
-
-@jit
-def _store_down(
-    dg,  # (BLOCK_M, BLOCK_N)
-    d_ptr,
-    dh_ptr,
-    sums_ptr,  # first column of the tile in its row of partials
-    at,  # int64, first element of the tile in (M, N)
-    num_rows,
-    N,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    if BLOCK_N > PART_N:
-        HALF_N: tl.constexpr = BLOCK_N // 2
-        left, right = _halves(dg, BLOCK_M, BLOCK_N)
-        _store_down(left, d_ptr, dh_ptr, sums_ptr, at, num_rows, N, BLOCK_M, HALF_N)
-        _store_down(right, d_ptr, dh_ptr, sums_ptr + HALF_N, at + HALF_N, num_rows, N,
-                    BLOCK_M, HALF_N)  # fmt: skip
-    else:
-        rows = tl.arange(0, BLOCK_M)[:, None]
-        cols = tl.arange(0, BLOCK_N)
-        offs = rows * N + cols[None, :]
-        # d is 0 past M, and so is what those rows add to the sums: unless the last dy is infinite.
-        dh = dg * tl.load(d_ptr + at + offs, mask=rows < num_rows, other=0.0).to(tl.float32)
-        tl.store(dh_ptr + at + offs, dh.to(dh_ptr.dtype.element_ty), mask=rows < num_rows)
-        tl.store(sums_ptr + cols, tl.sum(dh, axis=0))
+        x_at, w_at = x_ptr + row * K, w_ptr + col * K
+        h = _dot_tile(x_at, w_at, num_rows, K, 1, K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        at = row * N + col
+        _store_up(h, b_ptr + col, g_ptr + at, d_ptr + at, num_rows, N, SAVE_D)
 
 
 @jit
@@ -236,12 +217,10 @@ def _gelu_mlp_down_kernel(
         row = (pid_m * BLOCK_M).to(tl.int64)  # M * N may pass 2^31
         col = (pid_n * BLOCK_N).to(tl.int64)
         num_rows = M - pid_m * BLOCK_M
-        acc = _dot_tile(
-            dy_ptr + row * K, w_ptr + col, num_rows, K, N, 1,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-        sums_at = sums_ptr + pid_m.to(tl.int64) * N + col
-        _store_down(acc, d_ptr, dh_ptr, sums_at, row * N + col, num_rows, N, BLOCK_M, BLOCK_N)
+        dy_at, w_at = dy_ptr + row * K, w_ptr + col
+        dg = _dot_tile(dy_at, w_at, num_rows, K, N, 1, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        at, sums_at = row * N + col, sums_ptr + pid_m.to(tl.int64) * N + col
+        _store_down(dg, d_ptr + at, dh_ptr + at, sums_at, num_rows, N)
 
 
 LARGE_M = 4096  # from here on the 128-row tiles of a width of 768 fill the GPU more than once
@@ -261,7 +240,7 @@ def _prepare(kernel: str, x: Tensor, M: int, C: int) -> tuple[int, int, dict[str
     return min(tiles, launch.programs_per_sm * num_sms(x.device)), kwargs["BLOCK_M"], kwargs
 
 
-def _up_fake(x: Tensor, w_fc: Tensor, b_fc: Tensor, save_d: bool) -> tuple[Tensor, Tensor]:
+def _up_fake(x, w_fc, b_fc, save_d):
     shape = (x.shape[0], w_fc.shape[0])
     return x.new_empty(shape), x.new_empty(shape if save_d else (0,))
 
@@ -273,13 +252,11 @@ def gelu_mlp_up(x: Tensor, w_fc: Tensor, b_fc: Tensor, save_d: bool) -> tuple[Te
     g, d = _up_fake(x, w_fc, b_fc, save_d)
     if M > 0:
         programs, _, kwargs = _prepare("up", x, M, C)
-        _gelu_mlp_up_kernel[(programs,)](
-            x, w_fc, b_fc, g, d, M, 4 * C, C, SAVE_D=save_d, **kwargs
-        )  # fmt: skip
+        _gelu_mlp_up_kernel[(programs,)](x, w_fc, b_fc, g, d, M, 4 * C, C, SAVE_D=save_d, **kwargs)
     return g, d
 
 
-def _down_fake(dy: Tensor, w_proj: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+def _down_fake(dy, w_proj, d):
     return torch.empty_like(d), d.new_empty(d.shape[1], dtype=torch.float32)
 
 
@@ -298,10 +275,7 @@ def gelu_mlp_down(dy: Tensor, w_proj: Tensor, d: Tensor) -> tuple[Tensor, Tensor
 
 class _GeluMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor,
-        save_d: bool, save_g: bool,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx, x, w_fc, b_fc, w_proj, b_proj, save_d, save_g):
         g, d = gelu_mlp_up(x, w_fc, b_fc, save_d)
         ctx.save_for_backward(
             x if save_d else None, w_fc, w_proj, g if save_g else None, d if save_d else None
@@ -354,33 +328,17 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
             f"gelu_mlp: C must be a multiple of {WIDTH}, got x {tuple(x.shape)}; "
             "use --ops triton,gelu_mlp=eager"
         )
-    wanted = {"w_fc": (4 * C, C), "b_fc": (4 * C,), "w_proj": (C, 4 * C), "b_proj": (C,)}
-    tensors = {"w_fc": w_fc, "b_fc": b_fc, "w_proj": w_proj, "b_proj": b_proj, "x": x}
-    for name, t in tensors.items():
-        if t.shape != wanted.get(name, x.shape):
-            raise ValueError(
-                f"gelu_mlp: {name} must be {wanted[name]} to match x {tuple(x.shape)}, "
-                f"got {tuple(t.shape)}"
-            )
-        if not t.is_contiguous():
-            raise ValueError(
-                f"gelu_mlp: {name} must be contiguous, got strides {t.stride()} for shape "
-                f"{tuple(t.shape)}; call .contiguous() first"
-            )
-        if t.device != x.device:
-            raise ValueError(f"gelu_mlp: {name} must be on {x.device} like x, got {t.device}")
     dtype = autocast_dtype(x)
     if dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
         x, w_fc, w_proj = x.to(dtype), w_fc.to(dtype), w_proj.to(dtype)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"gelu_mlp: x must be float32, bfloat16 or float16, got {dtype}")
-    for name, t in (("w_fc", w_fc), ("w_proj", w_proj), ("b_fc", b_fc), ("b_proj", b_proj)):
-        allowed = (dtype, torch.float32) if name[0] == "b" else (dtype,)
-        if t.dtype not in allowed:
-            raise ValueError(
-                f"gelu_mlp: {name} must be {' or '.join(map(str, allowed))} to match x, "
-                f"got {t.dtype}; cast it or use autocast"
-            )
+    check_tensor("gelu_mlp", "x", x, x.shape, x.device)
+    for name, t, shape, dtypes in (
+        ("w_fc", w_fc, (4 * C, C), (dtype,)),
+        ("b_fc", b_fc, (4 * C,), (dtype, torch.float32)),
+        ("w_proj", w_proj, (C, 4 * C), (dtype,)),
+        ("b_proj", b_proj, (C,), (dtype, torch.float32)),
+    ):
+        check_tensor("gelu_mlp", name, t, shape, x.device, dtypes)
     save_d = needs_grad(x, w_fc, b_fc)
     rows = x.reshape(-1, C)
     y = _GeluMLP.apply(rows, w_fc, b_fc, w_proj, b_proj, save_d, needs_grad(w_proj))
@@ -397,8 +355,8 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         builds = {launch_for(small): "small", launch_for(large): "large"}  # one, if they are one
         builds |= {x: f"candidate {x.num_stages} stages" for x in candidates_for(large)}
         for launch, size in builds.items():
+            label, mma = f"{name} {dtype} {math} {size}", "" if math == "ieee" else "BLOCK_M"
+            fixed = {"PRECISION": precision_of(math), "SAVE_D": True}
             yield aot_case(
-                "gelu_mlp", kernel, f"{name} {dtype} {math} {size}", launch, dtype,
-                {"PRECISION": precision_of(math), "SAVE_D": True},
-                mma="" if math == "ieee" else "BLOCK_M", unaligned=("M",),
-            )  # fmt: skip
+                "gelu_mlp", kernel, label, launch, dtype, fixed, mma=mma, unaligned=("M",)
+            )

@@ -354,15 +354,7 @@ class _LayerNorm(torch.autograd.Function):
     """y without a residual, with one y and the sum."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        dtype: torch.dtype,
-    ):
+    def forward(ctx, x, residual, weight, bias, eps, dtype):
         y, h, stats = layer_norm_fwd(x, residual, weight, bias, eps, dtype)
         ctx.save_for_backward(x if residual is None else h, weight, stats)
         ctx.x_dtype, ctx.op = x.dtype, "layer_norm" if residual is None else "add_layer_norm"

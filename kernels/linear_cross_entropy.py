@@ -40,7 +40,7 @@ from torch import Tensor
 from ._aot import AotCase, aot_case
 from ._jit import jit
 from ._launch import Key, arch, cdiv, launch_for
-from ._op import check_device, needs_grad, refuse_double_backward, register
+from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
 from .reference import autocast_dtype, check_targets
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -173,14 +173,13 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
     ):
         launch = launch_for(launch_key(name, dtype, arch))
         fixed = {"GRAD": grad, "VECTOR": 16 // dtype.itemsize}
-        yield aot_case("linear_cross_entropy", kernel, label, launch, label[:4], fixed,
-                       unaligned=("V", "ignore_index"))  # fmt: skip
+        loose = ("V", "ignore_index")
+        yield aot_case(
+            "linear_cross_entropy", kernel, label, launch, label[:4], fixed, unaligned=loose
+        )
 
 
-def _fwd_fake(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
-    needs_dx: bool, needs_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _fwd_fake(x, weight, targets, vocab_size, ignore_index, needs_dx, needs_dweight):
     loss, count = (x.new_empty((), dtype=dtype) for dtype in (torch.float32, torch.int64))
     dx = x.new_empty(x.shape if needs_dx else 0)
     dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=torch.float32)
@@ -189,9 +188,14 @@ def _fwd_fake(
 
 @register(fake=_fwd_fake)
 def linear_cross_entropy_fwd(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int,
-    needs_dx: bool, needs_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    needs_dx: bool,
+    needs_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (M, C), weight (Vp, C), targets (M,) -> loss, N, and unscaled dx (M, C), dweight.
 
     loss is () fp32, N () int64, dweight (Vp, C) fp32; a gradient that is not needed is empty.
@@ -203,7 +207,10 @@ def linear_cross_entropy_fwd(
     w = weight.to(x.dtype)
     launch = launch_for(launch_key("rows", x.dtype, arch(x.device)))
     rows = chunk_rows(M, Vp, x.dtype.itemsize)
-    logits = x.new_empty((rows, cdiv(Vp, 16) * 16))  # each row at a multiple of 16 bytes
+    width = cdiv(Vp, 16) * 16  # each row at a multiple of 16 bytes
+    logits = x.new_empty((rows, width))
+    kwargs: dict[str, Any] = {"VECTOR": 16 // x.dtype.itemsize, "GRAD": needs_dx or needs_dweight}
+    kwargs |= launch.kwargs()
     row_loss = x.new_empty(M, dtype=torch.float32)
     for first in range(0, M, rows):
         chunk = slice(first, min(first + rows, M))
@@ -211,9 +218,8 @@ def linear_cross_entropy_fwd(
         z = logits[: len(x_m), :Vp]
         torch.mm(x_m, w.t(), out=z)
         _linear_cross_entropy_rows_kernel[(cdiv(len(x_m), dict(launch.blocks)["BLOCK_M"]),)](
-            logits, targets[chunk], row_loss[chunk], len(x_m), V, logits.stride(0), ignore_index,
-            VECTOR=16 // x.dtype.itemsize, GRAD=needs_dx or needs_dweight, **launch.kwargs(),
-        )  # fmt: skip
+            logits, targets[chunk], row_loss[chunk], len(x_m), V, width, ignore_index, **kwargs
+        )
         if needs_dx:
             torch.mm(z, w, out=dx[chunk])
         if needs_dweight:
@@ -242,8 +248,7 @@ def linear_cross_entropy_bwd(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
-                ignore_index: int, needs_dx: bool, needs_dweight: bool) -> Tensor:  # fmt: skip
+    def forward(ctx, x, weight, targets, vocab_size, ignore_index, needs_dx, needs_dweight):
         loss, *saved = linear_cross_entropy_fwd(
             x, weight, targets, vocab_size, ignore_index, needs_dx, needs_dweight
         )
@@ -297,32 +302,24 @@ def linear_cross_entropy(
             f"linear_cross_entropy: weight must be (Vp, {C}) to match x "
             f"{tuple(x.shape)}, got {tuple(weight.shape)}"
         )
-    if targets.shape != x.shape[:-1] or targets.dtype != torch.int64:
-        raise ValueError(
-            f"linear_cross_entropy: targets must be int64 {tuple(x.shape[:-1])} to match x "
-            f"{tuple(x.shape)}, got {targets.dtype} {tuple(targets.shape)}"
-        )
     V = weight.shape[0] if vocab_size is None else vocab_size
     if not 0 < V <= weight.shape[0]:
         raise ValueError(
             f"linear_cross_entropy: vocab_size must be in [1, {weight.shape[0]}] to match weight "
             f"{tuple(weight.shape)}, got {V}"
         )
-    for name, t in (("x", x), ("weight", weight), ("targets", targets)):
-        if not t.is_contiguous():
-            raise ValueError(f"linear_cross_entropy: {name} must be contiguous, got {t.stride()}")
-        if t.device != x.device:
-            raise ValueError(
-                f"linear_cross_entropy: {name} must be on {x.device} with x, got {t.device}"
-            )
     x = x.to(autocast_dtype(x))
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"linear_cross_entropy: x must be fp32, fp16 or bf16, got {x.dtype}")
-    if weight.dtype not in (torch.float32, x.dtype):
-        raise ValueError(
-            f"linear_cross_entropy: weight must be fp32 or {x.dtype} like x, got {weight.dtype}"
-        )
+    check_tensor("linear_cross_entropy", "x", x, x.shape, x.device)
+    dtypes = (torch.float32, x.dtype)
+    check_tensor("linear_cross_entropy", "weight", weight, weight.shape, x.device, dtypes)
+    ids = (torch.int64,)
+    check_tensor("linear_cross_entropy", "targets", targets, x.shape[:-1], x.device, ids)
     return _LinearCrossEntropy.apply(
-        x.reshape(-1, x.shape[-1]), weight, targets.reshape(-1), V, ignore_index,
-        needs_grad(x), needs_grad(weight),
-    )  # fmt: skip
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        targets.reshape(-1),
+        V,
+        ignore_index,
+        needs_grad(x),
+        needs_grad(weight),
+    )
