@@ -5,6 +5,7 @@ global batches; their gradients meet in training/averaging.py. Without torchrun 
 world of one and touches no process group.
 """
 
+import gc
 import hashlib
 import io
 import json
@@ -69,6 +70,7 @@ class World:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error the peers may be gone: waiting for them would hang.
         if kind is None and dist.is_initialized():
+            gc.collect()  # NCCL waits for ever for a graph that holds its collectives
             dist.destroy_process_group()
 
     def connect(self, device: str, patience_s: float) -> None:
