@@ -28,6 +28,7 @@ __all__ = [
     "assert_no_double_backward",
     "assert_only_launches",
     "assert_twice_eager",
+    "assert_usual",
     "assert_within_tf32",
     "assert_zero_stride_grads",
     "dispatched_ops",
@@ -178,6 +179,25 @@ def assert_no_double_backward(fn: Fn, args: Args, match: str = "double backward"
 
     with pytest.raises(RuntimeError, match=match):
         penalty()
+
+
+def assert_usual(op: str, fn: Fn, args: Args) -> None:
+    """What holds of every op beside its numbers.
+
+    Reruns have equal bits, expanded gradients are read right, without grad mode values are the same
+    and nothing is kept, and a double backward is refused by the op's name.
+    """
+    assert_bitwise_rerun(fn, args)
+    assert_zero_stride_grads(fn, args)
+    leaves = {n: t.detach().clone().requires_grad_(t.is_floating_point()) for n, t in args.items()}
+    with torch.no_grad():
+        kept, free = (fn(**given) for given in (leaves, args))
+    for result, want in ((kept, fn(**leaves)), (free, kept)):
+        pairs = zip(result, want, strict=True) if isinstance(result, tuple) else [(result, want)]
+        for value, other in pairs:
+            assert value.grad_fn is None, "a graph without grad mode"
+            assert torch.equal(value, other), "other values without grad mode"
+    assert_no_double_backward(fn, args, f"{op}: double backward")
 
 
 class _Recorder(TorchDispatchMode):

@@ -9,7 +9,6 @@ from tests.test_layer_norm import rounding
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 SHAPES = [
-    pytest.param((3, 5, 48), id="C=48-demo-model"),
     pytest.param((1, 64), id="C=64-power-of-two-single-row"),
     pytest.param((3, 257), id="C=257-one-past-a-chunk"),
     pytest.param((29, 768), id="C=768-prime-rows-and-a-second-turn-of-the-loop"),
@@ -61,9 +60,13 @@ def check(args):
 
 
 @pytest.mark.parametrize("stream", STREAMS)
+def test_no_worse_than_twice_eager(stream, device):
+    check(inputs((3, 5, 48), device, stream))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_worse_than_twice_eager(shape, stream, device):
-    check(inputs(shape, device, stream))
+def test_sizes(shape, device):
+    check(inputs(shape, device))
 
 
 @checks.sweep(M=checks.sizes(0, 35, 1, 32, 33), C=checks.sizes(1, 260, 1, 256, 257),
@@ -124,12 +127,8 @@ def test_autocast_keeps_the_stream_fp32(device):
     torch.testing.assert_close(got["dx"], low["dx"], rtol=1e-4, atol=1e-5)
 
 
-def test_reruns_are_bitwise_equal(device):
-    checks.assert_bitwise_rerun(ours, inputs((61, 48), device))
-
-
-def test_zero_stride_gradients(device):
-    checks.assert_zero_stride_grads(ours, inputs((9, 48), device))
+def test_what_holds_of_every_op(device):
+    checks.assert_usual("add_layer_norm", ours, inputs((61, 48), device))
 
 
 @pytest.mark.parametrize("stream", STREAMS[3:5])
@@ -149,32 +148,14 @@ def test_registration(device, stream):
         torch.library.opcheck(torch.ops.fgpt.layer_norm_bwd.default, args)
 
 
-@pytest.mark.parametrize("stream", STREAMS[3:5])
-def test_compiled_equals_eager(device, stream):
-    checks.assert_compiled_equals_eager(ours, inputs((5, 48), device, stream))
-
-
 def test_compiled_equals_eager_without_the_stream(device):
     checks.assert_compiled_equals_eager(lambda **a: ours(**a)[0], inputs((5, 48), device))
 
 
-def test_compiled_once_for_any_number_of_rows(device):
-    more = [inputs((M, 48), device) for M in (2, 61)]
-    checks.assert_compiled_equals_eager(ours, inputs((5, 48), device), also=more, dynamic=True)
-
-
-def test_no_grad_keeps_nothing(device):
-    args = {n: t.requires_grad_() for n, t in inputs((5, 48), device).items()}
-    with torch.no_grad():
-        y, h = ours(**args)
-    assert y.grad_fn is None
-    assert h.grad_fn is None
-    assert torch.equal(y, ours(**args)[0])
-
-
-def test_double_backward_is_refused(device):
-    args = inputs((4, 48), device)
-    checks.assert_no_double_backward(ours, args, "add_layer_norm: double backward")
+@pytest.mark.parametrize("stream", STREAMS[3:5])
+def test_compiled_once_for_any_number_of_rows(device, stream):
+    args, *more = (inputs((M, 48), device, stream) for M in (5, 2, 61))
+    checks.assert_compiled_equals_eager(ours, args, also=more, dynamic=True)
 
 
 @pytest.mark.parametrize(

