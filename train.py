@@ -39,11 +39,12 @@ from training.choose import take_fastest
 from training.data import Corpus, load_corpus
 from training.distributed import ALONE, World, hash_weights, refuse_mismatch, share
 from training.ending import finish, leave, sample, take_best
-from training.explain import explain, probe_steps
+from training.explain import explain
 from training.flags import Config, is_due, parse
 from training.guard import Guard
 from training.optim import configure_adamw
 from training.plan import Choices, Machine, Plan, detect, make_plan
+from training.probe import probe_steps
 from training.resume import RunFailed
 from training.run import Run, data_loader
 from training.sharding import share_out

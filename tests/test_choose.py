@@ -3,7 +3,6 @@
 import json
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from kernels import read_ops
 from tests.pretend_cuda import pretend_cuda
 from tests.test_plan import MACHINES
-from tests.test_verify import CONFIG, CPU, H100, MODELS, RECIPE
+from tests.test_verify import CONFIG, CPU, H100, MODELS, RECIPE, in_threads
 from training import choose, probe, resume, trials, verify
 from training.checkpoint import Checkpoint
 from training.choose import AS_CHOSEN, COMMITTED, STEP
@@ -337,20 +336,6 @@ def test_where_an_answer_is_kept(measured: list[Any], tmp_path: Path) -> None:
         assert read_ops(made.ops) == NEW
         assert "not kept: " in made.notes[-1]
     assert len(measured) == 3
-
-
-def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
-    found: list[Any] = [None] * count
-
-    def one(i: int) -> None:
-        found[i] = work(i)
-
-    threads = [threading.Thread(target=one, args=(i,), name=str(i)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
 
 
 def test_two_processes_at_once_keep_one_whole_file(measured: list[Any], tmp_path: Path) -> None:

@@ -362,19 +362,24 @@ def test_a_cache_that_cannot_be_written_costs_a_line(
     assert verify.cache_path({}).parent == tmp_path / ".cache" / "fused-gpt"
 
 
-def test_two_processes_at_once_keep_one_whole_file(asked: list[Any]) -> None:
-    plan = plan_of(H100, dtype="auto")
-    path = verify.cache_path(verify.key_of(RECIPE, plan, H100))
-    found: list[dict[str, str]] = []
+def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
+    found: list[Any] = [None] * count
 
-    def check() -> None:
-        found.append(verify.find_wrong(RECIPE, plan, H100, lambda _: None))
+    def one(i: int) -> None:
+        found[i] = work(i)
 
-    threads = [threading.Thread(target=check) for _ in range(8)]
+    threads = [threading.Thread(target=one, args=(i,), name=str(i)) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return found
+
+
+def test_two_processes_at_once_keep_one_whole_file(asked: list[Any]) -> None:
+    plan = plan_of(H100, dtype="auto")
+    path = verify.cache_path(verify.key_of(RECIPE, plan, H100))
+    found = in_threads(8, lambda _: verify.find_wrong(RECIPE, plan, H100, lambda _: None))
     assert [[*each] for each in found] == [["gelu_mlp"]] * 8
     assert [*path.parent.iterdir()] == [path]
     assert json.loads(path.read_text())["wrong"]["gelu_mlp"]
@@ -441,21 +446,17 @@ def test_rank_0_checks_and_tells(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(verify, "find_wrong", find)
     monkeypatch.setattr(verify, "_difference", difference)
-    store, plans = dist.HashStore(), [[], []]
+    store = dist.HashStore()
 
-    def settle(rank: int) -> None:
+    def settle(rank: int) -> list[Plan]:
         world = World(rank, 2, rank, store)
         plan = verify.settle(lambda c: make_plan(RECIPE, H100, c), Choices(), RECIPE, H100, world)
         plan = replace(plan, device="cpu")
         rows = torch.zeros(1, 1), torch.zeros(1, 1)
         after = verify.compare_first_batch(GPT(CONFIG), plan, lambda: rows, "auto", world)
-        plans[rank] = [plan, after]
+        return [plan, after]
 
-    threads = [threading.Thread(target=settle, args=(n,), name=str(n)) for n in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    plans = in_threads(2, settle)
     assert asked == ["0"]
     assert plans[0] == plans[1]
     assert [plan.ops for plan in plans[0]] == ["triton,gelu_mlp=eager", "eager"]

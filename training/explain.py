@@ -21,10 +21,8 @@ from model.flops import flops_per_token, num_parameters
 from training.environment import environment
 from training.machines import CARDS, mfu
 from training.plan import Machine, Plan
-from training.probe import PROBE_S, Probe, Rates, measure_rates, probe_steps, products_s
+from training.probe import PROBE_S, Probe, Rates, measure_rates, products_s
 from training.recipes import Recipe
-
-__all__ = ["Probe", "Rates", "explain", "findings", "probe_steps"]
 
 
 def traffic_bytes(recipe: Recipe, plan: Plan) -> float:

@@ -38,6 +38,7 @@ COMPILE_S, MAX_COMPILE_S = 20.0, 40.0  # what it takes two idle cores, and what 
 PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer")
 # nvidia-smi's names of the fields of `Rates` that it fills.
 SMI_FIELDS = {
+    "driver_version": "driver",
     "power.limit": "power_limit_w",
     "power.max_limit": "power_max_w",
     "clocks.sm": "sm_mhz",
@@ -136,9 +137,7 @@ def products_s(recipe: Recipe, plan: Plan) -> float:
 def measure_rates(recipe: Recipe, machine: Machine, plan: Plan) -> Rates:
     """Copy and matmul rates of this machine; about 4 s on a CPU, each the median of some."""
     cuda, device = machine.device == "cuda", torch.device(machine.device)
-
-    def median_s(call: Callable[[], object]) -> float:
-        return _median_s(call, cuda, RATE_S)
+    median_s = partial(_median_s, cuda=cuda, budget_s=RATE_S)
 
     def gflops(m: int, k: int, n: int, dtype: torch.dtype) -> float:
         a, b = (torch.randn(s, device=device).to(dtype) for s in ((m, k), (k, n)))
@@ -162,11 +161,13 @@ def measure_rates(recipe: Recipe, machine: Machine, plan: Plan) -> Rates:
         torch.set_float32_matmul_precision(precision)
     for name in {*(["bf16"] if machine.has_bf16 else []), plan.dtype} - {"fp32"}:
         rates[name] = gflops(size, size, size, DTYPES[name])
-    smi = _gpu_state() if cuda else {}
+    smi = nvidia_smi(*SMI_FIELDS) if cuda else {}
     C = recipe.model_config.n_embd
     tokens = min(plan.micro_batch_size * recipe.block_size, 65536 if cuda else 1024)
     dtype = DTYPES[plan.dtype]
-    return Rates(copy_gbs(), rates, gflops(tokens, C, 4 * C, dtype), num_cores(), **smi)
+    found: dict[str, Any] = {SMI_FIELDS[field]: value for field, value in smi.items()}
+    found |= {name: float(value) for name, value in found.items() if name != "driver"}
+    return Rates(copy_gbs(), rates, gflops(tokens, C, 4 * C, dtype), num_cores(), **found)
 
 
 def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PROBE_S) -> Probe:
@@ -325,10 +326,3 @@ def _elapsed(cuda: bool) -> Iterator[Callable[[], float]]:
     yield lambda: clock.steps[0]["forward"]
     clock.mark("forward")
     clock.end_step(0.0, 1)
-
-
-def _gpu_state() -> dict[str, Any]:
-    """Fields of `Rates` for the first GPU now; those it does not tell are missing."""
-    state = nvidia_smi("driver_version", *SMI_FIELDS)
-    driver = {"driver": state.pop("driver_version")} if "driver_version" in state else {}
-    return driver | {SMI_FIELDS[field]: float(value) for field, value in state.items()}
