@@ -82,6 +82,7 @@ esac
         ("Tesla T4, 470.2, 7.5", True, [""], "cu126 needs driver 525 or newer; the CPU will be"),
         ("NVIDIA B200, 570.2, 10.0", True, [""], "cu126 needs sm_50 to sm_90; the CPU"),
         ("Failed to initialize NVML", True, [""], ""),
+        ("NVIDIA \\377 H100, 535.65.06, 9.0 \\r", True, ["+cu126"], "(sm_90, driver 535)"),
     ],
 )  # fmt: skip
 def test_setup_installs_the_torch_that_fits_the_card(

@@ -48,10 +48,11 @@ def find_cards() -> list[tuple[str, int, int]]:
     """As `choose` takes them; none where nvidia-smi does not say."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(query, capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    found = re.findall(r"^(.+), (\d+)[\d.]*, (\d+)\.(\d)$", done.stdout, re.MULTILINE)
+    said = done.stdout.decode(errors="replace")
+    found = re.findall(r"^(.+), (\d+)[\d.]*, (\d+)\.(\d)\s*$", said, re.MULTILINE)
     return [(name, int(driver), int(major + minor)) for name, driver, major, minor in found]
 
 
