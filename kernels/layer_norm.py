@@ -20,8 +20,6 @@ Memory bound; every tensor is read or written once. Bytes per element with x and
     add_layer_norm, fp32 h    forward 12 (x, residual, y, h)    backward 16 (dy, dh_out, h, dh, dx)
     add_layer_norm, bf16 h    forward  8                        backward  8 (dh is shared)
 
-Statistics add 8 bytes per row, partial sums 4 MB per call.
-
 Deterministic: dweight and dbias go through one fp32 row of partial sums per program and a second
 kernel that adds those rows in a fixed order. No atomics; reruns are bitwise equal on one device.
 
@@ -375,8 +373,10 @@ class _LayerNorm(torch.autograd.Function):
         return dx, dh if ctx.op == "add_layer_norm" else None, *rest, None, None
 
 
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Raise ValueError for what the kernels would misread."""
+def _norm(
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> Any:
+    """Either op, checked; what needs no gradient goes without autograd."""
     check_device(op, x)
     C = x.shape[-1] if x.dim() else 0
     if not 1 <= C <= MAX_C:
@@ -387,6 +387,13 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
     check_tensor(op, "x", x, x.shape, x.device)
     check_tensor(op, "weight", weight, (C,), x.device)
     check_tensor(op, "bias", bias, (C,), x.device, (weight.dtype,))
+    if residual is not None:
+        check_tensor(op, "residual", residual, x.shape, x.device)
+    args = x, residual, weight, bias, eps, autocast_dtype(x)
+    if needs_grad(*(t for t in args[:4] if t is not None)):
+        return _LayerNorm.apply(*args)
+    y, h, _ = layer_norm_fwd(*args)
+    return y if residual is None else (y, h)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -404,11 +411,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     Raises:
         ValueError: wrong shape, dtype, device or strides; the message has both values.
     """
-    _check("layer_norm", x, weight, bias)
-    dtype = autocast_dtype(x)
-    if not needs_grad(x, weight, bias):
-        return layer_norm_fwd(x, None, weight, bias, eps, dtype)[0]
-    return _LayerNorm.apply(x, None, weight, bias, eps, dtype)
+    return _norm("layer_norm", x, None, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -417,10 +420,8 @@ def add_layer_norm(
     """Add `x` to the residual stream and normalise the sum, in one pass over both.
 
     Args:
-        x: (..., C), contiguous, fp32 / fp16 / bf16, C <= MAX_C.
+        x, weight, bias, eps: As those of `layer_norm`.
         residual: (..., C), contiguous; its dtype, which may differ, is that of the stream.
-        weight, bias: (C,), one dtype, any of the three.
-        eps: Added to the variance.
 
     Returns:
         y = LayerNorm(residual_out), (..., C), in the autocast dtype under autocast, else the dtype
@@ -429,12 +430,7 @@ def add_layer_norm(
     Raises:
         ValueError: wrong shape, dtype, device or strides; the message has both values.
     """
-    _check("add_layer_norm", x, weight, bias)
-    check_tensor("add_layer_norm", "residual", residual, x.shape, x.device)
-    dtype = autocast_dtype(x)
-    if not needs_grad(x, residual, weight, bias):
-        return layer_norm_fwd(x, residual, weight, bias, eps, dtype)[:2]
-    return _LayerNorm.apply(x, residual, weight, bias, eps, dtype)
+    return _norm("add_layer_norm", x, residual, weight, bias, eps)
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
