@@ -9,9 +9,9 @@ loss on the first step and after the warm-up, and its first gradient norm, must 
 contestant's, or its row is in doubt.
 
 On a GPU one follows the other. On a CPU each lives in a process of its own, because ours changes
-how its process allocates memory, and they take turns: as many at a time as memory has room for,
-each group with the first contestant among them, by way of whom two of different groups are
-compared. Where not even two fit, each runs alone, after the first has run alone again.
+how its process allocates memory, and they take turns. If memory has no room for all, they come in
+groups. The first contestant is in each group, so that the others can be compared through it. Where
+not even two fit, each runs alone, and the first runs again before each.
 """
 
 import argparse
@@ -329,12 +329,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--model", default="124m", choices=[*MODELS])
     add("--shape", action="append", type=cli.shape,
         help="b<B>t<T>, repeat for several; default b64t1024 on a GPU, b4t64 on a CPU")  # fmt: skip
-    add("--accum", type=cli.count, default=1, help="micro-batches a step")
-    add("--provider", action="append", help="repeat for several")
+    add("--accum", type=cli.count, default=1, help="micro-batches per step")
+    add("--provider", action="append", help="a contestant, as in 'ours bf16'; repeat for several")
     add("--seconds", type=cli.amount, default=10.0, help="budget per contestant")
-    add("--minutes", type=cli.amount, default=30.0, help="of a table, on a CPU")
-    add("--ablation", action="store_true", help="each op and choice back, in turn")
-    add("--against", nargs=2, metavar=("nanogpt", "PATH"))
+    add("--minutes", type=cli.amount, default=30.0, help="budget of a table, on a CPU")
+    add("--ablation", action="store_true", help="also ours with one op or choice undone at a time")
+    add("--against", nargs=2, metavar=("nanogpt", "PATH"), help="also nanoGPT, by its model.py")
     add("--worker", help=argparse.SUPPRESS)
     cli.add_output(parser)
     args = parser.parse_args(argv)

@@ -156,7 +156,7 @@ class Options:
         text: UTF-8 file; - reads stdin.
         hellaswag: hellaswag_val.jsonl instead of a text.
         model: Run, model folder or .safetensors file; without it the newest under runs/.
-        window: Tokens the model sees at once; without it the context it was trained at.
+        window: Tokens the model sees at once; without it as many as it was trained with.
         max_tokens: Score only the first so many tokens.
         max_items: Score only the first so many items of HellaSwag.
         device: Where to run.

@@ -36,7 +36,7 @@ class Config:
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     preset: str
-    """Recipe: what is trained. Without a name it lists them."""
+    """Recipe, which says what is trained. --preset without a name lists them all."""
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Run folder or its config.json: make that run again; other flags on the line overrule it."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
@@ -86,7 +86,7 @@ class Config:
     """Steps between printed lines; 0 is about a hundred lines per run."""
     log_to: Annotated[str, tyro.conf.arg(aliases=["--log"])] = ""
     """Where curves go besides metrics.jsonl: any of tensorboard,wandb,trackio,csv; the first three
-    need the package of that name. Under torchrun write --log-to: it has a --log of its own."""
+    need the package of that name. Under torchrun write --log-to, as torchrun has a --log."""
     tensorboard: bool = False
     """The same as --log-to tensorboard."""
     rank_timeout: int = 600

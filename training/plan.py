@@ -63,14 +63,14 @@ class Choices:
     causal_attention sdpa-cudnn and sdpa-flash too."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """bf16 and fp16 are autocast with fp32 weights, fp16 with loss scaling; auto takes bf16 where
-    the hardware multiplies it, and fp16 on a GPU that multiplies only that (T4, V100, 20xx)."""
+    the hardware is fast in it, else fp16 on a GPU that is fast in that (T4, V100, 20xx)."""
     compile: Switch = None
     """torch.compile the model; auto does where it can and where it pays."""
     compile_scope: Literal["auto", "model", "blocks"] = "auto"
     """Compile the model as one graph, or one block that all layers share: starts sooner."""
     micro_batch_size: int = 0
-    """Rows of a physical batch; 0 is as many of a step's rows as fit on a GPU, up to 4,096 tokens
-    on a CPU."""
+    """Rows computed at once; 0 is as many of a step's rows as fit on a GPU, up to 4,096 tokens on a
+    CPU."""
     optimizer: Literal["auto", "torch", "triton"] = "auto"
     """Whose fused AdamW: PyTorch's or ours."""
     working_copies: Switch = None
@@ -79,20 +79,21 @@ class Choices:
     cuda_graph: Switch = None
     """Replay the whole step as one CUDA graph; auto does on a GPU."""
     shard: Literal["auto", "none", "optimizer", "full"] = "auto"
-    """optimizer: several ranks share AdamW's state out. full: the blocks' matrices altogether. auto
-    takes the first that fits."""
+    """optimizer: several ranks share out AdamW's state; full: the blocks' matrices and their
+    gradients too; auto takes the first of none, optimizer and full that fits."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in which ranks add up the gradients of matrices. bf16 halves what travels, rounded."""
+    """Dtype in which ranks add up the gradients of matrices. bf16 sends half as much and rounds the
+    sums, which changes the numerics."""
     recompute: Switch = None
     """Compute each block's forward again in the backward instead of keeping what it made: a third
     more arithmetic, the same bits, a fraction of the memory; auto where nothing else fits."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the residual stream under bf16. bf16 changes the numerics."""
     tune: Literal["auto", "on", "off", "only"] = "auto"
-    """Time what the ops and the step can be made of, and take the fastest; auto does so on a GPU,
-    once, and keeps the answer. on measures again, launch rows too; only does so and ends there."""
+    """Time the ways to compute each op and take the fastest: auto does so on a GPU, once, and keeps
+    the answer; on measures again, launch rows and whole steps too; only does that and no more."""
     tune_file: str | None = None
-    """Where that answer is kept. Default: the user's cache directory."""
+    """File that keeps the answer of --tune. Default: one in the user's cache directory."""
 
     def or_else(self, values: Mapping[str, Any]) -> "Choices":
         """With these values where the choice is left open; what is no choice is left out."""
@@ -105,7 +106,7 @@ _OPEN = vars(Choices())
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe runs. Every field leaves the losses as they are, but `residual`.
+    """How a recipe runs. Only `residual` and `reduce_dtype` change the losses.
 
     Args:
         device, device_name: Where it runs.

@@ -88,8 +88,8 @@ class Recipe:
     min_lr: float = 6e-5
     """Learning rate at and after the horizon."""
     schedule: Schedule = "cosine"
-    """From max_lr to min_lr: cosine and linear from the warm-up on; wsd (warm-up, stable, decay) in
-    a line at the end, after a stretch at max_lr; constant never."""
+    """How max_lr falls to min_lr: cosine and linear from the warm-up on; wsd (warm-up, stable,
+    decay) stays at max_lr and falls linearly at the end; constant does not fall."""
     decay_fraction: float = 0.2
     """Share of the steps, up to the horizon, in which wsd falls."""
     warmup_steps: int = 0
@@ -107,7 +107,7 @@ class Recipe:
     grad_accum_steps: int = 1
     """Micro-batches whose mean gradient makes a step."""
     weight_decay: float = 0.1
-    """AdamW's decay, on matrices only."""
+    """Weight decay of matrices; other parameters have none."""
     beta1: float = 0.9
     """AdamW's decay rate of the first moment."""
     beta2: float = 0.95
@@ -115,7 +115,7 @@ class Recipe:
     eps: float = 1e-8
     """AdamW's epsilon."""
     muon: bool = False
-    """Muon for the blocks' matrices, AdamW for the rest; see training/optim.py."""
+    """Muon updates the blocks' matrices, AdamW the rest; see training/optim.py."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 is off."""
     target_loss: float = 0.0
