@@ -49,13 +49,13 @@ $(VENV)/.setup-dev: requirements-dev.txt $(VENV)/.setup
 train: setup ## train, sample, draw the loss curve, save the model (DATA= PRESET= STEPS= OUT= ARGS=)
 	$(PY) train.py $(TRAIN_FLAGS)
 
-finetune: setup ## GPT-2 from the Hugging Face hub, or INIT=, trained on (DATA= INIT= STEPS= OUT= ARGS=)
+finetune: setup ## train GPT-2 from the Hugging Face hub further, or INIT= (DATA= INIT= STEPS= OUT= ARGS=)
 	$(PY) train.py --preset finetune --init "$${INIT:-gpt2}" $(TRAIN_FLAGS)
 
 doctor: setup ## what limits training on this machine and what to change; half a minute (PRESET= ARGS=)
 	$(PY) train.py --explain $(TRAIN_FLAGS)
 
-tune: setup ## time what a step can be made of here, launch rows too; keep what is fastest (PRESET= ARGS=)
+tune: setup ## time the ways to compute a step here, launch rows too; keep the fastest (PRESET= ARGS=)
 	$(PY) train.py --tune only $(TRAIN_FLAGS)
 
 sample: setup ## continue a prompt with the newest model, or another (PROMPT= MODEL= ARGS=)
@@ -81,7 +81,7 @@ test-gpu: setup-dev ## what only a GPU can show, and fails without one
 	$(PYTEST) -m gpu
 
 ##@ measure
-bench: setup-dev ## what each op and the whole step buy on this machine (OP= ARGS=)
+bench: setup-dev ## time each op and the whole step, beside plain PyTorch's (OP= ARGS=)
 	$(PY) -m bench $(OP_FLAG) $(ARGS)
 
 bench-step: setup-dev ## the training step alone; ARGS="--against nanogpt PATH" adds nanoGPT

@@ -296,10 +296,10 @@ PRESETS: dict[str, Recipe] = {
 
 # What each is for, on a line.
 ABOUT = {
-    "shakespeare-cpu": "a small GPT-2 on a text, five minutes on 2 cores; the default on a CPU",
+    "shakespeare-cpu": "a small GPT-2 on a text, 2 to 5 minutes on 2 cores; the default on a CPU",
     "shakespeare-124m": "GPT-2 124M until it knows tiny Shakespeare by heart; the default on a GPU",
     "fineweb-124m": "GPT-2 124M, 19,073 steps of half a million tokens; GPUs, and --data",
-    FINETUNE: "weights of --init trained on, the best of them kept; GPT-2 wants a GPU",
+    FINETUNE: "the weights of --init trained further, the best kept; GPT-2 wants a GPU",
     "smoke": "20 steps of a toy, to try a flag",
 }
 
