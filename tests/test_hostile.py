@@ -301,6 +301,14 @@ def test_a_link_among_checkpoints_is_passed_over(sane: Path, tmp_path: Path) -> 
         find(tmp_path / "run")
 
 
+@pytest.mark.parametrize("model", [None, 5, True, "", "tiny,n_layer=x"])
+def test_a_recipe_that_is_none_can_be_overridden(sane: Path, model: Any) -> None:
+    saved = checkpoint.read(sane)
+    saved.state["recipe"]["model"] = model
+    lines = resume.check_recipe(saved, RECIPE, "", override=True)
+    assert any(line.startswith("resume: recipe overridden: model was") for line in lines)
+
+
 def test_nothing_is_changed_by_a_checkpoint_that_is_refused(sane: Path) -> None:
     """As a person who calls `restore` without `find`."""
     saved = checkpoint.read(sane)

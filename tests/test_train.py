@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 import train
 from model import GPT, GPTConfig
 from tests.forked import Forked, python
-from training import ending, folder, loggers, metrics
+from training import checkpoint, ending, folder, loggers, metrics
 from training.data import SHAKESPEARE_SHA256
+from training.distributed import ALONE
 from training.evaluate import evaluate_tokens
 from training.metrics import RunLog
 from training.plan import Machine, detect, make_plan
 from training.recipes import ABOUT, PRESETS, Recipe, find_preset
+from training.resume import find
 
 ROOT = Path(train.__file__).parent
 CPU = Machine(device="cpu", name="a CPU", num_threads=2)
@@ -426,6 +428,11 @@ def test_a_config_is_the_flags_it_was_made_of(tmp_path: Path) -> None:
     assert train.parse(["--config", str(file)]).recipe.epochs == 3.0
     shorter = train.parse(["--config", str(file), "--steps", "5"]).recipe
     assert (shorter.epochs, shorter.max_steps) == (0.0, 5)
+    flat["choices"]["optimizer"] = "muon"  # as it was spelled before a recipe said it
+    del recipe["muon"]
+    file.write_text(json.dumps({"recipe": recipe, "flags": flat}))
+    older = train.parse(["--config", str(file)])
+    assert (older.recipe.muon, older.choices.optimizer) == (True, "auto")
 
 
 def test_muon_resumes_exactly_and_no_other_goes_on_from_it(
@@ -447,6 +454,13 @@ def test_muon_resumes_exactly_and_no_other_goes_on_from_it(
     assert train.main([*fixed, *flags, *resume, "--override"]) == 2
     assert "neither of Muon and AdamW can go on" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
+    saved = checkpoint.read(Path(resume[1]))  # as those were that had Muon in the plan
+    del saved.state["recipe"]["muon"]
+    saved.state["plan"]["optimizer"] = "muon"
+    older = str(checkpoint.write(tmp_path / "older", saved))
+    recipe = train.parse([*fixed, *flags, "--muon"]).recipe
+    sha256 = saved.state["recipe"]["data_sha256"]
+    assert find(older, tmp_path / "c", ALONE, recipe, sha256) is not None
 
 
 def test_a_wsd_run_cools_down_from_any_checkpoint(text: Path, tmp_path: Path, brief) -> None:

@@ -235,6 +235,8 @@ def from_config(path: str) -> list[str]:
         raise ValueError(
             f"config: {file} must be the config.json of a run, with its recipe and flags"
         ) from None
+    if chosen.get("optimizer") == "muon":  # of a run from before it was part of the recipe
+        chosen |= {"optimizer": "auto", "muon": True}
     left_out = set(_OF_ONE_RUN)
     left_out |= {"model"} if chosen.get("init") else set()  # whose weights decide it
     left_out |= {"max_steps"} if chosen.get("epochs") else set()  # of that text

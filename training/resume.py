@@ -21,7 +21,7 @@ from training.machines import Machine
 from training.metrics import RunLog
 from training.plan import Choices, Plan
 from training.recipes import Recipe
-from training.state import Progress, expect, made_on, restore
+from training.state import Progress, expect, made_on, restore, saved_recipe
 
 # What is chosen by time, or by the memory that was free, and goes on as it was on the same card.
 _ADOPTED = ("ops", "compile", "recompute", "compile_scope", "micro_batch_size", "optimizer")
@@ -179,7 +179,7 @@ def check_recipe(
     """
     if cooldown:
         cool_down(saved, recipe)
-    before = {**asdict(Recipe()), **saved.state["recipe"]}  # fields of a later version: as default
+    before = {**asdict(Recipe()), **saved_recipe(saved)}  # fields of a later version: as default
     now = {**asdict(recipe), "data_sha256": data_sha256}
     before.update({name: now[name] for name in _SAME_STEPS | (_ENDS if cooldown else set())})
     changed = _differences(before, now)
@@ -196,7 +196,7 @@ def check_recipe(
         )
     lines = [f"resume: recipe overridden: {change}" for change in changed]
     step, known = saved.step, {f.name for f in fields(Recipe)}
-    with suppress(TypeError, ValueError):  # a recipe of another version
+    with suppress(TypeError, ValueError, AttributeError):  # of another version, or a stranger's
         old = Recipe(**{k: v for k, v in saved.state["recipe"].items() if k in known})
         was, now_at = old.learning_rate(max(step - 1, 0)), recipe.learning_rate(step)
         if not math.isclose(now_at, old.learning_rate(step), rel_tol=0.01):

@@ -96,6 +96,11 @@ class State(TypedDict):
 STATE = schema.of(State)
 
 
+def saved_recipe(saved: Checkpoint) -> dict[str, Any]:
+    """The recipe of a checkpoint; Muon once was part of the plan."""
+    return {"muon": saved.state["plan"].get("optimizer") == "muon", **saved.state["recipe"]}
+
+
 def made_on(card: str) -> dict[str, str | None]:
     """What a choice by time holds for."""
     return {"card": card, "torch": torch.__version__, "triton": package_version("triton")}
@@ -202,7 +207,7 @@ def expect(model: GPT, accept: Callable[[Checkpoint], object] = bool) -> checkpo
             raise Mismatch(f"state.json: evaluated at step {late[0]}, and {step} are done")
         accept(saved)
         parameters = dict(model.named_parameters())
-        muon = saved.state["recipe"].get("muon")
+        muon = saved_recipe(saved)["muon"]
 
         def moments(name: str, p: Tensor) -> dict[str, Must]:
             if muon and is_hidden_matrix(name, p):
