@@ -66,10 +66,10 @@ def describe(recipe: Recipe, plan: Plan, count: int, card: str, price: float | N
     return [
         plan.describe(),
         f"tokens: {tokens:,} in {recipe.max_steps:,} steps of {recipe.tokens_per_step:,}",
-        f"tokens per second: {one:,.0f} of one card ({source}){several}",
-        f"hours: {hours:,.1f} of training steps alone; evaluations and start-up come on top",
-        f"checkpoints: {saved:.2f} GB each, {CHECKPOINTS_KEPT * saved:.1f} GB as many as are kept",
-        f"shards: {2 * tokens / 1e9:.1f} GB of disk where no token is seen twice",
+        f"tokens per second: {one:,.0f} on one card ({source}){several}",
+        f"hours: {hours:,.1f} for the training steps; evaluations and start-up come on top",
+        f"checkpoints: {saved:.2f} GB each, of which {CHECKPOINTS_KEPT} are kept",
+        f"shards: {2 * tokens / 1e9:.1f} GB of disk, if no token is read twice",
         *([f"cost: {hours * count * price:,.0f} at {price:g} per card and hour"] if price else []),
     ]
 
