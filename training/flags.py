@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -226,7 +226,8 @@ def from_config(path: str) -> list[str]:
         values = json.loads(file.read_text(encoding="utf-8"))
         recipe, flags = dict(values["recipe"]), dict(values["flags"])
         preset, choices = recipe.pop("name"), flags.pop("choices", {})
-        chosen = {**flags, **choices, **recipe, "preset": preset}
+        # What the recipe had no field for yet was as by default, whatever its name stands for now.
+        chosen = {**flags, **choices, **asdict(Recipe()), **recipe, "preset": preset}
     except OSError as error:
         raise OSError(
             f"config: {path} must be a run folder or its config.json: {error.strerror}"
