@@ -406,6 +406,7 @@ def test_a_step_is_dealt_out_evenly_or_refused(size, micro, count):
         return
     shared = share(plan, recipe, World(0, size))
     assert (shared.micro_batch_size, shared.num_micro_batches) == (micro, count)
+    assert (shared.memory_bytes < plan.memory_bytes) == (size > 1)  # it says what a rank needs
 
 
 def test_a_folder_of_shards_is_a_corpus(tmp_path):

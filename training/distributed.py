@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from model.edge import printable
 from training.machines import has_gpu
-from training.plan import Plan
+from training.plan import Plan, step_bytes
 from training.recipes import Recipe
 
 # A rank that hangs (not dies: torchrun sees that at once) before the first step ends the
@@ -349,7 +349,8 @@ def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
         )
     rows = recipe.rows_per_step // world.size
     micro = max(d for d in range(1, plan.micro_batch_size + 1) if rows % d == 0)
-    return replace(plan, micro_batch_size=micro, num_micro_batches=rows // micro)
+    plan = replace(plan, micro_batch_size=micro, num_micro_batches=rows // micro)
+    return replace(plan, memory_bytes=step_bytes(plan, recipe, world.size))
 
 
 def hash_weights(model: nn.Module) -> str:

@@ -226,20 +226,35 @@ def make_plan(
         raise ValueError(f"shard: full goes without --{flags[0]}; leave one of the two out")
     shard = asked.shard if ranks > 1 and not recipe.muon else "none"
 
-    def needs(micro: int, recompute: bool) -> int:
+    made = Plan(
+        device=machine.device,
+        device_name=machine.name,
+        num_threads=machine.num_threads,
+        ops=ops,
+        dtype=dtype,
+        compile=compile,
+        micro_batch_size=1,
+        num_micro_batches=rows,
+        eval_tokens=EVAL_TOKENS[machine.device],
+        compile_scope=scope,
+        optimizer=optimizer,
+        reduce_dtype=asked.reduce_dtype if ranks > 1 else "fp32",
+        residual=asked.residual,
+    )
+
+    def tried(micro: int, recompute: bool) -> Plan:
         copies = working_copies and not recompute and shard != "full"
-        return memory.estimate(
-            recipe.model_config, micro, recipe.block_size, dtype=dtype, ops=ops,
-            compiled=compile and scope == "model", working_copies=copies, full=shard == "full",
-            num_micro_batches=rows // micro, residual=asked.residual, recompute=recompute,
-            shards=ranks if shard in _SHARED else 1,
-        ).total + ID_BYTES * rows * recipe.block_size  # fmt: skip
+        sizes = {"micro_batch_size": micro, "num_micro_batches": rows // micro}
+        return replace(made, working_copies=copies, shard=shard, recompute=recompute, **sizes)
+
+    def needs(micro: int, recompute: bool) -> int:
+        return step_bytes(tried(micro, recompute), recipe, ranks)
 
     # Far too large is refused, whoever insists: building such a model would end the machine.
     memory_bytes = machine.memory_bytes or UNKNOWN_BYTES
     if shard == "auto":
         for kind in ("none", "optimizer", *(["full"] if not any(whole.values()) else [])):
-            shard = kind  # which `needs` reads
+            shard = kind  # which `tried` reads
             if needs(1, asked.recompute is True) <= MEMORY_SHARE * memory_bytes:
                 break
     least, recompute = 1 if on_cuda else recipe.batch_size, asked.recompute is True
@@ -250,34 +265,30 @@ def make_plan(
             f"blocks computed again in the backward: {least} x {recipe.block_size} tokens take "
             f"{needs(least, True) / 2**30:,.1f} GiB so, else {needs(least, False) / 2**30:,.1f}"
         )
-    working_copies = working_copies and not recompute and shard != "full"
     required = partial(needs, recompute=recompute)
     if required(1) > (4 if asked.micro_batch_size else 1) * memory_bytes:
         raise ValueError(_too_large(recipe, machine, required(1)))
     micro = asked.micro_batch_size or recipe.batch_size
     if not asked.micro_batch_size:
         micro = _merge_micro_batches(recipe, machine, required, notes)
-    return Plan(
-        device=machine.device,
-        device_name=machine.name,
-        num_threads=machine.num_threads,
-        ops=ops,
-        dtype=dtype,
-        compile=compile,
-        micro_batch_size=micro,
-        num_micro_batches=rows // micro,
-        eval_tokens=EVAL_TOKENS[machine.device],
-        compile_scope=scope,
-        optimizer=optimizer,
-        working_copies=working_copies,
+    return replace(
+        tried(micro, recompute),
         cuda_graph=on_cuda and shard != "full" if asked.cuda_graph is None else asked.cuda_graph,
-        shard=shard,
-        reduce_dtype=asked.reduce_dtype if ranks > 1 else "fp32",
-        recompute=recompute,
-        residual=asked.residual,
         memory_bytes=required(micro),
         notes=tuple(notes),
     )
+
+
+def step_bytes(plan: Plan, recipe: Recipe, ranks: int = 1) -> int:
+    """What a step of this plan, or of a rank's part of it, needs by training/memory.py."""
+    rows = plan.micro_batch_size * plan.num_micro_batches
+    return memory.estimate(
+        recipe.model_config, plan.micro_batch_size, recipe.block_size, dtype=plan.dtype,
+        ops=plan.ops, compiled=plan.compile and plan.compile_scope == "model",
+        working_copies=plan.working_copies, num_micro_batches=plan.num_micro_batches,
+        residual=plan.residual, shards=ranks if plan.shard in _SHARED else 1,
+        recompute=plan.recompute, full=plan.shard == "full",
+    ).total + ID_BYTES * rows * recipe.block_size  # fmt: skip
 
 
 def _merge_micro_batches(
