@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+import threading
 import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
@@ -91,23 +92,27 @@ def vocab_files() -> tuple[Path, Path]:
     return found[0], found[1]
 
 
+_loading = threading.Lock()  # of threads that come first at once, as two visitors of the demo may
+
+
 @cache
 def get_encoding() -> tiktoken.Encoding:
     """GPT-2's encoding, loaded once per process."""
-    cached = _cached_files()
-    # Without the files tiktoken downloads them to the same place.
-    with suppress(FileNotFoundError):
-        for target, source in zip(cached.values(), vocab_files(), strict=True):
-            if source != target:
-                write_atomically(target, source.read_bytes())
-    name, before = "TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ[name] = str(cache_dir() / "tiktoken")  # where tiktoken is told its folder
-    try:
-        return tiktoken.get_encoding(ENCODING)
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
+    with _loading:
+        cached = _cached_files()
+        # Without the files tiktoken downloads them to the same place.
+        with suppress(FileNotFoundError):
+            for target, source in zip(cached.values(), vocab_files(), strict=True):
+                if source != target:
+                    write_atomically(target, source.read_bytes())
+        name, before = "TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR")
+        os.environ[name] = str(cache_dir() / "tiktoken")  # where tiktoken is told its folder
+        try:
+            return tiktoken.get_encoding(ENCODING)
+        finally:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
 
 
 def check_vocabulary(what: str, vocab_size: int) -> None:

@@ -1,6 +1,9 @@
 """GPT-2's encoding: known ids, any text, and no network."""
 
+import os
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -60,6 +63,24 @@ def test_loads_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
         "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
     }
+
+
+def test_threads_that_come_first_at_once_do_not_disturb_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = tiktoken.get_encoding
+
+    def slow(name: str) -> tiktoken.Encoding:
+        time.sleep(0.05)
+        assert "TIKTOKEN_CACHE_DIR" in os.environ
+        return real(name)
+
+    monkeypatch.setattr(tiktoken, "get_encoding", slow)
+    before = os.environ.get("TIKTOKEN_CACHE_DIR")
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(tokenizer.get_encoding.__wrapped__) for _ in range(4)]
+    assert len({id(done.result()) for done in waiting}) == 1
+    assert os.environ.get("TIKTOKEN_CACHE_DIR") == before
 
 
 def test_a_damaged_cache_file_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
