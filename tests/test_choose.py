@@ -304,6 +304,7 @@ def test_rows_that_a_kernel_is_wrong_with_or_a_step_slower_are_not_taken(
 @pytest.mark.parametrize("spoil", [
     b"", b"{", b"\xff\xfe", b"[1]", b"[" * 100_000, b'{"key": {}}', 3, {"step": 3},
     {"step": {"as chosen": ["a"]}}, {"step": {"as chosen": None}},
+    {"step": {"as chosen": [10**400]}},
 ])  # fmt: skip
 def test_an_answer_that_cannot_be_used_is_made_anew(
     spoil: Any, measured: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture

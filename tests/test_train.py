@@ -465,7 +465,9 @@ def test_muon_resumes_exactly_and_no_other_goes_on_from_it(
     assert find(older, tmp_path / "c", ALONE, recipe, sha256) is not None
 
 
-def test_a_wsd_run_cools_down_from_any_checkpoint(text: Path, tmp_path: Path, brief) -> None:
+def test_a_wsd_run_cools_down_from_any_checkpoint(
+    text: Path, tmp_path: Path, brief, capsys
+) -> None:
     flags = [
         "--schedule=wsd",
         "--decay-fraction=0.25",
@@ -493,6 +495,7 @@ def test_a_wsd_run_cools_down_from_any_checkpoint(text: Path, tmp_path: Path, br
     again = train.prepare(cfg)
     assert again.saved is not None
     assert (again.saved.step, again.recipe.max_steps) == (8, 8)
+    assert "resume: the learning rate was" not in capsys.readouterr().out
 
 
 # Flags => what is said of them.

@@ -178,7 +178,7 @@ def check_recipe(
             Or `cool_down`'s, where that is asked for.
     """
     if cooldown:
-        cool_down(saved, recipe)
+        recipe = cool_down(saved, recipe)
     before = {**asdict(Recipe()), **saved_recipe(saved)}  # fields of a later version: as default
     now = {**asdict(recipe), "data_sha256": data_sha256}
     before.update({name: now[name] for name in _SAME_STEPS | (_ENDS if cooldown else set())})

@@ -165,7 +165,8 @@ def read_kept(path: Path, key: Mapping[str, Any], read: Callable[[Any], T]) -> t
         why = "it is of something else"
     except FileNotFoundError:
         return None, ""
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+            OverflowError) as error:  # fmt: skip
         why = one_line(error, 100)
     return None, f"; {path} cannot be used: {why}"
 
