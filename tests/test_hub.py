@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from model import GPT, GPTConfig, hub
-from tests.test_train import events, text  # noqa: F401 # a fixture
+from tests.test_train import events
 from training import ending
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -160,7 +160,7 @@ def test_a_hub_without_its_library_is_said(here: Hub, monkeypatch) -> None:
 
 def test_a_fine_tuning_starts_from_a_name(
     here: Hub,
-    text: Path,  # noqa: F811
+    text: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -153,7 +153,8 @@ def test_text_appears_grows_and_nothing_leaves_the_machine(
         visitor.wait_for(number)
         lengths.append(len(visitor.text()))
     assert visitor.text().startswith(prompt)
-    assert lengths == sorted({*lengths})
+    assert lengths == sorted(lengths)  # a busy browser may see two of the four at once
+    assert lengths[0] < lengths[-1]
     assert re.search(r"200 tokens, \d+ tokens/s, seed \d+", visitor.status())
     assert visitor.page.title() == app.TITLE
     outside = [u for u in visitor.requests if not u.startswith((url, "data:", "blob:"))]

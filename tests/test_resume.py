@@ -17,7 +17,7 @@ from training import checkpoint, folder
 from training.checkpoint import Checkpoint, CheckpointError, Writer, newest_good
 from training.guard import Guard
 from training.metrics import RunLog, read_metrics
-from training.optim import configure_adamw
+from training.optim import AdamW, configure_adamw
 from training.recipes import Recipe
 from training.signals import EXIT_AT_ONCE
 
@@ -274,15 +274,14 @@ def in_process(run: Small, out: str, *flags: str) -> int:
 def plant_nan(monkeypatch, bad_calls):
     """NaN in the gradients of the given steps, counted by calls of the clipping."""
     calls = iter(range(10**6))
-    clip = torch.nn.utils.clip_grad_norm_
+    clip = AdamW.clip
 
-    def clip_and_spoil(parameters, max_norm):
-        parameters = list(parameters)
+    def spoil_and_clip(self, max_norm):
         if next(calls) in bad_calls:
-            parameters[0].grad[0, 0] = float("nan")
-        return clip(parameters, max_norm)
+            self.clip_order[0].grad[0, 0] = float("nan")
+        return clip(self, max_norm)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_spoil)
+    monkeypatch.setattr(AdamW, "clip", spoil_and_clip)
 
 
 def events(run: Small, out: str) -> list[str]:
