@@ -149,7 +149,7 @@ def measure_rates(recipe: Recipe, machine: Machine, plan: Plan) -> Rates:
         target = torch.empty_like(source)
         return 2e-9 * source.nbytes / median_s(lambda: target.copy_(source))
 
-    size, precision = 8192 if cuda else 1024, torch.get_float32_matmul_precision()
+    size, precision = 8192 if cuda else 2048, torch.get_float32_matmul_precision()
     rates = {}
     try:
         torch.set_float32_matmul_precision("highest")
