@@ -106,6 +106,15 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def cuda_as_it_was() -> Iterator[None]:
+    """What a test replaces inside `pretend_cuda` monkeypatch puts back after it: the pretence."""
+    functions = {name: value for name, value in vars(torch.cuda).items() if callable(value)}
+    yield
+    for name, function in functions.items():
+        setattr(torch.cuda, name, function)
+
+
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator["pretend_cuda.Pretended"]:
     """A pretended GPU on which the timer is soon done: few calls, few samples."""
