@@ -367,6 +367,8 @@ def test_a_pattern_follows_no_link_back_and_takes_nothing_hidden(
         (f"{tmp_path}/**/*.txt", "a.txt"),
         ("**/*.txt", "a.txt"),
         ("d/../*.txt", "a.txt"),
+        ("**.txt", "a.txt"),
+        (f"{tmp_path}/a**t", "a.txt"),
         (".k*/*.txt", ".kept/g.txt"),
         (".kept/**", ".kept/g.txt"),
     ):

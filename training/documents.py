@@ -191,7 +191,9 @@ def _matches(path: str) -> list[Path]:
         hidden = [part for part in match.parts if part.startswith(".")]
         return all(any(fnmatch.fnmatch(part, each) for each in dotted) for part in hidden)
 
-    inside = Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+    # Within a name, as in **.txt, two stars are one; Path.glob of Python 3.11 refuses them.
+    parts = [part if part == "**" else part.replace("**", "*") for part in pattern.parts]
+    inside = Path(pattern.anchor).glob(str(Path(*parts).relative_to(pattern.anchor)))
     found = {match for match in inside if shown(match)}
     # ** names a folder and all that is in it.
     return sorted(m for m in found if found.isdisjoint(m.parents)) or [pattern]
