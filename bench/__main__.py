@@ -16,7 +16,6 @@ from bench import cli, ops, record, report, step
 from bench.cases import CASES, CPU_SHAPES, Shape
 from bench.contestants import Setup, default_providers
 from bench.tables import source_line
-from training import timing
 
 
 def heading(text: str) -> None:
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = record.Results(device, args.out, args.commit)
     heading("This machine")
     print(source_line(results))
-    limits = results.about["limits"] = timing.limits(device)
+    limits = results.about["limits"] = record.limits(device)
     print(
         f"copy {limits['copy_gbs']:,.4g} GB/s, {'bf16' if cuda else 'fp32'} matmul "
         f"{limits['matmul_tflops']:,.3g} TFLOP/s, with K=768 {limits['matmul_k768_tflops']:,.3g}: "

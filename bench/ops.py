@@ -220,9 +220,9 @@ def measure(
         contestants, device, set_bytes,
         needs=needs, failed=failed, rounds=rounds, seconds=seconds,
     )  # fmt: skip
-    floor = case.floor_ms(shape, dtype.itemsize, mode, timing.limits(device))
+    floor = case.floor_ms(shape, dtype.itemsize, mode, record.limits(device))
     flops = case.flops(shape, mode)
-    state = timing.gpu_state() if cuda else {}
+    state = record.gpu_state() if cuda else {}
     rows = make_rows(
         providers, timed, failed, ("eager", "compile"), set_bytes, floor, op=op, shape=shape.label,
         dtype=next(name for name in DTYPES if DTYPES[name] == dtype), mode=mode, sweep=sweep,
@@ -340,7 +340,7 @@ class Job:
             seconds=self.options.seconds, sweep=self.options.sweep,
         )  # fmt: skip
         self.rows.setdefault((shape.label, mode), []).extend(rows.values())
-        self.results.about["limits"] = timing.limits(self.device)
+        self.results.about["limits"] = record.limits(self.device)
         self.results.add("ops", *rows.values())
         return rows, timed
 

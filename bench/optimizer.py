@@ -93,7 +93,7 @@ def measure(model: str, working: bool, device: torch.device, seconds: float) -> 
     timed = timing.time_calls(steps, device, nbytes, failed=failed, seconds=seconds)
     rows = make_rows(
         [*CLASSES], timed, failed, ["torch"], nbytes,
-        nbytes / timing.limits(device)["copy_gbs"] / 1e6,
+        nbytes / record.limits(device)["copy_gbs"] / 1e6,
         op="optimizer", shape=model, dtype="bf16 copies" if working else "fp32", mode="step",
     )  # fmt: skip
     doubt = rows["triton"].doubt or doubt_of(weights)

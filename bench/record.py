@@ -17,6 +17,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from model.files import write_atomically
 from training.child import ROOT
 from training.environment import git, package_version
 from training.machines import cpu_name, nvidia_smi
+from training.plan import Choices, detect, make_plan
+from training.probe import measure_rates
+from training.recipes import Recipe
 
 RESULTS = ROOT / "bench/results"
 SCHEMA = "fused-gpt/bench/2"
@@ -55,6 +59,32 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+@cache
+def limits(device: torch.device) -> dict[str, float]:
+    """What this machine reaches, as `train.py --explain` measures it: what rows are held against.
+
+    Returns:
+        copy_gbs: GB/s of a copy larger than any cache, bytes read plus bytes written.
+        matmul_tflops, matmul_k768_tflops: TFLOP/s of a large square matmul and of one with
+            GPT-2's inner dimension 768; bf16 on CUDA, fp32 on the CPU.
+    """
+    dtype = "bf16" if device.type == "cuda" else "fp32"
+    recipe, machine = Recipe(model="124m", batch_size=64, block_size=1024), detect(device.type)
+    choices = Choices(dtype=dtype, micro_batch_size=64)
+    rates = measure_rates(recipe, machine, make_plan(recipe, machine, choices))
+    return {
+        "copy_gbs": rates.copy_gbs,
+        "matmul_tflops": rates.matmul_gflops[dtype] / 1e3,
+        "matmul_k768_tflops": rates.shape_gflops / 1e3,
+    }
+
+
+def gpu_state() -> dict[str, float]:
+    """Clocks in MHz, power in W and temperature now; {} where nvidia-smi does not say."""
+    wanted = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+    return {name: float(value) for name, value in nvidia_smi(*wanted).items()}
 
 
 def git_state() -> tuple[str, bool]:

@@ -154,7 +154,7 @@ def measure_cuda(
         warm, timed = found
         first = warm if name == next(iter(builds)) else first
         row = timed_row(warm, setup, timed, first, torch.cuda.get_device_name(device))
-        rows[name] = row = replace(row, gpu=timing.gpu_state())
+        rows[name] = row = replace(row, gpu=record.gpu_state())
         yield row
         twin = rows.get(name.replace("ours", "compile"), row)
         again = alone(twin.provider) if twin is not row and not (row.doubt or twin.doubt) else None

@@ -91,7 +91,7 @@ def test_wrong_or_unchecked_numerics_hide_the_speed(monkeypatch):
     def wrong(**inputs: Any) -> Any:
         return EAGER.layer_norm(**inputs) * 1.01
 
-    monkeypatch.setattr(timing, "limits", lambda device: {"copy_gbs": 1.0})
+    monkeypatch.setattr(record, "limits", lambda device: {"copy_gbs": 1.0})
     how = {"providers": ["eager", "ours", "sdpa-flash"], "seconds": 0.0, "rounds": 3}
     why = "TypeError: no such argument"
     for layer_norm, doubt in (
@@ -158,7 +158,7 @@ def test_generation_is_timed_beside_transformers():
 def test_ops_are_written_as_they_come_and_ours_in_doubt_fails(monkeypatch, tmp_path, capsys):
     """The plugin that pytest-benchmark runs; what is measured is made up here."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    monkeypatch.setattr(timing, "limits", lambda device: {"copy_gbs": 1.0})
+    monkeypatch.setattr(record, "limits", lambda device: {"copy_gbs": 1.0})
     doubt: dict[str, str] = {}
     written: list[int] = []
 

@@ -20,7 +20,6 @@ from kernels import EAGER
 from kernels._op import INTERPRETED
 from model import GPTConfig
 from tests.pretend_cuda import Pretended
-from training import timing
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU; needs the interpreter")
 
@@ -34,7 +33,7 @@ FATAL = "CUDA error: an illegal memory access was encountered"
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = dict.fromkeys(("copy_gbs", "matmul_tflops", "matmul_k768_tflops"), 1.0)
-    monkeypatch.setattr(timing, "limits", lambda device: rates)
+    monkeypatch.setattr(record, "limits", lambda device: rates)
     monkeypatch.setitem(contestants.MODELS, "test", TINY_CONFIG)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import record
 from kernels._op import INTERPRETED
 from tests.pretend_cuda import Pretended
 from training import timing
@@ -36,7 +37,7 @@ def test_a_copy_of_known_bytes_is_measured():
     found = timing.time_calls({"": [lambda: target.copy_(source)]}, device, 1 << 31)[""]
     gbs = 2 * 4 * (1 << 28) / found.median_ms / 1e6
     assert found.mode == "graph"
-    assert 0.5 < gbs / timing.limits(device)["copy_gbs"] < 1.1
+    assert 0.5 < gbs / record.limits(device)["copy_gbs"] < 1.1
 
 
 def test_turns_are_taken_until_the_budget_or_an_error_ends_them():

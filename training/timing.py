@@ -1,4 +1,4 @@
-"""The one timer, of the bench and of what a run chooses by; the machine's limits in its units.
+"""The one timer, of the bench and of what a run chooses by.
 
 What is timed is a list of calls that do the same work on different buffers. On CUDA they are
 captured into one graph and a sample is the device-event time of one replay over its calls, so the
@@ -16,11 +16,6 @@ from functools import cache
 from typing import Any
 
 import torch
-
-from training.machines import nvidia_smi
-from training.plan import Choices, detect, make_plan
-from training.probe import measure_rates
-from training.recipes import Recipe
 
 Call = Callable[[], Any]
 
@@ -347,29 +342,3 @@ def spin(device: torch.device) -> None:
         for _ in range(16):
             torch.mm(a, a, out=out)
         torch.cuda.synchronize(device)
-
-
-@cache
-def limits(device: torch.device) -> dict[str, float]:
-    """What this machine reaches, as `train.py --explain` measures it: what rows are held against.
-
-    Returns:
-        copy_gbs: GB/s of a copy larger than any cache, bytes read plus bytes written.
-        matmul_tflops, matmul_k768_tflops: TFLOP/s of a large square matmul and of one with
-            GPT-2's inner dimension 768; bf16 on CUDA, fp32 on the CPU.
-    """
-    dtype = "bf16" if device.type == "cuda" else "fp32"
-    recipe, machine = Recipe(model="124m", batch_size=64, block_size=1024), detect(device.type)
-    choices = Choices(dtype=dtype, micro_batch_size=64)
-    rates = measure_rates(recipe, machine, make_plan(recipe, machine, choices))
-    return {
-        "copy_gbs": rates.copy_gbs,
-        "matmul_tflops": rates.matmul_gflops[dtype] / 1e3,
-        "matmul_k768_tflops": rates.shape_gflops / 1e3,
-    }
-
-
-def gpu_state() -> dict[str, float]:
-    """Clocks in MHz, power in W and temperature now; {} where nvidia-smi does not say."""
-    wanted = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
-    return {name: float(value) for name, value in nvidia_smi(*wanted).items()}
