@@ -7,7 +7,6 @@ cp1252 has no word for a sample: none of these is a reason to lose a run.
 import contextlib
 import io
 import os
-import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,8 +20,6 @@ PATIENCE_S = 5.0  # for a reader that does not read, once the run has been asked
 class _Survivor(io.RawIOBase):
     """Writes to a text stream until it takes nothing any more, then to nobody.
 
-    A thread writes, because a write to a full pipe cannot be given up by whoever is in it.
-
     Args:
         stream: Standard output or error as Python opened it.
         name: "stdout" or "stderr".
@@ -31,14 +28,9 @@ class _Survivor(io.RawIOBase):
 
     def __init__(self, stream: TextIO, name: str, hurried: Callable[[], bool], what_is_left: str):
         self.stream, self.name, self.hurried = stream, name, hurried
-        self.what_is_left = what_is_left
-        self.lost, self.process = False, os.getpid()
-        try:
-            self.number: int | None = stream.fileno()
-        except (OSError, ValueError, AttributeError):  # a test's capture
-            self.number = None
-        self.pieces: queue.SimpleQueue[tuple[bytes, threading.Event] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name=name, daemon=True).start()
+        self.what_is_left, self.lost, self.number = what_is_left, False, None
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a test's capture
+            self.number = stream.fileno()
 
     def writable(self) -> bool:
         return True
@@ -50,38 +42,32 @@ class _Survivor(io.RawIOBase):
         return not self.lost and self.stream.isatty()
 
     def write(self, data: bytes) -> int:  # pyright: ignore
-        if self.process != os.getpid():  # a fork, which has no thread, or after the run
-            with contextlib.suppress(OSError, ValueError):
-                self._send(bytes(data))
-        elif not self.lost:
-            waited, done = 0.0, threading.Event()
-            self.pieces.put((bytes(data), done))
-            while not done.wait(0.1) and not self.lost:
-                waited += 0.1 * self.hurried()
-                if waited > PATIENCE_S:
-                    self._lose("nobody reads it")
+        if self.lost:
+            return len(data)
+        # In a thread, because a write to a full pipe cannot be given up by whoever is in it.
+        thread = threading.Thread(target=self._send, args=(bytes(data),), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is at its end, or there are too many threads
+            self._send(bytes(data))
+            return len(data)
+        waited = 0.0
+        while thread.is_alive() and not self.lost:
+            thread.join(0.1)
+            waited += 0.1 * self.hurried()
+            if waited > PATIENCE_S:
+                self._lose("nobody reads it")
         return len(data)
 
-    def end_thread(self) -> None:
-        self.process = 0
-        self.pieces.put(None)
-
-    def _serve(self) -> None:
-        while piece := self.pieces.get():
-            data, done = piece
-            try:
-                self._send(data)
-            except (OSError, ValueError) as error:
-                self._lose(error)
-            done.set()
-
     def _send(self, data: bytes) -> None:
-        if self.number is None:
-            self.stream.write(data.decode(self.stream.encoding or "utf-8"))
-            self.stream.flush()
-            return
-        while data and not self.lost:
-            data = data[os.write(self.number, data) :]
+        try:
+            if self.number is None:
+                self.stream.write(data.decode(self.stream.encoding or "utf-8"))
+                self.stream.flush()
+            while data and self.number is not None:
+                data = data[os.write(self.number, data) :]
+        except (OSError, ValueError) as error:
+            self._lose(error)
 
     def _lose(self, reason: object) -> None:
         self.lost = True
@@ -104,14 +90,11 @@ def surviving(
         what_is_left: Said once nobody takes standard output any more.
     """
     hold_streams()
-    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    survivors = []
+    before = {"stdout": sys.stdout, "stderr": sys.stderr}
     for name, stream in before.items():
         stream.flush()
-        survivors.append(_Survivor(stream, name, hurried, what_is_left))
-        wrapped = io.TextIOWrapper(
-            survivors[-1], stream.encoding, "backslashreplace", line_buffering=True
-        )
+        raw = _Survivor(stream, name, hurried, what_is_left)
+        wrapped = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
         setattr(sys, name, wrapped)
     try:
         yield
@@ -119,5 +102,3 @@ def surviving(
         for name, stream in before.items():
             getattr(sys, name).flush()
             setattr(sys, name, stream)
-        for survivor in survivors:
-            survivor.end_thread()
