@@ -34,31 +34,18 @@ _NOT_WRITTEN = ("bad", "position", "stop")  # fields of a record that metrics.js
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step, as metrics.jsonl holds it.
+    """One optimizer step, as metrics.jsonl holds it but for the last three."""
 
-    Args:
-        step: Counted from 0.
-        loss: Mean over the micro-batches, nats per token, before the update.
-        lr: Learning rate of the update.
-        grad_norm: Global norm before clipping.
-        ms: Wall time of the step.
-        tokens_per_s: Tokens of the step over `ms`.
-        mfu: Model flops utilisation in [0, 1]; None on a device whose peak is not known.
-        bad: The guard skipped the update; an event of its own in metrics.jsonl.
-        position: Rows drawn after the step's batches; for the guard, not in metrics.jsonl.
-        stop: A rank was asked to stop; not in metrics.jsonl either.
-    """
-
-    step: int
-    loss: float
+    step: int  # counted from 0
+    loss: float  # mean over the micro-batches, nats per token, before the update
     lr: float
-    grad_norm: float
+    grad_norm: float  # before clipping
     ms: float
     tokens_per_s: float
-    mfu: float | None
-    bad: bool = False
-    position: int = 0
-    stop: bool = False
+    mfu: float | None  # in [0, 1]; None on a device whose peak is not known
+    bad: bool = False  # the guard skipped the update
+    position: int = 0  # rows drawn after the step's batches
+    stop: bool = False  # a rank was asked to stop
 
     @property
     def finite(self) -> bool:
@@ -72,7 +59,7 @@ class StepRecord:
         )
 
 
-_MAY_BE_NULL = dict.fromkeys(("loss", "grad_norm"), of(float | None))
+_MAY_BE_NULL = dict.fromkeys(("loss", "grad_norm"), of(float | None))  # where they are not finite
 _STEP = {k: v for k, v in (of(StepRecord) | _MAY_BE_NULL).items() if k not in _NOT_WRITTEN}
 
 
@@ -81,8 +68,7 @@ class RunLog:
 
     Args:
         folder: Run folder; metrics.jsonl is written there, one object per line.
-        max_steps: For the progress bar.
-        tokens_per_step: For tokens per second.
+        max_steps, tokens_per_step: Of the recipe.
         mfu: Tokens per second to model flops utilisation, or None where the peak is unknown.
         log_every: Steps from one printed line to the next; metrics.jsonl has every step.
         loggers: Names of training/loggers.py that get the curves too.
@@ -118,12 +104,11 @@ class RunLog:
         if not quiet:
             _cut_back(path, keep_bytes)
         self._file = path.open("ab", buffering=0)  # a line that fails is not tried again later
-        self._pending: tuple[int, float, int, Tensor, torch.cuda.Event | float] | None = None
+        self._pending: tuple[Any, ...] | None = None
         self._unread: list[StepRecord] = []
         self._again_from: int | None = None  # offset of the first such event after the last step
         self._broken = False  # a line of metrics.jsonl is missing, or half there
-        self._pinned: list[Tensor] = []
-        self._mark: torch.cuda.Event | float = time.perf_counter()  # where the pending step began
+        self._mark: Any = time.perf_counter()  # where the pending step began: seconds, or an event
         self.records = [] if quiet else _read_records(path, steps_done)
         self._bar = Progress(transient=True, disable=quiet or not sys.stdout.isatty())
         self._task = self._bar.add_task("training", total=max_steps)
@@ -169,11 +154,9 @@ class RunLog:
         zero = torch.zeros_like(loss)
         flags = (zero if flag is None else flag for flag in (bad, stop))
         values = torch.stack([loss, grad_norm, *flags]).float()
-        done: torch.cuda.Event | float = time.perf_counter()
+        done: Any = time.perf_counter()
         if values.is_cuda:
-            # Two buffers: one is read while the other is written.
-            self._pinned = self._pinned or [torch.empty(4, pin_memory=True) for _ in range(2)]
-            values = self._pinned[step % 2].copy_(values, non_blocking=True)
+            values = values.to("cpu", non_blocking=True)  # into pinned memory
             done = torch.cuda.Event(enable_timing=True)
             done.record()
         self._pending = (step, lr, position, values, done)
@@ -192,13 +175,12 @@ class RunLog:
         step, lr, position, values, done = self._pending
         self._pending = None
         begun, self._mark = self._mark, done
-        if isinstance(done, torch.cuda.Event):
+        now = done
+        if not isinstance(done, float):
             done.synchronize()
-        if isinstance(begun, torch.cuda.Event) and isinstance(done, torch.cuda.Event):
-            seconds = begun.elapsed_time(done) / 1000.0  # the host sees ends late, and unevenly
-        else:
-            assert isinstance(begun, float)
-            seconds = (done if isinstance(done, float) else time.perf_counter()) - begun
+            now = time.perf_counter()
+        # Between two events where there are two: the host sees ends late, and unevenly.
+        seconds = now - begun if isinstance(begun, float) else begun.elapsed_time(done) / 1000.0
         loss, grad_norm, bad, stop = values.tolist()
         self.first_step_s = self.first_step_s or seconds_since_start()
         tokens_per_s = self.tokens_per_step / seconds
@@ -321,15 +303,8 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], ...]:
 
 def to_json(values: Any, indent: int | None = None) -> str:
     """JSON, with null for a number that is not finite: JSON has no word for it."""
-
-    def spelled(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if isinstance(value, dict):
-            return {key: spelled(inner) for key, inner in value.items()}
-        return [*map(spelled, value)] if isinstance(value, list | tuple) else value
-
-    return json.dumps(spelled(values), indent=indent, allow_nan=False)
+    finite = json.loads(json.dumps(values), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=indent)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
