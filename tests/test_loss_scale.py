@@ -111,6 +111,19 @@ def test_gradients_that_no_scale_saves_are_the_guard_s(monkeypatch: pytest.Monke
     assert all(map(torch.equal, weights(taken), before))
 
 
+def test_gradients_of_zero_leave_a_scale_that_can_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "FIRST_SCALE", 2.0**125)
+    monkeypatch.setattr(step, "GROWTH_STEPS", 2)
+    taken = fp16_step()
+    parameters = list(taken.model.parameters())
+    taken.forward = lambda *_: 0.0 * torch.nn.utils.parameters_to_vector(parameters).sum()
+    assert run(taken, 8) == [0.0] * 8
+    assert scale_of(taken) == [2.0**127, 0.0]
+    made = taken.model, taken.optimizer, None
+    saved = state.capture(state.Progress(step=8), *made, taken.recipe, taken.plan, "00")
+    state.restore(saved, *made)
+
+
 def test_a_resume_knows_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = fp16_step()
     run(taken, 2)

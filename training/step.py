@@ -38,8 +38,8 @@ from training.recipes import Recipe
 # They are steps of the run like any other.
 NUM_WARMUP = 3
 # Of the loss under fp16, as torch.amp.GradScaler has it: halved where gradients overflow, doubled
-# after so many steps without. It is a tensor of the optimizer's, so that a graph can change it.
-FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
+# after so many steps without, up to fp32's largest power of two: gradients of 0 never overflow.
+FIRST_SCALE, GROWTH_STEPS, MOST_SCALE = 2.0**16, 2000, 2.0**127
 
 
 class Rows(Protocol):
@@ -253,7 +253,7 @@ class TrainStep:
         grows = steps + 1 >= GROWTH_STEPS
         factor = torch.where(lost, 0.5, torch.where(grows, 2.0, 1.0))
         steps = torch.where(lost | grows, 0.0, steps + 1)
-        state.copy_(torch.stack([scale * factor, steps]))
+        state.copy_(torch.stack([(scale * factor).clamp(max=MOST_SCALE), steps]))
         self.overflow = lost.float()
 
     def skip(self, bad: Tensor | None) -> Tensor | None:
