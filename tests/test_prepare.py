@@ -214,30 +214,6 @@ def test_a_killed_process_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ('{"txt": "b"}', "no text under 'text', got None; --text-column names"),
-        ("[1", "Expecting"),
-        ('{"text": 3}', "got 3"),
-        ("[1]", "no text under"),
-        ('{"text": "\\ud83d"}', r"U\+D83D is half of a surrogate pair"),
-        ("[" * 100_000, "recursion"),
-        ('{"text": ' + "9" * 5000 + "}", "4300 digits"),
-        (b'{"text": "\xff"}', "can't decode byte 0xff"),
-    ],
-)
-def test_bad_jsonl_names_the_line(tmp_path, line: str | bytes, reason: str):
-    path = tmp_path / "bad.jsonl"
-    line = line.encode() if isinstance(line, str) else line
-    path.write_bytes(b'{"text": "a"}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=rf"bad.jsonl: line 2 at byte 14 .*{reason}") as refusal:
-        encode_piece(next(cut(path)))
-    assert ("--text-column" in str(refusal.value)) == (
-        "no text under" in reason or "got 3" in reason
-    )
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"shard_tokens": 0}, "shard_tokens must be a whole number from 1"),

@@ -50,8 +50,6 @@ Tokens = np.ndarray | TokenShards
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids on disk, memory-mapped."""
-
     tokens: TokenShards  # (N,) uint16
     name: str  # in messages and in config.json
     sha256: str  # of what it was made from, see `hash_files`, or of the token files
@@ -118,18 +116,14 @@ def load_corpus(
     if len(inputs) > len(paths):
         counts = Counter(path.suffix.lower() for path in inputs)
         say(f"data: {name}: {', '.join(f'{n} {suffix}' for suffix, n in sorted(counts.items()))}")
-    return _tokenise(inputs, name, tokenizer.cache_dir() / "tokens", key)
+    return _tokenise(inputs, name, key)
 
 
 def open_tokens(path: Path) -> Corpus:
-    """Open a token file, or a folder of shards; formats in training/shards.py.
+    """Open a token file, or a folder of shards; formats and errors as in training/shards.py.
 
     In a folder, files with "val" in their name are the validation part and the others are trained
     on. A JSON beside a file names the encoding.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file is empty or odd, or was made with another vocabulary.
     """
     if path.is_file():
         check_encoding(path, _read_meta(path.with_suffix(".json")))
@@ -167,7 +161,6 @@ def _default_source(say: Callable[[str], None]) -> tuple[str, list[Path]]:
 
 
 def _download(url: str) -> bytes:
-    """The bytes behind `url`; ValueError when they are not tiny Shakespeare."""
     with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer:
         data: bytes = answer.read(1 << 22)
     if (got := hashlib.sha256(data).hexdigest()) != SHAKESPEARE_SHA256:
@@ -175,10 +168,10 @@ def _download(url: str) -> bytes:
     return data
 
 
-def _tokenise(files: Sequence[Path], name: str, folder: Path, key: str) -> Corpus:
+def _tokenise(files: Sequence[Path], name: str, key: str) -> Corpus:
     """Tokens of text files from the cache, or into it. Documents are joined by <|endoftext|>."""
     sha256 = hash_files(files, key)
-    path = folder / f"{sha256[:16]}-{tokenizer.ENCODING}.bin"
+    path = tokenizer.cache_dir() / "tokens" / f"{sha256[:16]}-{tokenizer.ENCODING}.bin"
     meta_path = path.with_suffix(".json")
     # The text has been read whole already; reading its tokens adds little, and nothing less would
     # notice a damaged cache.
@@ -270,33 +263,19 @@ class DataLoaderLite:
         self.position, self.skips = position, dict(skips)
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
-    @property
-    def epoch(self) -> int:
-        return self.position // self.rows_per_epoch
-
-    @property
-    def index(self) -> int:
-        return self.position % self.rows_per_epoch
-
-    def starts(self, first_row: int, num_rows: int) -> np.ndarray:
-        """Token offsets of the rows `first_row` and following, int64."""
-        rows = np.arange(first_row, first_row + num_rows)
-        index = rows % self.rows_per_epoch
-        if self.order == "shuffled":
-            epochs = rows // self.rows_per_epoch
-            for epoch in np.unique(epochs):
-                inside = epochs == epoch
-                index[inside] = self._permute(int(epoch))[index[inside]]
-        return index * self.T
-
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the next batch of this rank, each (batch_size, T) int64."""
         while self.position in self.skips:
             self.position = self.skips[self.position]
-        starts = self.starts(self.position + self.rank * self.batch_size, self.batch_size)
-        rows = self.tokens[starts[:, None] + np.arange(self.T + 1)].astype(np.int64)
+        rows = self.position + self.rank * self.batch_size + np.arange(self.batch_size)
+        epochs, index = np.divmod(rows, self.rows_per_epoch)
+        if self.order == "shuffled":
+            for epoch in np.unique(epochs):
+                inside = epochs == epoch
+                index[inside] = self._permute(int(epoch))[index[inside]]
+        places = self.T * index[:, None] + np.arange(self.T + 1)
+        both = torch.from_numpy(self.tokens[places].astype(np.int64))
         self.position += self.batch_size * self.world_size
-        both = torch.from_numpy(rows)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
     def _permute(self, epoch: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ class Piece(NamedTuple):
     """A part of one input."""
 
     path: Path
-    start: int  # offset of its first byte in the unpacked text, or number of its first row
+    start: int  # offset of its first byte in the unpacked text, or number of its first row or line
     data: bytes | list[Any]  # of text or of JSONL, or the values of a table's rows
     key: str  # field of a JSONL object, or column of a table, that is read
     advance: int  # bytes of the file that were read for it
@@ -102,13 +103,13 @@ def _suffix(path: Path) -> str:
     return Path(name.stem).suffix if name.suffix in PACKED else name.suffix
 
 
-def is_jsonl(path: Path) -> bool:
-    return _suffix(path) == JSONL
-
-
 def _begins(path: Path, *starts: bytes) -> bool:
     with path.open("rb") as file:
         return file.read(8).startswith(starts)
+
+
+def is_jsonl(path: Path) -> bool:
+    return _suffix(path) == JSONL
 
 
 def is_table(path: Path) -> bool:
@@ -215,19 +216,21 @@ def _inside(folder: Path) -> list[Path]:
                 f"data: {folder / 'state.json'} is not as Hugging Face's save_to_disk writes it; "
                 "name the .arrow files themselves"
             ) from None
-    inside = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
-    hidden = [p for p in inside if any(part[0] == "." for part in p.relative_to(folder).parts)]
-    files = sorted({*inside} - {*hidden})
-    foreign = [p for p in files if _suffix(p) not in TAKEN]
-    if foreign:
-        others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise ValueError(
-            f"data: the folder {folder} holds {foreign[0].relative_to(folder)}{others}, which is "
-            f"not {TAKEN_WORDS}; move it out, or name the files to take"
-        )
+    files: list[Path] = []
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        links = [name for name in folders if os.path.islink(f"{here}/{name}")]
+        files += [Path(here, name) for name in (*names, *links) if name[0] != "."]
+        if foreign := sorted(path for path in files if _suffix(path) not in TAKEN):
+            # It ends here: whoever names / or a home by mistake need not wait for all of it.
+            others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            raise ValueError(
+                f"data: the folder {folder} holds {foreign[0].relative_to(folder)}{others}, which "
+                f"is not {TAKEN_WORDS}; move it out, or name the files or the folder to take"
+            )
     if not files:
         raise ValueError(f"data: no {TAKEN_WORDS} file in the folder {folder}")
-    return files
+    return sorted(files)
 
 
 def _check_text(path: Path, key: str) -> bytes:
@@ -242,8 +245,8 @@ def _check_text(path: Path, key: str) -> bytes:
             f"and name it {JSONL}"
         )
     if is_table(path):
-        with _table(path, key):
-            return _TABLE_STARTS[0]
+        next(_cut_table(path, key))
+        return _TABLE_STARTS[0]
     with opened(path) as (text, _):
         head = text.read(4096)
     for magic, what in _FOREIGN.items():
@@ -295,12 +298,14 @@ def _cut_text(path: Path) -> Iterator[tuple[int, bytes, int]]:
         held = text.read(PIECE_BYTES)
         start = len(codecs.BOM_UTF8) * held.startswith(codecs.BOM_UTF8)
         held, whole = held[start:], len(held) == PIECE_BYTES
+        start = 1 if jsonl else start
         while whole:
             if jsonl and not held.endswith(b"\n"):
                 held += _end_of_line(path, text)
             if end := len(held) if jsonl else _text_end(held):
                 yield start, held[:end], file.tell()
-                held, start = held[end:], start + end
+                start += held.count(b"\n", 0, end) if jsonl else end
+                held = held[end:]
             wanted = PIECE_BYTES - len(held) % PIECE_BYTES
             more = text.read(wanted)
             held, whole = held + more, len(more) == wanted
@@ -333,14 +338,10 @@ def _text_end(data: bytes) -> int:
     return 0
 
 
-@contextmanager
-def _table(path: Path, key: str) -> Iterator[tuple[Iterator[Any], BinaryIO]]:
-    """Values of the column `key`, a few rows at a time, and the file they are read from.
-
-    Raises:
-        ValueError: it cannot be read, or has no such column.
-    """
+def _cut_table(path: Path, key: str) -> Iterator[tuple[int, list[Any], int]]:
     arrow = _pyarrow(path)
+    held: list[Any] = []
+    start = size = 0
     try:
         with path.open("rb") as file:
             if _begins(path, b"PAR1"):
@@ -360,24 +361,17 @@ def _table(path: Path, key: str) -> Iterator[tuple[Iterator[Any], BinaryIO]]:
                     f"data: {path} must have one column {key!r}, it has "
                     f"{', '.join(map(repr, names))}; --text-column names the one to read"
                 )
-            rows = ((batch.column(key), batch.num_rows) for batch in batches)
-            firsts = ((column, first) for column, n in rows for first in range(0, n, BATCH_ROWS))
-            yield (column.slice(first, BATCH_ROWS) for column, first in firsts), file
+            for batch in batches:
+                for first in range(0, batch.num_rows, BATCH_ROWS):
+                    column = batch.column(key).slice(first, BATCH_ROWS)
+                    held += column.to_pylist()
+                    size += column.nbytes
+                    if size >= PIECE_BYTES:
+                        yield start, held, file.tell()
+                        start, held, size = start + len(held), [], 0
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data: {path} cannot be read as a table: {error}") from None
-
-
-def _cut_table(path: Path, key: str) -> Iterator[tuple[int, list[Any], int]]:
-    with _table(path, key) as (columns, file):
-        held: list[Any] = []
-        start = size = 0
-        for column in columns:
-            held += column.to_pylist()
-            size += column.nbytes
-            if size >= PIECE_BYTES:
-                yield start, held, file.tell()
-                start, held, size = start + len(held), [], 0
-        yield start, held, path.stat().st_size
+    yield start, held, path.stat().st_size
 
 
 def encode_piece(piece: Piece) -> tuple[bytes, int, int]:
@@ -390,50 +384,25 @@ def encode_piece(piece: Piece) -> tuple[bytes, int, int]:
         tokens = tokenizer.encode(read_utf8(f"data: {piece.path}", piece.data, piece.start))
         first = piece.start <= len(codecs.BOM_UTF8)  # no other begins so early
         return (_EOT.tobytes() if first else b"") + tokens.tobytes(), int(first), piece.advance
-    found = _rows(piece, piece.data) if isinstance(piece.data, list) else _lines(piece, piece.data)
-    parts = [part for tokens in found for part in (_EOT, tokens)]
-    return b"".join(part.tobytes() for part in parts), len(parts) // 2, piece.advance
-
-
-def _encode(key: str, text: Any) -> np.ndarray:
-    if not isinstance(text, str):
-        raise ValueError(
-            f"no text under {key!r}, got {quoted(text)}; --text-column names another field"
-        )
-    return tokenizer.encode(text)
-
-
-def _rows(piece: Piece, values: list[Any]) -> Iterator[np.ndarray]:
-    """Tokens of each row's document."""
+    parts: list[np.ndarray] = []
+    jsonl = isinstance(piece.data, bytes)
+    values: Any = piece.data.split(b"\n") if isinstance(piece.data, bytes) else piece.data
     for number, value in enumerate(values, piece.start):
         try:
-            yield _encode(piece.key, value)
-        except ValueError as error:
-            raise ValueError(f"data: {piece.path}: row {number}: {error}") from None
-
-
-def _lines(piece: Piece, data: bytes) -> Iterator[np.ndarray]:
-    """Tokens of each line's document."""
-    at = piece.start
-    for line in data.split(b"\n"):
-        here, at = at, at + len(line) + 1
-        line = line.removeprefix(codecs.BOM_UTF8)  # of a file that was joined to another
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(line.decode())
-            yield _encode(piece.key, content.get(piece.key) if isinstance(content, dict) else None)
+            if jsonl:
+                line = value.removeprefix(codecs.BOM_UTF8)  # of a file that was joined to another
+                if not line.strip():
+                    continue
+                content = json.loads(line.decode())
+                value = content.get(piece.key) if isinstance(content, dict) else None
+            if not isinstance(value, str):
+                raise ValueError(
+                    f"no text under {piece.key!r}, got {quoted(value)}; --text-column names "
+                    "another field"
+                )
+            parts += [_EOT, tokenizer.encode(value)]
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"data: {piece.path}: line {_line_number(piece.path, here)} at byte {here} cannot "
-                f"be read ({error}); each line must be an object whose {piece.key!r} is text"
-            ) from None
-
-
-def _line_number(path: Path, offset: int) -> int:
-    """Number, from 1, of the line that begins at `offset`."""
-    count = 1
-    with opened(path) as (text, _):
-        for start in range(0, offset, 1 << 20):
-            count += text.read(min(1 << 20, offset - start)).count(b"\n")
-    return count
+            where = f"{piece.path}: {'line' if jsonl else 'row'} {number}"
+            hint = f"; each line must be an object whose {piece.key!r} is text" if jsonl else ""
+            raise ValueError(f"data: {where}: {error}{hint}") from None
+    return b"".join(part.tobytes() for part in parts), len(parts) // 2, piece.advance

@@ -94,13 +94,6 @@ class ShardWriter:
 
     A shard is written under a temporary name and renamed when it is full; index.json follows. So
     after a crash the index names whole shards only, and where in the pieces the next one begins.
-
-    Args:
-        cfg: What was asked for.
-        inputs: Its files; their contents tell whether shards are still theirs.
-
-    Raises:
-        ValueError: the folder holds something else.
     """
 
     def __init__(self, cfg: Config, inputs: Sequence[Path]):

@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -65,13 +65,7 @@ def _token_files(folder: Path) -> list[Path]:
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Map one token file.
-
-    Args:
-        path: A file in one of the formats above; a .bin is told apart by its first word.
-
-    Returns:
-        (N,) uint16, memory-mapped, read-only.
+    """The tokens of a file in one of the formats above, (N,) uint16, memory-mapped, read-only.
 
     Raises:
         FileNotFoundError: no such file.
@@ -134,13 +128,7 @@ def hash_samples(tokens: np.ndarray) -> str:
 
 
 def open_foreign(path: Path) -> tuple[dict[Path, np.ndarray], str]:
-    """Token files of other programs; also one of ours that is named by itself.
-
-    Args:
-        path: A file, or a folder of them.
-
-    Returns:
-        Tokens by file, and the SHA-256 of all.
+    """Tokens by file, and the SHA-256 of all: of other programs, or one of ours named by itself.
 
     Raises:
         FileNotFoundError: no such file.
@@ -187,12 +175,7 @@ def open_prepared(folder: Path) -> tuple[dict[Path, np.ndarray], str]:
 
 
 def check_shard(path: Path, shard: dict[str, Any], whole: bool) -> np.ndarray:
-    """Open a shard that index.json names.
-
-    Args:
-        path: Where it should be.
-        shard: What index.json says of it.
-        whole: Hash all of it, not samples.
+    """Open a shard that is as index.json has it, by the hash of all of it or of samples.
 
     Raises:
         ValueError: it is missing, truncated, changed, or a link to something else.
@@ -231,7 +214,6 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def check_encoding(path: Path, description: dict[str, Any]) -> None:
-    """Raise ValueError where a JSON beside tokens names another vocabulary than GPT-2's."""
     if (encoding := description.get("encoding", tokenizer.ENCODING)) != tokenizer.ENCODING:
         raise ValueError(
             f"data: {path} was made with the vocabulary {quoted(encoding)}, this model needs "
@@ -240,7 +222,6 @@ def check_encoding(path: Path, description: dict[str, Any]) -> None:
 
 
 def check_vocabulary(tokens: np.ndarray, where: object) -> None:
-    """Raise ValueError for an id that GPT-2's vocabulary does not have."""
     if tokens.size and (largest := int(tokens.max())) >= tokenizer.VOCAB_SIZE:
         raise ValueError(
             f"data: {where} holds token {largest}, GPT-2's vocabulary ends at "
@@ -257,13 +238,10 @@ def _intact(tokens: np.ndarray) -> np.ndarray:
 
 
 class TokenShards:
-    """Several one-dimensional arrays as one, without copying them.
+    """Several (N_i,) uint16 arrays as one, without copying them.
 
     Supports what a loader needs: `len`, slices with step 1 (another view), and integer arrays of
     any shape (a gather). What is read is checked: no id outside the vocabulary leaves it.
-
-    Args:
-        parts: (N_i,) uint16 each.
     """
 
     def __init__(self, parts: Sequence[np.ndarray]):
@@ -274,12 +252,7 @@ class TokenShards:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    @overload
-    def __getitem__(self, at: slice) -> "TokenShards": ...
-    @overload
-    def __getitem__(self, at: np.ndarray) -> np.ndarray: ...
-
-    def __getitem__(self, at: slice | np.ndarray) -> "TokenShards | np.ndarray":
+    def __getitem__(self, at: slice | np.ndarray) -> Any:
         starts = (self.ends - [len(p) for p in self.parts]).tolist()
         if isinstance(at, slice):
             first, last, step = at.indices(len(self))
