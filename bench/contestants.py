@@ -25,7 +25,7 @@ from model import GPT, MODELS, GPTConfig
 from training import memory
 from training.machines import free_bytes
 from training.optim import configure_adamw
-from training.plan import Choices, detect, make_plan
+from training.plan import Choices, Plan, detect, make_plan
 from training.recipes import Recipe
 from training.step import Outcome, TrainStep
 
@@ -68,10 +68,8 @@ class Setup:
     @property
     def need_bytes(self) -> int:
         """What a process needs that runs plain PyTorch's step, by training/memory.py."""
-        return PROCESS_BYTES + memory.estimate(
-            self.config, self.shape.B, self.shape.T, dtype="fp32", ops="eager", compiled=True,
-            working_copies=False, num_micro_batches=self.accum,
-        ).total  # fmt: skip
+        plain = Plan("cpu", "", 1, "eager", "fp32", True, self.shape.B, self.accum, 0)
+        return PROCESS_BYTES + memory.estimate(self.config, self.shape.T, plain).total
 
     def check_memory(self, device: torch.device) -> None:
         """Raise ValueError for what nobody can train here, in bf16 neither."""

@@ -64,7 +64,7 @@ def describe(recipe: Recipe, plan: Plan, count: int, card: str, price: float | N
     saved = 12 * num_parameters(recipe.model_config) / 1e9  # fp32: weights and two moments
     several = f", times {count} (estimate: nothing lost between them)" if count > 1 else ""
     return [
-        plan.describe(),
+        plan.describe(recipe.muon),
         f"tokens: {tokens:,} in {recipe.max_steps:,} steps of {recipe.tokens_per_step:,}",
         f"tokens per second: {one:,.0f} on one card ({source}){several}",
         f"hours: {hours:,.1f} for the training steps; evaluations and start-up come on top",

@@ -12,7 +12,7 @@ from model import GPT
 from tests.forked import Forked, python
 from tests.two_ranks import RECIPE
 from training.memory import estimate
-from training.plan import Choices, Machine, make_plan
+from training.plan import Choices, Machine, Plan, make_plan
 from training.recipes import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -97,14 +97,18 @@ def test_gradients_travel_while_others_are_computed(together):
 
 def test_state_is_shared_out_as_the_memory_model_says(together):
     config = replace(RECIPE.model_config, vocab_size=500)
-    how = {"ops": "eager", "compiled": False, "num_micro_batches": 1}
+    alone = Plan("cpu", "", 1, "eager", "fp32", False, 4, 1, 0)
     counts = 4 * len(list(GPT(config).parameters()))
-    kinds = {"fp32": 1, "sharded": 2, "full": 2, "cut": 2}  # without triton there is no "cut"
-    for kind, shards in ((kind, kinds[kind]) for kind in kinds.keys() & together.keys()):
-        dtype = "bf16" if kind == "cut" else "fp32"
-        how |= {"dtype": dtype, "working_copies": kind == "cut", "shards": shards,
-                "full": kind == "full"}  # fmt: skip
-        expected = estimate(config, 4, config.block_size, **how)
+    copies = {"dtype": "bf16", "working_copies": True, "shard": "optimizer"}
+    kinds = {
+        "fp32": {},
+        "sharded": {"shard": "optimizer"},
+        "full": {"shard": "full"},
+        "cut": copies,
+    }
+    for kind in kinds.keys() & together.keys():  # without triton there is no "cut"
+        plan = replace(alone, **kinds[kind])
+        expected = estimate(config, config.block_size, plan, ranks=2)
         weights, moments = map(max, zip(*together[kind]["bytes"], strict=True))
         assert weights <= expected.weights <= 1.02 * weights
         assert expected.optimizer <= moments <= 1.02 * expected.optimizer + counts

@@ -6,7 +6,6 @@ import re
 from dataclasses import asdict, replace
 
 import pytest
-import torch
 
 from training import machines, plan
 from training.plan import Choices, Machine, Plan, detect, make_plan
@@ -147,7 +146,6 @@ def test_a_bf16_residual_is_reported_as_changed_numerics() -> None:
         ("CPU", Choices(residual="bf16"), "bf16 needs --dtype bf16, got fp32"),
         ("H200", Choices(micro_batch_size=5), "must divide the 64 rows of a step, got 5"),
         ("H200", Choices(micro_batch_size=-4), "must be at least 0, got -4"),
-        ("H200", Choices(dtype="fp8"), "expected auto, bf16, fp16 or fp32, got 'fp8'"),  # pyright: ignore
         ("H200", Choices(dtype="fp16", working_copies=True), "they are bf16, but dtype is fp16"),
     ],
 )
@@ -247,6 +245,7 @@ def test_the_plan_in_a_line_and_as_json() -> None:
                  "1 x 64 rows per step", "triton AdamW", "one CUDA graph",
                  "GiB for a step, beside CUDA's own 0.5"):  # fmt: skip
         assert part in line
+    assert ", Muon and triton AdamW, " in made.describe(muon=True)
     assert Plan(**json.loads(json.dumps(asdict(made)))) == replace(made, notes=[*made.notes])
 
 
@@ -265,6 +264,4 @@ def test_which_cpus_are_fast_in_bf16(
 ) -> None:
     facts = {"vendor_id": vendor, "flags": flags}
     monkeypatch.setattr(machines, "cpuinfo", lambda key: facts.get(key, ""))
-    for capabilities in ({}, dict.fromkeys(flags.split(), True)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c, raising=False)
-        assert real_detect("cpu").has_bf16 == fast
+    assert real_detect("cpu").has_bf16 == fast

@@ -41,120 +41,74 @@ allocator rounds and fragments, the CUDA context (0.5 GB) and cuBLAS's workspace
 leave room for them in the budget.
 """
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from kernels import read_ops
 from kernels.reference import CHUNK_TOKENS
 from model import GPTConfig
 
+if TYPE_CHECKING:
+    from training.plan import Plan
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes of one step.
 
-    Args:
-        weights: fp32 masters of one rank, padding rows included.
-        gradients: All of them.
-        optimizer: AdamW's two moments, fp32, of one rank.
-        working: bf16 copies of the blocks' matrices that live from step to step.
-        activations: Saved for backward by one micro-batch.
-        workspace: Beside all the others at the peak. peak: Name of its moment.
-        moments: (name, bytes beside weights, optimizer and working).
-    """
+class MemoryEstimate(NamedTuple):
+    """Bytes of one step on one rank; `moments` are beside weights, optimizer and working."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    working: int
-    activations: int
-    workspace: int
-    peak: str
-    moments: tuple[tuple[str, int], ...]
+    weights: int  # fp32 masters, padding rows included
+    optimizer: int  # AdamW's two moments, fp32
+    working: int  # what lives from step to step in bf16
+    activations: int  # saved for backward by one micro-batch
+    moments: dict[str, int]
 
     @property
     def total(self) -> int:
         """Peak bytes: not the sum, because gradients and activations take turns."""
-        return self.weights + self.optimizer + self.working + dict(self.moments)[self.peak]
+        return self.weights + self.optimizer + self.working + max(self.moments.values())
 
 
-def estimate(
-    config: GPTConfig,
-    rows: int,
-    T: int,
-    *,
-    dtype: str,
-    ops: str,
-    compiled: bool,
-    working_copies: bool,
-    num_micro_batches: int,
-    residual: str = "fp32",
-    shards: int = 1,
-    recompute: bool = False,
-    full: bool = False,
-) -> MemoryEstimate:
-    """Memory of a step; the module docstring has the formulas.
-
-    Args:
-        config, rows, T: The shape, rows of a micro-batch, tokens of a row.
-        dtype: "fp32", or "bf16" or "fp16" for autocast over fp32 masters.
-        ops: What `kernels.parse_ops` reads.
-        compiled: torch.compile; the eager loss then adds its chunks up out of place.
-        working_copies: The optimizer keeps bf16 copies of the blocks' matrices.
-        num_micro_batches: From the second on, gradients are there during forward.
-        residual: Dtype of the residual stream, "fp32" or "bf16".
-        shards: Ranks that share AdamW's state out, a parameter to one of them.
-        recompute: Blocks compute their forward again in the backward.
-        full: They share out the blocks' matrices, with their gradients and moments, by rows.
-
-    Raises:
-        ValueError: a size below 1, or a dtype or ops that do not exist.
-    """
-    for name, value in (("rows", rows), ("T", T), ("num_micro_batches", num_micro_batches)):
-        if value < 1:
-            raise ValueError(f"memory: {name} must be at least 1, got {value}")
-    halves = ("fp32", "bf16", *(["fp16"] if residual == "fp32" else []))
-    for name, value in (("dtype", dtype), ("residual", residual)):
-        if value not in halves:
-            raise ValueError(f"memory: {name} must be one of {halves}, got {value!r}")
-    ours = {op for op, backend in read_ops(ops).items() if backend == "triton"}
-    M, C, H, L = rows * T, config.n_embd, config.n_head, config.n_layer
-    e, r = (4, 4) if dtype == "fp32" else (2, 2 if residual == "bf16" else 4)
-    tables = 2 if "embedding" in ours and config.dropout == 0 else 3
+def estimate(config: GPTConfig, T: int, plan: "Plan", ranks: int = 1) -> MemoryEstimate:
+    """Memory of a step of `plan` on rows of T tokens; the module docstring has the formulas."""
+    backends = read_ops(plan.ops)
+    shards, full = (1 if plan.shard == "none" else ranks), plan.shard == "full"
+    M, C, H, L = plan.micro_batch_size * T, config.n_embd, config.n_head, config.n_layer
+    e, r = (4, 4) if plan.dtype == "fp32" else (2, 2 if plan.residual == "bf16" else 4)
     head = 4 * config.padded_vocab_size * C  # the tied embedding, fp32
     matrices = 12 * C * C * L
     num_parameters = head // 4 + config.block_size * C + matrices + 13 * C * L + 2 * C
-    working = 2 * matrices if working_copies else 0
+    working = 2 * matrices if plan.working_copies else 0
 
     layer = M * (2 * r * C + 14 * e * C + 2 * 8 + 4 * H)
     once = M * (8 + r * C + 8 + e * C) + head
     if config.dropout > 0:
         once, layer = once + M * C, layer + 2 * M * C  # masks
-    if dtype != "fp32" and not working and not full:
+    if plan.dtype != "fp32" and not working and not full:
         layer += 2 * matrices // L  # casts
     # A block's inputs; the first one's residual is the first norm's input.
     kept = L * (e + r) * M * C - r * M * C
-    activations = once + (kept if recompute else L * layer)
-    again = layer if recompute else 0
+    activations = once + (kept if plan.recompute else L * layer)
+    again = layer if plan.recompute else 0
 
-    loss = e * M * C + (head // 2 if dtype != "fp32" else 0)
-    if "linear_cross_entropy" not in ours:
-        R = min(M, CHUNK_TOKENS)
-        loss += e * R * config.padded_vocab_size  # dz takes the place of z
-        if compiled or read_ops(ops)["linear_cross_entropy"] == "compiled":
-            loss += head if M > R else 0
-        elif dtype != "fp32":
-            loss += head // 2  # a product on its way into the sum
-    else:
+    loss = e * M * C + (head // 2 if plan.dtype != "fp32" else 0)
+    if backends["linear_cross_entropy"] == "triton":
         from kernels.linear_cross_entropy import chunk_rows  # needs triton, as these ops do
 
-        logits = chunk_rows(M, config.padded_vocab_size, e) * config.padded_vocab_size
-        loss += e * logits
+        loss += e * chunk_rows(M, config.padded_vocab_size, e) * config.padded_vocab_size
+    else:
+        R = min(M, CHUNK_TOKENS)
+        loss += e * R * config.padded_vocab_size  # dz takes the place of z
+        whole_model = plan.compile and plan.compile_scope == "model"
+        if whole_model or backends["linear_cross_entropy"] == "compiled":
+            loss += head if M > R else 0  # chunks are added up out of place
+        elif plan.dtype != "fp32":
+            loss += head // 2  # a product on its way into the sum
     whole = weights = 4 * num_parameters
     if full:
         weights -= 4 * matrices - 4 * matrices // shards
-    folded = working if num_micro_batches > 1 else 0  # bf16 gradients on their way into fp32 ones
+    several = plan.num_micro_batches > 1
+    folded = working if several else 0  # bf16 gradients on their way into fp32 ones
     grads = weights if folded or not working else weights - working
-    before = grads if num_micro_batches > 1 else 0
+    before = grads if several else 0
+    tables = 2 if backends["embedding"] == "triton" and config.dropout == 0 else 3
     moments = {
         "loss": before + activations + loss,
         "turn": before + activations + head + e * M * C,
@@ -162,18 +116,11 @@ def estimate(
         "bottom": max(before, grads - head) + folded + tables * head + r * M * C,
         "update": weights,
     }
-    moments_bytes = 2 * weights
     if full:
-        working = (3 * e + 4) * matrices // L
+        optimizer, working = 2 * weights, (3 * e + 4) * matrices // L
     else:
-        moments_bytes = 2 * max(whole // shards, head)  # the embedding is one parameter of one rank
+        optimizer = 2 * max(whole // shards, head)  # the embedding is one parameter of one rank
         weights -= max(0, 2 * working - whole // shards)  # the rank that owns no embedding
     if shards > 1:
         moments["gather"] = whole - weights
-    peak = max(moments, key=lambda name: moments[name])
-    beside = {"bottom": max(before, grads - head), "update": grads, "gather": 0}
-    beside = beside.get(peak, before + activations)
-    workspace = moments[peak] - beside
-    return MemoryEstimate(
-        weights, grads, moments_bytes, working, activations, workspace, peak, tuple(moments.items())
-    )
+    return MemoryEstimate(weights, optimizer, working, activations, moments)

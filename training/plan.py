@@ -8,7 +8,6 @@ never changes what is trained, but for a bf16 residual stream, which must be ask
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -154,29 +153,26 @@ class Plan:
     def op_set(self) -> Ops:
         return parse_ops(self.ops)
 
-    def describe(self) -> str:
-        """The plan in one line."""
-        threads = f", {self.num_threads} threads" if self.device == "cpu" else ""
-        parts = [
-            f"plan: {self.device} ({self.device_name}{threads})",
-            f"ops {self.ops}",
-            self.dtype + (" with bf16 working copies" if self.working_copies else ""),
-            f"compiled ({self.compile_scope})" if self.compile else "not compiled",
-            f"{self.num_micro_batches} x {self.micro_batch_size} rows per step",
-            f"{self.optimizer} AdamW",
-            *(
-                [f"{_SHARED[self.shard]} shared out over the ranks"]
-                if self.shard in _SHARED
-                else []
-            ),
-            *(["gradients added up in bf16"] if self.reduce_dtype == "bf16" else []),
-            *(["one CUDA graph"] if self.cuda_graph else []),
-            *(["blocks computed again in the backward"] if self.recompute else []),
-            *(["bf16 residual stream: changed numerics"] if self.residual == "bf16" else []),
-            f"about {self.memory_bytes / 2**30:.1f} GiB for a step, beside "
-            + ("the 0.5 to 1 of torch itself" if self.device == "cpu" else "CUDA's own 0.5"),
-        ]
-        return ", ".join(parts)
+    def describe(self, muon: bool = False) -> str:
+        """The plan in one line; `muon` is the recipe's."""
+        cpu = self.device == "cpu"
+        threads = f", {self.num_threads} threads" if cpu else ""
+        beside = "the 0.5 to 1 of torch itself" if cpu else "CUDA's own 0.5"
+        parts = {
+            f"plan: {self.device} ({self.device_name}{threads})": True,
+            f"ops {self.ops}": True,
+            self.dtype + " with bf16 working copies" * self.working_copies: True,
+            f"compiled ({self.compile_scope})" if self.compile else "not compiled": True,
+            f"{self.num_micro_batches} x {self.micro_batch_size} rows per step": True,
+            "Muon and " * muon + f"{self.optimizer} AdamW": True,
+            f"{_SHARED.get(self.shard)} shared out over the ranks": self.shard in _SHARED,
+            "gradients added up in bf16": self.reduce_dtype == "bf16",
+            "one CUDA graph": self.cuda_graph,
+            "blocks computed again in the backward": self.recompute,
+            "bf16 residual stream: changed numerics": self.residual == "bf16",
+            f"about {self.memory_bytes / 2**30:.1f} GiB for a step, beside {beside}": True,
+        }
+        return ", ".join(part for part, holds in parts.items() if holds)
 
 
 def make_plan(
@@ -191,104 +187,92 @@ def make_plan(
     """
     asked = choices or Choices()
     notes = [*machine.notes]
-    on_cuda = machine.device == "cuda"
+    on_cuda, rows = machine.device == "cuda", recipe.rows_per_step
     dtype = _choose_dtype(asked.dtype, machine, notes)
-    ops = _choose_ops(asked.ops, recipe, machine, dtype, notes)
-    compile = _choose_compile(asked.compile, recipe, machine, notes)
-    scope = "blocks" if asked.compile_scope == "auto" else asked.compile_scope
-    optimizer = _choose_optimizer(asked.optimizer, recipe, machine, dtype)
-    if asked.cuda_graph and not on_cuda:
-        raise ValueError("cuda_graph: needs a GPU; leave --cuda-graph out")
-    if asked.working_copies and dtype != "bf16":
-        raise ValueError(f"working_copies: they are bf16, but dtype is {dtype}; add --dtype bf16")
-    if asked.working_copies and asked.recompute:
-        raise ValueError(
-            "working_copies: --recompute has no use for them; leave one of the two out"
-        )
-    if asked.residual == "bf16" and dtype != "bf16":
-        raise ValueError(f"residual: bf16 needs --dtype bf16, got {dtype}")
-    working_copies = dtype == "bf16" if asked.working_copies is None else asked.working_copies
-    if asked.residual == "bf16":
-        notes.append("residual bf16 as asked: the losses are not those of plain autocast")
-    rows = recipe.rows_per_step
-    if asked.micro_batch_size < 0:
-        raise ValueError(f"micro_batch_size: must be at least 0, got {asked.micro_batch_size}")
-    if asked.micro_batch_size and rows % asked.micro_batch_size:
-        raise ValueError(
-            f"micro_batch_size: must divide the {rows} rows of a step, got {asked.micro_batch_size}"
-        )
-
-    if asked.shard in _SHARED and recipe.muon:
-        raise ValueError("shard: Muon's state is not shared out; leave --shard out")
-    whole = {"working-copies": asked.working_copies, "cuda-graph": asked.cuda_graph,
-             "dtype fp16": dtype == "fp16"}  # fmt: skip
-    if asked.shard == "full" and (flags := [flag for flag, value in whole.items() if value]):
-        raise ValueError(f"shard: full goes without --{flags[0]}; leave one of the two out")
-    shard = asked.shard if ranks > 1 and not recipe.muon else "none"
-
     made = Plan(
         device=machine.device,
         device_name=machine.name,
         num_threads=machine.num_threads,
-        ops=ops,
+        ops=_choose_ops(asked.ops, recipe, machine, dtype, notes),
         dtype=dtype,
-        compile=compile,
+        compile=_choose_compile(asked.compile, recipe, machine, notes),
         micro_batch_size=1,
         num_micro_batches=rows,
         eval_tokens=EVAL_TOKENS[machine.device],
-        compile_scope=scope,
-        optimizer=optimizer,
+        compile_scope="blocks" if asked.compile_scope == "auto" else asked.compile_scope,
+        optimizer=_choose_optimizer(asked.optimizer, recipe, machine, dtype),
         reduce_dtype=asked.reduce_dtype if ranks > 1 else "fp32",
         residual=asked.residual,
     )
+    micro, copies, full = asked.micro_batch_size, asked.working_copies, asked.shard == "full"
+    flags = {
+        "working-copies": copies,
+        "cuda-graph": asked.cuda_graph,
+        "dtype fp16": dtype == "fp16",
+    }
+    whole = [flag for flag, value in flags.items() if value]  # which full sharding goes without
+    refused = {
+        "cuda_graph: needs a GPU; leave --cuda-graph out": asked.cuda_graph and not on_cuda,
+        f"working_copies: they are bf16, but dtype is {dtype}; add --dtype bf16": copies
+        and dtype != "bf16",
+        "working_copies: --recompute has no use for them; leave one of the two out": copies
+        and asked.recompute,
+        f"residual: bf16 needs --dtype bf16, got {dtype}": asked.residual == "bf16" != dtype,
+        f"micro_batch_size: must be at least 0, got {micro}": micro < 0,
+        f"micro_batch_size: must divide the {rows} rows of a step, got {micro}": micro
+        and rows % micro,
+        "shard: Muon's state is not shared out; leave --shard out": asked.shard in _SHARED
+        and recipe.muon,
+        f"shard: full goes without --{''.join(whole[:1])}; leave one of the two out": full
+        and whole,
+    }
+    for line, holds in refused.items():
+        if holds:
+            raise ValueError(line)
+    if asked.residual == "bf16":
+        notes.append("residual bf16 as asked: the losses are not those of plain autocast")
 
-    def tried(micro: int, recompute: bool) -> Plan:
-        copies = working_copies and not recompute and shard != "full"
-        sizes = {"micro_batch_size": micro, "num_micro_batches": rows // micro}
-        return replace(made, working_copies=copies, shard=shard, recompute=recompute, **sizes)
-
-    def needs(micro: int, recompute: bool) -> int:
-        return step_bytes(tried(micro, recompute), recipe, ranks)
+    def tried(micro: int, recompute: bool, shard: str) -> Plan:
+        plan = replace(made, shard=shard, recompute=recompute, micro_batch_size=micro,
+                       num_micro_batches=rows // micro)  # fmt: skip
+        can = dtype == "bf16" and not recompute and shard != "full"
+        plan = replace(plan, working_copies=can if copies is None else can and copies)
+        return replace(plan, memory_bytes=step_bytes(plan, recipe, ranks))
 
     # Far too large is refused, whoever insists: building such a model would end the machine.
     memory_bytes = machine.memory_bytes or UNKNOWN_BYTES
-    if shard == "auto":
-        for kind in ("none", "optimizer", *(["full"] if not any(whole.values()) else [])):
-            shard = kind  # which `tried` reads
-            if needs(1, asked.recompute is True) <= MEMORY_SHARE * memory_bytes:
-                break
-    least, recompute = 1 if on_cuda else recipe.batch_size, asked.recompute is True
-    free = asked.recompute is None and not (asked.working_copies or asked.micro_batch_size)
-    if free and needs(least, False) > MEMORY_SHARE * memory_bytes:
-        recompute = needs(least, True) < needs(least, False)
-        notes.append(
-            f"blocks computed again in the backward: {least} x {recipe.block_size} tokens take "
-            f"{needs(least, True) / 2**30:,.1f} GiB so, else {needs(least, False) / 2**30:,.1f}"
-        )
-    required = partial(needs, recompute=recompute)
-    if required(1) > (4 if asked.micro_batch_size else 1) * memory_bytes:
-        raise ValueError(_too_large(recipe, machine, required(1)))
-    micro = asked.micro_batch_size or recipe.batch_size
-    if not asked.micro_batch_size:
-        micro = _merge_micro_batches(recipe, machine, required, notes)
-    return replace(
-        tried(micro, recompute),
-        cuda_graph=on_cuda and shard != "full" if asked.cuda_graph is None else asked.cuda_graph,
-        memory_bytes=required(micro),
-        notes=tuple(notes),
-    )
+    budget, recompute = MEMORY_SHARE * memory_bytes, asked.recompute is True
+    kinds = ["none", "optimizer", *(() if whole else ["full"])]
+    if ranks == 1 or recipe.muon:
+        kinds = ["none"]
+    elif asked.shard != "auto":
+        kinds = [asked.shard]
+    fitting = (kind for kind in kinds if tried(1, recompute, kind).memory_bytes <= budget)
+    shard = next(fitting, kinds[-1])
+    if asked.recompute is None and not (copies or micro):
+        least = 1 if on_cuda else recipe.batch_size
+        once, twice = (tried(least, again, shard).memory_bytes for again in (False, True))
+        if once > budget:
+            recompute = twice < once
+            notes.append(
+                f"blocks computed again in the backward: {least} x {recipe.block_size} tokens take "
+                f"{twice / 2**30:,.1f} GiB so, else {once / 2**30:,.1f}"
+            )
+
+    def needs(micro: int) -> int:
+        return tried(micro, recompute, shard).memory_bytes
+
+    if needs(1) > (4 if micro else 1) * memory_bytes:
+        raise ValueError(_too_large(recipe, machine, needs(1)))
+    plan = tried(micro or _merge_micro_batches(recipe, machine, needs, notes), recompute, shard)
+    graph = on_cuda and shard != "full" if asked.cuda_graph is None else asked.cuda_graph
+    return replace(plan, cuda_graph=graph, notes=tuple(notes))
 
 
 def step_bytes(plan: Plan, recipe: Recipe, ranks: int = 1) -> int:
     """What a step of this plan, or of a rank's part of it, needs by training/memory.py."""
-    rows = plan.micro_batch_size * plan.num_micro_batches
-    return memory.estimate(
-        recipe.model_config, plan.micro_batch_size, recipe.block_size, dtype=plan.dtype,
-        ops=plan.ops, compiled=plan.compile and plan.compile_scope == "model",
-        working_copies=plan.working_copies, num_micro_batches=plan.num_micro_batches,
-        residual=plan.residual, shards=ranks if plan.shard in _SHARED else 1,
-        recompute=plan.recompute, full=plan.shard == "full",
-    ).total + ID_BYTES * rows * recipe.block_size  # fmt: skip
+    rows, T = plan.micro_batch_size * plan.num_micro_batches, recipe.block_size
+    return memory.estimate(recipe.model_config, T, plan, ranks).total + ID_BYTES * rows * T
 
 
 def _merge_micro_batches(
@@ -326,8 +310,6 @@ def _too_large(recipe: Recipe, machine: Machine, needed: int) -> str:
 
 
 def _choose_dtype(dtype: str, machine: Machine, notes: list[str]) -> str:
-    if dtype not in ("auto", "fp32", "bf16", "fp16"):
-        raise ValueError(f"dtype: expected auto, bf16, fp16 or fp32, got {dtype!r}")
     if dtype == "auto":
         if machine.device == "cuda" and not machine.has_bf16 and machine.arch >= MIN_FP16_ARCH:
             notes.append(f"dtype fp16 with loss scaling: {machine.name} has no bf16")

@@ -83,7 +83,7 @@ class Run:
                 f"init: the recipe {self.preset} trains from scratch, up to a learning rate of "
                 f"{recipe.max_lr:.1e}; --preset {FINETUNE} is made for weights that know something"
             )
-        return "\n".join([*lines, "\n  ".join([self.plan.describe(), *self.plan.notes])])
+        return "\n".join([*lines, "\n  ".join([self.plan.describe(recipe.muon), *self.plan.notes])])
 
     def build_model(self) -> GPT:
         """The model to start with, on the plan's device; a checkpoint is put into it later."""
