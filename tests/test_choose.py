@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ NEW = {"layer_norm": "triton", "add_layer_norm": "compiled", "embedding": "trito
        "gelu_mlp": "compiled", "causal_attention": "sdpa-cudnn",
        "linear_cross_entropy": "triton"}  # fmt: skip
 UP = "gelu_mlp.up"
-ROWS = '[measured]\ngelu_mlp = [\n    ["up", 2],\n]\n'  # the fastest of what `measured` tries
+ROW = '["{}", "16-bit", "large", 90, "3.7", {{BLOCK_M = 64}}, 4, {}, 0, 1, "here"],'
+UP_ROWS, NORM_ROWS = ([ROW.format(k, i) for i in range(1, 5)] for k in ("up", "fwd"))
+ROWS = f"[measured]\ngelu_mlp = [\n    {UP_ROWS[2]}\n]\n"  # the fastest of what `measured` tries
 PLAIN = dict.fromkeys(MS, "compiled") | {"causal_attention": "eager"}
 
 
@@ -112,7 +115,7 @@ pipe = Connection(int(os.environ["CHILD_PIPE"]))
 pipe.send("ready")
 while True:
     task = pipe.recv_bytes()
-    build = b"build" in task
+    build = b"\\x05build" in task  # the word, not a part of one
     if b"add_layer_norm" in task and build:
         os.abort()
     if b"gelu_mlp" in task and not build:
@@ -149,6 +152,7 @@ def test_a_step_that_cannot_be_timed_is_not_taken(monkeypatch: pytest.MonkeyPatc
     plan = make_plan(RECIPE, H100)
     ms, failed = choose._time_steps({AS_CHOSEN: plan, "a": plan, "b": plan}, RECIPE, 60.0)
     assert (ms, failed) == ({AS_CHOSEN: [5.0, 5.0], "b": [4.0, 4.0]}, {"a": "it ended with -9"})
+    monkeypatch.undo()
     assert choose._time_steps({"a": plan}, RECIPE, -1.0) == ({}, {"a": "no time left"})
 
 
@@ -156,7 +160,7 @@ def test_a_step_is_timed_as_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(probe, "MAX_STEPS", 2)
     plan = make_plan(RECIPE, H100, Choices(ops="eager", optimizer="torch"))
     with pretend_cuda() as pretended:
-        found = trials.answer(("step", RECIPE, plan))
+        found = trials.answer(partial(trials.time_step, RECIPE, plan))
     assert len(found["ms"]) == 2
     assert min(found["ms"]) > 0
     assert len(pretended.graphs) == 1  # replayed
@@ -200,8 +204,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return samples(MS), {"layer_norm": {}}
 
     def time_launches(*_: Any) -> Any:
-        return {UP: {f'["up", {i}],': [ms] * 5 for i, ms in enumerate((1.0, 0.9, 0.8, 0.99))},
-                "layer_norm.fwd": {"now": [1.0] * 5, "new": [0.99] * 5}}  # fmt: skip
+        return samples({
+            UP: dict(zip(UP_ROWS, (1.0, 0.9, 0.8, 0.99), strict=True)),
+            "layer_norm.fwd": dict(zip(NORM_ROWS, (1.0, 0.99), strict=False)),
+        })  # fmt: skip
 
     def time_steps(plans: dict[str, Plan], *_: Any) -> Any:
         assert (
@@ -245,7 +251,7 @@ def test_an_answer_is_kept_and_read(
     text = path.read_text()
     assert '"sdpa-cudnn": [0.6, 0.6, 0.6, 0.6, 0.6]' in text.replace("[ ", "[").replace(" ]", "]")
     assert json.loads(text)["chosen"] == NEW | {
-        STEP: "PyTorch's AdamW", UP: '["up", 2],', "layer_norm.fwd": "now"
+        STEP: "PyTorch's AdamW", UP: UP_ROWS[2], "layer_norm.fwd": NORM_ROWS[0]
     }  # fmt: skip
     second = taken()
     assert replace(second, notes=()) == replace(first, notes=())
@@ -304,7 +310,8 @@ def test_rows_that_a_kernel_is_wrong_with_or_a_step_slower_are_not_taken(
 @pytest.mark.parametrize("spoil", [
     b"", b"{", b"\xff\xfe", b"[1]", b"[" * 100_000, b'{"key": {}}', 3, {"step": 3},
     {"step": {"as chosen": ["a"]}}, {"step": {"as chosen": None}},
-    {"step": {"as chosen": [10**400]}},
+    {"step": {"as chosen": [10**400]}}, {UP: {"a": [1.0]}}, {UP: {NORM_ROWS[0]: [1.0]}},
+    {UP: {UP_ROWS[0] + "\n": [1.0]}},
 ])  # fmt: skip
 def test_an_answer_that_cannot_be_used_is_made_anew(
     spoil: Any, measured: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.test_verify import CPU, H100, RECIPE
 from training import choose, kernel_check, search, timing, trials
 from training.distributed import ALONE
 from training.plan import Choices, Plan, make_plan
+from training.recipes import Recipe
 from training.search import PERSISTENT, candidates, row_text
 from training.step import start_process
 
@@ -39,12 +41,16 @@ LARGE = {
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     config = GPTConfig(block_size=18, vocab_size=250, n_layer=1, n_head=1, n_embd=128)
     monkeypatch.setitem(MODELS, "smoke", config)
-    trials._held.clear()
+    trials.calls_by_kernels.cache_clear()
 
 
 def plan_of(**asked: Any) -> Plan:
     return make_plan(LOOPS, CPU, Choices(**{"ops": "triton", "dtype": "fp32", "compile": False,
                                             **asked}))  # fmt: skip
+
+
+def listed(op: str, recipe: Recipe, plan: Plan) -> list[tuple[Key, Launch]]:
+    return trials.answer(partial(trials.list_launches, op, recipe, plan))["launches"]
 
 
 def has(found: list[Launch], **wanted: Any) -> bool:
@@ -60,7 +66,7 @@ def test_a_candidate_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> No
     plan, seen, now, candidate = plan_of(), set(), None, None
     for recipe, ops in ((TINY, OPS), (LOOPS, ["causal_attention"])):
         for op in ops:
-            for key, now in trials.answer(("list", op, recipe, plan))["launches"]:
+            for key, now in listed(op, recipe, plan):
                 if key.kernel in seen:
                     continue
                 outer, inner = ("BLOCK_N", "BLOCK_M") if "dkdv" in key.kernel else (
@@ -71,12 +77,12 @@ def test_a_candidate_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> No
                     or dict(x.blocks)[outer] % dict(x.blocks)[inner] == 0
                 )  # fmt: skip
                 launched.clear()
-                task = "launches", op, key.kernel, [candidate], {}, recipe, plan
+                task = partial(trials.try_launches, op, key.kernel, [candidate], {}, recipe, plan)
                 assert trials.answer(task) == {}
                 assert candidate in launched
                 seen.add(key.kernel)
             launched.clear()
-            trials._held[op, recipe, plan, False][0][0]()
+            trials.calls_by_kernels(op, recipe, plan, False)[0][0]()
             assert now in launched
             assert candidate not in launched
     assert seen >= {*PERSISTENT, NORM, "linear_cross_entropy.rows", *(
@@ -86,9 +92,10 @@ def test_a_candidate_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_other_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of()
-    [(_, now), *_] = trials.answer(("list", "layer_norm", TINY, plan))["launches"]
+    [(_, now), *_] = listed("layer_norm", TINY, plan)
     monkeypatch.setattr(trials, "same", lambda ours, theirs: False)
-    found = trials.answer(("launches", "layer_norm", NORM, [now], {}, TINY, plan))
+    task = partial(trials.try_launches, "layer_norm", NORM, [now], {}, TINY, plan)
+    found = trials.answer(task)
     assert found == {"error": "ValueError: results differ from the present row's"}
     monkeypatch.undo()
     x = torch.tensor([1.0, 2.0])
@@ -162,17 +169,16 @@ class Crew:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def each(self, tasks: Any, side_by_side: int, until: float) -> list[Any]:
-        return [self.ask(task) for task in tasks]
-
-    def ask(self, task: Any) -> dict[str, Any]:
-        if task[0] == "launches" and task[4]:
-            self.tried.extend(task[3])
-            return {"ms": [(self.ms.get(x, [1.0]) * 8)[:8] for x in task[3]]}
+    def ask(self, task: Any, *_: Any) -> dict[str, Any]:
+        if task.func is trials.try_launches and task.args[3]:
+            launches: Any = task.args[2]
+            self.tried.extend(launches)
+            return {"ms": [(self.ms.get(x, [1.0]) * 8)[:8] for x in launches]}
         return trials.answer(task)
 
-    def share(self, tasks: Any, until: float) -> list[Any]:
-        return [self.ask(task) if time.monotonic() < until else None for task in tasks]
+    def share(self, tasks: Any, limit_s: float, until: float = math.inf) -> list[Any]:
+        late = {"error": "no time left"}
+        return [self.ask(task) if time.monotonic() < until else late for task in tasks]
 
 
 def test_the_fastest_meet_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +186,7 @@ def test_the_fastest_meet_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "MAX_CANDIDATES", 3)
     plan = plan_of(ops="eager,layer_norm=triton")
     recipe = TINY
-    [(key, now), *_] = trials.answer(("list", "layer_norm", recipe, plan))["launches"]
+    [(key, now), *_] = listed("layer_norm", recipe, plan)
     slower, _, good = candidates(NORM, now)
     Crew.ms, Crew.tried = {slower: [2.0], good: [0.5]}, []
 
@@ -238,10 +244,11 @@ def test_launches_are_timed_on_a_pretended_gpu(monkeypatch: pytest.MonkeyPatch) 
             return same(*results)
 
         monkeypatch.setattr(trials, "same", compare)
-        [(_, now), *_] = trials.answer(("list", "layer_norm", SHORT, plan))["launches"]
+        [(_, now), *_] = listed("layer_norm", SHORT, plan)
         launches = [now, candidates(NORM, now)[0]]
         how = {"rounds": 2, "seconds": 1.0}
-        found = trials.answer(("launches", "layer_norm", NORM, launches, how, SHORT, plan))
+        task = partial(trials.try_launches, "layer_norm", NORM, launches, how, SHORT, plan)
+        found = trials.answer(task)
         # The results are still being written on their stream; another would read too early.
         assert {*map(id, compared_on)} == {id(timing.capture_stream())}
         assert pretended.current is not timing.capture_stream()
@@ -275,7 +282,7 @@ def test_make_tune_finds_checks_keeps_and_lays_over_a_row_on_a_pretended_gpu(
     _launch.arch.cache_clear()
     timing.capture_stream.cache_clear()
     with pretend_cuda():
-        [(key, now), *_] = trials.answer(("list", "layer_norm", TINY, make(asked)))["launches"]
+        [(key, now), *_] = listed("layer_norm", TINY, make(asked))
         [best] = candidates(NORM, now)
         Crew.ms, Crew.tried = {best: [0.5]}, []
         found = choose.take_fastest(make, asked, make(asked), TINY, H100, ALONE)

@@ -6,6 +6,7 @@ ends with it, and each says why it is gone: what it printed last.
 """
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -164,16 +165,10 @@ class Child:
 
 
 class Crew:
-    """Children that work side by side; each starts when it is first asked, and after it died.
+    """So many children that work side by side; each starts when first asked, and after it died."""
 
-    Args:
-        command: Of each.
-        count: So many.
-        limit_s: Of one task.
-    """
-
-    def __init__(self, command: Sequence[str], count: int, limit_s: float) -> None:
-        self.command, self.limit_s = command, limit_s
+    def __init__(self, command: Sequence[str], count: int) -> None:
+        self.command = command
         self.children: list[Child | None] = [None] * count
 
     def __enter__(self) -> Self:
@@ -183,40 +178,29 @@ class Crew:
         for child in filter(None, self.children):
             child.end()
 
-    def ask(self, task: Any, who: int = 0, limit_s: float | None = None) -> dict[str, Any]:
-        """The answer of one of them; that it died or hung is an answer, as "error".
-
-        Its start has a limit of its own, but is part of `limit_s` where one is given.
-        """
-        start_s, began = (START_LIMIT_S, 0.0) if limit_s is None else (limit_s, time.monotonic())
+    def ask(self, task: Any, limit_s: float, who: int = 0) -> dict[str, Any]:
+        """The answer of one of them, start included; that there is none is one too, as "error"."""
+        if limit_s <= 0:
+            return {"error": "no time left"}
+        end = time.monotonic() + limit_s
         try:
-            child = self.children[who] = self.children[who] or Child(self.command, start_s)
-            if limit_s is not None:
-                limit_s = max(0.0, limit_s + began - time.monotonic())
-            return child.ask(task, self.limit_s if limit_s is None else limit_s)
+            child = self.children[who] = self.children[who] or Child(self.command, limit_s)
+            return child.ask(task, max(0.0, end - time.monotonic()))
         except ChildDied as why:
             self.children[who] = None
             return {"error": str(why)}
 
-    def each(self, tasks: Sequence[Any], side_by_side: int, until: float) -> list[dict[str, Any]]:
-        """The answers of all children, each to a task of its own."""
-
-        def one(task: Any, who: int) -> dict[str, Any]:
-            left = until - time.monotonic()
-            return self.ask(task, who, left) if left > 0 else {"error": "no time left"}
-
-        with ThreadPoolExecutor(max(1, side_by_side)) as pool:
-            return [*pool.map(one, tasks, range(len(tasks)))]
-
-    def share(self, tasks: Sequence[Any], until: float) -> list[dict[str, Any] | None]:
-        """The answers in order, from whoever was free; None for those that came too late."""
+    def share(
+        self, tasks: Sequence[Any], limit_s: float, until: float = math.inf
+    ) -> list[dict[str, Any]]:
+        """The answers in order, from whoever was free; no task begins after `until`."""
         free: SimpleQueue[int] = SimpleQueue()
         for who in range(len(self.children)):
             free.put(who)
 
-        def one(task: Any) -> dict[str, Any] | None:
+        def one(task: Any) -> dict[str, Any]:
             who = free.get()
-            answer = self.ask(task, who) if time.monotonic() < until else None
+            answer = self.ask(task, limit_s if time.monotonic() < until else 0.0, who)
             free.put(who)
             return answer
 

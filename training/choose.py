@@ -12,19 +12,23 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kernels import BACKENDS, SDPA, read_ops, spell_ops
-from training import child
+from kernels._launch import read_rows
+from model.edge import quoted
+from training import child, schema
 from training.distributed import World
 from training.machines import Machine, num_cores
 from training.plan import Choices, Plan, lacks
 from training.recipes import Recipe
 from training.search import time_launches
 from training.timing import Timing, gains, ratio
-from training.trials import COMMAND
+from training.trials import COMMAND, time_op, time_step
 from training.verify import cache_path, find_wrong, keep, key_of, read_kept
 
 # For all ops, the end of the children left out; where they are asked for, for all steps and rows.
@@ -33,6 +37,9 @@ BUILD, TIME_S = 0.7, 15.0  # share of the ops' that compiling may take; of one o
 MAX_GAIN = 100.0  # more is a mistake of the clock: a graph of nothing takes no time
 STEP, AS_CHOSEN, COMMITTED = "step", "as chosen", "committed launch rows"
 Samples = Mapping[str, Sequence[float]]  # ms, by who was timed, in turns
+TIMES = schema.Every([schema.of(float)], ".*")
+KEPT = dict.fromkeys(("key", "chosen", "failed"), schema.OBJECT)
+KEPT |= {"ms": schema.Every(TIMES, ".*"), "seconds": schema.of(float)}
 
 
 def rivals(plan: Plan, machine: Machine) -> dict[str, list[str]]:
@@ -40,13 +47,11 @@ def rivals(plan: Plan, machine: Machine) -> dict[str, list[str]]:
 
     Triton's is one only where the plan has it: elsewhere it is wrong, or takes no such shape.
     """
-    found = {}
+    found, sdpa = {}, plan.device == "cuda" and not machine.rocm
     for op, present in read_ops(plan.ops).items():
-        known = [*BACKENDS, *(SDPA if op == "causal_attention" else ())]
-        others = [name for name in known if name not in (present, "triton")
-                  and not (name in SDPA and (machine.rocm or plan.device == "cpu"))
-                  and not lacks(name, machine, plan.dtype)]  # fmt: skip
-        found[op] = [present, *others]
+        known = [*BACKENDS, *(SDPA if sdpa and op == "causal_attention" else ())]
+        others = (name for name in known if name not in (present, "triton"))
+        found[op] = [present, *(x for x in others if not lacks(x, machine, plan.dtype))]
     return found
 
 
@@ -80,12 +85,13 @@ def choose(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> dic
 
 def launch_rows(chosen: Mapping[str, str], measured: Mapping[str, Samples]) -> str:
     """The rows of kernels that others than their present ones were chosen for, as [measured]."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, str] = {}
     for kernel, row in chosen.items():
         if "." in kernel and row != next(iter(measured[kernel])):
-            found.setdefault(kernel.partition(".")[0], []).append(f"    {row}\n")
-    return "".join(["[measured]\n" * bool(found),
-                    *(f"{op} = [\n{''.join(rows)}]\n" for op, rows in found.items())])  # fmt: skip
+            op = kernel.partition(".")[0]
+            found[op] = f"{found.get(op, '')}    {row}\n"
+    lines = [f"{op} = [\n{rows}]\n" for op, rows in found.items()]
+    return "".join(["[measured]\n", *lines] if lines else [])
 
 
 def _fastest(names: Sequence[str], samples: Samples) -> str:
@@ -103,9 +109,13 @@ def _sound(samples: Sequence[float]) -> bool:
 
 
 def take_fastest(
-    make: Callable[[Choices], Plan], asked: Choices, checked: Plan, recipe: Recipe,
-    machine: Machine, world: World,
-) -> Plan:  # fmt: skip
+    make: Callable[[Choices], Plan],
+    asked: Choices,
+    checked: Plan,
+    recipe: Recipe,
+    machine: Machine,
+    world: World,
+) -> Plan:
     """The plan of `make` with what is fastest here, and a note of what that was decided by.
 
     Args:
@@ -116,39 +126,27 @@ def take_fastest(
     Raises:
         ValueError: --tune-file names a file that is no answer of this kind.
     """
-    choices = replace(asked, ops=checked.ops, optimizer=checked.optimizer)
+    if asked.tune == "off" or (asked.tune == "auto" and checked.device != "cuda"):
+        return checked
     long = world.size == 1 and checked.device == "cuda" and asked.tune in ("on", "only")
     names = {op: of for op, of in rivals(checked, machine).items() if len(of) > 1}
     names = names if asked.ops == "auto" else {}
-    off = asked.tune == "off" or (asked.tune == "auto" and checked.device != "cuda")
-    if off:
-        return checked
 
     def plans(measured: Mapping[str, Samples]) -> dict[str, Plan]:
         chosen = choose(checked, machine, measured)
-        ops = {op: chosen[op] for op in read_ops(checked.ops)}
-        taken = replace(choices, ops=spell_ops(ops)) if asked.ops == "auto" else choices
-        every = steps(taken, asked, machine, checked.dtype)
+        choices = replace(asked, ops=checked.ops, optimizer=checked.optimizer)
+        if asked.ops == "auto":
+            ops = spell_ops({op: chosen[op] for op in read_ops(checked.ops)})
+            choices = replace(choices, ops=ops)
+        every = steps(choices, asked, machine, checked.dtype)
         found = {name: make(changed) for name, changed in every.items()}
         if rows := launch_rows(chosen, measured):
-            found[COMMITTED] = found[AS_CHOSEN]
-            for name, plan in found.items():
-                if name != COMMITTED and "triton" in read_ops(plan.ops).values():
-                    found[name] = replace(plan, launches=rows)
+            with_rows = {name: replace(plan, launches=rows) for name, plan in found.items()
+                         if "triton" in read_ops(plan.ops).values()}  # fmt: skip
+            found |= with_rows | {COMMITTED: found[AS_CHOSEN]}
         return found
 
-    def measure() -> dict[str, Any]:
-        key = key_of(recipe, checked, machine) | {"from": names, "asked": {
-            k: v for k, v in asdict(asked).items() if not k.startswith("tune")
-        }}  # fmt: skip
-        path = Path(asked.tune_file) if asked.tune_file else cache_path(key, "choice")
-        known, trouble = read_kept(path, key, _read)
-        if trouble and asked.tune_file:
-            raise ValueError(f"tune_file{trouble}; name another, or remove it")
-        if known is not None and asked.tune == "auto":
-            return {"ms": known, "from": f"measured before, see {path}"}
-        if not (names or long):  # what was asked for by name is no question
-            return {}
+    def measure(trouble: str) -> tuple[dict[str, Any], str]:
         takes = "up to four minutes" if long else "up to a minute, --tune off leaves it out"
         world.say(
             f"tune: timing what a step can be made of on {machine.name}; takes {takes}{trouble}"
@@ -161,26 +159,51 @@ def take_fastest(
         if long:
             ms[STEP], failed[STEP] = _time_steps(plans(ms), recipe, STEPS_S)
         seconds = round(time.monotonic() - began, 1)
-        chosen = choose(checked, machine, ms)
-        values = {"key": key, "chosen": chosen, "ms": ms, "failed": failed, "seconds": seconds}
-        where = keep(path, re.sub(r"\[[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()),
-                                  json.dumps(values, indent=2)))  # fmt: skip
-        lost = "".join(f", {op} could not be timed ({of['all']})" for op, of in failed.items()
-                       if "all" in of)  # fmt: skip
-        more = "" if long else "; `make tune` searches launch rows and times whole steps too"
-        return {"ms": ms, "from": f"measured in {seconds:.0f} s{lost}, {where}{more}"}
+        lost = [
+            f", {op} could not be timed ({of['all']})" for op, of in failed.items() if "all" in of
+        ]
+        values = {"chosen": choose(checked, machine, ms), "ms": ms, "failed": failed}
+        return values | {"seconds": seconds}, f"measured in {seconds:.0f} s{''.join(lost)}, "
 
-    if not (found := world.first("times", measure)):
+    def answer() -> tuple[dict[str, Samples], str] | None:
+        """Samples, and in words where they are from."""
+        wishes = {k: v for k, v in asdict(asked).items() if not k.startswith("tune")}
+        key = key_of(recipe, checked, machine) | {"from": names, "asked": wishes}
+        path = Path(asked.tune_file) if asked.tune_file else cache_path(key, "choice")
+        kept, trouble = read_kept(path, key, KEPT, check_rows)
+        if trouble and asked.tune_file:
+            raise ValueError(f"tune_file{trouble}; name another, or remove it")
+        if kept and asked.tune == "auto":
+            return kept["ms"], f"measured before, see {path}"
+        if not (names or long):  # what was asked for by name is no question
+            return None
+        found, said = measure(trouble)
+        text = json.dumps({"key": key, **found}, indent=2)
+        # Samples on one line.
+        text = re.sub(r"\[[^\[\]{}\"]*\]", lambda array: " ".join(array[0].split()), text)
+        more = "" if long else "; `make tune` searches launch rows and times whole steps too"
+        return found["ms"], f"{said}{keep(path, text)}{more}"
+
+    if not (found := world.first("times", answer)):
         return checked
-    every = plans(found["ms"])
-    made = every.get(choose(checked, machine, found["ms"])[STEP], every[AS_CHOSEN])
-    lines = [*table(checked, machine, found["ms"])]
+    measured, source = found
+    every, lines = plans(measured), [*table(checked, machine, measured)]
+    made = every.get(choose(checked, machine, measured)[STEP], every[AS_CHOSEN])
     if asked.tune == "only":
-        world.say("\n".join([f"tune: {found['from']}", *lines]))
+        world.say("\n".join([f"tune: {source}", *lines]))
         if made.launches:
             world.say(f"CONTRIBUTING.md says how to send these rows:\n{made.launches}")
-    note = f"tune: {found['from']}: {'; '.join(' '.join(line.split()) for line in lines)}"
+    note = f"tune: {source}: {'; '.join(' '.join(line.split()) for line in lines)}"
     return replace(made, notes=tuple(dict.fromkeys([*checked.notes, *made.notes, note])))
+
+
+def check_rows(kept: Mapping[str, Any]) -> None:
+    """Raise ValueError for a kept launch row that is none of its kernel."""
+    for kernel, of in kept["ms"].items():
+        for row in of if "." in kernel else ():
+            text = launch_rows({kernel: row}, {kernel: {"": ()}})
+            if "\n" in row or [key.kernel for key in read_rows(text)[0]] != [kernel]:
+                raise ValueError(f"{quoted(row)} is no launch row of {quoted(kernel)}")
 
 
 def _sound_launches(
@@ -208,45 +231,46 @@ def table(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> Iter
             yield f"{what:<21} {chosen:<12} {own:>10}  ({others or 'no rival'})"
 
 
-def _read(values: Any) -> dict[str, dict[str, list[float]]]:
-    return {str(what): {str(name): [float(ms) for ms in samples] for name, samples in of.items()}
-            for what, of in values["ms"].items()}  # fmt: skip
-
-
 def _time_ops(
     names: Mapping[str, list[str]], recipe: Recipe, plan: Plan, seconds: float
 ) -> tuple[Any, Any]:
     """Samples of each op, and why others have none; compiled side by side, timed one by one."""
     ms: dict[str, Any] = {}
     failed: dict[str, Any] = {}
-    end = time.monotonic() + seconds
-    with child.Crew(COMMAND, len(names), TIME_S) as crew:
-        until = end - (1 - BUILD) * seconds
-        built = crew.each([("build", *of, recipe, plan) for of in names.items()],
-                          num_cores(), until)  # fmt: skip
-        for who, ((op, backends), answer) in enumerate(zip(names.items(), built, strict=True)):
-            left = min(TIME_S, end - time.monotonic())
-            if "error" not in answer and left > 0:
-                failed[op] = answer["failed"]
-                sound = [name for name in backends if name not in failed[op]]
-                answer = crew.ask(("time", op, sound, recipe, plan), who, left)
+    began = time.monotonic()
+
+    def left(share: float = 1.0) -> float:
+        return began + share * seconds - time.monotonic()
+
+    def build(op: str, who: int) -> dict[str, Any]:
+        task = partial(time_op, op, names[op], recipe, plan, build=True)
+        return crew.ask(task, left(BUILD), who)
+
+    with child.Crew(COMMAND, len(names)) as crew:
+        with ThreadPoolExecutor(num_cores()) as pool:
+            built = [*pool.map(build, names, range(len(names)))]
+        for who, (op, answer) in enumerate(zip(names, built, strict=True)):
+            bad = answer.get("failed", {})
+            if "error" not in answer:
+                sound = [name for name in names[op] if name not in bad]
+                task = partial(time_op, op, sound, recipe, plan)
+                answer = crew.ask(task, min(TIME_S, left()), who)
             ms[op] = {name: _rounded(of) for name, of in answer.get("ms", {}).items()}
-            why = {} if "ms" in answer else {"all": answer.get("error", "no time left")}
-            failed[op] = failed.get(op, {}) | answer.get("failed", {}) | why
+            why = {"all": answer["error"]} if "error" in answer else {}
+            failed[op] = bad | answer.get("failed", {}) | why
     return ms, failed
 
 
 def _time_steps(plans: Mapping[str, Plan], recipe: Recipe, seconds: float) -> tuple[Any, Any]:
     """Samples of the step by each plan, one after the other: a device has room for one."""
     ms, failed, end = {}, {}, time.monotonic() + seconds
-    with child.Crew(COMMAND, 1, seconds) as crew:
+    with child.Crew(COMMAND, 1) as crew:
         for name, plan in plans.items():
-            left = end - time.monotonic()
-            answer = crew.ask(("step", recipe, plan), 0, left) if left > 0 else {}
+            answer = crew.ask(partial(time_step, recipe, plan), end - time.monotonic())
             if "ms" in answer:
                 ms[name] = _rounded(answer["ms"])
             else:
-                failed[name] = answer.get("error", "no time left")
+                failed[name] = answer["error"]
     return ms, failed
 
 

@@ -14,20 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from kernels import EAGER, Ops, parse_ops
 from model import GPT
-from training.numerics import (
-    REDUCED,
-    Values,
-    compare,
-    default_douts,
-    precision,
-    tf32_products,
-    values_and_grads,
-)  # fmt: skip
+from training import numerics
+from training.numerics import Values, compare, default_douts, precision, values_and_grads
 from training.optim import configure_adamw
 from training.plan import Plan
 from training.recipes import Recipe
@@ -49,25 +42,31 @@ def check(name: str, recipe: Recipe, plan: Plan) -> str:
     for key, value in eager.items():
         if key not in ours or (ours[key].shape, ours[key].dtype) != (value.shape, value.dtype):
             return f"{key}: there is none that is {tuple(value.shape)}, {value.dtype}"
-    rows, config = plan.micro_batch_size * recipe.block_size, recipe.model_config
-    terms = {"gelu_mlp": 4 * config.n_embd, "causal_attention": recipe.block_size,
-             "linear_cross_entropy": config.vocab_size,
-             "adamw": 64}  # fmt: skip # the norm's sums in a row: all follows from it
-    how: dict[str, Any] = {
-        "reduced": (*REDUCED, "norm"),
-        "rows": rows,
-        "terms": terms.get(name, config.n_embd),
+    config = recipe.model_config
+    terms = {
+        "gelu_mlp": 4 * config.n_embd,
+        "causal_attention": recipe.block_size,
+        "linear_cross_entropy": config.vocab_size,
+        "adamw": 64,  # the norm's sums in a row: all follows from it
     }
+    products = 0
     if _in_tf32(plan):
         with precision("tf32"):
-            how["products"] = tf32_products(name)
+            products = numerics.tf32_products(name)
+    how: dict[str, Any] = {
+        "reduced": (*numerics.REDUCED, "norm"),
+        "rows": plan.micro_batch_size * recipe.block_size,
+        "terms": terms.get(name, config.n_embd),
+        "products": products,
+    }
     exact = exact_by()
     for spread in (False, True):
         for found in compare(ours, eager, exact, spread=spread, **how):
             if not found.holds:
                 return str(found)
     first = None  # poison makes torch choose other algorithms: those runs are not compared
-    for _ in range(NUM_RERUNS[plan.device] + 1 if NUM_RERUNS[plan.device] else 0):
+    reruns = NUM_RERUNS[plan.device]
+    for _ in range(reruns + 1 if reruns else 0):
         again = ours_by()
         first = first or again
         if changed := [key for key in first if not torch.equal(first[key], again[key])]:
@@ -82,15 +81,14 @@ def _in_tf32(plan: Plan) -> bool:
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Inside, what `empty` and its relatives return reads as NaN until it is written to."""
-    strict, warn = (torch.are_deterministic_algorithms_enabled(),
-                    torch.is_deterministic_algorithms_warn_only_enabled())  # fmt: skip
+    before = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warn)
+        torch.set_deterministic_debug_mode(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # pyright: ignore
 
 
@@ -128,8 +126,8 @@ def model_inputs(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
     with torch.no_grad(), autocast(plan):
         functional_call(model, copies, (idx, idx.roll(-1, 1)))
         # Of its own a model calls this one under dropout alone, and has none here.
-        norm = {"x" if key == "residual" else key: value
-                for key, value in found["add_layer_norm"].items() if key != "x"}  # fmt: skip
+        norm = {**found["add_layer_norm"]}
+        norm["x"] = norm.pop("residual")
         found.setdefault("layer_norm", norm)
         for arguments in found.values():
             for key, value in arguments.items():
@@ -155,9 +153,11 @@ def _runs_of(name: str, recipe: Recipe, plan: Plan) -> tuple[Callable[[], Values
     # The eager loss is fp32 whatever it is given.
     plain = _cross_entropy if name == "linear_cross_entropy" else getattr(EAGER, name)
     config, T = recipe.model_config, recipe.block_size
-    widest = {"causal_attention": 6 * config.n_head * T, "linear_cross_entropy":
-              5 * config.padded_vocab_size}.get(name, 40 * config.n_embd)  # fmt: skip
-    at_once = max(1, EXACT_BYTES // (8 * T * widest))
+    wide = {
+        "causal_attention": config.n_head * T * 6,
+        "linear_cross_entropy": config.padded_vocab_size * 5,
+    }
+    at_once = max(1, EXACT_BYTES // (8 * T * wide.get(name, 40 * config.n_embd)))
     exact = partial(exact_values, partial(plain, **rest), tensors, douts, at_once)
     return partial(by, parse_ops("triton")), partial(by, EAGER), exact
 
@@ -201,46 +201,33 @@ def _updates(recipe: Recipe, plan: Plan) -> tuple[Callable[[], Values], ...]:
 
 
 def _update(recipe: Recipe, plan: Plan, kind: str) -> Values:
-    model = _model(recipe, plan)
-    optimizer: Any = configure_adamw(model, recipe, "torch" if kind == "exact" else kind)
+    model, exact = _model(recipe, plan), kind == "exact"
+    optimizer: Any = configure_adamw(model, recipe, "torch" if exact else kind)
     copies = working_copies(model) if plan.working_copies else {}
-    leaf = {p: copies.get(name, p) for name, p in model.named_parameters()}
-    groups = [(group, group["params"]) for group in optimizer.param_groups]
-    order = [p for _, parameters in groups for p in parameters]
-    leaves = [leaf[p] for p in order]
-    if kind == "exact":
-        settings = ("lr", "betas", "eps", "weight_decay")
-        doubles = iter([nn.Parameter(p.detach().double()) for p in order])
-        optimizer = torch.optim.AdamW([
-            {"params": [next(doubles) for _ in parameters], **{s: group[s] for s in settings}}
-            for group, parameters in groups
-        ])  # fmt: skip
-        order = [p for group in optimizer.param_groups for p in group["params"]]
-    elif copies:
-        optimizer.attach_working({p: copy for p, copy in leaf.items() if copy is not p})
+    leaves = {p: copies[name] for name, p in model.named_parameters() if name in copies}
+    if exact:
+        model.double()
+    elif leaves:
+        optimizer.attach_working(leaves)
     for group in optimizer.param_groups:
         group["lr"] = recipe.max_lr
+    order = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.zeros(())
     for _ in range(2):
-        for p, source in zip(order, leaves, strict=True):
-            grad = (1e-3 * torch.randn(p.shape, device=p.device)).to(source.dtype)
-            if kind == "exact":
-                p.grad = grad.double()
-            else:
-                source.grad = grad
-        if kind == "exact":
-            limit = recipe.grad_clip or float("inf")
-            norm = nn.utils.clip_grad_norm_(order, limit)
-        else:
-            norm = optimizer.clip(recipe.grad_clip)
+        for p in order:
+            grad = 1e-3 * torch.randn(p.shape, device=p.device)
+            if p in leaves:
+                grad = grad.to(leaves[p].dtype)
+            leaf = leaves[p] if p in leaves and not exact else p
+            leaf.grad = grad.to(leaf.dtype)
+        norm = optimizer.clip(recipe.grad_clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     found = {"norm": norm, "weights": _flat(order)}
     for moment in ("exp_avg", "exp_avg_sq"):
         found[moment] = _flat(optimizer.state[p][moment] for p in order)
-    if copies:  # to the last bit what the weights are
-        copied = [(p, s) for p, s in zip(order, leaves, strict=True) if s.dtype == torch.bfloat16]
-        found["copies"] = _flat(p if kind == "exact" else s for p, s in copied)
+    if leaves:  # to the last bit what the weights are
+        found["copies"] = _flat(p if exact else leaves[p] for p in order if p in leaves)
     return found
 
 

@@ -11,11 +11,11 @@ turns; training/choose.py decides by these samples.
 import itertools
 import json
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from kernels import read_ops
@@ -25,14 +25,14 @@ from training.machines import Machine, num_cores
 from training.plan import Plan
 from training.recipes import Recipe
 from training.timing import Timing
-from training.trials import COMMAND
+from training.trials import COMMAND, list_launches, try_launches
 
 FINALISTS = 3
 FINAL = {"rounds": 20, "seconds": 5.0}  # the last turns; four launches rarely need the time
 QUICK = {"rounds": 5, "seconds": 0.3, "warmup": 1}
 MAX_CANDIDATES = 200  # of a kernel
 BATCH = 4  # candidates of each child before those that came back are timed
-TASK_LIMIT_S = 60.0  # one candidate; a build takes 1 to 3 s, several at once longer
+TASK_LIMIT_S = 90.0  # one candidate and perhaps a start; a build takes 1 to 3 s, several longer
 SMALL_T = 256  # tokens of a sequence a build runs on: more than the short attention kernels take
 BRIEF = ("layer_norm.sum", "linear_cross_entropy.scale")  # too short to matter
 PERSISTENT = ("gelu_mlp.up", "gelu_mlp.down", "layer_norm.bwd")  # as many programs as a row says
@@ -112,43 +112,40 @@ def time_launches(
     where = f"{here}, B={plan.micro_batch_size} T={recipe.block_size}"
     jobs = max(1, num_cores() - 2) if plan.device == "cuda" else 1
     ops = [op for op, backend in read_ops(plan.ops).items() if backend == "triton"]
-    with child.Crew(COMMAND, jobs, TASK_LIMIT_S) as crew:
+    with child.Crew(COMMAND, jobs) as crew:
         todo: dict[str, tuple[str, Key, Launch]] = {}
         for op in reversed(ops):  # add_layer_norm, which is most of the norms, before layer_norm
-            for key, launch in crew.ask(("list", op, recipe, plan)).get("launches", ()):
+            task = partial(list_launches, op, recipe, plan)
+            for key, launch in crew.ask(task, TASK_LIMIT_S).get("launches", ()):
                 if key.kernel not in BRIEF:
                     todo.setdefault(key.kernel, (op, key, launch))
         for left, (kernel, (op, key, present)) in zip(
             range(len(todo), 0, -1), todo.items(), strict=True
         ):
             until = time.monotonic() + (end - time.monotonic()) / left
-            timed = _search(crew, op, kernel, present, recipe, plan, until)
-            if not timed:
-                continue
-            before = statistics.median(timed[0][1])
-            found[kernel] = {
-                row_text(key, launch, launch.source if launch is present else
-                         f"{where}: {op} {before:.4g} -> {statistics.median(ms):.4g} ms"): ms
-                for launch, ms in timed
-            }  # fmt: skip
+            timed = _search(crew, op, kernel, present, (recipe, plan), until)
+            for launch, ms in timed:
+                gain = f"{Timing(timed[0][1]).median_ms:.4g} -> {Timing(ms).median_ms:.4g} ms"
+                source = present.source if launch is present else f"{where}: {op} {gain}"
+                found.setdefault(kernel, {})[row_text(key, launch, source)] = ms
     return found
 
 
 def _search(
-    crew: child.Crew, op: str, kernel: str, present: Launch, recipe: Recipe, plan: Plan,
-    end: float,
-) -> list[tuple[Launch, list[float]]]:  # fmt: skip
+    crew: child.Crew, op: str, kernel: str, present: Launch, run: tuple[Recipe, Plan], end: float
+) -> list[tuple[Launch, list[float]]]:
     """Launches and their samples in turns, the present one first; tries others until `end`."""
 
     def timed(launches: Sequence[Launch], how: dict[str, Any]) -> list[list[float]]:
-        return crew.ask(("launches", op, kernel, launches, how, recipe, plan)).get("ms", [])
+        task = partial(try_launches, op, kernel, launches, how, *run)
+        return crew.ask(task, TASK_LIMIT_S).get("ms", [])
 
     todo, size = candidates(kernel, present), BATCH * len(crew.children)
     fastest: list[tuple[float, int]] = []
     for start in range(0, len(todo), size):
         batch = todo[start : start + size]
-        tasks = [("launches", op, kernel, [x], {}, *small(recipe, plan)) for x in batch]
-        for i, answer in enumerate(crew.share(tasks, end), start):
+        tasks = [partial(try_launches, op, kernel, [x], {}, *small(*run)) for x in batch]
+        for i, answer in enumerate(crew.share(tasks, TASK_LIMIT_S, end), start):
             if answer == {} and time.monotonic() < end and (ms := timed([todo[i]], QUICK)):
                 fastest.append((Timing(ms[0]).median_ms, i))
         if time.monotonic() > end:

@@ -1,14 +1,14 @@
 """What a run could take, tried on this device: checks and times, in a process that may crash.
 
-It answers training/verify.py, training/choose.py and training/search.py, one task after the other.
+It answers training/verify.py, training/choose.py and training/search.py, one task after the other:
+a call of a function below, with recipe and plan last.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import parse_ops
 from kernels._launch import ANY, Launch, replaced
 from model.edge import one_line
-from training import child, timing
+from training import timing
 from training.kernel_check import check, model_inputs
 from training.numerics import default_douts
 from training.plan import Plan
@@ -26,10 +26,16 @@ from training.probe import probe_steps
 from training.recipes import Recipe
 from training.step import autocast, start_process
 
-COMMAND = (sys.executable, "-m", "training.trials")
+SERVE = "from training import child, trials; child.serve(0, trials.answer)"
+COMMAND = (sys.executable, "-c", SERVE)
 LIMIT_S = 600  # nobody waits that long; it ends where the process that asked is gone
 ROUNDS = {"rounds": 15, "seconds": 1.5}  # of an op's backends, in turns
 STEPS_S = 3.0  # of steps that no graph replays
+
+
+def check_op(name: str, recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """Why an op of ours, or AdamW, is wrong here."""
+    return {"why": check(name, recipe, plan)}
 
 
 def time_op(
@@ -45,12 +51,11 @@ def time_op(
     failed: dict[str, str] = {}
     contestants: dict[str, list[timing.Call]] = {}
     with _on_stream(plan):
-        inputs, nbytes = _inputs(name, recipe, plan)
-        num_sets = 1 if build else timing.num_sets(nbytes, torch.device(plan.device))
+        inputs, nbytes, num_sets = _inputs(name, recipe, plan)
         for backend in backends:
             try:
                 fn = getattr(parse_ops(f"eager,{name}={backend}"), name)
-                calls = [_call(fn, inputs, plan) for _ in range(num_sets)]
+                calls = [_call(fn, inputs, plan) for _ in range(1 if build else num_sets)]
                 calls[0]()
                 contestants[backend] = calls
             except Exception as error:  # a backend that refuses the shape, a compiler error, ...
@@ -69,18 +74,17 @@ def _on_stream(plan: Plan) -> Iterator[None]:
         yield
 
 
-def _inputs(name: str, recipe: Recipe, plan: Plan) -> tuple[dict[str, Any], int]:
-    """Of an op in the run's model, and how many bytes they are."""
+def _inputs(name: str, recipe: Recipe, plan: Plan) -> tuple[dict[str, Any], int, int]:
+    """Of an op in the run's model, how many bytes they are, and how many sets are to rotate."""
     inputs = model_inputs(recipe, plan)[name]
-    return inputs, sum(v.nbytes for v in inputs.values() if isinstance(v, Tensor))
+    nbytes = sum(v.nbytes for v in inputs.values() if isinstance(v, Tensor))
+    return inputs, nbytes, timing.num_sets(nbytes, torch.device(plan.device))
 
 
 def _call(fn: Callable[..., Any], inputs: dict[str, Any], plan: Plan) -> timing.Call:
     """Forward and backward, on copies of the inputs that no other call reads."""
-    leaves = {
-        key: v.detach().clone().requires_grad_(v.is_floating_point())
-        for key, v in inputs.items() if isinstance(v, Tensor)
-    }  # fmt: skip
+    tensors = {key: v for key, v in inputs.items() if isinstance(v, Tensor)}
+    leaves = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in tensors.items()}
     wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
 
     def forward() -> tuple[Tensor, ...]:
@@ -92,27 +96,20 @@ def _call(fn: Callable[..., Any], inputs: dict[str, Any], plan: Plan) -> timing.
 
     def both() -> list[Tensor]:
         outputs = forward()
-        grads = torch.autograd.grad(outputs, wanted, douts)
-        return [*(y.detach() for y in outputs), *grads]
+        return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, wanted, douts)]
 
     return both
 
 
-# Of one op at a time, at the run's shapes and at small ones: calls, their results, bytes.
-_held: dict[Any, Any] = {}
-
-
-def _calls_by_kernels(
+@lru_cache(maxsize=2)  # of one op at a time, at the run's shapes and at small ones
+def calls_by_kernels(
     name: str, recipe: Recipe, plan: Plan, rotate: bool
 ) -> tuple[list[timing.Call], list[Tensor], int]:
-    if (key := (name, recipe, plan, rotate)) not in _held:
-        for other in [other for other in _held if other[0] != name]:
-            del _held[other]
-        inputs, nbytes = _inputs(name, recipe, plan)
-        num_sets = timing.num_sets(nbytes, torch.device(plan.device)) if rotate else 1
-        calls = [_call(getattr(parse_ops("triton"), name), inputs, plan) for _ in range(num_sets)]
-        _held[key] = calls, _results(calls[0]), nbytes
-    return _held[key]
+    """An op's calls by our kernels, what the first gives, and bytes of a call's inputs."""
+    inputs, nbytes, num_sets = _inputs(name, recipe, plan)
+    fn = getattr(parse_ops("triton"), name)
+    calls = [_call(fn, inputs, plan) for _ in range(num_sets if rotate else 1)]
+    return calls, _results(calls[0]), nbytes
 
 
 def _results(call: timing.Call) -> list[Tensor]:
@@ -122,14 +119,18 @@ def _results(call: timing.Call) -> list[Tensor]:
 def list_launches(name: str, recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """(key, launch) of each kernel of an op at the run's shapes."""
     with _on_stream(plan), replaced(ANY, None) as asked:
-        _calls_by_kernels(name, recipe, plan, False)[0][0]()
+        calls_by_kernels(name, recipe, plan, False)[0][0]()
     return {"launches": [*{key.kernel: (key, launch) for key, launch in asked}.values()]}
 
 
 def try_launches(
-    name: str, kernel: str, launches: Sequence[Launch], how: dict[str, Any], recipe: Recipe,
+    name: str,
+    kernel: str,
+    launches: Sequence[Launch],
+    how: dict[str, Any],
+    recipe: Recipe,
     plan: Plan,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Samples of an op's forward and backward by launch of one of its kernels, in ms.
 
     Args:
@@ -146,7 +147,7 @@ def try_launches(
             return call()
 
     with _on_stream(plan):
-        calls, want, nbytes = _calls_by_kernels(name, recipe, plan, bool(how))
+        calls, want, nbytes = calls_by_kernels(name, recipe, plan, bool(how))
         for launch in launches:
             if not same(launched(launch, partial(_results, calls[0])), want):
                 raise ValueError("results differ from the present row's")
@@ -178,33 +179,18 @@ def time_step(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     return {"ms": [1e3 * s for s in found.seconds]}
 
 
-TRIALS: dict[str, Callable[..., dict[str, Any]]] = {
-    "check": lambda *task: {"why": check(*task)},
-    "build": partial(time_op, build=True),
-    "time": time_op,
-    "step": time_step,
-    "list": list_launches,
-    "launches": try_launches,
-}
-
-
-def answer(task: tuple[Any, ...]) -> dict[str, Any]:
-    """For the process that asks: what was found, or as "error" why it was not; "short" of memory.
-
-    Args:
-        task: A name of TRIALS and its arguments, recipe and plan last.
-    """
-    kind, *arguments = task
-    recipe, plan = task[-2:]
+def answer(task: partial[dict[str, Any]]) -> dict[str, Any]:
+    """What was found, or as "error" why it was not, "short" where memory was."""
+    recipe, plan = task.args[-2:]
     if alarm := getattr(signal, "alarm", None):
         alarm(LIMIT_S)
     try:
         start_process(plan, recipe.seed)
-        return TRIALS[kind](*arguments)
+        return task()
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
             return {"error": one_line(error, 200), "short": True}
-        if kind == "check" or timing.is_fatal(error):
+        if task.func is check_op or timing.is_fatal(error):
             # A device's context may be lost with it: the next op gets a process of its own.
             raise SystemExit(f"{type(error).__name__}: {one_line(error, 200)}") from error
         return {"error": timing.reason_of(error)}
@@ -213,7 +199,3 @@ def answer(task: tuple[Any, ...]) -> dict[str, Any]:
             alarm(0)
         if plan.device == "cuda":
             torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    child.serve(os.getpid(), answer)

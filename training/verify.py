@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from kernels import EAGER, Ops, read_ops, spell_ops
 from model import GPT
 from model.edge import one_line
 from model.files import write_atomically
-from training import child
+from training import child, schema
 from training.distributed import World
 from training.environment import assembler, package_version
 from training.machines import Machine, num_cores, nvidia_smi
@@ -33,18 +33,18 @@ from training.plan import Choices, Plan
 from training.recipes import Recipe
 from training.resume import RunFailed
 from training.step import autocast
-from training.trials import COMMAND
+from training.trials import COMMAND, check_op
 
 ROOT = Path(__file__).parents[1]
 # All but the machine's part of what a verdict, or a choice by time, depends on.
-SOURCES = ("kernels/*.py", "kernels/*.toml", "model/gpt.py", *(
-    f"training/{name}.py" for name in (
-        "kernel_check", "trials", "numerics", "optim", "choose", "search", "timing"
-)))  # fmt: skip
-LIMIT_S = 180.0  # of one check, compiling included, on a machine that may be busy
+SOURCES = """
+    kernels/*.py kernels/*.toml model/gpt.py training/kernel_check.py training/trials.py
+    training/numerics.py training/optim.py training/choose.py training/search.py training/timing.py
+"""
+LIMIT_S = 300.0  # of one check, its start and compiling included, on a machine that may be busy
 PASSING = ("no answer", "ended with -9", "allocate memory", "out of memory")  # not so next time
 ADAMW = "adamw"
-T = TypeVar("T")
+KEPT = {"key": schema.OBJECT, "wrong": schema.of(dict[str, str]), "seconds": schema.of(float)}
 # Of loss and gradient norm of the first micro-batch. Gross faults alone show there: each op by
 # itself is held to more.
 FIRST_BATCH = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 1e-1), "fp16": (1e-2, 1e-1)}
@@ -91,10 +91,10 @@ def find_wrong(
         return {}
     names, key = checked_names(plan), key_of(recipe, plan, machine)
     path = cache_path(key)
-    known, trouble = read_kept(path, key, _read)
-    known = known or {}
+    kept, trouble = read_kept(path, key, KEPT)
+    known = kept["wrong"] if kept else {}
     new = tuple(name for name in names if name not in known)
-    ops = sum(name != ADAMW for name in new or names)
+    ops = len({*(new or names)} - {ADAMW})
     what = " and ".join([f"{ops} ops"] * (ops > 0) + ["AdamW"] * (ADAMW in (new or names)))
     if new:
         say(f"kernels: checking {what} on {machine.name}, this once; takes about a minute{trouble}")
@@ -117,7 +117,7 @@ def find_wrong(
 def key_of(recipe: Recipe, plan: Plan, machine: Machine) -> dict[str, Any]:
     """All that a verdict may depend on."""
     sources = hashlib.sha256()
-    for source in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+    for source in sorted(path for pattern in SOURCES.split() for path in ROOT.glob(pattern)):
         sources.update(source.read_bytes())
     return {
         "card": machine.name,
@@ -129,10 +129,10 @@ def key_of(recipe: Recipe, plan: Plan, machine: Machine) -> dict[str, Any]:
         "model": asdict(recipe.model_config),
         "rows": plan.micro_batch_size,
         "T": recipe.block_size,
-        **{
-            name: getattr(plan, name)
-            for name in ("dtype", "residual", "working_copies", "launches")
-        },
+        "dtype": plan.dtype,
+        "residual": plan.residual,
+        "working_copies": plan.working_copies,
+        "launches": plan.launches,
     }
 
 
@@ -156,36 +156,34 @@ def keep(path: Path, text: str) -> str:
         return f"not kept: {one_line(error)}"
 
 
-def read_kept(path: Path, key: Mapping[str, Any], read: Callable[[Any], T]) -> tuple[T | None, str]:
-    """What was found before, as `read` takes it from a file; and what is wrong with that if so."""
+def read_kept(
+    path: Path, key: Mapping[str, Any], like: Any, check: Callable[[Any], None] = lambda _: None
+) -> tuple[dict[str, Any] | None, str]:
+    """What was found before, which is as the schema `like` says; what is wrong with it if so."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        schema.check("it", values, like)
+        check(values)
         if values["key"] == key:
-            return read(values), ""
+            return values, ""
         why = "it is of something else"
     except FileNotFoundError:
         return None, ""
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
-            OverflowError) as error:  # fmt: skip
-        why = one_line(error, 100)
+    except (OSError, ValueError, RecursionError) as error:
+        why = one_line(error, 200)
     return None, f"; {path} cannot be used: {why}"
-
-
-def _read(values: Any) -> dict[str, str]:
-    return {str(name): str(why) for name, why in values["wrong"].items()}
 
 
 def ask_children(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str, str]:
     """Why each of the kernels is wrong on the plan's device, or ""."""
-    tasks = [("check", name, recipe, plan) for name in names]
+    tasks = [partial(check_op, name, recipe, plan) for name in names]
     side_by_side = min(len(tasks), num_cores()) if plan.device == "cuda" else 1
-    with child.Crew(COMMAND, side_by_side, LIMIT_S) as crew:
-        answers = crew.share(tasks, math.inf)
+    with child.Crew(COMMAND, side_by_side) as crew:
+        answers = crew.share(tasks, LIMIT_S)
         for i, answer in enumerate(answers):
-            if answer and answer.get("short"):  # of memory; now it has the device alone
-                answers[i] = crew.ask(tasks[i])
-    found = ({"error": "no answer"} | (answer or {}) for answer in answers)
-    why = [one_line(each.get("why", f"its process: {each.get('error')}")) for each in found]
+            if answer.get("short"):  # of memory; now it has the device alone
+                answers[i] = crew.ask(tasks[i], LIMIT_S)
+    why = [one_line(each.get("why", f"its process: {each.get('error')}")) for each in answers]
     return dict(zip(names, why, strict=True))
 
 
