@@ -55,7 +55,7 @@ def test_what_a_torch_is_built_for(arch: int, targets: list[str], runs: bool) ->
     ("driver", "version", "cuda", "hidden", "said"),
     [
         ("535.104.05", "torch 2.13.0+cu130", "13.0", None,
-         "built for CUDA 13.0, which needs driver 580 or newer: update the driver, or take"),
+         "built for CUDA 13.0, which needs driver 580 or newer: update the driver, or `make -B"),
         ("515.1", "torch 2.5.0", "12.4", "0", "which needs driver 525 or newer"),
         ("580.65.06", "torch 2.13.0", "13.0", "", "CUDA_VISIBLE_DEVICES='' hides it"),
         ("580.65.06", "torch 2.13.0", "13.0", "7", "CUDA_VISIBLE_DEVICES='7' hides it"),
@@ -63,7 +63,7 @@ def test_what_a_torch_is_built_for(arch: int, targets: list[str], runs: bool) ->
         ("", "torch 2.13.0", "13.0", None, "(driver unknown), but torch 2.13.0 cannot open it"),
         ("odd", "torch 2.13.0", "14.0", None, "cannot open it"),
         ("580.65.06", "torch 2.13.0+cpu", None, None,
-         "is a build for CPUs: `pip install --force-reinstall torch==2.13.0` takes"),
+         "is a build for CPUs: `make -B setup` installs the build that fits, or says why"),
     ],
 )  # fmt: skip
 def test_why_torch_does_not_see_a_card(

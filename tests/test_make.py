@@ -78,8 +78,12 @@ esac
          "sm_75 to sm_129; if pip does not find it"),
         ("NVIDIA A100-SXM4-80GB, 535.104.05, 8.0", False, ["+cu126", ""],
          "cu130 needs driver 580 or newer; if pip does not find it, torch==2.13.0 follows"),
-        ("NVIDIA A100, 580.1, 8.0\\nTesla P100, 580.1, 6.0", True, ["+cu126"], "sm_75 to sm_129"),
-        ("Tesla T4, 470.2, 7.5", True, [""], "cu126 needs driver 525 or newer; the CPU will be"),
+        ("NVIDIA A100, 580.1, 8.0\\nTesla P100, 580.1, 6.0", True, ["+cu126"],
+         "setup: NVIDIA A100 (sm_80, driver 580) and Tesla P100 (sm_60, driver 580): torch==2.13.0"
+         "+cu126 fits, cu130 needs sm_75 to sm_129"),
+        ("Tesla T4, 470.2, 7.5\\nTesla T4, 470.2, 7.5", True, [""],
+         "setup: Tesla T4 (sm_75, driver 470): no build of torch==2.13.0 fits, cu130 needs driver "
+         "580 or newer, cu126 needs driver 525 or newer; the CPU will be"),
         ("NVIDIA B200, 570.2, 10.0", True, [""], "cu126 needs sm_50 to sm_90; the CPU"),
         ("Failed to initialize NVML", True, [""], ""),
         ("NVIDIA \\377 H100, 535.65.06, 9.0 \\r", True, ["+cu126"], "(sm_90, driver 535)"),

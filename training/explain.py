@@ -166,7 +166,7 @@ def explain(
     if rates.power_max_w:
         clock = f"clock under load {rates.sm_mhz:.0f} of {rates.sm_max_mhz:.0f} MHz"
         say(f"  power limit {rates.power_limit_w:.0f} of {rates.power_max_w:.0f} W, {clock}")
-    say("\n  ".join([plan.describe(), *plan.notes]))
+    say("\n  ".join([plan.describe(recipe.muon), *plan.notes]))
 
     matmul = ", ".join(f"{k} {v:,.0f}" for k, v in rates.matmul_gflops.items())
     shaped = f"{plan.dtype} in the model's shape {rates.shape_gflops:,.0f}"
@@ -189,7 +189,7 @@ def explain(
     used = mfu(recipe.model_config, recipe.block_size, got.tokens_per_s, machine.name)
     flops = "" if used is None else f", MFU {100 * used:.1f}%"
     say(
-        f"measured: {got.steps} steps{note}, {1e3 * got.step_s:,.1f} ms each, "
+        f"measured: {len(got.seconds)} steps{note}, {1e3 * got.step_s:,.1f} ms each, "
         f"{got.tokens_per_s:,.0f} tok/s, {100 * bound_s / got.step_s:.0f}% of the estimate, "
         f"{100 * alone_s / got.step_s:.0f}% of the products alone{flops}"
     )

@@ -20,7 +20,7 @@ import torch
 
 from model import GPTConfig
 from model.flops import flops_per_token
-from training.torch_build import DRIVERS, OLDER
+from training.torch_build import DRIVERS, WAY_OUT
 
 # torch.compile on a CPU calls these; openssl hashes its precompiled headers.
 COMPILE_TOOLS = ("g++", "as", "ld", "openssl")
@@ -114,9 +114,8 @@ def built_for(arch: int, targets: Sequence[str]) -> bool:
     """
     for kind, number, exact in re.findall(r"(sm|compute)_(\d+)([a-z]?)", " ".join(targets)):
         least = int(number)
-        if arch == least or (not exact and least < arch and (
-            kind == "compute" or least // 10 == arch // 10
-        )):  # fmt: skip
+        same = kind == "compute" or least // 10 == arch // 10
+        if arch == least or (least < arch and same and not exact):
             return True
     return not targets
 
@@ -142,7 +141,7 @@ def gpu_trouble() -> str:
         targets = ", ".join(torch.cuda.get_arch_list())
         return (
             f"{version} has no kernels for {torch.cuda.get_device_name()} (sm_{_capability()}), "
-            f"only for {targets}; {OLDER}"
+            f"only for {targets}: {WAY_OUT}"
         )
     if torch.backends.mps.is_available():
         return "this Mac's GPU is not used: nothing here has been run on one"
@@ -159,22 +158,18 @@ def why_unusable(card: str, driver: str, version: str, cuda: str | None, hidden:
         version, cuda: Of torch, and what it was built for.
         hidden: CUDA_VISIBLE_DEVICES.
     """
-    here = f"{card} is here (driver {driver or 'unknown'}), but "
     needed = DRIVERS.get(int((cuda or "0").partition(".")[0]), 0)
+    major = driver.partition(".")[0]
     if cuda is None:
-        plain = version.split()[-1].partition("+")[0]
-        return (
-            f"{here}{version} is a build for CPUs: `pip install --force-reinstall torch=={plain}` "
-            f"takes the one for CUDA, where pip is not told otherwise; {OLDER}"
-        )
-    if driver.partition(".")[0].isdecimal() and int(driver.partition(".")[0]) < needed:
-        return (
-            f"{here}{version} is built for CUDA {cuda}, which needs driver {needed} or newer: "
-            f"update the driver, or take a torch for an older CUDA; {OLDER}"
-        )
-    if hidden is not None:
-        return f"{here}CUDA_VISIBLE_DEVICES={hidden!r} hides it"
-    return f"{here}{version} cannot open it: python -c 'import torch; torch.cuda.init()' says why"
+        why = f"{version} is a build for CPUs: {WAY_OUT}"
+    elif major.isdecimal() and int(major) < needed:
+        why = f"{version} is built for CUDA {cuda}, which needs driver {needed} or newer: "
+        why += f"update the driver, or {WAY_OUT}"
+    elif hidden is not None:
+        why = f"CUDA_VISIBLE_DEVICES={hidden!r} hides it"
+    else:
+        why = f"{version} cannot open it: python -c 'import torch; torch.cuda.init()' says why"
+    return f"{card} is here (driver {driver or 'unknown'}), but {why}"
 
 
 def _nvidia_card(proc: Path = Path("/proc/driver/nvidia")) -> tuple[str, str]:
@@ -242,6 +237,8 @@ def detect(device: str = "auto") -> Machine:
         return replace(common, has_bf16=cpu_has_bf16(), notes=notes)
     name, rocm = torch.cuda.get_device_name(), torch.version.hip is not None
     lacks = launcher_lacks() if common.has_triton and not (rocm or common.interpreted) else ()
+    # torch.compile's kernels for a GPU are triton's.
+    missing = (*(t for t in tools if t == "g++"), *lacks, *["triton"] * (not common.has_triton))
     free, total = torch.cuda.mem_get_info()
     notes = []
     if free < FREE_SHARE * total:
@@ -261,13 +258,11 @@ def detect(device: str = "auto") -> Machine:
         arch=_capability(),
         has_bf16=_capability() >= 80,
         memory_bytes=free if free < FREE_SHARE * total else total,
-        # Its kernels for a GPU are triton's.
-        missing_tools=(*(t for t in tools if t == "g++"), *lacks,
-                       *([] if common.has_triton else ["triton"])),
+        missing_tools=missing,
         launcher_lacks=lacks,
         rocm=rocm,
         notes=tuple(notes),
-    )  # fmt: skip
+    )
 
 
 def cpuinfo(key: str) -> str:
@@ -290,13 +285,9 @@ def cpu_has_bf16() -> bool:
     198 GFLOP/s in bf16 and 371 in fp32, and steps of shakespeare-cpu take 1.3 to 1.5 times as long
     (bench/LOG.md); on AMD's EPYC bf16 gains from 256 wide on.
     """
-    # The query is private until torch 2.12 or so; Linux names the flags either way.
-    flags = set(cpuinfo("flags").split())
-    with contextlib.suppress(AttributeError, RuntimeError):
-        flags |= {name for name, has in torch.cpu.get_capabilities().items() if has}
-    return "amx_bf16" in flags or (
-        "avx512_bf16" in flags and cpuinfo("vendor_id") == "AuthenticAMD"
-    )
+    flags = cpuinfo("flags").split()
+    amd = "avx512_bf16" in flags and cpuinfo("vendor_id") == "AuthenticAMD"
+    return "amx_bf16" in flags or amd
 
 
 def num_cores() -> int:
@@ -316,43 +307,26 @@ def ram_bytes() -> int:
 def free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory that can still be taken here without swapping; 0 where the system does not tell.
 
-    What the machine has available, or what the limit of this process's cgroup (version 1 or 2)
-    or of one above it leaves, whichever is smaller. Cached files count as free in both.
-
-    Args:
-        proc, cgroups: Where the kernel says so.
+    What the machine has available, or what the limit of this process's cgroup (version 2) or of one
+    above it leaves, whichever is smaller. Cached files count as free in both.
     """
-    meminfo, own = proc / "meminfo", proc / "self/cgroup"
-    if not meminfo.exists():
-        return 0
-    found = re.search(r"^MemAvailable: +(\d+) kB$", meminfo.read_text(), re.MULTILINE)
-    free = [int(found[1]) << 10] if found else []
-    for line in own.read_text().splitlines() if own.exists() else ():
-        _, controllers, name = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root = cgroups / controllers
-        here = root / name.strip("/")
-        # In a container the name may be one of the host's, and the limit stands at the root.
-        for folder in {here, root, *(p for p in here.parents if root in p.parents)}:
-            free += _left_in(folder)
+
+    def read(path: Path, pattern: str) -> int:
+        return int(re.findall(pattern, path.read_text(), re.MULTILINE)[0])
+
+    free: list[int] = []
+    with contextlib.suppress(OSError, IndexError):
+        free.append(read(proc / "meminfo", r"^MemAvailable: +(\d+) kB$") << 10)
+        name = (proc / "self/cgroup").read_text().strip().rpartition(":")[2]
+        here = cgroups / name.strip("/")
+        for folder in (here, *here.parents):
+            # No such file, or the limit is "max".
+            with contextlib.suppress(OSError, IndexError):
+                left = read(folder / "memory.max", r"^\d+$") - read(
+                    folder / "memory.current", r"\d+"
+                )
+                free.append(left + read(folder / "memory.stat", r"^inactive_file (\d+)$"))
     return max(0, min(free, default=0))
-
-
-def _left_in(cgroup: Path) -> list[int]:
-    """Bytes that a cgroup's limit leaves; nothing where it sets none."""
-    for limit, used, cached in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            most, taken = (int((cgroup / name).read_text()) for name in (limit, used))
-            stat = (cgroup / "memory.stat").read_text()
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-        found = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)
-        return [most - taken + (int(found[1]) if found else 0)]
-    return []
 
 
 def nvidia_smi(*fields: str) -> dict[str, str]:
@@ -365,17 +339,15 @@ def nvidia_smi(*fields: str) -> dict[str, str]:
     uuid = None  # its order is not CUDA's, and CUDA_VISIBLE_DEVICES is nothing to it
     if torch.cuda.is_available():
         uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
-    out = ""
     for which in ([f"--id=GPU-{uuid}"], []) if uuid else ([],):  # part of a card has another name
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            out = (
-                out
-                or subprocess.run(
-                    [*query, *which], capture_output=True, text=True, timeout=20, check=True
-                ).stdout
+            done = subprocess.run(
+                [*query, *which], capture_output=True, text=True, timeout=20, check=True
             )
-    values = (text.strip() for text in out.partition("\n")[0].split(","))
-    # "[N/A]", "ERR!" and their like are no values.
-    found = zip(fields, values, strict=False)
-    return {field: text for field, text in found
-            if re.fullmatch(r"[\d.]+" if field != "name" else r"\w.*", text)}  # fmt: skip
+            values = map(str.strip, done.stdout.partition("\n")[0].split(","))
+            known = {"name": r"\w.*"}  # all others are numbers; "[N/A]" and its like are no values
+            found = zip(fields, values, strict=False)
+            return {
+                key: text for key, text in found if re.fullmatch(known.get(key, r"[\d.]+"), text)
+            }
+    return {}

@@ -8,10 +8,11 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,16 +81,14 @@ class Probe:
     """A few steps, timed.
 
     Args:
-        steps: Measured, warm-up apart.
         phases: Median seconds of a step in each of `PHASES`, run launch by launch.
-        seconds: Wall time of each step, as training takes it: replayed where the plan captures.
+        seconds: Of each step, as training takes it: replayed where the plan captures.
         tokens_per_step: Of the recipe.
         host_s: Median seconds the host needs to queue a step on CUDA; 0 on a CPU.
         peak_bytes: Largest memory of the GPU allocator; 0 on a CPU.
         note: What was done otherwise than in training; empty if nothing.
     """
 
-    steps: int
     phases: dict[str, float]
     seconds: tuple[float, ...]
     tokens_per_step: int
@@ -106,13 +105,30 @@ class Probe:
         return self.tokens_per_step / self.step_s
 
 
+def _mark(cuda: bool) -> Any:
+    """This moment, on the device."""
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(before: Any, after: Any) -> float:
+    """Seconds from one moment to another."""
+    if isinstance(before, float):
+        return after - before
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
 def _median_s(call: Callable[[], object], cuda: bool, budget_s: float) -> float:
     samples, deadline = [], time.perf_counter() + budget_s
     call()
     while not samples or (len(samples) < 50 and time.perf_counter() < deadline):
-        with _elapsed(cuda) as read:
-            call()
-        samples.append(read())
+        before = _mark(cuda)
+        call()
+        samples.append(_between(before, _mark(cuda)))
     return statistics.median(samples)
 
 
@@ -182,7 +198,8 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     Raises:
         ValueError: `tokens` is shorter than a batch.
     """
-    cuda, device, notes = plan.device == "cuda", torch.device(plan.device), []
+    cuda, device = plan.device == "cuda", torch.device(plan.device)
+    notes: list[str] = []
     flops = flops_per_token(recipe.model_config, recipe.block_size) * recipe.tokens_per_step
     if plan.compile and not cuda:
         if flops > MAX_COMPILED_FLOPS:
@@ -199,6 +216,9 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     optimizer = configure_adamw(model, recipe, plan.optimizer)  # pyright: ignore
     guard = Guard(device) if recipe.guard else None
     take = TrainStep(model, optimizer, recipe, plan, say=notes.append)
+    steps: list[dict[str, float]] = []  # seconds of each by phase
+    host: list[float] = []  # until it was queued
+    last_s, replayed, peak, all_rows = 0.0, [], 0, recipe.rows_per_step
 
     def update(loss: Tensor) -> Outcome:
         norm = optimizer.clip(recipe.grad_clip)
@@ -207,107 +227,91 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
         optimizer.zero_grad()
         return Outcome(loss, norm, bad)
 
-    def step() -> Outcome:
-        return update(take.accumulate())
+    def timed(rows: int) -> None:
+        """A step launch by launch, with marks in it; of fewer rows it is scaled to all."""
+        nonlocal last_s
+        forward, started, marks = take.forward, time.perf_counter(), [("", _mark(cuda))]
 
-    B, T = recipe.rows_per_step, recipe.block_size
-    loader = DataLoaderLite(tokens, B, T, recipe.order, recipe.seed, wrap_rows=recipe.batch_size)
-    clock = _Clock(cuda)
-    replayed: list[float] = []
-    peak = 0
+        def mark(phase: str) -> None:
+            marks.append((phase, _mark(cuda)))
+
+        def next_batch() -> tuple[Tensor, Tensor]:
+            idx, targets = batches.next_batch()
+            mark("data")
+            return idx[:rows], targets[:rows]
+
+        def marked(*args: Tensor) -> Tensor:
+            mark("data" if marks[-1][0] == "data" else "backward")
+            loss = forward(*args)
+            mark("forward")
+            return loss
+
+        def step() -> Outcome:
+            loss = take.accumulate()
+            mark("backward")
+            outcome = update(loss)
+            mark("optimizer")
+            return outcome
+
+        take.forward = marked
+        rows_of: Any = SimpleNamespace(next_batch=next_batch)
+        take.run(step, rows_of, recipe.max_lr)
+        take.forward = forward
+        host.append(time.perf_counter() - started)
+        spent = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (phase, after) in pairwise(marks):
+            scale = all_rows / rows if phase in ("forward", "backward") else 1
+            spent[phase] += scale * _between(before, after)
+        last_s = time.perf_counter() - started
+        steps.append(spent)
+
+    def step_of(rows: int) -> TrainStep:
+        sizes = {"micro_batch_size": rows, "num_micro_batches": 1}
+        if rows > plan.micro_batch_size:
+            sizes = {"num_micro_batches": rows // plan.micro_batch_size}
+        return TrainStep(model, optimizer, recipe, replace(plan, **sizes), say=notes.append)
+
+    loader = DataLoaderLite(tokens, all_rows, recipe.block_size, recipe.order, recipe.seed,
+                            wrap_rows=recipe.batch_size)  # fmt: skip
     with contextlib.closing(Prefetcher(loader, device)) as batches:
         if plan.compile and not cuda:
-            take.run(step, batches, recipe.max_lr)
+            timed(all_rows)
+            steps.clear()
         if plan.cuda_graph:  # captured before other streams have touched the gradients
             for i in range(NUM_WARMUP + 1 + MAX_STEPS):
-                with _elapsed(cuda) as read:
-                    take.run(step, batches, recipe.max_lr)
-                replayed += [read()] if i > NUM_WARMUP else []
-            torch.cuda.synchronize()
+                before = _mark(cuda)
+                take.run(lambda: update(take.accumulate()), batches, recipe.max_lr)
+                seconds = _between(before, _mark(cuda))
+                replayed += [seconds] if i > NUM_WARMUP else []
             peak = torch.cuda.max_memory_allocated()
+            take.plan = replace(take.plan, cuda_graph=False)
             take.graph, take.outcome = [], None  # its pool holds what a step needs once more
             gc.collect()
             torch.cuda.empty_cache()
         deadline = time.perf_counter() + limit_s  # compiling, above or in the first step, is apart
-        rows = recipe.rows_per_step
+        rows = all_rows
         if not (cuda or plan.compile):
-            _timed_step(take, update, batches, clock, 1)
-            rows = min(rows, max(1, int(rows * limit_s / 2 / sum(clock.steps[0].values()))))
-        if rows < recipe.rows_per_step:
-            notes.append(f"{rows} of {recipe.rows_per_step} rows, their time scaled")
-        while len(clock.steps) <= MAX_STEPS and (
-            len(clock.steps) < (2 if cuda else 1) or time.perf_counter() + clock.last_s < deadline
+            take = step_of(1)
+            timed(1)
+            rows = min(rows, max(1, int(rows * limit_s / 2 / sum(steps[0].values()))))
+            rows -= rows % min(rows, plan.micro_batch_size)
+            take = step_of(rows)
+        if rows < all_rows:
+            notes.append(f"{rows} of {all_rows} rows, their time scaled")
+        while len(steps) <= MAX_STEPS and (
+            len(steps) < (2 if cuda else 1) or time.perf_counter() + last_s < deadline
         ):
-            _timed_step(take, update, batches, clock, rows)
-    kept = clock.steps[1:] or clock.steps  # the first warms caches up
-    notes += [] if len(clock.steps) > 1 else ["no warm-up"]
-    phases = {p: statistics.median(step[p] for step in kept) for p in PHASES}
-    seconds = tuple(replayed or (sum(step.values()) for step in kept))
-    host = statistics.median(clock.host[1:] or clock.host) if cuda else 0.0
-    if cuda and not peak:
-        peak = torch.cuda.max_memory_allocated()
-    note = ", ".join(notes)
-    return Probe(len(seconds), phases, seconds, recipe.tokens_per_step, host, peak, note)
-
-
-class _Clock:
-    """Adds up the time between marks by phase: events on CUDA, wall time on a CPU."""
-
-    def __init__(self, cuda: bool):
-        self.cuda = cuda
-        self.steps: list[dict[str, float]] = []
-        self.host: list[float] = []
-        self.marks: list[tuple[str, Any]] = []
-        self.last_s = 0.0
-
-    def mark(self, phase: str) -> None:
-        """What ran since the last mark was `phase`; "" begins a step."""
-        if not self.cuda:
-            self.marks.append((phase, time.perf_counter()))
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self.marks.append((phase, event))
-
-    def end_step(self, started: float, scale: float) -> None:
-        self.host.append(time.perf_counter() - started)
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.last_s = time.perf_counter() - started
-        spent = dict.fromkeys(PHASES, 0.0)
-        for (_, before), (phase, after) in pairwise(self.marks):
-            s = before.elapsed_time(after) / 1e3 if self.cuda else after - before
-            spent[phase] += s * (scale if phase in ("forward", "backward") else 1)
-        self.steps.append(spent)
-        self.marks.clear()
-
-
-def _timed_step(
-    take: TrainStep,
-    update: Callable[[Tensor], Outcome],
-    batches: Prefetcher,
-    clock: _Clock,
-    num_rows: int,
-) -> None:
-    """A step with marks in it; of fewer rows it is scaled to all."""
-    optimizer, micro = take.optimizer, take.plan.micro_batch_size
-    started = time.perf_counter()
-    clock.mark("")
-    idx, targets = batches.next_batch()
-    clock.mark("data")
-    loss = torch.zeros((), device=idx.device)
-    for rows in zip(idx[:num_rows].split(micro), targets[:num_rows].split(micro), strict=True):
-        with take.autocast():
-            part = take.forward(*rows) / take.plan.num_micro_batches
-        clock.mark("forward")
-        part.backward()
-        if take.plan.num_micro_batches > 1:
-            optimizer.fold_working_gradients()
-        clock.mark("backward")
-        loss += part.detach()
-    update(loss)
-    clock.mark("optimizer")
-    clock.end_step(started, len(idx) / num_rows)
+            timed(rows)
+    kept = steps[1:] or steps  # the first warms caches up
+    notes += [] if len(steps) > 1 else ["no warm-up"]
+    return Probe(
+        phases={phase: statistics.median(step[phase] for step in kept) for phase in PHASES},
+        seconds=tuple(replayed or (sum(step.values()) for step in kept)),
+        tokens_per_step=recipe.tokens_per_step,
+        host_s=statistics.median(host[1:] or host) if cuda else 0.0,
+        peak_bytes=peak or (torch.cuda.max_memory_allocated() if cuda else 0),
+        note=", ".join(notes),
+    )
 
 
 def slowdown(sample_s: float = 0.3) -> float:
@@ -316,13 +320,3 @@ def slowdown(sample_s: float = 0.3) -> float:
     while (wall := time.perf_counter() - started) < sample_s:
         pass
     return wall / max(time.thread_time() - busy, 1e-3)
-
-
-@contextlib.contextmanager
-def _elapsed(cuda: bool) -> Iterator[Callable[[], float]]:
-    """Seconds of the block, by events on CUDA; read after it."""
-    clock = _Clock(cuda)
-    clock.mark("")
-    yield lambda: clock.steps[0]["forward"]
-    clock.mark("forward")
-    clock.end_step(0.0, 1)

@@ -14,7 +14,7 @@ DRIVERS = {11: 450, 12: 525, 13: 580}
 # First and last compute capability of each build of torch 2.13, by PyTorch's support matrix.
 BUILDS = {"cu130": (75, 129), "cu126": (50, 90)}
 PAGE = "pytorch.org/get-started/previous-versions"
-OLDER = f"{PAGE} has the lines that install other builds"
+WAY_OUT = "`make -B setup` installs the build that fits, or says why there is none"
 
 
 def choose(cards: Sequence[tuple[str, int, int]], pin: str) -> tuple[str, str]:
@@ -62,8 +62,10 @@ def main() -> None:
     cards = find_cards()
     wanted, line = choose(cards, re.findall(r"^torch==[\d.]+", pins, re.MULTILINE)[0])
     if line:
-        name, driver, arch = cards[0]
-        print(f"setup: {name} (sm_{arch}, driver {driver}): {line}", file=sys.stderr)
+        found = dict.fromkeys(
+            f"{name} (sm_{arch}, driver {driver})" for name, driver, arch in cards
+        )
+        print(f"setup: {' and '.join(found)}: {line}", file=sys.stderr)
     print(wanted)
 
 
