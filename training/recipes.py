@@ -6,8 +6,8 @@ losses, whatever the plan.
 
 import difflib
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,15 +17,18 @@ from training.schema import MOST
 Order = Literal["sequential", "shuffled"]
 Keep = Literal["best", "last"]
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
-MAX_FLOAT = 1e30  # of a field of a recipe: the optimizer computes in fp32, which ends at 3e38
-# What a checkpoint may hold, and a generator take.
-MAX_COUNTS = dict.fromkeys(
-    ("warmup_steps", "horizon_steps", "max_steps", "batch_size", "block_size", "grad_accum_steps"),
-    MOST,
-) | {"seed": 2**63}
-
-_CHANGEABLE: dict[str, type] = {"block_size": int, "n_layer": int, "n_head": int, "n_embd": int,
-                                "dropout": float}  # fmt: skip
+MAX = 1e30  # the optimizer computes in fp32, which ends at 3e38
+# The least and the most of each field: what a checkpoint may hold, and a generator take. With a
+# smaller eps a weight without a gradient would become 0 / 0.
+_AMOUNTS = ("max_lr", "min_lr", "epochs", "weight_decay", "grad_clip", "target_loss")
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(_AMOUNTS, (0, MAX)),
+    "eps": (1e-30, MAX),
+    **dict.fromkeys(("warmup_steps", "horizon_steps", "patience"), (0, MOST)),
+    **dict.fromkeys(("max_steps", "batch_size", "block_size", "grad_accum_steps"), (1, MOST)),
+    "seed": (0, 2**63),
+}
+_CHANGEABLE = dict.fromkeys(("block_size", "n_layer", "n_head", "n_embd"), int) | {"dropout": float}
 
 
 def parse_model(spec: str) -> GPTConfig:
@@ -57,14 +60,16 @@ def spell_model(config: GPTConfig) -> str:
     Raises:
         ValueError: it differs in what a recipe cannot change, as in the vocabulary.
     """
-    fixed = [f.name for f in fields(GPTConfig) if f.name not in _CHANGEABLE]
-    for name in fixed:
-        if (value := getattr(config, name)) != (wanted := getattr(GPTConfig(), name)):
-            raise ValueError(f"model: {name} must be {wanted} to be trained here, got {value}")
+    values, default = asdict(config), asdict(GPTConfig())
+    for name in values.keys() - _CHANGEABLE.keys():
+        if values[name] != default[name]:
+            raise ValueError(
+                f"model: {name} must be {default[name]} to be trained here, got {values[name]}"
+            )
     same = (n for n, known in MODELS.items() if replace(known, dropout=config.dropout) == config)
     base = next(same, next(iter(MODELS)))
-    changed = (f"{name}={getattr(config, name)}" for name in _CHANGEABLE
-               if getattr(config, name) != getattr(MODELS[base], name))  # fmt: skip
+    known = asdict(MODELS[base])
+    changed = [f"{name}={values[name]}" for name in _CHANGEABLE if values[name] != known[name]]
     return ",".join([base, *changed])
 
 
@@ -134,39 +139,19 @@ class Recipe:
     """Seeds the initial weights and the data order."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_lr", "min_lr", "epochs", "weight_decay", "eps", "grad_clip", "target_loss",
-        ):  # fmt: skip
+        for name, (least, most) in BOUNDS.items():
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0.0):
-                raise ValueError(f"recipe: {name} must be finite and at least 0, got {value}")
-            if value > MAX_FLOAT:
-                raise ValueError(f"recipe: {name} must be at most {MAX_FLOAT:g}, got {value}")
-        if self.eps < 1 / MAX_FLOAT:  # a weight without a gradient would become 0 / 0
-            raise ValueError(f"recipe: eps must be at least {1 / MAX_FLOAT:g}, got {self.eps}")
-        for name, most in MAX_COUNTS.items():
-            if getattr(self, name) > most:
-                raise ValueError(
-                    f"recipe: {name} must be at most {most}, got {getattr(self, name)}"
-                )
-        for name in ("warmup_steps", "horizon_steps", "patience", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"recipe: {name} must be at least 0, got {getattr(self, name)}")
-        for name in ("max_steps", "batch_size", "block_size", "grad_accum_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
+            if not least <= value <= most:
+                bound = f"at most {most}" if value > most else f"at least {least}"
+                raise ValueError(f"recipe: {name} must be {bound}, got {value}")
         for name in ("beta1", "beta2", "val_fraction", "decay_fraction"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"recipe: {name} must be in [0, 1), got {getattr(self, name)}")
+            if not 0.0 <= (value := getattr(self, name)) < 1.0:
+                raise ValueError(f"recipe: {name} must be in [0, 1), got {value}")
         if self.min_lr > self.max_lr:
             raise ValueError(
                 f"recipe: min_lr must be at most max_lr, got min_lr {self.min_lr}, "
                 f"max_lr {self.max_lr}; give both"
             )
-        words = {"order": Order, "keep": Keep, "schedule": Schedule}
-        for name, known in ((name, get_args(words[name])) for name in words):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"recipe: {name} must be {' or '.join(known)}, got {value!r}")
         positions = self.model_config.block_size
         if self.block_size > positions:
             raise ValueError(
@@ -304,10 +289,10 @@ ABOUT = {
 }
 
 # (step, loss) of the published run of the recipe shakespeare-124m, which is drawn beside ours.
-PUBLISHED_LOSS: tuple[tuple[int, float], ...] = (
-    (0, 10.97), (100, 6.61), (500, 3.62), (1000, 2.47), (1500, 0.71),
-    (2000, 0.24), (2500, 0.17), (3000, 0.15), (4000, 0.12), (4175, 0.082),
-)  # fmt: skip
+PUBLISHED_LOSS = [
+    *[(0, 10.97), (100, 6.61), (500, 3.62), (1000, 2.47), (1500, 0.71)],
+    *[(2000, 0.24), (2500, 0.17), (3000, 0.15), (4000, 0.12), (4175, 0.082)],
+]
 
 
 def find_preset(name: str) -> Recipe:
