@@ -69,7 +69,7 @@ def facts(run: Run, corpus_bytes: int = 0) -> list[tuple[str, str]]:
     size = f"{parameters:,.0f} parameters" if parameters else ""
     model = str(run.part("recipe").get("model", ""))
     found = [
-        ("recipe", run.recipe_name),
+        ("recipe", str(run.part("recipe").get("name", ""))),
         ("model", ", ".join(filter(None, (model, size)))),
         ("device", str(run.summary.get("device") or run.config.get("device") or "")),
     ]

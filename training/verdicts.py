@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,51 @@ OWN_SHARE = 0.05
 MANY_EPOCHS = 10.0
 LOW_LOSS = 1.0  # nats per token; GPT-2 1558M reaches 2.5 to 3 on text it has not seen
 RECITED_LOSS = 0.5  # after many epochs no other way leads there
+WARNINGS = ("failed", "memorised", "overfitted", "unlearnt", "by_heart", "recited")
+# Each with its name; `verdicts` says which hold and fills in the run's own numbers.
+SENTENCES = """
+failed: This run failed. {failure}: its weights and what they write say nothing, and neither do the
+figures below.
+
+unfinished: This run has not ended; {steps:,} steps are done.
+
+harder: The validation loss {val:.2f} lies {gap:.2f} nats above the training loss: the held-out text
+is harder. No text was read twice, so none can have been learnt by heart.
+
+memorised: Memorisation: the loss is {train:.2f} on the training text and {val:.2f} on held-out
+text. The gap of {gap:.2f} nats means a token of the training text is {times:.3g} times as likely as
+one of new text: the model is learning the file, not the language. Fewer steps, more text or dropout
+help.
+
+easier: The validation loss {val:.2f} lies below the training loss {train:.2f}: the held-out text is
+easier than the training text, or dropout weighs on the latter. The two say nothing about
+memorisation then.
+
+alike: Training loss {train:.2f} and validation loss {val:.2f} lie {gap:+.2f} nats apart: no sign of
+memorisation.
+
+kept: model/ holds the weights of step {kept:,}, whose validation loss was the lowest; after step
+{steps:,} it was {last:.2f}.
+
+overfitted: Overfitting: the validation loss was {best:.2f} at step {best_step:,} and rose to
+{val:.2f}. model/ holds the last weights, not the best.
+
+unlearnt: The validation loss {val:.2f} is not below the {bigram:.2f} that counting pairs of tokens
+gives: the model has not learnt to use context yet.
+
+by_heart: A loss of {train:.2g}{after} is recitation: the model has learnt this text by heart. It
+says nothing about text the model has not seen. Run it with --val-fraction 0.1 to get a number that
+says more.
+
+unsplit: No validation split: a training loss of {train:.2f}{after} cannot be told from recitation
+by itself. Run it with --val-fraction 0.1 to get a number that says more.
+
+recited: The samples recite: {seen}
+
+own: The samples are the model's own: {seen}
+
+partly: The samples are partly recited: {seen}
+"""
 
 
 def number(values: Mapping[str, Any], key: str) -> float | None:
@@ -60,10 +107,6 @@ class Run:
         """An object of config.json, such as recipe."""
         value = self.config.get(name)
         return value if isinstance(value, dict) else {}
-
-    @property
-    def recipe_name(self) -> str:
-        return str(self.part("recipe").get("name", ""))
 
     @property
     def num_steps(self) -> float | None:
@@ -102,19 +145,13 @@ class Run:
     @property
     def failure(self) -> str | None:
         """Why nothing can be concluded from this run's weights, in a sentence."""
-        losses = points(self.steps, "loss")
-        last = losses[-1][0] if losses else None
-        skipped = {event.get("step") for event in self.events if event.get("event") == "skipped"}
-        finite = [
-            i for i, (step, loss) in enumerate(losses) if math.isfinite(loss) or step in skipped
-        ]
-        if losses and (not finite or finite[-1] < len(losses) - 1):
-            first = losses[finite[-1] + 1 if finite else 0][0]
-            return f"The training loss is not finite from step {first:,} on"
-        if any(
-            event.get("event") == "give_up" and event.get("step") == last for event in self.events
-        ):
-            return f"The guard gave up at step {last:,}"
+        told = [(event.get("event"), event.get("step")) for event in self.events]
+        losses = points(self.steps, "loss")[::-1]
+        lost = [*takewhile(lambda p: not (isfinite(p[1]) or ("skipped", p[0]) in told), losses)]
+        if lost:
+            return f"The training loss is not finite from step {lost[-1][0]:,} on"
+        if losses and ("give_up", losses[0][0]) in told:
+            return f"The guard gave up at step {losses[0][0]:,}"
         if self.events and self.events[-1].get("event") == "failed" and not self.summary:
             return str(self.events[-1].get("reason") or "It was broken off")
         for values in (self.summary, *self.evaluations[-1:]):
@@ -173,113 +210,45 @@ def verdicts(run: Run, overlap: Overlap | None = None, whole: bool = True) -> li
         overlap: Of the model's samples with the training text.
         whole: All of the training text was searched.
     """
-    if run.failure:
-        return [("warning", f"This run failed. {run.failure}: its weights and what they write "
-                            "say nothing, and neither do the figures below.")]  # fmt: skip
-    found: list[tuple[str, str]] = []
-    if run.steps and not run.summary:
-        found.append(("note", f"This run has not ended; {run.num_steps:,} steps are done."))
-    share = overlap.shares.get(WINDOW) if overlap else None
-    recited = (
-        overlap is not None
-        and share is not None
-        and (share > RECITED_SHARE or len(overlap.longest) >= RECITED_BYTES)
-    )
-    if run.val_loss is not None:
-        found += _on_held_out_text(run, run.val_loss, recited)
-    elif run.train_loss is not None:
-        found.append(_without_held_out_text(run, run.train_loss))
-    if overlap is not None and share is not None:
-        where = "the training text" if whole else "the part of the training text searched"
-        seen = (
-            f"{share:.0%} of their {WINDOW}-byte windows stand verbatim in {where}, the longest "
-            f"stretch has {len(overlap.longest)} bytes."
-        )
-        if recited:
-            found.append(("warning", f"The samples recite: {seen}"))
-        elif share <= OWN_SHARE:
-            found.append(("note", f"The samples are the model's own: {seen}"))
-        else:
-            found.append(("note", f"The samples are partly recited: {seen}"))
-    return found
-
-
-def _on_held_out_text(run: Run, val: float, recited: bool) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-
-    def add(kind: str, sentence: str) -> None:
-        found.append((kind, sentence))
-
-    train, bigram = run.train_loss, run.baselines.get("bigram")
-    learnt = bigram is None or val < bigram
-    gap = val - train if train is not None else 0.0
-    epochs = number(run.summary, "epochs")
-    if gap > GAP_NATS and epochs is not None and epochs <= 1.0:
-        add(
-            "note",
-            f"The validation loss {val:.2f} lies {gap:.2f} nats above the training loss: the "
-            f"held-out text is harder. No text was read twice, so none can have been learnt by "
-            f"heart.",
-        )
-    elif gap > GAP_NATS:
-        add(
-            "warning",
-            f"Memorisation: the loss is {train:.2f} on the training text and {val:.2f} on "
-            f"held-out text. The gap of {gap:.2f} nats means a token of the training text is "
-            f"{math.exp(min(gap, 99)):.3g} times as likely as one of new text: the model is "
-            f"learning the file, not the language. Fewer steps, more text or dropout help.",
-        )
-    elif train is not None and gap < -EASIER_NATS:
-        add(
-            "note",
-            f"The validation loss {val:.2f} lies below the training loss {train:.2f}: the "
-            f"held-out text is easier than the training text, or dropout weighs on the latter. "
-            f"The two say nothing about memorisation then.",
-        )
-    elif train is not None and learnt and not recited:
-        add(
-            "note",
-            f"Training loss {train:.2f} and validation loss {val:.2f} lie {gap:+.2f} nats "
-            f"apart: no sign of memorisation.",
-        )
+    known = run.val_loss, run.train_loss, run.baselines.get("bigram"), number(run.summary, "epochs")
+    # What is not known is NaN, of which no comparison is true.
+    val, train, bigram, epochs = (math.nan if value is None else value for value in known)
+    share = overlap.shares.get(WINDOW, math.nan) if overlap else math.nan
+    longest, validated, gap = len(overlap.longest) if overlap else 0, val == val, val - train
     losses = [(loss, step) for step, loss in points(run.evaluations, "val_loss")]
-    best, step = min(losses, default=(val, 0))
-    if run.kept is not None:
-        add(
-            "note",
-            f"model/ holds the weights of step {run.kept:,}, whose validation loss was the lowest; "
-            f"after step {run.num_steps:,} it was {losses[-1][0] if losses else math.nan:.2f}.",
-        )
-    elif run.part("recipe").get("keep") != "best" and val - best > RISE_NATS:
-        add(
-            "warning",
-            f"Overfitting: the validation loss was {best:.2f} at step {step:,} and rose to "
-            f"{val:.2f}. model/ holds the last weights, not the best.",
-        )
-    if bigram is not None and not learnt:
-        add(
-            "warning",
-            f"The validation loss {val:.2f} is not below the {bigram:.2f} that counting pairs of "
-            f"tokens gives: the model has not learnt to use context yet.",
-        )
-    return found
-
-
-def _without_held_out_text(run: Run, train: float) -> tuple[str, str]:
-    epochs = number(run.summary, "epochs") or 0.0
-    after = f" after {epochs:.1f} epochs" if epochs else ""
-    tokens = number(run.summary, "corpus_tokens")
-    after += f" over {tokens:,.0f} tokens" if epochs and tokens else ""
-    advice = "Run it with --val-fraction 0.1 to get a number that says more."
-    if train < RECITED_LOSS and epochs > MANY_EPOCHS:
-        return (
-            "warning",
-            f"A loss of {train:.2g}{after} is recitation: the model has learnt this text by "
-            f"heart. It says nothing about text the model has not seen. {advice}",
-        )
+    best, best_step = min(losses, default=(val, 0))
+    recited = share > RECITED_SHARE or (share >= 0 and longest >= RECITED_BYTES)
+    by_heart = train < RECITED_LOSS and epochs > MANY_EPOCHS
+    rose = run.part("recipe").get("keep") != "best" and val - best > RISE_NATS
+    holds = {
+        "unfinished": bool(run.steps) and not run.summary,
+        "harder": gap > GAP_NATS and epochs <= 1.0,
+        "memorised": gap > GAP_NATS and not epochs <= 1.0,
+        "easier": gap < -EASIER_NATS,
+        "alike": -EASIER_NATS <= gap <= GAP_NATS and not (val >= bigram or recited),
+        "kept": validated and run.kept is not None,
+        "overfitted": rose and run.kept is None,
+        "unlearnt": val >= bigram,
+        "by_heart": by_heart and not validated,
+        "unsplit": train == train and not (validated or by_heart),
+        "recited": recited,
+        "own": share <= OWN_SHARE and not recited,
+        "partly": share > OWN_SHARE and not recited,
+    }
+    tokens = number(run.summary, "corpus_tokens") or 0
+    after = f" after {epochs:.1f} epochs" if epochs > 0 else ""
+    after += f" over {tokens:,.0f} tokens" if after and tokens else ""
+    where = "the training text" if whole else "the part of the training text searched"
+    facts = {"failure": run.failure, "steps": run.num_steps, "val": val, "train": train, "gap": gap,
+             "times": math.exp(min(gap, 99)), "bigram": bigram, "kept": run.kept, "best": best,
+             "best_step": best_step, "last": losses[-1][0] if losses else math.nan, "after": after,
+             "seen": f"{share:.0%} of their {WINDOW}-byte windows stand verbatim in {where}, the "
+                     f"longest stretch has {longest} bytes."}  # fmt: skip
     doubtful = train < LOW_LOSS or epochs > MANY_EPOCHS
-    return (
-        "warning" if doubtful else "note",
-        f"No validation split: a training loss of {train:.2f}{after} cannot be told from "
-        f"recitation by itself. {advice}",
-    )
+    warnings = (*WARNINGS, "unsplit") if doubtful else WARNINGS
+    found = []
+    for name, sentence in (each.split(": ", 1) for each in SENTENCES.strip().split("\n\n")):
+        if name == "failed" if run.failure else holds.get(name):
+            kind = "warning" if name in warnings else "note"
+            found.append((kind, " ".join(sentence.split()).format(**facts)))
+    return found
