@@ -66,7 +66,8 @@ def read_stdin(command: str, limit: int) -> bytes:
 
 def quoted(value: object) -> str:
     """A value out of a file, short enough for a message."""
-    if isinstance(value, dict | list) or (isinstance(value, int) and value.bit_length() > 256):
+    large = isinstance(value, int) and value.bit_length() > 256
+    if large or (isinstance(value, dict | list) and value):
         return f"a long {type(value).__name__}"
     return one_line(repr(value), 80)
 
