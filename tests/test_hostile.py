@@ -301,6 +301,14 @@ def test_a_link_among_checkpoints_is_passed_over(sane: Path, tmp_path: Path) -> 
         find(tmp_path / "run")
 
 
+def test_names_by_the_thousand_are_counted_and_not_printed(sane: Path) -> None:
+    saved = checkpoint.read(sane)
+    saved.state["recipe"] |= {f"extra_{i}": i for i in range(20_000)}
+    lines = resume.check_recipe(saved, RECIPE, "abc", override=True)
+    assert len(lines) < 50
+    assert "19,960 more differ" in lines[-1]
+
+
 @pytest.mark.parametrize("model", [None, 5, True, "", "tiny,n_layer=x"])
 def test_a_recipe_that_is_none_can_be_overridden(sane: Path, model: Any) -> None:
     saved = checkpoint.read(sane)

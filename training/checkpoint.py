@@ -37,7 +37,7 @@ from torch import Tensor
 
 from model.edge import is_int, naming, one_line
 from training import schema
-from training.schema import COUNT, OBJECT, TEXT, Every, Mismatch, Must
+from training.schema import COUNT, MOST, OBJECT, TEXT, Every, Mismatch, Must
 
 FORMAT = "fused-gpt-checkpoint"
 VERSION = 2  # 1 had no config.json, and the weights in the layout of the module
@@ -55,9 +55,7 @@ _TEMPORARY = ".writing-"
 _REPLACED = f"{_TEMPORARY}replaced-"
 _FINITE = {"model", "optimizer"}  # groups without which no run can go on
 # What file systems answer to a call that they lack.
-_LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF,
-            errno.EPERM, errno.EACCES, errno.EISDIR, errno.EXDEV}  # fmt: skip
-
+_LACKING = ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EBADF", "EPERM", "EACCES", "EXDEV")
 # Given a checkpoint without its tensors, the schema of those.
 Expected = Callable[["Checkpoint"], dict[str, dict[str, Must]]]
 
@@ -76,7 +74,7 @@ class Checkpoint:
         state: JSON values (schedule, loader position, recipe, plan, counters).
         config: config.json, as a model folder has it; None in a checkpoint of version 1.
         best: Step of the best evaluation so far, whose checkpoint is never thinned out; not saved.
-        path, sha256: Where it was read from, and of its manifest.
+        path: Where it was read from.
     """
 
     step: int
@@ -85,7 +83,6 @@ class Checkpoint:
     config: dict[str, Any] | None = None
     best: int | None = None
     path: Path | None = None
-    sha256: str = ""
 
 
 def _canonical(value: Any) -> bytes:
@@ -99,23 +96,21 @@ def _as_far_as_possible(say: Callable[[str], None], call: str, lost: str) -> Ite
     try:
         yield
     except OSError as error:
-        if error.errno not in _LACKING:
+        if errno.errorcode.get(error.errno or 0) not in _LACKING:
             raise
         say(f"checkpoint: this file system does not {call} ({error.strerror}): {lost}")
 
 
 def _write_file(path: Path, data: bytes, say: Callable[[str], None]) -> None:
-    lost = "a power cut may damage the newest checkpoints"
-    with naming(path), open(path, "wb") as f:
-        f.write(data)
-        f.flush()
-        with _as_far_as_possible(say, "fsync", lost):
-            os.fsync(f.fileno())
+    with naming(path):
+        path.write_bytes(data)
+        _fsync(path, say)
 
 
-def _fsync_folder(path: Path, say: Callable[[str], None]) -> None:
-    lost = "a power cut may lose the newest checkpoint, and a run then goes on from the one before"
-    with _as_far_as_possible(say, "fsync folders", lost):
+def _fsync(path: Path, say: Callable[[str], None]) -> None:
+    """Of a file or a folder."""
+    lost = "a power cut may lose or damage the newest checkpoint, and the one before is taken then"
+    with _as_far_as_possible(say, "fsync", lost):
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -143,8 +138,7 @@ def write(folder: Path, checkpoint: Checkpoint, say: Callable[[str], None] = pri
 
     Raises:
         ValueError: a weight or a moment is not finite: no run could go on from there.
-        OSError: no space, no permission; nothing is left under the final name and the temporary
-            folder is removed.
+        OSError: no space, no permission; nothing of it is left.
     """
     for group in _FINITE & checkpoint.tensors.keys():
         for name, value in checkpoint.tensors[group].items():
@@ -171,12 +165,12 @@ def write(folder: Path, checkpoint: Checkpoint, say: Callable[[str], None] = pri
         manifest = {"format": FORMAT, "version": version, "step": checkpoint.step, "files": files}
         digest = hashlib.sha256(_canonical(manifest)).hexdigest()
         _write_file(temporary / "manifest.json", _canonical({**manifest, "sha256": digest}), say)
-        _fsync_folder(temporary, say)
+        _fsync(temporary, say)
         if final.exists():  # the same step again, after a rollback: the older one steps aside
             _move(final, aside, say)
         _move(temporary, final, say)
         shutil.rmtree(aside, ignore_errors=True)
-        _fsync_folder(folder, say)
+        _fsync(folder, say)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
@@ -189,7 +183,7 @@ def _read_file(path: Path, limit: int) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
                 raise OSError(f"it must be a regular file of at most {limit:,} bytes")
-            return file.read(limit + 1)
+            return file.read(status.st_size + 1)
     except OSError as error:
         reason = "it is a link" if path.is_symlink() else error.strerror or error
         raise Mismatch(f"{path.name}: {reason}") from None
@@ -227,10 +221,10 @@ def _read(path: Path, expected: Expected | None) -> Checkpoint:
     raw = _read_file(path / "manifest.json", MAX_JSON_BYTES)
     manifest = _parse("manifest.json", raw)
     schema.check("manifest.json", manifest, MANIFEST)
-    files, digest = manifest["files"], manifest["sha256"]
+    files = manifest["files"]
     own = hashlib.sha256(_canonical({k: v for k, v in manifest.items() if k != "sha256"}))
     # Comparing the bytes too: a flip that leaves the parsed value alone is still a flip.
-    if digest != own.hexdigest() or raw != _canonical(manifest):
+    if manifest["sha256"] != own.hexdigest() or raw != _canonical(manifest):
         raise Mismatch("manifest.json does not match its own checksum")
 
     def verified(name: str, limit: int) -> bytes:
@@ -246,21 +240,19 @@ def _read(path: Path, expected: Expected | None) -> Checkpoint:
     wanted = ("state.json", "config.json")[: manifest["version"]]
     schema.check("manifest.json: files", texts, dict.fromkeys(wanted, OBJECT))
     state, config = texts["state.json"], texts.get("config.json")
-    saved = Checkpoint(manifest["step"], {}, state, config, path=path, sha256=digest)
+    saved = Checkpoint(manifest["step"], {}, state, config, path=path)
     groups = {name.removesuffix(".safetensors"): name for name in files if name not in texts}
-    kinds = expected(saved) if expected else None
-    if kinds is not None:
+    kinds = expected(saved) if expected else {}
+    if expected:
         schema.check("manifest.json: files", groups, dict.fromkeys(kinds, TEXT))
     for group, name in groups.items():
-        limit = files[name]["bytes"]
-        if kinds is not None:
-            limit = MAX_HEADER_BYTES + sum(kind.num_bytes for kind in kinds[group].values())
-        data = verified(name, limit)
+        most = sum(kind.num_bytes for kind in kinds[group].values()) if kinds else MOST
+        data = verified(name, MAX_HEADER_BYTES + most)
         try:
             saved.tensors[group] = load_tensors(data)
         except Exception as error:  # of many kinds: another program may have written it
             raise Mismatch(f"{name} is unreadable: {one_line(error, 160)}") from None
-        if kinds is not None:
+        if kinds:
             schema.check(group, saved.tensors[group], kinds[group])
     return saved
 
@@ -281,9 +273,7 @@ def step_of(path: Path) -> int:
 
 
 def newest_good(
-    folder: Path,
-    say: Callable[[str], None],
-    expected: Expected | None = None,
+    folder: Path, say: Callable[[str], None], expected: Expected | None = None
 ) -> Checkpoint | None:
     """The newest checkpoint that verifies; each one skipped is named through `say`."""
     if folder.is_symlink():
@@ -340,14 +330,11 @@ class Writer:
         self.wait()
         waited = time.perf_counter()
         checkpoint = capture(*state)
-        copied = time.perf_counter()
+        cost = {"wait_ms": 1e3 * (waited - start), "copy_ms": 1e3 * (time.perf_counter() - waited)}
+        cost["last_write_ms"] = self.write_ms
         self._thread = threading.Thread(target=self._run, args=(checkpoint,), name="checkpoint")
         self._thread.start()
-        return {
-            "wait_ms": 1e3 * (waited - start),
-            "copy_ms": 1e3 * (copied - waited),
-            "last_write_ms": self.write_ms,
-        }
+        return cost
 
     def wait(self) -> None:
         """Return once nothing is in flight."""

@@ -29,6 +29,7 @@ _SHAPE = ("model", "batch_size", "grad_accum_steps", "block_size")
 # Fields of a recipe that change no step but the last, and of a plan that change no bit of a loss.
 _SAME_STEPS = {"keep", "patience", "epochs"}  # epochs: max_steps says what they are
 _ENDS = {"max_steps", "horizon_steps"}  # of a recipe, which a cool-down sets
+_MOST_SHOWN = 40  # differences: a recipe has fewer fields, a forged checkpoint may have any number
 _SAME_LOSSES = {"cuda_graph", "shard", "recompute", "eval_tokens", "memory_bytes", "notes"}
 
 
@@ -64,13 +65,12 @@ def roll_back(
     Raises:
         RunFailed: no rollbacks are left, or there is nothing to go back to.
     """
-    here, expected = folder / "checkpoints", expect(model)
+
+    def newest() -> Checkpoint | None:
+        return checkpoint.newest_good(folder / "checkpoints", log.say, expect(model))
+
     try:
-        found = _agreed(
-            f"rollback {guard.rollbacks}",
-            lambda: checkpoint.newest_good(here, log.say, expected),
-            world,
-        )
+        found = _agreed(f"rollback {guard.rollbacks}", newest, world)
     except ValueError as error:
         raise RunFailed(f"guard: {error}") from None
     if action == "give_up" or found is None:
@@ -114,8 +114,7 @@ def find(
     """
     with torch.device("meta"):
         model = GPT(recipe.model_config)
-    how = (recipe, data_sha256, override, cooldown)
-    expected = expect(model, lambda saved: check_recipe(saved, *how))
+    expected = expect(model, lambda it: check_recipe(it, recipe, data_sha256, override, cooldown))
 
     def choose() -> Checkpoint | None:
         if choice == "never":
@@ -125,8 +124,7 @@ def find(
             return checkpoint.read(path, expected)
         found = checkpoint.newest_good(path / "checkpoints", world.say, expected)
         begun = override and checkpoint.paths(path / "checkpoints")
-        must = choice != "auto" or cooldown or begun
-        if found is None and must:
+        if found is None and (choice != "auto" or cooldown or begun):
             raise CheckpointError(
                 f"checkpoint {path}: the folder holds none that can be used; --resume names "
                 "another, --resume never starts afresh"
@@ -139,15 +137,14 @@ def find(
 def _agreed(key: str, choose: Callable[[], Checkpoint | None], world: World) -> Checkpoint | None:
     """What rank 0 chooses, on every rank; the others need not see its disk."""
     found = choose() if world.is_main else None
-    plain = {f.name for f in fields(Checkpoint)} - {"tensors", "path"}
 
     def describe() -> dict[str, Any] | None:
-        return found and {name: getattr(found, name) for name in plain} | {"path": str(found.path)}
+        return found and vars(found) | {"tensors": {}, "path": str(found.path)}
 
     if (facts := world.first(key, describe)) is None:
         return None
     tensors = world.send(f"{key} tensors", found.tensors if found else {})
-    return Checkpoint(**{**facts, "path": Path(facts["path"]), "tensors": tensors})
+    return Checkpoint(**facts | {"path": Path(facts["path"]), "tensors": tensors})
 
 
 def cool_down(saved: Checkpoint, recipe: Recipe) -> Recipe:
@@ -221,9 +218,9 @@ def adopt(
     can_be = {"launches": schema.Must("launch rows", _are_rows), **schema.of(Choices)}
     kept: dict[str, Any] = {}
     for name in (*_ADOPTED, "launches"):
-        if (value := plan.get(name)) is None or not can_be[name].holds(value):
-            continue  # of another version, or of a stranger
-        if getattr(asked.or_else({name: value}), name, value) == value:
+        value = plan.get(name)  # of another version, or of a stranger, it may be anything
+        usable = value is not None and can_be[name].holds(value)
+        if usable and getattr(asked.or_else({name: value}), name, value) == value:
             kept[name] = value
     what = ", ".join(f"{name} {one_line(value, 60)}" for name, value in kept.items())
     return kept, [f"resume: on this card as before: {what}"] * bool(kept)
@@ -233,15 +230,16 @@ def check_plan(saved: Checkpoint, plan: Plan) -> list[str]:
     """Lines about plan fields that differ: the same samples follow, the last bits may not."""
     now = {k: v for k, v in asdict(plan).items() if k not in _SAME_LOSSES}
     then = {k: saved.state["plan"].get(k, getattr(Plan, k, None)) for k in now}
-    changed = _differences(then, now)
-    if not changed:
-        return []
-    return [f"resume: another plan ({'; '.join(changed)}): same samples, losses equal to rounding"]
+    changed = "; ".join(_differences(then, now))
+    line = f"resume: another plan ({changed}): same samples, losses equal to rounding"
+    return [line] if changed else []
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{one_line(name)} was {quoted(before.get(name))}, now {quoted(now.get(name))}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    shown, more = names[:_MOST_SHOWN], len(names) - _MOST_SHOWN
+    lines = [
+        f"{one_line(name, 80)} was {quoted(before.get(name))}, now {quoted(now.get(name))}"
+        for name in shown
     ]
+    return lines + [f"{more:,} more differ"] * (more > 0)

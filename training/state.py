@@ -31,10 +31,11 @@ MOST_SKIPS = 1000  # a guard leaves out some rows per rollback and allows a few 
 
 
 def _are_skips(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) > MOST_SKIPS:
+        return False
     with suppress(TypeError, ValueError):
         ranges = all(COUNT.holds(a) and COUNT.holds(b) and a < b for a, b in value)
-        different = len({first for first, _ in value}) == len(value) <= MOST_SKIPS
-        return isinstance(value, list) and ranges and different
+        return ranges and len({first for first, _ in value}) == len(value)
     return False
 
 
@@ -55,21 +56,14 @@ _SCALE = Must(
 
 @dataclass
 class Progress:
-    """Host-side state that moves with the steps; all JSON.
+    """Host-side state that moves with the steps; all JSON."""
 
-    Args:
-        step: Steps done.
-        position: Rows drawn, see training/data.py.
-        skips: Row ranges [first, last) that a rollback told the loader to leave out.
-        metrics_bytes: Length of metrics.jsonl after the steps done.
-        evaluations: (step, validation loss) so far.
-    """
-
-    step: int = 0
-    position: int = 0
+    step: int = 0  # steps done
+    position: int = 0  # rows drawn, see training/data.py
+    # Row ranges [first, last) that a rollback told the loader to leave out.
     skips: Annotated[list[tuple[int, int]], _SKIPS] = field(default_factory=list)
-    metrics_bytes: int = 0
-    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    metrics_bytes: int = 0  # length of metrics.jsonl after the steps done
+    evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, validation loss)
 
     @property
     def best(self) -> int | None:
@@ -137,10 +131,9 @@ def _can_be_set(state: Tensor) -> bool:
 
 
 _CUDA_STATE = torch.empty(16, dtype=torch.uint8)
-_STATES = {"cpu": torch.get_rng_state()} | {f"cuda{i}?": _CUDA_STATE for i in range(256)}
-_GENERATORS = {
-    name: schema.tensor(like, 0, 255, also=_can_be_set) for name, like in _STATES.items()
-}
+_GENERATORS = dict.fromkeys(
+    (f"cuda{i}?" for i in range(256)), schema.tensor(_CUDA_STATE, 0, 255, also=_can_be_set)
+) | {"cpu": schema.tensor(torch.get_rng_state(), 0, 255, also=_can_be_set)}
 
 
 @torch.no_grad()
@@ -155,10 +148,7 @@ def capture(
 ) -> Checkpoint:
     """Copy the run's state to the host, so that training may go on while the copy is written.
 
-    Args:
-        progress: Host state; `step` names the checkpoint.
-        model, optimizer, guard: Live device state; `guard` is None where it is off.
-        recipe, plan, data_sha256: Recorded to be compared on resume.
+    `recipe`, `plan` and `data_sha256` are recorded to be compared on resume.
     """
     tensors = {
         "model": hf.file_tensors(model),
@@ -206,32 +196,22 @@ def expect(model: GPT, accept: Callable[[Checkpoint], object] = bool) -> checkpo
         if late:  # it could be called the best, and never be found
             raise Mismatch(f"state.json: evaluated at step {late[0]}, and {step} are done")
         accept(saved)
-        parameters = dict(model.named_parameters())
-        muon = saved_recipe(saved)["muon"]
-
-        def moments(name: str, p: Tensor) -> dict[str, Must]:
-            if muon and is_hidden_matrix(name, p):
-                return {"momentum_buffer": schema.tensor(p)}
-            counted = schema.tensor(torch.empty(()), 0, step)
-            return {"step": counted, "exp_avg": schema.tensor(p), "exp_avg_sq": schema.tensor(p, 0)}
-
+        parameters, muon = dict(model.named_parameters()), saved_recipe(saved)["muon"]
         weights = parameters if saved.config is None else hf.file_tensors(model)
-        groups = {
-            "model": {name: schema.tensor(t) for name, t in weights.items()},
-            "optimizer": {
-                f"{name}.{kind}": must
-                for name, p in parameters.items()
-                if step  # before the first step there are none
-                for kind, must in moments(name, p).items()
-            },
-            "rng": _GENERATORS,
-        }
+        moments: dict[str, Must] = {}
+        for name, p in parameters.items() if step else ():  # before the first step there are none
+            if muon and is_hidden_matrix(name, p):
+                moments[f"{name}.momentum_buffer"] = schema.tensor(p)
+            else:
+                moments[f"{name}.step"] = schema.tensor(torch.empty(()), 0, step)
+                moments[f"{name}.exp_avg"] = schema.tensor(p)
+                moments[f"{name}.exp_avg_sq"] = schema.tensor(p, 0)
+        model_schema = {name: schema.tensor(t) for name, t in weights.items()}
+        groups = {"model": model_schema, "optimizer": moments, "rng": _GENERATORS}
         if "guard" in saved.state:
             live = Guard("cpu")
-            groups["guard"] = {
-                "losses": schema.tensor(live.losses, nan=True),
-                "count": schema.tensor(live.count, 0, MOST),
-            }
+            groups["guard"] = {"count": schema.tensor(live.count, 0, MOST)}
+            groups["guard"]["losses"] = schema.tensor(live.losses, nan=True)
         return groups
 
     return tensors
@@ -242,9 +222,6 @@ def restore(
     saved: Checkpoint, model: GPT, optimizer: torch.optim.Optimizer, guard: Guard | None
 ) -> Progress:
     """Put `saved` into live objects, in place, so that captured graphs keep their addresses.
-
-    Returns:
-        The progress to go on from.
 
     Raises:
         CheckpointError: it is not a checkpoint of this model. Nothing has been changed then.
