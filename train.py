@@ -25,15 +25,7 @@ import torch
 
 from model import GPT, hf
 from model.edge import one_line
-from training import (
-    console,
-    distributed,
-    folder,
-    hellaswag,
-    loggers,
-    resume,
-    signals,
-)
+from training import console, distributed, folder, hellaswag, loggers, resume, signals
 from training.checkpoint import CheckpointError, Writer
 from training.choose import take_fastest
 from training.data import Corpus, load_corpus
@@ -70,8 +62,7 @@ def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
 def settled(cfg: Config, machine: Machine, world: World, kept: Mapping[str, Any]) -> Plan:
     """What this rank does: on a GPU with kernels that were checked, of what is fastest there.
 
-    Args:
-        kept: Choices of the checkpoint that the run goes on from.
+    `kept` are choices of the checkpoint that the run goes on from.
     """
 
     def make(choices: Choices) -> Plan:
@@ -80,9 +71,7 @@ def settled(cfg: Config, machine: Machine, world: World, kept: Mapping[str, Any]
         return share(plan, cfg.recipe, world)
 
     plan = settle(make, cfg.choices, cfg.recipe, machine, world)
-    if kept:
-        return plan
-    return take_fastest(make, cfg.choices, plan, cfg.recipe, machine, world)
+    return plan if kept else take_fastest(make, cfg.choices, plan, cfg.recipe, machine, world)
 
 
 def prepare(cfg: Config, world: World = ALONE) -> Run:
@@ -104,9 +93,8 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     saved = resume.find(cfg.resume, out, world, *how)
     kept, notes = resume.adopt(saved, cfg.choices, recipe, machine)
     plan = settled(cfg, machine, world, kept)
-    same = {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()},
-            "data": corpus.sha256, "torch": torch.__version__}  # fmt: skip
-    refuse_mismatch(world, "facts", same)
+    same = {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()}, "data": corpus.sha256}
+    refuse_mismatch(world, "facts", same | {"torch": torch.__version__})
     source = hf.find_model(cfg.init) if cfg.init else ""
     initial = GPT.from_pretrained(source) if source else None
     if initial and world.size > 1:  # rank 0's would be taken by all, in silence
@@ -118,11 +106,11 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     world.first("folder", lambda: folder.make(out, recipe))
     if cfg.cooldown and saved:
         recipe = resume.cool_down(saved, recipe)
-    facts = {"name": corpus.name, "sha256": corpus.sha256, "train_tokens": len(parts[0]),
-             "val_tokens": len(parts[1])}  # fmt: skip
+    counts = {"train_tokens": len(parts[0]), "val_tokens": len(parts[1])}
+    facts = {"name": corpus.name, "sha256": corpus.sha256, **counts}
     flags = {k: v for k, v in asdict(cfg).items() if k != "recipe"}
-    return Run(cfg.preset, recipe, plan, world, out, flags, *parts, facts, saved, initial,
-               str(source), items)  # fmt: skip
+    weights = initial, str(source)
+    return Run(cfg.preset, recipe, plan, world, out, flags, *parts, facts, saved, *weights, items)
 
 
 def train(cfg: Config, run: Run, stop: StopRequest) -> int:
@@ -153,8 +141,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             return
         with log.aside():
             progress.position, progress.metrics_bytes = batches.position, log.num_bytes
-            cost = writer.submit(capture, progress, model, optimizer, guard, recipe,
-                                 take_step.plan, run.corpus["sha256"])  # fmt: skip
+            how = recipe, take_step.plan, run.corpus["sha256"]
+            cost = writer.submit(capture, progress, model, optimizer, guard, *how)
         log.event("checkpoint", step=progress.step, **cost)
 
     def evaluate() -> None:
@@ -184,9 +172,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 writer.wait()
                 world.barrier()
                 take_step.gather()
-                progress = resume.roll_back(
-                    run.out, world, action, guard, log, model, optimizer, recipe.rows_per_step
-                )
+                live, rows = (guard, log, model, optimizer), recipe.rows_per_step
+                progress = resume.roll_back(run.out, world, action, *live, rows)
                 batches.seek(progress.position, progress.skips)
                 continue
 

@@ -72,18 +72,16 @@ def finish(
         autocast: Context of the evaluation, as of those during the run.
         poll: Raises where the run is to stop.
     """
-    recipe, plan, out = run.recipe, run.plan, run.out
+    recipe, out, num_steps = run.recipe, run.out, progress.step
     train_s = sum(r.ms for r in log.records) / 1000.0
-    num_steps = progress.step
     tokens_seen = num_steps * recipe.tokens_per_step
     val_loss, bits_per_byte, baselines = None, None, {}
-    # Without a validation part a row tells whether the last update left a usable model.
-    scored = (
-        run.val_tokens if len(run.val_tokens) > 1 else run.train_tokens[: recipe.block_size + 1]
-    )
+    scored, validates = run.val_tokens, len(run.val_tokens) > 1
+    if not validates:  # a row tells whether the last update left a usable model
+        scored = run.train_tokens[: recipe.block_size + 1]
     with autocast():
         loss = run.validate(model, scored, MAX_VAL_TOKENS, poll)
-    if len(run.val_tokens) > 1:
+    if validates:
         val_loss = loss
         log.event("eval" if kept == num_steps else "kept", step=kept, val_loss=val_loss)
     if not math.isfinite(loss):
@@ -94,9 +92,8 @@ def finish(
     if not run.world.is_main:
         return
     if val_loss is not None:
-        counted, scored = (
-            np.asarray(t[:MAX_VAL_TOKENS]) for t in (run.train_tokens, run.val_tokens)
-        )
+        scored = np.asarray(scored[:MAX_VAL_TOKENS])
+        counted = np.asarray(run.train_tokens[:MAX_VAL_TOKENS])
         baselines = ngram_losses(counted, scored, model.config.vocab_size)
         num_bytes = len(get_encoding().decode_bytes(scored[:DECODE_TOKENS].tolist()))
         bits_per_byte = val_loss * len(scored[:DECODE_TOKENS]) / (math.log(2) * num_bytes)
@@ -106,13 +103,12 @@ def finish(
     model.save_pretrained(out / "model")
     model.residual_dtype = None  # as whoever loads the saved model runs it
     write_samples(run, model, log.say, poll)
+    losses = (r.loss for r in reversed(log.records) if r.finite and r.step < kept)
     summary = {
         "final_step": num_steps,
         "reached_target_at": reached,
         "saved_after_step": kept - 1,
-        "train_loss": next(
-            (r.loss for r in reversed(log.records) if r.finite and r.step < kept), None
-        ),
+        "train_loss": next(losses, None),
         "val_loss": val_loss,
         "val_bits_per_byte": bits_per_byte,
         "baselines": baselines,
@@ -125,7 +121,7 @@ def finish(
         "first_step_s": log.first_step_s,
         "wall_s": seconds_since_start(),
         "model_bytes": (out / "model" / "model.safetensors").stat().st_size,
-        "device": plan.device_name,
+        "device": run.plan.device_name,
     }
     metrics.write_json(out / "summary.json", summary)
     report_run(out, run.train_tokens, log.say)

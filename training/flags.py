@@ -164,9 +164,9 @@ def _glance(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags that others depend on, as they are written."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?", const=LIST)
-    for flags in (["--config"], ["--init"], ["--model"], ["--epochs"],
-                  ["--steps", "--max-steps"]):  # fmt: skip
-        first.add_argument(*flags)
+    for flag in ("--config", "--init", "--model", "--epochs"):
+        first.add_argument(flag)
+    first.add_argument("--steps", "--max-steps")
     try:
         return first.parse_known_args(arguments)[0]
     except argparse.ArgumentError:  # a value is missing, as tyro will say
@@ -238,14 +238,14 @@ def from_config(path: str) -> list[str]:
         ) from None
     if chosen.get("optimizer") == "muon":  # of a run from before it was part of the recipe
         chosen |= {"optimizer": "auto", "muon": True}
-    left_out = set(_OF_ONE_RUN)
-    left_out |= {"model"} if chosen.get("init") else set()  # whose weights decide it
-    left_out |= {"max_steps"} if chosen.get("epochs") else set()  # of that text
     known = {f.name for of in (Config, Choices, Recipe) for f in fields(of)}
     for name in sorted(chosen.keys() - known):
         raise ValueError(f"config: {file}: train.py has no flag {quoted(name)}")
-    return [word for name, value in chosen.items() if name not in left_out
-            for word in _spelled(file, name, value)]  # fmt: skip
+    left_out = set(_OF_ONE_RUN)
+    left_out |= {"model"} if chosen.get("init") else set()  # whose weights decide it
+    left_out |= {"max_steps"} if chosen.get("epochs") else set()  # of that text
+    kept = {name: value for name, value in chosen.items() if name not in left_out}
+    return [word for name, value in kept.items() for word in _spelled(file, name, value)]
 
 
 def _spelled(file: Path, name: str, value: Any) -> list[str]:

@@ -25,11 +25,8 @@ STOPPED = "stopped"  # there once a job of several ranks was asked to stop
 CHECKPOINTS = "checkpoints"
 LOG = "metrics.jsonl"
 FOLDERS = (CHECKPOINTS, "model", "tensorboard")
-# All that a run writes beside its lock.
-WRITTEN = (
-    *FOLDERS, LOG, *loggers.FILES, "config.json", "corpus.txt", "loss.png", "report.html",
-    "report.json", "samples.txt", "summary.json",
-)  # fmt: skip
+RESULTS = ("corpus.txt", "loss.png", "report.html", "report.json", "samples.txt", "summary.json")
+WRITTEN = (*FOLDERS, LOG, *loggers.FILES, "config.json", *RESULTS)  # by a run, beside its lock
 
 
 def title(preset: str, corpus: str, sha256: str) -> str:
@@ -55,8 +52,8 @@ def make(folder: Path, recipe: Recipe) -> None:
         raise ValueError(f"out: {folder} is a file; --out names a folder")
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     with torch.device("meta"):
-        parameters = GPT(recipe.model_config).parameters()
-    needed, free = 4 * sum(p.numel() for p in parameters) + (1 << 20), math.inf
+        needed = 4 * GPT(recipe.model_config).num_parameters() + (1 << 20)
+    free: float = math.inf
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -67,9 +64,8 @@ def make(folder: Path, recipe: Recipe) -> None:
         if free < needed:
             raise OSError(f"{free:,} bytes free, the model alone needs {needed:,}")
     except OSError as error:
-        for path in missing:
-            if path.exists():
-                path.rmdir()
+        for path in filter(Path.exists, missing):
+            path.rmdir()
         reason = error.strerror or error
         raise ValueError(f"out: cannot write to {folder}: {reason}; choose another --out") from None
 
@@ -101,11 +97,11 @@ def opened(
 
 def _refuse_links(folder: Path, written: str) -> None:
     """A folder may come from a stranger: a link in it must not choose which file is overwritten."""
-    path, inside = folder / written, written in FOLDERS
-    kinds = {path: [stat.S_IFDIR if inside else stat.S_IFREG]} if os.path.lexists(path) else {}
-    if inside and path.is_dir() and not path.is_symlink():
-        kinds |= {entry: [stat.S_IFREG, stat.S_IFDIR] for entry in path.iterdir()}
-    for entry, allowed in kinds.items():
+    path, kinds = folder / written, {stat.S_IFDIR if written in FOLDERS else stat.S_IFREG}
+    entries = {path: kinds} if os.path.lexists(path) else {}
+    if written in FOLDERS and path.is_dir() and not path.is_symlink():
+        entries |= {entry: {stat.S_IFREG, stat.S_IFDIR} for entry in path.iterdir()}
+    for entry, allowed in entries.items():
         if stat.S_IFMT(entry.lstat().st_mode) not in allowed:
             raise ValueError(
                 f"run: {entry} is a link, a pipe or of another kind than a run makes it; a run "
@@ -138,13 +134,9 @@ def _set_aside(folder: Path, saved: Checkpoint | None, say: Callable[[str], None
 
 @contextlib.contextmanager
 def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a file that only one process can hold.
+    """Hold a file that only one process can hold, or raise ValueError with that one's id.
 
-    The operating system drops the lock with the process, so a killed run leaves none behind; the
-    process id in the file is only for the message.
-
-    Raises:
-        ValueError: another process holds it; the message names that process.
+    The operating system drops the lock with the process, so a killed run leaves none behind.
     """
     with open(path, "a+", encoding="utf-8") as f:
         f.seek(0)

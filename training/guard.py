@@ -52,10 +52,7 @@ class Counts:
 
 
 class Guard(Counts):
-    """The window on the device and the counters on the host.
-
-    `judge` runs inside the step; `observe` runs on the host with the late value.
-    """
+    """The window on the device and the counters on the host."""
 
     def __init__(self, device: torch.device | str, window: int = WINDOW):
         super().__init__()
@@ -65,11 +62,7 @@ class Guard(Counts):
 
     @torch.no_grad()
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether this step is bad.
-
-        Args:
-            loss: (), the step's mean loss.
-            grad_norm: (), before clipping.
+        """Whether a step of this mean loss and gradient norm, each (), is bad; inside the step.
 
         Returns:
             (), fp32, 1 for a bad step and 0 otherwise: what fused AdamW takes as `found_inf`.
@@ -88,11 +81,7 @@ class Guard(Counts):
         return bad.float()
 
     def observe(self, bad: bool, position: int) -> str:
-        """Count one step on the host.
-
-        Args:
-            bad: The late value of `judge`.
-            position: Rows drawn after the step's batches.
+        """Count one step on the host, from the late value of `judge` and the rows drawn after it.
 
         Returns:
             "ok", "skipped", "rollback" (patience is used up) or "give_up" (so are the rollbacks).

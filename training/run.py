@@ -34,35 +34,22 @@ Autocast = Callable[[], AbstractContextManager[Any]]  # of a forward in the plan
 
 @dataclass
 class Run:
-    """What a run is made of; nothing in it changes once training has begun.
+    """What a run is made of; nothing in it changes once training has begun."""
 
-    Args:
-        preset: Name of the recipe.
-        recipe, plan, world: What is trained, how, and by how many.
-        out: Run folder; it exists and can be written.
-        flags: As given, for config.json.
-        train_tokens, val_tokens: Both ends of the corpus.
-        corpus: Its name, hash and counts.
-        saved: Checkpoint to go on from; None starts afresh.
-        initial: Model whose weights to start afresh from; None draws them. It is let go of once
-            `build_model` has them.
-        source: Where it was found.
-        items: Of HellaSwag, to score the model on.
-    """
-
-    preset: str
+    preset: str  # name of the recipe
     recipe: Recipe
     plan: Plan
     world: World
-    out: Path
-    flags: dict[str, Any]
+    out: Path  # run folder; it exists and can be written
+    flags: dict[str, Any]  # as given, for config.json
     train_tokens: Tokens
     val_tokens: Tokens
-    corpus: dict[str, Any]
-    saved: Checkpoint | None = None
+    corpus: dict[str, Any]  # its name, hash and counts
+    saved: Checkpoint | None = None  # to go on from; None starts afresh
+    # Whose weights to start afresh from; None draws them. Let go of once `build_model` has them.
     initial: GPT | None = None
-    source: str = ""
-    items: Sequence[hellaswag.Item] = ()
+    source: str = ""  # where it was found
+    items: Sequence[hellaswag.Item] = ()  # to score the model on
     contexts: tuple[int, int | None] | None = None  # of `initial`, see `GPT`
 
     def introduce(self) -> str:
@@ -117,10 +104,11 @@ class Run:
         def utilisation(tokens_per_s: float) -> float | None:
             return mfu(recipe.model_config, recipe.block_size, tokens_per_s, plan.device_name)
 
-        return RunLog(self.out, recipe.max_steps, recipe.tokens_per_step, utilisation,
-                      log_every or math.ceil(recipe.max_steps / 100), loggers, progress.step,
-                      progress.metrics_bytes, not self.world.is_main,
-                      {"preset": self.preset, **asdict(recipe), **asdict(plan)})  # fmt: skip
+        how = recipe.max_steps, recipe.tokens_per_step, utilisation
+        every = log_every or math.ceil(recipe.max_steps / 100)
+        done = progress.step, progress.metrics_bytes
+        config = {"preset": self.preset, **asdict(recipe), **asdict(plan)}
+        return RunLog(self.out, *how, every, loggers, *done, not self.world.is_main, config)
 
     def write_config(self, model: GPT) -> None:
         """config.json: the resolved recipe and plan, and what they ran on. Rank 0 writes."""
@@ -139,11 +127,7 @@ class Run:
         metrics.write_json(self.out / "config.json", values)
 
     def validate(
-        self,
-        model: GPT,
-        scored: Tokens,
-        max_tokens: int,
-        poll: Callable[[], None] = lambda: None,
+        self, model: GPT, scored: Tokens, max_tokens: int, poll: Callable[[], None] = lambda: None
     ) -> float:
         """Loss in nats per token; the ranks share the work.
 
@@ -179,15 +163,11 @@ class Run:
 
 
 def data_loader(
-    recipe: Recipe,
-    plan: Plan,
-    tokens: Tokens,
-    world: World,
-    progress: Progress | None = None,
+    recipe: Recipe, plan: Plan, tokens: Tokens, world: World, progress: Progress | None = None
 ) -> DataLoaderLite:
     """A step's rows at a time; the step cuts them into micro-batches."""
     progress = progress or Progress()
-    return DataLoaderLite(tokens, plan.micro_batch_size * plan.num_micro_batches,
-                          recipe.block_size, recipe.order, recipe.seed,
-                          wrap_rows=recipe.batch_size, rank=world.rank, world_size=world.size,
-                          position=progress.position, skips=progress.skips)  # fmt: skip
+    rows = plan.micro_batch_size * plan.num_micro_batches
+    shape = rows, recipe.block_size, recipe.order, recipe.seed, recipe.batch_size
+    ranks = world.rank, world.size
+    return DataLoaderLite(tokens, *shape, *ranks, progress.position, progress.skips)

@@ -97,11 +97,10 @@ def tensor(
     nan: bool = False,
     also: Callable[[Tensor], bool] = lambda _: True,
 ) -> Must:
-    """A tensor with the dtype and shape of `like`.
+    """A tensor with the dtype and shape of `like`, on any device, and values from low to high.
 
     Args:
-        like: On any device, "meta" included.
-        low, high: Every value is between them.
+        like, low, high: See above.
         nan: A value may be NaN too.
         also: A further test, of what has passed these.
     """

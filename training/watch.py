@@ -20,10 +20,6 @@ class Watch:
         target_loss: A training loss below it is the end; 0 is off.
         alone: There are no other ranks. With others a stop request travels with the loss, so that
             all leave at the same step.
-
-    Attributes:
-        stopping: The run is to save and leave.
-        reached: First step whose loss was below the target.
     """
 
     def __init__(
@@ -31,13 +27,11 @@ class Watch:
     ):
         self.log, self.guard, self.stop = log, guard, stop
         self.target_loss, self.alone = target_loss, alone
-        self.stopping, self.reached = bool(stop), None
+        self.stopping = bool(stop)  # the run is to save and leave
+        self.reached: int | None = None  # first step whose loss was below the target
 
     def catch_up(self, wait: bool) -> str | None:
-        """Read what is known of the steps done.
-
-        Args:
-            wait: Also for the newest step, which may still run.
+        """Read what is known of the steps done; with `wait` of the newest too, which may still run.
 
         Returns:
             "rollback" or "give_up" where the guard says so; the caller goes back then.
@@ -58,9 +52,8 @@ class Watch:
                 self.reached = record.step
             action = self.guard.observe(record.bad, record.position) if self.guard else "ok"
             if action != "ok":
-                self.log.event(
-                    action, step=record.step, loss=record.loss, grad_norm=record.grad_norm
-                )
+                late = {"loss": record.loss, "grad_norm": record.grad_norm}
+                self.log.event(action, step=record.step, **late)
             if action in ("rollback", "give_up"):
                 return action
         return None
