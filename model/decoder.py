@@ -387,29 +387,10 @@ def generate_tokens(
     num_samples: int = 1,
     window: int | None = None,
     use_cache: bool = True,
-    stop_token: int | None = None,
 ) -> list[list[int]]:
-    """New tokens of each row, prompts not included.
-
-    Args:
-        model: The model.
-        prompts: Token ids, at least one each.
-        sampling: How to choose; its stop strings are for text and play no part here.
-        num_samples: Rows per prompt; row = prompt * num_samples + sample.
-        window: See `Decoder`.
-        use_cache: See `Decoder`.
-        stop_token: A row ends before this token.
-    """
+    """New tokens of each row, row = prompt * num_samples + sample; the rest as for `Decoder`."""
     rows, numbers = rows_of(prompts, num_samples)
-    new: list[list[int]] = [[] for _ in rows]
-    done = [False] * len(rows)
     with evaluating(model):
         decoder = Decoder(model, rows, sampling, numbers, window, use_cache)
-        for _ in range(sampling.max_new_tokens):
-            for r, token in enumerate(decoder.step()):
-                done[r] = done[r] or token == stop_token
-                if not done[r]:
-                    new[r].append(token)
-            if all(done):
-                break
-    return new
+        steps = [decoder.step() for _ in range(sampling.max_new_tokens)]
+    return [[tokens[r] for tokens in steps] for r in range(len(rows))]

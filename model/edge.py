@@ -28,13 +28,8 @@ def one_line(text: object, limit: int = 1000) -> str:
 def read_utf8(what: str, data: bytes, offset: int = 0) -> str:
     """`data` as text, without the byte order mark that some editors put first.
 
-    Args:
-        what: Names it in the message.
-        data: What was read.
-        offset: Where it begins in `what`.
-
     Raises:
-        ValueError: names the first byte that is not UTF-8.
+        ValueError: names the first byte that is not UTF-8 in `what`, where `data` begins at offset.
     """
     try:
         text = data.decode()

@@ -155,16 +155,11 @@ def check_folder(folder: Path) -> None:
 
 @torch.no_grad()
 def save_pretrained(model: GPT, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a folder that GPT2LMHeadModel and AutoTokenizer load.
+    """Write a folder that GPT2LMHeadModel and AutoTokenizer load; an earlier export is replaced.
 
     It has the positions that were trained and no others: what reads a GPT-2 takes its positions for
-    the context it can use.
-
-    Args:
-        model: The model itself, not what torch.compile returned.
-        path: Folder, made if needed; an earlier export in it is replaced. Everything is written
-            beside it first and the weights come last, so a folder with model.safetensors is whole.
-        dtype: torch.float32, torch.bfloat16 or torch.float16.
+    the context it can use. Everything is written beside it first and the weights come last, so a
+    folder with model.safetensors is whole. `model` is not what torch.compile returned.
 
     Raises:
         ValueError: another dtype, a weight that is not finite in it, or the path is a file or a

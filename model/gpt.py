@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import EAGER, Ops
 from model.config import GPTConfig
+from model.flops import num_parameters
 
 INIT_STD = 0.02
 
@@ -170,8 +171,7 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> int:
         """Parameters of the published model: padding rows do not count."""
-        padding = self.config.padded_vocab_size - self.config.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+        return num_parameters(self.config)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits, or the loss.

@@ -21,7 +21,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -134,15 +134,6 @@ def _guess_config(path: Path, shapes: Mapping[str, list[int]]) -> GPTConfig:
     return GPTConfig(T, V, len(layers), C // GPT2_HEAD_DIM, C)
 
 
-def _weight_files(source: Path, named: Path) -> list[Path]:
-    """One file, or the shards an index names."""
-    if source.is_file():
-        return [source]
-    if (source / WEIGHTS).exists():
-        return [regular(source / WEIGHTS, named)]
-    return [regular(source / name, named) for name in shard_names(regular(source / INDEX, named))]
-
-
 def shard_names(index: Path) -> list[str]:
     """The files that an index of shards names."""
     weight_map = read_json(index).get("weight_map")
@@ -159,20 +150,17 @@ def canonical(name: str) -> str | None:
     return None if name.endswith(MASK_BUFFERS) else name
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(str(file), framework="pt")
-    except SafetensorError as error:
-        raise ValueError(
-            f"from_pretrained: {file} is not a safetensors file: {describe_file(file)} "
-            f"({one_line(error, 160)})"
-        ) from None
-
-
 def _tensors(files: Iterable[Path]) -> Iterator[tuple[Path, str, Any, str]]:
     """(file, canonical name, open file, its own name for it) of each tensor."""
     for file in files:
-        with _open(file) as handle:
+        try:
+            opened = safe_open(str(file), framework="pt")
+        except SafetensorError as error:
+            raise ValueError(
+                f"from_pretrained: {file} is not a safetensors file: {describe_file(file)} "
+                f"({one_line(error, 160)})"
+            ) from None
+        with opened as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 if name := canonical(key):
                     yield file, name, handle, key
@@ -236,13 +224,7 @@ def check_shapes(where: str, config: GPTConfig, shapes: Mapping[str, list[int]])
 
 @torch.no_grad()
 def build(where: str, config: GPTConfig, ops: Ops, tensors: Iterable[tuple[str, Tensor]]) -> GPT:
-    """A GPT with these tensors of a file; nothing is initialised only to be overwritten.
-
-    Args:
-        where: Names the file in messages.
-        config: The shape, which `check_shapes` has held the tensors to.
-        ops: The op set.
-        tensors: Canonical names and tensors in the layout of a file.
+    """A GPT with these tensors in the layout of a file, by canonical name, as checked by shape.
 
     Raises:
         ValueError: a value that is not finite, or a head of its own.
@@ -273,58 +255,49 @@ def build(where: str, config: GPTConfig, ops: Ops, tensors: Iterable[tuple[str, 
 
 
 def from_pretrained(path: str | Path, ops: Ops = EAGER) -> GPT:
-    """A model from a GPT-2 folder, one of our run folders, or a safetensors file.
+    """The model at `path` (see `find_model`), in fp32 on the CPU, in training mode as a new one.
 
-    Args:
-        path: See `find_model`. Without a config.json beside a file the sizes are read from the
-            shapes, with heads of 64.
-        ops: The op set of the model.
-
-    Returns:
-        The model in fp32 on the CPU, in training mode as a new one; `trained_context` is the
-        file's, or all positions.
+    Without a config.json beside a file the sizes are read from the shapes, with heads of 64;
+    `trained_context` is the file's, or all positions.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: another architecture; a link out of the folder; a missing, unknown or misshapen
             tensor, one of integers, or one with values that are not finite.
     """
-    found = _look_at(path)
-    where = str(found.source)
-    check_shapes(where, found.config, found.shapes)
-    tensors = ((name, handle.get_tensor(key)) for _, name, handle, key in _tensors(found.files))
-    model = build(where, found.config, ops, tensors)
-    for key, value in found.contexts.items():
+    where, files, shapes, config, contexts = _look_at(path)
+    check_shapes(where, config, shapes)
+    tensors = ((name, handle.get_tensor(key)) for _, name, handle, key in _tensors(files))
+    model = build(where, config, ops, tensors)
+    for key, value in contexts.items():
         setattr(model, key, value)
     return model
 
 
 def read_config(path: str | Path) -> GPTConfig:
     """The shape of what `from_pretrained` would read, without its weights; same errors."""
-    return _look_at(path).config
+    return _look_at(path)[3]
 
 
-class _Found(NamedTuple):
-    """What is known of a model before its weights are read."""
-
-    source: Path  # folder or file
-    files: list[Path]
-    shapes: dict[str, list[int]]  # of the tensors, as in the files
-    config: GPTConfig
-    contexts: dict[str, int]  # those of CONTEXTS that config.json has
-
-
-def _look_at(path: str | Path) -> _Found:
+def _look_at(
+    path: str | Path,
+) -> tuple[str, list[Path], dict[str, list[int]], GPTConfig, dict[str, int]]:
+    """Where a model is, its files, the shapes in them, its config, and those of CONTEXTS it has."""
     source = find_model(path)
-    named = Path(path) if Path(path).is_dir() else source if source.is_dir() else source.parent
-    files = _weight_files(source, named)
+    folder = source if source.is_dir() else source.parent
+    named = Path(path) if Path(path).is_dir() else folder
+    if source.is_file():
+        files = [source]
+    else:
+        whole = (source / WEIGHTS).exists()
+        names = [WEIGHTS] if whole else shard_names(regular(source / INDEX, named))
+        files = [regular(source / name, named) for name in names]
     shapes = _read_shapes(files)
-    config_file = (source.parent if source.is_file() else source) / CONFIG
-    if config_file.exists():
-        return _Found(source, files, shapes, *_read_config(regular(config_file, named)))
-    if not source.is_file():
+    if (folder / CONFIG).exists():
+        return str(source), files, shapes, *_read_config(regular(folder / CONFIG, named))
+    if source.is_dir():
         raise FileNotFoundError(f"from_pretrained: {source} has weights but no config.json")
-    return _Found(source, files, shapes, _guess_config(source, shapes), {})
+    return str(source), files, shapes, _guess_config(source, shapes), {}
 
 
 # ---- command line

@@ -52,15 +52,10 @@ class Sampling:
 
 
 def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
-    """Choose one token a row by inverting the cumulative distribution.
+    """Choose one token a row, (R,) int64, by inverting the cumulative distribution.
 
-    Args:
-        logits: (R, V).
-        draws: (R,), fp64, uniform in [0, 1).
-        sampling: top_k is applied before top_p, as transformers does.
-
-    Returns:
-        (R,) int64.
+    Of logits (R, V) and draws (R,), fp64, uniform in [0, 1). top_k is applied before top_p, as
+    transformers does.
     """
     if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)

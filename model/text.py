@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from model import tokenizer
 from model.decoder import Decoder, evaluating, resolve_window, rows_of
@@ -54,7 +54,6 @@ def stream_text(
     *,
     num_samples: int = 1,
     window: int | None = None,
-    use_cache: bool = True,
     notify: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Piece]:
     """Generate text and hand it out as it comes.
@@ -68,7 +67,6 @@ def stream_text(
         sampling: How to choose, and where to stop.
         num_samples: Rows per prompt; row = prompt * num_samples + sample.
         window: See `Decoder`.
-        use_cache: See `Decoder`.
         notify: Gets a line for each prompt that had to be cropped.
 
     Raises:
@@ -85,7 +83,7 @@ def stream_text(
             )
     rows, numbers = rows_of(ids, num_samples)
     known = tokenizer.VOCAB_SIZE  # a padded vocabulary has logits for ids that are no tokens
-    decoder = Decoder(model, rows, sampling, numbers, limit, use_cache, vocab_size=known)
+    decoder = Decoder(model, rows, sampling, numbers, limit, vocab_size=known)
     return _pieces(decoder, [_RowText(sampling.stop) for _ in rows])
 
 
@@ -104,11 +102,3 @@ def _pieces(decoder: Decoder, rows: list[_RowText]) -> Iterator[Piece]:
     for r, row in enumerate(rows):
         if not row.done:
             yield Piece(r, row.feed(b"", final=True), num, True)
-
-
-def generate_text(model: GPT, prompts: Sequence[str], sampling: Sampling, **more: Any) -> list[str]:
-    """The continuation of each row, prompts not included; arguments as for `stream_text`."""
-    texts: dict[int, str] = {}
-    for piece in stream_text(model, prompts, sampling, **more):
-        texts[piece.row] = texts.get(piece.row, "") + piece.text
-    return [texts[r] for r in sorted(texts)]

@@ -19,8 +19,8 @@ import torch
 
 from model import GPT, GPTConfig
 from model.sampling import Sampling
-from model.text import generate_text
 from model.tokenizer import get_encoding
+from tests.weights import generate_text
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed")
 

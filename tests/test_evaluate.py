@@ -40,20 +40,17 @@ def plain_loss(model: GPT, tokens: list[int], window: int) -> float:
 
 
 @pytest.mark.parametrize("num", [2, 16, 17, 18, 33, 100])
-@pytest.mark.parametrize("batch_size", [1, 3, None])
-def test_loss_equals_row_by_row(model: GPT, num: int, batch_size: int | None):
+@pytest.mark.parametrize("batch_tokens", [1, 3 * 16, evaluate.BATCH_TOKENS])
+def test_loss_equals_row_by_row(model: GPT, num: int, batch_tokens: int, monkeypatch):
     """Fewer than a row, exactly one, one more token than a row, a ragged end."""
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
     tokens = np.random.default_rng(0).integers(0, 50257, num).astype(np.uint16)
     expected = plain_loss(model, tokens.tolist(), 16)
     model.train()
-    assert evaluate_tokens(model, tokens, batch_size=batch_size) == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert evaluate_tokens(model, tokens) == pytest.approx(expected, rel=1e-5)
     assert model.training
     as_tensor = torch.from_numpy(tokens.astype(np.int32))
-    assert evaluate_tokens(model, as_tensor, batch_size=batch_size) == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert evaluate_tokens(model, as_tensor) == pytest.approx(expected, rel=1e-5)
 
 
 def test_window(model: GPT):

@@ -176,17 +176,6 @@ def test_copies_of_weights_follow_training():
     assert generate_tokens(model, [prompt], GREEDY) == [plain_greedy(model, prompt, 200, 64)]
 
 
-def test_stop_token_ends_a_row_and_mode_is_restored(model: GPT):
-    free = generate_tokens(model, [[5, 90, 3], [2]], GREEDY)
-    stop = free[0][7]
-    model.train()
-    rows = generate_tokens(model, [[5, 90, 3], [2]], GREEDY, stop_token=stop)
-    assert model.training
-    for row, whole in zip(rows, free, strict=True):
-        assert row == (whole[: whole.index(stop)] if stop in whole else whole)
-    assert len(rows[0]) <= 7
-
-
 def test_prompts_do_not_share_their_draws(model: GPT):
     """With a temperature that leaves nothing of the model, only the draws are seen."""
     sampling = Sampling(max_new_tokens=50, temperature=1e6)

@@ -21,9 +21,10 @@ from model import GPT, GPTConfig, generate
 from model.decoder import Decoder, generate_tokens
 from model.find import latest_model
 from model.sampling import Sampling
-from model.text import Piece, _pieces, _RowText, generate_text, stream_text
+from model.text import Piece, _pieces, _RowText, stream_text
 from model.tokenizer import get_encoding
 from tests.test_generate import GREEDY, random_model
+from tests.weights import generate_text
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,9 @@ def test_text_is_the_decoded_tokens(text_model: GPT):
     prompts = ["First Citizen:\n", "", "caf\u00e9 \U0001f600"]
     texts = generate_text(text_model, prompts, sampling)
     ids = [encoding.encode_ordinary(p) or [encoding.eot_token] for p in prompts]
-    tokens = generate_tokens(text_model, ids, sampling, stop_token=encoding.eot_token)
+    rows = generate_tokens(text_model, ids, sampling)
+    ends = [[*row, encoding.eot_token].index(encoding.eot_token) for row in rows]
+    tokens = [row[:end] for row, end in zip(rows, ends, strict=True)]
     assert texts == [encoding.decode(row, errors="replace") for row in tokens]
     assert any("\ufffd" in text for text in texts)  # the hard case did occur
     pieces = [*stream_text(text_model, prompts[:1], sampling)]

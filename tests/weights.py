@@ -1,11 +1,15 @@
 """Models of random weights and their folders, for the tests of what goes in and out."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from model import GPT, GPTConfig, hf
+from model.sampling import Sampling
+from model.text import stream_text
 
 SMALL = GPTConfig(block_size=32, vocab_size=197, n_layer=2, n_head=2, n_embd=32)
 
@@ -58,3 +62,11 @@ def refuse(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     line = err.removesuffix("\n")
     assert line.isprintable()
     return line
+
+
+def generate_text(model: GPT, prompts: Sequence[str], sampling: Sampling, **more: Any) -> list[str]:
+    """The continuation of each row, prompts not included; arguments as for `stream_text`."""
+    texts: dict[int, str] = {}
+    for piece in stream_text(model, prompts, sampling, **more):
+        texts[piece.row] = texts.get(piece.row, "") + piece.text
+    return [texts[r] for r in sorted(texts)]

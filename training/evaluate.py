@@ -54,7 +54,6 @@ def evaluate_tokens(
     tokens: np.ndarray | Tensor,
     *,
     window: int | None = None,
-    batch_size: int | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean loss in nats per token.
@@ -63,7 +62,6 @@ def evaluate_tokens(
         model: On any device; autocast of the caller applies. Its mode is restored.
         tokens: (N,) token ids of any integer type, N >= 2.
         window: Row length T; None is the trained context.
-        batch_size: Rows per forward; None takes about 4096 tokens.
         poll: Called before each forward; may raise to end it.
 
     Raises:
@@ -73,7 +71,7 @@ def evaluate_tokens(
     if len(tokens) < 2:
         raise ValueError(f"evaluate: needs at least 2 tokens, got {len(tokens)}")
     num = len(tokens) - 1
-    rows_at_once = batch_size or max(1, BATCH_TOKENS // T)
+    rows_at_once = max(1, BATCH_TOKENS // T)
     device = model.transformer.wte.weight.device
     # Summed on the device in fp64: one wait at the end instead of one per batch.
     total = torch.zeros((), dtype=torch.float64, device=device)
