@@ -21,7 +21,6 @@ from model.flops import num_parameters
 from model.gpt import GPT
 from model.hf import CONFIG, CONTEXTS, GPT2_VOCAB, file_tensors, read_json
 
-END_OF_TEXT = "<|endoftext|>"
 # All that an export writes. Into a folder that holds anything else nothing is written.
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 EXPORTED = (CONFIG, "generation_config.json", "README.md", *TOKENIZER, WEIGHTS)
@@ -62,7 +61,7 @@ def hf_config(model: GPT, dtype: torch.dtype, config: GPTConfig | None = None) -
 
 def _write_tokenizer(folder: Path, model_max_length: int) -> None:
     """GPT-2's tokenizer in the files AutoTokenizer reads, from the vocabulary tiktoken uses."""
-    from model.tokenizer import vocab_files
+    from model.tokenizer import END_OF_TEXT, vocab_files
 
     encoder, merges = vocab_files()
     vocab: dict[str, int] = json.loads(encoder.read_text(encoding="utf-8"))

