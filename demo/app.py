@@ -103,12 +103,8 @@ def generate(
 ) -> Iterator[tuple[str, str]]:
     """(texts, status) as HTML, as text comes; of two models one after the other.
 
-    Args:
-        models: Gives the model, or two.
-        prompt, settings: What `read_settings` takes; an empty seed draws one, which the status
-            names.
-        chances: At the end shade each token by its chance.
-        ended: True once nobody wants more of it.
+    `prompt` and `settings` are what `read_settings` takes. At the end each token is shaded by its
+    chance if that is asked for; `ended` is True once nobody wants more.
 
     Raises:
         gr.Error: no model, a bad setting, or a model that fails; the page shows the message.
@@ -196,16 +192,17 @@ def build(models: Models) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=3):
                 hint = "Text to continue; empty starts a new document"
-                prompt = gr.Textbox(label="Prompt", lines=3, max_lines=8, placeholder=hint,
-                                    max_length=MAX_PROMPT_CHARS, elem_id="prompt")  # fmt: skip
+                size: Any = {"lines": 3, "max_lines": 8, "max_length": MAX_PROMPT_CHARS}
+                prompt = gr.Textbox(label="Prompt", placeholder=hint, elem_id="prompt", **size)
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="go")
                     stop = gr.Button("Stop", variant="stop", elem_id="stop")
                 output = gr.HTML(texts_html("", [""]), elem_id="output")
                 status = gr.HTML(status_html(""), elem_id="status")
                 hidden = [gr.Textbox(visible=False)]
-                examples = gr.Dataset(components=hidden, samples=[], visible=False,
-                                      label="Beginnings", elem_id="examples")  # fmt: skip
+                examples = gr.Dataset(
+                    components=hidden, visible=False, label="Beginnings", elem_id="examples"
+                )
             with gr.Column(scale=2):
                 temperature, top_k, top_p, max_new_tokens = (
                     gr.Slider(low, high, value, step=step, label=label, elem_id=name)
@@ -253,12 +250,12 @@ def build(models: Models) -> gr.Blocks:
             show_progress="hidden",
             api_name="generate",
         )
+        quiet: Any = {"show_progress": "hidden", "api_visibility": "private"}
         stop.click(
-            end, [visit, turn], js="visit => [visit, window.turn ?? 0]", queue=False,
-            show_progress="hidden", api_visibility="private",
-        )  # fmt: skip
-        examples.click(lambda row: row[0], examples, prompt, api_visibility="private")
-        page.load(show, None, [panel, examples], api_visibility="private")
+            end, [visit, turn], js="visit => [visit, window.turn ?? 0]", queue=False, **quiet
+        )
+        examples.click(lambda row: row[0], examples, prompt, **quiet)
+        page.load(show, None, [panel, examples], **quiet)
     return page
 
 
@@ -266,10 +263,9 @@ def launch(page: gr.Blocks, port: int | None = None, **more: Any) -> Any:
     """Serve the page: system fonts, no footer, no files, nothing from another host."""
     # type: ignore because gradio's own annotation of font is narrower than what it takes
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # type: ignore
-    return page.launch(
-        server_port=port, theme=theme, css=CSS, footer_links=[], run_history=False, share=False,
-        ssr_mode=False, max_file_size=1, show_error=True, **more,
-    )  # fmt: skip
+    off = dict.fromkeys(("run_history", "share", "ssr_mode"), False)
+    more |= {"theme": theme, "css": CSS, "footer_links": []}
+    return page.launch(server_port=port, max_file_size=1, show_error=True, **off, **more)
 
 
 def main(args: list[str] | None = None) -> None:

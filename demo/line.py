@@ -2,19 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import gradio as gr
 
 AT_ONCE = 2  # texts that are generated at the same time; further visitors wait in line
 POLL_S = 0.1  # how often they look whether it is their turn
-
-
-class Generate(Protocol):
-    """(texts, status) as HTML, as text comes; `ended` is True once nobody wants more of it."""
-
-    def __call__(self, *, ended: Callable[[], bool]) -> Iterator[tuple[str, str]]: ...
 
 
 def status_html(text: str, state: str = "") -> str:
@@ -33,23 +26,13 @@ class Line:
         self.at_once = at_once
         self._visitors: list[object] = []
 
-    @contextmanager
-    def joined(self) -> Iterator[Callable[[], int]]:
-        """Gives a function that tells the place in the line; 0 is being served."""
-        visitor = object()
-        self._visitors.append(visitor)
-        try:
-            yield lambda: max(0, self._visitors.index(visitor) + 1 - self.at_once)
-        finally:
-            self._visitors.remove(visitor)
-
     async def serve(
-        self, generate: Generate, visit: dict[str, int], turn: int
+        self, generate: Callable[..., Iterator[tuple[str, str]]], visit: dict[str, int], turn: int
     ) -> AsyncIterator[tuple[Any, str]]:
         """One press of Generate: wait, then generate.
 
         Args:
-            generate: Gives (texts, status) until what it is given says that its turn has ended.
+            generate: Gives (texts, status) until the function passed as `ended` says so.
             visit: The visitor's newest turn and the last that was stopped; changed here.
             turn: Counts the presses of this visitor. A later one ends those before.
         """
@@ -58,9 +41,10 @@ class Line:
         def ended() -> bool:
             return turn < visit["newest"] or turn <= visit["stopped"]
 
-        with self.joined() as place:
-            told = 0
-            while (ahead := place()) and not ended():
+        visitor, told = object(), 0
+        self._visitors.append(visitor)
+        try:
+            while (ahead := self._visitors.index(visitor) + 1 - self.at_once) > 0 and not ended():
                 if ahead != told:
                     yield gr.skip(), status_html(f"place {ahead} in the line")
                 told = ahead
@@ -73,3 +57,5 @@ class Line:
                     yield update
             elif turn == visit["newest"]:
                 yield gr.skip(), status_html("stopped", "done")
+        finally:
+            self._visitors.remove(visitor)

@@ -21,13 +21,12 @@ NO_MODEL = (
     "then reload this page."
 )
 NO_RECORD = "How this model was trained is not known: no record of it lies beside the weights."
-# Rows of training.report.facts that help a visitor.
+# Rows of training.report.facts that help a visitor, semicolons between them.
 PANEL = (
-    "recipe", "model", "training text", "training tokens", "tokens seen",
-    "epochs (times the text was read)",
-    "trained context", "training loss, last 5% of steps", "validation loss",
-    "bits per byte, held-out text", "device",
-)  # fmt: skip
+    "recipe;model;training text;training tokens;tokens seen;epochs (times the text was read);"
+    "trained context;training loss, last 5% of steps;validation loss;bits per byte, held-out text;"
+    "device"
+)
 _loading = threading.Lock()  # also around matplotlib, whose settings are global
 
 
@@ -45,10 +44,10 @@ class Models:
     """Finds and loads the model when it is first asked for, once.
 
     Args:
-        path: A run, model folder or .safetensors file; None takes the newest under `runs`.
+        path: See `find_model`; None takes the newest under `runs`.
         runs: Folder of runs.
-        about: A JSON file with the panel and the examples, as a Space has it; None makes them from
-            the run that the model belongs to. It is shown as it stands.
+        about: A JSON file with the panel and the examples, as a Space has it; it is shown as it
+            stands. None makes them from the run that the model belongs to.
         beside: A second model, which answers after the first with the same settings.
     """
 
@@ -107,7 +106,7 @@ def run_html(run: Run, model: GPT, corpus_bytes: int) -> str:
     known["trained context"] = f"{model.trained_context:,} tokens"
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(known[name])}</td></tr>"
-        for name in PANEL
+        for name in PANEL.split(";")
         if name in known
     )
     judged = verdicts(run) if run.steps or run.summary else [("note", NO_RECORD)]

@@ -62,17 +62,7 @@ Prompt a GPT-2 trained at a context of {context} tokens; up to {most} samples st
 def write_space(
     out: Path, model: Path | str | None = None, title: str = TITLE, training_text: bool = False
 ) -> list[str]:
-    """Write the folder: all of it or, after an error, nothing.
-
-    Args:
-        out: New or empty folder.
-        model: Run or model folder or .safetensors file; None takes the newest under runs/.
-        title: Of the Space.
-        training_text: Put the run's copy of its training text in, for the page to mark what is
-            recited.
-
-    Returns:
-        What is in it, in lines.
+    """Write the folder, all of it or, after an error, nothing; returns what is in it, in lines.
 
     Raises:
         ValueError: `out` is a file, holds something or lies in a folder that is copied or in the
