@@ -51,14 +51,10 @@ def resolve_window(model: GPT, window: int | None) -> int:
 
 
 class Cache:
-    """Keys and values of every layer; `keep` and `attend` take the place of causal_attention.
+    """Keys and values of every layer, for R = num_rows rows of at most `window` positions.
 
-    The layers of a model call them in turn, so `start` comes before each pass.
-
-    Args:
-        model: The model whose attention is replaced.
-        num_rows: R.
-        window: Positions there is room for.
+    `keep` and `attend` take the place of causal_attention. The layers of a model call them in turn,
+    so `start` comes before each pass.
     """
 
     def __init__(self, model: GPT, num_rows: int, window: int):
@@ -158,12 +154,12 @@ def _with(module: M, ops: Ops, views: Mapping[Tensor, Tensor], linear: type = nn
 class Decoder:
     """Token-level generation: every `step` gives one token for each row.
 
+    The model is on any device and in eval mode (see `evaluating`). Rows begin with the token ids of
+    `prompts`, at least one each, cropped left to the window: the tokens a row may have before the
+    last half is kept, by default the trained context.
+
     Args:
-        model: On any device; in eval mode (see `evaluating`).
-        prompts: Token ids of each row, at least one each; cropped left to the window.
-        sampling: How to choose.
         sample_numbers: Stream of draws each row uses; all 0 by default.
-        window: Tokens a row may have before the last half is kept; None: the trained context.
         use_cache: False recomputes the whole row every step (the reference).
         vocab_size: Tokens at and above are never chosen; None: the model's vocabulary.
 

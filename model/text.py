@@ -56,18 +56,11 @@ def stream_text(
     window: int | None = None,
     notify: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Piece]:
-    """Generate text and hand it out as it comes.
+    """Generate text and hand it out as it comes; row = prompt * num_samples + sample.
 
-    A row ends at <|endoftext|>, before a stop string, or after max_new_tokens; its last piece
-    has done=True.
-
-    Args:
-        model: The model; its vocabulary must hold GPT-2's.
-        prompts: An empty one starts from <|endoftext|>.
-        sampling: How to choose, and where to stop.
-        num_samples: Rows per prompt; row = prompt * num_samples + sample.
-        window: See `Decoder`.
-        notify: Gets a line for each prompt that had to be cropped.
+    An empty prompt starts from <|endoftext|>; `notify` gets a line for each that had to be cropped
+    to the window. A row ends at <|endoftext|>, before a stop string, or after max_new_tokens; its
+    last piece has done=True.
 
     Raises:
         ValueError: a bad window, prompt or number of samples, or a model of another vocabulary.

@@ -84,14 +84,11 @@ def load_corpus(
     key: str = KEY,
     val: Sequence[str | Path] = (),
 ) -> Corpus:
-    """Tokens of `paths`, or of a text found without them.
+    """Tokens of `paths`, which `find_inputs` takes, or of a text found without them.
 
-    Args:
-        paths: What `find_inputs` takes. Empty: input.txt in the working directory, else tiny
-            Shakespeare from the network, else text that comes with Python.
-        say: Called with a line that says what was taken.
-        key: Field of a JSONL object, or column of a table, that holds the text.
-        val: The validation text, of the same kinds; without it the source's own part or its tail.
+    That is input.txt in the working directory, else tiny Shakespeare from the network, else text
+    that comes with Python; `say` is told which. `val` is a validation text of the same kinds;
+    without it the source's own part or its tail is one.
 
     Raises:
         FileNotFoundError: no such file.

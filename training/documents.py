@@ -144,13 +144,9 @@ def find_inputs(
 ) -> Path | list[Path]:
     """What `paths` hold: a token file or a folder of them, or text files, in the order of reading.
 
-    A file that is named is taken as text if it is some. A folder gives the files that end as
-    `TAKEN` says and must hold nothing else, hidden files apart.
-
-    Args:
-        paths: Files, folders and patterns such as `src/**/*.py`.
-        say: Called with a line where something of a file is left out.
-        key: Column of a table that must be there.
+    They are files, folders and patterns such as `src/**/*.py`. A file that is named is taken as
+    text if it is some. A folder gives the files that end as `TAKEN` says and must hold nothing
+    else, hidden files apart. `say` is told what of a file is left out; a table must have `key`.
 
     Raises:
         FileNotFoundError: no such file.

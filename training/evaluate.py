@@ -56,13 +56,10 @@ def evaluate_tokens(
     window: int | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss in nats per token.
+    """Mean loss of (N,) token ids, N >= 2, in nats per token, in rows of the window.
 
-    Args:
-        model: On any device; autocast of the caller applies. Its mode is restored.
-        tokens: (N,) token ids of any integer type, N >= 2.
-        window: Row length T; None is the trained context.
-        poll: Called before each forward; may raise to end it.
+    The caller's autocast applies; the model's mode is restored. `poll` is called before each
+    forward and may raise to end it.
 
     Raises:
         ValueError: fewer than two tokens, or a bad window.
@@ -91,17 +88,11 @@ def evaluate_tokens(
 
 
 def eval_pieces(num_tokens: int, max_tokens: int, T: int, shares: int) -> list[tuple[int, int]]:
-    """Which tokens an evaluation reads.
+    """[first, last) of the pieces that an evaluation reads; each predicts last - first - 1 tokens.
 
-    Args:
-        num_tokens: Tokens of the validation part, at least 2.
-        max_tokens: Predictions to make; of a longer text, pieces spread evenly over all of it, so
-            that an evaluation during a run and the last one look at the same kind of text.
-        T: Row length; pieces of a whole text end on rows.
-        shares: Pieces to cut a text into that is read whole.
-
-    Returns:
-        [first, last) of each piece; a piece predicts last - first - 1 tokens.
+    A text of more than `max_tokens` predictions gives pieces spread evenly over all of it, so that
+    an evaluation during a run and the last one look at the same kind of text. Another is read
+    whole, in `shares` pieces that end on rows of T.
     """
     size = num_tokens - 1
     if size > max_tokens:
@@ -116,13 +107,7 @@ def eval_pieces(num_tokens: int, max_tokens: int, T: int, shares: int) -> list[t
 def evaluate_text(
     model: GPT, text: bytes, *, window: int | None = None, max_tokens: int | None = None
 ) -> Evaluation:
-    """Score a text.
-
-    Args:
-        model: Its vocabulary must hold GPT-2's.
-        text: UTF-8; a byte order mark at its beginning is left out.
-        window: See `evaluate_tokens`.
-        max_tokens: Read no more than the first so many, at least 2.
+    """Score UTF-8 text, or its first `max_tokens`; a byte order mark is left out.
 
     Raises:
         ValueError: not UTF-8 (with the offset), too short, or a model of another vocabulary.

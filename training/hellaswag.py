@@ -101,13 +101,9 @@ def count_right(
     window: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[int, int]:
-    """How many of the items are answered rightly, and of how many.
+    """How many of the items are answered rightly, and of how many; the caller's autocast applies.
 
-    Args:
-        model: On any device; autocast of the caller applies.
-        items: What `read_items` gives.
-        window: Tokens the model sees at once; None is the trained context.
-        stopped: Asked before each forward; True ends it early.
+    `stopped` is asked before each forward; True ends it early.
     """
     if not items:  # of a rank
         return 0, 0
