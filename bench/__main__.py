@@ -1,18 +1,16 @@
-"""Everything the bench can say about this machine, in under ten minutes: `make bench`.
+"""What the bench can say about this machine, in under ten minutes: `make bench`.
 
-python -m bench                         limits, step table, op tables, resources
+python -m bench                         limits, step table, op tables
 python -m bench --op layer_norm         that op alone
 python -m bench --benchmark-compare     the ops beside those of the run before this one
 """
 
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import torch
 
-from bench import cli, ops, record, report, step
+from bench import cli, ops, record, step
 from bench.cases import CASES, CPU_SHAPES, Shape
 from bench.contestants import Setup, default_providers
 from bench.tables import source_line
@@ -39,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = [f"--op={op}" for op in args.op] + [f"--shape=b{s.B}t{s.T}" for s in args.shape]
     each_op = ops.Job(ops.make_parser().parse_args([*wanted, f"--seconds={args.seconds}"]), device)
 
-    results = record.Results(device, args.out, args.commit)
+    results = record.open_result(device, args.out, args.commit)
     heading("This machine")
     print(source_line(results))
     limits = results.about["limits"] = record.limits(device)
@@ -51,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.op:
         heading("Whole training step")
         print("forward, backward, clip, AdamW; tokens/s is what a user sees. ! : noisy samples")
+        names, budget = default_providers(device), {"seconds": 8.0, "minutes": args.minutes}
         for setup in setups:
-            step.run(default_providers(device), setup, device, results, seconds=8.0,
-                     minutes=args.minutes)  # fmt: skip
+            step.run(names, setup, device, results, **budget)
 
     heading("Each op alone")
     if not cuda:
@@ -63,16 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "allow, over the time taken."
         )
     code = each_op.run(results, rest)
-
-    if not args.op and not cuda:
-        heading("What each kernel takes of a GPU (compiled here, not run)")
-        print("sm_90 (H100, H200); `make resources` compiles for every architecture\n", flush=True)
-        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        command = [sys.executable, "-m", "bench.resources", "--arch", "90"]
-        subprocess.run(command, cwd=record.ROOT, env=env, check=False)
-        heading("What was measured on a GPU")
-        print(report.step_block(record.load_all(), "cuda"))
-    print(f"\nwrote {os.path.relpath(results.path)}")
+    print(f"\nwrote {os.path.relpath(results.path)}; docs/results.md has what a GPU measured")
     return code
 
 

@@ -29,11 +29,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.shape
-        heads = (B, T, self.n_head, C // self.n_head)
-        q, k, v = (t.view(heads).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(causal_attention(self.c_attn(x), self.n_head))
 
 
 class MLP(nn.Module):
@@ -114,12 +110,17 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
     return F.linear(F.gelu(F.linear(x, w_fc, b_fc), approximate="tanh"), w_proj, b_proj)
 
 
-def causal_attention(qkv: Tensor, n_head: int) -> Tensor:
+def heads(qkv: Tensor, n_head: int) -> list[Tensor]:
+    """q, k and v, each (B, H, T, D)."""
     B, T, C3 = qkv.shape
-    C = C3 // 3
-    q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2) for t in qkv.split(C, dim=2))
+    shape = (B, T, n_head, C3 // (3 * n_head))
+    return [part.view(shape).transpose(1, 2) for part in qkv.split(C3 // 3, dim=2)]
+
+
+def causal_attention(qkv: Tensor, n_head: int) -> Tensor:
+    q, k, v = heads(qkv, n_head)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return y.transpose(1, 2).reshape(B, T, C)
+    return y.transpose(1, 2).flatten(2)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -129,18 +130,19 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
 
 
 OPS: dict[str, Callable[..., Any]] = {
-    "layer_norm": layer_norm,
-    "add_layer_norm": add_layer_norm,
-    "embedding": embedding,
-    "gelu_mlp": gelu_mlp,
-    "causal_attention": causal_attention,
-    "linear_cross_entropy": linear_cross_entropy,
+    op.__name__: op
+    for op in (
+        layer_norm,
+        add_layer_norm,
+        embedding,
+        gelu_mlp,
+        causal_attention,
+        linear_cross_entropy,
+    )
 }
 
 
 def chosen_sdpa(qkv: Tensor, n_head: int) -> str:
     """The SDPA backend torch picks for these tensors, by name."""
-    B, T, C3 = qkv.shape
-    heads = (B, T, n_head, C3 // (3 * n_head))
-    q, k, v = (t.view(heads).transpose(1, 2) for t in qkv.detach().split(C3 // 3, dim=2))
+    q, k, v = heads(qkv.detach(), n_head)
     return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True)).name

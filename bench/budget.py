@@ -3,20 +3,19 @@
     python -m bench.budget
     python -m bench.budget --card A100 --shape b16t64
 
-A line per part of a GPT-2 124M step in bf16: bytes, flops and exponentials, the floor (the longest
-of the three at the card's rates) and the prediction, which adds them up as if nothing overlapped.
-No figure is fitted. Registers and programs per SM are those of the compiled kernels: a part whose
-kernels fit on an SM only once has nothing to overlap with. All but the last column is arithmetic.
+Per part of a GPT-2 124M step in bf16: bytes, flops and exponentials, the floor (the longest of the
+three at the card's rates) and the prediction, which adds them up as if nothing overlapped. No
+figure is fitted. Registers and programs per SM are those of the compiled kernels.
 """
 
 import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bench import cli, record, resources
 from bench.cases import CASES, Shape
-from bench.plan_run import MEMORY
+from bench.plan_run import PAPER
 from bench.record import Result, with_values
 from bench.tables import number, shown, table
 from kernels._op import INTERPRETED
@@ -28,19 +27,7 @@ from training.machines import CARDS, find_card
 # What of a data sheet's rates an H100 reached in a copy and in a large product; result file
 # b9feadcb. For the cards that no result file measured.
 COPY_SHARE, MATMUL_SHARE = 0.89, 0.70
-# SMs and boost clock in GHz, by the vendors' data sheets; each SM has 16 exponentials per clock.
-UNITS = {
-    "B200": (148, 1.85),
-    "H200": (132, 1.83),
-    "H100": (132, 1.83),
-    "A100": (108, 1.41),
-    "L40S": (142, 2.52),
-    "L4": (58, 2.04),
-    "RTX 5090": (170, 2.41),
-    "RTX 4090": (128, 2.52),
-    "RTX 3090": (82, 1.70),
-}
-EXPS_PER_CLOCK = 16
+EXPS_PER_CLOCK = 16  # of an SM
 MODEL, ITEMSIZE, TRAIN = "124m", 2, "both"
 # The kernels of an op at each shape, by the beginning of a case's label; of several the first.
 BUILDS = {
@@ -50,11 +37,11 @@ BUILDS = {
     "linear_cross_entropy": ("bf16 train",),
     "adamw": ("update",),
 }
+HEADER = "part calls MB GFLOP Gexp registers_x_programs floor_ms predicted_ms measured_ms off_by"
 SHORT = ("fwd D=64 bf16 M64", "short D=64 bf16 M64")  # attention's, up to 64 tokens
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One kind of work, `calls` times in a step; bytes, flops and exponentials of one call."""
 
     name: str
@@ -64,17 +51,13 @@ class Part:
     exps: float = 0.0
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """Bytes, flops and exponentials per second, and where they come from."""
 
     bytes: float
     flops: float
     exps: float
     source: str
-
-    def seconds(self, part: Part) -> tuple[float, float, float]:
-        return part.bytes / self.bytes, part.flops / self.flops, part.exps / self.exps
 
 
 def parts(s: Shape) -> list[Part]:
@@ -112,7 +95,7 @@ def measured_on(name: str, section: str) -> list[Result]:
 
 def rates_of(card: str) -> Rates:
     """As measured, where a result file has it, else the usual share of the data sheet."""
-    sheet, (sms, ghz) = CARDS[card], UNITS[card]
+    sheet, (_, _, sms, ghz) = CARDS[card], PAPER[card]
     exps = EXPS_PER_CLOCK * sms * ghz * 1e9
     for result in reversed(measured_on(card, "ops")):
         if limits := result.about.get("limits"):
@@ -125,13 +108,13 @@ def rates_of(card: str) -> Rates:
 def measured_ms(card: str, s: Shape) -> dict[str, float]:
     """By part, of one call; "step" is the whole."""
     found: dict[str, float] = {}
-    for section, keep, name in (
-        ("ops", with_values(provider="ours", shape=s.label, dtype="bf16", mode=TRAIN), ""),
-        ("profile", with_values(provider="ours bf16", shape=s.label, kind="optimizer"), "adamw"),
-        ("step", with_values(provider="ours bf16", shape=s.label, model=MODEL), "step"),
+    for section, name, want in (
+        ("ops", "", {"provider": "ours", "dtype": "bf16", "mode": TRAIN}),
+        ("profile", "adamw", {"provider": "ours bf16", "kind": "optimizer"}),
+        ("step", "step", {"provider": "ours bf16", "model": MODEL}),
     ):
         for result in measured_on(card, section):
-            rows = filter(keep, shown(result.rows(section)))
+            rows = filter(with_values(shape=s.label, **want), shown(result.rows(section)))
             found |= {name or row.op: row.ms for row in rows}
     return found
 
@@ -156,38 +139,45 @@ def compiled(arch: int, s: Shape) -> dict[str, str]:
 def lines(card: str, s: Shape, builds: dict[str, str]) -> list[list[str]]:
     """The table's lines: every part, and the sum."""
     rates, measured = rates_of(card), measured_ms(card, s)
+
+    def times(name: str, floor: float, sum_ms: float, digits: str) -> list[str]:
+        known = measured.get(name)
+        off = f"{sum_ms / known - 1:+.0%}" if known else ""
+        return [format(floor, digits), format(sum_ms, digits), number(known, digits), off]
+
     found, floor, total = [], 0.0, 0.0
     for part in parts(s):
-        seconds = rates.seconds(part)
-        least, sum_ms = 1e3 * max(seconds), 1e3 * sum(seconds)
-        floor, total = floor + part.calls * least, total + part.calls * sum_ms
-        known = measured.get(part.name)
-        off = "" if known is None else f"{sum_ms / known - 1:+.0%}"
-        figures = (part.bytes / 1e6, part.flops / 1e9, part.exps / 1e9)
-        found.append([
-            part.name, str(part.calls), *(f"{figure:,.0f}" if figure else "" for figure in figures),
-            builds.get(part.name, ""), f"{least:.3f}", f"{sum_ms:.3f}", number(known, ".3f"), off,
-        ])  # fmt: skip
-    known = measured.get("step")
-    off = "" if known is None else f"{total / known - 1:+.0%}"
-    empty = [""] * 5
-    return [*found, ["step", *empty, f"{floor:.1f}", f"{total:.1f}", number(known, ".1f"), off]]
+        ms = [1e3 * part.bytes / rates.bytes, 1e3 * part.flops / rates.flops]
+        ms.append(1e3 * part.exps / rates.exps)
+        floor, total = floor + part.calls * max(ms), total + part.calls * sum(ms)
+        amounts = (part.bytes / 1e6, part.flops / 1e9, part.exps / 1e9)
+        work = [f"{amount:,.0f}" if amount else "" for amount in amounts]
+        work.append(builds.get(part.name, ""))
+        found.append(
+            [part.name, str(part.calls), *work, *times(part.name, max(ms), sum(ms), ".3f")]
+        )
+    return [*found, ["step", *[""] * 5, *times("step", floor, total, ".1f")]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("bench.budget", __doc__)
-    parser.add_argument("--card", choices=[*UNITS], default="H100")
+    parser.add_argument("--card", choices=[*PAPER], default="H100")
     parser.add_argument("--shape", type=cli.shape, default=Shape(64, 1024), help="such as b16t64")
     args = parser.parse_args(argv)
     rates = rates_of(args.card)
     # A process that interprets kernels cannot compile them.
-    builds = {} if INTERPRETED else compiled(MEMORY[args.card][0], args.shape)
-    print(f"budget of GPT-2 {MODEL}, {args.shape.label}, bf16, on one {args.card}: a prediction")
-    print(f"{rates.bytes / 1e12:.2f} TB/s and {rates.flops / 1e12:.0f} TFLOP/s ({rates.source}), "
-          f"{rates.exps / 1e12:.1f}e12 exponentials per second")  # fmt: skip
-    header = ["part", "calls", "MB", "GFLOP", "Gexp", "registers x programs", "floor ms",
-              "predicted ms", "measured ms", "off by"]  # fmt: skip
-    print(table(header, lines(args.card, args.shape, builds)))
+    builds = {} if INTERPRETED else compiled(PAPER[args.card][0], args.shape)
+    print(
+        f"budget of GPT-2 {MODEL}, {args.shape.label}, bf16, on one {args.card}: a prediction\n"
+        f"{rates.bytes / 1e12:.2f} TB/s and {rates.flops / 1e12:.0f} TFLOP/s ({rates.source}), "
+        f"{rates.exps / 1e12:.1f}e12 exponentials per second"
+    )
+    print(
+        table(
+            [name.replace("_", " ") for name in HEADER.split()],
+            lines(args.card, args.shape, builds),
+        )
+    )
     return 0
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 Inputs = dict[str, Any]
 Draw = Callable[..., Tensor]  # sizes, and if need be scale and dtype -> a random leaf
-MODES = ("fwd", "bwd", "both")
+PARTS = {"fwd": slice(1), "bwd": slice(1, 2), "both": slice(2)}  # of (forward, backward)
+MODES = (*PARTS,)
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,6 @@ class Shape:
 # The throughput shape, 65,536 tokens; the seed recipe's micro-batch, 1,024; and one between.
 GPU_SHAPES = (Shape(64, 1024), Shape(16, 64), Shape(8, 1024))
 CPU_SHAPES = (Shape(4, 64),)  # what a CPU can time
-TOKENS = tuple(Shape(B, 1024) for B in (1, 2, 4, 8, 16, 32, 64))
-LENGTHS = tuple(Shape(65536 // T, T) for T in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384))
 
 
 @dataclass(frozen=True)
@@ -55,41 +54,31 @@ class Case:
     """One op as the bench runs it.
 
     Args:
-        op: Name in `kernels.Ops`.
         draw: Its keyword arguments.
         moved: (shape, bytes per activation element) -> bytes of the forward and the backward.
         multiplied: Likewise flops, of the shape alone.
         limit: Which measured rate the op is held against.
         modes: A subset of MODES. The loss has no "bwd": the gradients come with the forward.
-        logits: Whether plain PyTorch makes M x Vp of them in fp32 on the way, four times.
-        sweep: Shapes for the plot of this op, small to large.
     """
 
-    op: str
     draw: Callable[[Shape, Draw], Inputs]
     moved: Callable[[Shape, int], tuple[float, float]]
     multiplied: Callable[[Shape], tuple[float, float]] = lambda s: (0.0, 0.0)
     limit: str = "copy_gbs"
     modes: tuple[str, ...] = MODES
-    logits: bool = False
-    sweep: tuple[Shape, ...] = TOKENS
 
     def bytes(self, shape: Shape, itemsize: int, mode: str) -> float:
         """The floor of one call."""
-        return _of_mode(mode, *self.moved(shape, itemsize))
+        return sum(self.moved(shape, itemsize)[PARTS[mode]])
 
     def flops(self, shape: Shape, mode: str) -> float:
-        return _of_mode(mode, *self.multiplied(shape))
+        return sum(self.multiplied(shape)[PARTS[mode]])
 
     def floor_ms(self, shape: Shape, itemsize: int, mode: str, limits: dict[str, float]) -> float:
         """The time the measured limits allow: the longer of bytes over copy, flops over matmul."""
         bytes_ms = self.bytes(shape, itemsize, mode) / limits["copy_gbs"] / 1e6
         flops = self.flops(shape, mode)
         return max(bytes_ms, flops / limits[self.limit] / 1e9) if flops else bytes_ms
-
-
-def _of_mode(mode: str, fwd: float, bwd: float) -> float:
-    return {"fwd": fwd, "bwd": bwd, "both": fwd + bwd}[mode]
 
 
 def _norm(s: Shape, draw: Draw, *stream: str) -> Inputs:
@@ -100,17 +89,18 @@ def _norm(s: Shape, draw: Draw, *stream: str) -> Inputs:
     return {"x": draw(s.B, s.T, s.C), **wide, "weight": weight, "bias": bias}
 
 
+def _ids(s: Shape, draw: Draw) -> Tensor:
+    """Tokens, the smaller the more frequent."""
+    drawn = draw(s.B, s.T, dtype=torch.float32).detach()
+    return (drawn.abs() * s.V / 4).long().clamp_(max=s.V - 1)
+
+
 def _tokens(s: Shape, draw: Draw) -> Inputs:
     """Tables in the dtype of the activations, or without autocast y would not be."""
-    drawn = draw(s.B, s.T, dtype=torch.float32).detach()
-    norm = _norm(s, draw)
-    return {
-        "idx": (drawn.abs() * s.V / 4).long().clamp_(max=s.V - 1),
-        "wte": draw(s.Vp, s.C, scale=0.02),
-        "wpe": draw(s.T, s.C, scale=0.02),
-        "weight": norm["weight"],
-        "bias": norm["bias"],
-    }
+    ids, norm = _ids(s, draw), _norm(s, draw)
+    norm.pop("x")
+    tables = {"wte": draw(s.Vp, s.C, scale=0.02), "wpe": draw(s.T, s.C, scale=0.02)}
+    return {"idx": ids, **tables, **norm}
 
 
 def _mlp(s: Shape, draw: Draw) -> Inputs:
@@ -127,8 +117,7 @@ def _mlp(s: Shape, draw: Draw) -> Inputs:
 def _head(s: Shape, draw: Draw) -> Inputs:
     weight = draw(s.Vp, s.C, scale=0.02)
     weight.detach()[s.V :] = 0
-    targets = (draw(s.B, s.T, dtype=torch.float32).detach().abs() * s.V / 4).long()
-    targets.clamp_(max=s.V - 1)
+    targets = _ids(s, draw)
     return {"x": draw(s.B, s.T, s.C), "weight": weight, "targets": targets, "vocab_size": s.V}
 
 
@@ -137,64 +126,47 @@ def _rows(s: Shape, fwd: float, bwd: float) -> tuple[float, float]:
     return s.M * s.C * fwd, s.M * s.C * bwd
 
 
-CASES: dict[str, Case] = {
-    case.op: case
-    for case in (
-        Case(
-            "layer_norm",
-            _norm,
-            # x -> y; then x, dy -> dx
-            moved=lambda s, e: _rows(s, 2 * e, 3 * e),
+CASES: dict[str, Case] = {  # by name in `kernels.Ops`
+    # x -> y; then x, dy -> dx
+    "layer_norm": Case(_norm, lambda s, e: _rows(s, 2 * e, 3 * e)),
+    # x, residual -> y, residual_out; then dy, dresidual_out, residual_out -> dx, dresidual.
+    # fp32 throughout: dx and dresidual are one tensor.
+    "add_layer_norm": Case(
+        lambda s, draw: _norm(s, draw, "residual"),
+        lambda s, e: _rows(s, 2 * e + 2 * 4, 16 if e == 4 else 2 * e + 3 * 4),
+    ),
+    # idx, rows of wte -> y, residual; then dy, dresidual, residual, dtied -> dwte.
+    "embedding": Case(
+        _tokens,
+        lambda s, e: (
+            8 * s.M + e * s.C * (2 * s.M + min(s.M, s.Vp) + s.T),
+            8 * s.M + e * s.C * (3 * s.M + 2 * s.Vp + s.T),
         ),
-        Case(
-            "add_layer_norm",
-            lambda s, draw: _norm(s, draw, "residual"),
-            # x, residual -> y, residual_out; then dy, dresidual_out, residual_out -> dx, dresidual.
-            # fp32 throughout: dx and dresidual are one tensor.
-            moved=lambda s, e: _rows(s, 2 * e + 2 * 4, 16 if e == 4 else 2 * e + 3 * 4),
-        ),
-        Case(
-            "embedding",
-            _tokens,
-            # idx, rows of wte -> y, residual; then dy, dresidual, residual, dtied -> dwte.
-            moved=lambda s, e: (
-                8 * s.M + e * s.C * (2 * s.M + min(s.M, s.Vp) + s.T),
-                8 * s.M + e * s.C * (3 * s.M + 2 * s.Vp + s.T),
-            ),
-        ),
-        Case(
-            "gelu_mlp",
-            _mlp,
-            # Both weights and the hidden activation count: 4C wide, written and read, and once more
-            # for what the backward of the GELU needs.
-            moved=lambda s, e: (
-                e * s.C * (14 * s.M + 8 * s.C),
-                e * s.C * (19 * s.M + 16 * s.C),
-            ),
-            multiplied=lambda s: _rows(s, 16 * s.C, 32 * s.C),
-            limit="matmul_k768_tflops",
-        ),
-        Case(
-            "causal_attention",
-            lambda s, draw: {"qkv": draw(s.B, s.T, 3 * s.C), "n_head": s.H},
-            # qkv -> y; then qkv, y, dy -> dqkv
-            moved=lambda s, e: _rows(s, 4 * e, 8 * e),
-            # Two products of T x T x D a head, half of it masked; five in the backward.
-            multiplied=lambda s: _rows(s, 2 * s.T, 5 * s.T),
-            limit="matmul_tflops",
-            sweep=LENGTHS,
-        ),
-        Case(
-            "linear_cross_entropy",
-            _head,
-            # x, weight -> loss; then dx, dweight. Logits are nobody's floor: they need not exist.
-            moved=lambda s, e: (e * s.C * (s.M + s.Vp), e * s.C * (s.M + s.Vp)),
-            multiplied=lambda s: _rows(s, 2 * s.Vp, 4 * s.Vp),
-            limit="matmul_k768_tflops",
-            modes=("fwd", "both"),
-            logits=True,
-        ),
-    )
+    ),
+    # Both weights and the hidden activation count: 4C wide, written and read, and once more for
+    # what the backward of the GELU needs.
+    "gelu_mlp": Case(
+        _mlp,
+        lambda s, e: (e * s.C * (14 * s.M + 8 * s.C), e * s.C * (19 * s.M + 16 * s.C)),
+        lambda s: _rows(s, 16 * s.C, 32 * s.C),
+        "matmul_k768_tflops",
+    ),
+    # qkv -> y; then qkv, y, dy -> dqkv. Two products of T x T x D a head, half of it masked; five
+    # in the backward.
+    "causal_attention": Case(
+        lambda s, draw: {"qkv": draw(s.B, s.T, 3 * s.C), "n_head": s.H},
+        lambda s, e: _rows(s, 4 * e, 8 * e),
+        lambda s: _rows(s, 2 * s.T, 5 * s.T),
+        "matmul_tflops",
+    ),
+    # x, weight -> loss; then dx, dweight. Logits are nobody's floor: they need not exist.
+    "linear_cross_entropy": Case(
+        _head,
+        lambda s, e: (e * s.C * (s.M + s.Vp), e * s.C * (s.M + s.Vp)),
+        lambda s: _rows(s, 2 * s.Vp, 4 * s.Vp),
+        "matmul_k768_tflops",
+        modes=("fwd", "both"),
+    ),
 }
 
 

@@ -21,16 +21,17 @@ MAX_COUNT = 10**6  # of anything one counts: micro-batches, rounds, steps
 class Parser(argparse.ArgumentParser):
     """Help from a module's docstring; of a wrong argument it says one line, not the whole usage."""
 
-    def __init__(self, prog: str, description: str | None) -> None:
-        super().__init__(prog=f"python -m {prog}", description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    def __init__(self, module: str, doc: str | None) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        prog = f"python -m {module}"
+        super().__init__(prog=prog, description=doc, allow_abbrev=False, formatter_class=raw)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def add_output(parser: Parser, default: Path | None = RESULTS) -> None:
-    """Where rows go and what they are of, as `record.Results` takes it."""
+    """Where rows go and what they are of, as `record.open_result` takes it."""
     parser.add_argument("--out", type=path, default=default, help="result file or folder")
     parser.add_argument("--commit", help="what is measured, where git is not at hand")
 
@@ -52,16 +53,14 @@ def parse_with_benchmark(
 
 def count(text: str) -> int:
     """A whole number from 1 on."""
-    found = int(text)
-    if not 1 <= found <= MAX_COUNT:
+    if not 1 <= (found := int(text)) <= MAX_COUNT:
         raise argparse.ArgumentTypeError(f"must be from 1 to {MAX_COUNT:,}, got {text}")
     return found
 
 
 def amount(text: str) -> float:
     """A finite number above 0, of seconds or minutes."""
-    found = float(text)
-    if not (0 < found < math.inf):
+    if not 0 < (found := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
     return found
 

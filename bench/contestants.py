@@ -1,7 +1,6 @@
-"""Who takes part in `bench.step`: ours, plain PyTorch and nanoGPT, each as something that trains.
+"""Who takes part in `bench.step`: ours, plain PyTorch and nanoGPT, each from the same weights.
 
-Every contestant starts from the same weights. Ours runs the step train.py runs (training/step.py)
-by the plan train.py would make for this machine.
+Ours runs the step that train.py runs, by the plan that it would make for this machine.
 """
 
 import resource
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from bench import baseline
 from bench.cases import Shape, check_room
-from bench.rows import StepRow
+from bench.record import StepRow
 from kernels import Ops
 from model import GPT, MODELS, GPTConfig
 from training import memory
@@ -32,7 +31,6 @@ from training.step import Outcome, TrainStep
 NUM_BATCHES = 8
 WARMUP_STEPS = 3
 PROCESS_BYTES = 700 << 20  # of a process beside its step: torch, and what compiling takes
-ABLATION = "ours bf16, "  # before what is switched back
 
 Batch = tuple[Tensor, Tensor]
 
@@ -62,8 +60,8 @@ class Setup:
 
     def row(self, provider: str, **values: Any) -> StepRow:
         """The row of a contestant, without a time."""
-        return StepRow(model=self.model, shape=self.shape.label, accum=self.accum,
-                       provider=provider, **values)  # fmt: skip
+        whose = {"model": self.model, "shape": self.shape.label, "accum": self.accum}
+        return StepRow(provider=provider, **whose, **values)
 
     @property
     def need_bytes(self) -> int:
@@ -79,12 +77,27 @@ class Setup:
 
 
 class Plain:
-    """Plain PyTorch: a model that returns its loss, or its loss last, and the usual loop."""
+    """Plain PyTorch: a model that returns its loss, or its loss last, and the usual loop.
 
-    def __init__(self, model: nn.Module, device: torch.device, bf16: bool, compiled: bool):
-        self.model = model.to(device)
-        self.call: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
-        self.optimizer = baseline.make_optimizer(model)
+    The model is `bench.baseline`, or the nanoGPT at a path.
+    """
+
+    def __init__(
+        self, setup: Setup, device: torch.device, bf16: bool, compiled: bool, nanogpt: Path | None
+    ):
+        config, found = setup.config, dict(weights(setup.config))
+        if nanogpt is None:
+            self.model: nn.Module = baseline.BaselineGPT(config)
+        else:
+            module = load_nanogpt(nanogpt)
+            sizes = {k: getattr(config, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
+            more = {"vocab_size": config.padded_vocab_size, "dropout": 0.0, "bias": True}
+            self.model = module.GPT(module.GPTConfig(**sizes, **more))
+            found["lm_head.weight"] = found["transformer.wte.weight"]
+        self.model.load_state_dict(found, strict=nanogpt is None)
+        self.model.to(device)
+        self.call = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.optimizer = baseline.make_optimizer(self.model)
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
@@ -107,13 +120,11 @@ class Ours:
     """The trainer's own step, by its own plan but for `choices`; with the batch as its loader."""
 
     def __init__(self, setup: Setup, device: torch.device, choices: Choices):
-        B, T = setup.shape.B, setup.shape.T
-        recipe = Recipe(
-            model=f"{setup.model},block_size={setup.config.block_size}", batch_size=B, block_size=T,
-            grad_accum_steps=setup.accum, max_lr=baseline.LEARNING_RATE,
-            min_lr=baseline.LEARNING_RATE, beta1=baseline.BETAS[0], beta2=baseline.BETAS[1],
-            grad_clip=baseline.CLIP_NORM, weight_decay=baseline.WEIGHT_DECAY,
-        )  # fmt: skip
+        B, T, lr = setup.shape.B, setup.shape.T, baseline.LEARNING_RATE
+        model = f"{setup.model},block_size={setup.config.block_size}"
+        recipe = Recipe(model=model, batch_size=B, block_size=T, grad_accum_steps=setup.accum)
+        recipe = replace(recipe, max_lr=lr, min_lr=lr, weight_decay=baseline.WEIGHT_DECAY)
+        recipe = replace(recipe, beta1=baseline.BETAS[0], beta2=baseline.BETAS[1])
         if device.type == "cuda":  # a CPU's plan merges micro-batches, as training's does
             choices = replace(choices, micro_batch_size=B)
         plan = make_plan(recipe, detect(device.type), choices)
@@ -151,24 +162,6 @@ def weights(config: GPTConfig) -> dict[str, Tensor]:
     return GPT(config).state_dict()
 
 
-def _baseline(
-    bf16: bool, compiled: bool, nanogpt: Path | None, setup: Setup, device: torch.device
-) -> Contestant:
-    """`bench.baseline`, or the nanoGPT at a path."""
-    config, found = setup.config, dict(weights(setup.config))
-    if nanogpt is None:
-        model = baseline.BaselineGPT(config)
-        model.load_state_dict(found)
-        return Plain(model, device, bf16, compiled)
-    module = load_nanogpt(nanogpt)
-    sizes = {k: getattr(config, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
-    wanted = module.GPTConfig(**sizes, vocab_size=config.padded_vocab_size, dropout=0.0, bias=True)
-    model = module.GPT(wanted)
-    found["lm_head.weight"] = found["transformer.wte.weight"]
-    model.load_state_dict(found, strict=False)
-    return Plain(model, device, bf16, compiled)
-
-
 def load_nanogpt(path: Path) -> Any:
     """Import a nanoGPT model.py by path.
 
@@ -193,11 +186,6 @@ def load_nanogpt(path: Path) -> Any:
     return module
 
 
-# Name -> (bf16, compiled)
-PLAIN = {"eager fp32": (False, False), "eager bf16": (True, False),
-         "compile fp32": (False, True), "compile bf16": (True, True)}  # fmt: skip
-
-
 def _ours(**choices: Any) -> Build:
     return partial(Ours, choices=Choices(**{"compile": True, **choices}))
 
@@ -208,8 +196,17 @@ def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[s
     On the CPU ours runs the eager ops: Triton has no CPU target, and its interpreter is a test
     instrument.
     """
-    known: dict[str, Build] = {n: partial(_baseline, *mode, None) for n, mode in PLAIN.items()}
-    known |= {"ours fp32": _ours(dtype="fp32"), "ours bf16": _ours(dtype="bf16")}
+
+    def plain(path: Path | None, prefix: str = "") -> dict[str, Build]:
+        return {
+            f"{prefix}{mode} {dtype}": partial(
+                Plain, bf16=dtype == "bf16", compiled=mode == "compile", nanogpt=path
+            )
+            for mode in ("eager", "compile")
+            for dtype in ("fp32", "bf16")
+        }
+
+    known = plain(None) | {f"ours {dtype}": _ours(dtype=dtype) for dtype in ("fp32", "bf16")}
     if device.type == "cuda":
         changes: dict[str, dict[str, Any]] = {
             **{f"{f.name}=eager": {"ops": f"triton,{f.name}=eager"} for f in fields(Ops)},
@@ -219,10 +216,8 @@ def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[s
             "whole compile": {"compile_scope": "model"},
             "no compile": {"compile": False},
         }
-        known |= {ABLATION + name: _ours(dtype="bf16", **how) for name, how in changes.items()}
-    if nanogpt is not None:
-        known |= {f"nanogpt {n}": partial(_baseline, *mode, nanogpt) for n, mode in PLAIN.items()}
-    return known
+        known |= {f"ours bf16, {name}": _ours(dtype="bf16", **how) for name, how in changes.items()}
+    return known | (plain(nanogpt, "nanogpt ") if nanogpt else {})
 
 
 def find_providers(
@@ -269,7 +264,5 @@ def prepare(
     grad_norm = contestant.grad_norm.item()
     losses += [contestant.step(batches[i % NUM_BATCHES]).item() for i in range(1, WARMUP_STEPS)]
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return contestant, setup.row(
-        name, tokens=setup.tokens, losses=losses, grad_norm=grad_norm,
-        first_step_s=first_step_s, peak_gib=peak_gib,
-    )  # fmt: skip
+    row = setup.row(name, tokens=setup.tokens, losses=losses, peak_gib=peak_gib)
+    return contestant, replace(row, grad_norm=grad_norm, first_step_s=first_step_s)

@@ -3,14 +3,12 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.cases import CASES
-from bench.record import Keep, Result, newest, with_values
-from bench.rows import OpRow, Row, SeedRow, StepRow
+from bench.record import OpRow, Result, Row, SeedRow, StepRow, newest, with_values
 from bench.tables import device_line, shown
 from training import plot
 from training.recipes import PRESETS, PUBLISHED_LOSS
@@ -20,8 +18,15 @@ if TYPE_CHECKING:
 
 LARGE = {"model": "124m", "shape": "B=64 T=1024", "accum": 1}  # the size of the goals
 MAX_BAR = 3.0  # of eager's time; a slower one is cut off there and keeps its number
-COLOURS = {"eager": "#9aa0a6", "compile": "#4a7fb5", "ours": "#d9602b", "liger": "#7b5ea7",
-           "sdpa-flash": "#3f9b6e", "sdpa-cudnn": "#a8a03a", "linear-ce": "#b5507c"}  # fmt: skip
+COLOURS = {
+    "eager": "#9aa0a6",
+    "compile": "#4a7fb5",
+    "ours": "#d9602b",
+    "liger": "#7b5ea7",
+    "sdpa-flash": "#3f9b6e",
+    "sdpa-cudnn": "#a8a03a",
+    "linear-ce": "#b5507c",
+}
 
 Found = tuple[Result | None, list[Any]]  # a result, and its rows that are shown
 
@@ -30,30 +35,10 @@ def colour(provider: str) -> str:
     return COLOURS.get(provider.split(" ")[0], "#8f8f8f")
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One image.
-
-    Args:
-        title: What it shows, in a line.
-        find: results -> the result it is of, and its rows; none where there is nothing to show.
-        draw: Draws them.
-    """
-
-    title: str
-    find: Callable[[Sequence[Result]], Found]
-    draw: Callable[[Result, list[Any]], "Axes"]
-
-
-def latest(results: Sequence[Result], device: str, section: str, **want: Any) -> Found:
-    """The newest result with such rows, and those of them that may be shown."""
-    result, rows = newest(results, device, section, with_values(**want))
-    return result, shown(rows)
-
-
 def step_rows(device: str, results: Sequence[Result]) -> Found:
     """Of one size; on a GPU that of the goals, whatever was measured last."""
-    result, rows = latest(results, device, "step")
+    result, rows = newest(results, device, "step")
+    rows = shown(rows)
     first = next(filter(with_values(**LARGE), rows), rows[0] if rows else None)
     return result, [row for row in rows if all(getattr(row, k) == getattr(first, k) for k in LARGE)]
 
@@ -66,7 +51,7 @@ def draw_step(result: Result, rows: list[StepRow]) -> "Axes":
         rate = row.tokens_per_s
         bars = [[rate - low], [high - rate]]
         axes.bar(i, rate, 0.6, color=colour(row.provider), yerr=bars, ecolor="#333333", capsize=3)
-        text = f"{rate:,.0f}" + (" !" if row.noisy else "")
+        text = f"{rate:,.0f}" + " !" * row.noisy
         axes.text(i, rate / 2, text, ha="center", va="center", color="white", fontsize=9)
     axes.set_xticks(range(len(rows)), ["\n".join(r.provider.rsplit(" ", 1)) for r in rows])
     if any(row.noisy for row in rows):
@@ -82,8 +67,8 @@ def op_sizes(rows: Iterable[OpRow]) -> list[str]:
 
 def op_rows(device: str, results: Sequence[Result]) -> Found:
     """Of one size, those that have a time of eager's to be held against."""
-    result, rows = latest(results, device, "ops", mode="both", sweep=False)
-    rows = [row for row in rows if row.provider == "eager" or "eager" in row.over]
+    result, rows = newest(results, device, "ops", with_values(mode="both"))
+    rows = [row for row in shown(rows) if row.provider == "eager" or "eager" in row.over]
     return result, [row for row in rows if row.shape == op_sizes(rows)[0]]
 
 
@@ -92,7 +77,7 @@ def draw_ops(result: Result, rows: list[OpRow]) -> "Axes":
     who = list(dict.fromkeys(row.provider for row in rows))
     title = f"Each op, forward and backward, {rows[0].shape}\n{device_line(result)}"
     axes = plot.new_axes(title, "time, eager = 1 (lower is faster)")
-    groups = [[row for name in who for row in rows if (row.op, row.provider) == (op, name)]
+    groups = [sorted(filter(with_values(op=op), rows), key=lambda r: who.index(r.provider))
               for op in ops]  # fmt: skip
     width = 0.8 / max(map(len, groups))
     bars = {}
@@ -106,21 +91,23 @@ def draw_ops(result: Result, rows: list[OpRow]) -> "Axes":
             axes.text(x, height + 0.02, text, ha="center", fontsize=6, bbox=behind)
     axes.set_xticks(range(len(ops)), [op.replace("_", "\n") for op in ops], fontsize=8)
     axes.axhline(1, color="#777777", linewidth=0.8)
-    axes.legend([bars[name] for name in who], who, ncols=len(who), fontsize=8, frameon=False,
-                loc="upper right")  # fmt: skip
+    handles = [bars[name] for name in who]
+    axes.legend(handles, who, ncols=len(who), fontsize=8, frameon=False, loc="upper right")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.15)  # room for the legend
     return axes
 
 
-def warmest(rows: Iterable[SeedRow]) -> SeedRow | None:
+def warmest(rows: Iterable[SeedRow]) -> list[SeedRow]:
     """Of seed runs the last with warm caches, which is taken to the target, or else the last."""
-    return max(enumerate(rows), key=lambda x: (x[1].cache == "warm", x[0]), default=(0, None))[1]
+    return sorted(rows, key=lambda row: row.cache == "warm")[-1:]
 
 
 def curve_rows(results: Sequence[Result]) -> Found:
-    keep: Keep = lambda row: row.text == "tiny Shakespeare" and row.curve and not row.doubt  # noqa: E731
+    def keep(row: SeedRow) -> bool:
+        return row.text == "tiny Shakespeare" and bool(row.curve) and not row.doubt
+
     result, rows = newest(results, "cuda", "seed", keep)
-    return result, [row for row in rows if row is warmest(rows)]
+    return result, warmest(rows)
 
 
 def draw_curve(result: Result, rows: list[SeedRow]) -> "Axes":
@@ -130,35 +117,22 @@ def draw_curve(result: Result, rows: list[SeedRow]) -> "Axes":
     return plot.loss_curve(curve, published=PUBLISHED_LOSS, levels=goal, title=title).axes[0]
 
 
-def sweep_rows(op: str, results: Sequence[Result]) -> Found:
-    return latest(results, "cuda", "ops", op=op, mode="both", sweep=True)
+class Figure(NamedTuple):
+    """One image: its title, which rows of which result it shows, and how they are drawn."""
+
+    title: str
+    find: Callable[[Sequence[Result]], Found]
+    draw: Callable[[Result, list[Any]], "Axes"]
 
 
-def draw_sweep(result: Result, rows: list[OpRow]) -> "Axes":
-    unit = "GB/s" if rows[0].tflops is None else "TFLOP/s"
-    axes = plot.new_axes(f"{rows[0].op}, forward and backward\n{device_line(result)}", unit)
-    labels = list(dict.fromkeys(row.shape for row in rows))
-    for name in dict.fromkeys(row.provider for row in rows):
-        line = {labels.index(row.shape): row.gbs if row.tflops is None else row.tflops
-                for row in rows if row.provider == name}  # fmt: skip
-        axes.plot(*zip(*sorted(line.items()), strict=True), ".-", color=colour(name), label=name)
-    axes.set_xticks(range(len(labels)), labels, fontsize=7, rotation=20)
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, frameon=False)
-    return axes
-
-
-FIGURES: dict[str, Figure] = {
-    "step-gpu": Figure("Tokens per second of a training step on a GPU",
-                       partial(step_rows, "cuda"), draw_step),
-    "step-cpu": Figure("Tokens per second of a training step on a CPU",
-                       partial(step_rows, "cpu"), draw_step),
-    "ops-gpu": Figure("Each op beside its rivals on a GPU", partial(op_rows, "cuda"), draw_ops),
-    "ops-cpu": Figure("Each op beside its rivals on a CPU", partial(op_rows, "cpu"), draw_ops),
+STEP, OPS = "Tokens per second of a training step on a", "Each op beside its rivals on a"
+FIGURES = {
+    "step-gpu": Figure(f"{STEP} GPU", partial(step_rows, "cuda"), draw_step),
+    "step-cpu": Figure(f"{STEP} CPU", partial(step_rows, "cpu"), draw_step),
+    "ops-gpu": Figure(f"{OPS} GPU", partial(op_rows, "cuda"), draw_ops),
+    "ops-cpu": Figure(f"{OPS} CPU", partial(op_rows, "cpu"), draw_ops),
     "curve-gpu": Figure("Loss of the recipe shakespeare-124m on a GPU", curve_rows, draw_curve),
-    **{f"sweep-{op}": Figure(f"{op} over sizes", partial(sweep_rows, op), draw_sweep)
-       for op in CASES},
-}  # fmt: skip
+}
 
 
 def to_draw(results: Sequence[Result]) -> dict[str, tuple[Result, list[Any]]]:

@@ -2,23 +2,20 @@
 
     python -m bench.ops                       # every op on this machine's shapes
     python -m bench.ops --op layer_norm --shape b8t1024 --provider eager --provider ours
-    python -m bench.ops --sweep               # many sizes, for the plots
     python -m bench.ops --benchmark-compare   # beside the run before this one
 
-It runs under pytest-benchmark (`test_op` below), which keeps each run under .benchmarks/ and whose
-other options can be given too. All providers of an op are sampled in turn by the bench's own timer
-the first time one of them is asked for; pytest-benchmark reads the samples through a clock that
-moves by what was measured, so its statistics are of device time on CUDA. The op's numerics are
-compared with float64 first; where they fail, the row is in doubt and no speed is printed. Percent
-of limit is the time the copy and matmul rates of the same run allow (bytes and flops of
-`bench.cases`) over the measured time.
+It runs under pytest-benchmark, which keeps each run under .benchmarks/ and whose options can be
+given too. All providers of an op are sampled in turn by our own timer when the first is asked for;
+pytest-benchmark reads the samples through a clock that moves by what was measured. Ours is compared
+with float64 first; where that fails, no speed is printed. "of limit" is the time that the measured
+copy and matmul rates allow for the bytes and flops of `bench.cases`, over the time taken.
 """
 
 import argparse
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -28,19 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import baseline, cli, record
-from bench.cases import (
-    CASES,
-    CPU_SHAPES,
-    GPU_SHAPES,
-    MODES,
-    Case,
-    Inputs,
-    Shape,
-    check_room,
-    make_inputs,
-)  # fmt: skip
-from bench.rows import OpRow, filled
+from bench import baseline, cases, cli, record
+from bench.cases import CASES, MODES, Case, Inputs, Shape
+from bench.record import OpRow, filled
 from bench.tables import ops_table
 from kernels import SDPA, parse_ops
 from tests import numerics
@@ -58,33 +45,23 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(SDPA, ("causal_attention",)),
     "linear-ce": ("linear_cross_entropy",),
 }
+PYTEST = (
+    "-q --no-header --disable-warnings -p no:cacheprovider -p no:xdist --benchmark-only "
+    "--benchmark-autosave --benchmark-sort=name --benchmark-columns=median,iqr,rounds"
+)
 # F.linear_cross_entropy takes 20 times the time of the rest on a CPU: only when asked for.
 CPU_PROVIDERS = ("eager", "compile", "ours")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class Unavailable(Exception):
-    """Why a provider cannot run here."""
-
-
 def _liger(op: str) -> Fn:
-    try:
-        from liger_kernel.transformers import functional
-    except ImportError:
-        raise Unavailable("liger_kernel is not installed") from None
+    from liger_kernel.transformers import functional
+
     if op == "linear_cross_entropy":
         return _flat(functional.liger_fused_linear_cross_entropy)
     return lambda x, weight, bias, eps=1e-5: functional.liger_layer_norm(
         x, weight.to(x.dtype), bias.to(x.dtype), eps
     )
-
-
-def _linear_ce() -> Fn:
-    call: Any = getattr(F, "linear_cross_entropy", None)
-    if call is None:
-        raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
-    return _flat(partial(call, options=options))
 
 
 def _flat(call: Fn) -> Fn:
@@ -95,22 +72,20 @@ def _flat(call: Fn) -> Fn:
 
 
 def find_provider(name: str, op: str, device: torch.device) -> Fn:
-    """The callable of a provider that does this op; Unavailable if it cannot run here."""
-    cuda = device.type == "cuda"
-    plain = baseline.OPS[op]
+    """The callable of a provider that does this op; whatever it raises if it cannot run here."""
+    cuda, plain = device.type == "cuda", baseline.OPS[op]
     if name == "eager":
         return plain
     if name == "compile":
         return torch.compile(plain, fullgraph=True, dynamic=False)
     if name == "ours":
         return getattr(parse_ops("triton" if cuda else "eager"), op)
-    if name == "linear-ce":
-        return _linear_ce()
+    if name == "linear-ce":  # torch 2.13 has it
+        options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
+        return _flat(partial(F.linear_cross_entropy, options=options))  # type: ignore[attr-defined]
     if not cuda:
-        raise Unavailable(f"{name} needs a GPU")
-    if name == "liger":
-        return _liger(op)
-    return getattr(parse_ops(f"eager,{op}={name}"), op)
+        raise ValueError(f"{name} needs a GPU")
+    return _liger(op) if name == "liger" else getattr(parse_ops(f"eager,{op}={name}"), op)
 
 
 def make_call(fn: Fn, case: Case, mode: str, inputs: Inputs) -> timing.Call:
@@ -144,46 +119,22 @@ def doubt_of(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) ->
     return "; ".join(str(c) for c in found if not c.holds)
 
 
-def make_rows(
-    names: Sequence[str],
-    timed: Mapping[str, timing.Timing],
-    failed: Mapping[str, str],
-    rivals: Sequence[str],
-    nbytes: int,
-    floor: float,
-    **whose: Any,
-) -> dict[str, OpRow]:
-    """A row for each name: its time, or why it has none.
-
-    Args:
-        rivals: Who is named in `over`.
-        nbytes: What a call cannot do without.
-        floor: The time in ms that the measured limits allow.
-        whose: Op, shape, dtype and mode of the rows.
-    """
-    rows = {}
-    for name in names:
-        row = filled(OpRow(provider=name, **whose), timed, failed, rivals)
-        if found := timed.get(name):
-            rates = {"gbs": nbytes / row.ms / 1e6, "of_limit": floor / row.ms}
-            row = replace(row, timed=found.mode, **rates)
-        rows[name] = row
-    return rows
-
-
 def measure(
-    op: str, shape: Shape, dtype: torch.dtype, mode: str, device: torch.device, *,
-    providers: Sequence[str] = (*PROVIDERS,), rounds: int = 30, seconds: float = 4.0,
-    checked: bool = True, sweep: bool = False,
-) -> tuple[dict[str, OpRow], dict[str, timing.Timing]]:  # fmt: skip
-    """Time one op in one mode, all providers that do it in turn.
+    op: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    mode: str,
+    device: torch.device,
+    *,
+    providers: Sequence[str] = (*PROVIDERS,),
+    rounds: int = 30,
+    seconds: float = 4.0,
+    checked: bool = True,
+) -> tuple[dict[str, OpRow], dict[str, timing.Timing]]:
+    """Rows and samples by provider of one op in one mode, all that do it in turn.
 
-    Returns:
-        Rows and samples by provider. A provider that cannot run or fails has a row in doubt and no
-        samples; ours, where its numerics fail, a row in doubt.
-
-    Raises:
-        RuntimeError: CUDA is broken; nothing can be measured in this process any more.
+    A provider that fails has a row in doubt and no samples; ours, where its numerics fail, a row
+    in doubt. RuntimeError: CUDA is broken, and nothing can be measured in this process any more.
     """
     import torch._functorch.config as functorch
 
@@ -201,7 +152,7 @@ def measure(
     stream = timing.capture_stream() if cuda else None
     with torch.cuda.stream(stream):  # type: ignore[arg-type] # None: no stream to enter
         num_sets = timing.num_sets(set_bytes, device)
-        sets = [make_inputs(case, shape, dtype, device, seed) for seed in range(num_sets)]
+        sets = [cases.make_inputs(case, shape, dtype, device, seed) for seed in range(num_sets)]
         for name in providers:
             try:
                 fn = find_provider(name, op, device)
@@ -209,36 +160,32 @@ def measure(
                 peaks[name], results = _peak_bytes(calls[0], device)
                 needs[name] = peaks[name] + (num_sets - 1) * results
                 contestants[name] = calls
-            except Unavailable as why:
-                failed[name] = str(why)
             except Exception as error:  # out of memory, a backend that refuses the shape, ...
                 timing.note_failure(failed, name, error)
             if name in failed:
                 fn = calls = None  # what it made before it failed
                 _free(device)
-    timed = timing.time_calls(
-        contestants, device, set_bytes,
-        needs=needs, failed=failed, rounds=rounds, seconds=seconds,
-    )  # fmt: skip
+    how: Any = {"needs": needs, "failed": failed, "rounds": rounds, "seconds": seconds}
+    timed = timing.time_calls(contestants, device, set_bytes, **how)
     floor = case.floor_ms(shape, dtype.itemsize, mode, record.limits(device))
-    flops = case.flops(shape, mode)
-    state = record.gpu_state() if cuda else {}
-    rows = make_rows(
-        providers, timed, failed, ("eager", "compile"), set_bytes, floor, op=op, shape=shape.label,
-        dtype=next(name for name in DTYPES if DTYPES[name] == dtype), mode=mode, sweep=sweep,
-    )  # fmt: skip
-    for name, row in rows.items():
-        values: dict[str, Any] = {}
+    flops, state = case.flops(shape, mode), record.gpu_state() if cuda else {}
+    kind = next(name for name in DTYPES if DTYPES[name] == dtype)
+    rows: dict[str, OpRow] = {}
+    for name in providers:
+        row = OpRow(op=op, shape=shape.label, dtype=kind, mode=mode, provider=name)
+        row = filled(row, timed, failed, ("eager", "compile"))
         if name in timed:
-            values = {"gpu": state, "tflops": flops / row.ms / 1e9 if flops else None,
-                      "peak_gib": peaks[name] / 2**30 if cuda else None}  # fmt: skip
-            if cuda and op == "causal_attention" and name in ("eager", "compile"):
-                values["backend"] = baseline.chosen_sdpa(sets[0]["qkv"], shape.H)
-        if name == "ours" and checked:
-            values["checked"] = numerics.check_shape(op, shape, device).label
-            # Its numerics matter more than why it has no time.
-            values["doubt"] = "; not timed: ".join(filter(None, [doubt, row.doubt]))
-        rows[name] = replace(row, **values)
+            rates = {"gbs": set_bytes / row.ms / 1e6, "of_limit": floor / row.ms}
+            row = replace(row, timed=timed[name].mode, gpu=state, **rates)
+            row = replace(row, tflops=flops / row.ms / 1e9 if flops else None)
+        if name in timed and cuda:
+            row = replace(row, peak_gib=peaks[name] / 2**30)
+            if op == "causal_attention" and name in ("eager", "compile"):
+                row = replace(row, backend=baseline.chosen_sdpa(sets[0]["qkv"], shape.H))
+        if name == "ours" and checked:  # its numerics matter more than why it has no time
+            doubts = "; not timed: ".join(filter(None, [doubt, row.doubt]))
+            row = replace(row, doubt=doubts)
+        rows[name] = row
     del contestants, sets
     _free(device)
     return rows, timed
@@ -273,7 +220,6 @@ def make_parser() -> cli.Parser:
     add("--mode", action="append", choices=MODES, default=[], help="default: all")
     add("--provider", action="append", choices=[*PROVIDERS], default=[], help="default: all")
     add("--dtype", choices=[*DTYPES], help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--sweep", action="store_true", help="the sizes of each op's plot")
     add("--seconds", type=cli.amount, default=4.0, help="budget of one op and mode")
     add("--minutes", type=cli.amount, default=10.0, help="nothing begins after these")
     cli.add_output(parser)
@@ -282,10 +228,6 @@ def make_parser() -> cli.Parser:
 
 class Job:
     """What pytest-benchmark is given to do, as a plugin of pytest.
-
-    Args:
-        options: Of `make_parser`.
-        device: Where.
 
     Raises:
         ValueError: a shape whose tensors cannot fit; on a GPU, where each provider says itself
@@ -296,38 +238,32 @@ class Job:
         cuda = device.type == "cuda"
         self.options, self.device = options, device
         self.dtype = DTYPES[options.dtype or ("bf16" if cuda else "fp32")]
-        self.providers = options.provider or CPU_PROVIDERS
-        if cuda and not options.provider:
-            # Compiling plain PyTorch anew for each size would take most of the time.
-            self.providers = [n for n in PROVIDERS if not (options.sweep and n == "compile")]
+        usual = PROVIDERS if cuda else CPU_PROVIDERS
+        self.providers = [*dict.fromkeys(options.provider or usual)]
         self.todo: list[tuple[str, Shape, str]] = []
         room = torch.cuda.mem_get_info(device)[0] if cuda else free_bytes()
-        for case in (CASES[op] for op in options.op or CASES):
-            usual = GPU_SHAPES if cuda else CPU_SHAPES
-            for shape in case.sweep if options.sweep else options.shape or usual:
-                need = case.bytes(shape, self.dtype.itemsize, "both")
-                need += 16 * shape.M * shape.Vp if case.logits and not cuda else 0
-                check_room(f"{case.op} at {shape.label}", 0 if options.sweep else need, room)
-                modes = options.mode or (("both",) if options.sweep else case.modes)
-                self.todo += [(case.op, shape, mode) for mode in case.modes if mode in modes]
+        shapes = options.shape or (cases.GPU_SHAPES if cuda else cases.CPU_SHAPES)
+        for op in dict.fromkeys(options.op or CASES):
+            for shape in dict.fromkeys(shapes):
+                need = CASES[op].bytes(shape, self.dtype.itemsize, "both")
+                if op == "linear_cross_entropy" and not cuda:  # M x Vp logits in fp32, four times
+                    need += 16 * shape.M * shape.Vp
+                cases.check_room(f"{op} at {shape.label}", need, room)
+                modes = [mode for mode in CASES[op].modes if mode in (options.mode or MODES)]
+                self.todo += [(op, shape, mode) for mode in modes]
 
-    def run(self, results: record.Results, flags: Sequence[str]) -> int:
+    def run(self, results: record.Result, flags: Sequence[str]) -> int:
         """Measure, each row written as it comes; print the tables; the exit code.
 
-        Args:
-            results: Where the rows go.
-            flags: More options of pytest-benchmark.
+        `flags` are more options of pytest-benchmark.
         """
         self.results, self.rows = results, dict[tuple[str, str], list[OpRow]]()
         self.until = time.monotonic() + 60 * self.options.minutes
         self.measured = cache(self._measure)
         quiet = [] if flags else ["--benchmark-quiet"]  # the tables below say more
-        code = pytest.main([
-            str(record.ROOT / "bench/ops.py"), "-q", "--no-header", "--disable-warnings",
-            "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist", "--benchmark-only",
-            "--benchmark-autosave", f"--benchmark-storage=file://{record.ROOT}/.benchmarks",
-            "--benchmark-sort=name", "--benchmark-columns=median,iqr,rounds", *quiet, *flags,
-        ], plugins=[self])  # fmt: skip
+        storage = f"--benchmark-storage=file://{record.ROOT}/.benchmarks"
+        argv = [str(record.ROOT / "bench/ops.py"), "-o", "addopts=", storage, *PYTEST.split()]
+        code = pytest.main([*argv, *quiet, *flags], plugins=[self])
         for (label, mode), rows in self.rows.items():
             print(f"\n{label}, {rows[0].dtype}, {mode}\n\n{ops_table(rows)}")
         return {4: 2, 5: 0}.get(code, int(code))  # "wrong usage" and "nothing was selected"
@@ -335,22 +271,21 @@ class Job:
     def _measure(self, op: str, shape: Shape, mode: str) -> Any:
         if time.monotonic() > self.until:
             return None
-        rows, timed = measure(
-            op, shape, self.dtype, mode, self.device, providers=self.providers,
-            seconds=self.options.seconds, sweep=self.options.sweep,
-        )  # fmt: skip
+        how = {"providers": self.providers, "seconds": self.options.seconds}
+        rows, timed = measure(op, shape, self.dtype, mode, self.device, **how)
         self.rows.setdefault((shape.label, mode), []).extend(rows.values())
         self.results.about["limits"] = record.limits(self.device)
         self.results.add("ops", *rows.values())
         return rows, timed
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
-        kind = f"{self.options.dtype or ''}{'sweep' if self.options.sweep else ''}"
-        who = {f"{op}-{mode}-{shape.label.replace(' ', '')}{kind}-{name}": (op, shape, mode, name)
-               for op, shape, mode in self.todo for name in self.providers
-               if op in PROVIDERS[name]}  # fmt: skip
-        calls = [(partial(self.measured, *what), name) for *what, name in who.values()]
-        metafunc.parametrize(("measured", "provider"), calls, ids=[*who])
+        dtype, calls, ids = self.options.dtype or "", [], []
+        for op, shape, mode in self.todo:
+            for name in self.providers:
+                if op in PROVIDERS[name]:
+                    calls.append((partial(self.measured, op, shape, mode), name))
+                    ids.append(f"{op}-{mode}-{shape.label.replace(' ', '')}{dtype}-{name}")
+        metafunc.parametrize(("measured", "provider"), calls, ids=ids)
 
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
         """Two runs are worth comparing where this is the same; it names no host."""
@@ -382,11 +317,10 @@ def test_op(benchmark: Any, measured: Callable[[], Any], provider: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    options, rest = cli.parse_with_benchmark(parser, argv)
+    options, rest = cli.parse_with_benchmark(make_parser(), argv)
     device = torch.device(cli.devices()[-1])
     job = Job(options, device)
-    results = record.Results(device, options.out, options.commit)
+    results = record.open_result(device, options.out, options.commit)
     code = job.run(results, rest)
     print(f"\nwrote {os.path.relpath(results.path)}" if job.rows else "nothing was measured")
     return code

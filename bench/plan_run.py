@@ -12,18 +12,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bench import cli, record
-from bench.rows import StepRow
+from bench.record import StepRow
 from model.flops import flops_per_token, num_parameters
 from training.distributed import World, share
 from training.machines import Machine, find_card
 from training.plan import Plan, make_plan
 from training.recipes import Recipe, find_preset
 
-# Compute capability, and GiB of memory.
-MEMORY = {
-    "B200": (100, 180), "H200": (90, 141), "H100": (90, 80), "A100": (80, 80), "L40S": (89, 48),
-    "L4": (89, 24), "RTX 5090": (120, 32), "RTX 4090": (89, 24), "RTX 3090": (86, 24),
-}  # fmt: skip
+# By the vendors' data sheets: compute capability, GiB of memory, SMs, boost clock in GHz.
+PAPER = {
+    "B200": (100, 180, 148, 1.85),
+    "H200": (90, 141, 132, 1.83),
+    "H100": (90, 80, 132, 1.83),
+    "A100": (80, 80, 108, 1.41),
+    "L40S": (89, 48, 142, 2.52),
+    "L4": (89, 24, 58, 2.04),
+    "RTX 5090": (120, 32, 170, 2.41),
+    "RTX 4090": (89, 24, 128, 2.52),
+    "RTX 3090": (86, 24, 82, 1.70),
+}
 CHECKPOINTS_KEPT = 3  # train.py's --keep-last and the best
 
 
@@ -34,8 +41,8 @@ def read_cards(text: str) -> tuple[int, str]:
         ValueError: it is no number of cards that are known.
     """
     found = re.fullmatch(r"(?:([1-9]\d{0,3})x)?(.+)", text)
-    if not found or found[2] not in MEMORY:
-        raise ValueError(f"--cards must be like 8xH100, of {', '.join(MEMORY)}, got {text}")
+    if not found or found[2] not in PAPER:
+        raise ValueError(f"--cards must be like 8xH100, of {', '.join(PAPER)}, got {text}")
     return int(found[1] or 1), found[2]
 
 
@@ -84,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = find_preset(options.preset)
     recipe = replace(recipe, model=options.model or recipe.model)
     count, card = read_cards(options.cards)
-    arch, gib = MEMORY[card]
+    arch, gib, *_ = PAPER[card]
     machine = Machine("cuda", card, arch, has_bf16=True, memory_bytes=gib << 30)
     plan = share(make_plan(recipe, machine, None, count), recipe, World(size=count))
     print("\n".join(describe(recipe, plan, count, card, options.price)))

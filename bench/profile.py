@@ -20,51 +20,50 @@ from torch.profiler import ProfilerActivity, profile
 from bench import cli, record, step
 from bench.cases import Shape
 from bench.contestants import Setup, find_providers, make_batches, prepare
-from bench.rows import ProfileRow
+from bench.record import ProfileRow
 from bench.tables import Columns, rows_table, table
 from model import MODELS
 
 # First match wins; names of kernels (CUDA) and operators (CPU).
-KINDS: tuple[tuple[str, str], ...] = (
-    ("attention", r"attention|flash|fmha|sdpa|_dq_kernel|_dkdv_kernel"),
-    ("loss", r"cross_entropy|log_softmax|nll_loss|logsumexp|scatter_add"),
-    ("norm", r"layer_norm|LayerNorm|GammaBeta"),
-    ("optimizer", r"adam|multi_tensor|lpnorm|linalg_vector_norm|_foreach|clip"),
-    ("GEMM", r"gemm|nvjet|cutlass|xmma|cublas|addmm|::mm|::bmm|linear|gelu_mlp|mkl|dnnl"),
-    ("embedding", r"embedding|index_put|indexing"),
-    ("copies", r"[Mm]emcpy|[Mm]emset|copy|::cat|fill|zero"),
-    ("elementwise", r"elementwise|triton_|gelu|::add|::mul|::div|cpp_fused|fused|tanh"),
-    ("other", ""),
-)
+KINDS = {
+    "attention": r"attention|flash|fmha|sdpa|_dq_kernel|_dkdv_kernel",
+    "loss": r"cross_entropy|log_softmax|nll_loss|logsumexp|scatter_add",
+    "norm": r"layer_norm|LayerNorm|GammaBeta",
+    "optimizer": r"adam|multi_tensor|lpnorm|linalg_vector_norm|_foreach|clip",
+    "GEMM": r"gemm|nvjet|cutlass|xmma|cublas|addmm|::mm|::bmm|linear|gelu_mlp|mkl|dnnl",
+    "embedding": r"embedding|index_put|indexing",
+    "copies": r"[Mm]emcpy|[Mm]emset|copy|::cat|fill|zero",
+    "elementwise": r"elementwise|triton_|gelu|::add|::mul|::div|cpp_fused|fused|tanh",
+    "other": "",
+}
 NUM_NAMES = 4  # kept of a kind
 MAX_NAME = 120
 
-Times = Sequence[tuple[str, float, int]]  # name, total us, calls
+Times = Sequence[tuple[str, float, int]]  # name, total ms, calls; longest first
 
 
 def kind_of(name: str) -> str:
-    return next(kind for kind, pattern in KINDS if re.search(pattern, name))
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
 
 
-def by_kind(times: Times, span_us: float, rest: str, **whose: Any) -> list[ProfileRow]:
+def by_kind(times: Times, span_ms: float, rest: str, **whose: Any) -> list[ProfileRow]:
     """A row for each kind, longest first, the rest of the span last.
 
     Args:
         whose: Model, shape and provider of the rows.
     """
-
-    def row(kind: str, us: float, items: Times = ()) -> ProfileRow:
-        names = [name[:MAX_NAME] for name, _, _ in items[:NUM_NAMES]]
-        calls = sum(num for _, _, num in items)
-        return ProfileRow(**whose, kind=kind, ms=us / 1e3, share=us / span_us, calls=calls,
-                          names=names or ())  # fmt: skip
-
     kinds: dict[str, list[tuple[str, float, int]]] = {}
-    for item in sorted(times, key=lambda item: -item[1]):
+    for item in times:
         kinds.setdefault(kind_of(item[0]), []).append(item)
-    rows = [row(kind, sum(us for _, us, _ in items), items) for kind, items in kinds.items()]
-    left = max(0.0, span_us - sum(us for _, us, _ in times))
-    return [*sorted(rows, key=lambda row: -row.ms), row(rest, left)]
+    rows = []
+    for kind, items in kinds.items():
+        names, ms, calls = zip(*items, strict=True)
+        shares = {"ms": sum(ms), "share": sum(ms) / span_ms, "calls": sum(calls)}
+        names = [name[:MAX_NAME] for name in names[:NUM_NAMES]]
+        rows.append(ProfileRow(kind=kind, names=names, **shares, **whose))
+    left = max(0.0, span_ms - sum(row.ms for row in rows))
+    last = ProfileRow(kind=rest, ms=left, share=left / span_ms, **whose)
+    return [*sorted(rows, key=lambda row: -row.ms), last]
 
 
 def trace_step(
@@ -76,7 +75,6 @@ def trace_step(
         Rows of `by_kind`, and all times, longest first; of one step.
     """
     cuda, synchronize = device.type == "cuda", torch.get_device_module(device).synchronize
-    step.free_device(device)
     batches = make_batches(setup, device)
     contestant, _ = prepare(name, find_providers([name], device)[name], setup, device, batches)
     contestant.step(batches[0])  # ours captures its graph in the fourth step
@@ -87,7 +85,7 @@ def trace_step(
         for i in range(steps):
             contestant.step(batches[i % len(batches)])
         synchronize()
-        span_us = (time.perf_counter() - start) * 1e6
+        span_ms = (time.perf_counter() - start) * 1e3 / steps
     del contestant
     step.free_device(device)
     profiler.export_chrome_trace(str(trace))
@@ -98,17 +96,10 @@ def trace_step(
             continue
         if not cuda or event.device_type == DeviceType.CUDA:
             us = event.self_device_time_total if cuda else event.self_cpu_time_total
-            times.append((event.key, us / steps, event.count // steps))
+            times.append((event.key, us / 1e3 / steps, event.count // steps))
+    times.sort(key=lambda item: -item[1])
     whose = {"model": setup.model, "shape": setup.shape.label, "provider": name}
-    rows = by_kind(times, span_us / steps, "idle" if cuda else "python", **whose)
-    return rows, sorted(times, key=lambda item: -item[1])
-
-
-COLUMNS: Columns = {
-    "ms per step": lambda r: f"{r.ms:,.3f}",
-    "share": lambda r: f"{r.share:.1%}",
-    "calls per step": lambda r: f"{r.calls:,}",
-}
+    return by_kind(times, span_ms, "idle" if cuda else "python", **whose), times
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -129,13 +120,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.trace.is_dir():
         raise ValueError(f"bench: --trace must name a file, got the folder {args.trace}")
     args.trace.parent.mkdir(parents=True, exist_ok=True)  # now, not after profiling
-    results = record.Results(device, args.out, args.commit) if args.out else None
+    results = record.open_result(device, args.out, args.commit) if args.out else None
     if cuda:
         torch.set_float32_matmul_precision("high")
     rows, times = trace_step(args.provider, setup, device, args.steps, args.trace)
+    columns: Columns = {
+        "ms per step": lambda row: f"{row.ms:,.3f}",
+        "share": lambda row: f"{row.share:.1%}",
+        "calls per step": lambda row: f"{row.calls:,}",
+    }
     print(f"{args.provider}, GPT-2 {args.model}, {setup.shape.label}, {device.type}\n")
-    print(rows_table(rows, {"kind": lambda r: r.kind}, COLUMNS))
-    lines = [[key[:60], f"{us / 1e3:,.3f}", str(count)] for key, us, count in times[:10]]
+    print(rows_table(rows, {"kind": lambda row: row.kind}, columns))
+    lines = [[key[:60], f"{ms:,.3f}", str(count)] for key, ms, count in times[:10]]
     print(f"\n{table(['longest', 'ms', 'calls'], lines)}")
     for row in rows:
         if row.kind == "attention":  # which backend of SDPA, where it is not ours

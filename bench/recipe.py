@@ -3,15 +3,14 @@
 seed    The Shakespeare recipe with empty caches, for a few steps since the start is what differs,
         and then with full ones until its loss is below the target.
 drift   500 steps of one seed with eager ops, with Triton ops, and with eager ops compiled: how far
-        the losses drift apart, where the last pair is the yardstick for rounding alone.
+        the losses drift apart. What compiling does is the yardstick for rounding alone.
 
-Without `--data` they read this project's own source. Rows are made of what a run folder holds,
-whether the run ended well or not.
+Without `--data` they read this project's own source.
 """
 
 import hashlib
+import math
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bench import cli, record
-from bench.rows import CheckRow, Row, SeedRow
+from bench.record import CheckRow, Row, SeedRow
 from training import child
 from training.data import SHAKESPEARE_SHA256
 from training.recipes import PRESETS
@@ -55,13 +54,12 @@ def text_of(data: Path | None) -> str:
     return "tiny Shakespeare" if is_shakespeare else data.stem
 
 
-def train(
-    data: Path | None, out: Path, flags: str, limit_s: float, env: Mapping[str, str]
-) -> Trained:
-    """Run train.py in a fresh process."""
+def train(data: Path | None, out: Path, flags: str, limit_s: float, caches: str) -> Trained:
+    """Run train.py in a fresh process, with the caches of what it compiles in a folder."""
     texts = [str(data)] if data else sorted(map(str, record.ROOT.glob("*/*.py")))
-    command = [sys.executable, "train.py", "--preset", PRESET, "--out", str(out), "--save-every",
-               "0", "--resume", "never", *flags.split(), "--data", *texts]  # fmt: skip
+    flags = f"--preset {PRESET} --save-every 0 --resume never {flags}"
+    command = [sys.executable, "train.py", "--out", str(out), *flags.split(), "--data", *texts]
+    env = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
     ended = child.run(command, limit_s, os.environ | env)
     print(ended.text[-4000:], flush=True)
     return read_run(out), ended
@@ -86,14 +84,19 @@ def seed_row(folder: Path, run: Run, ended: child.Ended, text: str, cache: str) 
     first_step_s = run.summary.get("first_step_s")
     rates = [step["tokens_per_s"] for step in run.steps[5:] or run.steps]
     return SeedRow(
-        text=text, cache=cache, plan=plan.removeprefix("plan: "), result=result,
-        doubt="" if losses else result, steps=len(losses),
-        reached=bool(losses) and min(losses) < PRESETS[PRESET].target_loss,
-        tokens_per_s=statistics.median(rates) if rates else None, first_step_s=first_step_s,
+        text=text,
+        cache=cache,
+        plan=plan.removeprefix("plan: "),
+        result=result,
+        doubt="" if losses else result,
+        steps=len(losses),
+        reached=min(losses, default=math.inf) < PRESETS[PRESET].target_loss,
+        tokens_per_s=statistics.median(rates) if rates else None,
+        first_step_s=first_step_s,
         seconds=first_step_s and first_step_s + sum(step["ms"] for step in run.steps[1:]) / 1e3,
         curve=curve_of(losses),
         samples=[{"prompt": prompt, "text": text} for prompt, text in read_samples(folder)],
-    )  # fmt: skip
+    )
 
 
 def drift(a: Sequence[float], b: Sequence[float]) -> float:
@@ -106,8 +109,9 @@ def drift(a: Sequence[float], b: Sequence[float]) -> float:
 def drift_row(runs: Mapping[str, Trained], text: str) -> CheckRow:
     """Ours against eager, with what compiling alone does as the bound where that has run."""
     losses = {name: losses_of(run) for name, (run, _) in runs.items()}
-    doubt = next((f"{name}: {runs[name][1].why or 'no step'}" for name in ("eager", "ours")
-                  if runs[name][1].why or not losses[name]), "")  # fmt: skip
+    reasons = [f"{name}: {runs[name][1].why or 'no step'}" for name in ("eager", "ours")
+               if runs[name][1].why or not losses[name]]  # fmt: skip
+    doubt = reasons[0] if reasons else ""
     said = ", ".join(f"{name} {x[-1]:.3f}" for name, x in losses.items() if x)
     if not doubt:
         found, bound = drift(losses["eager"], losses["ours"]), MIN_DRIFT
@@ -124,31 +128,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=[*RUNS])
     parser.add_argument("--data", type=cli.file, help="text or uint16 token file to train on")
     parser.add_argument("--minutes", type=cli.amount, default=10.0, help="of all runs together")
-    parser.add_argument("--keep", type=cli.path, help="folder for curve, samples and report")
     cli.add_output(parser)
     args = parser.parse_args(argv)
     device = torch.device(cli.devices()[-1])
-    results, text = record.Results(device, args.out, args.commit), text_of(args.data)
+    results, text = record.open_result(device, args.out, args.commit), text_of(args.data)
     end = time.monotonic() + 60 * args.minutes
     runs: dict[str, Trained] = {}
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as scratch, child.ended_by_signals():
-        env = {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
-               "TRITON_CACHE_DIR": f"{scratch}/triton"}  # fmt: skip
         for name, flags in RUNS[args.what].items():
             folder = Path(scratch) / name
-            runs[name] = train(args.data, folder, flags, end - time.monotonic(), env)
-            if args.what == "drift":
-                if len(runs) > 1:  # a row stands already, should the yardstick not come to its end
-                    rows["drift"] = drift_row(runs, text)
-                    results.add("checks", rows["drift"])
-                continue
-            rows[name] = seed_row(folder, *runs[name], text, name)
-            results.add("seed", rows[name])
-            for kept in ("loss.png", "samples.txt", "report.html") if args.keep else ():
-                if (folder / kept).is_file():
-                    args.keep.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(folder / kept, args.keep / f"seed-{kept}")
+            runs[name] = train(args.data, folder, flags, end - time.monotonic(), scratch)
+            if args.what == "seed":
+                rows[name] = seed_row(folder, *runs[name], text, name)
+                results.add("seed", rows[name])
+            elif len(runs) > 1:  # a row stands already, should the yardstick not come to its end
+                rows["drift"] = drift_row(runs, text)
+                results.add("checks", rows["drift"])
     return int(any(row.doubt for row in rows.values()))
 
 

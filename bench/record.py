@@ -3,8 +3,9 @@
     {"schema": ..., "device": {...}, "torch": ..., "commit": ..., "dirty": ..., "command": ...,
      "limits": {...}, "step": [...], "ops": [...], ...}
 
-Each section holds rows of one type (`bench.rows`). A row that is measured again replaces the one
-with the same key, so a second run refreshes the file and an interrupted one leaves what it has.
+Each section holds rows of one type. A row that is measured again replaces the one with the same
+key, so a second run refreshes the file and an interrupted one leaves what it has. A row whose
+figures must not be shown says why in `doubt`, and nowhere else; it keeps what was measured.
 """
 
 import datetime
@@ -15,15 +16,14 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from bench.rows import SECTIONS, Row, merged
 from model.files import write_atomically
 from training.child import ROOT
 from training.environment import git, package_version
@@ -31,12 +31,167 @@ from training.machines import cpu_name, nvidia_smi
 from training.plan import Choices, detect, make_plan
 from training.probe import measure_rates
 from training.recipes import Recipe
+from training.timing import Timing, ratio
 
 RESULTS = ROOT / "bench/results"
 SCHEMA = "fused-gpt/bench/2"
 ONE_FILE = ("device", "commit", "torch", "triton")  # the same for all rows of a file
 MADE = ("bench/results", "bench/plots", "docs/results.md", "README.md")  # by the bench itself
 Keep = Callable[[Any], bool]
+NOISY_COV = 0.05  # rows whose samples spread more than this are marked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One result. `doubt` says why its figures must not be shown; empty: they may be."""
+
+    KEY: ClassVar[str] = ""  # the fields that tell it from its neighbours
+    doubt: str = ""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.KEY.split())
+
+    def values(self) -> dict[str, Any]:
+        """What a file holds, the key first: the fields that are not as by default."""
+        default = {f.name: f.default for f in fields(self)}
+        names = sorted(default, key=lambda name: name not in self.KEY.split())
+        found = ((name, getattr(self, name)) for name in names)
+        return {name: value for name, value in found if value not in (default[name], {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedRow(Row):
+    """What was timed: median, quartiles, deviation over mean, samples."""
+
+    provider: str
+    ms: float = 0.0
+    q1_ms: float = 0.0
+    q3_ms: float = 0.0
+    cov: float = 0.0
+    rounds: int = 0
+    over: dict[str, float] = field(default_factory=dict)  # times faster than others, by name
+    gpu: dict[str, float] = field(default_factory=dict)  # clocks, power, temperature right after
+
+    @property
+    def noisy(self) -> bool:
+        return self.cov > NOISY_COV
+
+    @property
+    def spread(self) -> str:
+        return f"{100 * self.cov:.1f}%" + " !" * self.noisy
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpRow(TimedRow):
+    """One op, direction and provider."""
+
+    KEY = "op shape dtype mode provider"
+    op: str
+    shape: str
+    dtype: str
+    mode: str
+    timed: str = ""  # "graph", "launches" or "host", as in training/timing.py
+    gbs: float = 0.0
+    tflops: float | None = None  # None: bound by memory
+    of_limit: float = 0.0  # the time that the measured limits allow, over the time taken
+    peak_gib: float | None = None
+    backend: str = ""  # of SDPA, as torch chose it
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRow(TimedRow):
+    """One contestant's training step; also of generation."""
+
+    KEY = "model shape accum provider"
+    model: str
+    shape: str
+    accum: int = 1
+    tokens: int = 0
+    losses: Sequence[float] = ()  # of the warm-up
+    grad_norm: float | None = None  # of the first step
+    first_step_s: float = 0.0
+    peak_gib: float | None = None
+    tflops_palm: float = 0.0
+    tflops_llmc: float = 0.0
+    peak_tflops: float | None = None  # the datasheet's bf16 rate
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.ms * 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileRow(Row):
+    """What one kind of work takes of a step: ms, share of its span, calls, the longest names."""
+
+    KEY = "model shape provider kind"
+    model: str
+    shape: str
+    provider: str
+    kind: str
+    ms: float
+    share: float
+    calls: int = 0
+    names: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedRow(Row):
+    """A run of the Shakespeare recipe by train.py."""
+
+    KEY = "text cache plan"
+    text: str
+    cache: str
+    plan: str
+    result: str  # in words
+    reached: bool = False  # the loss fell below the target
+    steps: int = 0
+    tokens_per_s: float | None = None
+    first_step_s: float | None = None  # from process start
+    seconds: float | None = None  # from process start to the last step's end
+    curve: Sequence[Sequence[float]] = ()  # (step, loss)
+    samples: Sequence[dict[str, str]] = ()  # prompt and text
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRow(Row):
+    """Evidence that the kernels are right, in doubt where it fails: which check, of what."""
+
+    KEY = "check what"
+    check: str
+    what: str
+    found: str = ""  # in words
+
+
+SECTIONS: dict[str, type[Row]] = {
+    "ops": OpRow,
+    **dict.fromkeys(("step", "ablation", "generate"), StepRow),
+    "profile": ProfileRow,
+    "seed": SeedRow,
+    "checks": CheckRow,
+}
+R = TypeVar("R", bound=TimedRow)
+
+
+def filled(
+    row: R, timed: Mapping[str, Timing], failed: Mapping[str, str], rivals: Iterable[str]
+) -> R:
+    """The row of a provider with its time and its ratios to rivals, or with why it has no time."""
+    row = replace(row, doubt=failed.get(row.provider, ""))
+    if (found := timed.get(row.provider)) is None:
+        return row
+    others = [name for name in rivals if name in timed and name != row.provider]
+    return replace(row, over={n: ratio(timed[n], found) for n in others}, **found.figures)
+
+
+def merged(*groups: Iterable[Row]) -> list[Row]:
+    """The rows of all groups; of those with equal keys the last, in the place of the last."""
+    rows: dict[tuple[Any, ...], Row] = {}
+    for row in (row for group in groups for row in group):
+        rows.pop(row.key, None)
+        rows[row.key] = row
+    return [*rows.values()]
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -46,10 +201,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         return {
             "type": "cuda",
             "name": props.name,
-            "sms": props.multi_processor_count,
             "memory_gib": round(props.total_memory / 2**30, 1),
-            "l2_mib": round(props.L2_cache_size / 2**20, 1),
-            "capability": f"sm_{props.major}{props.minor}",
             "driver": nvidia_smi("driver_version").get("driver_version", ""),
         }
     return {
@@ -83,7 +235,7 @@ def limits(device: torch.device) -> dict[str, float]:
 
 def gpu_state() -> dict[str, float]:
     """Clocks in MHz, power in W and temperature now; {} where nvidia-smi does not say."""
-    wanted = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+    wanted = ["clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu"]
     return {name: float(value) for name, value in nvidia_smi(*wanted).items()}
 
 
@@ -94,42 +246,19 @@ def git_state() -> tuple[str, bool]:
     return git(ROOT, "rev-parse", "HEAD") or "unknown", changed != ""
 
 
-def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Everything a reader needs to run it again; `commit` names it where git is not at hand."""
-    found, dirty = git_state()
-    argv = sys.orig_argv[1:] or sys.argv
-    command = ["python", *(os.path.relpath(a) if os.path.isabs(a) else a for a in argv)]
-    return {
-        "schema": SCHEMA,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": describe_device(device),
-        "torch": torch.__version__,
-        "triton": package_version("triton"),
-        "python": platform.python_version(),
-        "commit": commit or found,
-        "dirty": dirty if commit is None or found == commit else None,  # None: not known
-        "command": shlex.join(command),
-    }
-
-
 @dataclass
 class Result:
-    """What is known of one device at one commit.
+    """What is known of one device at one commit."""
 
-    Args:
-        about: Device, versions, commit, date, command; and what is no list of rows: limits.
-        sections: Rows by section.
-    """
-
-    about: dict[str, Any]
-    sections: dict[str, list[Row]] = field(default_factory=dict)
+    about: dict[str, Any]  # device, versions, commit, date, command, limits
+    sections: dict[str, list[Any]] = field(default_factory=dict)  # rows, of the types of SECTIONS
+    path: Path = Path()  # what `add` writes
 
     @property
     def device(self) -> dict[str, Any]:
         return self.about["device"]
 
     def rows(self, section: str) -> list[Any]:
-        """Rows of a section, of the type that SECTIONS has for it."""
         return self.sections.get(section, [])
 
     def join(self, later: "Result") -> None:
@@ -152,43 +281,52 @@ class Result:
         for name, rows in later.sections.items():
             self.sections[name] = merged(self.rows(name), rows)
 
-    def write(self, path: Path) -> None:
+    def add(self, section: str, *rows: Row) -> None:
+        """Insert or replace rows and write the file."""
+        self.sections[section] = merged(self.rows(section), rows)
+        self.write()
+
+    def write(self) -> None:
         """JSON with one row a line."""
         parts = [f" {json.dumps(name)}: {json.dumps(rounded(v))}" for name, v in self.about.items()]
         for name, rows in self.sections.items():
             lines = ",\n  ".join(json.dumps(rounded(row.values())) for row in rows)
             parts.append(f" {json.dumps(name)}: [\n  {lines}\n ]")
-        write_atomically(path, "{\n" + ",\n".join(parts) + "\n}\n")
+        write_atomically(self.path, "{\n" + ",\n".join(parts) + "\n}\n")
 
 
-class Results(Result):
-    """The open result file of this device and commit.
+def open_result(device: torch.device, path: Path = RESULTS, commit: str | None = None) -> Result:
+    """The result file of this device and commit, with what it holds already.
 
-    Args:
-        device: Where the rows come from.
-        path: File or folder; a folder gets a file named after device and commit.
-        commit: As in `environment`.
+    A folder gets a file named after device and commit; `commit` says it where git is not at hand.
 
     Raises:
         ValueError: the file exists and is of another schema, device or commit.
     """
-
-    def __init__(self, device: torch.device, path: Path = RESULTS, commit: str | None = None):
-        super().__init__(environment(device, commit))
-        cores = f" {self.device['cores']} cores" if self.device["type"] == "cpu" else ""
-        slug = re.sub(r"[^a-z0-9]+", "-", (self.device["name"] + cores).lower()).strip("-")
-        name = f"{slug}-{self.about['commit'][:8]}.json"
-        self.path = path if path.suffix == ".json" else path / name
-        self.path.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
-        if self.path.exists():
-            before = load(self.path)
-            before.join(self)
-            self.about, self.sections = before.about, before.sections
-
-    def add(self, section: str, *rows: Row) -> None:
-        """Insert or replace rows and write the file."""
-        self.sections[section] = merged(self.rows(section), rows)
-        self.write(self.path)
+    found, dirty = git_state()
+    argv = sys.orig_argv[1:] or sys.argv
+    command = ["python", *(os.path.relpath(a) if os.path.isabs(a) else a for a in argv)]
+    about = {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": describe_device(device),
+        "torch": torch.__version__,
+        "triton": package_version("triton"),
+        "python": platform.python_version(),
+        "commit": commit or found,
+        "dirty": dirty if commit in (None, found) else None,  # None: not known
+        "command": shlex.join(command),
+    }
+    if path.suffix != ".json":
+        cores = f" {about['device']['cores']} cores" if device.type == "cpu" else ""
+        slug = re.sub(r"[^a-z0-9]+", "-", (about["device"]["name"] + cores).lower()).strip("-")
+        path = path / f"{slug}-{about['commit'][:8]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
+    result = Result(about, path=path)
+    if path.exists():
+        result = load(path)
+        result.join(Result(about))
+    return result
 
 
 def rounded(value: Any, digits: int = 5) -> Any:
@@ -203,7 +341,7 @@ def rounded(value: Any, digits: int = 5) -> Any:
 
 
 def load(path: Path) -> Result:
-    """Read a result file; ValueError if it is none."""
+    """Read a result file, without what no row has today; ValueError if it is none."""
     try:
         data = json.loads(path.read_text())
     except ValueError as error:  # UnicodeDecodeError is one
@@ -211,12 +349,15 @@ def load(path: Path) -> Result:
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"bench: {path.name} must have schema {SCHEMA!r}, has {schema!r}")
+    sections: dict[str, list[Row]] = {}
     try:
-        sections = {name: [kind(**values) for values in data.pop(name)]
-                    for name, kind in SECTIONS.items() if name in data}  # fmt: skip
+        for name, kind in SECTIONS.items():
+            known = {f.name for f in fields(kind)}
+            if rows := data.pop(name, []):
+                sections[name] = [kind(**{k: row[k] for k in known & row.keys()}) for row in rows]
     except TypeError as error:
         raise ValueError(f"bench: a row of {path.name} cannot be read: {error}") from None
-    return Result(data, sections)
+    return Result(data, sections, path)
 
 
 def load_all(folder: Path = RESULTS) -> list[Result]:
@@ -239,10 +380,7 @@ def with_values(**want: Any) -> Keep:
 def newest(
     results: Sequence[Result], device_type: str, section: str, keep: Keep = lambda row: True
 ) -> tuple[Result | None, list[Any]]:
-    """The latest result of that kind of device with rows in `section` that `keep` takes, and them.
-
-    Without one, None and no rows.
-    """
+    """The latest result of that kind of device with such rows in `section`, and them."""
     for result in reversed(results):
         rows = [row for row in result.rows(section) if keep(row)]
         if rows and result.device["type"] == device_type:

@@ -3,42 +3,22 @@
     python -m bench.report            # write docs/results.md, bench/plots/, the blocks of README.md
     python -m bench.report --check    # exit 1 if one of them says something else than the results
 
-docs/results.md is made in whole. In README.md a block is what stands between two comments, each on
-a line of its own, and the rest of the file is never touched:
-
-    <!-- bench:goals -->
-    <!-- /bench:goals -->
-
-Its blocks are the goals on one H200 and, as step-gpu and step-cpu, one table of the whole step per
-kind of device. Files of one device, commit and versions count as one, whose later rows win. A row
-in doubt never shows a figure.
+docs/results.md is made in whole. Of README.md only the blocks goals, step-gpu and step-cpu are,
+what stands between the lines <!-- bench:goals --> and <!-- /bench:goals -->. Files of one device,
+commit and versions count as one, whose later rows win. A row in doubt never shows a figure.
 """
 
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from bench import cli, figures, record
-from bench.contestants import ABLATION
+from bench import cli, figures, record, tables
 from bench.figures import LARGE, op_sizes, warmest
-from bench.record import Keep, Result, newest, with_values
-from bench.rows import CheckRow, SeedRow, StepRow
-from bench.tables import (
-    cell,
-    device_line,
-    figures_3,
-    number,
-    ops_table,
-    rows_table,
-    shown,
-    source_line,
-    step_table,
-    table,
-    where,
-)  # fmt: skip
+from bench.record import CheckRow, ProfileRow, Result, SeedRow, StepRow, newest, with_values
+from bench.tables import cell, number, shown, table, where
 from model.files import write_atomically
 
 SAMPLE_CHARS = 300
@@ -49,49 +29,33 @@ Figure = Callable[[Result], float | None]  # None: not measured; NaN: in doubt
 Block = Callable[[Sequence[Result]], str]
 
 
-def of(section: str, keep: Keep, get: Callable[[Any], float | None]) -> Figure:
+def of(section: str, get: Callable[[Any], float | None], **want: Any) -> Figure:
     """A figure of the last such row: what was measured again stands behind what failed before."""
 
     def figure(result: Result) -> float | None:
-        row = next(filter(keep, reversed(result.rows(section))), None)
+        row = next(filter(with_values(**want), reversed(result.rows(section))), None)
         return row and (math.nan if row.doubt else get(row))
 
     return figure
 
 
-def of_step(
-    setup: dict[str, Any], get: Callable[[StepRow], float | None], who: str = "ours bf16"
-) -> Figure:
-    return of("step", with_values(**setup, provider=who), get)
-
-
 def peak_share(result: Result) -> float | None:
     """Of ours in that of the compiled baseline."""
     who = ("ours bf16", "compile bf16")
-    ours, theirs = (of_step(LARGE, lambda row: row.peak_gib, name)(result) for name in who)
+    ours, theirs = (of("step", lambda r: r.peak_gib, provider=p, **LARGE)(result) for p in who)
     return None if ours is None or theirs is None else ours / theirs
 
 
-@dataclass(frozen=True)
-class Goal:
-    """A bound on a figure.
-
-    Args:
-        what, must: The figure and the bound, in words.
-        bound: The bound.
-        figure: Finds the figure in a result.
-        unit: Written after it.
-        digits: After the point; rounded against us, so a figure never looks better than it is.
-        at_least: Whether the figure must reach the bound; else it must not exceed it.
-    """
+class Goal(NamedTuple):
+    """A bound on a figure."""
 
     what: str
-    must: str
+    must: str  # the bound in words
     bound: float
     figure: Figure
     unit: str = ""
-    digits: int = 0
-    at_least: bool = False
+    digits: int = 0  # after the point; rounded against us: no figure looks better than it is
+    at_least: bool = False  # else it must not exceed the bound
 
     def text(self, figure: float) -> str:
         units = round(figure * 10**self.digits, 4)  # 1.15 * 100 is 114.99999999999999
@@ -104,28 +68,23 @@ class Goal:
             figure = self.figure(result) if result.device["type"] == "cuda" else None
             if figure is None:
                 continue
-            met = figure >= self.bound if self.at_least else figure <= self.bound
+            commit = result.about["commit"][:8]
             if math.isnan(figure):
-                said = ["not shown: in doubt", "open"]
-            elif math.isinf(figure):
-                said = ["not reached", "short"]
-            else:
-                said = [self.text(figure), "met" if met else "short"]
-            return [said[0], result.about["commit"][:8], said[1]], result
+                return ["not shown: in doubt", commit, "open"], result
+            met = figure >= self.bound if self.at_least else figure <= self.bound
+            text = "not reached" if math.isinf(figure) else self.text(figure)
+            return [text, commit, "met" if met else "short"], result
         return ["", "", "open"], None
 
 
-SPEEDUP = of_step(LARGE, lambda row: row.over.get("compile bf16"))
-RATE = of_step(LARGE, lambda row: row.tokens_per_s)
-SEED_RATE = of_step(SEED, lambda row: row.tokens_per_s)
-COLD, WARM = (
-    of("seed", with_values(cache=cache), lambda row: row.first_step_s) for cache in ("cold", "warm")
-)
-SECONDS = of(
-    "seed",
-    with_values(cache="warm", text="tiny Shakespeare"),
-    lambda row: row.seconds if row.reached else math.inf,
-)
+OURS: dict[str, Any] = {"provider": "ours bf16"}
+SPEEDUP = of("step", lambda row: row.over.get("compile bf16"), **OURS, **LARGE)
+RATE = of("step", lambda row: row.tokens_per_s, **OURS, **LARGE)
+SEED_RATE = of("step", lambda row: row.tokens_per_s, **OURS, **SEED)
+COLD = of("seed", lambda row: row.first_step_s, cache="cold")
+WARM = of("seed", lambda row: row.first_step_s, cache="warm")
+SECONDS = of("seed", lambda row: row.seconds if row.reached else math.inf,
+             cache="warm", text="tiny Shakespeare")  # fmt: skip
 GOALS = (
     Goal("tokens/s over plain PyTorch compiled, B=64 T=1024", "1.10x", 1.1, SPEEDUP, "x", 2, True),
     Goal("the same, aim", "1.20x", 1.2, SPEEDUP, "x", 2, True),
@@ -145,7 +104,7 @@ def goals_block(results: Sequence[Result]) -> str:
     found = [goal.cells(results) for goal in GOALS]
     lines = [[g.what, g.must, *cells] for g, (cells, _) in zip(GOALS, found, strict=True)]
     others = dict.fromkeys(
-        f"{result.about['commit'][:8]} is of an {device_line(result)}, not an {GOAL_GPU}."
+        f"{result.about['commit'][:8]} is of an {tables.device_line(result)}, not an {GOAL_GPU}."
         for _, result in found  # a GH200 is another
         if result and not re.search(rf"\b{GOAL_GPU}\b", result.device["name"])
     )
@@ -156,10 +115,9 @@ NO_GPU_STEP = "No training-step result of a GPU is committed yet."
 
 
 def step_block(results: Sequence[Result], device_type: str, largest: int | None = None) -> str:
-    """A table for each size, that of the goals first; on a GPU one for all but the goals' sizes.
+    """At most `largest` tables, one for each size, that of the goals first.
 
-    Args:
-        largest: So many tables at most.
+    On a GPU one holds all sizes but those of the goals.
     """
     result, rows = newest(results, device_type, "step")
     cuda, is_large = device_type == "cuda", with_values(**LARGE)
@@ -172,9 +130,9 @@ def step_block(results: Sequence[Result], device_type: str, largest: int | None 
         if cuda and not (is_large(row) or with_values(**SEED)(row)):
             row, title = replace(row, provider=f"{title}: {row.provider}"), "Other sizes"
         groups.setdefault(title, []).append(row)
-    tables = [f"{title} ({where(result)})\n\n{step_table(rows)}" for title, rows in groups.items()]
+    parts = [f"{title} ({where(result)})\n\n{tables.step_table(x)}" for title, x in groups.items()]
     note = "fp32 rows multiply in TF32. MFU is against the data sheet's dense bf16 peak."
-    return "\n\n".join([*tables[:largest], *([note] if cuda else [])])
+    return "\n\n".join([*parts[:largest], *([note] if cuda else [])])
 
 
 def of_gpu(section: str, text: Callable[[Result, list[Any]], str]) -> Block:
@@ -188,66 +146,58 @@ def of_gpu(section: str, text: Callable[[Result, list[Any]], str]) -> Block:
 
 
 def ablation_text(result: Result, rows: list[StepRow]) -> str:
-    whole = next((row for row in shown(rows) if row.provider == "ours bf16"), None)
-    body = rows_table(
-        rows,
-        {"what differs": lambda row: row.provider.removeprefix(ABLATION)},
-        {
-            "tokens/s": lambda row: f"{row.tokens_per_s:,.0f}",
-            "spread": lambda row: row.spread,
-            "x ours": lambda row: f"{whole.ms / row.ms:.3f}" if whole else "",
-        },
-    )
-    return f"One at a time, {rows[0].shape} ({where(result)})\n\n{body}"
+    return f"One at a time, {rows[0].shape} ({where(result)})\n\n{tables.step_table(rows)}"
 
 
 def ops_block(results: Sequence[Result], device_type: str) -> str:
     """Both directions together; one size in sight, the others folded."""
-    result, rows = newest(results, device_type, "ops", with_values(mode="both", sweep=False))
+    result, rows = newest(results, device_type, "ops", with_values(mode="both"))
     if result is None:
         return ""
     parts = []
     for label in op_sizes(rows):
         these = [row for row in rows if row.shape == label]
         title = f"Forward and backward, {label}, {these[0].dtype} ({where(result)})"
-        body = ops_table(these)
+        body = tables.ops_table(these)
         if parts:
             title, body = f"<details><summary>{title}</summary>", f"{body}\n\n</details>"
         parts.append(f"{title}\n\n{body}")
     if limits := result.about.get("limits"):
-        copy, large, k768 = (
-            figures_3(limits[name]) for name in ("copy_gbs", "matmul_tflops", "matmul_k768_tflops")
+        copy, *products = (
+            tables.figures_3(limits[name])
+            for name in ("copy_gbs", "matmul_tflops", "matmul_k768_tflops")
         )
-        parts.append(f"Limits measured in the same run: copy {copy} GB/s, matmul {large} TFLOP/s, "
-                     f"matmul with K=768 {k768} TFLOP/s.")  # fmt: skip
+        said = "copy {} GB/s, matmul {} TFLOP/s, matmul with K=768 {} TFLOP/s".format(
+            copy, *products
+        )
+        parts.append(f"Limits measured in the same run: {said}.")
     return "\n\n".join(parts)
 
 
 def seed_text(result: Result, rows: list[SeedRow]) -> str:
     """The seed recipe to its end, with what it then writes."""
     goal = ", the lowest below the goal"
-    body = rows_table(
+    body = tables.rows_table(
         rows,
         {
             f"GPT-2 124M, from process start ({where(result)})": lambda row: cell(row.text),
             "caches": lambda row: row.cache,
         },
         {
-            "result": lambda row: cell(row.result) + (goal if row.reached else ""),
+            "result": lambda row: cell(row.result) + goal * row.reached,
             "first step s": lambda row: number(row.first_step_s, ".1f"),
             "all s": lambda row: number(row.seconds, ".1f"),
             "tokens/s": lambda row: number(row.tokens_per_s, ",.0f"),
         },
     )
-    last = warmest(shown(rows))
-    if not (last and last.samples):
+    samples = [row.samples[0] for row in warmest(shown(rows)) if row.samples]
+    if not samples:
         return body
-    sample = last.samples[0]
-    text = sample["text"].removeprefix(sample["prompt"])
+    prompt, text = samples[0]["prompt"], samples[0]["text"].removeprefix(samples[0]["prompt"])
     if len(text) > SAMPLE_CHARS:
         text = text[:SAMPLE_CHARS] + " ..."
-    quoted = f"[prompt]{sample['prompt']}\n[model]{text}".rstrip()
     # A text can end neither the fence nor the block.
+    quoted = f"[prompt]{prompt}\n[model]{text}".rstrip()
     quoted = quoted.replace("```", "` ` `").replace("<!--", "<! --")
     return f"{body}\n\nWhat it writes at the end:\n\n```\n{quoted}\n```"
 
@@ -281,32 +231,26 @@ def evidence_block(results: Sequence[Result]) -> str:
     return "\n\n".join(parts)
 
 
-def profile_text(result: Result, everything: list[Any]) -> str:
+def profile_text(result: Result, everything: list[ProfileRow]) -> str:
     """Where a step's time goes, by the profiler, contestants side by side."""
     parts = []
-    for model, shape in dict.fromkeys((r.model, r.shape) for r in everything):
+    for model, shape in dict.fromkeys((row.model, row.shape) for row in everything):
         rows = [row for row in everything if (row.model, row.shape) == (model, shape)]
-        who = sorted({r.provider for r in rows}, key=lambda name: (name != "ours bf16", name))
+        who = sorted({row.provider for row in rows}, key=lambda name: (name != "ours bf16", name))
         found = {(row.kind, row.provider): row for row in rows}
         longest = {row.kind: row.ms for row in sorted(rows, key=lambda row: row.ms)}
-        lines = []
-        for kind in sorted(longest, key=lambda kind: (kind == "idle", -longest[kind])):
-            cells = [(f"{row.ms:,.2f}", f"{row.share:.1%}") if row else ("", "")
-                     for row in (found.get((kind, name)) for name in who)]  # fmt: skip
-            lines.append([kind, *sum(cells, ())])
-        sums = [sum(row.ms for row in rows if row.provider == name) for name in who]
-        lines.append(["all", *(text for total in sums for text in (f"{total:,.2f}", ""))])
-        header = ["kind", *(text for name in who for text in (f"{name}: ms", "share"))]
-        title = f"By the profiler, GPT-2 {model}, {shape}"
-        parts.append(f"{title} ({where(result)})\n\n{table(header, lines)}")
+        header, lines = ["kind"], [[kind] for kind in longest]
+        lines.sort(key=lambda line: (line[0] == "idle", -longest[line[0]]))
+        total = ["all"]
+        for name in who:
+            header += [f"{name}: ms", "share"]
+            for line in lines:
+                row = found.get((line[0], name))
+                line += [f"{row.ms:,.2f}", f"{row.share:.1%}"] if row else ["", ""]
+            total += [f"{sum(row.ms for row in rows if row.provider == name):,.2f}", ""]
+        title = f"By the profiler, GPT-2 {model}, {shape} ({where(result)})"
+        parts.append(f"{title}\n\n{table(header, [*lines, total])}")
     return "\n\n".join(parts)
-
-
-def tune_text(result: Result, rows: list[Any]) -> str:
-    """Lines for kernels/launches.toml."""
-    better = [f"# {r.kernel}, x{r.gain:.3f}\n{r.more['row']}" for r in rows if r.propose]
-    found = f"{len(better)} of {len(rows)} launches could be faster ({where(result)})."
-    return "\n\n".join([found, *(["\n".join(["```toml", *better, "```"])] if better else [])])
 
 
 def plots_block(results: Sequence[Result]) -> str:
@@ -330,10 +274,9 @@ SECTIONS: dict[str, Block] = {
     "Where the time of a step goes": of_gpu("profile", profile_text),
     "Ours with one thing switched back": of_gpu("ablation", ablation_text),
     "The Shakespeare recipe": of_gpu("seed", seed_text),
-    "Launch rows that the tuner proposes": of_gpu("tune", tune_text),
     "What a GPU said of the kernels": evidence_block,
     "Plots": plots_block,
-    "What was run": lambda results: "\n".join(f"- {source_line(result)}" for result in results),
+    "What was run": lambda results: "\n".join(f"- {tables.source_line(r)}" for r in results),
 }
 
 
@@ -355,7 +298,7 @@ def fill(text: str, results: Sequence[Result]) -> str:
         ValueError: a block has an unknown name, or is not closed.
     """
 
-    def replace(match: re.Match[str]) -> str:
+    def filled(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in README_BLOCKS:
             known = ", ".join(README_BLOCKS)
@@ -364,10 +307,10 @@ def fill(text: str, results: Sequence[Result]) -> str:
 
     pattern = r"<!-- bench:(?P<name>[a-z-]+) -->\n.*?<!-- /bench:(?P=name) -->"
     opened = re.findall(r"<!-- bench:([a-z-]+) -->", text)
-    filled, count = re.subn(pattern, replace, text, flags=re.DOTALL)
+    made, count = re.subn(pattern, filled, text, flags=re.DOTALL)
     if count != len(opened):
         raise ValueError(f"report: of the blocks {opened} only {count} are closed by /bench:NAME")
-    return filled
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -378,18 +321,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.results.is_dir():
         raise ValueError(f"report: --results must be a folder, got {args.results}")
-    results = record.load_all(args.results)
-    readme = args.root / "README.md"
+    results, readme = record.load_all(args.results), args.root / "README.md"
     texts = {
         readme: fill(readme.read_text() if readme.exists() else "", results),
         args.root / "docs/results.md": page(results),
     }
-    drawn = {args.root / f"bench/plots/{name}.svg": (name, *found)
-             for name, found in figures.to_draw(results).items()}  # fmt: skip
-    said = {path: path.read_text() if path.exists() else None for path in (*texts, *drawn)}
+    found = figures.to_draw(results)
+    drawn = {args.root / f"bench/plots/{name}.svg": (name, *found[name]) for name in found}
+    said = {path: path.read_text() if path.exists() else "" for path in (*texts, *drawn)}
     wrong = [path for path, text in texts.items() if said[path] != text]
-    wrong += [path for path, (*_, rows) in drawn.items()
-              if figures.mark(rows) not in (said[path] or "")]  # fmt: skip
+    wrong += [path for path in drawn if figures.mark(drawn[path][-1]) not in said[path]]
     names = ", ".join(str(path.relative_to(args.root)) for path in wrong)
     if args.check:
         if wrong:
@@ -397,8 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if wrong else 0
     for path, text in texts.items():
         write_atomically(path, text)
-    for path, found in drawn.items():
-        figures.draw(*found, path)
+    for path, what in drawn.items():
+        figures.draw(*what, path)
     print(f"wrote {len(said)} files from {len(results)} results; changed: {names or 'none'}")
     return 0
 

@@ -4,12 +4,10 @@
     python -m bench.resources --arch 90 --op causal_attention
     python -m bench.resources --json resources.json
 
-Each kernel module lists its builds in `aot_cases(arch)`. Every one is compiled for its arch and
-read back from what ptxas says meanwhile and from its machine code. The table ends in a verdict, and
-the exit status is 1 if a build fails, spills, needs more shared memory than a block may have, fits
-on an SM fewer times than its row counts on, has its WGMMA serialised, or does without HGMMA on
-sm_90 in a 16-bit or TF32 tile of 64 rows or more. Speed does not follow from this table; that a row
-could never be fast sometimes does.
+Each kernel module lists its builds in `aot_cases(arch)`. The exit status is 1 if one fails, spills,
+needs more shared memory than a block may have, fits on an SM fewer times than its row counts on,
+has its WGMMA serialised, or does without HGMMA on sm_90 in a 16-bit or TF32 tile of 64 rows or
+more. Speed does not follow from this table; that a row could never be fast sometimes does.
 """
 
 import concurrent.futures
@@ -26,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import kernels
 from bench import cli
@@ -39,8 +37,7 @@ from training.environment import package_version
 from training.metrics import write_json
 
 
-@dataclass(frozen=True)
-class Arch:
+class Arch(NamedTuple):
     """Limits of one compute capability: CUDA C++ Programming Guide 13, table 'Technical
     Specifications per Compute Capability'."""
 
@@ -109,52 +106,41 @@ def build(case: AotCase, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _build_aloud(case: AotCase, arch: int, again: bool) -> tuple[Any, str]:
-    """The build and what ptxas said of it: nothing if it was in triton's cache, unless `again`.
-
-    In triton's own call of ptxas, because its choice of ptxas and its flags change the registers.
-    """
-    from triton import knobs
-
-    knobs.nvidia.dump_ptxas_log = True
-    knobs.compilation.always_compile = again
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        return build(case, arch), said.getvalue()
-
-
 def _measure(case: AotCase, arch: int) -> dict[str, Any]:
     """Registers, spills and warnings from ptxas; instructions from nvdisasm; kept on disk."""
     from triton import knobs
 
-    compiled, ptxas = _build_aloud(case, arch, again=False)
-    cache = Path(knobs.cache.dir) / "fused_gpt_resources"
-    kept = cache / f"{compiled.hash}-{REPORT_VERSION}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    if not ptxas:
-        compiled, ptxas = _build_aloud(case, arch, again=True)
-    ptx, sass = compiled.asm["ptx"], ""
-    threads = re.search(r"\.reqntid (\d+)", ptx)
-    assert threads is not None
+    knobs.nvidia.dump_ptxas_log = True
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        compiled = build(case, arch)
+        kept = Path(knobs.cache.dir) / f"fused_gpt_resources/{compiled.hash}-{REPORT_VERSION}.json"
+        if kept.exists():
+            return json.loads(kept.read_text())
+        if not said.getvalue():  # it was in triton's cache, which keeps nothing of what ptxas says
+            # In triton's own call of ptxas: its choice of ptxas and its flags change the registers.
+            knobs.compilation.always_compile = True
+            compiled = build(case, arch)
+            knobs.compilation.always_compile = False
+    ptxas, ptx, sass = said.getvalue(), compiled.asm["ptx"], ""
     if "mma" in ptx:  # of mma.sync, wgmma or tcgen05.mma; nvdisasm is the slowest step here
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
             command = [knobs.nvidia.nvdisasm.path, "-c", cubin.name]
             sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    frame = re.search(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", ptxas
-    )
-    registers = re.search(r"Used (\d+) registers", ptxas)
-    assert frame is not None, ptxas
-    assert registers is not None, ptxas
+
+    def number(pattern: str, text: str = ptxas) -> int:
+        found = re.search(pattern, text)
+        assert found is not None, ptxas
+        return int(found[1])
+
     mnemonics = Counter(re.findall(r"\b[A-Z][A-Z0-9]+\b", sass))
     found = {
-        "registers": int(registers[1]),
-        "stack_bytes": int(frame[1]),
-        "spill_bytes": int(frame[2]) + int(frame[3]),
+        "registers": number(r"Used (\d+) registers"),
+        "stack_bytes": number(r"(\d+) bytes stack frame"),
+        "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
         "shared_bytes": compiled.metadata.shared,
-        "threads": int(threads[1]),
+        "threads": number(r"\.reqntid (\d+)", ptx),
         "serialised": "wgmma.mma_async instructions are serialized" in ptxas,
         "tensor_ops": {op: mnemonics[op] for op in TENSOR_OPS if mnemonics[op]},
     }
@@ -210,12 +196,7 @@ def kernel_modules() -> list[str]:
 def table(
     modules: Sequence[str], archs: Sequence[int], ops: Sequence[str] = ()
 ) -> Iterator[Resources]:
-    """One row per build, in the order of the modules' cases, each as soon as it is there.
-
-    Args:
-        modules: names of modules with `aot_cases`.
-        archs: keys of ARCHS.
-        ops: keep the cases of these ops; all by default.
+    """One row per build of these modules (and ops), each as soon as it is there.
 
     Raises:
         ValueError: nothing to build, or the interpreter is on: it replaces `triton.jit`.
@@ -232,8 +213,7 @@ def table(
     if not cases:
         raise ValueError(f"resources: no case of ops {[*ops]} in modules {[*modules]}")
     # Forked workers inherit the cases: a jitted function does not pickle. Nothing here opens CUDA.
-    global _CASES
-    _CASES = cases
+    _CASES[:] = cases
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
         yield from pool.map(_inspect_at, range(len(cases)))
@@ -247,17 +227,16 @@ def _inspect_at(index: int) -> Resources:
 
 
 LINE = "{:<21}{:<30}{:<44}{:>4}{:>6}{:>7}{:>7}{:>9}{:>8}  {}"
-HEADER = LINE.format("op", "kernel", "row", "sm", "regs", "spill", "stack", "shared", "CTA/SM",
-                     "tensor instructions")  # fmt: skip
+HEADER = "op kernel row sm regs spill stack shared CTA/SM tensor"
 
 
 def format_row(row: Resources) -> str:
-    tensor = " ".join(f"{op} {n}" for op, n in row.tensor_ops.items()) or "-"
-    line = LINE.format(
-        row.op, row.kernel.strip("_"), row.label, row.arch, row.registers, row.spill_bytes,
-        row.stack_bytes, row.shared_bytes, row.blocks_per_sm, tensor,
-    )  # fmt: skip
-    return line + "".join(f"\n    VIOLATION: {violation}" for violation in row.violations)
+    values = asdict(row)
+    values["kernel"] = row.kernel.strip("_")
+    values["tensor_ops"] = " ".join(f"{op} {n}" for op, n in row.tensor_ops.items()) or "-"
+    *cells, tensor, violations = values.values()
+    lines = [LINE.format(*cells, tensor), *(f"    VIOLATION: {text}" for text in violations)]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -270,15 +249,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", type=cli.path, help="also write the table there")
     args = parser.parse_args(argv)
     rows = []
-    print(HEADER)
+    print(LINE.format(*HEADER.split()))
     for row in table(args.module or kernel_modules(), args.arch or [*ARCHS], args.op or ()):
         print(format_row(row), flush=True)
         rows.append(row)
     failed = [row for row in rows if row.violations]
     triton = package_version("triton")
     if args.json:
-        report = {"triton": triton, "rows": [asdict(row) for row in rows]}
-        write_json(args.json, report)
+        write_json(args.json, {"triton": triton, "rows": [asdict(row) for row in rows]})
     for row in failed:  # once more, where they are found
         print(format_row(row))
     verdict = f"{len(failed)} of them in violation" if failed else "none spills, all fit"

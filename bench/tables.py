@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from bench.cases import CASES
-from bench.record import Result
-from bench.rows import OpRow, Row, StepRow, TimedRow
+from bench.record import OpRow, Result, Row, StepRow, TimedRow
 
 R = TypeVar("R", bound=Row)
-Columns = Mapping[str, Callable[[Any], str]]
+Columns = Mapping[str, Callable[[Any], str]]  # heading -> the cell of what a line is of
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -68,29 +67,38 @@ def over(name: str) -> Callable[[TimedRow], str]:
     return lambda row: number(row.over.get(name), ".2f")
 
 
-def ops_table(rows: Sequence[OpRow]) -> str:
-    """A line per op: everyone's ms, and how ours stands; of rows of one size and mode.
+def rate(row: OpRow) -> str:
+    """GB/s of an op that is bound by memory, TFLOP/s of the rest."""
+    return f"{figures_3(row.tflops or row.gbs)} {'TFLOP/s' if row.tflops else 'GB/s'}"
 
-    Rates are GB/s for ops bound by memory, TFLOP/s for the rest.
-    """
+
+def ops_table(rows: Sequence[OpRow]) -> str:
+    """A line per op: everyone's ms, and how ours stands; of rows of one size and mode."""
     who = dict.fromkeys(row.provider for row in rows)
-    lines = []
-    for op in sorted({row.op for row in rows}, key=[*CASES].index):
-        found = {row.provider: row for row in rows if row.op == op and not row.doubt}
-        times = {n: f"{row.ms:.3g}" + (" !" if row.noisy else "") for n, row in found.items()}
-        gib = {n: number(row.peak_gib, ".2f") for n, row in found.items()}
-        line = [op, *(times.get(name, "") for name in who), "", "", "", ""]
-        if ours := found.get("ours"):
-            rate = f"{figures_3(ours.gbs)} GB/s"
-            rate = rate if ours.tflops is None else f"{figures_3(ours.tflops)} TFLOP/s"
-            line[-4:] = [rate, f"{ours.of_limit:.0%}", over("eager")(ours), over("compile")(ours)]
-        memory = [gib.get(name) or "-" for name in ("eager", "compile", "ours")]
-        lines.append([*line, " / ".join(memory) if any(gib.values()) else ""])
-    header = ["op", *(f"{name} ms" for name in who), "ours", "of limit", "x eager", "x compile"]
-    header += ["extra GiB: eager / compile / ours"]
-    names: Columns = {"op": lambda r: r.op, "who": lambda r: r.provider}
+    found = {(row.op, row.provider): row for row in shown(rows)}
+
+    def of(name: str, get: Callable[[OpRow], str]) -> Callable[[str], str]:
+        return lambda op: get(found[op, name]) if (op, name) in found else ""
+
+    def memory(op: str) -> str:
+        gib = {name: of(name, lambda row: number(row.peak_gib, ".2f"))(op) for name in who}
+        known = any(gib.values())
+        return " / ".join(gib.get(n) or "-" for n in ("eager", "compile", "ours")) * known
+
+    columns = {
+        "op": str,
+        **{f"{name} ms": of(name, lambda r: f"{r.ms:.3g}" + " !" * r.noisy) for name in who},
+        "ours": of("ours", rate),
+        "of limit": of("ours", lambda row: f"{row.of_limit:.0%}"),
+        "x eager": of("ours", over("eager")),
+        "x compile": of("ours", over("compile")),
+        "extra GiB: eager / compile / ours": memory,
+    }
+    ops = sorted({row.op for row in rows}, key=[*CASES].index)
+    body = table([*columns], [[get(op) for get in columns.values()] for op in ops])
     taken = [f"{row.op} {row.provider} took {row.backend.lower()}." for row in rows if row.backend]
-    return "\n\n".join(filter(None, [table(header, lines), " ".join(taken), *hidden(rows, names)]))
+    names: Columns = {"op": lambda row: row.op, "who": lambda row: row.provider}
+    return "\n\n".join(filter(None, [body, " ".join(taken), *hidden(rows, names)]))
 
 
 def step_table(rows: Sequence[StepRow]) -> str:
@@ -98,33 +106,33 @@ def step_table(rows: Sequence[StepRow]) -> str:
     on_gpu = any(row.peak_tflops for row in rows)
     rivals = ["compile bf16" if on_gpu else "eager fp32"]
     rivals += [row.provider for row in rows if row.provider.startswith("nanogpt")]
+    if all(row.provider.startswith("ours bf16") for row in rows):  # one thing switched back
+        rivals = ["ours bf16"]
 
     def mfu(row: StepRow) -> str:
-        if row.peak_tflops is None:
-            return ""
-        return " / ".join(f"{x / row.peak_tflops:.1%}" for x in (row.tflops_palm, row.tflops_llmc))
+        rates, peak = (row.tflops_palm, row.tflops_llmc), row.peak_tflops
+        return " / ".join(f"{rate / peak:.1%}" for rate in rates) if peak else ""
 
     return rows_table(
         rows,
-        {"what runs": lambda r: r.provider},
+        {"what runs": lambda row: row.provider},
         {
-            "tokens/s": lambda r: f"{r.tokens_per_s:,.0f}",
-            "ms/step": lambda r: f"{r.ms:,.1f}",
-            "spread": lambda r: r.spread,
+            "tokens/s": lambda row: f"{row.tokens_per_s:,.0f}",
+            "ms/step": lambda row: f"{row.ms:,.1f}",
+            "spread": lambda row: row.spread,
             **{f"x {name}": over(name) for name in rivals},
             "MFU palm / llmc": mfu,
-            "peak GiB": lambda r: number(r.peak_gib, ".1f"),
-            "TFLOP/s": lambda r: "" if on_gpu else f"{r.tflops_palm:.3f}",
-            "first step s": lambda r: f"{r.first_step_s:.1f}",
+            "peak GiB": lambda row: number(row.peak_gib, ".1f"),
+            "TFLOP/s": lambda row: "" if on_gpu else f"{row.tflops_palm:.3f}",
+            "first step s": lambda row: f"{row.first_step_s:.1f}",
         },
     )
 
 
 def device_line(result: Result) -> str:
     device = result.device
-    if device["type"] == "cpu":
-        return f"{device['name']}, {device['cores']} cores, {device['isa']}"
-    return device["name"]
+    cores = f", {device['cores']} cores, {device['isa']}" if device["type"] == "cpu" else ""
+    return device["name"] + cores
 
 
 def where(result: Result) -> str:

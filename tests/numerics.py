@@ -171,9 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "tf32" in dtypes:
             print("tf32 left out: only a GPU multiplies in it")
             dtypes = [name for name in dtypes if name != "tf32"]
-    from bench import record, rows
+    from bench import record
 
-    results = record.Results(device, args.out, args.commit) if args.out else None
+    results = record.open_result(device, args.out, args.commit) if args.out else None
     print(f"{'check':<15}{'of':<50}{'ours':>10}{'eager':>10}{'budget':>10}")
     failed = total = 0
     for op in args.op or CASES:
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 total, failed = total + 1, failed + bool(why)
                 if results:
-                    results.add("checks", rows.CheckRow(check=check, what=what, doubt=why))
+                    results.add("checks", record.CheckRow(check=check, what=what, doubt=why))
     where = "the interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
     print(f"numerics: {total} results in {where}, {failed} do not hold")
     return 1 if failed else 0

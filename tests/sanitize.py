@@ -11,9 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from bench import cli, ops, optimizer
+from bench import cli, ops
 from bench.cases import CASES, Shape, make_inputs
 from kernels import linear_cross_entropy
+from model import GPT, MODELS
+from training.optim import configure_adamw
+from training.recipes import Recipe
+from training.step import working_copies
 
 V = 9000  # a whole block of the head's columns and one that V cuts; 50,257 takes minutes here
 # The last has the launch rows of 4,096 rows and more.
@@ -30,7 +34,14 @@ def sanitize(op: str, device: torch.device) -> None:
     if op == PLANTED:
         _overrun_kernel[(1,)](torch.empty(64, device=device), BLOCK=4096)
     elif op == "adamw":
-        optimizer.make_step("triton", "smoke", True, device)[0]()
+        model = GPT(MODELS["smoke"]).to(device)
+        copies, parameters = working_copies(model), dict(model.named_parameters())
+        optimizer = configure_adamw(model, Recipe(), "triton")
+        optimizer.attach_working({parameters[name]: copies[name] for name in copies})
+        for leaf in (parameters | copies).values():
+            leaf.grad = torch.randn_like(leaf)
+        optimizer.clip(1.0)
+        optimizer.step()
     else:
         linear_cross_entropy.CHUNK_BYTES = 4 << 20  # several chunks, as at full size
         for shape in SHAPES:

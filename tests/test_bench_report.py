@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cli, contestants, figures, recipe, record, report, rows, step
+from bench import cli, contestants, figures, recipe, record, report, step
 from bench.cases import CASES
 from bench.figures import LARGE
-from bench.record import Result, with_values
-from bench.rows import CheckRow, OpRow, ProfileRow, SeedRow, StepRow, TuneRow
+from bench.record import CheckRow, OpRow, ProfileRow, Result, SeedRow, StepRow, with_values
 from training import timing
 from training.recipes import PUBLISHED_LOSS
 
@@ -60,10 +59,7 @@ def ops() -> list[OpRow]:
             found[i] = replace(row, doubt=doubt, ms=SECRET)
         elif row.op == "layer_norm":
             found[i] = replace(row, over={})
-    sweep = [row for op, case in CASES.items() for shape in case.sweep
-             for row in op_rows(op, shape.label, sweep=True)]  # fmt: skip
-    sweep[2] = replace(sweep[2], doubt="x", ms=SECRET)
-    return [*found, *(replace(row, mode="fwd") for row in found[:4]), *sweep]
+    return [*found, *(replace(row, mode="fwd") for row in found[:4])]
 
 
 def seeds() -> list[SeedRow]:
@@ -81,14 +77,6 @@ def seeds() -> list[SeedRow]:
         samples=[{"prompt": "First Citizen:", "text": text}],
     )  # fmt: skip
     return [cold, warm]
-
-
-def tuned() -> list[TuneRow]:
-    up = TuneRow(
-        kernel="gelu_mlp.up", shape="B=64 T=1024", dtype="bfloat16", gain=1.11, propose=True,
-        present={"num_warps": 4}, best={"num_warps": 8}, more={"row": "[a row],"},
-    )  # fmt: skip
-    return [up, replace(up, kernel="gelu_mlp.down", gain=1.0, propose=False)]
 
 
 def profiles() -> list[ProfileRow]:
@@ -121,7 +109,7 @@ def cuda_result(date: str = "2027-01-02 10:00 UTC", commit: str = "a" * 40, name
     ]
     ablation = [
         step_row("ours bf16", 105.0),
-        step_row("ours bf16, gelu_mlp=eager", 110.0),
+        step_row("ours bf16, gelu_mlp=eager", 110.0, over={"ours bf16": 0.9545}),
         step_row("ours bf16, causal_attention=eager", 1.0, doubt=RED),
     ]
     about = {
@@ -134,8 +122,8 @@ def cuda_result(date: str = "2027-01-02 10:00 UTC", commit: str = "a" * 40, name
     }  # fmt: skip
     whole: dict[str, Any] = {
         "ops": ops(), "step": step, "ablation": ablation, "seed": seeds(),
-        "checks": checks(), "tune": tuned(), "profile": profiles(),
-        "generate": [step_row("cached", 9.0)], "optimizer": op_rows("layer_norm", "124m")[:1],
+        "checks": checks(), "profile": profiles(),
+        "generate": [step_row("cached", 9.0)],
     }  # fmt: skip
     return Result(about, whole | sections)
 
@@ -186,10 +174,8 @@ def test_every_section_says_what_a_gpu_measured():
     assert f"\ngelu_mlp ours: not shown: {RED}" in ops
     assert re.search(r"gelu_mlp +\| +1 \| +0.885 \| +\| +0.719 \| +\|", ops)
     assert "copy 4,000 GB/s" in ops
-    assert re.search(r"gelu_mlp=eager +\| +595,782 \| +1.0% \| +0.955 \|", text)
-    assert f"\ncausal_attention=eager: not shown: {RED}" in text
-    assert "1 of 2 launches could be faster" in text
-    assert "```toml\n# gelu_mlp.up, x1.110\n[a row],\n```" in text
+    assert re.search(r"gelu_mlp=eager +\| +595,782 \| +110.0 \| +1.0% \| +0.95 \|", text)
+    assert f"\nours bf16, causal_attention=eager: not shown: {RED}" in text
 
 
 def test_train_block_quotes_what_the_recipe_writes():
@@ -312,13 +298,11 @@ def test_without_a_gpu_one_line_and_open_goals():
 
 def test_each_section_is_of_the_newest_result_that_has_it():
     old, new = cuda_result(commit="c" * 40), cuda_result("2027-01-03 10:00 UTC", profile=[])
-    new.sections["ops"] = [row for row in new.rows("ops") if not row.sweep]
     assert "cccccccc" in report.SECTIONS["Where the time of a step goes"]([old, new])
     assert ON in report.step_block([old, new], "cuda")
-    assert figures.FIGURES["sweep-gelu_mlp"].find([old, new])[0] is old
     assert figures.FIGURES["ops-gpu"].find([old, new])[0] is new
     # A result with one section says nothing of the others.
-    for name in rows.SECTIONS:
+    for name in record.SECTIONS:
         alone = Result(new.about, {name: old.rows(name)})
         headings = report.page([alone]).count("\n## ")
         at_least = ("Goals", "The whole training step on a GPU", "What was run")
@@ -329,7 +313,7 @@ def test_a_page_and_every_figure_are_made_and_checked(tmp_path, capsys):
     """`make report` on the committed README and results, and on one more."""
     results = tmp_path / "bench/results"
     results.mkdir(parents=True)
-    cuda_result().write(results / "h200.json")
+    replace(cuda_result(), path=results / "h200.json").write()
     for path in record.RESULTS.glob("*.json"):
         (results / path.name).write_text(path.read_text())
     (tmp_path / "README.md").write_text((record.ROOT / "README.md").read_text())
@@ -362,7 +346,6 @@ def test_figures_leave_out_what_is_in_doubt_or_has_nothing_to_be_held_against():
     assert ("gelu_mlp", "compile") in of
     assert ("gelu_mlp", "ours") not in of
     assert all(op != "layer_norm" for op, _ in of)  # its eager ran out of memory
-    assert len(drawn("sweep-layer_norm", result)) == 4 * 7 - 1
     [curve] = drawn("curve-gpu", result)
     assert curve.curve[-1][0] == 3599
     axes = figures.draw_curve(result, [curve])
@@ -376,19 +359,19 @@ def test_figures_leave_out_what_is_in_doubt_or_has_nothing_to_be_held_against():
 
 
 def test_results_keep_rows_replace_twins_and_refuse_strangers(tmp_path):
-    results = record.Results(CPU, tmp_path, commit="c" * 40)
+    results = record.open_result(CPU, tmp_path, commit="c" * 40)
     row = OpRow(op="layer_norm", shape="s", dtype="fp32", mode="fwd", provider="eager", ms=1.0)
     results.add("ops", row)
     on_disk = record.load(results.path)  # written at once: an interrupted run keeps it
     assert on_disk.rows("ops") == [row]
     about = {"device", "torch", "triton", "commit", "dirty", "command", "date"}
     assert about <= {*on_disk.about}
-    again = record.Results(CPU, tmp_path, commit="c" * 40)
+    again = record.open_result(CPU, tmp_path, commit="c" * 40)
     again.add("ops", replace(row, ms=math.nan), replace(row, provider="ours", ms=1 / 3))
     assert [r.ms for r in record.load(again.path).rows("ops")] == [None, 0.33333]
     assert [*tmp_path.iterdir()] == [again.path]
     with pytest.raises(ValueError, match=r"must agree in commit; it is c{40} and d{40}"):
-        record.Results(CPU, again.path, commit="d" * 40)
+        record.open_result(CPU, again.path, commit="d" * 40)
     for text, why in (
         ('{"schema": "someone/else"}', r"must have schema .* has 'someone/else'"),
         ('{"ops": [', "is not JSON"),
@@ -401,8 +384,8 @@ def test_results_keep_rows_replace_twins_and_refuse_strangers(tmp_path):
 
 def test_files_of_several_calls_count_as_one(tmp_path):
     def part(name: str, hour: int, sections: dict[str, Any], **about: Any) -> None:
-        result = Result(cuda_result(f"2027-01-02 {hour}:00 UTC").about | about, sections)
-        result.write(tmp_path / name)
+        whole = cuda_result(f"2027-01-02 {hour}:00 UTC")
+        Result(whole.about | about, sections, tmp_path / name).write()
 
     step = cuda_result().rows("step")
     # Later is by date, whatever the names.

@@ -9,7 +9,7 @@ import pytest
 
 from bench import budget
 from bench.cases import CASES, Shape
-from bench.plan_run import MEMORY
+from bench.plan_run import PAPER
 from training.machines import CARDS
 
 LARGE = Shape(64, 1024)
@@ -36,8 +36,8 @@ def test_it_stands_beside_what_an_h100_took() -> None:
 
 
 def test_a_card_without_results_has_its_data_sheet() -> None:
-    assert budget.UNITS.keys() <= CARDS.keys() & MEMORY.keys()
-    for card in budget.UNITS.keys() - {"H100"}:
+    assert PAPER.keys() <= CARDS.keys()
+    for card in PAPER.keys() - {"H100"}:
         assert "of the data sheet" in budget.rates_of(card).source
         assert not any(line[8] for line in budget.lines(card, Shape(16, 64), {}))
 
