@@ -435,6 +435,15 @@ def test_a_config_is_the_flags_it_was_made_of(tmp_path: Path) -> None:
     file.write_text(json.dumps({"recipe": recipe, "flags": flat}))
     older = train.parse(["--config", str(file)])
     assert (older.recipe.muon, older.choices.optimizer) == (True, "auto")
+    flat["choices"]["optimizer"] = "auto"
+    wrong = {"muon": None, "seed": True, "max_lr": "a", "schedule": "b", "ops": 3, "compile": 1}
+    for name, value in {**wrong, "eval_every": None, "keep_last": 2.5}.items():
+        parts = [{**part} for part in (recipe, flat["choices"], flat)]
+        next(part for part in parts if name in part or name == "muon")[name] = value
+        flags_then = {**parts[2], "choices": parts[1]}
+        file.write_text(json.dumps({"recipe": parts[0], "flags": flags_then}))
+        with pytest.raises(ValueError, match=f"^config: {file}: {name} must be .*, got "):
+            train.parse(["--config", str(file)])
 
 
 def test_muon_resumes_exactly_and_no_other_goes_on_from_it(

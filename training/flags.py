@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from model import hf
-from model.edge import quoted
-from training import documents
+from model.edge import is_int, quoted
+from training import documents, schema
 from training.machines import has_gpu
 from training.plan import Choices
 from training.recipes import ABOUT, FINETUNE, Recipe, find_preset, spell_model
@@ -22,6 +22,7 @@ _OF_ONE_RUN = {"out", "resume", "override", "cooldown", "explain", "config"}
 LIST = "list"  # in place of a recipe
 DEFAULT_PRESET = {"cpu": "shakespeare-cpu", "cuda": "shakespeare-124m"}
 _LEAST = {"eval_every": -1, "save_every": -1, "keep_last": 1, "rank_timeout": 1}
+_WHOLE = schema.Must("a whole number", is_int)  # whatever its bounds
 _LEAST |= dict.fromkeys(("sample_every", "hellaswag_every", "log_every"), 0)
 
 
@@ -241,6 +242,12 @@ def from_config(path: str) -> list[str]:
     known = {f.name for of in (Config, Choices, Recipe) for f in fields(of)}
     for name in sorted(chosen.keys() - known):
         raise ValueError(f"config: {file}: train.py has no flag {quoted(name)}")
+    can_be = schema.of(Recipe) | schema.of(Choices)
+    words = [f for f in fields(Config) if isinstance(f.default, str | int)]
+    can_be |= {f.name: schema.of(type(f.default)) for f in words}
+    for name in chosen.keys() & can_be.keys():
+        must = _WHOLE if can_be[name] is schema.COUNT else can_be[name]
+        schema.check(f"config: {file}: {name}", chosen[name], must)
     left_out = set(_OF_ONE_RUN)
     left_out |= {"model"} if chosen.get("init") else set()  # whose weights decide it
     left_out |= {"max_steps"} if chosen.get("epochs") else set()  # of that text
