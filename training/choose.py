@@ -7,9 +7,7 @@ and by its rivals, plain PyTorch compiled among them: what ops gain alone they m
 training/verify.py, with every sample.
 """
 
-import json
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -178,11 +176,8 @@ def take_fastest(
         if not (names or long):  # what was asked for by name is no question
             return None
         found, said = measure(trouble)
-        text = json.dumps({"key": key, **found}, indent=2)
-        # Samples on one line.
-        text = re.sub(r"\[[^\[\]{}\"]*\]", lambda array: " ".join(array[0].split()), text)
         more = "" if long else "; `make tune` searches launch rows and times whole steps too"
-        return found["ms"], f"{said}{keep(path, text)}{more}"
+        return found["ms"], f"{said}{keep(path, {'key': key, **found})}{more}"
 
     if not (found := world.first("times", answer)):
         return checked

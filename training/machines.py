@@ -30,17 +30,11 @@ FREE_SHARE = 0.9  # of a GPU's memory is free at least where nobody else uses it
 
 @dataclass(frozen=True)
 class Card:
-    """Vendor's figures of a GPU, without sparsity.
+    """Vendor's figures of a GPU, without sparsity."""
 
-    Args:
-        tflops: Dense products in `dtype`.
-        gbs: GB/s of the memory.
-        dtype: What training runs in there.
-    """
-
-    tflops: float
-    gbs: float
-    dtype: str = "bf16"
+    tflops: float  # of dense products in `dtype`
+    gbs: float  # GB/s of the memory
+    dtype: str = "bf16"  # what training runs in there
 
 
 # By the part of the device name that tells it; the first that fits counts. SXM forms where a name
@@ -74,36 +68,22 @@ def mfu(config: GPTConfig, T: int, tokens_per_s: float, device_name: str) -> flo
 
 @dataclass(frozen=True)
 class Machine:
-    """What the decisions depend on.
+    """What the decisions depend on."""
 
-    Args:
-        device: "cpu" or "cuda".
-        name: Device name as the vendor writes it.
-        arch: Compute capability, 90 for an H100; 0 on a CPU.
-        num_threads: Threads torch uses on the CPU.
-        has_bf16: bf16 products are faster than fp32: sm_80 on CUDA; on a CPU see `cpu_has_bf16`.
-        missing_tools: What torch.compile needs and the machine lacks.
-        interpreted: Triton kernels run on the CPU (TRITON_INTERPRET=1).
-        has_triton: triton can be imported.
-        memory_bytes: Of the GPU, what is free of it if others use it, or of the machine on a CPU; 0
-            is unknown.
-        launcher_lacks: What triton needs to launch a kernel on the GPU and the machine lacks.
-        rocm: The GPU is AMD's.
-        notes: What someone might not expect of this machine, for the plan.
-    """
-
-    device: str
-    name: str
-    arch: int = 0
-    num_threads: int = 1
-    has_bf16: bool = False
-    missing_tools: tuple[str, ...] = ()
-    interpreted: bool = False
-    has_triton: bool = True
-    memory_bytes: int = 0
-    launcher_lacks: tuple[str, ...] = ()
-    rocm: bool = False
-    notes: tuple[str, ...] = ()
+    device: str  # "cpu" or "cuda"
+    name: str  # as the vendor writes it
+    arch: int = 0  # compute capability, 90 for an H100; 0 on a CPU
+    num_threads: int = 1  # that torch uses on the CPU
+    has_bf16: bool = False  # its products are faster than those of fp32
+    missing_tools: tuple[str, ...] = ()  # what torch.compile needs and is not here
+    interpreted: bool = False  # triton's kernels run on the CPU: TRITON_INTERPRET=1
+    has_triton: bool = True  # it can be imported
+    memory_bytes: int = (
+        0  # of the GPU, what is free if others use it; else the machine's; 0: unknown
+    )
+    launcher_lacks: tuple[str, ...] = ()  # what triton needs to launch a kernel and is not here
+    rocm: bool = False  # the GPU is AMD's
+    notes: tuple[str, ...] = ()  # what someone might not expect of this machine, for the plan
 
 
 def built_for(arch: int, targets: Sequence[str]) -> bool:

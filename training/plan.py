@@ -45,12 +45,14 @@ def _read_switch(words: list[str]) -> bool | None:
     return _STATES[word]
 
 
-# A flag of three states.
-Switch = Annotated[bool | None, tyro.constructors.PrimitiveConstructorSpec(
-    nargs=(0, 1), metavar="{auto,on,off}", instance_from_str=_read_switch,
+_THREE_STATES = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=(0, 1),
+    metavar="{auto,on,off}",
+    instance_from_str=_read_switch,
     is_instance=lambda value: value is None or isinstance(value, bool),
     str_from_instance=lambda value: [word for word, is_ in _STATES.items() if is_ is value],
-)]  # fmt: skip
+)
+Switch = Annotated[bool | None, _THREE_STATES]
 
 
 @dataclass(frozen=True)
@@ -105,49 +107,28 @@ _OPEN = vars(Choices())
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe runs. Only `residual` and `reduce_dtype` change the losses.
-
-    Args:
-        device, device_name: Where it runs.
-        num_threads: CPU threads.
-        ops: What `kernels.parse_ops` reads.
-        dtype: "fp32", or "bf16" or "fp16" for autocast; fp16 with loss scaling.
-        compile: torch.compile, on the whole model or on its blocks (`compile_scope`).
-        micro_batch_size, num_micro_batches: Their product is the recipe's rows per step.
-        eval_tokens: Validation tokens of an evaluation during the run; the last one takes all.
-        optimizer: "torch" for PyTorch's fused AdamW, "triton" for kernels/adamw.py.
-        working_copies: The optimizer writes bf16 copies of the weights that autocast would cast.
-        cuda_graph: The step is captured once and replayed.
-        shard: "optimizer" where the ranks share AdamW's state out, "full" where they share out the
-            blocks' matrices and what belongs to them.
-        reduce_dtype: In which the ranks add up the gradients of matrices; "bf16" rounds them.
-        recompute: Blocks compute their forward again in the backward.
-        residual: Dtype of the residual stream; "bf16" changes the numerics.
-        memory_bytes: What a step needs by training/memory.py; an estimate.
-        launches: Launch rows that were measured here, as [measured] of kernels/launches.toml.
-        notes: One line for each choice that someone might not expect.
-    """
+    """How a recipe runs. Only `residual` and `reduce_dtype` change the losses; see `Choices`."""
 
     device: str
     device_name: str
-    num_threads: int
-    ops: str
+    num_threads: int  # of the CPU
+    ops: str  # what `kernels.parse_ops` reads
     dtype: str
     compile: bool
-    micro_batch_size: int
+    micro_batch_size: int  # times num_micro_batches: the recipe's rows per step
     num_micro_batches: int
-    eval_tokens: int
-    compile_scope: str = "model"
-    optimizer: str = "torch"
+    eval_tokens: int  # of an evaluation during the run; the last one takes all
+    compile_scope: str = "model"  # or "blocks"
+    optimizer: str = "torch"  # whose fused AdamW; or "triton": kernels/adamw.py
     working_copies: bool = False
     cuda_graph: bool = False
     shard: str = "none"
     reduce_dtype: str = "fp32"
     recompute: bool = False
     residual: str = "fp32"
-    memory_bytes: int = 0
-    launches: str = ""
-    notes: tuple[str, ...] = ()
+    memory_bytes: int = 0  # what a step needs by training/memory.py; an estimate
+    launches: str = ""  # rows that were measured here, as [measured] of kernels/launches.toml
+    notes: tuple[str, ...] = ()  # a line for each choice that someone might not expect
 
     @property
     def op_set(self) -> Ops:

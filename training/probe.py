@@ -37,36 +37,19 @@ MAX_COMPILED_FLOPS = 2e11
 RATE_S = 0.8  # for each rate that is measured
 COMPILE_S, MAX_COMPILE_S = 20.0, 40.0  # what it takes two idle cores, and what it may take here
 PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer")
-# nvidia-smi's names of the fields of `Rates` that it fills.
-SMI_FIELDS = {
-    "driver_version": "driver",
-    "power.limit": "power_limit_w",
-    "power.max_limit": "power_max_w",
-    "clocks.sm": "sm_mhz",
-    "clocks.max.sm": "sm_max_mhz",
-}
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine reaches, measured; 0 where it does not say.
+    """What this machine reaches, measured; 0 where it does not say."""
 
-    Args:
-        copy_gbs: GB/s of a copy larger than the caches, bytes read plus bytes written.
-        matmul_gflops: GFLOP/s of a large square product by "fp32", "tf32", "bf16" and "fp16".
-        shape_gflops: The same in the plan's dtype for (tokens of a micro-batch, C, 4C).
-        cores: CPU cores this process may use.
-        power_limit_w, power_max_w, sm_mhz, sm_max_mhz, driver: Of the GPU; the clock right after
-            the products.
-    """
-
-    copy_gbs: float
-    matmul_gflops: dict[str, float]
-    shape_gflops: float = 0.0
-    cores: int = 1
+    copy_gbs: float  # of a copy larger than the caches, bytes read plus bytes written
+    matmul_gflops: dict[str, float]  # large square products in "fp32", "tf32", "bf16" and "fp16"
+    shape_gflops: float = 0.0  # in the plan's dtype for (tokens of a micro-batch, C, 4C)
+    cores: int = 1  # that this process may use
     power_limit_w: float = 0.0
     power_max_w: float = 0.0
-    sm_mhz: float = 0.0
+    sm_mhz: float = 0.0  # right after the products
     sm_max_mhz: float = 0.0
     driver: str = ""
 
@@ -78,23 +61,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Probe:
-    """A few steps, timed.
+    """A few steps, timed."""
 
-    Args:
-        phases: Median seconds of a step in each of `PHASES`, run launch by launch.
-        seconds: Of each step, as training takes it: replayed where the plan captures.
-        tokens_per_step: Of the recipe.
-        host_s: Median seconds the host needs to queue a step on CUDA; 0 on a CPU.
-        peak_bytes: Largest memory of the GPU allocator; 0 on a CPU.
-        note: What was done otherwise than in training; empty if nothing.
-    """
-
-    phases: dict[str, float]
-    seconds: tuple[float, ...]
+    phases: dict[str, float]  # median seconds of a step in each of PHASES, launch by launch
+    seconds: tuple[float, ...]  # of each step as training takes it: replayed where it captures
     tokens_per_step: int
-    host_s: float = 0.0
-    peak_bytes: int = 0
-    note: str = ""
+    host_s: float = 0.0  # median, that the host needs to queue a step on CUDA; 0 on a CPU
+    peak_bytes: int = 0  # of the GPU's allocator; 0 on a CPU
+    note: str = ""  # what was done otherwise than in training
 
     @property
     def step_s(self) -> float:
@@ -177,13 +151,14 @@ def measure_rates(recipe: Recipe, machine: Machine, plan: Plan) -> Rates:
         torch.set_float32_matmul_precision(precision)
     for name in {*(["bf16"] if machine.has_bf16 else []), plan.dtype} - {"fp32"}:
         rates[name] = gflops(size, size, size, DTYPES[name])
-    smi = nvidia_smi(*SMI_FIELDS) if cuda else {}
+    said = ("driver_version", "power.limit", "power.max_limit", "clocks.sm", "clocks.max.sm")
+    smi = nvidia_smi(*said) if cuda else {}
     C = recipe.model_config.n_embd
     tokens = min(plan.micro_batch_size * recipe.block_size, 65536 if cuda else 1024)
-    dtype = DTYPES[plan.dtype]
-    found: dict[str, Any] = {SMI_FIELDS[field]: value for field, value in smi.items()}
-    found |= {name: float(value) for name, value in found.items() if name != "driver"}
-    return Rates(copy_gbs(), rates, gflops(tokens, C, 4 * C, dtype), num_cores(), **found)
+    shaped = gflops(tokens, C, 4 * C, DTYPES[plan.dtype])
+    numbers = [float(smi.get(field, 0)) for field in said[1:]]
+    driver = smi.get("driver_version", "")
+    return Rates(copy_gbs(), rates, shaped, num_cores(), *numbers, driver=driver)
 
 
 def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PROBE_S) -> Probe:

@@ -10,6 +10,7 @@ machine that slows down half-way slows both.
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -41,13 +42,11 @@ FATAL = (
 class Timing:
     """Samples of one contestant, in milliseconds of one call.
 
-    Args:
-        samples_ms: In the order they were taken.
-        mode: "graph" (CUDA graph replay), "launches" (CUDA, kernels launched one by one because
-            capture was refused: the host may be in the figure) or "host" (wall time).
+    `mode` is "graph" (CUDA graph replay), "launches" (CUDA, kernels launched one by one because
+    capture was refused: the host may be in the figure) or "host" (wall time).
     """
 
-    samples_ms: Sequence[float]
+    samples_ms: Sequence[float]  # in the order they were taken
     mode: str = "host"
 
     @property
@@ -91,14 +90,9 @@ def gains(slow: Timing, fast: Timing) -> bool:
 
 def is_fatal(error: BaseException) -> bool:
     """Whether the CUDA context is broken, so that all that follows in this process fails too."""
-    seen: list[BaseException] = []  # chains can be circles
-    at: BaseException | None = error
-    while at is not None and at not in seen:
-        if any(text in str(at).lower() for text in FATAL):
-            return True
-        seen.append(at)
-        at = at.__cause__ or at.__context__  # the end of a capture hides what went wrong in it
-    return False
+    # What led to it, too: the end of a capture hides what went wrong in it.
+    said = "".join(traceback.format_exception(error, limit=0)).lower()
+    return any(text in said for text in FATAL)
 
 
 def reason_of(error: BaseException) -> str:
@@ -251,10 +245,9 @@ def interleave(
 
     Args:
         replays: What to time, by name.
-        rounds: Samples of each at most.
-        seconds: Budget of the whole; once it is spent no further round begins.
-        warmup: Rounds run and thrown away first.
-        min_rounds: Rounds taken whatever they cost.
+        rounds, seconds: Samples of each at most, and the budget of the whole; once that is spent no
+            further round begins.
+        warmup, min_rounds: Rounds thrown away first, and rounds taken whatever they cost.
         until: Of time.monotonic(); not even those begin after it.
         failed: Receives why a contestant fell out; without it the first error is raised.
     """

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -104,14 +105,14 @@ def find_wrong(
         line = f"kernels: {what} checked on {machine.name} in {seconds:.0f} s, "
         line += f"{wrong} wrong" if wrong else "all right"
         sure = {n: why for n, why in found.items() if not any(text in why for text in PASSING)}
-        values = {"key": key, "wrong": known | sure, "seconds": round(seconds, 1)}
-        say(f"{line}; {keep(path, json.dumps(values, indent=2))}")
+        kept = {"key": key, "wrong": known | sure, "seconds": round(seconds, 1)}
+        say(f"{line}; {keep(path, kept)}")
         known |= found
     else:
         say(f"kernels: {what} were checked on {machine.name} before; see {path}")
     again = f", without {path} it is checked again" if path.exists() else ""
-    more = {name: f"`make test OP={name}` shows more{again}" for name in names}
-    return {name: f"{known[name]}; {more[name]}" for name in names if known[name]}
+    more = "{}; `make test OP={}` shows more{}".format
+    return {name: more(known[name], name, again) for name in names if known[name]}
 
 
 def key_of(recipe: Recipe, plan: Plan, machine: Machine) -> dict[str, Any]:
@@ -145,8 +146,11 @@ def cache_path(key: Mapping[str, Any], kind: str = "kernels") -> Path:
     return base / "fused-gpt" / f"{kind}-{name}.json"
 
 
-def keep(path: Path, text: str) -> str:
-    """Write it, whole or not at all; where it is now, or why it is nowhere, in words."""
+def keep(path: Path, values: Mapping[str, Any]) -> str:
+    """Write them, all or nothing; where they are now, or why they are nowhere, in words."""
+    # A list of samples on one line.
+    plain = re.compile(r"\[[^\[\]{}\"]*\]")
+    text = plain.sub(lambda found: " ".join(found[0].split()), json.dumps(values, indent=2))
     try:
         if str(path).startswith("~"):
             raise OSError("this user has no home directory; set XDG_CACHE_HOME")
