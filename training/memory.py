@@ -13,7 +13,8 @@ step of one micro-batch, and in a longer one are folded into fp32 after each.
 Saved for backward, per layer:
 
     c_attn              y of ln_1                  e M C
-    causal_attention    qkv, its output, lse       e 3 M C + e M C + 4 M H     (c_proj's input too)
+    causal_attention    qkv, its output, lse       e 3 M C + e M C + 4 M H     (c_proj's input too;
+                        eager, in bf16 on a CPU: probabilities, e M H T, not lse)
     add_layer_norm      sum of the residual        r M C + 8 M   (twice a layer)
     gelu_mlp            x, and two of width 4C     e M C + 2 * e 4 M C     (eager h, g; triton g, d)
     bf16                casts of the 4 matrices    2 * 12 C^2          (unless they are kept copies)
@@ -44,7 +45,7 @@ leave room for them in the budget.
 from typing import TYPE_CHECKING, NamedTuple
 
 from kernels import read_ops
-from kernels.reference import CHUNK_TOKENS
+from kernels.reference import CHUNK_TOKENS, by_products
 from model import GPTConfig
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ def estimate(config: GPTConfig, T: int, plan: "Plan", ranks: int = 1) -> MemoryE
     num_parameters = head // 4 + config.block_size * C + matrices + 13 * C * L + 2 * C
     working = 2 * matrices if plan.working_copies else 0
 
-    layer = M * (2 * r * C + 14 * e * C + 2 * 8 + 4 * H)
+    products = by_products(plan.device, plan.dtype == "bf16", T, config.dropout)
+    per_head = e * T if products and backends["causal_attention"] == "eager" else 4
+    layer = M * (2 * r * C + 14 * e * C + 2 * 8 + per_head * H)
     once = M * (8 + r * C + 8 + e * C) + head
     if config.dropout > 0:
         once, layer = once + M * C, layer + 2 * M * C  # masks
