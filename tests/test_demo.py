@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -73,10 +74,8 @@ def models(run: Path) -> app.Models:
 # ---- the functions behind the page
 
 
-DEFAULTS: dict[str, Any] = {
-    "temperature": 0.8, "top_k": 0, "top_p": 1.0, "max_new_tokens": 20, "seed": "0",
-    "num_samples": 1,
-}  # fmt: skip
+DEFAULTS = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "max_new_tokens": 20}
+DEFAULTS |= {"seed": "0", "num_samples": 1}
 
 
 def ask(models: app.Models, prompt: str, **changes: Any) -> list[tuple[str, str]]:
@@ -140,8 +139,8 @@ def test_two_models_answer_side_by_side_from_the_same_seed(run: Path, tmp_path: 
     models = app.Models(run, beside=tmp_path / "other")
     *early, (texts, status) = ask(models, "Hello", max_new_tokens=8)
     seed = re.findall(r"seed (\d+)", status)[0]
-    alone = [ask(each, "Hello", max_new_tokens=8, seed=seed)[-1][0]
-             for each in (app.Models(run), models.all[1])]  # fmt: skip
+    first, second = app.Models(run), models.all[1]
+    alone = [ask(each, "Hello", max_new_tokens=8, seed=seed)[-1][0] for each in (first, second)]
     assert alone[0] != alone[1]
     assert all(text in texts for text in alone)
     assert 'class="status done"' in status
@@ -244,8 +243,7 @@ def test_panel_and_examples_are_of_the_run(models: app.Models, run: Path, tmp_pa
         (["--bogus"], ""),
     ],
 )
-def test_bad_flags(args: list[str], message: str, capsys: pytest.CaptureFixture[str],
-                   monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # fmt: skip
+def test_bad_flags(args: list[str], message: str, capsys, monkeypatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     for main, first in ((app.main, []), (space.main, ["out"])):
         if "--port" in args and main is not app.main:
@@ -404,10 +402,9 @@ print(json.dumps([demo.app.__file__, panel, examples, texts, status, modules]))
 
 
 def start_space(out: Path) -> list[Any]:
-    done = subprocess.run(
-        [sys.executable, "-c", START], cwd=out, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    command, env = [sys.executable, "-c", START], {**os.environ, "PYTHONPATH": ""}
+    env["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -445,9 +442,8 @@ def test_space_folder_runs_by_itself_and_holds_what_it_says(
         content = path.read_bytes()
         for private in (SECRET, str(tmp_path), str(run)):
             assert private.encode() not in content, path
-    assert {path.name for path in files if path.parent == out} == {
-        ".gitattributes", "LICENSE", "README.md", "about.json", "app.py", "requirements.txt",
-    }  # fmt: skip
+    code = {"LICENSE", "README.md", "app.py", "requirements.txt"}
+    assert {p.name for p in files if p.parent == out} == {".gitattributes", "about.json", *code}
 
 
 def test_space_with_the_training_text_marks_what_is_recited(run: Path, tmp_path: Path):
@@ -493,36 +489,25 @@ def test_space_refuses_what_it_cannot_fill(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    ("error", "exists"), [(OSError("full"), False), (KeyboardInterrupt(), True)]
-)
-def test_an_error_half_way_leaves_nothing_of_a_space(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, exists: bool
+def test_an_error_half_way_leaves_nothing_of_a_space_and_no_link_leads_into_one(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def fail(*_: Any) -> None:
-        raise error
-
-    out = tmp_path / "space"
-    if exists:
-        out.mkdir()
-    monkeypatch.setattr(space, "write_atomically", fail)
-    with pytest.raises(type(error)):
-        space.write_space(out, run)
-    assert [*tmp_path.iterdir()] == ([out] if exists else [])
-    monkeypatch.undo()
-    space.write_space(out, run)
-    assert (out / "app.py").is_file()
-    assert [*tmp_path.iterdir()] == [out]
-
-
-def test_links_are_not_followed_into_a_space(run: Path, tmp_path: Path):
-    secret = tmp_path / "secret.txt"
+    strange, secret, out = (tmp_path / name for name in ("strange", "secret.txt", "space"))
     secret.write_text(SECRET)
-    strange = tmp_path / "strange"
     shutil.copytree(run, strange)
     for name in ("summary.json", "config.json", "metrics.jsonl", "samples.txt", "corpus.txt"):
         (strange / name).unlink()
         (strange / name).symlink_to(secret)
-    space.write_space(tmp_path / "space", strange)
-    found = [p for p in (tmp_path / "space").rglob("*") if p.is_file()]
+    for error in (OSError("full"), KeyboardInterrupt()):
+        before = sorted(tmp_path.iterdir())
+        with monkeypatch.context() as patch:
+            patch.setattr(space, "write_atomically", Mock(side_effect=error))
+            with pytest.raises(type(error)):
+                space.write_space(out, strange)
+        assert sorted(tmp_path.iterdir()) == before
+        out.mkdir(exist_ok=True)  # for the second, and for what works
+    space.write_space(out, strange)
+    assert (out / "app.py").is_file()
+    assert sorted(tmp_path.iterdir()) == sorted([secret, out, strange])
+    found = [p for p in out.rglob("*") if p.is_file()]
     assert not [p for p in found if p.is_symlink() or SECRET.encode() in p.read_bytes()]

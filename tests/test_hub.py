@@ -60,11 +60,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
             repo, _, rest = self.path[1:].partition("/resolve/")
             revision, _, file = rest.partition("/")
             allowed = repo != "org/private" or self.headers["Authorization"] == f"Bearer {TOKEN}"
-            error = (
-                "RepoNotFound" if not (root / repo).is_dir() or not allowed
-                else "RevisionNotFound" if revision not in ("main", "v1", COMMIT)
-                else "EntryNotFound" if not (root / repo / file).is_file() else None
-            )  # fmt: skip
+            checks = {
+                "RepoNotFound": (root / repo).is_dir() and allowed,
+                "RevisionNotFound": revision in ("main", "v1", COMMIT),
+                "EntryNotFound": (root / repo / file).is_file(),
+            }
+            error = next((name for name, holds in checks.items() if not holds), None)
             self.send_response(404 if error else 200)
             self.send_header("X-Repo-Commit", COMMIT)
             data = b"" if error else (root / repo / file).read_bytes()
@@ -168,10 +169,9 @@ def test_a_fine_tuning_starts_from_a_name(
     out, parameters = Path("run"), here.model.num_parameters()
     monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
     monkeypatch.setattr(ending, "report_run", lambda *_: None)
-    flags = ["--init", "org/tiny@v1", "--data", str(text), "--out", str(out), "--steps", "12",
-             "--eval-every", "2", "--max-lr", "1", "--warmup-steps", "1", "--patience", "2",
-             "--dropout", "0.2", "--no-guard", "--dtype=fp32", "--grad-accum-steps=1"]  # fmt: skip
-    assert train.main(flags) == 0
+    recipe = "--steps 12 --eval-every 2 --max-lr 1 --warmup-steps 1 --patience 2 --dropout 0.2"
+    flags = f"--init org/tiny@v1 --no-guard --dtype=fp32 --grad-accum-steps=1 {recipe}".split()
+    assert train.main([*flags, "--data", str(text), "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "recipe: finetune, model 124m,block_size=48,n_layer=1" in said
     assert f"init: org/tiny@v1, {parameters:,} parameters, trained at 48 positions, from " in said

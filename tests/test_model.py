@@ -119,6 +119,8 @@ def test_published_sizes() -> None:
     for name, count in zip(("124m", "350m", "774m", "1558m"), published, strict=True):
         with torch.device("meta"):
             model = GPT(MODELS[name])
+        padding = 47 * model.config.n_embd
+        assert sum(p.numel() for p in model.parameters()) - padding == count
         assert model.num_parameters() == count
         assert model.transformer.wte.weight.shape[0] == 50_304
         assert not list(model.buffers())  # no causal masks: 48 MiB of the published run's file

@@ -50,12 +50,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     """(address, log of what the process looked for outside)."""
     log = tmp_path_factory.mktemp("server") / "outside.log"
     make_run(run := log.parent / "run")
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(ROOT), str(run), str(log)], cwd=run,
-        # Uploads go to a folder that every user of the machine would share.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(log.parent)},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    command = [sys.executable, "-c", SERVER, str(ROOT), str(run), str(log)]
+    # Uploads go to a folder that every user of the machine would share.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(log.parent)}
+    out: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, cwd=run, env=env, text=True, **out)
     assert process.stdout
     lines = []
     for text in process.stdout:

@@ -27,8 +27,8 @@ from training.prepare import Config, main, prepare
 from training.shards import TokenShards, open_shard
 
 ROOT = Path(__file__).parents[1]
-WORDS = ["the", "king's", "1594", "na\u00efve", "\U0001f600", "--", "<|endoftext|>", "   ", "\n\n",
-         "\t", "\u00a0", "x" * 40]  # fmt: skip
+WORDS = ["the", "king's", "1594", "na\u00efve", "\U0001f600", "--", "<|endoftext|>", "   "]
+WORDS += ["\n\n", "\t", "\u00a0", "x" * 40]
 
 
 def random_text(seed: int, words: int) -> str:
@@ -151,10 +151,11 @@ def test_a_kill_after_any_write_of_the_index_loses_and_doubles_nothing(tmp_path,
 
 @pytest.mark.slow
 def test_the_command_with_two_processes(tmp_path):
-    (tmp_path / "a.txt").write_text("hello world " * 1000, encoding="utf-8")
-    (tmp_path / "b.txt").write_text("and more", encoding="utf-8")
-    command = [sys.executable, "-m", "training.prepare", tmp_path / "a.txt", tmp_path / "b.txt",
-               "--out", tmp_path / "o", "--processes", "2"]  # fmt: skip
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.write_text("hello world " * 1000, encoding="utf-8")
+    b.write_text("and more", encoding="utf-8")
+    command = [sys.executable, "-m", "training.prepare", a, b, "--out", tmp_path / "o"]
+    command += ["--processes", "2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     tokens = open_shard(tmp_path / "o" / "train-000000.bin")
@@ -439,10 +440,15 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     (tmp_path / "odd.bin").write_bytes(struct.pack("<3B", 1, 2, 3))
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(100))
     write_llmc(tmp_path / "none.bin", tokens[:0])
-    for name, line in (("short.bin", "must be 3024 bytes"), ("llama.bin", "Llama 3"),
-                       ("float.npy", "float32"), ("text.npy", "not a readable .npy"),
-                       ("odd.bin", "got 3 bytes"), ("pytorch_model.bin", "PyTorch's weights"),
-                       ("none.bin", "damaged or empty")):  # fmt: skip
+    for name, line in {
+        "short.bin": "must be 3024 bytes",
+        "llama.bin": "Llama 3",
+        "float.npy": "float32",
+        "text.npy": "not a readable .npy",
+        "odd.bin": "got 3 bytes",
+        "pytorch_model.bin": "PyTorch's weights",
+        "none.bin": "damaged or empty",
+    }.items():
         with pytest.raises(ValueError, match=line):
             open_shard(tmp_path / name)
 

@@ -209,10 +209,9 @@ def command(
 def test_command_line_streams_a_prompt_from_stdin(runs: Path, text_model: GPT):
     """One real process; the other paths of the command are called in this one."""
     flags = ["--prompt", "-", "--max-new-tokens", "20", "--seed", "3"]
-    done = subprocess.run(
-        [sys.executable, "-m", "model.generate", *flags], cwd=runs, input=b"First:\n",
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "model.generate", *flags]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=runs, input=b"First:\n", env=env, capture_output=True)
     assert done.returncode == 0, done.stderr
     sampling = Sampling(max_new_tokens=20, seed=3)
     expected = generate_text(text_model, ["First:\n"], sampling)[0]
