@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,16 +39,6 @@ def add_output(parser: Parser, default: Path | None = RESULTS) -> None:
 def devices() -> list[str]:
     """Of this machine, the one to take where nothing is said last."""
     return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-def parse_with_benchmark(
-    parser: Parser, argv: Sequence[str] | None
-) -> tuple[argparse.Namespace, list[str]]:
-    """Options, and those of pytest-benchmark that are among them."""
-    options, rest = parser.parse_known_args(argv)
-    if unknown := [part for part in rest if not part.startswith("--benchmark-")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return options, rest
 
 
 def count(text: str) -> int:

@@ -42,6 +42,7 @@ class Setup:
     model: str
     shape: Shape
     accum: int = 1
+    nanogpt: Path | None = None  # its model.py, where that takes part
 
     @property
     def config(self) -> GPTConfig:
@@ -56,7 +57,8 @@ class Setup:
     def flags(self) -> list[str]:
         """Command-line flags that give this setup."""
         shape = f"b{self.shape.B}t{self.shape.T}"
-        return ["--model", self.model, "--shape", shape, "--accum", str(self.accum)]
+        against = ["--against", "nanogpt", str(self.nanogpt.resolve())] if self.nanogpt else []
+        return ["--model", self.model, "--shape", shape, "--accum", str(self.accum), *against]
 
     def row(self, provider: str, **values: Any) -> StepRow:
         """The row of a contestant, without a time."""
@@ -83,18 +85,18 @@ class Plain:
     """
 
     def __init__(
-        self, setup: Setup, device: torch.device, bf16: bool, compiled: bool, nanogpt: Path | None
+        self, setup: Setup, device: torch.device, bf16: bool, compiled: bool, nanogpt: bool = False
     ):
         config, found = setup.config, dict(weights(setup.config))
-        if nanogpt is None:
+        if not nanogpt:
             self.model: nn.Module = baseline.BaselineGPT(config)
         else:
-            module = load_nanogpt(nanogpt)
+            module = load_nanogpt(setup.nanogpt)
             sizes = {k: getattr(config, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
             more = {"vocab_size": config.padded_vocab_size, "dropout": 0.0, "bias": True}
             self.model = module.GPT(module.GPTConfig(**sizes, **more))
             found["lm_head.weight"] = found["transformer.wte.weight"]
-        self.model.load_state_dict(found, strict=nanogpt is None)
+        self.model.load_state_dict(found, strict=not nanogpt)
         self.model.to(device)
         self.call = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.optimizer = baseline.make_optimizer(self.model)
@@ -162,12 +164,13 @@ def weights(config: GPTConfig) -> dict[str, Tensor]:
     return GPT(config).state_dict()
 
 
-def load_nanogpt(path: Path) -> Any:
+def load_nanogpt(path: Path | None) -> Any:
     """Import a nanoGPT model.py by path.
 
     Raises:
         ValueError: the file is missing, is no Python or does not define GPT and GPTConfig.
     """
+    assert path is not None
     path = path / "model.py" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(
@@ -190,23 +193,18 @@ def _ours(**choices: Any) -> Build:
     return partial(Ours, choices=Choices(**{"compile": True, **choices}))
 
 
-def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[str, Build]:
+def known_providers(device: torch.device, nanogpt: bool = False) -> dict[str, Build]:
     """Every contestant by the name it has in tables; the order is the table's.
 
     On the CPU ours runs the eager ops: Triton has no CPU target, and its interpreter is a test
     instrument.
     """
-
-    def plain(path: Path | None, prefix: str = "") -> dict[str, Build]:
-        return {
-            f"{prefix}{mode} {dtype}": partial(
-                Plain, bf16=dtype == "bf16", compiled=mode == "compile", nanogpt=path
-            )
-            for mode in ("eager", "compile")
-            for dtype in ("fp32", "bf16")
-        }
-
-    known = plain(None) | {f"ours {dtype}": _ours(dtype=dtype) for dtype in ("fp32", "bf16")}
+    modes = [(mode, dtype) for mode in ("eager", "compile") for dtype in ("fp32", "bf16")]
+    plain: dict[str, Any] = {
+        f"{mode} {dtype}": partial(Plain, bf16=dtype == "bf16", compiled=mode == "compile")
+        for mode, dtype in modes
+    }
+    known = plain | {f"ours {dtype}": _ours(dtype=dtype) for dtype in ("fp32", "bf16")}
     if device.type == "cuda":
         changes: dict[str, dict[str, Any]] = {
             **{f"{f.name}=eager": {"ops": f"triton,{f.name}=eager"} for f in fields(Ops)},
@@ -217,14 +215,13 @@ def known_providers(device: torch.device, nanogpt: Path | None = None) -> dict[s
             "no compile": {"compile": False},
         }
         known |= {f"ours bf16, {name}": _ours(dtype="bf16", **how) for name, how in changes.items()}
-    return known | (plain(nanogpt, "nanogpt ") if nanogpt else {})
+    theirs = {f"nanogpt {name}": partial(build, nanogpt=True) for name, build in plain.items()}
+    return known | theirs if nanogpt else known
 
 
-def find_providers(
-    names: Sequence[str], device: torch.device, nanogpt: Path | None = None
-) -> dict[str, Build]:
+def find_providers(names: Sequence[str], device: torch.device, setup: Setup) -> dict[str, Build]:
     """Those of the names; ValueError for an unknown one, with the known ones."""
-    known = known_providers(device, nanogpt)
+    known = known_providers(device, setup.nanogpt is not None)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"bench: unknown provider {unknown[0]!r}; known: {', '.join(known)}")
     return {name: known[name] for name in names}

@@ -11,7 +11,6 @@ with float64 first; where that fails, no speed is printed. "of limit" is the tim
 copy and matmul rates allow for the bytes and flops of `bench.cases`, over the time taken.
 """
 
-import argparse
 import gc
 import os
 import time
@@ -212,31 +211,32 @@ def _peak_bytes(call: timing.Call, device: torch.device) -> tuple[int, int]:
     return torch.cuda.max_memory_allocated(device) - before, after - before
 
 
-def make_parser() -> cli.Parser:
-    parser = cli.Parser("bench.ops", __doc__)
-    add = parser.add_argument
-    add("--op", action="append", choices=[*CASES], default=[], help="repeat for several")
-    add("--shape", action="append", type=cli.shape, default=[], help="b<B>t<T>")
-    add("--mode", action="append", choices=MODES, default=[], help="default: all")
-    add("--provider", action="append", choices=[*PROVIDERS], default=[], help="default: all")
-    add("--dtype", choices=[*DTYPES], help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--seconds", type=cli.amount, default=4.0, help="budget of one op and mode")
-    add("--minutes", type=cli.amount, default=10.0, help="nothing begins after these")
-    cli.add_output(parser)
-    return parser
-
-
 class Job:
-    """What pytest-benchmark is given to do, as a plugin of pytest.
+    """What pytest-benchmark is given to do, as a plugin of pytest, and what a command line asks.
 
     Raises:
         ValueError: a shape whose tensors cannot fit; on a GPU, where each provider says itself
             that it lacks room, those of the op's interface alone.
     """
 
-    def __init__(self, options: argparse.Namespace, device: torch.device):
-        cuda = device.type == "cuda"
-        self.options, self.device = options, device
+    def __init__(
+        self, argv: Sequence[str] | None, module: str = "bench.ops", doc: str | None = __doc__
+    ):
+        parser = cli.Parser(module, doc)
+        add = parser.add_argument
+        add("--op", action="append", choices=[*CASES], default=[], help="repeat for several")
+        add("--shape", action="append", type=cli.shape, default=[], help="b<B>t<T>")
+        add("--mode", action="append", choices=MODES, help="default: all")
+        add("--provider", action="append", choices=[*PROVIDERS], help="default: all")
+        add("--dtype", choices=[*DTYPES], help="default: bf16 on a GPU, fp32 on a CPU")
+        add("--seconds", type=cli.amount, default=3.0, help="budget of one op and mode")
+        add("--minutes", type=cli.amount, default=10.0, help="nothing begins after these")
+        cli.add_output(parser)
+        self.options, self.flags = parser.parse_known_args(argv)
+        if unknown := [part for part in self.flags if not part.startswith("--benchmark-")]:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        options, device = self.options, torch.device(cli.devices()[-1])
+        self.device, cuda = device, device.type == "cuda"
         self.dtype = DTYPES[options.dtype or ("bf16" if cuda else "fp32")]
         usual = PROVIDERS if cuda else CPU_PROVIDERS
         self.providers = [*dict.fromkeys(options.provider or usual)]
@@ -252,18 +252,15 @@ class Job:
                 modes = [mode for mode in CASES[op].modes if mode in (options.mode or MODES)]
                 self.todo += [(op, shape, mode) for mode in modes]
 
-    def run(self, results: record.Result, flags: Sequence[str]) -> int:
-        """Measure, each row written as it comes; print the tables; the exit code.
-
-        `flags` are more options of pytest-benchmark.
-        """
+    def run(self, results: record.Result) -> int:
+        """Measure, each row written as it comes; print the tables; the exit code."""
         self.results, self.rows = results, dict[tuple[str, str], list[OpRow]]()
         self.until = time.monotonic() + 60 * self.options.minutes
         self.measured = cache(self._measure)
-        quiet = [] if flags else ["--benchmark-quiet"]  # the tables below say more
+        quiet = [] if self.flags else ["--benchmark-quiet"]  # the tables below say more
         storage = f"--benchmark-storage=file://{record.ROOT}/.benchmarks"
         argv = [str(record.ROOT / "bench/ops.py"), "-o", "addopts=", storage, *PYTEST.split()]
-        code = pytest.main([*argv, *quiet, *flags], plugins=[self])
+        code = pytest.main([*argv, *quiet, *self.flags], plugins=[self])
         for (label, mode), rows in self.rows.items():
             print(f"\n{label}, {rows[0].dtype}, {mode}\n\n{ops_table(rows)}")
         return {4: 2, 5: 0}.get(code, int(code))  # "wrong usage" and "nothing was selected"
@@ -317,11 +314,9 @@ def test_op(benchmark: Any, measured: Callable[[], Any], provider: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options, rest = cli.parse_with_benchmark(make_parser(), argv)
-    device = torch.device(cli.devices()[-1])
-    job = Job(options, device)
-    results = record.open_result(device, options.out, options.commit)
-    code = job.run(results, rest)
+    job = Job(argv)
+    results = record.open_result(job.device, job.options.out, job.options.commit)
+    code = job.run(results)
     print(f"\nwrote {os.path.relpath(results.path)}" if job.rows else "nothing was measured")
     return code
 

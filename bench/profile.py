@@ -76,7 +76,9 @@ def trace_step(
     """
     cuda, synchronize = device.type == "cuda", torch.get_device_module(device).synchronize
     batches = make_batches(setup, device)
-    contestant, _ = prepare(name, find_providers([name], device)[name], setup, device, batches)
+    contestant, _ = prepare(
+        name, find_providers([name], device, setup)[name], setup, device, batches
+    )
     contestant.step(batches[0])  # ours captures its graph in the fourth step
     synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -116,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(cli.devices()[-1])
     setup = Setup(args.model, args.shape)
     setup.check_memory(device)
-    find_providers([args.provider], device)
+    find_providers([args.provider], device, setup)
     if args.trace.is_dir():
         raise ValueError(f"bench: --trace must name a file, got the folder {args.trace}")
     args.trace.parent.mkdir(parents=True, exist_ok=True)  # now, not after profiling

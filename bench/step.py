@@ -16,7 +16,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,39 +155,34 @@ def _event_times(
     return timing.Timing(samples, "launches")
 
 
-def work(name: str, setup: Setup, nanogpt: Path | None) -> None:
+def work(name: str, setup: Setup) -> None:
     """A process of one contestant: says its warm-up, then the ms of a step for each time asked."""
     if name.startswith("ours"):
         start_process(make_plan(Recipe(model=setup.model), detect("cpu")), seed=0)
     cpu = torch.device("cpu")
     batches = contestants.make_batches(setup, cpu)
-    build = contestants.known_providers(cpu, nanogpt)[name]
+    build = contestants.find_providers([name], cpu, setup)[name]
     contestant, row = contestants.prepare(name, build, setup, cpu, batches)
     turns = itertools.cycle(batches)
     replay = timing.host_replay(lambda: contestant.step(next(turns)))
     serve(row, lambda _: replay.once())
 
 
-def start_worker(name: str, setup: Setup, nanogpt: Path | None, limit_s: float) -> Child:
+def start_worker(name: str, setup: Setup, limit_s: float) -> Child:
     """That process, its warm-up done; ChildDied where it fails within `limit_s`."""
     command = [sys.executable, "-m", "bench.step", "--device", "cpu", "--worker", name]
-    command += ["--against", "nanogpt", str(nanogpt.resolve())] if nanogpt else []
     return Child([*command, *setup.flags], limit_s)
 
 
 def measure_cpu(
     names: Sequence[str],
     setup: Setup,
-    start: Callable[[str, float], Child],
     seconds: float,
     deadline: float,
 ) -> Iterator[StepRow]:
-    """A row for each contestant, as it comes; whoever has no time left gets one that says so.
+    """A row for each contestant, as it comes, after `seconds` of turns.
 
-    Args:
-        start: (name, seconds at most) -> its process, as `start_worker` gives it.
-        seconds: Budget of each.
-        deadline: Of time.monotonic().
+    Whoever has no time before the deadline, of time.monotonic(), gets a row that says so.
     """
     first, *others = names
     alive: dict[str, Child] = {}
@@ -206,7 +201,7 @@ def measure_cpu(
         why = "no time left; --minutes gives more" if left <= 0 else lacks()
         if why:
             raise ChildDied(why)
-        alive[name] = start(name, left / 2)  # a hang must not cost the rest
+        alive[name] = start_worker(name, setup, left / 2)  # a hang must not cost the rest
         warm[name] = alive[name].first
 
     def sample(*group: str) -> dict[str, timing.Timing]:
@@ -260,7 +255,6 @@ def run(
     *,
     seconds: float,
     minutes: float,
-    nanogpt: Path | None = None,
     section: str = "step",
 ) -> None:
     """Measure, write each row as it comes and all ratios at the end, print the table.
@@ -270,14 +264,12 @@ def run(
     rows: dict[str, StepRow] = {}
     print(f"\nTraining step, GPT-2 {setup.model}, {setup.shape.label}, accum {setup.accum}")
     if device.type == "cuda":
-        builds = contestants.find_providers(names, device, nanogpt)
+        builds = contestants.find_providers(names, device, setup)
         measured = measure_cuda(builds, setup, device, seconds)
     else:
         if not detect("cpu").has_bf16:
             print("bf16 left out: this CPU multiplies faster in fp32")
-        start = lambda name, limit_s: start_worker(name, setup, nanogpt, limit_s)  # noqa: E731
-        until = time.monotonic() + 60 * minutes
-        measured = measure_cpu(names, setup, start, seconds, until)
+        measured = measure_cpu(names, setup, seconds, time.monotonic() + 60 * minutes)
     for row in measured:
         results.add(section, row)
         rows[row.provider] = row
@@ -304,26 +296,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     shapes = args.shape or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)[:1]
-    setups = [Setup(args.model, shape, args.accum) for shape in dict.fromkeys(shapes)]
     kind, path = args.against or ("nanogpt", "")
     if kind != "nanogpt":
         raise ValueError(f"bench: --against knows nanogpt, got {kind!r}")
     nanogpt = Path(path) if args.against else None
     if nanogpt:
         contestants.load_nanogpt(nanogpt)  # fail before minutes of measuring
+    setups = [Setup(args.model, shape, args.accum, nanogpt) for shape in dict.fromkeys(shapes)]
     if args.worker:
-        work(args.worker, setups[0], nanogpt)
+        work(args.worker, setups[0])
         return
     if args.ablation and device.type != "cuda":
         raise ValueError("bench: --ablation switches Triton ops off one by one; it needs a GPU")
     names = args.provider or contestants.default_providers(device, nanogpt is not None)
-    contestants.find_providers(names, device, nanogpt)  # refuses the unknown
+    contestants.find_providers(names, device, setups[0])  # refuses the unknown
     for setup in setups:
         setup.check_memory(device)
     results = record.open_result(device, args.out, args.commit)
     budget = {"seconds": args.seconds, "minutes": args.minutes}
     for setup in setups:
-        run(names, setup, device, results, nanogpt=nanogpt, **budget)
+        run(names, setup, device, results, **budget)
     if args.ablation:
         known = contestants.known_providers(device)
         ours = [name for name in known if name.startswith("ours bf16")]

@@ -160,19 +160,18 @@ def test_ops_are_written_as_they_come_and_ours_in_doubt_fails(monkeypatch, tmp_p
 
     monkeypatch.setattr(ops, "measure", measure)
     argv = ["--op", "layer_norm", "--provider", "eager", "--provider", "ours"]
-    job = ops.Job(ops.make_parser().parse_args(argv), CPU)
+    job = ops.Job([*argv, f"--benchmark-storage=file://{tmp_path}/kept"])
     results = record.open_result(CPU, tmp_path, commit="c" * 40)
-    storage = [f"--benchmark-storage=file://{tmp_path}/kept"]
-    assert job.run(results, storage) == 0
+    assert job.run(results) == 0
     assert written == [0, 2, 4]  # once for both providers, of three modes
     assert "| layer_norm |    1.5 ! |   1.5 ! |" in capsys.readouterr().out
     doubt["ours"] = RED = "wrong"
-    assert job.run(results, storage) == 1
+    assert job.run(results) == 1
     rows = record.load(results.path).rows("ops")
     assert [row.doubt for row in rows] == ["", RED] * 3
     assert "layer_norm ours: not shown: wrong" in capsys.readouterr().out
     job.options.minutes = -1.0
-    assert job.run(results, storage) == 0
+    assert job.run(results) == 0
     assert len(written) == 6  # nothing begins after its time
 
 

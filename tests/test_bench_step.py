@@ -38,8 +38,9 @@ class Machine:
         monkeypatch.setattr(step, "free_bytes", lambda: int(self.total - sum(self.alive.values())))
         monkeypatch.setattr(step.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(Setup, "need_bytes", 2 * GIB)
+        monkeypatch.setattr(step, "start_worker", self.start)
 
-    def start(self, name: str, limit_s: float) -> Any:
+    def start(self, name: str, setup: Setup, limit_s: float) -> Any:
         self.events.append(f"+{name}")
         self.now += min(self.seconds, limit_s)
         if self.seconds > limit_s:
@@ -49,7 +50,7 @@ class Machine:
 
     def measure(self, names: str, deadline: float = 1e9) -> dict[str, StepRow]:
         rows = {}
-        for row in step.measure_cpu([*names], SETUP, self.start, 1.0, deadline):
+        for row in step.measure_cpu([*names], SETUP, 1.0, deadline):
             self.events.append(f"row {row.provider}")
             rows[row.provider] = row
         assert not self.alive
@@ -138,7 +139,7 @@ def test_rows_state_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_workers_live_in_processes_of_their_own() -> None:
-    with step.start_worker("eager fp32", SETUP, None, 120.0) as worker:
+    with step.start_worker("eager fp32", SETUP, 120.0) as worker:
         assert worker.process.pid != os.getpid()
         assert worker.ask("step", 60.0) > 0
         batches = contestants.make_batches(SETUP, CPU)
@@ -210,8 +211,8 @@ def test_nanogpt_is_a_model_by_path(tmp_path, monkeypatch) -> None:
     (tmp_path / "model.py").write_text(NANOGPT)
     monkeypatch.setitem(contestants.MODELS, "test", TINY)
     contestants.weights.cache_clear()
-    setup = Setup("test", Shape(2, 16))
-    known = contestants.known_providers(CPU, tmp_path)
+    setup = Setup("test", Shape(2, 16), nanogpt=tmp_path)
+    known = contestants.known_providers(CPU, nanogpt=True)
     batches = contestants.make_batches(setup, CPU)
     theirs, plain = (
         contestants.prepare(name, known[name], setup, CPU, batches)[1]
@@ -227,9 +228,9 @@ def test_each_row_is_written_as_it_comes(tmp_path, monkeypatch: pytest.MonkeyPat
     results = record.open_result(CPU, tmp_path, commit="c" * 40)
     written: list[int] = []
 
-    def start(name: str, setup: Setup, nanogpt: None, limit_s: float) -> Any:
+    def start(*args: Any) -> Any:
         written.append(len(record.load(results.path).rows("step")) if written else 0)
-        return machine.start(name, limit_s)
+        return machine.start(*args)
 
     results.write()
     monkeypatch.setattr(step, "start_worker", start)
