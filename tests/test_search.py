@@ -4,7 +4,6 @@ import math
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ from kernels._launch import Key, Launch, candidates_for, launch_for, read_rows
 from kernels._op import INTERPRETED
 from model import GPTConfig
 from model.config import MODELS
-from tests.pretend_cuda import pretend_cuda
-from tests.test_verify import CPU, H100, RECIPE
+from tests import tuned
+from tests.pretend_cuda import Pretended
+from tests.tuned import CPU, H100, RECIPE
 from training import choose, kernel_check, search, timing, trials
 from training.distributed import ALONE
 from training.plan import Choices, Plan, make_plan
@@ -154,20 +154,11 @@ def test_a_row_is_one_of_the_file_and_serves_once_laid_over() -> None:
     assert launch_for(key) == present
 
 
-class Crew:
-    """One child, in this process; times by hand, 1 ms where none is given."""
+class Crew(tuned.Crew):
+    """Times by hand, 1 ms where none is given."""
 
     ms: dict[Launch, list[float]] = {}  # noqa: RUF012
     tried: list[Launch] = []  # noqa: RUF012
-
-    def __init__(self, *_: Any):
-        self.children = [None]
-
-    def __enter__(self) -> "Crew":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def ask(self, task: Any, *_: Any) -> dict[str, Any]:
         if task.func is trials.try_launches and task.args[3]:
@@ -224,49 +215,39 @@ def test_a_small_shape_compiles_alike(size: tuple[int, int]) -> None:
     assert (t <= longest) == (longest >= T)
 
 
-def test_launches_are_timed_on_a_pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "MIN_GRAPH_CALLS": 2,
-        "MAX_SETS": 1,
-        "SPIN_SIZE": 8,
-        "SPIN_SECONDS": 0.0,
-    }.items():
-        monkeypatch.setattr(timing, name, value)
+def test_launches_are_timed_on_a_pretended_gpu(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = replace(make_plan(SHORT, H100, Choices(ops="triton", dtype="fp32")), micro_batch_size=1)
-    _launch.arch.cache_clear()  # of no pretended device, neither before nor after
-    timing.capture_stream.cache_clear()
     compared_on: list[Any] = []
     same = trials.same
-    with pretend_cuda() as pretended:
 
-        def compare(*results: Any) -> bool:
-            compared_on.append(pretended.current)
-            return same(*results)
+    def compare(*results: Any) -> bool:
+        compared_on.append(pretended.current)
+        return same(*results)
 
-        monkeypatch.setattr(trials, "same", compare)
-        [(_, now), *_] = listed("layer_norm", SHORT, plan)
-        launches = [now, candidates(NORM, now)[0]]
-        how = {"rounds": 2, "seconds": 1.0}
-        task = partial(trials.try_launches, "layer_norm", NORM, launches, how, SHORT, plan)
-        found = trials.answer(task)
-        # The results are still being written on their stream; another would read too early.
-        assert {*map(id, compared_on)} == {id(timing.capture_stream())}
-        assert pretended.current is not timing.capture_stream()
-    _launch.arch.cache_clear()
-    timing.capture_stream.cache_clear()
+    monkeypatch.setattr(trials, "same", compare)
+    [(_, now), *_] = listed("layer_norm", SHORT, plan)
+    launches = [now, candidates(NORM, now)[0]]
+    how = {"rounds": 2, "seconds": 1.0}
+    found = trials.answer(
+        partial(trials.try_launches, "layer_norm", NORM, launches, how, SHORT, plan)
+    )
+    # The results are still being written on their stream; another would read too early.
+    assert {*map(id, compared_on)} == {id(timing.capture_stream())}
+    assert pretended.current is not timing.capture_stream()
     assert [len(ms) for ms in found["ms"]] == [2, 2]
     assert len(pretended.graphs) == 2
 
 
 def test_make_tune_finds_checks_keeps_and_lays_over_a_row_on_a_pretended_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
-) -> None:
+    pretended, monkeypatch, capsys, tmp_path
+):
     """From the kernels that a run launches to the rows that its step is launched with."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(search.child, "Crew", Crew)
     monkeypatch.setattr(search, "MAX_CANDIDATES", 1)
     monkeypatch.setitem(kernel_check.NUM_RERUNS, "cuda", 0)
-    monkeypatch.setattr(timing, "MAX_SETS", 1)
     steps: list[dict[str, Plan]] = []
 
     def time_steps(plans: dict[str, Plan], *_: Any) -> Any:
@@ -279,21 +260,16 @@ def test_make_tune_finds_checks_keeps_and_lays_over_a_row_on_a_pretended_gpu(
     def make(choices: Choices) -> Plan:
         return make_plan(TINY, H100, choices)
 
-    _launch.arch.cache_clear()
-    timing.capture_stream.cache_clear()
-    with pretend_cuda():
-        [(key, now), *_] = listed("layer_norm", TINY, make(asked))
-        [best] = candidates(NORM, now)
-        Crew.ms, Crew.tried = {best: [0.5]}, []
-        found = choose.take_fastest(make, asked, make(asked), TINY, H100, ALONE)
-        again = replace(asked, tune="auto")
-        later = choose.take_fastest(make, again, make(again), TINY, H100, ALONE)
-        start_process(later, 0)
-        assert launch_for(key) == best
-        start_process(make(asked), 0)
-        assert launch_for(key, now) == now  # no row serves it
-    _launch.arch.cache_clear()
-    timing.capture_stream.cache_clear()
+    [(key, now), *_] = listed("layer_norm", TINY, make(asked))
+    [best] = candidates(NORM, now)
+    Crew.ms, Crew.tried = {best: [0.5]}, []
+    found = choose.take_fastest(make, asked, make(asked), TINY, H100, ALONE)
+    again = replace(asked, tune="auto")
+    later = choose.take_fastest(make, again, make(again), TINY, H100, ALONE)
+    start_process(later, 0)
+    assert launch_for(key) == best
+    start_process(make(asked), 0)
+    assert launch_for(key, now) == now  # no row serves it
     said = capsys.readouterr().out
     rows = {key: best, replace(key, kernel="layer_norm.bwd"): best}  # so far they are alike
     assert read_rows(found.launches)[0] == rows
