@@ -8,7 +8,8 @@ and attention alone has two more, the kernels that PyTorch would choose from by 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, wraps
-from typing import Any, Protocol
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,89 +23,32 @@ WIDTH = 64  # what gelu_mlp's C must be a multiple of, as that of every GPT-2 is
 HEAD_DIMS = (16, 32, 64, 128)
 
 
-class LayerNorm(Protocol):
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor: ...
-
-
-class AddLayerNorm(Protocol):
-    def __call__(
-        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-class Embedding(Protocol):
-    def __call__(
-        self,
-        idx: Tensor,
-        wte: Tensor,
-        wpe: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float = 1e-5,
-        residual_dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-class GeluMLP(Protocol):
-    def __call__(
-        self, x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor
-    ) -> Tensor: ...
-
-
-class CausalAttention(Protocol):
-    def __call__(self, qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor: ...
-
-
-class LinearCrossEntropy(Protocol):
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        vocab_size: int | None = None,
-        ignore_index: int = -100,
-    ) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class Ops:
     """One callable per op. Pass it to the model; never look it up from a global.
 
-    Under autocast every op returns activations in the autocast dtype and keeps the residual
-    stream and the loss in fp32, which is what plain PyTorch does for this model.
+    Each backend has the signature of `reference.py`. Under autocast every op returns activations in
+    the autocast dtype and keeps the residual stream and the loss in fp32, which is what plain
+    PyTorch does for this model.
     """
 
-    layer_norm: LayerNorm
-    add_layer_norm: AddLayerNorm
-    embedding: Embedding
-    gelu_mlp: GeluMLP
-    causal_attention: CausalAttention
-    linear_cross_entropy: LinearCrossEntropy
+    layer_norm: Callable[..., Tensor]
+    add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    embedding: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    gelu_mlp: Callable[..., Tensor]
+    causal_attention: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., Tensor]
 
 
-EAGER = Ops(
-    layer_norm=reference.layer_norm,
-    add_layer_norm=reference.add_layer_norm,
-    embedding=reference.embedding,
-    gelu_mlp=reference.gelu_mlp,
-    causal_attention=reference.causal_attention,
-    linear_cross_entropy=reference.linear_cross_entropy,
-)
+OPS = tuple(f.name for f in fields(Ops))
+EAGER = Ops(**{name: getattr(reference, name) for name in OPS})
 
 
 @cache
 def _triton_ops() -> Ops:
-    # Modules, not functions: `kernels.layer_norm` must stay the module.
-    from . import causal_attention, embedding, gelu_mlp, layer_norm, linear_cross_entropy
-
-    return Ops(
-        layer_norm=layer_norm.layer_norm,
-        add_layer_norm=layer_norm.add_layer_norm,
-        embedding=embedding.embedding,
-        gelu_mlp=gelu_mlp.gelu_mlp,
-        causal_attention=causal_attention.causal_attention,
-        linear_cross_entropy=linear_cross_entropy.linear_cross_entropy,
-    )
+    files = {name: name for name in OPS} | {"add_layer_norm": "layer_norm"}
+    modules = {name: import_module(f".{file}", __name__) for name, file in files.items()}
+    return Ops(**{name: getattr(module, name) for name, module in modules.items()})
 
 
 TRITON: Any  # an Ops, made when it is first asked for
@@ -130,16 +74,15 @@ def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
     return op
 
 
-def _by_sdpa(backend: SDPBackend) -> CausalAttention:
+def _by_sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
     @wraps(reference.causal_attention)
-    def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
+    def causal_attention(*args: Any, **kwargs: Any) -> Tensor:
         with sdpa_kernel(backend):
-            return reference.causal_attention(qkv, n_head, dropout_p)
+            return reference.causal_attention(*args, **kwargs)
 
     return causal_attention
 
 
-OPS = tuple(f.name for f in fields(Ops))
 BACKENDS: dict[str, Callable[[], Ops]] = {
     "eager": lambda: EAGER,
     "triton": _triton_ops,
