@@ -1,13 +1,10 @@
 """How a launch function becomes a torch op. The only file that talks to torch.library.
 
 Every op is opaque: `define` + `impl` per device + `register_fake`, with autograd in a thin
-`torch.autograd.Function` beside the launch. Why not the alternatives:
-
-- `triton_op` shows the kernel to the compiler, which brings traps (host TMA descriptors vanish from
-  the captured graph without an error, a Python loop of launches is unrolled into it, nothing traces
-  under the interpreter) and buys fusion around the kernel, of no use to an op already fused.
-- `custom_op` makes the same three registrations and puts checks of its own in front of each call.
-- `register_autograd` costs more per call than the Function and hides what is saved.
+`torch.autograd.Function` beside the launch. `triton_op` would show the kernel to the compiler: host
+TMA descriptors vanish from the captured graph without an error, loops of launches are unrolled into
+it, nothing traces under the interpreter, and an op that is fused already gains nothing by it.
+`register_autograd` costs more per call and hides what is saved.
 """
 
 import os
@@ -37,11 +34,8 @@ def register(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Define an op of the decorated launch's name and types, traced through `fake`.
 
-    `fake` states shapes and dtypes only. Autograd is not registered here: it lives in a
-    `torch.autograd.Function` beside the launch, which keeps the saved tensors visible in one place.
-
     Args:
-        fake: The launch's shape contract.
+        fake: The launch's shape contract: shapes and dtypes only.
         writes: Arguments that the launch writes to.
     """
 
@@ -103,17 +97,18 @@ def check_tensor(
     Raises:
         ValueError: another shape, dtype or device, or strides with gaps; all are named.
     """
-    at, names = tensor.device, (str(dtype).removeprefix("torch.") for dtype in dtypes)
-    wanted = " or ".join(dict.fromkeys(names))
+    at, dense = tensor.device, tensor.layout == torch.strided
     if (*tensor.shape,) != (*shape,) or tensor.dtype not in dtypes or at != device:
+        names = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
-            f"{op}: {name} must be {(*shape,)}, {wanted}, on {device}; got {(*tensor.shape,)}, "
-            f"{tensor.dtype}, on {at}"
+            f"{op}: {name} must be {(*shape,)}, {' or '.join(dict.fromkeys(names))}, on {device}; "
+            f"got {(*tensor.shape,)}, {tensor.dtype}, on {at}"
         )
-    if not tensor.is_contiguous():
+    if not dense or not tensor.is_contiguous():
+        got = f"strides {tensor.stride()}" if dense else tensor.layout
         raise ValueError(
-            f"{op}: {name} must be contiguous, got strides {tensor.stride()} for shape "
-            f"{(*shape,)}; call .contiguous() first"
+            f"{op}: {name} must be contiguous, got {got} for shape {(*shape,)}; "
+            f"call .{'contiguous' if dense else 'to_dense'}() first"
         )
 
 

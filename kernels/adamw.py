@@ -47,33 +47,14 @@ CHUNK = 8192
 ALIGNMENT = 16  # bytes of the widest load; torch's allocations have it, views into them need not
 
 # Columns of the table, int64: addresses (0: none), then integers, then bits of fp64 numbers.
-PARAM = tl.constexpr(0)
-GRAD = tl.constexpr(1)
-EXP_AVG = tl.constexpr(2)
-EXP_AVG_SQ = tl.constexpr(3)
-WORKING = tl.constexpr(4)
-STEP = tl.constexpr(5)
-LR_ADDRESS = tl.constexpr(6)
-NUMEL = tl.constexpr(7)
-FLAGS = tl.constexpr(8)
-LR = tl.constexpr(9)
-WEIGHT_DECAY = tl.constexpr(10)
-BETA1 = tl.constexpr(11)
-BETA2 = tl.constexpr(12)
-LOG_BETA1 = tl.constexpr(13)
-LOG_BETA2 = tl.constexpr(14)
-EPS = tl.constexpr(15)
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WORKING, STEP, LR_ADDRESS = map(tl.constexpr, range(7))
+NUMEL, FLAGS = map(tl.constexpr, (7, 8))
+LR, WEIGHT_DECAY, BETA1, BETA2, LOG_BETA1, LOG_BETA2, EPS = map(tl.constexpr, range(9, 16))
 FIELDS = tl.constexpr(16)
 BF16_GRAD, ALIGNED = tl.constexpr(1), tl.constexpr(2)  # FLAGS
 # Columns of what `_adamw_advance_kernel` leaves for `_adamw_kernel`, fp32.
-DECAY = tl.constexpr(0)
-STEP_SIZE = tl.constexpr(1)
-INV_SQRT_BC2 = tl.constexpr(2)
-ONE_MINUS_BETA1 = tl.constexpr(3)
-KEEP_V = tl.constexpr(4)
-ONE_MINUS_BETA2 = tl.constexpr(5)
-EPSILON = tl.constexpr(6)
-SCALARS = tl.constexpr(8)
+DECAY, STEP_SIZE, INV_SQRT_BC2, ONE_MINUS_BETA1 = map(tl.constexpr, range(4))
+KEEP_V, ONE_MINUS_BETA2, EPSILON, SCALARS = map(tl.constexpr, (4, 5, 6, 8))
 
 
 @jit
@@ -289,25 +270,24 @@ def launch_key(kernel: str, arch: int) -> Key:
     return Key(f"adamw.{kernel}", "fp32", "any", arch)
 
 
-def _launches(table: Tensor, *kernels: str) -> list[dict[str, int]]:
-    """Keyword arguments of the launches of some kernels."""
-    return [launch_for(launch_key(kernel, arch(table.device))).kwargs() for kernel in kernels]
+def _launch(kernel: str, table: Tensor) -> dict[str, int]:
+    """Keyword arguments of a launch."""
+    return launch_for(launch_key(kernel, arch(table.device))).kwargs()
 
 
-def _norm_fake(table: Tensor, chunks: Tensor, max_norm: float, tensors: Sequence[Tensor]) -> Tensor:
-    return table.new_empty(2, dtype=torch.float32)
+def _sanitized(*tensors: Tensor) -> tuple[Tensor, ...] | None:
+    return tensors if INTERPRETED else None
 
 
-@register(fake=_norm_fake)
+@register(fake=lambda table, chunks, max_norm, tensors: table.new_empty(2, dtype=torch.float32))
 def adamw_norm(table: Tensor, chunks: Tensor, max_norm: float, tensors: Sequence[Tensor]) -> Tensor:
     """table (N, FIELDS), chunks (P, 2) -> (2,) fp32: norm, clip coefficient."""
-    out = _norm_fake(table, chunks, max_norm, tensors)
-    P = len(chunks)
-    norm, clip = _launches(table, "norm", "clip")
-    partial = table.new_empty(P, dtype=torch.float32)
+    P, reached = len(chunks), _sanitized(*tensors)
+    out, partial = (table.new_empty(n, dtype=torch.float32) for n in (2, P))
     if P > 0:
-        _adamw_norm_kernel[(P,)](table, chunks, partial, _sanitized(tensors), CHUNK=CHUNK, **norm)
-    _adamw_clip_kernel[(1,)](partial, out, P, max_norm, **clip)
+        norm = _launch("norm", table)
+        _adamw_norm_kernel[(P,)](table, chunks, partial, reached, CHUNK=CHUNK, **norm)
+    _adamw_clip_kernel[(1,)](partial, out, P, max_norm, **_launch("clip", table))
     return out
 
 
@@ -321,21 +301,15 @@ def adamw_step(
     read: Sequence[Tensor],
 ) -> None:
     """table (N, FIELDS), chunks (P, 2), clip () and found_inf () fp32; writes behind the table."""
-    N, P = len(table), len(chunks)
+    N, P, reached = len(table), len(chunks), _sanitized(*written, *read)
     scalars = table.new_empty((N, SCALARS.value), dtype=torch.float32)
-    reached = _sanitized((*written, *read))
-    advance, step = _launches(table, "advance", "step")
-    numbers = table.view(torch.float64)
+    advance, step = _launch("advance", table), _launch("step", table)
     if N > 0:
         _adamw_advance_kernel[(cdiv(N, advance["BLOCK"]),)](
-            table, numbers, found_inf, scalars, reached, N, **advance
+            table, table.view(torch.float64), found_inf, scalars, reached, N, **advance
         )
     if P > 0:
         _adamw_kernel[(P,)](table, chunks, scalars, clip, found_inf, reached, CHUNK=CHUNK, **step)
-
-
-def _sanitized(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    return tuple(tensors) if INTERPRETED else None
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:

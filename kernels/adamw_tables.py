@@ -13,18 +13,10 @@ import torch
 from torch import Tensor
 
 from ._launch import cdiv
-from ._op import check_device
-from .adamw import (
-    ALIGNED,
-    ALIGNMENT,
-    BF16_GRAD,
-    CHUNK,
-    FIELDS,
-    LR,
-    NUMEL,
-    adamw_norm,
-    adamw_step,
-)
+from ._op import check_device, check_tensor
+from .adamw import ALIGNED, ALIGNMENT, BF16_GRAD, CHUNK, FIELDS, LR, NUMEL, adamw_norm, adamw_step
+
+FP32, FP32_OR_BF16 = (torch.float32,), (torch.float32, torch.bfloat16)
 
 
 class Slot(NamedTuple):
@@ -164,28 +156,13 @@ class Tables:
         written = [t for s in slots for t in (s.param, s.exp_avg, s.exp_avg_sq, s.step)]
         working = [s.working for s in slots if s.working is not None]
         rates = [s.lr for s in slots if isinstance(s.lr, Tensor)]
-        adamw_step(
-            table,
-            chunks,
-            self._one if clip is None else clip,
-            self._zero if found_inf is None else self._verdict(found_inf),
-            written + working,
-            [*(s.grad for s in slots), *rates],
-        )
+        clip = self._one if clip is None else clip
+        found_inf = self._zero if found_inf is None else found_inf
+        check_tensor("adamw", "found_inf", found_inf, (), self.device, FP32)
+        read = [*(s.grad for s in slots), *rates]
+        adamw_step(table, chunks, clip, found_inf, written + working, read)
         # Autograd cannot see the writes; a graph that saved a parameter must not be used again.
         torch.autograd.graph.increment_version([*(s.param for s in slots), *working])
-
-    def _verdict(self, found_inf: Tensor) -> Tensor:
-        if (
-            found_inf.numel() != 1
-            or found_inf.dtype != torch.float32
-            or (found_inf.device != self.device)
-        ):
-            raise ValueError(
-                f"adamw: found_inf must be one fp32 number on {self.device}, got "
-                f"{tuple(found_inf.shape)} {found_inf.dtype} on {found_inf.device}"
-            )
-        return found_inf
 
     def _load(self, slots: Sequence[Slot]) -> tuple[Tensor, Tensor]:
         whole = tuple(_integers(slot) for slot in slots)
@@ -194,9 +171,8 @@ class Tables:
         def make_table() -> Tensor:
             for slot in slots:
                 _check(slot, self.device)
-            integers = torch.tensor(whole, dtype=torch.int64).view(len(whole), LR.value)
-            floats = torch.tensor(numbers, dtype=torch.float64)
-            floats = floats.view(len(whole), FIELDS.value - LR.value)
+            integers = torch.tensor(whole, dtype=torch.int64).view(-1, LR.value)
+            floats = torch.tensor(numbers, dtype=torch.float64).view(-1, FIELDS.value - LR.value)
             return torch.cat([integers, floats.view(torch.int64)], dim=1)
 
         sizes = tuple(row[NUMEL.value] for row in whole)
@@ -211,28 +187,12 @@ class Tables:
 
 def _integers(slot: Slot) -> tuple[int, ...]:
     """The first columns of a row. What may change from step to step is checked here."""
-    grad = slot.grad
-    if (
-        grad.layout != torch.strided
-        or grad.dtype not in (torch.float32, torch.bfloat16)
-        or grad.shape != slot.param.shape
-        or not grad.is_contiguous()
-    ):
-        raise ValueError(
-            f"adamw: the gradient of {slot.name} must be dense, contiguous, fp32 or bf16 and "
-            f"{tuple(slot.param.shape)}, got {tuple(grad.shape)} {grad.dtype}, {grad.layout}; "
-            "use torch's optimizer for others"
-        )
-    addresses = [
-        slot.param.data_ptr(),
-        grad.data_ptr(),
-        slot.exp_avg.data_ptr(),
-        slot.exp_avg_sq.data_ptr(),
-        0 if slot.working is None else slot.working.data_ptr(),
-    ]
+    grad, device = slot.grad, slot.param.device
+    check_tensor("adamw", f"gradient of {slot.name}", grad, slot.param.shape, device, FP32_OR_BF16)
+    tensors = slot.param, grad, slot.exp_avg, slot.exp_avg_sq, slot.working
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
     flags = BF16_GRAD.value if grad.dtype == torch.bfloat16 else 0
-    param, of_grad, exp_avg, exp_avg_sq, working = addresses
-    if (param | of_grad | exp_avg | exp_avg_sq | working) % ALIGNMENT == 0:
+    if all(address % ALIGNMENT == 0 for address in addresses):
         flags |= ALIGNED.value
     lr = slot.lr.data_ptr() if isinstance(slot.lr, Tensor) else 0
     return *addresses, slot.step.data_ptr(), lr, slot.param.numel(), flags
@@ -252,24 +212,14 @@ def _numbers(slot: Slot) -> tuple[float, ...]:
 
 def _check(slot: Slot, device: torch.device) -> None:
     """Raise ValueError for what the kernels would misread."""
-    fp32, bf16 = torch.float32, torch.bfloat16
-    for what, tensor, dtype, shape in (
-        ("param", slot.param, fp32, slot.param.shape),
-        ("exp_avg", slot.exp_avg, fp32, slot.param.shape),
-        ("exp_avg_sq", slot.exp_avg_sq, fp32, slot.param.shape),
-        ("step", slot.step, fp32, ()),
-        ("working copy", slot.working, bf16, slot.param.shape),
-        ("gradient", slot.grad, slot.grad.dtype, slot.param.shape),
-        ("lr", slot.lr, fp32, ()),
+    for what, tensor, dtypes in (
+        ("param", slot.param, FP32),
+        ("exp_avg", slot.exp_avg, FP32),
+        ("exp_avg_sq", slot.exp_avg_sq, FP32),
+        ("step", slot.step, FP32),
+        ("working copy", slot.working, (torch.bfloat16,)),
+        ("lr", slot.lr, FP32),
     ):
-        if isinstance(tensor, Tensor) and not (
-            tensor.dtype == dtype
-            and tensor.shape == shape
-            and tensor.device == device
-            and tensor.is_contiguous()
-        ):
-            raise ValueError(
-                f"adamw: {what} of {slot.name} must be contiguous {dtype}, {tuple(shape)} on "
-                f"{device}, got {tensor.dtype}, {tuple(tensor.shape)} on {tensor.device}, "
-                f"strides {tensor.stride()}; use torch's optimizer for others"
-            )
+        if isinstance(tensor, Tensor):
+            shape = () if what in ("step", "lr") else slot.param.shape
+            check_tensor("adamw", f"{what} of {slot.name}", tensor, shape, device, dtypes)

@@ -529,17 +529,20 @@ def slot(**other: Any) -> Iterator[Slot]:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"grad": torch.ones(4, 4).to_sparse()}, "gradient of w must be dense.*sparse_coo"),
+        (
+            {"grad": torch.ones(4, 4).to_sparse()},
+            "gradient of w must be contig.*, got torch.sparse",
+        ),
         ({"grad": torch.ones(4, 4).half()}, "gradient of w must be .*float16"),
         ({"grad": torch.ones(4, 4, dtype=torch.complex64)}, "gradient of w .*complex64"),
-        ({"grad": torch.ones(4, 3)}, r"gradient of w must be .*\(4, 4\), got \(4, 3\)"),
-        ({"grad": torch.ones(4, 8)[:, ::2]}, "gradient of w must be dense, contiguous"),
-        ({"param": torch.ones(4, 4).half()}, "param of w must be .*float32.*got torch.float16"),
-        ({"exp_avg": torch.ones(4, 4).double()}, "exp_avg of w must be .*got torch.float64"),
+        ({"grad": torch.ones(4, 3)}, r"gradient of w must be \(4, 4\), .*got \(4, 3\)"),
+        ({"grad": torch.ones(4, 8)[:, ::2]}, "gradient of w must be contiguous, got strides"),
+        ({"param": torch.ones(4, 4).half()}, "param of w must be .*float32.*got .*torch.float16"),
+        ({"exp_avg": torch.ones(4, 4).double()}, "exp_avg of w must be .*got .*torch.float64"),
         ({"exp_avg_sq": torch.ones(4)}, r"exp_avg_sq of w must be .*\(4, 4\).*got .*\(4,\)"),
-        ({"working": torch.ones(4, 4)}, "working copy of w must be contiguous torch.bfloat16"),
-        ({"step": torch.zeros((), dtype=torch.int64)}, "step of w must be .*got torch.int64"),
-        ({"lr": torch.zeros((), dtype=torch.float64)}, "lr of w must be .*got torch.float64"),
+        ({"working": torch.ones(4, 4)}, "working copy of w must be .*bfloat16.*got .*float32"),
+        ({"step": torch.zeros((), dtype=torch.int64)}, "step of w must be .*got .*torch.int64"),
+        ({"lr": torch.zeros((), dtype=torch.float64)}, "lr of w must be .*got .*torch.float64"),
     ],
 )
 @pytest.mark.skipif(not INTERPRETED, reason="the tensors of the cases are on the CPU")
@@ -565,5 +568,5 @@ def test_bad_optimizers_are_refused(device):
             optimizer.attach_working({nn.Parameter(torch.ones(3)): torch.ones(3).bfloat16()})
     p.grad = torch.ones_like(p)
     optimizer.found_inf = torch.ones((), device=device, dtype=torch.float64)
-    with pytest.raises(ValueError, match="found_inf must be one fp32 number"):
+    with pytest.raises(ValueError, match=r"found_inf must be \(\), float32"):
         optimizer.step()
