@@ -1,6 +1,7 @@
 """The launch rows: each key of each op finds one, each row is found, a bad row is refused."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -37,8 +38,10 @@ def test_every_key_of_every_op_finds_a_row_and_every_row_is_found():
     for key in asked:
         assert launch_for(key)
     # Where no row serves it, a formula does.
-    norm = [launch_key("fwd", 65536, 768, torch.float32, arch) for arch in ARCHS]
-    asked |= {replace(key, triton=t) for key in norm for t in TRITONS}
+    for arch, C, kernel in product(ARCHS, (768, 8192), ("fwd", "bwd")):
+        norm = launch_key(kernel, 65536, C, torch.float32, arch)
+        both = norm, embedding.launch_key("fwd", C, torch.float32, arch)
+        asked |= {replace(key, triton=t) for key in both for t in TRITONS}
     for layer in _launch.rows():
         idle = [str(row) for row in layer if not any(row.serves(key) for key in asked)]
         assert not idle, "no op asks for these rows, or `keys` above does not know its keys"
