@@ -11,15 +11,15 @@ from typing import Any
 from ._launch import Launch
 
 # What is not the operands' dtype, as pointers are, nor a 32-bit integer, as all else is.
-TYPES = {
-    "targets_ptr": "*i64", "count_ptr": "*i64", "table_ptr": "*i64",
-    "chunks_ptr": "*i32", "numbers_ptr": "*fp64",
-    "eps": "fp32", "scale": "fp32", "max_norm": "fp32",
-    **dict.fromkeys((
-        "weight_ptr", "bias_ptr", "b_ptr", "stats_ptr", "partial_ptr", "sums_ptr",
-        "lse_ptr", "delta_ptr", "row_loss_ptr", "dloss_ptr",
-    ), "*fp32"),
-}  # fmt: skip
+_NAMES = {
+    "*i64": "targets_ptr count_ptr table_ptr idx_ptr ids_ptr order_ptr",
+    "*i32": "chunks_ptr",
+    "*fp64": "numbers_ptr",
+    "*fp32": "weight_ptr bias_ptr b_ptr stats_ptr partial_ptr sums_ptr lse_ptr delta_ptr "
+    "row_loss_ptr dloss_ptr dwte_ptr carry_ptr",
+    "fp32": "eps scale max_norm",
+}
+TYPES = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,26 @@ class AotCase:
 
 
 def aot_case(
-    op: str, kernel: Any, label: str, launch: Launch, dtype: str,
-    constexprs: Mapping[str, Any] | None = None, *, types: Mapping[str, str] | None = None,
-    mma: str = "", unaligned: Sequence[str] = (),
-) -> AotCase:  # fmt: skip
+    op: str,
+    kernel: Any,
+    label: str,
+    launch: Launch,
+    dtype: str,
+    constexprs: Mapping[str, Any] = {},
+    *,
+    types: Mapping[str, str] = {},
+    mma: str = "",
+    unaligned: Sequence[str] = (),
+) -> AotCase:
     """A case with pointers of `dtype`, but for TYPES and `types`.
 
     Of `constexprs` and of the launch's blocks it takes those that the kernel has. `mma` is the
     block that gives the rows of the smallest product; "" where none uses tensor cores.
     """
     names = kernel.arg_names
-    known = {**dict(launch.blocks), **(constexprs or {})}
+    known = {**dict(launch.blocks), **constexprs}
     fixed = {name: known[name] for name in names if name in known}
-    special = {**TYPES, **(types or {})}
+    special = {**TYPES, **types}
     signature = {
         name: special.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
         for name in names

@@ -105,34 +105,30 @@ class Launch:
         return {**dict(self.blocks), **warps, **limit, "enable_fp_fusion": True}
 
 
-def _is_power(value: Any) -> bool:
-    return type(value) is int and value > 0 and value & (value - 1) == 0
-
-
 def _read_row(op: str, row: Any, sources: Mapping[str, str]) -> tuple[Key, Launch]:
     """One line of the file; ValueError says what is wrong with it."""
     if not isinstance(row, list) or len(row) != 11:
         raise ValueError("a row has 11 columns, as the head of the file names them")
     kernel, math, size, arch, triton, blocks, warps, stages, maxnreg, programs, source = row
-    for column, value in zip(("kernel", "math", "size", "triton"), [*row[:3], triton], strict=True):
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"{column} must be a word or {ANY!r}, got {value!r}")
-    if arch != ANY and (type(arch) is not int or family(arch) != arch):
-        raise ValueError(f"arch must be a number such as 90, its family's first, got {arch!r}")
-    if not isinstance(blocks, dict):
-        raise ValueError(f"blocks must be such as {{BLOCK_M = 64}}, got {blocks!r}")
+
+    def check(name: str, value: Any, holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} must {what}, got {value!r}")
+
+    for name, value in {"kernel": kernel, "math": math, "size": size, "triton": triton}.items():
+        check(name, value, isinstance(value, str) and value != "", f"be a word or {ANY!r}")
+    first = type(arch) is int and family(arch) == arch
+    check("arch", arch, arch == ANY or first, "be a number such as 90, its family's first")
+    check("blocks", blocks, isinstance(blocks, dict), "be such as {BLOCK_M = 64}")
     for name, value in {**blocks, "warps": warps}.items():
-        if not _is_power(value):
-            raise ValueError(f"{name} must be a power of two, got {value!r}")
-    for name, value, least in (
-        ("stages", stages, 1),
-        ("registers", maxnreg, 0),
-        ("programs", programs, 1),
-    ):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
-    if not isinstance(source, str) or not source:
-        raise ValueError(f"source must say where the row comes from, got {source!r}")
+        power = type(value) is int and value > 0 and value.bit_count() == 1
+        check(name, value, power, "be a power of two")
+    numbers = {"stages": (stages, 1), "registers": (maxnreg, 0), "programs": (programs, 1)}
+    for name, (value, least) in numbers.items():
+        enough = type(value) is int and value >= least
+        check(name, value, enough, f"be a number of at least {least}")
+    said = isinstance(source, str) and source != ""
+    check("source", source, said, "say where the row comes from")
     return Key(f"{op}.{kernel}", math, size, arch, triton), Launch(
         tuple(blocks.items()), warps, stages, maxnreg or None, programs, sources.get(source, source)
     )
@@ -230,15 +226,13 @@ def replaced(kernel: str, launch: Launch | None) -> Iterator[list[tuple[Key, Lau
     Yields the list of what was asked for, and what it would have run with; for ANY of all kernels.
     """
     asked: list[tuple[Key, Launch]] = []
-    before = _trials.get(kernel)
+    before = {**_trials}
     _trials[kernel] = launch, asked
     try:
         yield asked
     finally:
-        if before is None:
-            del _trials[kernel]
-        else:
-            _trials[kernel] = before
+        _trials.clear()
+        _trials.update(before)
 
 
 def math_of(dtype: torch.dtype) -> str:

@@ -21,12 +21,11 @@ Bytes per token and C, in elements: forward reads 3 and writes 1; dq reads 5 (q,
 writes 1; dk/dv reads 4 and writes 2; k and v (q and dO there) are re-read from L2 by each block.
 
 The backward makes dq by query blocks, with delta on the way, then dk/dv by key blocks. The second
-works on S^T = k q^T, so P^T and dS^T leave the dot in the orientation the next one reads and no
-tile is transposed in registers (wrong results on Hopper before Triton 3.7.1, fla-org issue 826).
+works on S^T = k q^T, so P^T and dS^T leave the dot in the orientation the next one reads: no tile
+is transposed in registers, which Triton before 3.7.1 gets wrong on Hopper (fla-org issue 826).
 Nothing is summed across programs: no atomics, no fp32 dq buffer, bitwise equal reruns. Up to
-SHORT_T (128 in 16 bits at D = 64) one launch does it all, a head per program: at T = 64 1,231
-instructions per warp, where the two launches run at least 1,773, and 8 elements per token and C
-instead of 12 (bf16, compiled for sm_90 with triton 3.7.1).
+SHORT_T one launch does it all, a head per program: at T = 64 1,231 instructions per warp for at
+least 1,773, and 8 elements per token and C for 12 (bf16, compiled for sm_90 with triton 3.7.1).
 
 Source: Dao 2023, https://arxiv.org/abs/2307.08691; delta inside dq saves its separate pass there.
 """
@@ -338,15 +337,22 @@ SHORT_T = {2: (128, 128, 128, 64), 4: (64, 32, 32, 16)}
 MMA_SYNC_SHORT_T = {2: (128, 64, 32, 32), 4: (64, 32, 32, 16)}
 
 
+KERNELS: dict[str, Any] = {
+    "fwd": _attention_fwd_kernel,
+    "dq": _attention_dq_kernel,
+    "dkdv": _attention_dkdv_kernel,
+    "short": _attention_short_bwd_kernel,
+}
+
+
 def launch_key(kernel: str, math: str, D: int, T: int, arch: int) -> Key:
-    """The key of "fwd", "dq", "dkdv", or of "short": the backward of a head in one tile."""
+    """The key of one of KERNELS; "short" is the backward of a head in one tile."""
     span = "T<=64" if T <= 64 else "T<2048" if T < 2048 else "T>=2048"
     size = f"T={_block_t(T)} D={D}" if kernel == "short" else f"D={D} {span}"
     return Key(f"causal_attention.{kernel}", math, size, arch)
 
 
 def _block_t(T: int) -> int:
-    """Rows of the tile that holds a head."""
     return max(next_pow2(T), 16)  # the least a dot takes
 
 
@@ -367,12 +373,16 @@ def _fixed(kernel: str, math: str, D: int, T: int) -> dict[str, Any]:
     return {"D": D, "PRECISION": precision_of(math), **tile}
 
 
-def _plan(kernel: str, qkv: Tensor, n_head: int) -> tuple[int, dict[str, Any]]:
-    """Blocks of a sequence, and keyword arguments of one launch."""
-    T, D, math = qkv.shape[1], qkv.shape[2] // (3 * n_head), math_of(qkv.dtype)
+def _launch(kernel: str, qkv: Tensor, n_head: int, *tensors: Tensor, **flags: bool) -> None:
+    """Run one of KERNELS on `tensors`: a program for each block of each head of a sequence."""
+    if qkv.numel() == 0:
+        return
+    B, T, C3 = qkv.shape
+    D, math = C3 // (3 * n_head), math_of(qkv.dtype)
     launch = launch_for(launch_key(kernel, math, D, T, arch(qkv.device)))
-    kwargs = {**_fixed(kernel, math, D, T), **launch.kwargs()}
-    return cdiv(T, kwargs[_own_block(kernel)]), kwargs
+    kwargs = {**_fixed(kernel, math, D, T), **launch.kwargs(), **flags}
+    programs = cdiv(T, kwargs[_own_block(kernel)]) * B * n_head
+    KERNELS[kernel][(programs,)](*tensors, T, n_head, D**-0.5, **kwargs)
 
 
 def _fwd_fake(qkv, n_head, save_lse):
@@ -385,42 +395,20 @@ def _fwd_fake(qkv, n_head, save_lse):
 def causal_attention_fwd(qkv: Tensor, n_head: int, save_lse: bool) -> tuple[Tensor, Tensor]:
     """qkv (B, T, 3C) -> y (B, T, C), lse (B, H, T) fp32 and base 2, (0,) unless save_lse."""
     y, lse = _fwd_fake(qkv, n_head, save_lse)
-    if qkv.numel() == 0:
-        return y, lse
-    blocks, kwargs = _plan("fwd", qkv, n_head)
-    scale = kwargs["D"] ** -0.5
-    _attention_fwd_kernel[(blocks * len(qkv) * n_head,)](
-        qkv, y, lse, qkv.shape[1], n_head, scale, STORE_LSE=save_lse, **kwargs
-    )
+    _launch("fwd", qkv, n_head, qkv, y, lse, STORE_LSE=save_lse)
     return y, lse
 
 
-def _bwd_fake(dy, qkv, y, lse, n_head):
-    return torch.empty_like(qkv)
-
-
-@register(fake=_bwd_fake)
+@register(fake=lambda dy, qkv, y, lse, n_head: torch.empty_like(qkv))
 def causal_attention_bwd(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head: int) -> Tensor:
     """dy, y (B, T, C), qkv (B, T, 3C), lse (B, H, T) -> dqkv (B, T, 3C)."""
-    dqkv = torch.empty_like(qkv)
-    if qkv.numel() == 0:
-        return dqkv
-    B, T, C3 = qkv.shape
-    D = C3 // (3 * n_head)
-    scale, heads = D**-0.5, B * n_head
-    if short_t(qkv.element_size(), D, arch(qkv.device)) >= T:
-        blocks, kwargs = _plan("short", qkv, n_head)
-        _attention_short_bwd_kernel[(blocks * heads,)](
-            dy, qkv, y, lse, dqkv, T, n_head, scale, **kwargs
-        )
-        return dqkv
-    delta = torch.empty_like(lse)
-    blocks, kwargs = _plan("dq", qkv, n_head)
-    _attention_dq_kernel[(blocks * heads,)](
-        dy, qkv, y, lse, dqkv, delta, T, n_head, scale, **kwargs
-    )
-    blocks, kwargs = _plan("dkdv", qkv, n_head)
-    _attention_dkdv_kernel[(blocks * heads,)](dy, qkv, lse, delta, dqkv, T, n_head, scale, **kwargs)
+    dqkv, D = torch.empty_like(qkv), qkv.shape[2] // (3 * n_head)
+    if qkv.shape[1] <= short_t(qkv.element_size(), D, arch(qkv.device)):
+        _launch("short", qkv, n_head, dy, qkv, y, lse, dqkv)
+    else:
+        delta = torch.empty_like(lse)
+        _launch("dq", qkv, n_head, dy, qkv, y, lse, dqkv, delta)
+        _launch("dkdv", qkv, n_head, dy, qkv, lse, delta, dqkv)
     return dqkv
 
 
@@ -476,30 +464,22 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
     """Builds the launches above choose on `arch`, and candidates: not all, as each takes long."""
-    kernels = {
-        "fwd": _attention_fwd_kernel,
-        "dq": _attention_dq_kernel,
-        "dkdv": _attention_dkdv_kernel,
-        "short": _attention_short_bwd_kernel,
-    }
     builds = [("bf16", 2, "16-bit", D) for D in HEAD_DIMS]
     builds += [("fp32", 4, "tf32", 64), ("fp32", 4, "ieee", 64)]
     if arch not in (80, 90, 100):  # which have rows of their own
         builds = builds[2:4]
-    for (name, kernel), (dtype, itemsize, math, D) in product(kernels.items(), builds):
+    for (name, kernel), (dtype, itemsize, math, D) in product(KERNELS.items(), builds):
         longest = short_t(itemsize, D, arch) if name == "short" else 1024
         launches: dict[Launch, int] = {}  # each with the longest sequence that it serves
         for T in (min(64, longest), longest) if name in ("fwd", "short") else (longest,):
             key = launch_key(name, math, D, T, arch)
             launches |= dict.fromkeys((launch_for(key), *candidates_for(key)), T)
         for launch, T in launches.items():
-            fixed = _fixed(name, math, D, T)
+            fixed = _fixed(name, math, D, T) | {"STORE_LSE": True}
             sizes = (fixed | dict(launch.blocks)).items()
             blocks = " ".join(f"{k[6:]}{size}" for k, size in sizes if k[:6] == "BLOCK_")
             label = f"{name} D={D} {'tf32' if math == 'tf32' else dtype} {blocks}"
-            mma = "" if math == "ieee" else _own_block(name)
-            fixed["STORE_LSE"] = True
+            mma, loose = "" if math == "ieee" else _own_block(name), ("T", "H")
             yield aot_case(
-                "causal_attention", kernel, label, launch, dtype, fixed, mma=mma,
-                unaligned=("T", "H"),
-            )  # fmt: skip
+                "causal_attention", kernel, label, launch, dtype, fixed, mma=mma, unaligned=loose
+            )

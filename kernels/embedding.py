@@ -42,16 +42,9 @@ from torch import Tensor
 
 from ._aot import AotCase, aot_case
 from ._jit import jit
-from ._launch import Key, Launch, arch, cdiv, launch_for
-from ._op import (
-    FLOATS,
-    check_device,
-    check_tensor,
-    needs_grad,
-    refuse_double_backward,
-    register,
-)
-from .layer_norm import MAX_C, _normalise, _tile, layer_norm_bwd, safe_launch
+from ._launch import Key, arch, cdiv, launch_for
+from ._op import FLOATS, check_device, check_tensor, needs_grad, refuse_double_backward, register
+from .layer_norm import MAX_C, _normalise, _tile, layer_norm_bwd, row_launch
 from .reference import check_ids
 
 
@@ -59,11 +52,6 @@ def launch_key(kernel: str, C: int, dtype: torch.dtype, arch: int) -> Key:
     """The key of a launch on rows of `dtype`; `kernel` is "fwd" or "sums"."""
     math = "fp32" if dtype == torch.float32 else "16-bit"
     return Key(f"embedding.{kernel}", math, f"C={C}", arch)
-
-
-def _launch_fwd(C: int, dtype: torch.dtype, arch: int) -> Launch:
-    safe = safe_launch("fwd", C, dtype.itemsize)
-    return launch_for(launch_key("fwd", C, dtype, arch), safe)
 
 
 @jit
@@ -136,10 +124,7 @@ def _embedding_sums_kernel(
         previous = token
 
 
-def _fwd_fake(
-    idx: Tensor, wte: Tensor, wpe: Tensor, weight: Tensor, bias: Tensor, eps: float,
-    dtype: torch.dtype, residual_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _fwd_fake(idx, wte, wpe, weight, bias, eps, dtype, residual_dtype):
     shape = (*idx.shape, wte.shape[1])
     y, h = (wte.new_empty(shape, dtype=d) for d in (dtype, residual_dtype))
     return y, h, wte.new_empty((2, *idx.shape), dtype=torch.float32)
@@ -147,21 +132,27 @@ def _fwd_fake(
 
 @register(fake=_fwd_fake)
 def embedding_fwd(
-    idx: Tensor, wte: Tensor, wpe: Tensor, weight: Tensor, bias: Tensor, eps: float,
-    dtype: torch.dtype, residual_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> y (B, T, C) in `dtype`, h (B, T, C) in `residual_dtype`, stats (2, B, T) fp32."""
-    Vp, C = wte.shape
+    (Vp, C), T = wte.shape, len(wpe)
     if idx.device.type == "cpu":
         check_ids(idx, Vp)
     out = _fwd_fake(idx, wte, wpe, weight, bias, eps, dtype, residual_dtype)
-    launch = _launch_fwd(C, residual_dtype, arch(wte.device))
-    blocks = dict(launch.blocks)
+    key = launch_key("fwd", C, residual_dtype, arch(wte.device))
+    launch, fixed = row_launch(key, C, residual_dtype)
+    kwargs = fixed | launch.kwargs()
     if M := idx.numel():
-        _embedding_fwd_kernel[(cdiv(M, blocks["ROWS"]),)](
-            idx, wte, wpe, weight, bias, *out, M, len(wpe), Vp, eps,
-            C=C, CHUNKS=cdiv(C, blocks["BLOCK_C"]), **launch.kwargs(),
-        )  # fmt: skip
+        _embedding_fwd_kernel[(cdiv(M, kwargs["ROWS"]),)](
+            idx, wte, wpe, weight, bias, *out, M, T, Vp, eps, **kwargs
+        )
     return out
 
 
@@ -171,27 +162,22 @@ def embedding_bwd(idx: Tensor, dh: Tensor, dtied: Tensor) -> tuple[Tensor, Tenso
     Vp, C = dtied.shape
     dwte = dtied.to(torch.float32, copy=True)
     ids, order = torch.sort(idx.flatten(), stable=True)
-    launch = launch_for(launch_key("sums", C, dh.dtype, arch(dh.device)))
-    blocks = dict(launch.blocks)
+    kwargs = launch_for(launch_key("sums", C, dh.dtype, arch(dh.device))).kwargs()
     d, N, stride = dh, len(ids), 1
     while N:
-        programs = cdiv(N, blocks["ROWS"])
+        programs = cdiv(N, kwargs["ROWS"])
         carry = dwte.new_empty((programs, C))
-        _embedding_sums_kernel[(programs, cdiv(C, blocks["BLOCK_C"]))](
-            d, order if stride == 1 else None, ids, dwte, carry, N, stride, Vp,
-            C=C, **launch.kwargs(),
-        )  # fmt: skip
+        _embedding_sums_kernel[(programs, cdiv(C, kwargs["BLOCK_C"]))](
+            d, order if stride == 1 else None, ids, dwte, carry, N, stride, Vp, C=C, **kwargs
+        )
         # The first block carries nothing.
-        d, N, stride = carry, programs if programs > 1 else 0, stride * blocks["ROWS"]
+        d, N, stride = carry, programs if programs > 1 else 0, stride * kwargs["ROWS"]
     return dwte.to(dtied.dtype), dh.sum(0, dtype=dtied.dtype)
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, idx: Tensor, wte: Tensor, wpe: Tensor, weight: Tensor, bias: Tensor, eps: float,
-        dtype: torch.dtype, residual_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def forward(ctx, idx, wte, wpe, weight, bias, eps, dtype, residual_dtype):
         y, h, stats = embedding_fwd(idx, wte, wpe, weight, bias, eps, dtype, residual_dtype)
         ctx.save_for_backward(idx, h, weight, stats)
         return y, h, wte.view_as(wte)
@@ -261,17 +247,18 @@ def embedding(
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
     """Every build a launch can choose at GPT-2's width."""
-    sums, into = _embedding_sums_kernel, dict.fromkeys(("dwte_ptr", "carry_ptr"), "*fp32")
-    types = {"idx_ptr": "*i64", "ids_ptr": "*i64", "order_ptr": "*i64", **into}
-    for h, table in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")):
-        dtype = torch.float32 if h == "fp32" else torch.bfloat16
-        launch = _launch_fwd(768, dtype, arch)
-        fixed = {"C": 768, "CHUNKS": cdiv(768, dict(launch.blocks)["BLOCK_C"])}
-        pointers = types | {"h_ptr": f"*{h}", "wte_ptr": f"*{table}", "wpe_ptr": f"*{table}"}
-        yield aot_case("embedding", _embedding_fwd_kernel, f"fwd C=768 h={h} wte={table}", launch,
-                       "bf16", fixed, types=pointers)  # fmt: skip
-    launch = launch_for(launch_key("sums", 768, torch.float32, arch))
-    for what, d, absent in (("of rows", "fp32", {}), ("of rows", "bf16", {}),
-                            ("of carried rows", "fp32", {"order_ptr": None})):  # fmt: skip
-        label, fixed = f"sums {what} C=768 d={d}", {"C": 768, **absent}
-        yield aot_case("embedding", sums, label, launch, d, fixed, types=types)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for h, table in ("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"):
+        key, kernel = launch_key("fwd", 768, dtypes[h], arch), _embedding_fwd_kernel
+        launch, fixed = row_launch(key, 768, dtypes[h])
+        types = {"h_ptr": f"*{h}", "wte_ptr": f"*{table}", "wpe_ptr": f"*{table}"}
+        label = f"fwd C=768 h={h} wte={table}"
+        yield aot_case("embedding", kernel, label, launch, "bf16", fixed, types=types)
+    launch, kernel = (
+        launch_for(launch_key("sums", 768, torch.float32, arch)),
+        _embedding_sums_kernel,
+    )
+    for d, what in ("fp32", "rows"), ("bf16", "rows"), ("fp32", "carried rows"):
+        fixed = {"C": 768} if what == "rows" else {"C": 768, "order_ptr": None}
+        label = f"sums of {what} C=768 d={d}"
+        yield aot_case("embedding", kernel, label, launch, d, fixed)

@@ -69,7 +69,8 @@ def safe_launch(kernel: str, C: int, itemsize: int) -> Launch:
     """
     chunk = 512 // itemsize
     if chunk >= C:
-        block_c, rows, num_warps = next_pow2(C), min(32, 1024 // next_pow2(C)), 4
+        block_c, num_warps = next_pow2(C), 4
+        rows = min(32, 1024 // block_c)
     else:
         warps_per_row = min(next_pow2(cdiv(C, WARP_C[kernel])), MAX_WARPS_PER_ROW)
         block_c = chunk * warps_per_row
@@ -83,12 +84,9 @@ def safe_launch(kernel: str, C: int, itemsize: int) -> Launch:
     )
 
 
-def _launch(
-    kernel: str, M: int, C: int, dtype: torch.dtype, arch: int
-) -> tuple[Launch, dict[str, Any]]:
-    """The launch on M rows of h, and the constexprs it leaves open."""
-    safe = safe_launch(kernel, C, dtype.itemsize)
-    launch = launch_for(launch_key(kernel, M, C, dtype, arch), safe)
+def row_launch(key: Key, C: int, dtype: torch.dtype) -> tuple[Launch, dict[str, Any]]:
+    """The launch on rows of h in `dtype`, and the constexprs it leaves open."""
+    launch = launch_for(key, safe_launch(key.kernel.partition(".")[2], C, dtype.itemsize))
     return launch, {"C": C, "CHUNKS": cdiv(C, dict(launch.blocks)["BLOCK_C"])}
 
 
@@ -304,7 +302,7 @@ def layer_norm_fwd(
     y, h, stats = _fwd_fake(x, residual, weight, bias, eps, dtype)
     M, C = stats[0].numel(), x.shape[-1]
     stream = x.dtype if residual is None else residual.dtype
-    launch, fixed = _launch("fwd", M, C, stream, arch(x.device))
+    launch, fixed = row_launch(launch_key("fwd", M, C, stream, arch(x.device)), C, stream)
     if M > 0:
         _layer_norm_fwd_kernel[(cdiv(M, dict(launch.blocks)["ROWS"]),)](
             x, residual, weight, bias, y, h, stats, M, eps, **fixed, **launch.kwargs()
@@ -332,7 +330,7 @@ def layer_norm_bwd(
     """
     dh, dx, dweight, dbias = _bwd_fake(dy, dh_out, h, weight, stats, dtype)
     M, C = stats[0].numel(), h.shape[-1]
-    launch, fixed = _launch("bwd", M, C, h.dtype, arch(h.device))
+    launch, fixed = row_launch(launch_key("bwd", M, C, h.dtype, arch(h.device)), C, h.dtype)
     programs = launch.programs_per_sm * num_sms(h.device)  # all resident: one wave
     programs = min(cdiv(M, dict(launch.blocks)["ROWS"]), programs)
     partial = h.new_empty((2, programs, C), dtype=torch.float32)
@@ -435,24 +433,23 @@ def add_layer_norm(
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
     """Each build the launches above can choose on `arch`, at the widths and dtypes that matter."""
-    kernels = {"fwd": _layer_norm_fwd_kernel, "bwd": _layer_norm_bwd_kernel}
-    for C, x, h in (
-        (768, "bf16", "fp32"),  # GPT-2, residual stream fp32
-        (768, "bf16", "bf16"),  # and bf16
-        (1024, "fp32", "fp32"),  # the widest row of one warp forward, of two backward
-        (6400, "bf16", "fp32"),
-        (MAX_C, "bf16", "fp32"),
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    of_stream = "residual_ptr", "h_ptr", "dh_out_ptr", "dh_ptr"
+    alone = {"residual_ptr": None, "dh_out_ptr": None, "dx_ptr": None}
+    for C, x, h, absent in (
+        (768, "bf16", "fp32", {}),  # GPT-2, residual stream fp32
+        (768, "bf16", "bf16", {"dx_ptr": None}),  # and bf16
+        (1024, "fp32", "fp32", {"dx_ptr": None}),  # one warp a row forward, two backward
+        (6400, "bf16", "fp32", {}),
+        (MAX_C, "bf16", "fp32", {}),
+        (768, "bf16", "bf16", alone),
     ):
-        of_stream = ("residual_ptr", "h_ptr", "dh_out_ptr", "dh_ptr")
+        op = "layer_norm" if absent == alone else "add_layer_norm"
         types: dict[str, str] = dict.fromkeys(of_stream, f"*{h}")
-        for name, kernel in kernels.items():
-            dtype = torch.float32 if h == "fp32" else torch.bfloat16
-            launch, fixed = _launch(name, 65536, C, dtype, arch)
-            label, fixed = f"{name} C={C} x={x} h={h}", fixed | ({"dx_ptr": None} if x == h else {})
-            yield aot_case("add_layer_norm", kernel, label, launch, x, fixed, types=types)
-    for name, absent in (("fwd", ("residual_ptr",)), ("bwd", ("dh_out_ptr", "dx_ptr"))):
-        launch, fixed = _launch(name, 65536, 768, torch.bfloat16, arch)
-        fixed |= dict.fromkeys(absent)
-        yield aot_case("layer_norm", kernels[name], f"{name} C=768 bf16", launch, "bf16", fixed)
+        for name, kernel in ("fwd", _layer_norm_fwd_kernel), ("bwd", _layer_norm_bwd_kernel):
+            key = launch_key(name, 65536, C, dtypes[h], arch)
+            launch, fixed = row_launch(key, C, dtypes[h])
+            label = f"{name} C={C} bf16" if absent == alone else f"{name} C={C} x={x} h={h}"
+            yield aot_case(op, kernel, label, launch, x, fixed | absent, types=types)
     launch = launch_for(Key("layer_norm.sum", "fp32", "C=768", arch))
     yield aot_case("layer_norm", _sum_partials_kernel, "sum of partials", launch, "fp32")

@@ -205,19 +205,18 @@ def linear_cross_entropy_fwd(
         check_targets(targets, V, ignore_index)
     _, _, dx, dweight = _fwd_fake(x, weight, targets, V, ignore_index, needs_dx, needs_dweight)
     w = weight.to(x.dtype)
-    launch = launch_for(launch_key("rows", x.dtype, arch(x.device)))
     rows = chunk_rows(M, Vp, x.dtype.itemsize)
     width = cdiv(Vp, 16) * 16  # each row at a multiple of 16 bytes
     logits = x.new_empty((rows, width))
-    kwargs: dict[str, Any] = {"VECTOR": 16 // x.dtype.itemsize, "GRAD": needs_dx or needs_dweight}
-    kwargs |= launch.kwargs()
+    fixed = {"VECTOR": 16 // x.dtype.itemsize, "GRAD": needs_dx or needs_dweight}
+    kwargs = fixed | launch_for(launch_key("rows", x.dtype, arch(x.device))).kwargs()
     row_loss = x.new_empty(M, dtype=torch.float32)
     for first in range(0, M, rows):
         chunk = slice(first, min(first + rows, M))
         x_m = x[chunk]
         z = logits[: len(x_m), :Vp]
         torch.mm(x_m, w.t(), out=z)
-        _linear_cross_entropy_rows_kernel[(cdiv(len(x_m), dict(launch.blocks)["BLOCK_M"]),)](
+        _linear_cross_entropy_rows_kernel[(cdiv(len(x_m), kwargs["BLOCK_M"]),)](
             logits, targets[chunk], row_loss[chunk], len(x_m), V, width, ignore_index, **kwargs
         )
         if needs_dx:
@@ -239,9 +238,9 @@ def linear_cross_entropy_bwd(
     """grad * dloss / N, rounded to `dtype`; dloss is () fp32, N () int64."""
     out = torch.empty_like(grad, dtype=dtype)
     if out.numel():
-        launch = launch_for(launch_key("scale", grad.dtype, arch(grad.device)))
-        _linear_cross_entropy_scale_kernel[(cdiv(out.numel(), dict(launch.blocks)["BLOCK_E"]),)](
-            grad, dloss, count, out, out.numel(), **launch.kwargs()
+        kwargs = launch_for(launch_key("scale", grad.dtype, arch(grad.device))).kwargs()
+        _linear_cross_entropy_scale_kernel[(cdiv(out.numel(), kwargs["BLOCK_E"]),)](
+            grad, dloss, count, out, out.numel(), **kwargs
         )
     return out
 
@@ -253,18 +252,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, weight, targets, vocab_size, ignore_index, needs_dx, needs_dweight
         )
         ctx.save_for_backward(*saved)
-        ctx.needs, ctx.weight_dtype = (needs_dx, needs_dweight), weight.dtype
+        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor):
         refuse_double_backward("linear_cross_entropy")
         count, dx, dweight = ctx.saved_tensors
-        needs_dx, needs_dweight = ctx.needs
+        (needs_dx, needs_dweight, *_), dtype = ctx.needs_input_grad, ctx.weight_dtype
         dx = linear_cross_entropy_bwd(dx, dloss, count, dx.dtype) if needs_dx else None
-        if needs_dweight:
-            dweight = linear_cross_entropy_bwd(dweight, dloss, count, ctx.weight_dtype)
-        return dx, dweight if needs_dweight else None, None, None, None, None, None
+        dweight = linear_cross_entropy_bwd(dweight, dloss, count, dtype) if needs_dweight else None
+        return dx, dweight, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -314,12 +312,6 @@ def linear_cross_entropy(
     check_tensor("linear_cross_entropy", "weight", weight, weight.shape, x.device, dtypes)
     ids = (torch.int64,)
     check_tensor("linear_cross_entropy", "targets", targets, x.shape[:-1], x.device, ids)
-    return _LinearCrossEntropy.apply(
-        x.reshape(-1, x.shape[-1]),
-        weight,
-        targets.reshape(-1),
-        V,
-        ignore_index,
-        needs_grad(x),
-        needs_grad(weight),
-    )
+    rows, ids = x.reshape(-1, C), targets.reshape(-1)
+    needs = needs_grad(x), needs_grad(weight)
+    return _LinearCrossEntropy.apply(rows, weight, ids, V, ignore_index, *needs)

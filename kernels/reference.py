@@ -140,8 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and, while the logits of a chunk are at hand, the gradients of x and weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
-                ignore_index: int, needs_dx: bool, needs_dweight: bool) -> Tensor:  # fmt: skip
+    def forward(ctx, x, weight, targets, vocab_size, ignore_index, needs_dx, needs_dweight):
         counted = targets != ignore_index
         known = (targets >= 0) & (targets < vocab_size)
         # 1 where a row counts, 0 where it is ignored, NaN for an id outside the vocabulary.
@@ -191,8 +190,6 @@ def linear_cross_entropy(
     V = weight.shape[0] if vocab_size is None else vocab_size
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         check_targets(targets, V, ignore_index)
-    grad = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(
-        x.reshape(-1, x.shape[-1]).to(autocast_dtype(x)), weight, targets.reshape(-1), V,
-        ignore_index, grad and x.requires_grad, grad and weight.requires_grad,
-    )  # fmt: skip
+    needs = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
+    rows, ids = x.reshape(-1, x.shape[-1]).to(autocast_dtype(x)), targets.reshape(-1)
+    return _LinearCrossEntropy.apply(rows, weight, ids, V, ignore_index, *needs)
