@@ -44,8 +44,7 @@ class Models:
     """Finds and loads the model when it is first asked for, once.
 
     Args:
-        path: See `find_model`; None takes the newest under `runs`.
-        runs: Folder of runs.
+        path: See `find_model`; None takes the newest under runs/.
         about: A JSON file with the panel and the examples, as a Space has it; it is shown as it
             stands. None makes them from the run that the model belongs to.
         beside: A second model, which answers after the first with the same settings.
@@ -54,11 +53,10 @@ class Models:
     def __init__(
         self,
         path: Path | str | None = None,
-        runs: Path = Path("runs"),
         about: Path | None = None,
         beside: Path | str | None = None,
     ):
-        self.path, self.runs, self.about = path, runs, about
+        self.path, self.about = path, about
         self.loaded: Loaded | None = None
         self.all: list[Models] = [self, *([Models(beside)] if beside is not None else [])]
 
@@ -70,7 +68,7 @@ class Models:
         """
         with _loading:
             if self.loaded is None:
-                folder = find_model(latest_model(self.runs) if self.path is None else self.path)
+                folder = find_model(latest_model() if self.path is None else self.path)
                 model = GPT.from_pretrained(folder).eval()
                 if torch.cuda.is_available():
                     model = model.cuda()

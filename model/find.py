@@ -47,17 +47,16 @@ def find_model(path: str | Path) -> Path:
     )
 
 
-def latest_model(runs: str | Path = "runs") -> Path:
-    """The model folder written last under `runs`.
+def latest_model() -> Path:
+    """The model folder written last under runs/.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    weights = [p for p in Path(runs).glob("*/model/model.safetensors") if p.is_file()]
+    weights = [p for p in Path("runs").glob("*/model/model.safetensors") if p.is_file()]
     if not weights:
         raise FileNotFoundError(
-            f"no model under {Path(runs)}/ yet: train one with `make train`, or name a folder "
-            f"with --model"
+            "no model under runs/ yet: train one with `make train`, or name a folder with --model"
         )
     return max(weights, key=lambda p: p.stat().st_mtime).parent
 

@@ -51,17 +51,18 @@ def test_documents_are_joined_by_endoftext(tmp_path: Path) -> None:
     files = [corpus / "b.txt", *(corpus / "sub" / name for name in ("a.md", "c.JSONL"))]
     assert all_tokens(load_corpus(files)) == ids
     # What training.prepare makes of it is the same, each document after an endoftext.
-    prepare(Config((str(corpus),), str(tmp_path / "out"), processes=1), quiet=True)
+    prepare(Config((str(corpus),), str(tmp_path / "out"), processes=1))
     assert all_tokens(load_corpus([tmp_path / "out"])) == [tokenizer.EOT, *ids]
 
 
-def test_cache_is_used_and_follows_the_source(tmp_path: Path, monkeypatch) -> None:
+def test_cache_is_used_and_follows_the_source(tmp_path: Path, own_cache: Path, monkeypatch) -> None:
     text = tmp_path / "my.txt"
     text.write_text("one two three", encoding="utf-8")
     first = load_corpus([text])
-    meta = json.loads(first.path.with_suffix(".json").read_text())
+    (path,) = (own_cache / "tokens").glob("*.bin")
+    meta = json.loads(path.with_suffix(".json").read_text())
     assert (meta["tokens"], meta["encoding"], meta["documents"]) == (3, "gpt2", 1)
-    assert first.path.stat().st_size == 6
+    assert path.stat().st_size == 6
 
     with monkeypatch.context() as patch:
         patch.setattr(data, "encode_piece", lambda _: pytest.fail("tokenised again"))
@@ -71,10 +72,10 @@ def test_cache_is_used_and_follows_the_source(tmp_path: Path, monkeypatch) -> No
     assert tokenizer.decode(all_tokens(load_corpus([text]))) == "one two four"
 
     text.write_text("one two three", encoding="utf-8")
-    for damaged in (b"\0\0\0\0", b"\xff" * 6, b"", first.path.read_bytes()[::-1]):
-        first.path.write_bytes(damaged)
+    for damaged in (b"\0\0\0\0", b"\xff" * 6, b"", path.read_bytes()[::-1]):
+        path.write_bytes(damaged)
         assert tokenizer.decode(all_tokens(load_corpus([text]))) == "one two three"
-    first.path.with_suffix(".json").write_text('{"tokens": "three"}')
+    path.with_suffix(".json").write_text('{"tokens": "three"}')
     assert tokenizer.decode(all_tokens(load_corpus([text]))) == "one two three"
 
 

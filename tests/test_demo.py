@@ -200,15 +200,16 @@ def test_a_model_that_fails_while_it_writes_is_told_in_words(models: app.Models,
         ask(models, "a")
 
 
-def test_no_model_and_then_one(run: Path, tmp_path: Path):
+def test_no_model_and_then_one(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The page may be opened before the training has ended."""
-    models = app.Models(None, runs=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    models = app.Models()
     panel, examples = app.about(models)
     assert "make train" in panel
     assert examples == []
     with pytest.raises(gr.Error, match="make train"):
         ask(models, "a")
-    shutil.copytree(run, tmp_path / "first")
+    shutil.copytree(run, tmp_path / "runs" / "first")
     assert "a-test-recipe" in app.about(models)[0]
     assert ask(models, "a")
     named = app.Models(tmp_path / "nowhere")

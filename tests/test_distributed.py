@@ -412,7 +412,7 @@ def test_a_step_is_dealt_out_evenly_or_refused(size, micro, count):
 def test_a_folder_of_shards_is_a_corpus(tmp_path):
     (tmp_path / "a.txt").write_text("so are they all, all honourable men. " * 200)
     inputs, out = (str(tmp_path / "a.txt"),), str(tmp_path / "out")
-    prepare(Config(inputs, out, shard_tokens=500, val_tokens=300), quiet=True)
+    prepare(Config(inputs, out, shard_tokens=500, val_tokens=300))
     corpus = load_corpus([tmp_path / "out"])
     train, val = corpus.split(0.1)
     assert len(val) == 300

@@ -74,7 +74,7 @@ def test_what_is_no_text_is_refused_by_what_it_is(tmp_path: Path, case: str) -> 
     with pytest.raises(ValueError, match=message):
         read(tmp_path / name)
     with pytest.raises(ValueError, match=message):
-        prepare(Config((str(tmp_path / name),), str(tmp_path / "out"), processes=1), quiet=True)
+        prepare(Config((str(tmp_path / name),), str(tmp_path / "out"), processes=1))
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
@@ -160,7 +160,7 @@ def test_every_form_of_the_same_documents_gives_the_same_tokens(tmp_path, monkey
     want = np.concatenate([p for t in DOCUMENTS for p in ([tokenizer.EOT], tokenizer.encode(t))])
     assert read(path, key="body") == want.tolist()
     cfg = Config((str(path),), str(tmp_path / "out"), text_column="body", processes=1)
-    assert prepare(cfg, quiet=True)["documents"] == len(DOCUMENTS)
+    assert prepare(cfg)["documents"] == len(DOCUMENTS)
     files = documents.find_inputs([path], key="body")
     assert isinstance(files, list)
     pieces = [piece for file in files for piece in documents.cut(file, "body")]

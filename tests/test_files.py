@@ -30,7 +30,7 @@ def test_every_writer_obeys_the_umask(umask: int, tmp_path: Path, monkeypatch) -
     tokenizer.get_encoding.__wrapped__()
     (tmp_path / "a.txt").write_text("to be or not to be")
     load_corpus([tmp_path / "a.txt"])
-    prepare(Config((str(tmp_path / "a.txt"),), str(tmp_path / "shards")), quiet=True)
+    prepare(Config((str(tmp_path / "a.txt"),), str(tmp_path / "shards")))
     torch.manual_seed(0)
     GPT(GPTConfig(8, 50257, 1, 1, 8)).save_pretrained(tmp_path / "model")
     assert len([*tmp_path.rglob("*")]) > 14

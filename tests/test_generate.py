@@ -14,7 +14,8 @@ from model.sampling import Sampling, sample
 from tests.pretend_cuda import pretend_cuda
 
 CONFIG = GPTConfig(block_size=64, vocab_size=197, n_layer=3, n_head=4, n_embd=64)
-GREEDY = Sampling(max_new_tokens=200, temperature=0.0)
+NUM = 130
+GREEDY = Sampling(max_new_tokens=NUM, temperature=0.0)
 
 
 def random_model(config: GPTConfig = CONFIG, seed: int = 0) -> GPT:
@@ -52,9 +53,9 @@ def plain_greedy(model: GPT, prompt: list[int], num: int, window: int) -> list[i
 
 @pytest.mark.parametrize("window", [64, 17, 2])
 def test_cached_greedy_equals_uncached_past_the_window(model: GPT, window: int):
-    """200 tokens: three slides at 64; an odd window; and the smallest, which slides every step."""
+    """130 tokens: three slides at 64; an odd window; and the smallest, which slides every step."""
     prompt = [5, 90, 3]
-    expected = plain_greedy(model, prompt, 200, window)
+    expected = plain_greedy(model, prompt, NUM, window)
     assert len({*expected}) > 2  # a constant output would prove little
     assert generate_tokens(model, [prompt], GREEDY, window=window) == [expected]
     assert generate_tokens(model, [prompt], GREEDY, window=window, use_cache=False) == [expected]
@@ -69,7 +70,7 @@ def test_batch_of_different_lengths_equals_each_alone(model: GPT):
     ]
     batch = generate_tokens(model, prompts, GREEDY)
     for prompt, new in zip(prompts, batch, strict=True):
-        assert new == plain_greedy(model, prompt, 200, 64)
+        assert new == plain_greedy(model, prompt, NUM, 64)
 
 
 def test_sampling_is_the_same_whatever_the_batch(model: GPT):
@@ -159,8 +160,8 @@ def test_default_window_is_the_trained_context():
     model = random_model()
     model.trained_context = 8
     prompt = [5, 90, 3]
-    assert generate_tokens(model, [prompt], GREEDY) == [plain_greedy(model, prompt, 200, 8)]
-    assert generate_tokens(model, [prompt], GREEDY) != [plain_greedy(model, prompt, 200, 64)]
+    assert generate_tokens(model, [prompt], GREEDY) == [plain_greedy(model, prompt, NUM, 8)]
+    assert generate_tokens(model, [prompt], GREEDY) != [plain_greedy(model, prompt, NUM, 64)]
 
 
 def test_copies_of_weights_follow_training():
@@ -170,10 +171,10 @@ def test_copies_of_weights_follow_training():
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight.mul_(-1)  # type: ignore[union-attr]
     after = generate_tokens(model, [prompt], GREEDY)
-    assert after == [plain_greedy(model, prompt, 200, 64)]
+    assert after == [plain_greedy(model, prompt, NUM, 64)]
     assert after != before
     model.double()
-    assert generate_tokens(model, [prompt], GREEDY) == [plain_greedy(model, prompt, 200, 64)]
+    assert generate_tokens(model, [prompt], GREEDY) == [plain_greedy(model, prompt, NUM, 64)]
 
 
 def test_prompts_do_not_share_their_draws(model: GPT):

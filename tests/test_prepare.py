@@ -42,7 +42,7 @@ def config(path: Path, out: Path, **more: Any) -> Config:
 
 def run(cfg: Config) -> np.ndarray:
     """Prepare in this process, then read everything back."""
-    index = prepare(cfg, quiet=True)
+    index = prepare(cfg)
     return np.concatenate([open_shard(Path(cfg.out) / s["file"]) for s in index["shards"]])
 
 
@@ -121,7 +121,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, stop
     cfg = config(path, tmp_path / "cut", shard_tokens=101)
     monkeypatch.setattr(prepare_module, "encode_piece", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare(cfg, quiet=True)
+        prepare(cfg)
     monkeypatch.setattr(prepare_module, "encode_piece", encode_piece)
     assert {p.suffix for p in (tmp_path / "cut").iterdir()} == {".bin", ".json"}
     with pytest.raises(ValueError, match="is not finished; run the same"):
@@ -145,7 +145,7 @@ def test_a_kill_after_any_write_of_the_index_loses_and_doubles_nothing(tmp_path,
     for stop_after in range(1, len(whole) // 101 + 2):
         cfg, written = config(path, tmp_path / f"{stop_after}", shard_tokens=101), stop_after
         with pytest.raises(KeyboardInterrupt):
-            prepare(cfg, quiet=True)
+            prepare(cfg)
         np.testing.assert_array_equal(run(cfg), whole)
 
 

@@ -325,8 +325,8 @@ def test_the_newest_model_is_taken_or_training_named(
     assert code == 2
     assert "make train" in err
     for i, name in enumerate(("b", "a")):
-        file = tmp_path / name / "model" / "model.safetensors"
+        file = Path("runs") / name / "model" / "model.safetensors"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(i))
         os.utime(file, (1_000_000 + i, 1_000_000 + i))
-    assert latest_model(tmp_path) == tmp_path / "a" / "model"
+    assert latest_model() == Path("runs/a/model")

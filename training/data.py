@@ -53,7 +53,6 @@ class Corpus:
     tokens: TokenShards  # (N,) uint16
     name: str  # in messages and in config.json
     sha256: str  # of what it was made from, see `hash_files`, or of the token files
-    path: Path  # the token file, or the folder of shards
     val: TokenShards | None = None  # where the source has a validation part of its own
     val_named: bool = False  # it was asked for by name: it holds whatever the recipe says
 
@@ -130,7 +129,7 @@ def open_tokens(path: Path) -> Corpus:
         raise ValueError(f"data: {path} holds validation files alone: {val[0].name}")
     train = TokenShards([parts[p] for p in parts if p not in val])
     own_val = TokenShards([parts[p] for p in val]) if val else None
-    return Corpus(train, str(path), sha256, path, own_val)
+    return Corpus(train, str(path), sha256, own_val)
 
 
 def _default_source(say: Callable[[str], None]) -> tuple[str, list[Path]]:
@@ -196,8 +195,7 @@ def _tokenise(files: Sequence[Path], name: str, key: str) -> Corpus:
         }
         # The JSON last: without it the token file counts as absent.
         write_atomically(meta_path, json.dumps(meta, indent=1))
-    tokens = TokenShards([np.memmap(path, dtype=TOKEN_DTYPE, mode="r")])
-    return Corpus(tokens, name, sha256, path)
+    return Corpus(TokenShards([np.memmap(path, dtype=TOKEN_DTYPE, mode="r")]), name, sha256)
 
 
 def _read_meta(path: Path) -> dict:

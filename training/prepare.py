@@ -234,7 +234,7 @@ def encoded(pieces: Iterable[Piece], processes: int) -> Generator[tuple[bytes, i
         pool.shutdown(cancel_futures=True)
 
 
-def prepare(cfg: Config, quiet: bool = False) -> dict[str, Any]:
+def prepare(cfg: Config) -> dict[str, Any]:
     """Tokenise; returns the contents of index.json.
 
     Raises:
@@ -262,8 +262,7 @@ def prepare(cfg: Config, quiet: bool = False) -> dict[str, Any]:
         return writer.index
     pieces = (piece for path in files for piece in cut(path, cfg.text_column))
     done = TextColumn("tokenised {task.percentage:5.1f}%, {task.fields[tokens]:,} tokens")
-    hidden = quiet or not sys.stdout.isatty()
-    bar = Progress(done, BarColumn(), TimeRemainingColumn(), disable=hidden)
+    bar = Progress(done, BarColumn(), TimeRemainingColumn(), disable=not sys.stdout.isatty())
     start = writer.index["next_piece"]
     before = sum(piece.advance for piece in itertools.islice(pieces, start))
     results = encoded(pieces, min(cfg.processes, 1 + total // PIECE_BYTES))
