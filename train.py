@@ -129,7 +129,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     batches = run.open_batches(progress)
     run.write_config(model)
     writer = Writer(run.out / "checkpoints", cfg.keep_last, log.say)
-    saves_at_end = cfg.saves or optimizer.shard is not None  # which all ranks are needed for
+    saves_at_end = cfg.saves or plan.shard != "none"  # which all ranks are needed for
     watch = Watch(log, guard, stop, recipe.target_loss, alone=world.size == 1)
 
     def save_checkpoint() -> None:

@@ -9,7 +9,7 @@ Bytes on the wire, by rank and step: 2 (n - 1) / n of the gradients, as any ring
 or in bf16.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ class Averaging:
 
     Args:
         parameters: All that have gradients, in the model's order. They become rank 0's.
-        elsewhere: Those whose gradients do not travel here.
         copies: The leaf at which a parameter's gradient arrives, where that is not itself.
-        optimizer: Carries gradients from the copies to the parameters.
+        optimizer: Carries gradients from the copies to the parameters. Those of matrices that its
+            shard has cut do not travel here.
         dtype: In which the matrices' gradients travel and are added up.
 
     Attributes:
@@ -41,13 +41,14 @@ class Averaging:
         copies: Mapping[nn.Parameter, Tensor],
         optimizer: AdamW,
         dtype: torch.dtype = torch.float32,
-        elsewhere: Collection[nn.Parameter] = (),
     ):
         parameters, self.copies, self.optimizer = list(parameters), copies, optimizer
         self.dtype, self.overlaps = dtype, True
         self.outside: Callable[[Callable[[], None]], None] = lambda work: work()
         # About as a backward reaches them. Each rank keeps to it: they wait for one another.
-        self.matrices = [p for p in reversed(parameters) if p.dim() >= 2 and p not in elsewhere]
+        self.matrices = [
+            p for p in reversed(parameters) if p.dim() >= 2 and p not in optimizer.shard.rows
+        ]
         self.vectors = [p for p in parameters if p.dim() < 2]
         self.arrived: set[nn.Parameter] | None = None  # None where gradients stay here
         self.sent: list[tuple[Tensor, Tensor]] = []  # gradients, and what travels of each

@@ -8,7 +8,7 @@ A twin of the model computes the steps. The model's own parameters are the rows 
 updates, and whole again after `gather`: whoever reads or writes a model need not know.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,11 @@ from training.distributed import World
 from training.numerics import DTYPES
 from training.optim import is_hidden_matrix
 from training.plan import Plan
-from training.sharding import total_norm
+from training.sharding import Copies, Replicas, total_norm
 
 
-class FullShard:
-    """In the place of a `training.sharding.Shard`.
+class FullShard(Replicas):
+    """Each rank has some rows of the blocks' matrices.
 
     Args:
         model: On the plan's device. It keeps all else, which the twin shares with it.
@@ -37,12 +37,10 @@ class FullShard:
     Attributes:
         twin: What a step calls in place of the model.
         rows: By parameter of the model, that of the twin.
-        others, released, outside: As in `Shard`.
     """
 
     def __init__(self, model: GPT, plan: Plan, world: World):
-        self.others, self.released = [], False
-        self.outside: Callable[[Callable[[], None]], None] = lambda work: work()
+        super().__init__()
         self.mesh = init_device_mesh(plan.device, (world.size,))
         with torch.device("meta"):
             self.twin = GPT(model.config, model.ops, model.residual_dtype)
@@ -62,17 +60,14 @@ class FullShard:
             module.set_gradient_divide_factor(1.0)  # a rank's loss is scaled already
             module.set_force_sum_reduction_for_comms(True)  # as gloo wants it
         self.twin.to_empty(device=plan.device)
-        self.rows: dict[nn.Parameter, DTensor] = {}
+        self.rows = rows = dict[nn.Parameter, DTensor]()
         for name, parameter in model.named_parameters():
             owner, _, last = name.rpartition(".")
             twin = getattr(self.twin.get_submodule(owner), last)
             if isinstance(twin, DTensor):
-                self.rows[parameter] = twin
+                rows[parameter] = twin
             else:
                 setattr(self.twin.get_submodule(owner), last, parameter)
-
-    def owns(self, parameter: nn.Parameter) -> bool:
-        return True
 
     def part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """This rank's rows of a whole tensor."""
@@ -81,11 +76,8 @@ class FullShard:
         value = value.to(self.rows[parameter].device)
         return distribute_tensor(value, self.mesh, [Rows(0)], src_data_rank=None).to_local()
 
-    def exchange(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
-        """Nothing: the next forward gathers what it needs."""
-
     @torch.no_grad()
-    def release(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
+    def release(self, copies: Copies) -> None:
         """Keep this rank's rows alone."""
         if self.released:
             return
@@ -101,7 +93,6 @@ class FullShard:
             p.data, p.grad, rows.grad = rows.to_local().detach(), rows.grad.to_local(), None
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Of all gradients together, the other ranks' rows included."""
         square = torch.zeros((), device=self.mesh.device_type)
         for cut in (True, False):
             square += total_norm(p for p in parameters if cut == (p in self.rows)) ** 2
@@ -110,21 +101,18 @@ class FullShard:
         return square.sqrt()
 
     @torch.no_grad()
-    def gather(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
-        """All rows again."""
+    def gather(self, copies: Copies) -> None:
         if self.released:
             for p, rows in self.rows.items():
                 p.data = rows.full_tensor()
             self.released = False
 
     def to_first(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The whole moments on every rank. All take part."""
-        if parameter not in self.rows:
-            return moments
-        how = {"shape": parameter.shape, "stride": parameter.stride()}
-        return {
-            name: DTensor.from_local(t, self.mesh, [Rows(0)], **how).full_tensor().cpu()
-            if t.dim()
-            else t
-            for name, t in moments.items()
-        }
+        if parameter in self.rows:
+            how = {"shape": parameter.shape, "stride": parameter.stride()}
+            for name in ("exp_avg", "exp_avg_sq"):
+                rows = DTensor.from_local(moments[name], self.mesh, [Rows(0)], **how)
+                moments = {**moments, name: rows.full_tensor()}
+        if self.mesh.get_rank():
+            return {}
+        return {name: tensor.cpu() for name, tensor in moments.items()}

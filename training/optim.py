@@ -1,27 +1,20 @@
 """AdamW as GPT-2 trainers use it: decay on matrices, none on biases and LayerNorms.
 
-Two implementations of one interface and one state: torch's fused kernels, and ours, which need no
-pass that scales the gradients and none that writes bf16 working copies. A state dict of either, or
-of torch.optim.AdamW, loads into the other.
-
-Working copies: the trainer multiplies with a bf16 copy of each matrix instead of casting it in
-every micro-batch. Gradients then arrive at the copy, and the optimizer carries them to the fp32
-master.
+Two implementations with one state: torch's fused kernels, and ours, which need no pass that scales
+the gradients and none that writes bf16 working copies, with which the trainer multiplies. Gradients
+arrive at these, and the optimizer carries them to the fp32 masters.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from training.recipes import Recipe
-from training.sharding import Shard, total_norm
-
-if TYPE_CHECKING:
-    from training.full_shard import FullShard
+from training.sharding import Replicas
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -36,71 +29,36 @@ class AdamW(torch.optim.AdamW):
     parameter without a gradient is left alone and its own step count does not advance.
 
     Args:
-        params: Parameters or groups of them, fp32.
-        lr: Learning rate; a group's `lr` may be a number or a () fp32 tensor on the device, which
-            the step reads there.
-        betas, eps, weight_decay: As in torch.optim.AdamW.
+        params: Parameters or groups of them, dense and fp32.
+        options: Of torch.optim.AdamW. `lr`, there or in a group, may be a () fp32 tensor on the
+            device, which the step reads there.
 
     Attributes:
         found_inf: (), fp32; where it is 1, `step` changes nothing. None is 0.
         loss_scale: (2,), fp32, for training/step.py under fp16: the scale, and steps since it fell
             or grew.
-        shard: Which parameters this rank updates; None is all.
-        copies: Working copies by parameter.
+        shard: Which parameters this rank updates.
+        copies: A bf16 leaf by parameter, which has its gradient and is written after each step.
         clip_order: Order in which torch's `clip` adds the norms up, which decides the last bit.
             None is that of the groups.
     """
 
     found_inf: Tensor | None = None
     loss_scale: Tensor | None = None
-    shard: "Shard | FullShard | None" = None
     clip_order: Sequence[nn.Parameter] | None = None
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-    ):
-        super().__init__(params, lr, betas, eps, weight_decay, fused=True)
-        self.copies: dict[nn.Parameter, Tensor] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.dtype != torch.float32 or p.layout != torch.strided:
-                    raise ValueError(
-                        f"adamw: parameters must be dense fp32, got {tuple(p.shape)} {p.dtype}, "
-                        f"{p.layout}; give a bf16 model fp32 masters and attach_working"
-                    )
-            # Fused steps live on the device; torch wants the flag to capture them in a CUDA graph.
-            group["capturable"] = any(p.is_cuda for p in group["params"])
+    def __init__(self, params: Iterable[Any], *options: Any, **named: Any):
+        # Fused steps live on the device; torch wants "capturable" to capture them in a CUDA graph.
+        super().__init__(params, *options, fused=True, capturable=True, **named)
         self._warned_capturable_if_run_uncaptured = True  # warm-up steps are, on purpose
+        self.shard, self.copies = Replicas(), dict[nn.Parameter, Tensor]()
         self.set_up()
 
     def set_up(self) -> None:
         """Forget what a captured step was made of; the next capture follows a step without."""
 
     def attach_working(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
-        """Take these parameters' gradients from their copies, and write the copies after each step.
-
-        Args:
-            copies: By parameter, a bf16 leaf of its shape on its device. It is given the
-                parameter's value now; call `refresh_working` when a checkpoint changes that.
-
-        Raises:
-            ValueError: a parameter is not in this optimizer, or its copy does not match it.
-        """
-        known = {p for group in self.param_groups for p in group["params"]}
-        for p, copy in copies.items():
-            if p not in known:
-                raise ValueError(f"adamw: no parameter {tuple(p.shape)} here to attach a copy to")
-            fits = copy.dtype == torch.bfloat16 and copy.shape == p.shape
-            if not (fits and copy.device == p.device and copy.is_leaf and copy.is_contiguous()):
-                raise ValueError(
-                    f"adamw: a working copy must be a contiguous bf16 leaf, {tuple(p.shape)} on "
-                    f"{p.device}, got {copy.dtype}, {tuple(copy.shape)} on {copy.device}"
-                )
+        """Give these their parameters' values; `refresh_working` where others change those."""
         self.copies = dict(copies)
         self.refresh_working()
 
@@ -143,39 +101,32 @@ class AdamW(torch.optim.AdamW):
 
         Returns:
             (), fp32, on the device: the norm before clipping. Not finite where a gradient is not.
-
-        Raises:
-            ValueError: `max_norm` is negative or NaN.
         """
-        if not max_norm >= 0:
-            raise ValueError(f"adamw: max_norm must be 0 or more, got {max_norm}")
         self.fold_working_gradients()
         grouped = [p for group in self.param_groups for p in group["params"]]
         parameters = self.clip_order or grouped
-        norm = self.shard.norm(parameters) if self.shard else total_norm(parameters)
+        norm = self.shard.norm(parameters)
         if 0 < max_norm < math.inf:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, skip: Tensor | None = None) -> Any:
+    def step(self, closure: Any = None, skip: Tensor | None = None) -> None:
         """Update every parameter that has a gradient, and the working copies.
 
         Args:
-            closure: As in torch; evaluated first.
+            closure: Of torch's signature; None.
             skip: The new `found_inf`; None leaves the one there is.
         """
+        assert closure is None
         if skip is not None:
             self.found_inf = skip
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for p in self.shard.others if self.shard else ():
+        for p in self.shard.others:
             p.grad = None
             if p in self.copies:
                 self.copies[p].grad = None
         self._update()
-        if self.shard:
-            self.shard.exchange(self.copies)
-        return loss
+        self.shard.exchange(self.copies)
 
     def _update(self) -> None:
         self.fold_working_gradients()
@@ -187,7 +138,7 @@ class AdamW(torch.optim.AdamW):
         """Give the parameters that this rank updates moments and a step count, all or none."""
         fresh: dict[Tensor, dict[str, Tensor]] = {}
         for p in (p for group in self.param_groups for p in group["params"]):
-            if not self.state.get(p) and (self.shard is None or self.shard.owns(p)):
+            if not self.state.get(p) and self.shard.owns(p):
                 fresh[p] = self._new_state(p)
         self.state.update(fresh)
 
@@ -201,31 +152,6 @@ class AdamW(torch.optim.AdamW):
         for copy in self.copies.values():
             copy.grad = None
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of ours or of any torch.optim.AdamW.
-
-        State that is there already keeps its addresses, and nothing is shared with the source.
-
-        Raises:
-            ValueError: it is of an AdamW with amsgrad or maximize.
-        """
-        for group in state_dict["param_groups"]:
-            for option in ("amsgrad", "maximize"):
-                if group.get(option):
-                    raise ValueError(f"adamw: cannot go on from a state with {option}=True")
-        before = {p: dict(state) for p, state in self.state.items()}
-        capturable = [group["capturable"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, flag in zip(self.param_groups, capturable, strict=True):
-            group.update(fused=True, foreach=None, capturable=flag)
-        for p, state in self.state.items():
-            for kind, value in state.items():
-                own = before.get(p, {}).get(kind)
-                if own is not None:
-                    state[kind] = own.copy_(value)
-                else:  # a step count of an unfused AdamW is on the host
-                    state[kind] = value.to(p.device, torch.float32, copy=True)
-
 
 class TritonAdamW(AdamW):
     """The same through `kernels/adamw.py`: four launches a step, however many tensors there are.
@@ -236,8 +162,8 @@ class TritonAdamW(AdamW):
     stays what it was.
 
     Args:
-        params, lr, betas, eps, weight_decay: As in AdamW. All on one device: the current CUDA
-            device, or the CPU under TRITON_INTERPRET=1.
+        params, options: As in AdamW. All on one device: the current CUDA device, or the CPU under
+            TRITON_INTERPRET=1.
 
     Raises:
         ValueError: the kernels do not run on the parameters' device.
@@ -259,9 +185,9 @@ class TritonAdamW(AdamW):
         Arguments, result and errors are those of AdamW.clip. Call it once a step: gradients are not
         changed, so a second call replaces the first.
         """
-        if self.shard and self.shard.rows:
+        if self.shard.rows:
             return super().clip(max_norm)  # one launch has not all of a norm
-        tables = self._all_tables if self.shard else self._tables
+        tables = self._all_tables if self.shard.others else self._tables
         norm, self._coefficient = tables.grad_norm(self._slots(), max_norm)
         return norm
 
@@ -292,7 +218,7 @@ class TritonAdamW(AdamW):
                     continue
                 rule = lr, group["betas"], group["eps"], group["weight_decay"]
                 name = f"parameter {j} of group {i}"
-                if self.shard and not self.shard.owns(p):  # only its norm is wanted: no moments
+                if not self.shard.owns(p):  # only its norm is wanted: no moments
                     slots.append(Slot(name, p, grad, p, p, p.new_zeros(()), None, *rule))
                     continue
                 state = self.state[p] = self.state[p] or self._new_state(p)
@@ -310,7 +236,7 @@ class MuonAdamW(AdamW):
     captured step can, and iterates in bf16, which takes most CPUs twenty times as long as fp32.
 
     Args:
-        params, lr, betas, eps, weight_decay: As in AdamW.
+        params, options: As in AdamW.
         matrices: Those of `params` that are Muon's.
     """
 
@@ -347,8 +273,8 @@ class MuonAdamW(AdamW):
         x = x / x.norm().clamp(min=1e-7)
         for _ in range(5):
             gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
-                            beta=3.4445)  # fmt: skip
+            power = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+            x = torch.addmm(x, power, x, beta=3.4445)
         return (x.T if tall else x) * (0.2 * math.sqrt(max(p.shape)))
 
 
@@ -366,7 +292,7 @@ def configure_adamw(model: nn.Module, recipe: Recipe, fused: str = "torch") -> A
             does not take.
 
     Raises:
-        ValueError: an unknown `fused`, parameters that are not fp32, or no GPU for "triton".
+        ValueError: an unknown `fused`, or no GPU for "triton".
     """
     matrices = [p for name, p in model.named_parameters() if is_hidden_matrix(name, p)]
     classes = {"torch": AdamW, "triton": TritonAdamW}
@@ -378,11 +304,7 @@ def configure_adamw(model: nn.Module, recipe: Recipe, fused: str = "torch") -> A
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = make(
-        groups,
-        lr=recipe.learning_rate(0),
-        betas=(recipe.beta1, recipe.beta2),
-        eps=recipe.eps,
-    )
+    betas = recipe.beta1, recipe.beta2
+    optimizer = make(groups, lr=recipe.learning_rate(0), betas=betas, eps=recipe.eps)
     optimizer.clip_order = parameters  # bitwise what clip_grad_norm_(model.parameters()) gives
     return optimizer

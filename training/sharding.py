@@ -5,8 +5,8 @@ others get what it made of the weight or the copy. All have the whole gradient, 
 are those of one rank to the last bit. A step sends (n - 1) / n of the weights or copies more.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,69 +19,92 @@ from training.plan import Plan
 if TYPE_CHECKING:
     from training.optim import AdamW
 
+Copies = Mapping[nn.Parameter, Tensor]  # bf16, by the parameter that they stand for
+
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Norm of all gradients together, (), fp32."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-class Shard:
-    """Who owns which parameter.
-
-    Args:
-        parameters: Of the model; on every rank the same in the same order.
-        world: More than one rank.
+class Replicas:
+    """Every rank has and updates all: what others share out, they do in the place of this.
 
     Attributes:
-        owner: Rank by parameter.
-        others: The parameters that this rank does not own.
-        released: Whether `release` has freed some of those.
+        others: The parameters that this rank does not update.
+        rows: Of parameters that are cut, what a step computes with; see training/full_shard.py.
+        released: Whether weights are missing, until `gather`.
         outside: As in training/averaging.py.
     """
 
-    rows: Mapping[nn.Parameter, Tensor] = {}  # of matrices that are cut; see training/full_shard.py
+    others: Sequence[nn.Parameter] = ()
+    rows: Mapping[nn.Parameter, Any] = {}
+    released = False
 
-    def __init__(self, parameters: Iterable[nn.Parameter], world: World):
-        self.rank, self.owner, self.released = world.rank, {}, False
+    def __init__(self):
         self.outside: Callable[[Callable[[], None]], None] = lambda work: work()
-        load = [0] * world.size
-        # The largest first, each to whom has least: no more than one matrix apart.
-        for p in sorted(parameters, key=lambda p: -p.numel()):
-            rank = load.index(min(load))
-            self.owner[p] = rank
-            load[rank] += p.numel()
-        self.others = [p for p, rank in self.owner.items() if rank != self.rank]
 
     def owns(self, parameter: nn.Parameter) -> bool:
-        return self.owner[parameter] == self.rank
+        return True
 
     def part(self, parameter: nn.Parameter, value: Tensor) -> Tensor | None:
         """What this rank keeps of a moment or a step count."""
         return value if self.owns(parameter) else None
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Of all gradients together, which are on each rank."""
+        """Of the whole gradients together."""
         return total_norm(parameters)
 
     def take_gradients(self) -> None:
-        """Nothing: they are at the parameters."""
+        """Bring the gradients to the model's parameters, after the backward."""
 
-    def exchange(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
-        """What the model reads of every parameter, as the owner has it."""
+    def exchange(self, copies: Copies) -> None:
+        """Have what the model reads of every parameter, after the update."""
+
+    def release(self, copies: Copies) -> None:
+        """Free the weights that this rank does without, before a step."""
+
+    def gather(self, copies: Copies) -> None:
+        """Have them again: whoever looks at the model finds all its weights."""
+
+    def to_first(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The whole moments on rank 0. All take part."""
+        return moments
+
+
+class Shard(Replicas):
+    """Each parameter is owned by one rank.
+
+    Args:
+        parameters: Of the model; on every rank the same in the same order.
+        world: More than one rank.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], world: World):
+        super().__init__()
+        self.rank, self.owner, load = world.rank, dict[nn.Parameter, int](), [0] * world.size
+        # The largest first, each to whom has least: no more than one matrix apart.
+        for p in sorted(parameters, key=lambda p: -p.numel()):
+            rank = load.index(min(load))
+            self.owner[p] = rank
+            load[rank] += p.numel()
+        self.others = [p for p in self.owner if not self.owns(p)]
+
+    def owns(self, parameter: nn.Parameter) -> bool:
+        return self.owner[parameter] == self.rank
+
+    def exchange(self, copies: Copies) -> None:
         read = [(copies.get(p, p).detach(), rank) for p, rank in self.owner.items()]
         self.outside(lambda: wait(dist.broadcast(t, rank, async_op=True) for t, rank in read))
 
-    def release(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
-        """Free the fp32 weights that others own, of parameters with a copy."""
-        if self.released:
-            return
+    def release(self, copies: Copies) -> None:
+        """Of parameters with a copy, those that others own."""
         self.released = bool(copies)
         for p in copies:
             if not self.owns(p):
                 p.untyped_storage().resize_(0)
 
-    def gather(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
-        """Have them again: whoever looks at the model finds all its weights."""
+    def gather(self, copies: Copies) -> None:
         if not self.released:
             return
         for p in copies:
@@ -90,7 +113,6 @@ class Shard:
         self.released = False
 
     def to_first(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The owner's moments on rank 0's CPU; on the others {}. All take part."""
         owner = self.owner[parameter]
         if owner == 0:
             return moments if self.rank == 0 else {}

@@ -25,6 +25,7 @@ from training.optim import AdamW, is_hidden_matrix
 from training.plan import Plan
 from training.recipes import Recipe
 from training.schema import COUNT, MOST, Mismatch, Must
+from training.sharding import Replicas
 from training.step import GROWTH_STEPS
 
 MOST_SKIPS = 1000  # a guard leaves out some rows per rollback and allows a few rollbacks
@@ -105,11 +106,9 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
     Of a sharded optimizer on rank 0 alone, and all ranks must call it.
     """
-    shard, named = getattr(optimizer, "shard", None), {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state.get(parameter, {})
-        if shard and optimizer.state:
-            state = shard.to_first(parameter, state)
+    shard, named = getattr(optimizer, "shard", Replicas()), {}
+    for name, parameter in model.named_parameters() if optimizer.state else ():
+        state = shard.to_first(parameter, optimizer.state.get(parameter, {}))
         named |= {f"{name}.{key}": value for key, value in state.items()}
     return named
 
@@ -237,10 +236,10 @@ def restore(
     own = model.state_dict() if saved.config is None else hf.file_tensors(model)
     for name, value in saved.tensors["model"].items():
         own[name].copy_(value)
-    parameters, shard = dict(model.named_parameters()), getattr(optimizer, "shard", None)
+    parameters, shard = dict(model.named_parameters()), getattr(optimizer, "shard", Replicas())
     for key, value in saved.tensors["optimizer"].items():
         name, _, kind = key.rpartition(".")
-        if shard and (value := shard.part(parameters[name], value)) is None:
+        if (value := shard.part(parameters[name], value)) is None:
             continue
         state = optimizer.state[parameters[name]]
         if kind in state:

@@ -98,17 +98,14 @@ class TrainStep:
             group["lr"] = self.lr
         self.copies = working_copies(model) if plan.working_copies else {}
         copies = {p: self.copies[n] for n, p in model.named_parameters() if n in self.copies}
-        self.averaging = self.share = self.asked_to_stop = None
+        self.averaging = self.asked_to_stop = None
         self.stop = torch.zeros((), device=device)
+        self.share = torch.tensor(1 / world.size, device=device)  # of the mean over all ranks
         if world.size > 1:
             dtype = DTYPES[plan.reduce_dtype]
-            cut = optimizer.shard.rows if optimizer.shard else ()
-            self.averaging = Averaging(model.parameters(), copies, optimizer, dtype, cut)
-            self.share = torch.tensor(1 / world.size, device=device)  # of the mean over all ranks
-            for part in filter(None, (self.averaging, optimizer.shard)):
-                part.outside = self._outside
-        if copies:
-            optimizer.attach_working(copies)
+            self.averaging = Averaging(model.parameters(), copies, optimizer, dtype)
+            self.averaging.outside = optimizer.shard.outside = lambda work: self.cut(work)
+        optimizer.attach_working(copies)
         self.worker = getattr(optimizer.shard, "twin", model)  # what computes the steps
         self.worker.use(model.ops)
         self.worker.transformer.recompute = plan.recompute
@@ -120,7 +117,7 @@ class TrainStep:
         self.forward = self._build_forward()
         # The captured step: one graph, or several and what runs between them.
         self.graph: list[Callable[[], None]] = []
-        self.cut: Callable[[Callable[[], None]], None] | None = None  # while one is captured
+        self.cut: Callable[[Callable[[], None]], None] = _call  # what is between, does so
         self.num_captures = 0
         self.stream = torch.cuda.Stream() if plan.cuda_graph else None
         self.outcome: Outcome | None = None
@@ -144,8 +141,7 @@ class TrainStep:
         self.targets.copy_(targets, non_blocking=True)
         self.lr.fill_(lr)
         self.stop.fill_(float(stop))
-        if self.optimizer.shard:
-            self.optimizer.shard.release(self.optimizer.copies)
+        self.optimizer.shard.release(self.optimizer.copies)
         if self.plan.cuda_graph and not self.graph and self.warm_steps >= NUM_WARMUP:
             self._capture(step)
         for part in self.graph:
@@ -165,16 +161,10 @@ class TrainStep:
 
         In memory they take the place of a captured step, which the next steps make again.
         """
-        if (shard := self.optimizer.shard) and shard.released:
+        if self.optimizer.shard.released:
             self.graph, self.warm_steps = [], min(self.warm_steps, NUM_WARMUP - 1)
             self.optimizer.set_up()
-            shard.gather(self.optimizer.copies)
-
-    def _outside(self, work: Callable[[], None]) -> None:
-        if self.cut:
-            self.cut(work)
-        else:
-            work()
+            self.optimizer.shard.gather(self.optimizer.copies)
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
@@ -215,9 +205,7 @@ class TrainStep:
 
     def _micro_batches(self) -> Tensor:
         num_micro, scale = self.plan.num_micro_batches, self.optimizer.loss_scale
-        seed = self.share
-        if scale is not None:
-            seed = scale[0] if seed is None else scale[0] * seed
+        seed = self.share if scale is None else scale[0] * self.share
         loss = torch.zeros((), device=self.idx.device)
         micro_batches = zip(self.idx.chunk(num_micro), self.targets.chunk(num_micro), strict=True)
         for i, (idx, targets) in enumerate(micro_batches):
@@ -232,8 +220,7 @@ class TrainStep:
         if self.averaging:
             loss, self.asked_to_stop = self.averaging.finish(torch.stack([loss, self.stop]))
             loss = loss / self.world.size
-            if self.optimizer.shard:
-                self.optimizer.shard.take_gradients()
+            self.optimizer.shard.take_gradients()
         return loss
 
     def _unscale(self) -> None:
@@ -258,8 +245,8 @@ class TrainStep:
 
     def skip(self, bad: Tensor | None) -> Tensor | None:
         """1 where the update is to be left out: for a bad step, or gradients that overflowed."""
-        if self.overflow is None or bad is None:
-            return bad if self.overflow is None else self.overflow
+        if bad is None or self.overflow is None:
+            return self.overflow if bad is None else bad
         return torch.maximum(bad, self.overflow)
 
     def _halve(self) -> None:
@@ -295,15 +282,11 @@ class TrainStep:
         """Record the step as a graph; it is not executed. Falls back aloud, on all ranks alike."""
         while True:
             self.num_captures += 1
-            failed = self.world.gather(f"capture {self.num_captures}", self._record(step))
-            if not any(failed):
+            answers = self.world.gather(f"capture {self.num_captures}", self._record(step))
+            if not (failed := [answer for answer in answers if answer]):
                 return
-            self.graph = []
-            reason = next(filter(None, failed))["reason"]
-            if (
-                any(failure and failure["short"] for failure in failed)
-                and self.plan.micro_batch_size > 1
-            ):
+            self.graph, reason = [], failed[0]["reason"]
+            if any(failure["short"] for failure in failed) and self.plan.micro_batch_size > 1:
                 self._halve()  # a graph's pool is its own: warm-up may have fitted
                 return
             if self.averaging and self.averaging.overlaps:
@@ -326,10 +309,9 @@ class TrainStep:
                 def begin() -> None:
                     graph = torch.cuda.CUDAGraph()
                     parts.append(graph.replay)
-                    # thread_local: the thread that reads ahead may pin memory meanwhile.
-                    capture.enter_context(torch.cuda.graph(
-                        graph, pool, self.stream, capture_error_mode="thread_local"
-                    ))  # fmt: skip
+                    # The thread that reads ahead may pin memory meanwhile.
+                    recording = torch.cuda.graph(graph, pool, self.stream, "thread_local")
+                    capture.enter_context(recording)
 
                 def cut(work: Callable[[], None]) -> None:
                     capture.close()
@@ -349,11 +331,15 @@ class TrainStep:
             reason = str(error.__context__ or error).strip().splitlines()[0]
             short = any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
         finally:
-            self.cut = None
+            self.cut = _call
         self.optimizer.zero_grad(set_to_none=True)
         parts.clear()
         _abandon(pool)
         return {"reason": reason, "short": short}
+
+
+def _call(work: Callable[[], None]) -> None:
+    work()
 
 
 def _abandon(pool: Any) -> None:
