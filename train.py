@@ -199,7 +199,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 break
 
             lr = recipe.learning_rate(progress.step)
-            outcome = take_step.run(step, batches, lr, bool(stop))
+            outcome = take_step.run(step, batches.next_batch(), lr, bool(stop))
             log.step(progress.step, lr, batches.position, *outcome)
             progress.step += 1
         log.finish()

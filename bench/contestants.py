@@ -137,7 +137,7 @@ class Ours:
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
         self.batches = batches
-        outcome = self.take_step.run(self._once, self, baseline.LEARNING_RATE)
+        outcome = self.take_step.run(self._once, self.next_batch(), baseline.LEARNING_RATE)
         self.grad_norm = outcome.grad_norm
         return outcome.loss.clone()  # the graph's buffers are written again by the next step
 

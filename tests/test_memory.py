@@ -4,7 +4,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -71,16 +71,6 @@ def test_saved_for_backward_is_counted(ops, dtype, shape, device):
         assert want.activations == pytest.approx(got, rel=close), changes
 
 
-class Batches:
-    """The same rows for ever, where `TrainStep` wants a Prefetcher."""
-
-    def __init__(self, rows: int, T: int, V: int):
-        self.idx = torch.randint(0, V, (rows, T))
-
-    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.idx, self.idx
-
-
 @pytest.fixture
 def prompt_gc() -> Iterator[None]:
     """The interpreter leaves cycles that hold tensors; a GPU's launches do not."""
@@ -101,7 +91,7 @@ def step_peak(shape: tuple[int, ...], plan: Plan) -> int:
     model = GPT(config_of(shape), plan.op_set)
     optimizer = configure_adamw(model, recipe)
     step = TrainStep(model, optimizer, recipe, plan)
-    batches = cast(Any, Batches(rows * num_micro, T, V))
+    ids = torch.randint(0, V, (rows * num_micro, T))
 
     def once() -> Outcome:
         loss, grad_norm = step.accumulate(), optimizer.clip(recipe.grad_clip)
@@ -109,11 +99,11 @@ def step_peak(shape: tuple[int, ...], plan: Plan) -> int:
         optimizer.zero_grad()
         return Outcome(loss, grad_norm)
 
-    step.run(once, batches, 1e-3)  # the optimizer makes its moments
+    step.run(once, (ids, ids), 1e-3)  # the optimizer makes its moments
     held = 3 * sum(p.nbytes for p in model.parameters())
     held += sum(t.nbytes for t in step.copies.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step.run(once, batches, 1e-3)
+        step.run(once, (ids, ids), 1e-3)
     assert recorded.profiler is not None
     assert recorded.profiler.kineto_results is not None
     events: list[Any] = recorded.profiler.kineto_results.events()
@@ -162,7 +152,7 @@ def test_recomputed_blocks_change_no_bit(dtype):
         plan = replace(plan, recompute=recompute)
         model = GPT(GPTConfig(32, 300, 3, 2, 32, 0.2))
         optimizer = configure_adamw(model, recipe)
-        step, batches = TrainStep(model, optimizer, recipe, plan), Batches(4, 32, 300)
+        step, ids = TrainStep(model, optimizer, recipe, plan), torch.randint(0, 300, (4, 32))
 
         def once(step=step, optimizer=optimizer) -> Outcome:
             loss, norm = step.accumulate(), optimizer.clip(1.0)
@@ -170,7 +160,7 @@ def test_recomputed_blocks_change_no_bit(dtype):
             optimizer.zero_grad()
             return Outcome(loss, norm)
 
-        outcomes = [step.run(once, cast(Any, batches), 1e-2) for _ in range(3)]
+        outcomes = [step.run(once, (ids, ids), 1e-2) for _ in range(3)]
         assert model.transformer.recompute == recompute
         found.append([*[o.loss for o in outcomes], *model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

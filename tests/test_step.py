@@ -52,7 +52,7 @@ class GuardedStep(TrainStep):
     guard: Guard | None = None
 
     def __call__(self, batches: Any, lr: float) -> Outcome:
-        return self.run(self.once, batches, lr)
+        return self.run(self.once, batches.next_batch(), lr)
 
     def once(self) -> Outcome:
         loss = self.accumulate()

@@ -85,7 +85,9 @@ def run(
             step.gather()
         if i == num_steps - 1:
             order.append("last step")
-        outcome = step.run(once, rows, 1e-3, stop=world.rank == 1 and i == num_steps - 1)
+        outcome = step.run(
+            once, rows.next_batch(), 1e-3, stop=world.rank == 1 and i == num_steps - 1
+        )
         seen += [outcome.loss.clone(), outcome.grad_norm.clone()]
         if outcome.asked_to_stop is not None:
             order.append(f"asked to stop: {outcome.asked_to_stop.item():g}")

@@ -9,7 +9,7 @@ Bytes on the wire, by rank and step: 2 (n - 1) / n of the gradients, as any ring
 or in bf16.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,10 +24,9 @@ class Averaging:
     """Averages the gradients of each step's last micro-batch, and what came before it.
 
     Args:
-        parameters: All that have gradients, in the model's order. They become rank 0's.
-        copies: The leaf at which a parameter's gradient arrives, where that is not itself.
-        optimizer: Carries gradients from the copies to the parameters. Those of matrices that its
-            shard has cut do not travel here.
+        parameters: All that have gradients, in the model's order.
+        optimizer: Its working copies are there, and it carries their gradients to the parameters.
+            Those of matrices that its shard has cut do not travel here.
         dtype: In which the matrices' gradients travel and are added up.
 
     Attributes:
@@ -38,11 +37,10 @@ class Averaging:
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        copies: Mapping[nn.Parameter, Tensor],
         optimizer: AdamW,
         dtype: torch.dtype = torch.float32,
     ):
-        parameters, self.copies, self.optimizer = list(parameters), copies, optimizer
+        parameters, copies, self.optimizer = list(parameters), optimizer.copies, optimizer
         self.dtype, self.overlaps = dtype, True
         self.outside: Callable[[Callable[[], None]], None] = lambda work: work()
         # About as a backward reaches them. Each rank keeps to it: they wait for one another.
@@ -53,8 +51,6 @@ class Averaging:
         self.arrived: set[nn.Parameter] | None = None  # None where gradients stay here
         self.sent: list[tuple[Tensor, Tensor]] = []  # gradients, and what travels of each
         self.under_way: list[Any] = []
-        for p in parameters:
-            dist.broadcast(p.detach(), 0)
         for p in self.matrices:
             copies.get(p, p).register_post_accumulate_grad_hook(lambda _, p=p: self._arrive(p))
 
@@ -69,7 +65,7 @@ class Averaging:
         for p in self.matrices[len(self.sent) :]:
             if p not in self.arrived:
                 break
-            copy = self.copies.get(p)
+            copy = self.optimizer.copies.get(p)
             if copy is None or p.grad is not None or self.dtype != copy.dtype:
                 self.optimizer.fold_working_gradients([p])
                 copy = p

@@ -110,50 +110,44 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def gather(self, key: str, value: Any) -> list[Any]:
+    def gather(self, key: str, value: Any, patient: bool = False) -> list[Any]:
         """`value` of every rank, in their order. Each call has a key of its own."""
         if self.store is None:
             return [value]
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
-        return [self._await(f"{key}/{rank}") for rank in range(self.size)]
+        return [self._await(f"{key}/{rank}", patient) for rank in range(self.size)]
 
     def first(self, key: str, choose: Callable[[], Any]) -> Any:
         """What `choose` returns on rank 0."""
-        if self.store is None or not self.is_main:
-            return choose() if self.store is None else self._await(key)
+        if not self.is_main:
+            return self._await(key)
         value = choose()
-        self.store.set(key, json.dumps(value))
+        if self.store is not None:
+            self.store.set(key, json.dumps(value))
         return value
 
     def send(self, key: str, groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """The tensors that rank 0 has on its CPU, on every rank's."""
         if self.size == 1:
             return groups
-
-        def describe() -> list[Any]:
-            return [(group, name, str(t.dtype).removeprefix("torch."), list(t.shape))
-                    for group, named in groups.items() for name, t in named.items()]  # fmt: skip
-
+        mine = {(group, name): t for group in groups for name, t in groups[group].items()}
+        described = [(*k, str(t.dtype).removeprefix("torch."), [*t.shape]) for k, t in mine.items()]
         received: dict[str, dict[str, Tensor]] = {}
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        for group, name, dtype, shape in self.first(key, describe):
+        for group, name, dtype, shape in self.first(key, lambda: described):
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
             if self.is_main:
-                tensor.copy_(groups[group][name])
+                tensor.copy_(mine[group, name])
             dist.broadcast(tensor, 0)
             received.setdefault(group, {})[name] = tensor.cpu()
         return received
 
     def in_turn(self, key: str, work: Callable[[], T]) -> T:
         """`work` on rank 0, then on the others; each may take as long as it takes."""
-        if self.store is None:
-            return work()
         if not self.is_main:
-            self._await(key, patient=True)
+            self._await(f"{key}/0", patient=True)
         result = work()
-        self.store.set(key if self.is_main else f"{key}/{self.rank}", "true")
-        for rank in range(1, self.size):  # on a host of its own one may have as much to do
-            self._await(f"{key}/{rank}", patient=True)
+        self.gather(key, True, patient=True)  # on a host of its own one may have as much to do
         return result
 
     def _await(self, key: str, patient: bool = False) -> Any:

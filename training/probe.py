@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -210,11 +209,6 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
         def mark(phase: str) -> None:
             marks.append((phase, _mark(cuda)))
 
-        def next_batch() -> tuple[Tensor, Tensor]:
-            idx, targets = batches.next_batch()
-            mark("data")
-            return idx[:rows], targets[:rows]
-
         def marked(*args: Tensor) -> Tensor:
             mark("data" if marks[-1][0] == "data" else "backward")
             loss = forward(*args)
@@ -229,8 +223,9 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
             return outcome
 
         take.forward = marked
-        rows_of: Any = SimpleNamespace(next_batch=next_batch)
-        take.run(step, rows_of, recipe.max_lr)
+        idx, targets = batches.next_batch()
+        mark("data")
+        take.run(step, (idx[:rows], targets[:rows]), recipe.max_lr)
         take.forward = forward
         host.append(time.perf_counter() - started)
         spent = dict.fromkeys(PHASES, 0.0)
@@ -255,7 +250,8 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
         if plan.cuda_graph:  # captured before other streams have touched the gradients
             for i in range(NUM_WARMUP + 1 + MAX_STEPS):
                 before = _mark(cuda)
-                take.run(lambda: update(take.accumulate()), batches, recipe.max_lr)
+                batch = batches.next_batch()
+                take.run(lambda: update(take.accumulate()), batch, recipe.max_lr)
                 seconds = _between(before, _mark(cuda))
                 replayed += [seconds] if i > NUM_WARMUP else []
             peak = torch.cuda.max_memory_allocated()

@@ -129,7 +129,9 @@ class Shard(Replicas):
 
 
 def share_out(optimizer: "AdamW", model: GPT, plan: Plan, world: World) -> None:
-    """Give each rank its part of what the plan shares out."""
+    """Give each rank the weights of rank 0, and its part of what the plan shares out."""
+    for p in model.parameters() if world.size > 1 else ():
+        dist.broadcast(p.detach(), 0)
     if plan.shard == "full":
         from training.full_shard import FullShard  # FSDP2 takes a while to import
 

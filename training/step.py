@@ -19,7 +19,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +40,6 @@ NUM_WARMUP = 3
 # Of the loss under fp16, as torch.amp.GradScaler has it: halved where gradients overflow, doubled
 # after so many steps without, up to fp32's largest power of two: gradients of 0 never overflow.
 FIRST_SCALE, GROWTH_STEPS, MOST_SCALE = 2.0**16, 2000, 2.0**127
-
-
-class Rows(Protocol):
-    """Gives the rows of one step after the other; see training.data.Prefetcher."""
-
-    def next_batch(self) -> tuple[Tensor, Tensor]: ...
 
 
 class Outcome(NamedTuple):
@@ -101,11 +95,11 @@ class TrainStep:
         self.averaging = self.asked_to_stop = None
         self.stop = torch.zeros((), device=device)
         self.share = torch.tensor(1 / world.size, device=device)  # of the mean over all ranks
+        optimizer.attach_working(copies)
         if world.size > 1:
             dtype = DTYPES[plan.reduce_dtype]
-            self.averaging = Averaging(model.parameters(), copies, optimizer, dtype)
+            self.averaging = Averaging(model.parameters(), optimizer, dtype)
             self.averaging.outside = optimizer.shard.outside = lambda work: self.cut(work)
-        optimizer.attach_working(copies)
         self.worker = getattr(optimizer.shard, "twin", model)  # what computes the steps
         self.worker.use(model.ops)
         self.worker.transformer.recompute = plan.recompute
@@ -123,22 +117,23 @@ class TrainStep:
         self.outcome: Outcome | None = None
         self.warm_steps = 0  # since the start or a halving, whose shapes are new
 
-    def run(self, step: Step, batches: Rows, lr: float, stop: bool = False) -> Outcome:
+    def run(
+        self, step: Step, rows: tuple[Tensor, Tensor], lr: float, stop: bool = False
+    ) -> Outcome:
         """Take one step.
 
         Args:
             step: `accumulate`, and what follows from it; no host read of a device value, and no
                 tensor that outlives it moves.
-            batches: Gives the step's rows and their targets, (rows, T) int64 each.
+            rows: The step's, and their targets, (rows, T) int64 each.
             lr: Learning rate of the update.
             stop: This rank was asked to stop, which all learn in `asked_to_stop`.
 
         Raises:
             torch.OutOfMemoryError: not even one row fits.
         """
-        idx, targets = batches.next_batch()
-        self.idx.copy_(idx, non_blocking=True)
-        self.targets.copy_(targets, non_blocking=True)
+        for buffer, values in zip((self.idx, self.targets), rows, strict=True):
+            buffer.copy_(values, non_blocking=True)
         self.lr.fill_(lr)
         self.stop.fill_(float(stop))
         self.optimizer.shard.release(self.optimizer.copies)
