@@ -28,15 +28,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-DEVICE = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3", multi_processor_count=132, total_memory=80 << 30,
-    L2_cache_size=1 << 20, major=9, minor=0,
-)  # fmt: skip
+SIZES = {"multi_processor_count": 132, "total_memory": 80 << 30, "L2_cache_size": 1 << 20}
+DEVICE = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, **SIZES)
 REFUSED = "CUDA error: operation not permitted when stream is capturing"
 # The last two by their CUDA kernels, which read a count on the host (nanmedian up to torch 2.8 or
 # so), where no dispatch mode sees it.
-HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal",
-              "nanmedian", "repeat_interleave"}  # fmt: skip
+HOST_READS = {*"_local_scalar_dense is_nonzero nonzero masked_select _unique2 equal".split()}
+HOST_READS |= {"nanmedian", "repeat_interleave"}
 EMPTY = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
 
 

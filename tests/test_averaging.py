@@ -19,13 +19,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def answers(folder: Path, *kinds: str) -> dict[str, Any]:
-    command = ["-m", "tests.two_ranks"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    ranks = [
-        Forked(python, *command, str(rank), "2", str(folder), *kinds, cwd=ROOT,
-               environment=environment)
-        for rank in (0, 1)
-    ]  # fmt: skip
+    commands = [["-m", "tests.two_ranks", str(rank), "2", str(folder), *kinds] for rank in (0, 1)]
+    ranks = [Forked(python, *c, cwd=ROOT, environment=environment) for c in commands]
     outputs = [rank.communicate(600) for rank in ranks]
     assert [code for _, code in outputs] == [0, 0], outputs
     return json.loads((folder / "answers.json").read_text())
@@ -137,6 +133,4 @@ def test_moments_are_shared_out_where_they_do_not_fit_otherwise():
 @pytest.mark.slow
 def test_two_compiled_ranks_take_the_steps_of_one(tmp_path):
     kinds = answers(tmp_path, "inductor")
-    assert {kind: answer["bitwise"] for kind, answer in kinds.items()} == {
-        "model": True, "blocks": True
-    }  # fmt: skip
+    assert [kinds["model"]["bitwise"], kinds["blocks"]["bitwise"]] == [True, True]

@@ -30,11 +30,10 @@ from training.recipes import Recipe
 from training.signals import EXIT_RESUMABLE
 
 ROOT = Path(__file__).parents[1]
-FLAGS = [
-    "--preset", "smoke", "--steps", "8", "--batch-size", "2", "--block-size", "32",
-    "--grad-accum-steps", "4", "--eval-every", "3", "--save-every", "2", "--no-compile",
-    "--device", "cpu", "--dtype", "fp32",
-]  # fmt: skip
+FLAGS = (
+    "--preset smoke --steps 8 --batch-size 2 --block-size 32 --grad-accum-steps 4 --eval-every 3 "
+    "--save-every 2 --no-compile --device cpu --dtype fp32"
+).split()
 TIMEOUT_S = 240
 
 
@@ -47,12 +46,11 @@ def text(tmp_path_factory) -> Path:
 
 
 def job(folder: Path, out: str, ranks: int, *flags: str, restarts: int = 0) -> list[str]:
-    launcher = []
+    launcher = "-m torch.distributed.run --standalone".split() if ranks > 1 else []
     if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                    f"--max-restarts={restarts}"]  # fmt: skip
-    return [*launcher, str(ROOT / "train.py"), *FLAGS, "--data", str(folder / "text.txt"),
-            "--out", str(folder / out), *flags]  # fmt: skip
+        launcher += [f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+    files = ["--data", str(folder / "text.txt"), "--out", str(folder / out)]
+    return [*launcher, str(ROOT / "train.py"), *FLAGS, *files, *flags]
 
 
 def start(command: list[str], more: dict[str, str] | None = None, cwd: Path = ROOT) -> Forked:
@@ -153,6 +151,19 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(text, alone, shard):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_of_cut_matrices_goes_on_with_any_number_of_ranks(text, alone):
+    """Each job goes on from the last one's checkpoint: its steps after that are thrown away."""
+    for last, ranks in ((2, 2), (4, 1), (6, 4), (8, 1)):
+        code, output = finish(job(text, "cut", ranks, "--shard", "full", "--keep-last", "9"))
+        assert code == 0, output
+        assert ("resume:" in output) == (last > 2)
+        assert_equal_runs(metrics(text, "cut"), alone)
+        for path in checkpoint.paths(text / "cut" / "checkpoints"):
+            if int(path.name.rpartition("-")[2]) > last:
+                shutil.rmtree(path)
+
+
+@pytest.mark.slow
 def test_four_ranks(text, alone):
     code, output = finish(job(text, "four", 4))
     assert code == 0, output
@@ -170,12 +181,11 @@ def test_ranks_that_share_no_disk_go_on_from_the_first_ones_checkpoint(text, alo
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
-    for rank, home in enumerate(homes):
-        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port)}  # fmt: skip
-        command = job(Path(), "run", 1)
-        processes.append(start(command, environment, cwd=home))
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        start(job(Path(), "run", 1), {"RANK": str(rank), **meeting}, cwd=home)
+        for rank, home in enumerate(homes)
+    ]
     outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "resume: run/checkpoints/step-0000000" in outputs[0]
@@ -212,8 +222,7 @@ def test_ranks_that_differ_are_refused_on_every_rank():
 
 def test_ranks_that_start_from_other_weights_are_refused(text, tmp_path, monkeypatch):
     """One path on two disks: rank 0's weights would be taken by all."""
-    flags = [*FLAGS, "--data", str(text / "text.txt"), "--out", str(tmp_path / "run"), "--device",
-             "cpu"]  # fmt: skip
+    flags = [*FLAGS, "--data", str(text / "text.txt"), "--out", str(tmp_path / "run")]
     cfg = replace(train.parse(flags), init="base")
     monkeypatch.setattr(train.hf, "find_model", str)
     same = GPT(cfg.recipe.model_config)

@@ -142,9 +142,9 @@ def test_a_resume_knows_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     held = again.optimizer.loss_scale
     state.restore(saved, other.model, other.optimizer, None)  # after a rollback, in place
     assert again.optimizer.loss_scale is held
-    forged = ([0.0, 2.0], [1.0], [float("inf"), 0], "x", [1.0, -1.0], [1e-30, 0], [96.0, 0],
-              [2.0**128, 0], [0.25, 0], [1.0, 1e9], [1.0, float("nan")], {"1": 2})  # fmt: skip
-    for odd in forged:
+    scales = [[scale, 0] for scale in (math.inf, 1e-30, 96.0, 2.0**128, 0.25)]
+    counts = [[1.0, count] for count in (-1.0, 1e9, math.nan)]
+    for odd in (*scales, *counts, [0.0, 2.0], [1.0], "x", {"1": 2}):
         saved.state["loss_scale"] = odd
         with pytest.raises(ValueError, match="loss_scale must be a scale, a power of two"):
             state.restore(saved, other.model, other.optimizer, None)

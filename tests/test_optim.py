@@ -153,10 +153,10 @@ def test_muon_is_torchs_for_the_matrices_and_adamw_for_the_rest(monkeypatch) -> 
     hidden = [p for name, p in named if ".h." in name and p.dim() == 2]
     assert len(hidden) == 8
     muon = torch.optim.Muon(hidden, 1e-2, 0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(
-        [{"params": [p for n, p in named if p.dim() == 2 and ".h." not in n], "weight_decay": 0.1},
-         {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}],
-        lr=1e-2, betas=(recipe.beta1, recipe.beta2))  # fmt: skip
+    tables = [p for name, p in named if p.dim() == 2 and ".h." not in name]
+    vectors = [p for _, p in named if p.dim() < 2]
+    groups = [{"params": tables, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(recipe.beta1, recipe.beta2))
     for step in range(4):
         for p, (_, q) in zip(ours.parameters(), named, strict=True):
             p.grad = torch.randn_like(p)

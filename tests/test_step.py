@@ -26,14 +26,13 @@ from training.data import DataLoaderLite, Prefetcher
 from training.guard import Guard
 from training.optim import configure_adamw
 from training.plan import Choices, Machine, detect, make_plan
-from training.recipes import Recipe
+from training.recipes import Recipe, find_preset
 from training.resume import restore
 from training.step import NUM_WARMUP, Outcome, TrainStep
 
-RECIPE = Recipe(
-    model="smoke,n_embd=64,n_layer=2,n_head=2,block_size=16", max_lr=1e-3, min_lr=1e-4,
-    warmup_steps=5, max_steps=200, batch_size=2, grad_accum_steps=4, block_size=16,
-)  # fmt: skip
+MODEL = "smoke,n_embd=64,n_layer=2,n_head=2,block_size=16"
+ROWS = {"batch_size": 2, "grad_accum_steps": 4, "block_size": 16}
+RECIPE = replace(find_preset("smoke"), model=MODEL, warmup_steps=5, max_steps=200, **ROWS)
 CPU = Machine("cpu", "a CPU", num_threads=2, interpreted=True)
 interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="kernels on CPU tensors")
 # A count up to 50 with one token in four at random: there is something to learn.
@@ -92,11 +91,10 @@ def plain_loop(dtype: str, num_steps: int, recipe: Recipe = RECIPE) -> tuple[lis
     model = GPT(replace(recipe.model_config, vocab_size=500))
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay},
-         {"params": others, "weight_decay": 0.0}],
-        lr=0.0, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, fused=True,
-    )  # fmt: skip
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}]
+    groups += [{"params": others, "weight_decay": 0.0}]
+    betas = recipe.beta1, recipe.beta2
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=recipe.eps, fused=True)
     rows, losses = loader(recipe, recipe.batch_size), []
     for s in range(num_steps):
         for group in optimizer.param_groups:
@@ -171,17 +169,12 @@ class Recorder(TorchDispatchMode):
 
 
 def persistent(step: GuardedStep) -> dict[str, Tensor]:
-    state = {
-        f"{i}.{key}": value
-        for i, values in enumerate(step.optimizer.state.values())
-        for key, value in values.items()
-    }
     assert step.guard is not None
-    return {
-        **dict(step.model.named_parameters()), **state, **step.guard.tensors(),
-        **{f"copy {name}": copy for name, copy in step.copies.items()},
-        "idx": step.idx, "targets": step.targets, "lr": step.lr,
-    }  # fmt: skip
+    found = {"idx": step.idx, "targets": step.targets, "lr": step.lr, **step.guard.tensors()}
+    for i, state in enumerate(step.optimizer.state.values()):
+        found |= {f"{i}.{key}": value for key, value in state.items()}
+    found |= {f"copy {name}": copy for name, copy in step.copies.items()}
+    return found | dict(step.model.named_parameters())
 
 
 @interpreted_only
@@ -457,15 +450,17 @@ def test_the_step_of_train_py_is_captured_and_changes_no_bit(
 ) -> None:
     monkeypatch.setattr(train, "finish", lambda *_: None)  # samples have graphs of their own
     (tmp_path / "text.txt").write_text("the king said that no man shall want for bread " * 40)
-    asked = ["--preset", "smoke", "--model", "smoke,n_layer=1,n_embd=16,n_head=1", "--steps", "6",
-             "--batch-size", "2", "--block-size", "16", "--grad-accum-steps", "2", "--data",
-             str(tmp_path / "text.txt"), "--device", "cuda", "--ops", "eager", "--optimizer",
-             "torch", "--micro-batch-size", "2", "--save-every", "0"]  # fmt: skip
+    asked = (
+        "--preset smoke --model smoke,n_layer=1,n_embd=16,n_head=1 --steps 6 --batch-size 2 "
+        "--block-size 16 --grad-accum-steps 2 --device cuda --ops eager --optimizer torch "
+        "--micro-batch-size 2 --save-every 0 --data"
+    ).split()
+    text = str(tmp_path / "text.txt")
     found = []
     for graph in ("on", "off"):
         with pretend_cuda() as pretended:
             out = tmp_path / graph
-            assert train.main([*asked, "--cuda-graph", graph, "--out", str(out)]) == 0
+            assert train.main([*asked, text, "--cuda-graph", graph, "--out", str(out)]) == 0
         steps = metrics.read_metrics(out / "metrics.jsonl")[0]
         found.append([(step["loss"], step["grad_norm"]) for step in steps])
         assert len(pretended.graphs) == (graph == "on"), capsys.readouterr().out

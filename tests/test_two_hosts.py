@@ -55,15 +55,14 @@ class Host:
     hosts: Path
 
     def torchrun(self, *flags: str, restarts: int = 0) -> "subprocess.Popen[str]":
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
-                    "--nproc-per-node=1", "--rdzv-backend=c10d",
-                    f"--rdzv-endpoint={NAMES[0]}:29500", f"--max-restarts={restarts}"]  # fmt: skip
-        host = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", AS_HOST, "-",
-                str(self.hosts), self.name]  # fmt: skip
+        two = "-m torch.distributed.run --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d".split()
+        launcher = [*two, f"--rdzv-endpoint={NAMES[0]}:29500", f"--max-restarts={restarts}"]
+        host = ["ip", "netns", "exec", self.namespace, *"unshare --uts sh -c".split(), AS_HOST, "-"]
+        host += [str(self.hosts), self.name, sys.executable]
         train = [str(ROOT / "train.py"), *FLAGS, "--data", "text.txt", "--out", "run", *flags]
-        return subprocess.Popen([*host, *launcher, *train], cwd=self.folder, text=True,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        command, environment = [*host, *launcher, *train], {**os.environ, "OMP_NUM_THREADS": "1"}
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=self.folder, env=environment, **how)
 
     def slow_down(self, rate: str) -> None:
         """What it sends from now on; at 50mbit the gradients of a step take two seconds."""
@@ -84,8 +83,8 @@ def hosts(text: Path, tmp_path: Path) -> Iterator[tuple[Host, Host]]:  # noqa: F
         pytest.skip("needs root and ip netns (iproute2) for network namespaces")
     try:
         assert ip("netns", "add", names[1]).returncode == 0
-        made = ip("link", "add", devices[0], "netns", names[0], "type", "veth",
-                  "peer", "name", devices[1], "netns", names[1])  # fmt: skip
+        cable = f"link add {devices[0]} netns {names[0]} type veth peer name {devices[1]} netns"
+        made = ip(*cable.split(), names[1])
         assert made.returncode == 0, made.stderr
         (tmp_path / "hosts").write_text(
             f"127.0.0.1 localhost\n10.77.0.1 {NAMES[0]}\n10.77.0.2 {NAMES[1]}\n"
