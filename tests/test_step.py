@@ -430,7 +430,7 @@ def test_a_captured_step_changes_no_bit(optimizer: Any) -> None:
         ("fp32", "torch", 8),
         ("bf16", "torch", 2),
         ("bf16", "triton", 2),
-        ("fp32", "triton", 8),
+        pytest.param("fp32", "triton", 8, marks=pytest.mark.slow),
         ("bf16", "muon", 2),
     ],
 )

@@ -16,7 +16,7 @@ have computed before casting it up, so the numerics stay those of plain autocast
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -144,10 +144,14 @@ class TrainStep:
         if self.graph and self.averaging:
             # NCCL's watchdog, which ends a rank that waits for too long, sees nothing in a graph.
             torch.distributed.all_reduce(self.stop)
-        if not self.graph:
-            with self._beside():
+        if not self.graph and self.stream:  # autograd remembers where a gradient was first made
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 self.outcome = step()
-            self.warm_steps += 1
+            torch.cuda.current_stream().wait_stream(self.stream)
+        elif not self.graph:
+            self.outcome = step()
+        self.warm_steps += not self.graph
         assert self.outcome is not None
         return self.outcome
 
@@ -160,17 +164,6 @@ class TrainStep:
             self.graph, self.warm_steps = [], min(self.warm_steps, NUM_WARMUP - 1)
             self.optimizer.set_up()
             self.optimizer.shard.gather(self.optimizer.copies)
-
-    @contextlib.contextmanager
-    def _beside(self) -> Iterator[None]:
-        """The stream of the later capture: autograd remembers where a gradient was first made."""
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self.stream)
 
     def accumulate(self) -> Tensor:
         """Forward and backward of each micro-batch: mean gradients of the step's rows into `.grad`.
@@ -373,23 +366,18 @@ def start_process(plan: Plan, seed: int) -> None:
         keep_freed_memory()
 
 
-def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed for the next tensor of the process.
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next tensor of the process: mallopt(3).
 
-    glibc maps anything over 32 MB afresh and unmaps it when freed, so that logits and gradients
-    fault in page by page, zeroed, in every step: on two cores of a Zen 3, 44,000 faults and 6% of
-    the CPU time of a compiled step of shakespeare-cpu, 299,000 and 44% of an eager one. Kept, they
-    are 16 and 3,100.
-
-    Returns:
-        Whether the C library is glibc and took the settings (mallopt(3)).
+    It maps anything over 32 MB afresh and unmaps it when freed, so that logits and gradients fault
+    in page by page, zeroed, in every step: on two cores of a Zen 3, 44,000 faults and 6% of the CPU
+    time of a compiled step of shakespeare-cpu, 299,000 and 44% of an eager one; 16 and 3,100 kept.
     """
     m_mmap_max, m_trim_threshold = -4, -1
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # musl, macOS, Windows
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
-        return False
-    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def working_copies(model: nn.Module) -> dict[str, Tensor]:
