@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import tomllib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,23 +31,20 @@ CARDS = {
     "B300": replace(H100, name="NVIDIA B300", arch=103),
 }
 # As no card measured them: each rule has an op to show it at.
-MS = {
-    "layer_norm": {"triton": 1.0, "eager": 3.0, "compiled": 0.99},  # too little to change
-    "add_layer_norm": {"triton": 1.0, "eager": 3.0, "compiled": 0.9},
-    "embedding": {"triton": 1.0, "eager": 3.0, "compiled": 1.5},
-    "gelu_mlp": {"triton": 1.0, "eager": 0.8, "compiled": 0.7},
-    "causal_attention": {"triton": 1.0, "eager": 1.1, "compiled": 1.2,
-                         "sdpa-flash": 0.9, "sdpa-cudnn": 0.6},
-    "linear_cross_entropy": {"triton": 1.0, "eager": 3.0, "compiled": 1.5},
-}  # fmt: skip
-NEW = {"layer_norm": "triton", "add_layer_norm": "compiled", "embedding": "triton",
-       "gelu_mlp": "compiled", "causal_attention": "sdpa-cudnn",
-       "linear_cross_entropy": "triton"}  # fmt: skip
-UP = "gelu_mlp.up"
+MS = tomllib.loads("""
+layer_norm = {triton = 1.0, eager = 3.0, compiled = 0.99}  # too little to change
+add_layer_norm = {triton = 1.0, eager = 3.0, compiled = 0.9}
+embedding = {triton = 1.0, eager = 3.0, compiled = 1.5}
+gelu_mlp = {triton = 1.0, eager = 0.8, compiled = 0.7}
+causal_attention = {triton = 1.0, eager = 1.1, compiled = 1.2, sdpa-flash = 0.9, sdpa-cudnn = 0.6}
+linear_cross_entropy = {triton = 1.0, eager = 3.0, compiled = 1.5}
+""")
+BEST = "triton,add_layer_norm=compiled,gelu_mlp=compiled,causal_attention=sdpa-cudnn"
+NEW, PLAIN = read_ops(BEST), read_ops("compiled,causal_attention=eager")
+UP, NORM = "gelu_mlp.up", "layer_norm.fwd"
 ROW = '["{}", "16-bit", "large", 90, "3.7", {{BLOCK_M = 64}}, 4, {}, 0, 1, "here"],'
 UP_ROWS, NORM_ROWS = ([ROW.format(k, i) for i in range(1, 5)] for k in ("up", "fwd"))
 ROWS = f"[measured]\ngelu_mlp = [\n    {UP_ROWS[2]}\n]\n"  # the fastest of what `measured` tries
-PLAIN = dict.fromkeys(MS, "compiled") | {"causal_attention": "eager"}
 
 
 def samples(ms: dict[str, dict[str, float]]) -> dict[str, dict[str, list[float]]]:
@@ -80,8 +78,8 @@ def test_each_card_takes_what_is_fastest_of_what_it_can_run(card: str) -> None:
     ],
 )
 def test_only_a_gain_beyond_noise_changes_anything(rival: list[float], taken: bool) -> None:
-    found = choose.choose(make_plan(RECIPE, H100), H100,
-                          {"gelu_mlp": {"triton": [1.0] * 8, "compiled": rival}})  # fmt: skip
+    times = {"gelu_mlp": {"triton": [1.0] * 8, "compiled": rival}}
+    found = choose.choose(make_plan(RECIPE, H100), H100, times)
     assert found["gelu_mlp"] == ("compiled" if taken else "triton")
     # Where the present one has no time, nothing is known to be faster.
     lost = {"gelu_mlp": {"triton": [float("nan")], "compiled": rival}}
@@ -133,10 +131,12 @@ def test_a_child_that_is_lost_costs_its_op_alone(monkeypatch: pytest.MonkeyPatch
     assert {op: of for op, of in ms.items() if of} == {
         op: {"triton": [1.0], "compiled": [0.1235]} for op in ("layer_norm", "embedding")
     }
-    why = {op: of.get("all", "").partition(":")[0] for op, of in failed.items()}
-    assert why == {"layer_norm": "", "add_layer_norm": "it ended with -6", "embedding": "",
-                   "gelu_mlp": "no answer in 3 s", "causal_attention": "it ended with 1",
-                   "linear_cross_entropy": "out of memory"}  # fmt: skip
+    assert {op: of["all"].partition(":")[0] for op, of in failed.items() if "all" in of} == {
+        "add_layer_norm": "it ended with -6",
+        "gelu_mlp": "no answer in 3 s",
+        "causal_attention": "it ended with 1",
+        "linear_cross_entropy": "out of memory",
+    }
     assert failed["layer_norm"] == {"eager": "RuntimeError: no"}
 
 
@@ -187,16 +187,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return samples(MS), {"layer_norm": {}}
 
     def time_launches(*_: Any) -> Any:
-        return samples({
-            UP: dict(zip(UP_ROWS, (1.0, 0.9, 0.8, 0.99), strict=True)),
-            "layer_norm.fwd": dict(zip(NORM_ROWS, (1.0, 0.99), strict=False)),
-        })  # fmt: skip
+        up = dict(zip(UP_ROWS, (1.0, 0.9, 0.8, 0.99), strict=True))
+        return samples({UP: up, NORM: dict(zip(NORM_ROWS, (1.0, 0.99), strict=False))})
 
     def time_steps(plans: dict[str, Plan], *_: Any) -> Any:
-        assert (
-            plans[AS_CHOSEN].ops == "triton,add_layer_norm=compiled,gelu_mlp=compiled,"
-            "causal_attention=sdpa-cudnn"
-        )
+        assert plans[AS_CHOSEN].ops == BEST
         assert plans[AS_CHOSEN].optimizer == "triton"
         with_rows = {name for name, plan in plans.items() if plan.launches == ROWS}
         assert with_rows == plans.keys() - {COMMITTED, "plain PyTorch, compiled"}
@@ -233,9 +228,8 @@ def test_an_answer_is_kept_and_read(
     assert "step PyTorch's AdamW 4 ms (as chosen 5, " in first.notes[-1]
     text = path.read_text()
     assert '"sdpa-cudnn": [0.6, 0.6, 0.6, 0.6, 0.6]' in text.replace("[ ", "[").replace(" ]", "]")
-    assert json.loads(text)["chosen"] == NEW | {
-        STEP: "PyTorch's AdamW", UP: UP_ROWS[2], "layer_norm.fwd": NORM_ROWS[0]
-    }  # fmt: skip
+    rows = {UP: UP_ROWS[2], NORM: NORM_ROWS[0]}
+    assert json.loads(text)["chosen"] == NEW | rows | {STEP: "PyTorch's AdamW"}
     second = taken()
     assert replace(second, notes=()) == replace(first, notes=())
     assert second.notes[-1].startswith(f"tune: measured before, see {path}: ")
@@ -290,12 +284,12 @@ def test_rows_that_a_kernel_is_wrong_with_or_a_step_slower_are_not_taken(
     assert "tune: the launch rows stay as they are: y: error 1\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("spoil", [
-    b"{", 3, {"step": 3},
-    {"step": {"as chosen": ["a"]}}, {"step": {"as chosen": None}},
-    {"step": {"as chosen": [10**400]}}, {UP: {"a": [1.0]}}, {UP: {NORM_ROWS[0]: [1.0]}},
-    {UP: {UP_ROWS[0] + "\n": [1.0]}},
-])  # fmt: skip
+SPOILT: list[Any] = [b"{", 3, {STEP: 3}, {UP: {"a": [1.0]}}, {UP: {NORM_ROWS[0]: [1.0]}}]
+SPOILT += [{UP: {UP_ROWS[0] + "\n": [1.0]}}]
+SPOILT += [{STEP: {AS_CHOSEN: of}} for of in (["a"], None, [10**400])]
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
 def test_an_answer_that_cannot_be_used_is_made_anew(
     spoil: Any, measured: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -346,8 +340,8 @@ def test_a_checkpoint_s_choice_goes_on_where_it_was_made() -> None:
     state = {"plan": vars(plan), "recipe": vars(RECIPE), "made_on": made_on(H100.name)}
     saved = Checkpoint(1, {}, state)
     kept, [line] = resume.adopt(saved, Choices(), RECIPE, H100)
-    assert kept == {"ops": "compiled", "compile": True, "compile_scope": "blocks",
-                    "recompute": False, "micro_batch_size": 3, "optimizer": "torch"}  # fmt: skip
+    same = {"compile_scope": "blocks", "recompute": False, "micro_batch_size": 3}
+    assert kept == {"ops": "compiled", "compile": True, "optimizer": "torch", **same}
     assert line.startswith("resume: on this card as before: ops compiled, compile True, ")
     made = make_plan(RECIPE, H100, Choices().or_else(kept))
     assert replace(made, notes=()) == replace(plan, notes=())
@@ -356,26 +350,21 @@ def test_a_checkpoint_s_choice_goes_on_where_it_was_made() -> None:
     assert {*kept} == {"compile", "compile_scope", "recompute", "optimizer"}
     other = replace(H100, name="NVIDIA A100")
     kept, [line] = resume.adopt(saved, Choices(), RECIPE, other)
-    assert (kept, line) == (
-        {}, f"resume: card was '{H100.name}', now 'NVIDIA A100': the plan is chosen anew"
-    )  # fmt: skip
-    for asked, recipe, machine in ((Choices(tune="on"), RECIPE, H100), (Choices(), RECIPE, CPU),
-                                   (Choices(), replace(RECIPE, batch_size=6), H100)):  # fmt: skip
-        assert resume.adopt(saved, asked, recipe, machine) == ({}, [])
-    assert resume.adopt(None, Choices(), RECIPE, H100) == ({}, [])
+    assert kept == {}
+    assert line == f"resume: card was '{H100.name}', now 'NVIDIA A100': the plan is chosen anew"
+    nothing: Any = ({}, [])
+    assert resume.adopt(saved, Choices(tune="on"), RECIPE, H100) == nothing
+    assert resume.adopt(saved, Choices(), RECIPE, CPU) == nothing
+    assert resume.adopt(saved, Choices(), replace(RECIPE, batch_size=6), H100) == nothing
+    assert resume.adopt(None, Choices(), RECIPE, H100) == nothing
     # Launch rows of this card go on; those that cannot be read do not.
-    row = '["up", "16-bit", "large", 90, "3.7", {BLOCK_M = 64}, 4, 3, 0, 1, "here"]'
-    for text, same in ((f"[measured]\ngelu_mlp = [{row}]", True), ("[measured", False),
-                       ("measured = 3", False), ("[measured]\ngelu_mlp = 3", False),
-                       ("sources = 3\n[measured]\ngelu_mlp = [[3]]", False)):  # fmt: skip
+    odd = ("[measured", "measured = 3", "[measured]\ngelu_mlp = 3")
+    for text in (ROWS, *odd, "sources = 3\n[measured]\ngelu_mlp = [[3]]"):
         state["plan"] = vars(replace(plan, launches=text))
         kept, _ = resume.adopt(saved, Choices(), RECIPE, H100)
-        assert kept.get("launches") == (text if same else None), text
-        assert Choices().or_else(kept) == Choices().or_else(
-            {k: v for k, v in kept.items() if k != "launches"}
-        )  # fmt: skip
+        assert kept.pop("launches", None) == (text if text == ROWS else None)
+        assert Choices().or_else(kept) == Choices().or_else(kept | {"launches": text})
     # It may come from a stranger.
-    odd = {"ops": 3, "compile": "yes", "compile_scope": "all", "micro_batch_size": 0.5,
-           "optimizer": "sgd"}  # fmt: skip
-    assert resume.adopt(replace(saved, state=state | {"plan": odd}), Choices(), RECIPE, H100) == (
-        {}, [])  # fmt: skip
+    state["plan"] = {"ops": 3, "compile": "yes", "micro_batch_size": 0.5, "optimizer": "sgd"}
+    state["plan"] |= {"compile_scope": "all"}
+    assert resume.adopt(saved, Choices(), RECIPE, H100) == nothing

@@ -48,12 +48,17 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else "nothing said"
 
 
+def _start(command: Sequence[str], env: Mapping[str, str], **how: Any) -> Any:
+    """A process in the checkout, with a session of its own."""
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**env, **IN_ORDER}, start_new_session=True, **how
+    )
+
+
 def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None) -> Ended:
     """Run a command in the checkout; `text` is what it wrote to both of its outputs."""
-    with subprocess.Popen(
-        command, cwd=ROOT, env={**(env or os.environ), **IN_ORDER}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-    ) as process:  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with _start(command, env or os.environ, text=True, errors="replace", **pipes) as process:
         _running.add(process.pid)
         try:
             text, _ = process.communicate(timeout=max(1.0, limit_s))
@@ -105,23 +110,17 @@ class Child:
     Args:
         command: Whose side is `serve`.
         limit_s: Within which it must have said its first word, which is then in `first`.
-        cwd, env: As of subprocess.
 
     Raises:
         ChildDied: it ended, or took too long, before its first word.
     """
 
-    def __init__(
-        self, command: Sequence[str], limit_s: float = START_LIMIT_S, cwd: Path = ROOT,
-        env: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, command: Sequence[str], limit_s: float = START_LIMIT_S) -> None:
         self._pipe, theirs = Pipe()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 # `end` closes it
-        self.process = subprocess.Popen(
-            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said,
-            env={**(env or os.environ), **IN_ORDER, PIPE: str(theirs.fileno())},
-            pass_fds=[theirs.fileno()], start_new_session=True,
-        )  # fmt: skip
+        env = {**os.environ, PIPE: str(theirs.fileno())}
+        files = {"stdin": subprocess.DEVNULL, "stdout": self._said, "stderr": self._said}
+        self.process = _start(command, env, pass_fds=[theirs.fileno()], **files)
         theirs.close()
         self.first = self._answer(limit_s)
 

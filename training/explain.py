@@ -64,8 +64,8 @@ def elsewhere(recipe: Recipe, plan: Plan) -> list[str]:
     """One line for each known GPU, the slowest first: the roofline at its datasheet's figures."""
     found: list[tuple[float, str]] = []
     for name, card in CARDS.items():
-        there = replace(plan, dtype=card.dtype, compile=True, ops="eager",
-                        working_copies=card.dtype == "bf16")  # fmt: skip
+        there = replace(plan, dtype=card.dtype, compile=True, ops="eager")
+        there = replace(there, working_copies=card.dtype == "bf16")
         speed = recipe.tokens_per_step / roofline_s(recipe, there, card.tflops * 1e3, card.gbs)
         rates = f"{card.dtype} {card.tflops:7.1f} TFLOP/s {card.gbs:7,.0f} GB/s"
         found.append((speed, f"{name:9} {rates} {speed:13,.0f} tok/s"))

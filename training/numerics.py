@@ -164,9 +164,8 @@ def tf32_products(op: str) -> int:
 
 
 # "tf32" is fp32 tensors where `precision` lets products be TF32; the rest is what it says.
-DTYPES = {
-    "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
-}  # fmt: skip
+DTYPES: dict[str, torch.dtype] = dict.fromkeys(("fp32", "tf32"), torch.float32)
+DTYPES |= {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Gradients that are sums over rows.
 REDUCED = ("dweight", "dbias", "dwte", "dwpe", "dw_fc", "db_fc", "dw_proj", "db_proj")
 

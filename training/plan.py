@@ -214,8 +214,8 @@ def make_plan(
         notes.append("residual bf16 as asked: the losses are not those of plain autocast")
 
     def tried(micro: int, recompute: bool, shard: str) -> Plan:
-        plan = replace(made, shard=shard, recompute=recompute, micro_batch_size=micro,
-                       num_micro_batches=rows // micro)  # fmt: skip
+        sizes = {"micro_batch_size": micro, "num_micro_batches": rows // micro}
+        plan = replace(made, shard=shard, recompute=recompute, **sizes)
         can = dtype == "bf16" and not recompute and shard != "full"
         plan = replace(plan, working_copies=can if copies is None else can and copies)
         return replace(plan, memory_bytes=step_bytes(plan, recipe, ranks))

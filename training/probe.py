@@ -110,8 +110,8 @@ def products_s(recipe: Recipe, plan: Plan) -> float:
     config, cuda = recipe.model_config, plan.device == "cuda"
     M, C, L = plan.micro_batch_size * recipe.block_size, config.n_embd, config.n_layer
     head = min(M, CHUNK_TOKENS)
-    products = [(L, M, C, 3 * C), (L, M, C, C), (L, M, C, 4 * C), (L, M, 4 * C, C),
-                (M / head, head, C, config.padded_vocab_size)]  # fmt: skip
+    products = [(L, M, C, 3 * C), (L, M, C, C), (L, M, C, 4 * C), (L, M, 4 * C, C)]
+    products += [(M / head, head, C, config.padded_vocab_size)]
     total = 0.0
     for times, m, k, n in products:
         x, weight, dy = (
@@ -241,8 +241,8 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
             sizes = {"num_micro_batches": rows // plan.micro_batch_size}
         return TrainStep(model, optimizer, recipe, replace(plan, **sizes), say=notes.append)
 
-    loader = DataLoaderLite(tokens, all_rows, recipe.block_size, recipe.order, recipe.seed,
-                            wrap_rows=recipe.batch_size)  # fmt: skip
+    order = recipe.order, recipe.seed, recipe.batch_size
+    loader = DataLoaderLite(tokens, all_rows, recipe.block_size, *order)
     with contextlib.closing(Prefetcher(loader, device)) as batches:
         if plan.compile and not cuda:
             timed(all_rows)

@@ -71,8 +71,8 @@ class Timing:
     def figures(self) -> dict[str, Any]:
         """What a row of `bench.record` keeps of it."""
         q1, q3 = self.quartiles_ms
-        return {"ms": self.median_ms, "q1_ms": q1, "q3_ms": q3, "cov": self.cov,
-                "rounds": len(self.samples_ms)}  # fmt: skip
+        spread = {"q1_ms": q1, "q3_ms": q3, "cov": self.cov}
+        return {"ms": self.median_ms, **spread, "rounds": len(self.samples_ms)}
 
 
 def ratio(slow: Timing, fast: Timing) -> float:
