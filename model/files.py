@@ -1,10 +1,12 @@
-"""Writing a file so that a reader, or a kill, never sees half of it."""
+"""Files that are written whole, or not at all, and JSON that may come from a stranger."""
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from model.edge import naming
 
@@ -40,3 +42,11 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         partial.write_bytes(
             data.encode(errors="backslashreplace") if isinstance(data, str) else data
         )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none, or nothing that can be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if path.is_file() and isinstance(content := json.loads(path.read_bytes()), dict):
+            return content  # of a pipe the end would never come
+    return {}

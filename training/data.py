@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from model import tokenizer
-from model.files import replacing, write_atomically
+from model.files import read_object, replacing, write_atomically
 from training.documents import KEY, TAKEN, cut, encode_piece, find_inputs, hash_files
 from training.recipes import Order
 from training.shards import (
@@ -122,7 +122,7 @@ def open_tokens(path: Path) -> Corpus:
     on. A JSON beside a file names the encoding.
     """
     if path.is_file():
-        check_encoding(path, _read_meta(path.with_suffix(".json")))
+        check_encoding(path, read_object(path.with_suffix(".json")))
     parts, sha256 = (open_prepared if (path / INDEX).exists() else open_foreign)(path)
     val = [p for p in parts if path.is_dir() and VALIDATION.search(p.name.lower())]
     if len(val) == len(parts):
@@ -171,7 +171,7 @@ def _tokenise(files: Sequence[Path], name: str, key: str) -> Corpus:
     meta_path = path.with_suffix(".json")
     # The text has been read whole already; reading its tokens adds little, and nothing less would
     # notice a damaged cache.
-    kept = _read_meta(meta_path)
+    kept = read_object(meta_path)
     same = kept.get("sha256") == sha256 and path.is_file()
     if not (same and kept.get("tokens_sha256") == hash_file(path)):
         with replacing(path) as partial:
@@ -196,17 +196,6 @@ def _tokenise(files: Sequence[Path], name: str, key: str) -> Corpus:
         # The JSON last: without it the token file counts as absent.
         write_atomically(meta_path, json.dumps(meta, indent=1))
     return Corpus(TokenShards([np.memmap(path, dtype=TOKEN_DTYPE, mode="r")]), name, sha256)
-
-
-def _read_meta(path: Path) -> dict:
-    """The JSON that describes a token file; empty when absent or unreadable."""
-    if not path.is_file():  # a pipe would never end
-        return {}
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return meta if isinstance(meta, dict) else {}
 
 
 class DataLoaderLite:

@@ -83,15 +83,7 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 class Loggers:
-    """The loggers of a run; those that fail are left out.
-
-    Args:
-        names: Of `ADAPTERS`.
-        folder: Of the run.
-        config: Recipe and plan.
-        steps_done: Before this process.
-        say: Told of one that fails.
-    """
+    """The loggers of a run, of `ADAPTERS`; those that fail are left out, which `say` is told."""
 
     def __init__(
         self,
@@ -103,13 +95,12 @@ class Loggers:
     ):
         self.say = say
         self._loggers: dict[str, Logger] = {}
-        if not (names := [*dict.fromkeys(names)]):
-            return
-        path = folder / ID
-        kept = path.read_text(errors="replace") if steps_done and path.is_file() else ""
-        if not re.fullmatch("[0-9a-f]{8}", kept):
+        path, kept = folder / ID, ""
+        if names and steps_done and path.is_file():
+            kept = path.read_text(errors="replace")
+        if names and not re.fullmatch("[0-9a-f]{8}", kept):
             path.write_text(kept := secrets.token_hex(4))
-        for name in names:
+        for name in dict.fromkeys(names):
             opening = partial(ADAPTERS[name], folder, kept, config, steps_done)
             if opened := self._try(name, opening):
                 self._loggers[name] = opened

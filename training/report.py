@@ -58,21 +58,16 @@ weights file | model_bytes | {:,.0f} bytes
 """
 
 
-def facts(run: Run, corpus_bytes: int = 0) -> list[tuple[str, str]]:
-    """(name, value) of what is known of a run.
-
-    Args:
-        run: The run.
-        corpus_bytes: Size of the training text; 0 where it is not known.
-    """
+def facts(run: Run, corpus_bytes: int = 0) -> dict[str, str]:
+    """What is known of a run, by name; `corpus_bytes` is 0 where the text's size is not."""
     val, parameters = run.val_loss, number(run.config, "parameters")
     size = f"{parameters:,.0f} parameters" if parameters else ""
     model = str(run.part("recipe").get("model", ""))
-    found = [
-        ("recipe", str(run.part("recipe").get("name", ""))),
-        ("model", ", ".join(filter(None, (model, size)))),
-        ("device", str(run.summary.get("device") or run.config.get("device") or "")),
-    ]
+    found = {
+        "recipe": str(run.part("recipe").get("name", "")),
+        "model": ", ".join(filter(None, (model, size))),
+        "device": str(run.summary.get("device") or run.config.get("device") or ""),
+    }
     values = run.summary | {
         "corpus_bytes": corpus_bytes or None,
         "steps": run.num_steps,
@@ -81,11 +76,11 @@ def facts(run: Run, corpus_bytes: int = 0) -> list[tuple[str, str]]:
         "perplexity": None if val is None else math.exp(min(val, 99)),
     }
     for name, key, form in (line.split(" | ") for line in FACTS.strip().splitlines()):
-        if (value := number(values, key)) is not None:
-            found.append((name, form.format(value)))
-    found += [(f"validation loss of counting ({name})", f"{loss:.4f} nats per token")
-              for name, loss in run.baselines.items()]  # fmt: skip
-    return [(name, text) for name, text in found if text]
+        value = number(values, key)
+        found[name] = "" if value is None else form.format(value)
+    for name, loss in run.baselines.items():
+        found[f"validation loss of counting ({name})"] = f"{loss:.4f} nats per token"
+    return {name: text for name, text in found.items() if text}
 
 
 def loss_figure(run: Run) -> "Figure":
@@ -111,16 +106,13 @@ def mark_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
 
 
 def write_report(folder: Path, corpus: bytes, whole: bool = True) -> list[tuple[str, str]]:
-    """Write report.html, report.json and loss.png into a run folder.
+    """Write report.html, report.json and loss.png into a run folder; returns the verdicts.
 
     Args:
         folder: Run folder with any of summary.json, config.json, metrics.jsonl, samples.txt.
         corpus: UTF-8 bytes of the training part of the text; up to 32 MiB a copy is kept as
             corpus.txt, in which the demo looks up what it highlights.
         whole: `corpus` is all of it.
-
-    Returns:
-        The verdicts.
     """
     from jinja2 import Template  # only at the end of a run
 
@@ -140,6 +132,8 @@ def write_report(folder: Path, corpus: bytes, whole: bool = True) -> list[tuple[
         beside = plot.step_curves(series)
         curves = [plot.inline_svg(figure, "loss"), plot.inline_svg(beside, ", ".join(series))]
     spans = overlap.spans if overlap else [[] for _ in samples]
+    pairs = zip(samples, spans, strict=True)
+    marked = [(prompt, mark_spans(text, marks)) for (prompt, text), marks in pairs]
     page = Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True).render(
         title=f"Run {folder.resolve().name}",
         style=STYLE,
@@ -151,10 +145,9 @@ def write_report(folder: Path, corpus: bytes, whole: bool = True) -> list[tuple[
         overlap=overlap,
         whole=whole,
         searched=len(corpus),
-        samples=[(prompt, mark_spans(text, marks))
-                 for (prompt, text), marks in zip(samples, spans, strict=True)],
+        samples=marked,
         config=json.dumps(run.config, indent=2),
-    )  # fmt: skip
+    )
     write_atomically(folder / "report.html", page)
     found = overlap and {
         "longest_bytes": len(overlap.longest),
@@ -162,27 +155,16 @@ def write_report(folder: Path, corpus: bytes, whole: bool = True) -> list[tuple[
         "shares": overlap.shares,
         "covered": overlap.covered,
     }
+    told = [{"kind": kind, "text": line} for kind, line in judged]
+    losses = {"train_loss": run.train_loss, "val_loss": run.val_loss}
     write_json(
-        folder / "report.json",
-        {
-            "verdicts": [{"kind": kind, "text": line} for kind, line in judged],
-            "facts": dict(table),
-            "train_loss": run.train_loss,
-            "val_loss": run.val_loss,
-            "overlap": found,
-        },
+        folder / "report.json", {"verdicts": told, "facts": table, **losses, "overlap": found}
     )
     return judged
 
 
 def report_run(run: Path, train_tokens: Tokens, say: Callable[[str], None]) -> None:
-    """The end of a training run: write the report, say its warnings and where it is.
-
-    Args:
-        run: Run folder with summary.json and samples.txt.
-        train_tokens: (N,) GPT-2 token ids of the training part.
-        say: Called with each line.
-    """
+    """The end of a run in folder `run`: write the report, say its warnings and where it is."""
     corpus, at = bytearray(), 0
     while at < len(train_tokens) and len(corpus) < MAX_CORPUS_BYTES:
         tokens = np.asarray(train_tokens[at : at + DECODE_TOKENS])

@@ -28,9 +28,8 @@ class Stopped(Exception):
 class StopRequest:
     """Context manager that turns signals into a flag, and restores the handlers on exit.
 
-    Args:
-        say: Receives one line per signal, from a thread: a handler may run in the middle of a
-            print, and what it waits for may be what it interrupted.
+    `say` receives one line per signal, from a thread: a handler may run in the middle of a print,
+    and what it waits for may be what it interrupted.
     """
 
     def __init__(self, say: Callable[[str], None] = print):

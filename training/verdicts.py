@@ -6,7 +6,6 @@ what the model writes stands verbatim in what it read. Every sentence is made fr
 numbers, and where a number is missing or not finite nothing is concluded from it.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.edge import is_real
+from model.files import read_object
 from training.data import SHAKESPEARE_SHA256
 from training.metrics import read_metrics
 from training.overlap import Overlap
@@ -170,21 +170,13 @@ class Run:
         return PUBLISHED_LOSS if same and on_it and not self.part("flags").get("init") else ()
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def read_run(folder: Path) -> Run:
     """Read summary.json, config.json and metrics.jsonl."""
     steps, evaluations, events = read_metrics(folder / "metrics.jsonl")
-    summary = _read_object(folder / "summary.json")
+    summary = read_object(folder / "summary.json")
     if steps and (number(summary, "final_step") or math.inf) <= steps[-1]["step"]:
         summary = {}  # of an earlier end: the run has been extended since and has not ended
-    return Run(summary, _read_object(folder / "config.json"), steps, evaluations, events)
+    return Run(summary, read_object(folder / "config.json"), steps, evaluations, events)
 
 
 def split_samples(text: str) -> list[tuple[str, str]]:
