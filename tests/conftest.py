@@ -44,8 +44,8 @@ LONGEST = ("step", "demo", "resume", "train", "causal_attention", "distributed",
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--machine", choices=[*machines.MACHINES],
-                     help="plan as another machine would; default: this one")  # fmt: skip
+    what = "plan as another machine would; default: this one"
+    parser.addoption("--machine", choices=[*machines.MACHINES], help=what)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -164,3 +164,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (" ".join(words[i * k % len(words)] for k in range(12)) for i in range(150))
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end with few words and, where nobody reads it, without a report."""
+    monkeypatch.setattr("training.ending.SAMPLE_TOKENS", 4)
+    monkeypatch.setattr("training.ending.report_run", lambda *_: None)

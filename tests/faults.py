@@ -53,14 +53,12 @@ class Small:
         (self.folder / "text.txt").write_text(text, encoding="utf-8")
 
     def command(self, out: str, *flags: str) -> list[str]:
-        return [
-            str(ROOT / "train.py"), "--preset", "smoke",
-            "--data", str(self.folder / "text.txt"), "--out", str(self.folder / out),
-            "--device", "cpu", "--steps", str(self.steps), "--batch-size", "2",
-            "--block-size", "32", "--grad-accum-steps", "4", "--eval-every", "5",
-            "--save-every", str(self.save_every),
-            "--compile" if self.compile else "--no-compile", *self.flags, *flags,
-        ]  # fmt: skip
+        text, folder = str(self.folder / "text.txt"), str(self.folder / out)
+        words = f"""--preset smoke --device cpu --steps {self.steps} --batch-size 2 --block-size 32
+            --grad-accum-steps 4 --eval-every 5 --save-every {self.save_every}
+            --compile={"on" if self.compile else "off"}"""
+        fixed = [str(ROOT / "train.py"), "--data", text, "--out", folder, *words.split()]
+        return [*fixed, *self.flags, *flags]
 
     def start(self, out: str, *flags: str) -> Forked:
         environment = {**os.environ, **self.environment}

@@ -31,10 +31,10 @@ def start(text: Path, tmp_path: Path) -> Callable[..., int]:
     """A run of a tiny model in `tmp_path`/run, in this process; its exit code."""
 
     def start(*arguments: str) -> int:
-        fixed = ["--preset", "smoke", "--model", "smoke,n_layer=1,n_embd=16,n_head=1", "--dtype",
-                 "fp32", "--steps", "6", "--batch-size", "2", "--block-size", "16", "--data",
-                 str(text), "--out", str(tmp_path / "run"), "--save-every", "0"]  # fmt: skip
-        return train.main([*fixed, *arguments])
+        fixed = """--preset smoke --model smoke,n_layer=1,n_embd=16,n_head=1 --dtype fp32 --steps 6
+            --batch-size 2 --block-size 16 --save-every 0"""
+        where = ["--data", str(text), "--out", str(tmp_path / "run")]
+        return train.main([*fixed.split(), *where, *arguments])
 
     return start
 
@@ -45,10 +45,9 @@ def strict(path: Path) -> Any:
     def refuse(word: str) -> None:
         raise AssertionError(f"{path} holds {word}")
 
-    parts = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else None
-    if parts is None:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    return [json.loads(line, parse_constant=refuse) for line in parts]
+    text, lines = path.read_text(encoding="utf-8"), path.suffix == ".jsonl"
+    found = [json.loads(t, parse_constant=refuse) for t in (text.splitlines() if lines else [text])]
+    return found if lines else found[0]
 
 
 # ---- signals

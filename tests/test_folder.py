@@ -3,10 +3,12 @@
 import errno
 import fcntl
 import os
+import shlex
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ import train
 from tests.faults import ROOT
 from training import checkpoint, folder
 from training.checkpoint import Checkpoint, CheckpointError, Writer
+from training.data import SHAKESPEARE_SHA256
+from training.recipes import find_preset
 
 
 def open_once(path: Path, saved: Checkpoint | None = None) -> list[str]:
@@ -62,13 +66,12 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch, number
 
 # ---- a stranger's folder
 
-LED_AWAY = ["run.lock", "stopped", "metrics.jsonl", "config.json", "samples.txt", "summary.json",
-            "loss.png", "report.html", "checkpoints", "model", "tensorboard", "model/config.json",
-            "model/model.safetensors", "checkpoints/step-00000004",
-            "checkpoints/.writing-step-00000008-1"]  # fmt: skip
+LED_AWAY = """run.lock stopped metrics.jsonl config.json samples.txt summary.json loss.png
+    report.html checkpoints model tensorboard model/config.json model/model.safetensors
+    checkpoints/step-00000004 checkpoints/.writing-step-00000008-1"""
 
 
-@pytest.mark.parametrize("name", LED_AWAY)
+@pytest.mark.parametrize("name", shlex.split(LED_AWAY))
 @pytest.mark.parametrize("kind", ["file", "folder", "nothing", "pipe"])
 def test_a_folder_that_leads_elsewhere_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     away, entry = tmp_path / "away", tmp_path / "run" / name
@@ -245,7 +248,7 @@ def run_here(text: Path, out: Path, *flags: str) -> int:
 
 
 def test_a_run_that_could_save_nothing_does_not_end_as_if_it_had(
-    text: Path, tmp_path: Path, monkeypatch, capsys
+    text: Path, tmp_path: Path, monkeypatch, capsys, brief
 ) -> None:
     def full(path: Path, data: bytes, say: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -259,7 +262,7 @@ def test_a_run_that_could_save_nothing_does_not_end_as_if_it_had(
 
 
 def test_a_restart_of_a_job_that_was_asked_to_stop_leaves_at_once(
-    text: Path, tmp_path: Path, monkeypatch
+    text: Path, tmp_path: Path, monkeypatch, brief
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -289,4 +292,31 @@ def test_a_strangers_folder_and_a_bad_checkpoint_are_one_line(
         ["train.py", f"checkpoint {tmp_path / 'absent'}"],
     ]
     assert victim.read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("preset", "corpus", "sha256", "title"),
+    [
+        ("shakespeare-cpu", "tiny Shakespeare", SHAKESPEARE_SHA256, "shakespeare-cpu"),
+        ("shakespeare-cpu", "my/input.txt", SHAKESPEARE_SHA256, "shakespeare-cpu"),
+        ("shakespeare-cpu", "pydoc_data.topics", "0", "pydoc_data"),
+        ("shakespeare-124m", "/a/my own text.txt and 2 more", "0", "my-own-text"),
+        ("shakespeare-cpu", "../..", "0", "shakespeare-cpu"),
+        ("smoke", "my.txt", "0", "smoke"),
+    ],
+)
+def test_a_run_is_called_after_its_text_and_not_after_shakespeare(
+    preset: str, corpus: str, sha256: str, title: str
+) -> None:
+    assert folder.title(preset, corpus, sha256) == title
+
+
+def test_full_disk_is_seen_before_training(text: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    usage = Mock(side_effect=OSError(38, "Function not implemented"))
+    monkeypatch.setattr(folder.shutil, "disk_usage", usage)
+    folder.make(tmp_path / "not counted", find_preset("smoke"))
+    usage.side_effect = lambda _: Mock(total=1 << 30, free=4096)
+    assert run_here(text, tmp_path / "new" / "run") == 2
+    assert "4,096 bytes free, the model alone needs" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
