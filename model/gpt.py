@@ -117,8 +117,10 @@ class Transformer(nn.Module):
         for block, next_norm in zip(self.h, norms[1:], strict=True):
             if self.recompute and torch.is_grad_enabled():
                 # A generator's state is a host read, which no CUDA graph can hold.
-                y, residual = checkpoint(block, y, residual, next_norm, use_reentrant=False,
-                                         preserve_rng_state=self.dropout > 0)  # fmt: skip
+                rng = self.dropout > 0
+                y, residual = checkpoint(
+                    block, y, residual, next_norm, use_reentrant=False, preserve_rng_state=rng
+                )
             else:
                 y, residual = block(y, residual, next_norm)
         return y, wte

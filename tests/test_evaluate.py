@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,14 +160,16 @@ def test_pieces_of_a_long_text_are_spread_over_it():
 
 # ---- HellaSwag, on items written for this test
 
-ITEMS = [
-    {"ctx": "A man climbs onto a roof. He", "label": 2, "ind": 1, "endings": [
-        "sings.", "is eating the moon with a very long spoon made of glass.", "nails down a tile.",
-        "na\u00efve caf\u00e9"]},
-    {"ctx": "To clean a pan, first", "label": "0", "endings": [
-        "scrub it with salt, then rinse it.", "dogs", "throw the pan away, buy a car", "x y z"]},
-    {"ctx": "She opens the book and", "label": 3, "endings": ["reads", "reads a", "b", "c d e f"]},
-]  # fmt: skip
+ENDINGS = {
+    "A man climbs onto a roof. He": "sings.|is eating the moon with a very long spoon made of "
+    "glass.|nails down a tile.|na\u00efve caf\u00e9",
+    "To clean a pan, first": "scrub it, then rinse it.|dogs|throw the pan away, buy a car|x y z",
+    "She opens the book and": "reads|reads a|b|c d e f",
+}
+ITEMS: list[dict[str, Any]] = [
+    {"ctx": context, "ind": 1, "label": label, "endings": endings.split("|")}
+    for (context, endings), label in zip(ENDINGS.items(), (2, "0", 3), strict=True)
+]
 
 
 @pytest.fixture

@@ -204,9 +204,6 @@ class DataLoaderLite:
     Args:
         tokens: (N,) uint16.
         batch_size: Rows per batch and rank.
-        T: Tokens of a row.
-        order: "sequential" or "shuffled".
-        seed: Of the permutation.
         wrap_rows: Rows that the text must hold at least; sequential order starts over when fewer
             are left. The recipe's batch_size: with it a batch of 64 rows is four of 16, wrap
             included.

@@ -28,7 +28,7 @@ from training.schema import Must
 
 TOKEN_DTYPE = np.dtype("<u2")  # GPT-2's 50,257 ids fit
 LLMC_MAGIC = 20240520
-_LLMC_HEADER = 256  # int32 words
+_LLMC_HEADER = 1024  # bytes, 256 int32 words
 _LLMC_LLAMA_MAGIC = 20240801  # the same layout with uint32 tokens of Llama 3's vocabulary
 
 SUFFIXES = (".bin", ".npy")
@@ -85,7 +85,7 @@ def open_shard(path: Path) -> np.ndarray:
             )
         return tokens
     with path.open("rb") as file:
-        start = file.read(4 * _LLMC_HEADER)
+        start = file.read(12)
     if start.startswith((b"PK\x03\x04", b"\x80\x02\x8a\n")):
         raise ValueError(f"data: {path} holds PyTorch's weights, not tokens; weights go to --init")
     num_bytes = path.stat().st_size
@@ -93,8 +93,7 @@ def open_shard(path: Path) -> np.ndarray:
         raise ValueError(
             f"data: {path} must hold uint16 tokens, got {num_bytes} bytes; --data takes text too"
         )
-    header = np.frombuffer(start[: len(start) // 4 * 4], dtype="<i4")
-    magic = header[0] if len(header) == _LLMC_HEADER else 0
+    magic, version, num = np.frombuffer(start[:12].ljust(12, b"\0"), dtype="<i4").tolist()
     if magic == _LLMC_LLAMA_MAGIC:
         raise ValueError(
             f"data: {path} is an llm.c shard of Llama 3 tokens (magic {_LLMC_LLAMA_MAGIC}); this "
@@ -102,15 +101,15 @@ def open_shard(path: Path) -> np.ndarray:
         )
     # Two GPT-2 tokens that read as this word are 13768, 309 (" spotlight" and "F"), then 1, 0:
     # a version word of 1 and a size that fits make a mistake impossible in practice.
-    if magic != LLMC_MAGIC or header[1] != 1:
+    if magic != LLMC_MAGIC or version != 1:
         return np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
-    expected = 4 * _LLMC_HEADER + TOKEN_DTYPE.itemsize * int(header[2])
-    if num_bytes != expected or not header[2]:
+    expected = _LLMC_HEADER + TOKEN_DTYPE.itemsize * num
+    if num_bytes != expected or not num:
         raise ValueError(
-            f"data: {path} must be {expected} bytes for the {header[2]} tokens its header "
-            f"names, got {num_bytes}; it is truncated, damaged or empty"
+            f"data: {path} must be {expected} bytes for the {num} tokens its header names, got "
+            f"{num_bytes}; it is truncated, damaged or empty"
         )
-    return np.memmap(path, dtype=TOKEN_DTYPE, mode="r", offset=4 * _LLMC_HEADER)
+    return np.memmap(path, dtype=TOKEN_DTYPE, mode="r", offset=_LLMC_HEADER)
 
 
 def hash_file(path: Path) -> str:
