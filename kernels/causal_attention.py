@@ -17,8 +17,8 @@ loop takes its masked blocks first, then the blocks that need no mask.
 
 Bound: matrix units from T of a few hundred on, bytes below. Flops, halved for causality: forward
 2 B H T^2 D; backward 5 B H T^2 D useful, 7 executed, as S and dP are computed by both launches.
-Bytes per token and C, in elements: forward reads 3 and writes 1; dq reads 5 (q, k, v, y, dO) and
-writes 1; dk/dv reads 4 and writes 2; k and v (q and dO there) are re-read from L2 by each block.
+Elements per token and C: forward reads 3 and writes 1; dq 5 and 1; dk/dv 4 and 2. What a block
+does not own is read again from L2 by each.
 
 The backward makes dq by query blocks, with delta on the way, then dk/dv by key blocks. The second
 works on S^T = k q^T, so P^T and dS^T leave the dot in the orientation the next one reads: no tile
@@ -41,18 +41,8 @@ from torch import Tensor
 from . import HEAD_DIMS, unfit
 from ._aot import AotCase, aot_case
 from ._jit import jit
-from ._launch import (
-    Key,
-    Launch,
-    arch,
-    candidates_for,
-    cdiv,
-    launch_for,
-    math_of,
-    next_pow2,
-    precision_of,
-)
-from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
+from ._launch import Key, Launch, arch, candidates_for, cdiv, launch_for, math_of, precision_of
+from ._op import check_device, check_tensor, refuse_double_backward, register
 from .reference import autocast_dtype
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two
@@ -100,7 +90,6 @@ def _attention_fwd_kernel(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,  # a multiple of BLOCK_N
     BLOCK_N: tl.constexpr,
-    STORE_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     tl.static_assert(BLOCK_M % BLOCK_N == 0)  # the unmasked blocks end where the diagonal begins
@@ -144,9 +133,8 @@ def _attention_fwd_kernel(
     y_ptr = _head_ptr(y_ptr, head, T, H, H * D, D) + row_start * (H * D)
     tile_y = _tile(H * D, BLOCK_M, D)
     tl.store(y_ptr + tile_y, y.to(y_ptr.dtype.element_ty), mask=(rows < T)[:, None])
-    if STORE_LSE:
-        lse = row_max + tl.log2(row_sum)
-        tl.store(lse_ptr + head.to(tl.int64) * T + rows, lse, mask=rows < T)
+    lse = row_max + tl.log2(row_sum)
+    tl.store(lse_ptr + head.to(tl.int64) * T + rows, lse, mask=rows < T)
 
 
 @jit
@@ -337,11 +325,12 @@ SHORT_T = {2: (128, 128, 128, 64), 4: (64, 32, 32, 16)}
 MMA_SYNC_SHORT_T = {2: (128, 64, 32, 32), 4: (64, 32, 32, 16)}
 
 
-KERNELS: dict[str, Any] = {
-    "fwd": _attention_fwd_kernel,
-    "dq": _attention_dq_kernel,
-    "dkdv": _attention_dkdv_kernel,
-    "short": _attention_short_bwd_kernel,
+# Each with the block of the tokens that a program answers for: these are the rows of S, or of S^T.
+KERNELS: dict[str, tuple[Any, str]] = {
+    "fwd": (_attention_fwd_kernel, "BLOCK_M"),
+    "dq": (_attention_dq_kernel, "BLOCK_M"),
+    "dkdv": (_attention_dkdv_kernel, "BLOCK_N"),
+    "short": (_attention_short_bwd_kernel, "BLOCK_M"),
 }
 
 
@@ -353,7 +342,7 @@ def launch_key(kernel: str, math: str, D: int, T: int, arch: int) -> Key:
 
 
 def _block_t(T: int) -> int:
-    return max(next_pow2(T), 16)  # the least a dot takes
+    return max(1 << (T - 1).bit_length(), 16)  # the least a dot takes
 
 
 def short_t(itemsize: int, D: int, arch: int) -> int:
@@ -362,40 +351,34 @@ def short_t(itemsize: int, D: int, arch: int) -> int:
     return known[itemsize][HEAD_DIMS.index(D)]
 
 
-def _own_block(kernel: str) -> str:
-    """The block of the tokens that a program answers for; these are the rows of S, or of S^T."""
-    return "BLOCK_N" if kernel == "dkdv" else "BLOCK_M"
-
-
 def _fixed(kernel: str, math: str, D: int, T: int) -> dict[str, Any]:
     """The constexprs that a launch leaves open."""
     tile = {"BLOCK_M": _block_t(T)} if kernel == "short" else {}
     return {"D": D, "PRECISION": precision_of(math), **tile}
 
 
-def _launch(kernel: str, qkv: Tensor, n_head: int, *tensors: Tensor, **flags: bool) -> None:
+def _launch(name: str, qkv: Tensor, n_head: int, *tensors: Tensor) -> None:
     """Run one of KERNELS on `tensors`: a program for each block of each head of a sequence."""
     if qkv.numel() == 0:
         return
     B, T, C3 = qkv.shape
     D, math = C3 // (3 * n_head), math_of(qkv.dtype)
-    launch = launch_for(launch_key(kernel, math, D, T, arch(qkv.device)))
-    kwargs = {**_fixed(kernel, math, D, T), **launch.kwargs(), **flags}
-    programs = cdiv(T, kwargs[_own_block(kernel)]) * B * n_head
-    KERNELS[kernel][(programs,)](*tensors, T, n_head, D**-0.5, **kwargs)
+    kernel, block = KERNELS[name]
+    launch = launch_for(launch_key(name, math, D, T, arch(qkv.device)))
+    kwargs = {**_fixed(name, math, D, T), **launch.kwargs()}
+    kernel[(cdiv(T, kwargs[block]) * B * n_head,)](*tensors, T, n_head, D**-0.5, **kwargs)
 
 
-def _fwd_fake(qkv, n_head, save_lse):
+def _fwd_fake(qkv, n_head):
     B, T, C3 = qkv.shape
-    lse_shape = (B, n_head, T) if save_lse else (0,)
-    return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty(lse_shape, dtype=torch.float32)
+    return qkv.new_empty((B, T, C3 // 3)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
 
 
 @register(fake=_fwd_fake)
-def causal_attention_fwd(qkv: Tensor, n_head: int, save_lse: bool) -> tuple[Tensor, Tensor]:
-    """qkv (B, T, 3C) -> y (B, T, C), lse (B, H, T) fp32 and base 2, (0,) unless save_lse."""
-    y, lse = _fwd_fake(qkv, n_head, save_lse)
-    _launch("fwd", qkv, n_head, qkv, y, lse, STORE_LSE=save_lse)
+def causal_attention_fwd(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
+    """qkv (B, T, 3C) -> y (B, T, C), lse (B, H, T) fp32 and base 2."""
+    y, lse = _fwd_fake(qkv, n_head)
+    _launch("fwd", qkv, n_head, qkv, y, lse)
     return y, lse
 
 
@@ -415,7 +398,7 @@ def causal_attention_bwd(dy: Tensor, qkv: Tensor, y: Tensor, lse: Tensor, n_head
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int) -> Tensor:
-        y, lse = causal_attention_fwd(qkv, n_head, True)
+        y, lse = causal_attention_fwd(qkv, n_head)
         ctx.save_for_backward(qkv, y, lse)
         ctx.n_head = n_head
         return y
@@ -457,9 +440,7 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
         )
     qkv = qkv.to(autocast_dtype(qkv))
     check_tensor("causal_attention", "qkv", qkv, qkv.shape, qkv.device)
-    if needs_grad(qkv):
-        return _CausalAttention.apply(qkv, n_head)
-    return causal_attention_fwd(qkv, n_head, False)[0]
+    return _CausalAttention.apply(qkv, n_head)
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
@@ -468,18 +449,18 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
     builds += [("fp32", 4, "tf32", 64), ("fp32", 4, "ieee", 64)]
     if arch not in (80, 90, 100):  # which have rows of their own
         builds = builds[2:4]
-    for (name, kernel), (dtype, itemsize, math, D) in product(KERNELS.items(), builds):
+    for (name, (kernel, block)), (dtype, itemsize, math, D) in product(KERNELS.items(), builds):
         longest = short_t(itemsize, D, arch) if name == "short" else 1024
         launches: dict[Launch, int] = {}  # each with the longest sequence that it serves
         for T in (min(64, longest), longest) if name in ("fwd", "short") else (longest,):
             key = launch_key(name, math, D, T, arch)
             launches |= dict.fromkeys((launch_for(key), *candidates_for(key)), T)
         for launch, T in launches.items():
-            fixed = _fixed(name, math, D, T) | {"STORE_LSE": True}
+            fixed = _fixed(name, math, D, T)
             sizes = (fixed | dict(launch.blocks)).items()
             blocks = " ".join(f"{k[6:]}{size}" for k, size in sizes if k[:6] == "BLOCK_")
             label = f"{name} D={D} {'tf32' if math == 'tf32' else dtype} {blocks}"
-            mma, loose = "" if math == "ieee" else _own_block(name), ("T", "H")
+            mma, loose = "" if math == "ieee" else block, ("T", "H")
             yield aot_case(
                 "causal_attention", kernel, label, launch, dtype, fixed, mma=mma, unaligned=loose
             )

@@ -163,29 +163,13 @@ class TestContract:
         qkv = packed(1, T, 2, 16, device=device)
         forward: Any = causal_attention.causal_attention_fwd
         backward: Any = causal_attention.causal_attention_bwd
-        for save_lse in (True, False):
-            torch.library.opcheck(forward, (qkv, 2, save_lse))
-        y, lse = forward(qkv, 2, True)
+        torch.library.opcheck(forward, (qkv, 2))
+        y, lse = forward(qkv, 2)
         torch.library.opcheck(backward, (y, qkv, y, lse, 2))
 
     def test_compiled_equals_eager(self, T, device):
         args = {"qkv": packed(1, T, 2, 16, device=device)}
         checks.assert_compiled_equals_eager(ours(2), args)
-
-    def test_no_grad_skips_lse(self, T, device, monkeypatch):
-        qkv = packed(1, T, 2, 16, device=device).requires_grad_()
-        saved = []
-        forward: Any = causal_attention.causal_attention_fwd
-
-        def spy(qkv, n_head, save_lse):
-            saved.append(save_lse)
-            return forward(qkv, n_head, save_lse)
-
-        monkeypatch.setattr(causal_attention, "causal_attention_fwd", spy)
-        with torch.no_grad():
-            TRITON.causal_attention(qkv, 2)
-        TRITON.causal_attention(qkv.detach(), 2)
-        assert saved == [False, False]
 
 
 def test_one_graph_serves_every_length(device):
@@ -199,9 +183,8 @@ def test_lse_is_saved_in_base_two(device):
     q, k, _ = qkv.double().unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)
     later = torch.ones(150, 150, dtype=torch.bool, device=device).triu(1)
     want = (q @ k.mT / 4).masked_fill(later, float("-inf")).logsumexp(-1) / torch.tensor(2.0).log()
-    _, lse = causal_attention.causal_attention_fwd(qkv, 2, True)
+    _, lse = causal_attention.causal_attention_fwd(qkv, 2)
     torch.testing.assert_close(lse.double(), want, rtol=0, atol=1e-5)
-    assert causal_attention.causal_attention_fwd(qkv, 2, False)[1].shape == (0,)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 96), (2, 0, 96)])
