@@ -10,9 +10,8 @@ Backward, with g = dy * weight and dh_out the gradient of the residual stream th
     dh = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) + dh_out          dx = dresidual = dh
     dweight = sum_rows(dy * x_hat)          dbias = sum_rows(dy)
 
-The mean is taken twice. One fp32 mean of values near 1e3 is off by up to 1e-4, and a row whose
-values differ by 1e-2 cannot afford that: what is left after subtracting it is averaged again. The
-backward reads the sum of both as one float, which costs less than the error that PyTorch makes.
+The mean is taken twice: one fp32 mean of values near 1e3 is off by up to 1e-4, too much for a row
+whose values differ by 1e-2. The backward reads the sum of both as one float.
 
 Memory bound; every tensor is read or written once. Bytes per element with x and y in bf16:
 
@@ -44,9 +43,8 @@ from ._op import check_device, check_tensor, needs_grad, refuse_double_backward,
 from .reference import autocast_dtype
 
 MAX_C = 8192  # a program holds a whole row in registers
-# How many elements of a row one warp may hold. The backward keeps six values of each element in
-# registers: 168 per thread at 768 elements. At 1024 of fp32 it would be 221, and only 8 warps would
-# fit on an SM (from compiling; not measured).
+# How many elements of a row one warp may hold. The backward keeps six values of each in registers:
+# 168 per thread at 768. At 1024 of fp32, 221, only 8 warps would fit on an SM (compiled only).
 WARP_C = {"fwd": 1024, "bwd": 768}
 MAX_WARPS_PER_ROW = 8  # with 16 a thread has at most 128 registers, too few for the backward
 BWD_WARPS_PER_SM = 12  # at 768 elements a warp
@@ -69,8 +67,7 @@ def safe_launch(kernel: str, C: int, itemsize: int) -> Launch:
     """
     chunk = 512 // itemsize
     if chunk >= C:
-        block_c, num_warps = next_pow2(C), 4
-        rows = min(32, 1024 // block_c)
+        block_c, rows, num_warps = next_pow2(C), min(32, 1024 // next_pow2(C)), 4
     else:
         warps_per_row = min(next_pow2(cdiv(C, WARP_C[kernel])), MAX_WARPS_PER_ROW)
         block_c = chunk * warps_per_row
@@ -85,9 +82,10 @@ def safe_launch(kernel: str, C: int, itemsize: int) -> Launch:
 
 
 def row_launch(key: Key, C: int, dtype: torch.dtype) -> tuple[Launch, dict[str, Any]]:
-    """The launch on rows of h in `dtype`, and the constexprs it leaves open."""
+    """The launch on rows of h in `dtype`, and its keyword arguments."""
     launch = launch_for(key, safe_launch(key.kernel.partition(".")[2], C, dtype.itemsize))
-    return launch, {"C": C, "CHUNKS": cdiv(C, dict(launch.blocks)["BLOCK_C"])}
+    kwargs = launch.kwargs()
+    return launch, {**kwargs, "C": C, "CHUNKS": cdiv(C, kwargs["BLOCK_C"])}
 
 
 @jit
@@ -302,10 +300,10 @@ def layer_norm_fwd(
     y, h, stats = _fwd_fake(x, residual, weight, bias, eps, dtype)
     M, C = stats[0].numel(), x.shape[-1]
     stream = x.dtype if residual is None else residual.dtype
-    launch, fixed = row_launch(launch_key("fwd", M, C, stream, arch(x.device)), C, stream)
+    _, kwargs = row_launch(launch_key("fwd", M, C, stream, arch(x.device)), C, stream)
     if M > 0:
-        _layer_norm_fwd_kernel[(cdiv(M, dict(launch.blocks)["ROWS"]),)](
-            x, residual, weight, bias, y, h, stats, M, eps, **fixed, **launch.kwargs()
+        _layer_norm_fwd_kernel[(cdiv(M, kwargs["ROWS"]),)](
+            x, residual, weight, bias, y, h, stats, M, eps, **kwargs
         )
     return y, h, stats
 
@@ -330,14 +328,14 @@ def layer_norm_bwd(
     """
     dh, dx, dweight, dbias = _bwd_fake(dy, dh_out, h, weight, stats, dtype)
     M, C = stats[0].numel(), h.shape[-1]
-    launch, fixed = row_launch(launch_key("bwd", M, C, h.dtype, arch(h.device)), C, h.dtype)
-    programs = launch.programs_per_sm * num_sms(h.device)  # all resident: one wave
-    programs = min(cdiv(M, dict(launch.blocks)["ROWS"]), programs)
+    launch, kwargs = row_launch(launch_key("bwd", M, C, h.dtype, arch(h.device)), C, h.dtype)
+    resident = launch.programs_per_sm * num_sms(h.device)  # one wave
+    programs = min(cdiv(M, kwargs["ROWS"]), resident)
     partial = h.new_empty((2, programs, C), dtype=torch.float32)
     if M > 0:
         own_dx = None if dtype == h.dtype else dx
         _layer_norm_bwd_kernel[(programs,)](
-            dy, dh_out, h, weight, stats, dh, own_dx, partial, M, **fixed, **launch.kwargs()
+            dy, dh_out, h, weight, stats, dh, own_dx, partial, M, **kwargs
         )
     total = launch_for(Key("layer_norm.sum", "fp32", f"C={C}", arch(h.device))).kwargs()
     _sum_partials_kernel[(cdiv(C, total["BLOCK_C"]), 2)](
@@ -448,8 +446,8 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         types: dict[str, str] = dict.fromkeys(of_stream, f"*{h}")
         for name, kernel in ("fwd", _layer_norm_fwd_kernel), ("bwd", _layer_norm_bwd_kernel):
             key = launch_key(name, 65536, C, dtypes[h], arch)
-            launch, fixed = row_launch(key, C, dtypes[h])
+            launch, kwargs = row_launch(key, C, dtypes[h])
             label = f"{name} C={C} bf16" if absent == alone else f"{name} C={C} x={x} h={h}"
-            yield aot_case(op, kernel, label, launch, x, fixed | absent, types=types)
+            yield aot_case(op, kernel, label, launch, x, kwargs | absent, types=types)
     launch = launch_for(Key("layer_norm.sum", "fp32", "C=768", arch))
     yield aot_case("layer_norm", _sum_partials_kernel, "sum of partials", launch, "fp32")
