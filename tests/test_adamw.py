@@ -1,7 +1,7 @@
 """AdamW through our kernels, against torch's and against float64, called as the trainer does."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -104,14 +104,14 @@ def exact_run(steps: range, shapes: Shapes, max_norm: float = 1.0) -> dict[str, 
     found = {}
     exact = [p.detach().double() for p in parameters]
     m, v = ([torch.zeros_like(p) for p in exact] for _ in range(2))
-    settings = {id(p): {"betas": BETAS, "eps": EPS, **group}
-                for group in groups_of(parameters) for p in group["params"]}  # fmt: skip
+    settings = {p: group for group in groups_of(parameters) for p in group["params"]}
     for step in steps:
         grads = [g.double() for g in gradients(step, parameters)]
         norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt().item()
         factor = min(1.0, max_norm / (norm + 1e-6))
         for i, p in enumerate(parameters):
-            how, lr, t = settings[id(p)], lr_of(step), step + 1
+            how = {"betas": BETAS, "eps": EPS, **settings[p]}
+            lr, t = lr_of(step), step + 1
             (b1, b2), g = how["betas"], grads[i] * factor
             m[i], v[i] = b1 * m[i] + (1 - b1) * g, b2 * v[i] + (1 - b2) * g * g
             update = m[i] / (1 - b1**t) / ((v[i] / (1 - b2**t)).sqrt() + how["eps"])
@@ -477,13 +477,9 @@ def test_autograd_notices_the_writes(device):
         stale.backward()
 
 
-def slot(**other: Any) -> Iterator[Slot]:
-    p = torch.ones(4, 4)
-    values: dict[str, Any] = {
-        "param": p, "grad": torch.ones(4, 4), "exp_avg": torch.zeros(4, 4),
-        "exp_avg_sq": torch.zeros(4, 4), "step": torch.zeros(()), "working": None, "lr": 1e-3,
-    }  # fmt: skip
-    yield Slot("w", **{**values, **other}, betas=BETAS, eps=EPS, weight_decay=0.0)
+def slot(**other: Any) -> Slot:
+    p, g, m, v = (torch.ones(4, 4) for _ in range(4))
+    return Slot("w", p, g, m, v, torch.zeros(()), None, 1e-3, BETAS, EPS, 0.0)._replace(**other)
 
 
 @pytest.mark.parametrize(
@@ -508,9 +504,9 @@ def slot(**other: Any) -> Iterator[Slot]:
 @pytest.mark.skipif(not INTERPRETED, reason="the tensors of the cases are on the CPU")
 def test_bad_tensors_are_refused(other, message):
     tables = Tables(torch.device("cpu"))
-    for slots in (slot(**other), slot(**other)):
+    for _ in range(2):
         with pytest.raises(ValueError, match=message) as caught:
-            tables.adamw([*slots])
+            tables.adamw([slot(**other)])
         assert "\n" not in str(caught.value)
 
 

@@ -69,8 +69,12 @@ def test_sizes(shape, device):
     check(inputs(shape, device))
 
 
-@checks.sweep(M=checks.sizes(0, 35, 1, 32, 33), C=checks.sizes(1, 260, 1, 256, 257),
-              x=checks.dtypes(), residual=checks.dtypes())  # fmt: skip
+@checks.sweep(
+    M=checks.sizes(0, 35, 1, 32, 33),
+    C=checks.sizes(1, 260, 1, 256, 257),
+    x=checks.dtypes(),
+    residual=checks.dtypes(),
+)
 def test_any_shape(device, M, C, x, residual):
     args = inputs((M, C), device, (x, residual, F32))
     check(args)

@@ -78,10 +78,9 @@ def test_smoke_recipe_on_triton_gives_the_losses_of_eager(
     monkeypatch.setattr(train, "detect", lambda device: replace(here(device), has_triton=True))
     before = torch.are_deterministic_algorithms_enabled()
     for ops in ("eager", "triton"):
-        flags = ["--preset", "smoke", "--data", str(tmp_path / "text.txt"), "--ops", ops,
-                 "--out", str(tmp_path / ops), "--batch-size", "1", "--block-size", "16",
-                 "--steps", "2", "--val-fraction", "0", "--save-every", "0",
-                 "--dtype", "fp32"]  # fmt: skip
+        flags = "--preset smoke --batch-size 1 --block-size 16 --steps 2 --val-fraction 0"
+        flags = [*flags.split(), "--save-every", "0", "--dtype", "fp32", "--ops", ops]
+        flags += ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / ops)]
         try:
             assert train.main(flags) == 0
         finally:

@@ -127,9 +127,8 @@ def test_the_most_specific_row_serves(kernel, math, size, arch, triton, block, r
 def test_a_row_becomes_a_launch(rows):
     launch = launch_for(Key("op.b", "16-bit", "even", 100, "3.7"))
     assert launch == Launch((("B", 32),), 1, 1, maxnreg=168, programs_per_sm=3)
-    assert launch.kwargs() == {
-        "B": 32, "num_warps": 1, "num_stages": 1, "maxnreg": 168, "enable_fp_fusion": True
-    }  # fmt: skip
+    options = {"num_warps": 1, "num_stages": 1, "maxnreg": 168, "enable_fp_fusion": True}
+    assert launch.kwargs() == {"B": 32, **options}
     assert launch.source == "a test"
     assert launch_for(Key("op.a", "16-bit", "even large", 90, "3.7")).source.startswith("h100.json")
 
