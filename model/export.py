@@ -15,11 +15,11 @@ from torch import Tensor
 
 from model.config import GPTConfig
 from model.edge import quoted
-from model.files import replacing
+from model.files import read_object, replacing
 from model.find import WEIGHTS
 from model.flops import num_parameters
 from model.gpt import GPT
-from model.hf import CONFIG, CONTEXTS, GPT2_VOCAB, file_tensors, read_json
+from model.hf import CONFIG, CONTEXTS, GPT2_VOCAB, file_tensors
 
 # All that an export writes. Into a folder that holds anything else nothing is written.
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
@@ -139,12 +139,8 @@ def check_folder(folder: Path) -> None:
     inside = [*folder.iterdir()] if folder.is_dir() else []
     names = [p.name for p in inside if not p.name.startswith(PARTIAL)]
     foreign = [n for n in names if n not in EXPORTED or (folder / n).is_symlink()]
-    if names and not foreign:
-        try:
-            ours = "trained_context" in read_json(folder / CONFIG)
-        except (OSError, ValueError):
-            ours = False
-        foreign = [] if ours else names
+    if names and not foreign and "trained_context" not in read_object(folder / CONFIG):
+        foreign = names
     if foreign:
         raise ValueError(
             f"save_pretrained: {folder} must be new, empty or an earlier export, and it holds "

@@ -11,9 +11,8 @@ INDEX = "model.safetensors.index.json"
 def find_model(path: str | Path) -> Path:
     """The folder or .safetensors file that holds the weights.
 
-    Args:
-        path: A model folder, a run folder (its `model/` is taken), a .safetensors file, or where
-            none of these is there the name of a model on the hub; see model/hub.py.
+    `path` is a model folder, a run folder (its `model/` is taken), a .safetensors file, or where
+    none of these is there the name of a model on the hub; see model/hub.py.
 
     Raises:
         FileNotFoundError: nothing there, or no weights in it.
