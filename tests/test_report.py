@@ -19,7 +19,7 @@ from training.data import SHAKESPEARE_SHA256
 from training.overlap import find_overlap
 from training.recipes import PRESETS
 from training.report import mark_spans, write_report
-from training.verdicts import SEED_RECIPE, read_run, read_samples, split_samples, verdicts
+from training.verdicts import SEED_RECIPE, read_run, read_samples, verdicts
 
 
 def test_marks_leave_characters_whole():
@@ -30,11 +30,12 @@ def test_marks_leave_characters_whole():
     assert mark_spans("", []) == ""
 
 
-def test_split_samples():
+def test_samples_are_read(tmp_path: Path):
     text = "[prompt] a\nb\n[model] one\n\ntwo\n\n[prompt] c\n[model] three\n\n"
-    assert split_samples(text) == [("a\nb", " one\n\ntwo"), ("c", " three")]
-    assert split_samples("just text") == [("", "just text")]
-    assert split_samples("\n") == []
+    wanted = {text: [("a\nb", " one\n\ntwo"), ("c", " three")], "\n": [], "text": [("", "text")]}
+    for content, samples in wanted.items():
+        (tmp_path / "samples.txt").write_text(content)
+        assert read_samples(tmp_path) == samples
 
 
 def write_run(folder: Path, **changes: Any) -> Path:

@@ -66,23 +66,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is saved.
+    """What is saved, and at the end what is not."""
 
-    Args:
-        step: Optimizer steps done.
-        tensors: Groups of named CPU tensors; one safetensors file per group.
-        state: JSON values (schedule, loader position, recipe, plan, counters).
-        config: config.json, as a model folder has it; None in a checkpoint of version 1.
-        best: Step of the best evaluation so far, whose checkpoint is never thinned out; not saved.
-        path: Where it was read from.
-    """
-
-    step: int
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
-    config: dict[str, Any] | None = None
-    best: int | None = None
-    path: Path | None = None
+    step: int  # optimizer steps done
+    tensors: dict[str, dict[str, Tensor]]  # named, on the CPU; one safetensors file per group
+    state: dict[str, Any]  # JSON values: loader position, recipe, plan, counters
+    config: dict[str, Any] | None = None  # config.json of a model folder; not in version 1
+    best: int | None = None  # step of the best evaluation, whose checkpoint is never thinned out
+    path: Path | None = None  # where it was read from
 
 
 def _canonical(value: Any) -> bytes:
@@ -259,12 +250,9 @@ def _read(path: Path, expected: Expected | None) -> Checkpoint:
 
 def paths(folder: Path) -> list[Path]:
     """Checkpoint folders below `folder`, oldest first; not verified."""
-    if not folder.is_dir():
-        return []
-    entries = [p for p in folder.iterdir() if _NAME.fullmatch(p.name.removeprefix(_REPLACED))]
     # One that was being replaced counts where a kill came before its successor.
-    found = {p.name.removeprefix(_REPLACED): p for p in sorted(entries)}
-    return [found[name] for name in sorted(found) if found[name].is_dir()]
+    named = {p.name.removeprefix(_REPLACED): p for p in sorted(folder.glob("*"))}
+    return [named[name] for name in sorted(named) if _NAME.fullmatch(name) and named[name].is_dir()]
 
 
 def step_of(path: Path) -> int:
@@ -291,12 +279,11 @@ def clean(folder: Path) -> None:
     for path in paths(folder):
         if path.name.startswith(_REPLACED):
             path.rename(folder / path.name.removeprefix(_REPLACED))
-    if folder.is_dir():
-        for path in folder.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-class Writer:
+class Writer(contextlib.AbstractContextManager):
     """Writes checkpoints from a background thread, one at a time, and thins out old ones.
 
     Args:
@@ -312,9 +299,6 @@ class Writer:
         self.failure: str | None = None  # of the last write, if it failed
         self.write_ms = 0.0  # of the last write, on the background thread
         self._thread = threading.Thread()
-
-    def __enter__(self) -> "Writer":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.wait()

@@ -179,19 +179,15 @@ def read_run(folder: Path) -> Run:
     return Run(summary, read_object(folder / "config.json"), steps, evaluations, events)
 
 
-def split_samples(text: str) -> list[tuple[str, str]]:
-    """(prompt, what the model wrote) of a samples.txt; a file in another form is one sample."""
+def read_samples(run: Path) -> list[tuple[str, str]]:
+    """(prompt, what the model wrote) of a run's samples.txt; one in another form is one sample."""
+    try:
+        text = (run / "samples.txt").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return []
     pattern = r"^\[prompt\] (.*?)\n\[model\](.*?)(?=\n+\[prompt\] |\s*\Z)"
     parts = re.findall(pattern, text, re.DOTALL | re.MULTILINE)
     return parts or ([("", text)] if text.strip() else [])
-
-
-def read_samples(run: Path) -> list[tuple[str, str]]:
-    """Of a run folder; none where it has no readable samples.txt."""
-    try:
-        return split_samples((run / "samples.txt").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
 
 
 def verdicts(run: Run, overlap: Overlap | None = None, whole: bool = True) -> list[tuple[str, str]]:
