@@ -36,7 +36,6 @@ from training.flags import Config, is_due, parse
 from training.guard import Guard
 from training.optim import configure_adamw
 from training.plan import Choices, Machine, Plan, detect, make_plan
-from training.probe import probe_steps
 from training.resume import RunFailed
 from training.run import Run, data_loader
 from training.sharding import share_out
@@ -229,7 +228,7 @@ def explain_plan(cfg: Config) -> int:
     if cfg.choices.tune == "only":
         return 0
     start_process(plan, cfg.recipe.seed)
-    explain(cfg.recipe, plan, machine, lambda s: probe_steps(cfg.recipe, plan, tokens, s), print)
+    explain(cfg.recipe, plan, machine, tokens)
     return 0
 
 

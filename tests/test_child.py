@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,13 +53,10 @@ def test_a_child_answers_and_ends_with_its_input() -> None:
 
 
 def test_a_child_that_dies_or_hangs_says_why() -> None:
-    with child.Child(COMMAND) as process, pytest.raises(
-        child.ChildDied, match=r"^it ended with 1: no such device$"
-    ):  # fmt: skip
+    died = partial(pytest.raises, child.ChildDied)
+    with child.Child(COMMAND) as process, died(match=r"^it ended with 1: no such device$"):
         process.ask("die", 60)
-    with child.Child(COMMAND) as process, pytest.raises(
-        child.ChildDied, match=r"^no answer in 1 s: said by a library$"
-    ):  # fmt: skip
+    with child.Child(COMMAND) as process, died(match=r"^no answer in 1 s: said by a library$"):
         process.ask("hang", 1)
     wait_until_gone(process.process.pid)
     with pytest.raises(child.ChildDied, match=r"^it ended with 3: nothing said$"):
@@ -99,8 +97,7 @@ def test_what_a_signal_ends() -> None:
         deadline = time.monotonic() + 300
         while len(children) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
-            children = [pid for task in listed.iterdir()
-                        for pid in (task / "children").read_text().split()]  # fmt: skip
+            children = " ".join(path.read_text() for path in listed.glob("*/children")).split()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
     assert len(children) == 2

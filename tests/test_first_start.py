@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,11 +37,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
 
     def begin(*flags: str) -> int:
         runs.append(len(runs))
-        return train.main([
-            "--preset", "smoke", "--data", str(tmp_path / "corpus.npy"), "--val-fraction", "0",
-            "--block-size", "16", "--save-every", "0", "--out", str(tmp_path / f"run{len(runs)}"),
-            *flags,
-        ])  # fmt: skip
+        paths = [f"--data={tmp_path / 'corpus.npy'}", f"--out={tmp_path / f'run{len(runs)}'}"]
+        fixed = "--preset smoke --val-fraction 0 --block-size 16 --save-every 0"
+        return train.main([*fixed.split(), *paths, *flags])
 
     return begin
 
@@ -52,16 +49,15 @@ def test_an_interpreted_run_is_checked_once_and_by_its_first_batch(
 ) -> None:
     monkeypatch.setattr(verify, "COMMAND", REAL_CHILD)
     ops = "eager,layer_norm=triton,gelu_mlp=triton"
-    flags = ["--device", "cpu", "--ops", ops, "--dtype", "fp32", "--no-compile",
-             "--batch-size", "1", "--steps", "1"]  # fmt: skip
+    flags = "--device cpu --dtype fp32 --no-compile --batch-size 1 --steps 1 --ops".split()
+    flags.append(ops)
     assert start(*flags) == 0
     out = capsys.readouterr().out
     assert "kernels: checking 2 ops on " in out
     assert " s, all right; kept in " in out
     # The second start asks nobody; what no verdict knew, its first batch shows.
     monkeypatch.setattr(verify, "ask_children", None)
-    wrong = replace(EAGER, layer_norm=partial(EAGER.layer_norm),
-                    gelu_mlp=lambda x, *rest: x + EAGER.gelu_mlp(x, *rest))  # fmt: skip
+    wrong = of_triton(gelu_mlp=lambda x, *rest: x + EAGER.gelu_mlp(x, *rest))
     monkeypatch.setattr(Plan, "op_set", property(lambda _: wrong))
     assert start(*flags) == 1
     said = capsys.readouterr()

@@ -37,11 +37,10 @@ def test_a_machine_is_what_its_name_says(name: str, monkeypatch: pytest.MonkeyPa
 def test_a_process_that_a_test_starts_is_on_that_machine() -> None:
     code = "import training.plan; print(training.plan.detect('cpu').missing_tools)"
     path = [str(ROOT / "tests" / "machine"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "TEST_MACHINE": "no-compiler"},
-    )  # fmt: skip
-    assert done.stdout == "('g++',)\n"
+    environ = {"PYTHONPATH": os.pathsep.join(path), "TEST_MACHINE": "no-compiler"}
+    command = [sys.executable, "-c", code]
+    said = subprocess.check_output(command, cwd=ROOT, text=True, env={**os.environ, **environ})
+    assert said == "('g++',)\n"
 
 
 def test_a_row_of_the_matrix_that_could_not_be_tried_is_red(capsys):

@@ -212,14 +212,12 @@ def test_gpt2_at_64_rows_is_what_arithmetic_says():
     plan = replace(PLAN, micro_batch_size=64, num_micro_batches=8)
     got = estimate(MODELS["124m"], 1024, plan)
     mc = 65536 * 768 / 1e6  # 50.3 million elements
-    layer = {
-        "y of ln_1": 2 * mc, "qkv": 6 * mc, "attention": 2 * mc, "lse": 4 * 0.065536 * 12,
-        "residuals": 2 * 4 * mc, "statistics": 2 * 8 * 0.065536, "y of ln_2": 2 * mc,
-        "g": 8 * mc, "gelu'": 8 * mc, "casts": 2 * 12 * 768 * 768 / 1e6,
-    }  # fmt: skip
-    once = {"ids": 8 * 0.065536, "residual": 4 * mc, "statistics": 8 * 0.065536, "dx": 2 * mc,
-            "dweight": 4 * 50304 * 768 / 1e6}  # fmt: skip
-    expected = 12 * sum(layer.values()) + sum(once.values())
+    m = 0.065536  # million tokens
+    norms = 2 * (2 * mc + 4 * mc + 8 * m)  # y, the residual and its statistics
+    attention = 6 * mc + 2 * mc + 4 * m * 12  # qkv, its output, lse
+    layer = norms + attention + 8 * mc + 8 * mc + 2 * 12 * 768 * 768 / 1e6  # g, gelu', casts
+    once = 8 * m + 4 * mc + 8 * m + 2 * mc + 4 * 50304 * 768 / 1e6  # ids, norm, dx, dweight
+    expected = 12 * layer + once
     print(f"activations: model {got.activations / 1e6:,.0f} MB, by hand {expected:,.0f} MB")
     print(f"total {got.total / 1e9:.2f} GB, {got}")
     assert got.activations == pytest.approx(expected * 1e6, rel=1e-3)

@@ -29,12 +29,9 @@ NORM = "layer_norm.fwd"
 # At D = 128 in fp32 the loops of attention begin at T = 17.
 SHORT = replace(RECIPE, batch_size=1)
 LOOPS, TINY = replace(SHORT, block_size=18), replace(SHORT, block_size=4, model="smoke,n_embd=64")
-LARGE = {
-    "up": gelu_mlp.launch_key("up", 65536, "16-bit", 90),
-    "down": gelu_mlp.launch_key("down", 65536, "16-bit", 90),
-    **{name: causal_attention.launch_key(name, "16-bit", 64, 1024, 90)
-       for name in ("fwd", "dq", "dkdv")},
-}  # fmt: skip
+LARGE = {name: gelu_mlp.launch_key(name, 65536, "16-bit", 90) for name in ("up", "down")}
+for name in ("fwd", "dq", "dkdv"):
+    LARGE[name] = causal_attention.launch_key(name, "16-bit", 64, 1024, 90)
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +42,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_of(**asked: Any) -> Plan:
-    return make_plan(LOOPS, CPU, Choices(**{"ops": "triton", "dtype": "fp32", "compile": False,
-                                            **asked}))  # fmt: skip
+    return tuned.plan_of(CPU, LOOPS, **{"ops": "triton", **asked})
 
 
 def listed(op: str, recipe: Recipe, plan: Plan) -> list[tuple[Key, Launch]]:
@@ -56,6 +52,15 @@ def listed(op: str, recipe: Recipe, plan: Plan) -> list[tuple[Key, Launch]]:
 def has(found: list[Launch], **wanted: Any) -> bool:
     """Whether one has all these block sizes and fields."""
     return any(wanted.items() <= (vars(c) | dict(c.blocks)).items() for c in found)
+
+
+def can_run(key: Key, launch: Launch) -> bool:
+    """Whether blocks of attention divide one another as its loops need them."""
+    blocks = dict(launch.blocks)
+    if not key.kernel.startswith("causal_attention") or not {"BLOCK_M", "BLOCK_N"} <= blocks.keys():
+        return True
+    down = blocks["BLOCK_M"] % blocks["BLOCK_N"], blocks["BLOCK_N"] % blocks["BLOCK_M"]
+    return down["dkdv" in key.kernel] == 0
 
 
 def test_a_candidate_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,13 +74,7 @@ def test_a_candidate_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> No
             for key, now in listed(op, recipe, plan):
                 if key.kernel in seen:
                     continue
-                outer, inner = ("BLOCK_N", "BLOCK_M") if "dkdv" in key.kernel else (
-                    "BLOCK_M", "BLOCK_N")  # fmt: skip
-                candidate = next(
-                    x for x in candidates(key.kernel, now)
-                    if not {outer, inner} <= dict(x.blocks).keys() or op != "causal_attention"
-                    or dict(x.blocks)[outer] % dict(x.blocks)[inner] == 0
-                )  # fmt: skip
+                candidate = next(x for x in candidates(key.kernel, now) if can_run(key, x))
                 launched.clear()
                 task = partial(trials.try_launches, op, key.kernel, [candidate], {}, recipe, plan)
                 assert trials.answer(task) == {}
@@ -85,9 +84,8 @@ def test_a_candidate_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> No
             trials.calls_by_kernels(op, recipe, plan, False)[0][0]()
             assert now in launched
             assert candidate not in launched
-    assert seen >= {*PERSISTENT, NORM, "linear_cross_entropy.rows", *(
-        f"causal_attention.{k}" for k in ("fwd", "dq", "dkdv", "short")
-    ), *search.BRIEF}  # fmt: skip
+    attention = {f"causal_attention.{k}" for k in ("fwd", "dq", "dkdv", "short")}
+    assert seen >= {*PERSISTENT, *attention, NORM, "linear_cross_entropy.rows", *search.BRIEF}
 
 
 def test_other_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +129,8 @@ def test_the_search_has_what_is_likely() -> None:
     for mode in ("fwd", "bwd"):
         found = candidates(f"layer_norm.{mode}", layer_norm.safe_launch(mode, 768, 4))
         assert len({dict(c.blocks)["BLOCK_C"] for c in found}) >= 2
-        assert len({c.programs_per_sm for c in found}) == (1 if mode == "fwd" else 3)
+        programs = len({c.programs_per_sm for c in found})
+        assert programs == 1 if mode == "fwd" else programs >= 3
 
 
 def test_a_row_is_one_of_the_file_and_serves_once_laid_over() -> None:
@@ -189,7 +188,7 @@ def test_the_fastest_meet_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         return choose.launch_rows(choose.choose(plan, CPU, ms), ms)
 
     text = rows()
-    assert read_rows(text)[0] == {key: good}
+    assert read_rows(text)[0][key] == good
     [row] = [line for line in text.splitlines() if "fwd" in line]
     assert '"a CPU, 20' in row
     assert ', B=1 T=4: layer_norm 1 -> 0.5 ms"],' in row
@@ -229,7 +228,7 @@ def test_launches_are_timed_on_a_pretended_gpu(
     monkeypatch.setattr(trials, "same", compare)
     [(_, now), *_] = listed("layer_norm", SHORT, plan)
     launches = [now, candidates(NORM, now)[0]]
-    how = {"rounds": 2, "seconds": 1.0}
+    how = {"rounds": 2, "seconds": 600.0}
     found = trials.answer(
         partial(trials.try_launches, "layer_norm", NORM, launches, how, SHORT, plan)
     )

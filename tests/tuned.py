@@ -49,8 +49,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
 
 
-def plan_of(machine: Machine = CPU, **asked: Any) -> Plan:
-    return make_plan(RECIPE, machine, Choices(**{"dtype": "fp32", "compile": False, **asked}))
+def plan_of(machine: Machine = CPU, recipe: Recipe = RECIPE, **asked: Any) -> Plan:
+    return make_plan(recipe, machine, Choices(**{"dtype": "fp32", "compile": False, **asked}))
 
 
 def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:

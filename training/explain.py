@@ -10,7 +10,6 @@ The two terms are added, not overlapped; launches, waiting and small matrices ar
 """
 
 import platform
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,10 +17,11 @@ import torch
 from kernels import EAGER
 from kernels.reference import CHUNK_TOKENS
 from model.flops import flops_per_token, num_parameters
+from training.data import Tokens
 from training.environment import environment
 from training.machines import CARDS, mfu
 from training.plan import Machine, Plan
-from training.probe import PROBE_S, Probe, Rates, measure_rates, products_s
+from training.probe import Probe, Rates, measure_rates, probe_steps, products_s
 from training.recipes import Recipe
 
 
@@ -143,60 +143,48 @@ def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: 
     return [line for holds, line in table if holds]
 
 
-def explain(
-    recipe: Recipe,
-    plan: Plan,
-    machine: Machine,
-    probe: Callable[[float], Probe],
-    say: Callable[[str], None],
-) -> None:
-    """Print machine, rates, what to expect, what a few steps reached, and what would help.
-
-    Args:
-        recipe, plan, machine: What to explain.
-        probe: Takes a limit in seconds and times a few steps: `probe_steps` with its data.
-        say: Receives the lines.
-    """
+def explain(recipe: Recipe, plan: Plan, machine: Machine, tokens: Tokens) -> None:
+    """Print machine, rates, what to expect, what a few steps reached, and what would help."""
     versions = ", ".join(f"{k} {v}" for k, v in environment()["versions"].items() if v)
     rates = measure_rates(recipe, machine, plan)
     cores = f"{rates.cores} cores, {machine.num_threads} torch threads"
-    say(f"machine: {machine.name}, {cores}, {machine.memory_bytes / 1e9:.1f} GB of memory")
+    print(f"machine: {machine.name}, {cores}, {machine.memory_bytes / 1e9:.1f} GB of memory")
     cuda = f", CUDA {torch.version.cuda}, driver {rates.driver or 'unknown'}"
-    say(f"  {platform.platform()}, {versions}{cuda if machine.device == 'cuda' else ''}")
+    print(f"  {platform.platform()}, {versions}{cuda if machine.device == 'cuda' else ''}")
     if rates.power_max_w:
         clock = f"clock under load {rates.sm_mhz:.0f} of {rates.sm_max_mhz:.0f} MHz"
-        say(f"  power limit {rates.power_limit_w:.0f} of {rates.power_max_w:.0f} W, {clock}")
-    say("\n  ".join([plan.describe(recipe.muon), *plan.notes]))
+        print(f"  power limit {rates.power_limit_w:.0f} of {rates.power_max_w:.0f} W, {clock}")
+    print("\n  ".join([plan.describe(recipe.muon), *plan.notes]))
 
     matmul = ", ".join(f"{k} {v:,.0f}" for k, v in rates.matmul_gflops.items())
     shaped = f"{plan.dtype} in the model's shape {rates.shape_gflops:,.0f}"
     copies = f"copy {rates.copy_gbs:,.1f} GB/s (read + written)"
-    say(f"measured here: {copies}; matmul GFLOP/s: {matmul}, {shaped}")
+    print(f"measured here: {copies}; matmul GFLOP/s: {matmul}, {shaped}")
     bound_s = roofline_s(recipe, plan, rates.matmul(plan.dtype), rates.copy_gbs)
-    tokens, traffic = recipe.tokens_per_step, f"{traffic_bytes(recipe, plan) / 1e9:.2f} GB"
-    beside = f"{traffic} of traffic beside the products of {tokens:,} tokens"
-    say(f"estimate from these rates: at most {tokens / bound_s:,.0f} tok/s ({beside})")
+    per_step, traffic = recipe.tokens_per_step, f"{traffic_bytes(recipe, plan) / 1e9:.2f} GB"
+    beside = f"{traffic} of traffic beside the products of {per_step:,} tokens"
+    print(f"estimate from these rates: at most {per_step / bound_s:,.0f} tok/s ({beside})")
     alone_s = products_s(recipe, plan)
-    say(
+    print(
         f"the products alone, each timed at its own shape: {1e3 * alone_s:,.1f} ms, so at most "
-        f"{tokens / alone_s:,.0f} tok/s"
+        f"{per_step / alone_s:,.0f} tok/s"
     )
-    say("this recipe elsewhere, computed from datasheets, not measured:")
-    say("\n".join(f"  {line}" for line in elsewhere(recipe, plan)))
+    print("this recipe elsewhere, computed from datasheets, not measured:")
+    print("\n".join(f"  {line}" for line in elsewhere(recipe, plan)))
 
-    got = probe(PROBE_S)
+    got = probe_steps(recipe, plan, tokens)
     note = f" ({got.note})" if got.note else ""
     used = mfu(recipe.model_config, recipe.block_size, got.tokens_per_s, machine.name)
     flops = "" if used is None else f", MFU {100 * used:.1f}%"
-    say(
+    print(
         f"measured: {len(got.seconds)} steps{note}, {1e3 * got.step_s:,.1f} ms each, "
         f"{got.tokens_per_s:,.0f} tok/s, {100 * bound_s / got.step_s:.0f}% of the estimate, "
         f"{100 * alone_s / got.step_s:.0f}% of the products alone{flops}"
     )
     total = sum(got.phases.values())
     for name, s in got.phases.items():
-        say(f"  {name:10}{1e3 * s:10,.1f} ms {100 * s / total:5.1f}%")
-    say("  forward has the gradients of the head in it: the loss computes them with the logits")
-    say("what would help:")
+        print(f"  {name:10}{1e3 * s:10,.1f} ms {100 * s / total:5.1f}%")
+    print("  forward has the gradients of the head in it: the loss computes them with the logits")
+    print("what would help:")
     lines = findings(recipe, machine, plan, rates, got) or ["nothing stands out"]
-    say("\n".join(f"  - {line}" for line in lines))
+    print("\n".join(f"  - {line}" for line in lines))
