@@ -51,10 +51,6 @@ ERF_NOTE = (
 )
 
 
-def _note(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(
@@ -103,7 +99,7 @@ def _read_config(path: Path) -> tuple[GPTConfig, dict[str, int]]:
                 f"got {quoted(raw[key])}"
             )
     if raw.get("activation_function") == "gelu":
-        _note(ERF_NOTE)
+        print(ERF_NOTE, file=sys.stderr)
     return config, read_contexts(raw, f"from_pretrained: {path}", config.block_size)
 
 
@@ -320,7 +316,7 @@ def main(args: list[str] | None = None) -> None:
             out: Folder to write.
         """
         model = load_nanogpt(file)
-        _note(ERF_NOTE)
+        print(ERF_NOTE, file=sys.stderr)
         model.save_pretrained(out)
         sizes = f"{model.num_parameters():,} parameters, context {model.trained_context}"
         print(one_line(f"{out}: {sizes}"))

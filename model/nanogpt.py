@@ -80,7 +80,9 @@ def load_nanogpt(path: str | Path, ops: Ops = EAGER) -> GPT:
         )
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
-        if not isinstance(key, str) or not _is_plain(value):
+        tensor = isinstance(value, Tensor) and value.is_floating_point()
+        dense = tensor and value.layout == torch.strided and value.device.type == "cpu"
+        if not (isinstance(key, str) and dense):
             raise ValueError(
                 f"import-nanogpt: {file}: {quoted(key)} must name a dense tensor of floats"
             )
@@ -92,12 +94,3 @@ def load_nanogpt(path: str | Path, ops: Ops = EAGER) -> GPT:
                 tensors.setdefault(name, torch.zeros(shape))
     check_shapes(str(file), config, {name: [*value.shape] for name, value in tensors.items()})
     return build(str(file), config, ops, tensors.items())
-
-
-def _is_plain(value: object) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and value.is_floating_point()
-    )

@@ -2,7 +2,6 @@
 
 import codecs
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from model import tokenizer
@@ -20,16 +19,13 @@ class Piece(NamedTuple):
     done: bool
 
 
-@dataclass
 class _RowText:
     """Turns the bytes of one row into text that can be shown at once."""
 
-    stop: tuple[str, ...]
-    done: bool = False
-    held: str = ""  # might be the start of a stop string
-    decoder: codecs.IncrementalDecoder = field(
-        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
-    )
+    def __init__(self, stop: tuple[str, ...]):
+        self.stop, self.done = stop, False
+        self.held = ""  # might be the start of a stop string
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, data: bytes, final: bool = False) -> str:
         """What can be shown now; at the end an incomplete character becomes U+FFFD."""
