@@ -190,8 +190,12 @@ def test_without_the_triton_package() -> None:
     bare = replace(MACHINES["H200"], has_triton=False)
     made = make_plan(SEED, bare)
     assert (made.ops, made.optimizer, made.dtype) == ("eager", "torch", "bf16")
-    assert "ops eager: triton needs the triton package; pip install triton" in made.notes
-    with pytest.raises(ValueError, match="needs the triton package; pip install triton"):
+    assert (
+        "ops eager: triton needs the triton package, which `make -B setup` installs" in made.notes
+    )
+    with pytest.raises(
+        ValueError, match="needs the triton package, which `make -B setup` installs"
+    ):
         make_plan(SEED, bare, Choices(ops="triton"))
 
 

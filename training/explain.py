@@ -89,7 +89,7 @@ def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: 
     spread = max(probe.seconds) / min(probe.seconds)
     table: list[tuple[bool, str]] = [
         (cuda and not machine.has_triton,
-         "triton missing, so the ops are eager: pip install triton"),
+         "triton missing, so the ops are eager: `make -B setup` installs the pinned one"),
         (bool(machine.missing_tools) and not plan.compile,
          f"{', '.join(machine.missing_tools)} missing, so the model is not compiled: the system's "
          "C++ compiler brings the tools"),

@@ -308,7 +308,7 @@ def lacks(backend: str, machine: Machine, dtype: str) -> str:
     on_cuda = machine.device == "cuda"
     if backend == "triton":
         if not machine.has_triton:
-            return "the triton package; pip install triton"
+            return "the triton package, which `make -B setup` installs"
         if not on_cuda:
             return "" if machine.interpreted else "a GPU"
         if machine.arch < MIN_TRITON_ARCH:
