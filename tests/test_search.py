@@ -84,8 +84,9 @@ def test_a_candidate_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> No
             trials.calls_by_kernels(op, recipe, plan, False)[0][0]()
             assert now in launched
             assert candidate not in launched
-    attention = {f"causal_attention.{k}" for k in ("fwd", "dq", "dkdv", "short")}
-    assert seen >= {*PERSISTENT, *attention, NORM, "linear_cross_entropy.rows", *search.BRIEF}
+    rows = "embedding.fwd", "embedding.sums", "linear_cross_entropy.rows"
+    attention = (f"causal_attention.{k}" for k in ("fwd", "dq", "dkdv", "short"))
+    assert seen >= {*PERSISTENT, NORM, *rows, *attention, *search.BRIEF}
 
 
 def test_other_results_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
