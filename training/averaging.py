@@ -38,7 +38,7 @@ class Averaging:
         self,
         parameters: Iterable[nn.Parameter],
         optimizer: AdamW,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
     ):
         parameters, copies, self.optimizer = list(parameters), optimizer.copies, optimizer
         self.dtype, self.overlaps = dtype, True

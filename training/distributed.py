@@ -74,11 +74,7 @@ class World:
             dist.destroy_process_group()
 
     def connect(self, device: str, patience_s: float) -> None:
-        """Make the process group that training uses.
-
-        Args:
-            device: "cpu", "cuda" or "auto", as --device says.
-            patience_s: How long a rank waits for the others in a step.
+        """Make the process group in which a rank waits for the others for `patience_s`.
 
         Raises:
             ValueError: there is no GPU for this rank.
@@ -328,11 +324,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
-    """The part of `plan` that one rank does: fewer rows.
-
-    Raises:
-        ValueError: the recipe's rows cannot be dealt out evenly.
-    """
+    """The part of `plan` that one rank does; ValueError where its rows cannot be dealt out."""
     if world.size == 1:
         return plan
     if recipe.rows_per_step % world.size:
