@@ -41,23 +41,15 @@ HEADER = "part calls MB GFLOP Gexp registers_x_programs floor_ms predicted_ms me
 SHORT = ("fwd D=64 bf16 M64", "short D=64 bf16 M64")  # attention's, up to 64 tokens
 
 
+Work = tuple[float, float, float]  # bytes, flops, exponentials: of a call, or per second
+
+
 class Part(NamedTuple):
-    """One kind of work, `calls` times in a step; bytes, flops and exponentials of one call."""
+    """One kind of work, `calls` times in a step."""
 
     name: str
     calls: int
-    bytes: float
-    flops: float = 0.0
-    exps: float = 0.0
-
-
-class Rates(NamedTuple):
-    """Bytes, flops and exponentials per second, and where they come from."""
-
-    bytes: float
-    flops: float
-    exps: float
-    source: str
+    work: Work
 
 
 def parts(s: Shape) -> list[Part]:
@@ -68,7 +60,7 @@ def parts(s: Shape) -> list[Part]:
     def of(op: str, calls: int, more: float = 0.0, redone: float = 1.0, exps: float = 0.0) -> Part:
         case = CASES[op]
         moved = case.bytes(s, e, TRAIN) + more
-        return Part(op, calls, moved, redone * case.flops(s, TRAIN), exps)
+        return Part(op, calls, (moved, redone * case.flops(s, TRAIN), exps))
 
     return [
         of("embedding", 1),
@@ -79,10 +71,10 @@ def parts(s: Shape) -> list[Part]:
         # Between the products the logits are read and dz written in their place.
         of("linear_cross_entropy", 1, more=2 * e * logits, exps=2 * logits),
         # c_attn and c_proj, forward and both gradients; their activations count under the ops.
-        Part("other products", L, 0.0, 3 * 2 * 4 * elements * s.C),
-        Part("bias gradients", L, 5 * e * elements),  # of c_attn and twice c_proj
+        Part("other products", L, (0.0, 3 * 2 * 4 * elements * s.C, 0.0)),
+        Part("bias gradients", L, (5 * e * elements, 0.0, 0.0)),  # of c_attn and twice c_proj
         # p, m and v read and written, the gradient read twice: fp32, or bf16 with a working copy.
-        Part("adamw", 1, 32 * num_parameters(MODELS[MODEL]) - 2 * 12 * s.C**2 * L),
+        Part("adamw", 1, (32 * num_parameters(MODELS[MODEL]) - 2 * 12 * s.C**2 * L, 0.0, 0.0)),
     ]
 
 
@@ -93,16 +85,16 @@ def measured_on(name: str, section: str) -> list[Result]:
             if find_card(r.device["name"]) == card and card and r.rows(section)]  # fmt: skip
 
 
-def rates_of(card: str) -> Rates:
-    """As measured, where a result file has it, else the usual share of the data sheet."""
+def rates_of(card: str) -> tuple[Work, str]:
+    """Per second, and where they come from: a result file, or else a share of the data sheet."""
     sheet, (_, _, sms, ghz) = CARDS[card], PAPER[card]
     exps = EXPS_PER_CLOCK * sms * ghz * 1e9
     for result in reversed(measured_on(card, "ops")):
         if limits := result.about.get("limits"):
-            source = f"measured, {result.about['commit'][:8]}"
-            return Rates(limits["copy_gbs"] * 1e9, limits["matmul_tflops"] * 1e12, exps, source)
-    source = f"{COPY_SHARE:.0%} and {MATMUL_SHARE:.0%} of the data sheet"
-    return Rates(sheet.gbs * COPY_SHARE * 1e9, sheet.tflops * MATMUL_SHARE * 1e12, exps, source)
+            rates = (limits["copy_gbs"] * 1e9, limits["matmul_tflops"] * 1e12, exps)
+            return rates, f"measured, {result.about['commit'][:8]}"
+    rates = (sheet.gbs * COPY_SHARE * 1e9, sheet.tflops * MATMUL_SHARE * 1e12, exps)
+    return rates, f"{COPY_SHARE:.0%} and {MATMUL_SHARE:.0%} of the data sheet"
 
 
 def measured_ms(card: str, s: Shape) -> dict[str, float]:
@@ -138,7 +130,7 @@ def compiled(arch: int, s: Shape) -> dict[str, str]:
 
 def lines(card: str, s: Shape, builds: dict[str, str]) -> list[list[str]]:
     """The table's lines: every part, and the sum."""
-    rates, measured = rates_of(card), measured_ms(card, s)
+    (rates, _), measured = rates_of(card), measured_ms(card, s)
 
     def times(name: str, floor: float, sum_ms: float, digits: str) -> list[str]:
         known = measured.get(name)
@@ -147,15 +139,12 @@ def lines(card: str, s: Shape, builds: dict[str, str]) -> list[list[str]]:
 
     found, floor, total = [], 0.0, 0.0
     for part in parts(s):
-        ms = [1e3 * part.bytes / rates.bytes, 1e3 * part.flops / rates.flops]
-        ms.append(1e3 * part.exps / rates.exps)
+        ms = [1e3 * work / rate for work, rate in zip(part.work, rates, strict=True)]
         floor, total = floor + part.calls * max(ms), total + part.calls * sum(ms)
-        amounts = (part.bytes / 1e6, part.flops / 1e9, part.exps / 1e9)
-        work = [f"{amount:,.0f}" if amount else "" for amount in amounts]
-        work.append(builds.get(part.name, ""))
-        found.append(
-            [part.name, str(part.calls), *work, *times(part.name, max(ms), sum(ms), ".3f")]
-        )
+        amounts = [work / unit for work, unit in zip(part.work, (1e6, 1e9, 1e9), strict=True)]
+        cells = [str(part.calls), *(f"{amount:,.0f}" if amount else "" for amount in amounts)]
+        figures = times(part.name, max(ms), sum(ms), ".3f")
+        found.append([part.name, *cells, builds.get(part.name, ""), *figures])
     return [*found, ["step", *[""] * 5, *times("step", floor, total, ".1f")]]
 
 
@@ -164,20 +153,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--card", choices=[*PAPER], default="H100")
     parser.add_argument("--shape", type=cli.shape, default=Shape(64, 1024), help="such as b16t64")
     args = parser.parse_args(argv)
-    rates = rates_of(args.card)
+    (gbs, flops, exps), source = rates_of(args.card)
     # A process that interprets kernels cannot compile them.
     builds = {} if INTERPRETED else compiled(PAPER[args.card][0], args.shape)
     print(
         f"budget of GPT-2 {MODEL}, {args.shape.label}, bf16, on one {args.card}: a prediction\n"
-        f"{rates.bytes / 1e12:.2f} TB/s and {rates.flops / 1e12:.0f} TFLOP/s ({rates.source}), "
-        f"{rates.exps / 1e12:.1f}e12 exponentials per second"
+        f"{gbs / 1e12:.2f} TB/s and {flops / 1e12:.0f} TFLOP/s ({source}), "
+        f"{exps / 1e12:.1f}e12 exponentials per second"
     )
-    print(
-        table(
-            [name.replace("_", " ") for name in HEADER.split()],
-            lines(args.card, args.shape, builds),
-        )
-    )
+    header = [name.replace("_", " ") for name in HEADER.split()]
+    print(table(header, lines(args.card, args.shape, builds)))
     return 0
 
 

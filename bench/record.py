@@ -10,7 +10,6 @@ figures must not be shown says why in `doubt`, and nowhere else; it keeps what w
 
 import datetime
 import json
-import math
 import os
 import platform
 import re
@@ -329,15 +328,10 @@ def open_result(device: torch.device, path: Path = RESULTS, commit: str | None =
     return result
 
 
-def rounded(value: Any, digits: int = 5) -> Any:
-    """Floats to `digits` significant digits, in place of 17: the rest is noise and diff."""
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: rounded(v, digits) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(v, digits) for v in value]
-    return value
+def rounded(value: Any) -> Any:
+    """Floats to 5 significant digits, in place of 17: the rest is noise and diff. NaN is null."""
+    near = lambda text: float(f"{float(text):.5g}")  # noqa: E731
+    return json.loads(json.dumps(value), parse_float=near, parse_constant=lambda _: None)
 
 
 def load(path: Path) -> Result:

@@ -38,7 +38,7 @@ def test_it_stands_beside_what_an_h100_took() -> None:
 def test_a_card_without_results_has_its_data_sheet() -> None:
     assert PAPER.keys() <= CARDS.keys()
     for card in PAPER.keys() - {"H100"}:
-        assert "of the data sheet" in budget.rates_of(card).source
+        assert "of the data sheet" in budget.rates_of(card)[1]
         assert not any(line[8] for line in budget.lines(card, Shape(16, 64), {}))
 
 
