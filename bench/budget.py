@@ -81,8 +81,8 @@ def parts(s: Shape) -> list[Part]:
 def measured_on(name: str, section: str) -> list[Result]:
     """Result files of a card with rows in a section, newest last."""
     card = find_card(name)
-    return [r for r in record.load_all()
-            if find_card(r.device["name"]) == card and card and r.rows(section)]  # fmt: skip
+    found = (result for result in record.load_all() if result.rows(section))
+    return [result for result in found if card and find_card(result.device["name"]) == card]
 
 
 def rates_of(card: str) -> tuple[Work, str]:

@@ -77,8 +77,8 @@ def draw_ops(result: Result, rows: list[OpRow]) -> "Axes":
     who = list(dict.fromkeys(row.provider for row in rows))
     title = f"Each op, forward and backward, {rows[0].shape}\n{device_line(result)}"
     axes = plot.new_axes(title, "time, eager = 1 (lower is faster)")
-    groups = [sorted(filter(with_values(op=op), rows), key=lambda r: who.index(r.provider))
-              for op in ops]  # fmt: skip
+    ordered = sorted(rows, key=lambda row: who.index(row.provider))
+    groups = [[row for row in ordered if row.op == op] for op in ops]
     width = 0.8 / max(map(len, groups))
     bars = {}
     for i, group in enumerate(groups):

@@ -109,9 +109,10 @@ def drift(a: Sequence[float], b: Sequence[float]) -> float:
 def drift_row(runs: Mapping[str, Trained], text: str) -> CheckRow:
     """Ours against eager, with what compiling alone does as the bound where that has run."""
     losses = {name: losses_of(run) for name, (run, _) in runs.items()}
-    reasons = [f"{name}: {runs[name][1].why or 'no step'}" for name in ("eager", "ours")
-               if runs[name][1].why or not losses[name]]  # fmt: skip
-    doubt = reasons[0] if reasons else ""
+    why = {
+        name: ended.why or ("" if losses[name] else "no step") for name, (_, ended) in runs.items()
+    }
+    doubt = next((f"{name}: {why[name]}" for name in ("eager", "ours") if why[name]), "")
     said = ", ".join(f"{name} {x[-1]:.3f}" for name, x in losses.items() if x)
     if not doubt:
         found, bound = drift(losses["eager"], losses["ours"]), MIN_DRIFT

@@ -146,12 +146,13 @@ def test_a_profiled_step_is_a_replay_and_spans_are_no_kernels(
         ("## Call CompiledFxGraph f3a ##", 900.0, False),
     ]
 
+    same: Any = {"count": 2, "device_type": DeviceType.CUDA}
+
     @contextmanager
     def profiler(activities: Any) -> Iterator[Any]:  # torch's needs a CUDA build
         graphs.append(len(pretended.graphs))
-        events = [SimpleNamespace(key=key, self_device_time_total=us, count=2,
-                                  is_user_annotation=note, device_type=DeviceType.CUDA)
-                  for key, us, note in names]  # fmt: skip
+        keys = ("key", "self_device_time_total", "is_user_annotation")
+        events = [SimpleNamespace(**dict(zip(keys, name, strict=True)), **same) for name in names]
         yield SimpleNamespace(export_chrome_trace=str, key_averages=lambda: events)
         graphs.append(len(pretended.graphs))
 

@@ -27,8 +27,8 @@ ON = "aaaaaaaa"  # the commit of `cuda_result`
 def step_row(provider: str, ms: float, shape: str = "b64t1024", **more: Any) -> StepRow:
     """A row as bench/step.py makes it, with what only a GPU adds."""
     setup = contestants.Setup("124m", cli.shape(shape), more.pop("accum", 1))
-    warm = setup.row(provider, tokens=setup.tokens, losses=[10.9, 10.8], grad_norm=4.2,
-                     first_step_s=20.0)  # fmt: skip
+    warm = setup.row(provider, tokens=setup.tokens, losses=[10.9, 10.8], grad_norm=4.2)
+    warm = replace(warm, first_step_s=20.0)
     doubt = more.pop("doubt", "")
     timed = timing.Timing([(SECRET if doubt else ms) * x for x in (0.99, 1.0, 1.01)])
     row = step.timed_row(warm, setup, timed, warm, "NVIDIA H200")
@@ -42,17 +42,15 @@ def op_rows(op: str, shape: str, **more: Any) -> list[OpRow]:
         ms = 1.0 / (1 + 0.13 * i)
         tflops = None if CASES[op].limit == "copy_gbs" else 400 / ms
         over = {name: rival / ms for name, rival in RIVALS.items() if name != who}
-        found.append(OpRow(
-            op=op, shape=shape, dtype="bf16", mode="both", provider=who, ms=ms, q1_ms=ms, q3_ms=ms,
-            cov=0.01, rounds=30, over=over, timed="graph", gbs=2000 / ms, tflops=tflops,
-            of_limit=0.7, peak_gib=1.0, **more,
-        ))  # fmt: skip
+        row = OpRow(op=op, shape=shape, dtype="bf16", mode="both", provider=who, ms=ms, **more)
+        row = replace(row, q1_ms=ms, q3_ms=ms, cov=0.01, rounds=30, over=over, timed="graph")
+        found.append(replace(row, gbs=2000 / ms, tflops=tflops, of_limit=0.7, peak_gib=1.0))
     return found
 
 
 def ops() -> list[OpRow]:
-    found = [row for shape in ("B=64 T=1024", "B=16 T=64") for op in CASES
-             for row in op_rows(op, shape)]  # fmt: skip
+    cases = [(op, shape) for shape in ("B=64 T=1024", "B=16 T=64") for op in CASES]
+    found = [row for op, shape in cases for row in op_rows(op, shape)]
     doubts = {("gelu_mlp", "ours"): RED, ("layer_norm", "eager"): "out of memory"}
     for i, row in enumerate(found):
         if doubt := doubts.get((row.op, row.provider)):
@@ -65,26 +63,26 @@ def ops() -> list[OpRow]:
 def seeds() -> list[SeedRow]:
     losses = [10.9 * math.exp(-s / 700) + 0.08 for s in range(3600)]
     text = "First Citizen:\nBefore we proceed ```\n<!-- /bench:train --> any further, " + "x" * 400
-    cold = SeedRow(
-        text="tiny Shakespeare", plan="ops triton, bf16, graph", tokens_per_s=260_000.0,
-        cache="cold", seconds=26.0, first_step_s=24.0, steps=100, reached=False,
-        curve=recipe.curve_of(losses[:100]), result="loss 9.543 after 100 steps",
-        samples=[{"prompt": "too", "text": " early"}],
-    )  # fmt: skip
-    warm = replace(
-        cold, cache="warm", seconds=58.0, first_step_s=5.0, reached=True, steps=3600,
-        curve=recipe.curve_of(losses), result="loss 0.089 after 3600 steps",
-        samples=[{"prompt": "First Citizen:", "text": text}],
-    )  # fmt: skip
+    plan, said = "ops triton, bf16, graph", "loss 9.543 after 100 steps"
+    row = SeedRow(text="tiny Shakespeare", plan=plan, tokens_per_s=260_000.0, cache="", result=said)
+    cold = replace(row, cache="cold", seconds=26.0, first_step_s=24.0, steps=100)
+    early = [{"prompt": "too", "text": " early"}]
+    cold = replace(cold, curve=recipe.curve_of(losses[:100]), samples=early)
+    warm = replace(row, cache="warm", seconds=58.0, first_step_s=5.0, reached=True, steps=3600)
+    late = [{"prompt": "First Citizen:", "text": text}]
+    said = "loss 0.089 after 3600 steps"
+    warm = replace(warm, curve=recipe.curve_of(losses), result=said, samples=late)
     return [cold, warm]
 
 
 def profiles() -> list[ProfileRow]:
     times = {"GEMM": (60.0, 66.0), "norm": (20.0, 24.0), "idle": (0.5, 30.0)}
-    found = [ProfileRow(model="124m", shape="B=64 T=1024", provider=who, kind=kind, ms=ms[i],
-                        share=ms[i] / 100, calls=0 if kind == "idle" else 96)
-             for i, who in enumerate(("ours bf16", "compile bf16"))
-             for kind, ms in times.items()]  # fmt: skip
+    found = []
+    for i, who in enumerate(("ours bf16", "compile bf16")):
+        for kind, ms in times.items():
+            whose: Any = {"model": "124m", "shape": "B=64 T=1024", "provider": who, "kind": kind}
+            calls = 0 if kind == "idle" else 96
+            found.append(ProfileRow(**whose, ms=ms[i], share=ms[i] / 100, calls=calls))
     return [*found, replace(found[-1], kind="elementwise", ms=20.0, share=0.2, calls=50)]
 
 
@@ -93,8 +91,9 @@ def checks(check: str = "numerics bf16", **doubts: str) -> list[CheckRow]:
     return [CheckRow(check=check, what=what, doubt=doubt) for what, doubt in doubts.items()]
 
 
-def cuda_result(date: str = "2027-01-02 10:00 UTC", commit: str = "a" * 40, name: str = "H200",
-                **sections: Any) -> Result:  # fmt: skip
+def cuda_result(
+    date: str = "2027-01-02 10:00 UTC", commit: str = "a" * 40, name: str = "H200", **sections: Any
+) -> Result:
     """A result of a GPU with every section and shape of row."""
     twins = (("compile bf16", 30.0), ("ours bf16", 25.0))
     step = [
@@ -116,15 +115,15 @@ def cuda_result(date: str = "2027-01-02 10:00 UTC", commit: str = "a" * 40, name
         "schema": record.SCHEMA,
         "date": date,
         "device": {"type": "cuda", "name": f"NVIDIA {name}", "driver": "570.1"},
-        "torch": "2.13.0+cu130", "triton": "3.7.1", "python": "3.11.7",
-        "commit": commit, "dirty": False, "command": "python -m bench.gpu --only final",
+        "torch": "2.13.0+cu130",
+        "triton": "3.7.1",
+        "commit": commit,
+        "dirty": False,
+        "command": "python -m bench.gpu --only final",
         "limits": {"copy_gbs": 4000.0, "matmul_tflops": 700.0, "matmul_k768_tflops": 600.0},
-    }  # fmt: skip
-    whole: dict[str, Any] = {
-        "ops": ops(), "step": step, "ablation": ablation, "seed": seeds(),
-        "checks": checks(), "profile": profiles(),
-        "generate": [step_row("cached", 9.0)],
-    }  # fmt: skip
+    }
+    whole: dict[str, Any] = {"step": step, "ablation": ablation, "ops": ops(), "seed": seeds()}
+    whole |= {"checks": checks(), "profile": profiles(), "generate": [step_row("cached", 9.0)]}
     return Result(about, whole | sections)
 
 
@@ -199,8 +198,8 @@ def test_train_block_quotes_what_the_recipe_writes():
 def test_evidence_is_the_newest_of_each_thing_that_was_checked():
     found = {"mended": RED, "op x": RED, "op y": "error | 4", "fine": ""}
     old = cuda_result(checks=checks(**found))
-    new = cuda_result("2027-01-03 10:00 UTC", "b" * 40,
-                      checks=checks(**{"mended": "", "op z": RED}))  # fmt: skip
+    later = checks(**{"mended": "", "op z": RED})
+    new = cuda_result("2027-01-03 10:00 UTC", "b" * 40, checks=later)
     new.sections["checks"] += [CheckRow(check="tests", what="all", found="3 passed in 40 s")]
     text = report.evidence_block([old, new])
     assert re.search(rf"numerics bf16 +\| +2 of 5 hold \| +{ON}, bbbbbbbb \|", text)
@@ -284,9 +283,13 @@ def test_without_a_gpu_one_line_and_open_goals():
     assert report.step_block([result], "cuda") == report.NO_GPU_STEP
     text = report.page([result])
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
-        "## Goals", "## The whole training step on a GPU", "## The whole training step on a CPU",
-        "## Each op on a CPU", "## Plots", "## What was run",
-    ]  # fmt: skip
+        "## Goals",
+        "## The whole training step on a GPU",
+        "## The whole training step on a CPU",
+        "## Each op on a CPU",
+        "## Plots",
+        "## What was run",
+    ]
     assert f"GPT-2 124m, B=64 T=1024 (x, 2 cores, AVX2, {ON})" in text
     goals = report.goals_block([result])
     assert goals.count("|  open |") == goals.count("open") == len(report.GOALS)
@@ -393,9 +396,8 @@ def test_files_of_several_calls_count_as_one(tmp_path):
     later = [replace(step[1], ms=99.0), step[2]]
     part("a.json", 11, {"step": later}, command="python b", dirty=None)
     [whole] = record.load_all(tmp_path)
-    assert [(r.provider, r.ms) for r in whole.rows("step")] == [
-        ("compile bf16", 120.0), ("ours bf16", 99.0), ("eager bf16", 200.0)
-    ]  # fmt: skip
+    found = {row.provider: row.ms for row in whole.rows("step")}
+    assert found == {"compile bf16": 120.0, "ours bf16": 99.0, "eager bf16": 200.0}
     assert whole.rows("checks") == checks()
     assert (whole.about["date"], whole.about["dirty"]) == ("2027-01-02 11:00 UTC", None)
     assert whole.about["command"] == "python a; python b"

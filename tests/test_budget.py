@@ -47,8 +47,8 @@ def test_a_card_without_results_has_its_data_sheet() -> None:
 def test_registers_are_those_of_the_compiled_kernels(shape: str) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.budget", "--shape", shape]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=env, capture_output=True,
-                          text=True)  # fmt: skip
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "a prediction" in done.stdout.splitlines()[0]
     assert done.stdout.count(" x") >= 8

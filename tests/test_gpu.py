@@ -64,8 +64,8 @@ def test_every_command_is_understood(job: gpu.Job, monkeypatch: pytest.MonkeyPat
         if found := getattr(options, "provider", None):
             assert {*([found] if isinstance(found, str) else found)} <= {*providers}
         seen.add(module)
-    assert seen == {f"bench.{name}" for name in ("generate", "ops", "profile",
-                    "recipe", "step")} | {"tests.numerics"}  # fmt: skip
+    bench = {f"bench.{name}" for name in ("generate", "ops", "profile", "recipe", "step")}
+    assert seen == bench | {"tests.numerics"}
 
 
 def test_each_call_holds_what_it_is_meant_to_hold(job: gpu.Job) -> None:
@@ -239,8 +239,8 @@ def test_the_recipe_on_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def small(command: list[str], *rest: Any) -> child.Ended:
         command = [part.replace("shakespeare-124m", "smoke") for part in command]
-        return run([*command, "--steps", "3", "--device", "cpu", "--block-size", "32",
-                    "--batch-size", "2"], *rest)  # fmt: skip
+        small = ["--steps=3", "--device=cpu", "--block-size=32", "--batch-size=2"]
+        return run([*command, *small], *rest)
 
     monkeypatch.setattr(child, "run", small)
     argv = ["seed", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "x.json")]
