@@ -98,11 +98,6 @@ def end_session(pid: int) -> None:
 class ChildDied(Exception):
     """There is no answer; the message says why, in one line."""
 
-    @property
-    def is_short(self) -> bool:
-        """Whether memory ran out: killed by the system, or refused by the allocator."""
-        return "ended with -9" in str(self) or "allocate memory" in str(self)
-
 
 class Child:
     """A process that answers; a context manager.
