@@ -210,6 +210,19 @@ def test_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, damage):
     assert "step-00000002" in lines[0]
 
 
+def test_checkpoints_that_may_not_be_listed_are_no_fresh_start(tmp_path, monkeypatch):
+    def refuse(path="."):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    checkpoint.write(tmp_path, sample_checkpoint(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", refuse)
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(PermissionError):
+            newest_good(tmp_path, print)
+    assert newest_good(tmp_path / "none", print) is None
+
+
 def test_full_disk_keeps_the_old_checkpoint_and_says_so_each_time(tmp_path, monkeypatch):
     lines: list[str] = []
     writer = Writer(tmp_path, 1, lines.append)

@@ -250,8 +250,10 @@ def _read(path: Path, expected: Expected | None) -> Checkpoint:
 
 def paths(folder: Path) -> list[Path]:
     """Checkpoint folders below `folder`, oldest first; not verified."""
+    # Not glob, which finds nothing in a folder that it may not read.
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
     # One that was being replaced counts where a kill came before its successor.
-    named = {p.name.removeprefix(_REPLACED): p for p in sorted(folder.glob("*"))}
+    named = {p.name.removeprefix(_REPLACED): p for p in entries}
     return [named[name] for name in sorted(named) if _NAME.fullmatch(name) and named[name].is_dir()]
 
 
