@@ -440,8 +440,11 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     (tmp_path / "odd.bin").write_bytes(struct.pack("<3B", 1, 2, 3))
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04" + bytes(100))
     write_llmc(tmp_path / "none.bin", tokens[:0])
+    header = struct.pack("<3i", shards.LLMC_MAGIC, 1, -2)
+    (tmp_path / "negative.bin").write_bytes(header.ljust(1020, b"\0"))
     for name, line in {
         "short.bin": "must be 3024 bytes",
+        "negative.bin": "for the -2 tokens its header names",
         "llama.bin": "Llama 3",
         "float.npy": "float32",
         "text.npy": "not a readable .npy",

@@ -104,7 +104,7 @@ def open_shard(path: Path) -> np.ndarray:
     if magic != LLMC_MAGIC or version != 1:
         return np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
     expected = _LLMC_HEADER + TOKEN_DTYPE.itemsize * num
-    if num_bytes != expected or not num:
+    if num_bytes != expected or num < 1:
         raise ValueError(
             f"data: {path} must be {expected} bytes for the {num} tokens its header names, got "
             f"{num_bytes}; it is truncated, damaged or empty"
