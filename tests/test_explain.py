@@ -159,14 +159,14 @@ def test_free_memory_is_what_the_machine_or_a_cgroup_leaves(tmp_path):
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
     assert free_bytes(proc, groups) == 8000 << 10
-    (proc / "self/cgroup").write_text("0::/job/step\n")
-    write_cgroup(groups / "job/step", "max", 5, 0)
+    (proc / "self/cgroup").write_text("0::/job/a:step\n")
+    write_cgroup(groups / "job/a:step", "max", 5, 0)
     assert free_bytes(proc, groups) == 8000 << 10
     write_cgroup(groups / "job", "1000000", 600000, 100000)  # of the one above it
     assert free_bytes(proc, groups) == 500000
-    write_cgroup(groups / "job/step", "300000", 290000, 10)
+    write_cgroup(groups / "job/a:step", "300000", 290000, 10)
     assert free_bytes(proc, groups) == 10010
-    write_cgroup(groups / "job/step", "300000", 400000, 10)
+    write_cgroup(groups / "job/a:step", "300000", 400000, 10)
     assert free_bytes(proc, groups) == 0
 
 

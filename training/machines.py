@@ -297,7 +297,7 @@ def free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup"
     free: list[int] = []
     with contextlib.suppress(OSError, IndexError):
         free.append(read(proc / "meminfo", r"^MemAvailable: +(\d+) kB$") << 10)
-        name = (proc / "self/cgroup").read_text().strip().rpartition(":")[2]
+        name = (proc / "self/cgroup").read_text().splitlines()[-1].split(":", 2)[2]
         here = cgroups / name.strip("/")
         for folder in (here, *here.parents):
             # No such file, or the limit is "max".
