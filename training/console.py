@@ -29,6 +29,7 @@ class _Survivor(io.RawIOBase):
     def __init__(self, stream: TextIO, name: str, hurried: Callable[[], bool], what_is_left: str):
         self.stream, self.name, self.hurried = stream, name, hurried
         self.what_is_left, self.lost, self.number = what_is_left, False, None
+        self.failure: Exception | None = None
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a test's capture
             self.number = stream.fileno()
 
@@ -50,13 +51,12 @@ class _Survivor(io.RawIOBase):
             thread.start()
         except RuntimeError:  # the interpreter is at its end, or there are too many threads
             self._send(bytes(data))
-            return len(data)
         waited = 0.0
-        while thread.is_alive() and not self.lost:
+        while thread.is_alive() and waited <= PATIENCE_S:
             thread.join(0.1)
             waited += 0.1 * self.hurried()
-            if waited > PATIENCE_S:
-                self._lose("nobody reads it")
+        if self.failure or thread.is_alive():
+            self._lose(self.failure or "nobody reads it")
         return len(data)
 
     def _send(self, data: bytes) -> None:
@@ -67,7 +67,7 @@ class _Survivor(io.RawIOBase):
             while data and self.number is not None:
                 data = data[os.write(self.number, data) :]
         except (OSError, ValueError) as error:
-            self._lose(error)
+            self.failure = error
 
     def _lose(self, reason: object) -> None:
         self.lost = True
