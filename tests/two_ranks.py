@@ -108,6 +108,7 @@ def main() -> None:
     world.connect("cpu", 120)
     plain = Choices(compile=False, micro_batch_size=4)  # alone two micro-batches, one on two ranks
     bf16, sharded = replace(plain, dtype="bf16"), replace(plain, shard="optimizer")
+    compiled = replace(bf16, compile=True, compile_scope="blocks")
     kinds = {
         "fp32": replace(plain, dtype="fp32"),
         "bf16": replace(bf16, micro_batch_size=2),
@@ -115,8 +116,8 @@ def main() -> None:
         "sharded": replace(sharded, dtype="fp32", recompute=True),
         "full": replace(plain, dtype="fp32", shard="full"),
         "full, bf16": replace(bf16, shard="full", working_copies=False, recompute=True),
-        "aot_eager": replace(bf16, compile=True, compile_scope="blocks"),
-        "bf16 sums": replace(bf16, reduce_dtype="bf16"),
+        "aot_eager": compiled,
+        "bf16 sums": replace(compiled, reduce_dtype="bf16"),
     }
     with suppress(ImportError):  # no triton
         from tests import interpreter
