@@ -220,7 +220,7 @@ class Job:
     """
 
     def __init__(
-        self, argv: Sequence[str] | None, module: str = "bench.ops", doc: str | None = __doc__
+        self, argv: Sequence[str] | None, module: str = "bench.ops", doc: str | None = None
     ):
         parser = cli.Parser(module, doc)
         add = parser.add_argument
@@ -314,7 +314,7 @@ def test_op(benchmark: Any, measured: Callable[[], Any], provider: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    job = Job(argv)
+    job = Job(argv, doc=__doc__)
     results = record.open_result(job.device, job.options.out, job.options.commit)
     code = job.run(results)
     print(f"\nwrote {os.path.relpath(results.path)}" if job.rows else "nothing was measured")

@@ -248,6 +248,14 @@ WRONG = [
 ]
 
 
+@pytest.mark.parametrize("name", sorted({module for module, _, _ in WRONG}))
+def test_help_is_the_modules(name, capsys):
+    module = importlib.import_module("bench.__main__" if name == "bench" else name)
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    assert str(module.__doc__).strip() in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="some need that there is no GPU")
 @pytest.mark.parametrize(("module", "argv", "said"), WRONG)
 def test_what_is_asked_wrongly_is_one_line_and_exit_code_2(module, argv, said, capsys, monkeypatch):
