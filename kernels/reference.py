@@ -76,7 +76,7 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
     h = F.linear(x, w_fc, b_fc)
     if torch.compiler.is_compiling() and h.device.type == "cpu":
         # As a sigmoid, see kernels/gelu_mlp.py: an exponential takes a third of a tanh's time.
-        z = h.float()
+        z = h.to(torch.promote_types(h.dtype, torch.float32))
         g = (z * torch.sigmoid((8 / torch.pi) ** 0.5 * (z + 0.044715 * z * z * z))).to(h.dtype)
     else:
         g = F.gelu(h, approximate="tanh")

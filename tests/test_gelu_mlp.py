@@ -68,6 +68,12 @@ def test_compiled_eager_no_worse_than_twice_eager(dtype, device):
     check(inputs((67, 64), device, dtype), op=op)
 
 
+def test_compiled_eager_stays_in_float64(device):
+    args = inputs((5, 64), device, torch.float64)
+    op = torch.compile(eager, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(op(**args), eager(**args), rtol=1e-12, atol=1e-12)
+
+
 @checks.sweep(M=checks.sizes(0, 70, 1, 32, 33), widths=checks.sizes(1, 2), dtype=checks.dtypes())
 def test_any_shape(device, M, widths, dtype):
     check(inputs((M, 64 * widths), device, dtype))
