@@ -78,7 +78,7 @@ def _by_sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
     @wraps(reference.causal_attention)
     def causal_attention(*args: Any, **kwargs: Any) -> Tensor:
         with sdpa_kernel(backend):
-            return reference.causal_attention(*args, **kwargs)
+            return reference.sdpa(*args, **kwargs)
 
     return causal_attention
 

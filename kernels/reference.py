@@ -88,19 +88,25 @@ def by_products(device: str, bf16: bool, T: int, dropout_p: float) -> bool:
     return device == "cpu" and bf16 and T <= MAX_T_OF_PRODUCTS and dropout_p == 0
 
 
+def sdpa(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
+    """`causal_attention` by PyTorch's own function."""
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+    return y.transpose(1, 2).reshape(B, T, C3 // 3)
+
+
 def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
     """(B, T, 3C) -> (B, T, C); see kernels/causal_attention.py."""
     B, T, C3 = qkv.shape
+    if not by_products(qkv.device.type, qkv.dtype == torch.bfloat16, T, dropout_p):
+        return sdpa(qkv, n_head, dropout_p)
     D = C3 // (3 * n_head)
     heads = qkv.view(B, T, 3, n_head, D).permute(2, 0, 3, 1, 4)
-    if by_products(qkv.device.type, qkv.dtype == torch.bfloat16, T, dropout_p):
-        q, k, v = heads.reshape(3, B * n_head, T, D)
-        ahead = qkv.new_full((T, T), -torch.inf).triu(1)
-        p = torch.baddbmm(ahead, q, k.mT, alpha=D**-0.5).softmax(-1)
-        y = torch.bmm(p, v).view(B, n_head, T, D)
-    else:
-        q, k, v = heads
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+    q, k, v = heads.reshape(3, B * n_head, T, D)
+    ahead = qkv.new_full((T, T), -torch.inf).triu(1)
+    p = torch.baddbmm(ahead, q, k.mT, alpha=D**-0.5).softmax(-1)
+    y = torch.bmm(p, v).view(B, n_head, T, D)
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 

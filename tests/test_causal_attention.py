@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import EAGER, TRITON, Ops, causal_attention
+from kernels import EAGER, TRITON, Ops, causal_attention, parse_ops
 from kernels._launch import replaced, rows
 from tests import checks
 
@@ -72,6 +72,14 @@ def test_matches_reference(shape, dtype, device):
     qkv = packed(*shape, dtype=dtype, device=device)
     assert_right(qkv, shape[2])
     assert_right(qkv, shape[2], ops=EAGER)
+
+
+def test_sdpa_asked_for_is_sdpa(device):
+    """Where the eager op makes products of its own, too."""
+    op = parse_ops("eager,causal_attention=sdpa-flash").causal_attention
+    args = {"qkv": packed(1, 17, 2, 16, torch.bfloat16, device)}
+    names = checks.dispatched_ops(lambda qkv: op(qkv, 2), args)
+    assert any("scaled_dot_product_flash_attention" in name for name in names), names
 
 
 @pytest.mark.parametrize(("T", "dtype"), [(1023, torch.float32), (1100, torch.bfloat16)])

@@ -28,6 +28,7 @@ LARGE += [(1, 32, 64, 2, 6, 128)]
 SMALL = [(1, 11, 64, 2, 2, 100)]  # the interpreter is slow
 SAVED = [("eager", dtype, shape) for dtype in ("fp32", "bf16") for shape in LARGE]
 SAVED += [("triton", dtype, shape) for dtype in ("fp32", "bf16") for shape in SMALL]
+SAVED += [(f"eager,causal_attention={op}", "bf16", LARGE[1]) for op in ("compiled", "sdpa-flash")]
 VARIANTS: list[dict[str, Any]] = [{}, {"recompute": True}, {"working_copies": True}]
 VARIANTS += [{"residual": "bf16"}, {"residual": "bf16", "recompute": True}]
 
@@ -53,7 +54,8 @@ def saved_bytes(shape: tuple[int, ...], plan: Plan) -> int:
             found[storage.data_ptr()] = storage.nbytes()
         return t
 
-    with saved_tensors_hooks(pack, lambda t: t), autocast(plan):
+    uncompiled = torch.compiler.set_stance("force_eager")  # a compiled op saves the same
+    with saved_tensors_hooks(pack, lambda t: t), autocast(plan), uncompiled:
         loss = functional_call(model, weights, (idx, idx))
     assert loss.requires_grad  # holds the graph, and so every storage, until here
     return sum(found.values())

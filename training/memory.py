@@ -14,7 +14,7 @@ Saved for backward, per layer:
 
     c_attn              y of ln_1                  e M C
     causal_attention    qkv, its output, lse       e 3 M C + e M C + 4 M H     (c_proj's input too;
-                        eager, in bf16 on a CPU: probabilities, e M H T, not lse)
+                        PyTorch, bf16 on a CPU: probabilities, e M H T, not lse)
     add_layer_norm      sum of the residual        r M C + 8 M   (twice a layer)
     gelu_mlp            x, and two of width 4C     e M C + 2 * e 4 M C     (eager h, g; triton g, d)
     bf16                casts of the 4 matrices    2 * 12 C^2          (unless they are kept copies)
@@ -79,7 +79,8 @@ def estimate(config: GPTConfig, T: int, plan: "Plan", ranks: int = 1) -> MemoryE
     working = 2 * matrices if plan.working_copies else 0
 
     products = by_products(plan.device, plan.dtype == "bf16", T, config.dropout)
-    per_head = e * T if products and backends["causal_attention"] == "eager" else 4
+    plain = backends["causal_attention"] in ("eager", "compiled")
+    per_head = e * T if products and plain else 4
     layer = M * (2 * r * C + 14 * e * C + 2 * 8 + per_head * H)
     once = M * (8 + r * C + 8 + e * C) + head
     if config.dropout > 0:
