@@ -309,12 +309,13 @@ def test_names_by_the_thousand_are_counted_and_not_printed(sane: Path) -> None:
     assert "19,960 more differ" in lines[-1]
 
 
-@pytest.mark.parametrize("model", [None, 5, True, "", "tiny,n_layer=x"])
-def test_a_recipe_that_is_none_can_be_overridden(sane: Path, model: Any) -> None:
+@pytest.mark.parametrize("value", [None, 5, True, "", "tiny,n_layer=x"])
+@pytest.mark.parametrize("name", ["model", "schedule"])
+def test_a_recipe_that_is_none_can_be_overridden(sane: Path, name: str, value: Any) -> None:
     saved = checkpoint.read(sane)
-    saved.state["recipe"]["model"] = model
+    saved.state["recipe"][name] = value
     lines = resume.check_recipe(saved, RECIPE, "", override=True)
-    assert any(line.startswith("resume: recipe overridden: model was") for line in lines)
+    assert any(line.startswith(f"resume: recipe overridden: {name} was") for line in lines)
 
 
 def test_nothing_is_changed_by_a_checkpoint_that_is_refused(sane: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from model import MODELS, GPTConfig
+from training import schema
 from training.schema import MOST
 
 Order = Literal["sequential", "shuffled"]
@@ -147,6 +148,8 @@ class Recipe:
         for name in ("beta1", "beta2", "val_fraction", "decay_fraction"):
             if not 0.0 <= (value := getattr(self, name)) < 1.0:
                 raise ValueError(f"recipe: {name} must be in [0, 1), got {value}")
+        for name, words in (("order", Order), ("keep", Keep), ("schedule", Schedule)):
+            schema.check(f"recipe: {name}", getattr(self, name), schema.of(words))
         if self.min_lr > self.max_lr:
             raise ValueError(
                 f"recipe: min_lr must be at most max_lr, got min_lr {self.min_lr}, "
