@@ -349,7 +349,7 @@ def load(path: Path) -> Result:
             known = {f.name for f in fields(kind)}
             if rows := data.pop(name, []):
                 sections[name] = [kind(**{k: row[k] for k in known & row.keys()}) for row in rows]
-    except TypeError as error:
+    except (AttributeError, TypeError) as error:
         raise ValueError(f"bench: a row of {path.name} cannot be read: {error}") from None
     return Result(data, sections, path)
 

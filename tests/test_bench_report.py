@@ -379,6 +379,7 @@ def test_results_keep_rows_replace_twins_and_refuse_strangers(tmp_path):
         ('{"schema": "someone/else"}', r"must have schema .* has 'someone/else'"),
         ('{"ops": [', "is not JSON"),
         (again.path.read_text().replace('"dtype"', '"kind"'), "a row of other.json cannot be read"),
+        (f'{{"schema": "{record.SCHEMA}", "ops": [3]}}', "a row of other.json cannot be read"),
     ):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match=f"other.json {why}|{why}"):
