@@ -127,11 +127,9 @@ def commands(job: Job) -> Iterator[Command]:
 
 def tests(part: str, seconds: float, marked: str, files: str, what: str) -> Command:
     beside = ["-n", str(max(2, (os.cpu_count() or 2) - 4))] if find_spec("xdist") else []
-    argv = [
-        sys.executable,
-        *["-m", "pytest", "-v", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider"],
-    ]
-    return Command(part, seconds, [*argv, *beside, "-m", marked, *files.split()], read_tests(what))
+    pytest = "-m pytest -v --tb=short -o addopts= -p no:cacheprovider -m"
+    argv = [sys.executable, *pytest.split(), marked, *beside, *files.split()]
+    return Command(part, seconds, argv, read_tests(what))
 
 
 def read_tests(what: str) -> Callable[[child.Ended], CheckRow]:

@@ -175,10 +175,7 @@ def start_worker(name: str, setup: Setup, limit_s: float) -> Child:
 
 
 def measure_cpu(
-    names: Sequence[str],
-    setup: Setup,
-    seconds: float,
-    deadline: float,
+    names: Sequence[str], setup: Setup, seconds: float, deadline: float
 ) -> Iterator[StepRow]:
     """A row for each contestant, as it comes, after `seconds` of turns.
 
