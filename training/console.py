@@ -52,7 +52,7 @@ class _Survivor(io.RawIOBase):
         except RuntimeError:  # the interpreter is at its end, or there are too many threads
             self._send(bytes(data))
         waited = 0.0
-        while thread.is_alive() and waited <= PATIENCE_S:
+        while thread.is_alive() and not self.lost and waited <= PATIENCE_S:
             thread.join(0.1)
             waited += 0.1 * self.hurried()
         if self.failure or thread.is_alive():
@@ -70,7 +70,9 @@ class _Survivor(io.RawIOBase):
             self.failure = error
 
     def _lose(self, reason: object) -> None:
-        self.lost = True
+        told, self.lost = self.lost, True  # of several threads that write the first says it
+        if told:
+            return
         if self.number is not None:  # what libraries print there may not fail either
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.number)
