@@ -78,9 +78,8 @@ class Machine:
     missing_tools: tuple[str, ...] = ()  # what torch.compile needs and is not here
     interpreted: bool = False  # triton's kernels run on the CPU: TRITON_INTERPRET=1
     has_triton: bool = True  # it can be imported
-    memory_bytes: int = (
-        0  # of the GPU, what is free if others use it; else the machine's; 0: unknown
-    )
+    # Of the GPU, or what is free of it if others use it; on a CPU the machine's; 0 is unknown.
+    memory_bytes: int = 0
     launcher_lacks: tuple[str, ...] = ()  # what triton needs to launch a kernel and is not here
     rocm: bool = False  # the GPU is AMD's
     notes: tuple[str, ...] = ()  # what someone might not expect of this machine, for the plan

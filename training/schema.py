@@ -99,10 +99,7 @@ def tensor(
 ) -> Must:
     """A tensor with the dtype and shape of `like`, on any device, and values from low to high.
 
-    Args:
-        like, low, high: See above.
-        nan: A value may be NaN too.
-        also: A further test, of what has passed these.
+    With `nan` a value may be NaN too; `also` is a further test, of what has passed these.
     """
     dtype, shape = like.dtype, like.shape
 

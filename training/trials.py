@@ -101,7 +101,7 @@ def _call(fn: Callable[..., Any], inputs: dict[str, Any], plan: Plan) -> timing.
     return both
 
 
-@lru_cache(maxsize=2)  # of one op at a time, at the run's shapes and at small ones
+@lru_cache(maxsize=2)  # an op's at the run's shapes and at small ones, until the next op's come
 def calls_by_kernels(
     name: str, recipe: Recipe, plan: Plan, rotate: bool
 ) -> tuple[list[timing.Call], list[Tensor], int]:
