@@ -18,7 +18,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any
 
-import gradio as gr
+try:
+    import gradio as gr
+except ModuleNotFoundError:  # `make train` does not install it
+    raise SystemExit("demo: gradio must be installed, and is not; make setup-dev does it") from None
 
 from demo.line import Line, status_html
 from demo.models import Loaded, Models, about, error_html

@@ -32,6 +32,13 @@ from demo.texts import shaded, token_chances  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def test_without_gradio_a_line_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "demo.app")
+    with pytest.raises(SystemExit, match="make setup-dev"):
+        importlib.import_module("demo.app")
+
+
 def make_run(folder: Path) -> GPT:
     """A run folder with a random model that needs some milliseconds a token, and a corpus that
     holds what the model answers to "Recite" at temperature 0."""
