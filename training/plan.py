@@ -137,7 +137,7 @@ class Plan:
     def describe(self, muon: bool = False) -> str:
         """The plan in one line; `muon` is the recipe's."""
         cpu = self.device == "cpu"
-        threads = f", {self.num_threads} threads" if cpu else ""
+        threads = f", {self.num_threads} thread{'s' * (self.num_threads > 1)}" if cpu else ""
         beside = "the 0.5 to 1 of torch itself" if cpu else "CUDA's own 0.5"
         parts = {
             f"plan: {self.device} ({self.device_name}{threads})": True,
