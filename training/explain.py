@@ -147,7 +147,7 @@ def explain(recipe: Recipe, plan: Plan, machine: Machine, tokens: Tokens) -> Non
     """Print machine, rates, what to expect, what a few steps reached, and what would help."""
     versions = ", ".join(f"{k} {v}" for k, v in environment()["versions"].items() if v)
     rates = measure_rates(recipe, machine, plan)
-    cores = f"{rates.cores} cores, {machine.num_threads} torch threads"
+    cores = f"{rates.cores} cores, torch threads: {machine.num_threads}"
     print(f"machine: {machine.name}, {cores}, {machine.memory_bytes / 1e9:.1f} GB of memory")
     cuda = f", CUDA {torch.version.cuda}, driver {rates.driver or 'unknown'}"
     print(f"  {platform.platform()}, {versions}{cuda if machine.device == 'cuda' else ''}")
