@@ -47,28 +47,28 @@ $(VENV)/.setup-dev: requirements-dev.txt $(VENV)/.setup
 
 ##@ train and try
 train: setup ## train, sample, draw the loss curve, save the model (DATA= PRESET= STEPS= OUT= ARGS=)
-	$(PY) train.py $(TRAIN_FLAGS)
+	@$(PY) train.py $(TRAIN_FLAGS)
 
 finetune: setup ## train GPT-2 from the Hugging Face hub further, or INIT= (DATA= INIT= STEPS= OUT= ARGS=)
-	$(PY) train.py --preset finetune --init "$${INIT:-gpt2}" $(TRAIN_FLAGS)
+	@$(PY) train.py --preset finetune --init "$${INIT:-gpt2}" $(TRAIN_FLAGS)
 
 doctor: setup ## what limits training on this machine and what to change; half a minute (PRESET= ARGS=)
-	$(PY) train.py --explain $(TRAIN_FLAGS)
+	@$(PY) train.py --explain $(TRAIN_FLAGS)
 
 tune: setup ## time the ways to compute a step here, launch rows too; keep the fastest (PRESET= ARGS=)
-	$(PY) train.py --tune only $(TRAIN_FLAGS)
+	@$(PY) train.py --tune only $(TRAIN_FLAGS)
 
 sample: setup ## continue a prompt with the newest model, or another (PROMPT= MODEL= ARGS=)
-	$(PY) -m model.generate $(MODEL_FLAG) --prompt "$$PROMPT" $(ARGS)
+	@$(PY) -m model.generate $(MODEL_FLAG) --prompt "$$PROMPT" $(ARGS)
 
 eval: setup-dev ## EleutherAI's harness on a model folder (MODEL=runs/NAME/model TASKS=hellaswag ARGS=)
 	@: "$${MODEL:?names a model folder, as MODEL=runs/smoke/model}"
 	@$(PY) -c "import lm_eval" 2>/dev/null || $(PIP) "lm-eval[hf]==0.4.13"
-	$(PY) -m lm_eval --model hf --model_args "pretrained=$$MODEL" \
+	@$(PY) -m lm_eval --model hf --model_args "pretrained=$$MODEL" \
 		--tasks "$${TASKS:-hellaswag}" $(ARGS)
 
 demo: setup-dev ## try it in the browser (MODEL= ARGS=)
-	$(PY) -m demo.app $(MODEL_FLAG) $(ARGS)
+	@$(PY) -m demo.app $(MODEL_FLAG) $(ARGS)
 
 ##@ test
 test: setup-dev ## everything that can run on this machine (OP=layer_norm MACHINE=fp32 ARGS=)
