@@ -202,7 +202,7 @@ def test_without_the_triton_package() -> None:
 def test_compiling_where_it_cannot_pay_or_cannot_work() -> None:
     made = make_plan(SMOKE, CPU)
     assert not made.compile
-    assert any("too little for compiling to pay" in note for note in made.notes)
+    assert any("too short for it to pay" in note for note in made.notes)
     assert make_plan(SMOKE, CPU, Choices(compile=True)).compile
     assert not make_plan(SEED, CPU, Choices(compile=False)).compile
     bare = Machine("cpu", "a CPU", missing_tools=("g++", "openssl"))

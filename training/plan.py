@@ -379,8 +379,8 @@ def _choose_compile(
     )
     if machine.device == "cpu" and total < MIN_COMPILE_FLOPS:
         notes.append(
-            f"not compiled: {total:.1e} flops in all is too little for compiling to pay "
-            f"(from {MIN_COMPILE_FLOPS:.0e}; --compile insists)"
+            f"not compiled: this run is too short for it to pay, {total:.1e} flops where it takes "
+            f"{MIN_COMPILE_FLOPS:.0e}; --compile does it all the same"
         )
         return False
     return True
