@@ -102,19 +102,20 @@ def warmest(rows: Iterable[SeedRow]) -> list[SeedRow]:
     return sorted(rows, key=lambda row: row.cache == "warm")[-1:]
 
 
-def curve_rows(results: Sequence[Result]) -> Found:
+def curve_rows(device: str, results: Sequence[Result]) -> Found:
     def keep(row: SeedRow) -> bool:
         return row.text == "tiny Shakespeare" and bool(row.curve) and not row.doubt
 
-    result, rows = newest(results, "cuda", "seed", keep)
+    result, rows = newest(results, device, "seed", keep)
     return result, warmest(rows)
 
 
 def draw_curve(result: Result, rows: list[SeedRow]) -> "Axes":
     title = f"Loss of the recipe shakespeare-124m\n{device_line(result)}"
     curve = [(float(step), float(loss)) for step, loss in rows[0].curve]
-    goal = {"goal": PRESETS["shakespeare-124m"].target_loss}
-    return plot.loss_curve(curve, published=PUBLISHED_LOSS, levels=goal, title=title).axes[0]
+    goal = {"goal": PRESETS["shakespeare-124m"].target_loss} if rows[0].reached else {}
+    published = [point for point in PUBLISHED_LOSS if point[0] <= curve[-1][0]]
+    return plot.loss_curve(curve, published=published, levels=goal, title=title).axes[0]
 
 
 class Figure(NamedTuple):
@@ -126,12 +127,14 @@ class Figure(NamedTuple):
 
 
 STEP, OPS = "Tokens per second of a training step on a", "Each op beside its rivals on a"
+CURVE = "Loss of the recipe shakespeare-124m on a"
 FIGURES = {
     "step-gpu": Figure(f"{STEP} GPU", partial(step_rows, "cuda"), draw_step),
     "step-cpu": Figure(f"{STEP} CPU", partial(step_rows, "cpu"), draw_step),
     "ops-gpu": Figure(f"{OPS} GPU", partial(op_rows, "cuda"), draw_ops),
     "ops-cpu": Figure(f"{OPS} CPU", partial(op_rows, "cpu"), draw_ops),
-    "curve-gpu": Figure("Loss of the recipe shakespeare-124m on a GPU", curve_rows, draw_curve),
+    "curve-gpu": Figure(f"{CURVE} GPU", partial(curve_rows, "cuda"), draw_curve),
+    "curve-cpu": Figure(f"{CURVE} CPU", partial(curve_rows, "cpu"), draw_curve),
 }
 
 

@@ -353,7 +353,7 @@ def test_figures_leave_out_what_is_in_doubt_or_has_nothing_to_be_held_against():
     assert curve.curve[-1][0] == 3599
     axes = figures.draw_curve(result, [curve])
     lines = {line.get_label(): len(line.get_xdata()) for line in axes.lines}  # type: ignore[arg-type]
-    assert lines["published run"] == len(PUBLISHED_LOSS)
+    assert lines["published run"] == len([step for step, _ in PUBLISHED_LOSS if step < 3600])
     # Whichever was measured last, the size of the goals is drawn.
     result.sections["step"].reverse()
     assert drawn("step-gpu", result)[0].shape == "B=64 T=1024"
