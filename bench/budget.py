@@ -16,7 +16,7 @@ from typing import NamedTuple
 from bench import cli, record, resources
 from bench.cases import CASES, Shape
 from bench.plan_run import PAPER
-from bench.record import Result, with_values
+from bench.record import Result
 from bench.tables import number, shown, table
 from kernels._op import INTERPRETED
 from model import MODELS
@@ -92,7 +92,7 @@ def rates_of(card: str) -> tuple[Work, str]:
     for result in reversed(measured_on(card, "ops")):
         if limits := result.about.get("limits"):
             rates = (limits["copy_gbs"] * 1e9, limits["matmul_tflops"] * 1e12, exps)
-            return rates, f"measured, {result.about['commit'][:8]}"
+            return rates, f"measured, {result.commit}"
     rates = (sheet.gbs * COPY_SHARE * 1e9, sheet.tflops * MATMUL_SHARE * 1e12, exps)
     return rates, f"{COPY_SHARE:.0%} and {MATMUL_SHARE:.0%} of the data sheet"
 
@@ -106,7 +106,7 @@ def measured_ms(card: str, s: Shape) -> dict[str, float]:
         ("step", "step", {"provider": "ours bf16", "model": MODEL}),
     ):
         for result in measured_on(card, section):
-            rows = filter(with_values(shape=s.label, **want), shown(result.rows(section)))
+            rows = shown(result.rows(section, shape=s.label, **want))
             found |= {name or row.op: row.ms for row in rows}
     return found
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench import baseline, cases, cli, record
 from bench.cases import CASES, MODES, Case, Inputs, Shape
-from bench.record import OpRow, filled
+from bench.record import OpRow
 from bench.tables import ops_table
 from kernels import SDPA, parse_ops
 from tests import numerics
@@ -172,8 +172,11 @@ def measure(
     rows: dict[str, OpRow] = {}
     for name in providers:
         row = OpRow(op=op, shape=shape.label, dtype=kind, mode=mode, provider=name)
-        row = filled(row, timed, failed, ("eager", "compile"))
+        row = replace(row, doubt=failed.get(name, ""))
         if name in timed:
+            others = [other for other in ("eager", "compile") if other in timed and other != name]
+            over = {other: timing.ratio(timed[other], timed[name]) for other in others}
+            row = replace(row, over=over, **timed[name].figures)
             rates = {"gbs": set_bytes / row.ms / 1e6, "of_limit": floor / row.ms}
             row = replace(row, timed=timed[name].mode, gpu=state, **rates)
             row = replace(row, tflops=flops / row.ms / 1e9 if flops else None)

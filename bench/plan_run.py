@@ -48,8 +48,7 @@ def read_cards(text: str) -> tuple[int, str]:
 
 def rate(recipe: Recipe, card: str) -> tuple[float, str]:
     """Tokens per second of one card, and where they come from."""
-    ours = record.with_values(provider="ours bf16")
-    result, rows = record.newest(record.load_all(), "cuda", "step", ours)
+    result, rows = record.newest(record.load_all(), "cuda", "step", provider="ours bf16")
     figures = find_card(card)
     assert result is not None, "result files are part of the checkout"
     assert figures is not None

@@ -1,11 +1,11 @@
-"""Result files: one small JSON per device and commit, written after every row.
+"""Result files: one small JSON per device and commit, written again after every row.
 
     {"schema": ..., "device": {...}, "torch": ..., "commit": ..., "dirty": ..., "command": ...,
      "limits": {...}, "step": [...], "ops": [...], ...}
 
-Each section holds rows of one type. A row that is measured again replaces the one with the same
-key, so a second run refreshes the file and an interrupted one leaves what it has. A row whose
-figures must not be shown says why in `doubt`, and nowhere else; it keeps what was measured.
+A section holds rows of one type. A new row replaces the one with the same key, so measuring again
+refreshes a file, and an interrupted run keeps what it has. `doubt` says why a row's figures must
+not be shown; they stay in the file.
 """
 
 import datetime
@@ -15,11 +15,11 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,29 +30,32 @@ from training.machines import cpu_name, nvidia_smi
 from training.plan import Choices, detect, make_plan
 from training.probe import measure_rates
 from training.recipes import Recipe
-from training.timing import Timing, ratio
 
 RESULTS = ROOT / "bench/results"
 SCHEMA = "fused-gpt/bench/2"
 ONE_FILE = ("device", "commit", "torch", "triton")  # the same for all rows of a file
-MADE = ("bench/results", "bench/plots", "docs/results.md", "README.md")  # by the bench itself
-Keep = Callable[[Any], bool]
+MADE = ("bench/results", "bench/plots", "docs/results.md", "README.md")  # the bench writes these
 NOISY_COV = 0.05  # rows whose samples spread more than this are marked
+LARGE = {"model": "124m", "shape": "B=64 T=1024", "accum": 1}  # the step that the goals are about
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One result. `doubt` says why its figures must not be shown; empty: they may be."""
+    """One result. Its figures may be shown if `doubt` is empty."""
 
-    KEY: ClassVar[str] = ""  # the fields that tell it from its neighbours
+    KEY: ClassVar[str] = ""  # names of the fields that identify a row in its section
     doubt: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.KEY.split())
 
+    def has(self, **want: Any) -> bool:
+        """Whether these fields have these values."""
+        return all(getattr(self, name) == value for name, value in want.items())
+
     def values(self) -> dict[str, Any]:
-        """What a file holds, the key first: the fields that are not as by default."""
+        """What the file holds: the fields that differ from their defaults, the key first."""
         default = {f.name: f.default for f in fields(self)}
         names = sorted(default, key=lambda name: name not in self.KEY.split())
         found = ((name, getattr(self, name)) for name in names)
@@ -61,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class TimedRow(Row):
-    """What was timed: median, quartiles, deviation over mean, samples."""
+    """A measured time: median, quartiles, standard deviation over mean, number of samples."""
 
     provider: str
     ms: float = 0.0
@@ -76,14 +79,10 @@ class TimedRow(Row):
     def noisy(self) -> bool:
         return self.cov > NOISY_COV
 
-    @property
-    def spread(self) -> str:
-        return f"{100 * self.cov:.1f}%" + " !" * self.noisy
-
 
 @dataclass(frozen=True, kw_only=True)
 class OpRow(TimedRow):
-    """One op, direction and provider."""
+    """One op in one direction, by one provider."""
 
     KEY = "op shape dtype mode provider"
     op: str
@@ -95,12 +94,12 @@ class OpRow(TimedRow):
     tflops: float | None = None  # None: bound by memory
     of_limit: float = 0.0  # the time that the measured limits allow, over the time taken
     peak_gib: float | None = None
-    backend: str = ""  # of SDPA, as torch chose it
+    backend: str = ""  # the one of SDPA that torch chose
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow(TimedRow):
-    """One contestant's training step; also of generation."""
+    """One contestant's training step, or its generation."""
 
     KEY = "model shape accum provider"
     model: str
@@ -122,7 +121,7 @@ class StepRow(TimedRow):
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRow(Row):
-    """What one kind of work takes of a step: ms, share of its span, calls, the longest names."""
+    """One kind of work in a step: ms, share of the step, calls, the longest kernels' names."""
 
     KEY = "model shape provider kind"
     model: str
@@ -155,7 +154,7 @@ class SeedRow(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRow(Row):
-    """Evidence that the kernels are right, in doubt where it fails: which check, of what."""
+    """Whether the kernels passed one check on one thing; `doubt` if they did not."""
 
     KEY = "check what"
     check: str
@@ -170,31 +169,20 @@ SECTIONS: dict[str, type[Row]] = {
     "seed": SeedRow,
     "checks": CheckRow,
 }
-R = TypeVar("R", bound=TimedRow)
-
-
-def filled(
-    row: R, timed: Mapping[str, Timing], failed: Mapping[str, str], rivals: Iterable[str]
-) -> R:
-    """The row of a provider with its time and its ratios to rivals, or with why it has no time."""
-    row = replace(row, doubt=failed.get(row.provider, ""))
-    if (found := timed.get(row.provider)) is None:
-        return row
-    others = [name for name in rivals if name in timed and name != row.provider]
-    return replace(row, over={n: ratio(timed[n], found) for n in others}, **found.figures)
 
 
 def merged(*groups: Iterable[Row]) -> list[Row]:
-    """The rows of all groups; of those with equal keys the last, in the place of the last."""
+    """All rows. Where keys are equal, the last row counts and keeps its place."""
     rows: dict[tuple[Any, ...], Row] = {}
-    for row in (row for group in groups for row in group):
-        rows.pop(row.key, None)
-        rows[row.key] = row
+    for group in groups:
+        for row in group:
+            rows.pop(row.key, None)
+            rows[row.key] = row
     return [*rows.values()]
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Name and sizes of a device, as they stand at the top of a result file."""
+    """Name and sizes of a device, for the top of a result file."""
     if device.type == "cuda":
         props = torch.cuda.get_device_properties(device)
         return {
@@ -214,7 +202,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 @cache
 def limits(device: torch.device) -> dict[str, float]:
-    """What this machine reaches, as `train.py --explain` measures it: what rows are held against.
+    """What this machine reaches, measured as `train.py --explain` does; rows are compared with it.
 
     Returns:
         copy_gbs: GB/s of a copy larger than any cache, bytes read plus bytes written.
@@ -233,13 +221,16 @@ def limits(device: torch.device) -> dict[str, float]:
 
 
 def gpu_state() -> dict[str, float]:
-    """Clocks in MHz, power in W and temperature now; {} where nvidia-smi does not say."""
+    """Clocks in MHz, power in W and temperature now; {} where nvidia-smi does not tell."""
     wanted = ["clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu"]
     return {name: float(value) for name, value in nvidia_smi(*wanted).items()}
 
 
 def git_state() -> tuple[str, bool]:
-    """Commit and whether tracked files differ from it, MADE left out; ("unknown", True) if so."""
+    """The commit, and whether tracked files other than MADE differ from it.
+
+    ("unknown", True) without git.
+    """
     status = ["status", "--porcelain", "--untracked-files=no", "--", "."]
     changed = git(ROOT, *status, *(f":!{path}" for path in MADE))
     return git(ROOT, "rev-parse", "HEAD") or "unknown", changed != ""
@@ -257,11 +248,17 @@ class Result:
     def device(self) -> dict[str, Any]:
         return self.about["device"]
 
-    def rows(self, section: str) -> list[Any]:
-        return self.sections.get(section, [])
+    @property
+    def commit(self) -> str:
+        """The first eight digits."""
+        return self.about["commit"][:8]
+
+    def rows(self, section: str, **want: Any) -> list[Any]:
+        """The rows of a section that have these values."""
+        return [row for row in self.sections.get(section, ()) if row.has(**want)]
 
     def join(self, later: "Result") -> None:
-        """Take over what a later result has; where both have a row, the later one's counts.
+        """Add what a later result has; where both have a row, the later one counts.
 
         Raises:
             ValueError: they differ in device, commit, torch or triton.
@@ -274,7 +271,7 @@ class Result:
                     f"{theirs[key]}; give another --out"
                 )
         commands = dict.fromkeys(c for x in (ours, theirs) for c in x["command"].split("; "))
-        dirty = (ours["dirty"], theirs["dirty"])  # rows cannot be told apart: clean where all are
+        dirty = (ours["dirty"], theirs["dirty"])  # the file is clean only if both parts are
         self.about = ours | theirs | {"command": "; ".join(commands)}
         self.about["dirty"] = True if True in dirty else None if None in dirty else False
         for name, rows in later.sections.items():
@@ -286,7 +283,7 @@ class Result:
         self.write()
 
     def write(self) -> None:
-        """JSON with one row a line."""
+        """JSON with one row per line."""
         parts = [f" {json.dumps(name)}: {json.dumps(rounded(v))}" for name, v in self.about.items()]
         for name, rows in self.sections.items():
             lines = ",\n  ".join(json.dumps(rounded(row.values())) for row in rows)
@@ -297,10 +294,12 @@ class Result:
 def open_result(device: torch.device, path: Path = RESULTS, commit: str | None = None) -> Result:
     """The result file of this device and commit, with what it holds already.
 
-    A folder gets a file named after device and commit; `commit` says it where git is not at hand.
+    Args:
+        path: A file; in a folder, the file is named after device and commit.
+        commit: What is measured, where git is not at hand.
 
     Raises:
-        ValueError: the file exists and is of another schema, device or commit.
+        ValueError: the file exists and has another schema, device or commit.
     """
     found, dirty = git_state()
     argv = sys.orig_argv[1:] or sys.argv
@@ -320,22 +319,26 @@ def open_result(device: torch.device, path: Path = RESULTS, commit: str | None =
         cores = f" {about['device']['cores']} cores" if device.type == "cpu" else ""
         slug = re.sub(r"[^a-z0-9]+", "-", (about["device"]["name"] + cores).lower()).strip("-")
         path = path / f"{slug}-{about['commit'][:8]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
-    result = Result(about, path=path)
-    if path.exists():
-        result = load(path)
-        result.join(Result(about))
+    path.parent.mkdir(parents=True, exist_ok=True)  # fail now, not after minutes of measuring
+    if not path.exists():
+        return Result(about, path=path)
+    result = load(path)
+    result.join(Result(about))
     return result
 
 
 def rounded(value: Any) -> Any:
-    """Floats to 5 significant digits, in place of 17: the rest is noise and diff. NaN is null."""
+    """The value as JSON: floats with 5 significant digits, since the rest is noise; NaN as null."""
     near = lambda text: float(f"{float(text):.5g}")  # noqa: E731
     return json.loads(json.dumps(value), parse_float=near, parse_constant=lambda _: None)
 
 
 def load(path: Path) -> Result:
-    """Read a result file, without what no row has today; ValueError if it is none."""
+    """Read a result file, ignoring fields that rows no longer have.
+
+    Raises:
+        ValueError: it is not a result file.
+    """
     try:
         data = json.loads(path.read_text())
     except ValueError as error:  # UnicodeDecodeError is one
@@ -355,7 +358,7 @@ def load(path: Path) -> Result:
 
 
 def load_all(folder: Path = RESULTS) -> list[Result]:
-    """The results of a folder, newest last; those of one device, commit and versions as one."""
+    """The results of a folder, newest last; those that agree in ONE_FILE are joined."""
     found: dict[str, Result] = {}
     loaded = map(load, sorted(folder.glob("*.json")))
     for result in sorted(loaded, key=lambda result: result.about["date"]):
@@ -366,17 +369,12 @@ def load_all(folder: Path = RESULTS) -> list[Result]:
     return [*found.values()]
 
 
-def with_values(**want: Any) -> Keep:
-    """A predicate: the row has these values."""
-    return lambda row: all(getattr(row, name) == value for name, value in want.items())
-
-
 def newest(
-    results: Sequence[Result], device_type: str, section: str, keep: Keep = lambda row: True
+    results: Sequence[Result], device_type: str, section: str, **want: Any
 ) -> tuple[Result | None, list[Any]]:
-    """The latest result of that kind of device with such rows in `section`, and them."""
+    """The latest result of that kind of device with such rows, and those rows."""
     for result in reversed(results):
-        rows = [row for row in result.rows(section) if keep(row)]
+        rows = result.rows(section, **want)
         if rows and result.device["type"] == device_type:
             return result, rows
     return None, []

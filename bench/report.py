@@ -1,11 +1,12 @@
 """Tables and plots from the committed result files, and from nothing else.
 
     python -m bench.report            # write docs/results.md, bench/plots/, the blocks of README.md
-    python -m bench.report --check    # exit 1 if one of them says something else than the results
+    python -m bench.report --check    # exit 1 if one of them differs from what the results say
 
-docs/results.md is made in whole. Of README.md only the blocks goals, step-gpu and step-cpu are,
-what stands between the lines <!-- bench:goals --> and <!-- /bench:goals -->. Files of one device,
-commit and versions count as one, whose later rows win. A row in doubt never shows a figure.
+docs/results.md is written whole. In README.md only what stands between lines such as
+<!-- bench:goals --> and <!-- /bench:goals --> is; the blocks are goals, step-gpu and step-cpu.
+Files of one device, commit and versions count as one, whose later rows win. The figures of a row
+in doubt are never shown.
 """
 
 import math
@@ -16,9 +17,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from bench import cli, figures, record, tables
-from bench.figures import LARGE, op_sizes, warmest
-from bench.record import CheckRow, ProfileRow, Result, SeedRow, StepRow, newest, with_values
-from bench.tables import cell, number, shown, table, where
+from bench.record import LARGE, CheckRow, ProfileRow, Result, StepRow, newest
+from bench.tables import cell, number, table, where
 from model.files import write_atomically
 
 SAMPLE_CHARS = 300
@@ -30,17 +30,19 @@ Block = Callable[[Sequence[Result]], str]
 
 
 def of(section: str, get: Callable[[Any], float | None], **want: Any) -> Figure:
-    """A figure of the last such row: what was measured again stands behind what failed before."""
+    """A figure of the last such row: a new measurement stands behind an old failure."""
 
     def figure(result: Result) -> float | None:
-        row = next(filter(with_values(**want), reversed(result.rows(section))), None)
-        return row and (math.nan if row.doubt else get(row))
+        rows = result.rows(section, **want)
+        if not rows:
+            return None
+        return math.nan if rows[-1].doubt else get(rows[-1])
 
     return figure
 
 
 def peak_share(result: Result) -> float | None:
-    """Of ours in that of the compiled baseline."""
+    """Our peak memory as a share of the compiled baseline's."""
     who = ("ours bf16", "compile bf16")
     ours, theirs = (of("step", lambda r: r.peak_gib, provider=p, **LARGE)(result) for p in who)
     return None if ours is None or theirs is None else ours / theirs
@@ -63,17 +65,16 @@ class Goal(NamedTuple):
         return f"{units / 10**self.digits:,.{self.digits}f}{self.unit}"
 
     def cells(self, results: Sequence[Result]) -> tuple[list[str], Result | None]:
-        """Figure, commit and verdict by the newest result of a GPU that measured it, and that."""
+        """Figure, commit and verdict by the newest GPU result that has the figure; that result."""
         for result in reversed(results):
             figure = self.figure(result) if result.device["type"] == "cuda" else None
             if figure is None:
                 continue
-            commit = result.about["commit"][:8]
             if math.isnan(figure):
-                return ["not shown: in doubt", commit, "open"], result
+                return ["not shown: in doubt", result.commit, "open"], result
             met = figure >= self.bound if self.at_least else figure <= self.bound
             text = "not reached" if math.isinf(figure) else self.text(figure)
-            return [text, commit, "met" if met else "short"], result
+            return [text, result.commit, "met" if met else "short"], result
         return ["", "", "open"], None
 
 
@@ -101,81 +102,80 @@ GOALS = (
 
 def goals_block(results: Sequence[Result]) -> str:
     header = [f"goal on one {GOAL_GPU}, bf16, GPT-2 124M, maths unchanged"]
-    found = [goal.cells(results) for goal in GOALS]
-    lines = [[g.what, g.must, *cells] for g, (cells, _) in zip(GOALS, found, strict=True)]
-    others = dict.fromkeys(
-        f"{result.about['commit'][:8]} is of an {tables.device_line(result)}, not an {GOAL_GPU}."
-        for _, result in found  # a GH200 is another
-        if result and not re.search(rf"\b{GOAL_GPU}\b", result.device["name"])
-    )
-    return "\n\n".join([table([*header, "must", "measured", "commit", "state"], lines), *others])
+    lines, others = [], []
+    for goal in GOALS:
+        cells, result = goal.cells(results)
+        lines.append([goal.what, goal.must, *cells])
+        if result and not re.search(
+            rf"\b{GOAL_GPU}\b", result.device["name"]
+        ):  # a GH200 is another
+            others.append(
+                f"{result.commit} is of an {tables.device_line(result)}, not an {GOAL_GPU}."
+            )
+    body = table([*header, "must", "measured", "commit", "state"], lines)
+    return "\n\n".join([body, *dict.fromkeys(others)])
 
 
 NO_GPU_STEP = "No training-step result of a GPU is committed yet."
 
 
-def step_block(results: Sequence[Result], device_type: str, largest: int | None = None) -> str:
-    """At most `largest` tables, one for each size, that of the goals first.
+def step_block(results: Sequence[Result], device_type: str, num_tables: int | None = None) -> str:
+    """A table per size, that of the goals first; at most `num_tables`.
 
-    On a GPU one holds all sizes but those of the goals.
+    On a GPU all sizes that no goal is about share one table.
     """
     result, rows = newest(results, device_type, "step")
-    cuda, is_large = device_type == "cuda", with_values(**LARGE)
+    cuda = device_type == "cuda"
     if result is None:
         return NO_GPU_STEP if cuda else ""
     groups: dict[str, list[StepRow]] = {}
-    for row in sorted(rows, key=lambda row: not is_large(row)):
+    for row in sorted(rows, key=lambda row: not row.has(**LARGE)):
         accum = f", {row.accum} micro-batches" if row.accum > 1 else ""
         title = f"GPT-2 {row.model}, {row.shape}{accum}"
-        if cuda and not (is_large(row) or with_values(**SEED)(row)):
+        if cuda and not (row.has(**LARGE) or row.has(**SEED)):
             row, title = replace(row, provider=f"{title}: {row.provider}"), "Other sizes"
         groups.setdefault(title, []).append(row)
     parts = [f"{title} ({where(result)})\n\n{tables.step_table(x)}" for title, x in groups.items()]
     note = "fp32 rows multiply in TF32. MFU is against the data sheet's dense bf16 peak."
-    return "\n\n".join([*parts[:largest], *([note] if cuda else [])])
+    return "\n\n".join([*parts[:num_tables], *([note] if cuda else [])])
 
 
-def of_gpu(section: str, text: Callable[[Result, list[Any]], str]) -> Block:
-    """A block of the newest result of a GPU that has the section."""
-
-    def block(results: Sequence[Result]) -> str:
-        result, rows = newest(results, "cuda", section)
-        return text(result, rows) if result else ""
-
-    return block
-
-
-def ablation_text(result: Result, rows: list[StepRow]) -> str:
+def ablation_block(results: Sequence[Result]) -> str:
+    result, rows = newest(results, "cuda", "ablation")
+    if result is None:
+        return ""
     return f"One at a time, {rows[0].shape} ({where(result)})\n\n{tables.step_table(rows)}"
 
 
 def ops_block(results: Sequence[Result], device_type: str) -> str:
-    """Both directions together; one size in sight, the others folded."""
-    result, rows = newest(results, device_type, "ops", with_values(mode="both"))
+    """Both directions together; the size of the goals in sight, the others folded."""
+    result, rows = newest(results, device_type, "ops", mode="both")
     if result is None:
         return ""
     parts = []
-    for label in op_sizes(rows):
-        these = [row for row in rows if row.shape == label]
-        title = f"Forward and backward, {label}, {these[0].dtype} ({where(result)})"
+    sizes = dict.fromkeys(row.shape for row in rows)
+    for size in sorted(sizes, key=lambda size: size != LARGE["shape"]):
+        these = [row for row in rows if row.shape == size]
+        title = f"Forward and backward, {size}, {these[0].dtype} ({where(result)})"
         body = tables.ops_table(these)
         if parts:
             title, body = f"<details><summary>{title}</summary>", f"{body}\n\n</details>"
         parts.append(f"{title}\n\n{body}")
     if limits := result.about.get("limits"):
-        copy, *products = (
-            tables.figures_3(limits[name])
-            for name in ("copy_gbs", "matmul_tflops", "matmul_k768_tflops")
+        said = {name: tables.figures_3(limit) for name, limit in limits.items()}
+        parts.append(
+            f"Limits measured in the same run: copy {said['copy_gbs']} GB/s, "
+            f"matmul {said['matmul_tflops']} TFLOP/s, "
+            f"matmul with K=768 {said['matmul_k768_tflops']} TFLOP/s."
         )
-        said = "copy {} GB/s, matmul {} TFLOP/s, matmul with K=768 {} TFLOP/s".format(
-            copy, *products
-        )
-        parts.append(f"Limits measured in the same run: {said}.")
     return "\n\n".join(parts)
 
 
-def seed_text(result: Result, rows: list[SeedRow]) -> str:
-    """The seed recipe to its end, with what it then writes."""
+def seed_block(results: Sequence[Result]) -> str:
+    """The Shakespeare recipe to its end, and what the model then writes."""
+    result, rows = newest(results, "cuda", "seed")
+    if result is None:
+        return ""
     goal = ", the lowest below the goal"
     body = tables.rows_table(
         rows,
@@ -190,27 +190,27 @@ def seed_text(result: Result, rows: list[SeedRow]) -> str:
             "tokens/s": lambda row: number(row.tokens_per_s, ",.0f"),
         },
     )
-    samples = [row.samples[0] for row in warmest(shown(rows)) if row.samples]
+    samples = [row.samples[0] for row in figures.warmest(tables.shown(rows)) if row.samples]
     if not samples:
         return body
     prompt, text = samples[0]["prompt"], samples[0]["text"].removeprefix(samples[0]["prompt"])
     if len(text) > SAMPLE_CHARS:
         text = text[:SAMPLE_CHARS] + " ..."
-    # A text can end neither the fence nor the block.
+    # The text must be able to end neither the fence nor the block.
     quoted = f"[prompt]{prompt}\n[model]{text}".rstrip()
     quoted = quoted.replace("```", "` ` `").replace("<!--", "<! --")
     return f"{body}\n\nWhat it writes at the end:\n\n```\n{quoted}\n```"
 
 
 def evidence_block(results: Sequence[Result]) -> str:
-    """What a GPU says of the kernels: how much of each check holds, and what does not.
+    """How much of each check holds on a GPU, and what does not.
 
-    A later result takes the place of an earlier one for what it checked, and of nothing else.
+    A later result replaces an earlier one only for what it checked.
     """
-    latest: dict[tuple[str, str], tuple[CheckRow, str]] = {}
+    latest: dict[tuple[Any, ...], tuple[CheckRow, str]] = {}
     for result in results:
         for row in result.rows("checks") if result.device["type"] == "cuda" else ():
-            latest[row.check, row.what] = row, result.about["commit"][:8]
+            latest[row.key] = row, result.commit
     lines: list[list[str]] = []
     reds: dict[tuple[str, str, str], list[CheckRow]] = {}
     for check in sorted({check for check, _ in latest}):
@@ -225,55 +225,56 @@ def evidence_block(results: Sequence[Result]) -> str:
     if not lines:
         return ""
     parts = [table(["evidence", "result", "commit"], lines)]
-    for (check, _, commit), rows in reds.items():  # a line for an op and what was found last
+    for (check, _, commit), rows in reds.items():  # one line per op and commit
         more = f" (and {len(rows) - 1} more of it)" if len(rows) > 1 else ""
         parts.append(f"RED {check} {rows[0].what}: {cell(rows[0].doubt)}, {commit}{more}")
     return "\n\n".join(parts)
 
 
-def profile_text(result: Result, everything: list[ProfileRow]) -> str:
-    """Where a step's time goes, by the profiler, contestants side by side."""
+def profile_block(results: Sequence[Result]) -> str:
+    """Where a step's time goes by the profiler, a table per size, contestants side by side."""
+    result, everything = newest(results, "cuda", "profile")
+    if result is None:
+        return ""
     parts = []
     for model, shape in dict.fromkeys((row.model, row.shape) for row in everything):
-        rows = [row for row in everything if (row.model, row.shape) == (model, shape)]
+        rows: list[ProfileRow] = [row for row in everything if row.has(model=model, shape=shape)]
         who = sorted({row.provider for row in rows}, key=lambda name: (name != "ours bf16", name))
-        found = {(row.kind, row.provider): row for row in rows}
         longest = {row.kind: row.ms for row in sorted(rows, key=lambda row: row.ms)}
-        header, lines = ["kind"], [[kind] for kind in longest]
-        lines.sort(key=lambda line: (line[0] == "idle", -longest[line[0]]))
-        total = ["all"]
+        kinds = sorted(longest, key=lambda kind: (kind == "idle", -longest[kind]))
+        header, lines, total = ["kind"], [[kind] for kind in kinds], ["all"]
         for name in who:
             header += [f"{name}: ms", "share"]
+            found = {row.kind: row for row in rows if row.provider == name}
             for line in lines:
-                row = found.get((line[0], name))
+                row = found.get(line[0])
                 line += [f"{row.ms:,.2f}", f"{row.share:.1%}"] if row else ["", ""]
-            total += [f"{sum(row.ms for row in rows if row.provider == name):,.2f}", ""]
+            total += [f"{sum(row.ms for row in found.values()):,.2f}", ""]
         title = f"By the profiler, GPT-2 {model}, {shape} ({where(result)})"
         parts.append(f"{title}\n\n{table(header, [*lines, total])}")
     return "\n\n".join(parts)
 
 
 def plots_block(results: Sequence[Result]) -> str:
-    titles = {name: figures.FIGURES[name].title for name in figures.to_draw(results)}
-    return "\n".join(f"![{title}](../bench/plots/{name}.svg)" for name, title in titles.items())
+    plots = figures.to_draw(results)
+    return "\n".join(f"![{plot.title}](../bench/plots/{plot.name}.svg)" for plot in plots)
 
 
 README_BLOCKS: dict[str, Block] = {
     "goals": goals_block,
-    "step-gpu": lambda results: step_block(results, "cuda", 1),
-    "step-cpu": lambda results: step_block(results, "cpu", 1),
+    "step-gpu": lambda results: step_block(results, "cuda", num_tables=1),
+    "step-cpu": lambda results: step_block(results, "cpu", num_tables=1),
 }
 
-# Of docs/results.md, by their heading.
-SECTIONS: dict[str, Block] = {
+SECTIONS: dict[str, Block] = {  # of docs/results.md, by heading
     "Goals": goals_block,
     "The whole training step on a GPU": lambda results: step_block(results, "cuda"),
     "The whole training step on a CPU": lambda results: step_block(results, "cpu"),
     "Each op on a GPU": lambda results: ops_block(results, "cuda"),
     "Each op on a CPU": lambda results: ops_block(results, "cpu"),
-    "Where the time of a step goes": of_gpu("profile", profile_text),
-    "Ours with one thing switched back": of_gpu("ablation", ablation_text),
-    "The Shakespeare recipe": of_gpu("seed", seed_text),
+    "Where the time of a step goes": profile_block,
+    "Ours with one thing switched back": ablation_block,
+    "The Shakespeare recipe": seed_block,
     "What a GPU said of the kernels": evidence_block,
     "Plots": plots_block,
     "What was run": lambda results: "\n".join(f"- {tables.source_line(r)}" for r in results),
@@ -292,32 +293,31 @@ def page(results: Sequence[Result]) -> str:
 
 
 def fill(text: str, results: Sequence[Result]) -> str:
-    """`text` with every marked block regenerated.
+    """`text` with every marked block written anew.
 
     Raises:
         ValueError: a block has an unknown name, or is not closed.
     """
-
-    def filled(match: re.Match[str]) -> str:
-        name = match["name"]
+    for name in re.findall(r"<!-- bench:([a-z-]+) -->", text):
         if name not in README_BLOCKS:
             known = ", ".join(README_BLOCKS)
             raise ValueError(f"report: unknown block {name!r}; known: {known}")
-        return f"<!-- bench:{name} -->\n{README_BLOCKS[name](results)}\n<!-- /bench:{name} -->"
-
-    pattern = r"<!-- bench:(?P<name>[a-z-]+) -->\n.*?<!-- /bench:(?P=name) -->"
-    opened = re.findall(r"<!-- bench:([a-z-]+) -->", text)
-    made, count = re.subn(pattern, filled, text, flags=re.DOTALL)
-    if count != len(opened):
-        raise ValueError(f"report: of the blocks {opened} only {count} are closed by /bench:NAME")
-    return made
+        start, end = f"<!-- bench:{name} -->\n", f"<!-- /bench:{name} -->"
+        before, _, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not closed:
+            raise ValueError(f"report: {start.strip()} must be followed by {end}")
+        text = f"{before}{start}{README_BLOCKS[name](results)}\n{end}{after}"
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("bench.report", __doc__)
     parser.add_argument("--check", action="store_true", help="edit nothing, exit 1 on a difference")
     parser.add_argument("--results", type=cli.path, default=record.RESULTS)
-    parser.add_argument("--root", type=cli.path, default=record.ROOT, help="of what is written")
+    parser.add_argument(
+        "--root", type=cli.path, default=record.ROOT, help="where files are written"
+    )
     args = parser.parse_args(argv)
     if not args.results.is_dir():
         raise ValueError(f"report: --results must be a folder, got {args.results}")
@@ -326,11 +326,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         readme: fill(readme.read_text() if readme.exists() else "", results),
         args.root / "docs/results.md": page(results),
     }
-    found = figures.to_draw(results)
-    drawn = {args.root / f"bench/plots/{name}.svg": (name, *found[name]) for name in found}
-    said = {path: path.read_text() if path.exists() else "" for path in (*texts, *drawn)}
-    wrong = [path for path, text in texts.items() if said[path] != text]
-    wrong += [path for path in drawn if figures.mark(drawn[path][-1]) not in said[path]]
+    plots = {args.root / f"bench/plots/{plot.name}.svg": plot for plot in figures.to_draw(results)}
+    before = {path: path.read_text() if path.exists() else "" for path in (*texts, *plots)}
+    wrong = [path for path, text in texts.items() if before[path] != text]
+    wrong += [path for path, plot in plots.items() if plot.mark not in before[path]]
     names = ", ".join(str(path.relative_to(args.root)) for path in wrong)
     if args.check:
         if wrong:
@@ -338,9 +337,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if wrong else 0
     for path, text in texts.items():
         write_atomically(path, text)
-    for path, what in drawn.items():
-        figures.draw(*what, path)
-    print(f"wrote {len(said)} files from {len(results)} results; changed: {names or 'none'}")
+    for path, plot in plots.items():
+        plot.save(path)
+    print(f"wrote {len(before)} files from {len(results)} results; changed: {names or 'none'}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Markdown tables of rows: the one place that shows figures, and none of a row in doubt."""
+"""Markdown tables of rows: the one place that shows figures, and never those of a row in doubt."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -7,7 +7,7 @@ from bench.cases import CASES
 from bench.record import OpRow, Result, Row, StepRow, TimedRow
 
 R = TypeVar("R", bound=Row)
-Columns = Mapping[str, Callable[[Any], str]]  # heading -> the cell of what a line is of
+Columns = Mapping[str, Callable[[Any], str]]  # heading -> the cell for a row
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -33,19 +33,19 @@ def shown(rows: Iterable[R]) -> list[R]:
 
 
 def cell(text: object) -> str:
-    """Text of others (errors, last lines) as it may stand in a table."""
+    """Text from elsewhere (errors, last lines), made safe for a table."""
     return " ".join(str(text).split()).replace("|", "\\|")[:200]
 
 
 def rows_table(rows: Sequence[Row], names: Columns, figures: Columns) -> str:
-    """A line per row with what it is and its figures; below, the rows in doubt and why."""
+    """A line per row with its names and figures; below, the rows in doubt and why."""
     columns = {**names, **figures}
     lines = [[get(row) for get in columns.values()] for row in shown(rows)]
     return "\n\n".join([*([table([*columns], lines)] if lines else []), *hidden(rows, names)])
 
 
 def hidden(rows: Sequence[Row], names: Columns) -> list[str]:
-    """Who is in doubt, a line for each reason."""
+    """The names of rows in doubt, a line for each reason."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if row.doubt:
@@ -63,55 +63,47 @@ def figures_3(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def over(name: str) -> Callable[[TimedRow], str]:
-    return lambda row: number(row.over.get(name), ".2f")
-
-
-def rate(row: OpRow) -> str:
-    """GB/s of an op that is bound by memory, TFLOP/s of the rest."""
-    return f"{figures_3(row.tflops or row.gbs)} {'TFLOP/s' if row.tflops else 'GB/s'}"
+def spread(row: TimedRow) -> str:
+    return f"{100 * row.cov:.1f}%" + " !" * row.noisy
 
 
 def ops_table(rows: Sequence[OpRow]) -> str:
-    """A line per op: everyone's ms, and how ours stands; of rows of one size and mode."""
+    """A line per op: everyone's ms, and how ours compares. All rows have one size and mode."""
     who = dict.fromkeys(row.provider for row in rows)
-    found = {(row.op, row.provider): row for row in shown(rows)}
-
-    def of(name: str, get: Callable[[OpRow], str]) -> Callable[[str], str]:
-        return lambda op: get(found[op, name]) if (op, name) in found else ""
-
-    def memory(op: str) -> str:
-        gib = {name: of(name, lambda row: number(row.peak_gib, ".2f"))(op) for name in who}
+    header = ["op", *(f"{name} ms" for name in who), "ours", "of limit", "x eager", "x compile"]
+    lines = []
+    for op in sorted({row.op for row in rows}, key=[*CASES].index):
+        found = {row.provider: row for row in shown(rows) if row.op == op}
+        times = {name: f"{row.ms:.3g}" + " !" * row.noisy for name, row in found.items()}
+        cells = ["", "", "", ""]
+        if ours := found.get("ours"):
+            rate = f"{figures_3(ours.tflops)} TFLOP/s" if ours.tflops else ""
+            ratios = [number(ours.over.get(name), ".2f") for name in ("eager", "compile")]
+            cells = [rate or f"{figures_3(ours.gbs)} GB/s", f"{ours.of_limit:.0%}", *ratios]
+        gib = {name: number(row.peak_gib, ".2f") for name, row in found.items()}
+        memory = " / ".join(gib.get(name) or "-" for name in ("eager", "compile", "ours"))
         known = any(gib.values())
-        return " / ".join(gib.get(n) or "-" for n in ("eager", "compile", "ours")) * known
-
-    columns = {
-        "op": str,
-        **{f"{name} ms": of(name, lambda r: f"{r.ms:.3g}" + " !" * r.noisy) for name in who},
-        "ours": of("ours", rate),
-        "of limit": of("ours", lambda row: f"{row.of_limit:.0%}"),
-        "x eager": of("ours", over("eager")),
-        "x compile": of("ours", over("compile")),
-        "extra GiB: eager / compile / ours": memory,
-    }
-    ops = sorted({row.op for row in rows}, key=[*CASES].index)
-    body = table([*columns], [[get(op) for get in columns.values()] for op in ops])
+        lines.append([op, *(times.get(name, "") for name in who), *cells, memory * known])
+    body = table([*header, "extra GiB: eager / compile / ours"], lines)
     taken = [f"{row.op} {row.provider} took {row.backend.lower()}." for row in rows if row.backend]
     names: Columns = {"op": lambda row: row.op, "who": lambda row: row.provider}
     return "\n\n".join(filter(None, [body, " ".join(taken), *hidden(rows, names)]))
 
 
 def step_table(rows: Sequence[StepRow]) -> str:
-    """A line per contestant: tokens/s is what a user sees; and what it is times which rival."""
+    """A line per contestant: tokens/s is what a user sees, then the ratios to its rivals."""
     on_gpu = any(row.peak_tflops for row in rows)
     rivals = ["compile bf16" if on_gpu else "eager fp32"]
     rivals += [row.provider for row in rows if row.provider.startswith("nanogpt")]
-    if all(row.provider.startswith("ours bf16") for row in rows):  # one thing switched back
+    if all(row.provider.startswith("ours bf16") for row in rows):  # an ablation
         rivals = ["ours bf16"]
 
     def mfu(row: StepRow) -> str:
         rates, peak = (row.tflops_palm, row.tflops_llmc), row.peak_tflops
         return " / ".join(f"{rate / peak:.1%}" for rate in rates) if peak else ""
+
+    def over(name: str) -> Callable[[StepRow], str]:
+        return lambda row: number(row.over.get(name), ".2f")
 
     return rows_table(
         rows,
@@ -119,7 +111,7 @@ def step_table(rows: Sequence[StepRow]) -> str:
         {
             "tokens/s": lambda row: f"{row.tokens_per_s:,.0f}",
             "ms/step": lambda row: f"{row.ms:,.1f}",
-            "spread": lambda row: row.spread,
+            "spread": spread,
             **{f"x {name}": over(name) for name in rivals},
             "MFU palm / llmc": mfu,
             "peak GiB": lambda row: number(row.peak_gib, ".1f"),
@@ -136,12 +128,12 @@ def device_line(result: Result) -> str:
 
 
 def where(result: Result) -> str:
-    """Device and commit: what tells apart the figures of one table."""
-    return f"{device_line(result)}, {result.about['commit'][:8]}"
+    """Device and commit: where the figures of a table come from."""
+    return f"{device_line(result)}, {result.commit}"
 
 
 def source_line(result: Result) -> str:
-    """What was run on what, in one sentence."""
+    """What was run, and on what, in one sentence."""
     about, driver = result.about, result.device.get("driver")
     return (
         f"{where(result)}{', uncommitted changes' if about['dirty'] else ''}: "
