@@ -1,32 +1,29 @@
 """Generation token by token, with a KV cache.
 
-One step for R rows of which row r has seen n_r tokens:
+One step for R rows, where row r has n_r tokens:
 
     first step, and after a slide    prefill: all positions at once; logits of the last one
     every other step                 decode: one position per row against the kept keys
 
-Both are the model's own residual stream, run with an op set whose causal_attention also keeps
-keys and values (prefill) or reads them (decode).
+Both run the model's own residual stream. Their causal_attention also keeps keys and values
+(prefill) or reads them (decode).
 
 Decode reads every weight once for R tokens, so it is bound by weight bytes (fp32 124M: 0.5 GB a
 step) and uses plain matmuls; the caches add 2 * L * C * n_r values per row. On CUDA the decode
 step is one captured graph over the whole window, since its launches would outlast its work.
 
-The window is the context the model was trained at, unless said otherwise: positions beyond it
-never had a gradient. When a row outgrows it, the last half is kept and prefilled again from
-position 0. The uncached path follows the same rule and recomputes everything every step: it is
-the reference, not an alternative.
+The window is the context the model was trained at, unless the caller gives another: positions
+beyond it never had a gradient. When a row outgrows it, the last half is kept and prefilled again
+from position 0.
 
-Sampling draws one number per row and step from a stream that depends on the seed, the sample
-number and the prompt alone, so a prompt gives the same text whatever else is in the batch (up to
+Sampling draws one number per row and step from a stream that depends only on the seed, the sample
+number and the prompt. So a prompt gives the same text whatever else is in the batch (up to
 rounding: a matmul over another number of rows may differ in the last bit).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -36,7 +33,7 @@ from torch import Tensor, nn
 
 from kernels import EAGER, Ops
 from model.edge import check_int, one_line
-from model.gpt import GPT, Block
+from model.gpt import GPT
 from model.sampling import Sampling, sample
 
 MAX_ROWS = 4096  # texts at once
@@ -51,25 +48,25 @@ def resolve_window(model: GPT, window: int | None) -> int:
 
 
 class Cache:
-    """Keys and values of every layer, for R = num_rows rows of at most `window` positions.
+    """Keys and values of every layer, for `num_rows` rows of at most `window` positions.
 
-    `keep` and `attend` take the place of causal_attention. The layers of a model call them in turn,
-    so `start` comes before each pass.
+    `keep` and `attend` take the place of the model's causal_attention. The layers call them in
+    turn, so each pass through the model begins with `start_prefill` or `start_decode`.
     """
 
     def __init__(self, model: GPT, num_rows: int, window: int):
         self.model, self.num_rows, self.window = model, num_rows, window
         self.kv: Tensor | None = None  # (layer, k or v, R, H, window, D)
 
-    def start(self, rows: list[int]) -> None:
-        """Before a pass over all positions of `rows`, whose keys and values are to be kept."""
+    def start_prefill(self, rows: list[int]) -> None:
+        """Before a pass over all positions of these rows."""
         self.layer, self.rows = 0, rows
 
     def start_decode(self, positions: Tensor | int, span: int) -> None:
         """Before a pass over one position of every row.
 
         Args:
-            positions: (R,) int64, or one position that all rows share (then nothing needs a mask).
+            positions: (R,) int64, or the one position that all rows share (needs no mask).
             span: Positions to attend over; those past a row's own are masked.
         """
         self.layer, self.positions, self.span = 0, positions, span
@@ -81,8 +78,7 @@ class Cache:
 
     def keep(self, qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
         """The model's attention, (len(rows), S, 3C) -> (len(rows), S, C)."""
-        (B, S, C3), config = qkv.shape, self.model.config
-        kv = qkv.view(B, S, 3, n_head, C3 // (3 * n_head))[:, :, 1:].permute(2, 0, 3, 1, 4)
+        (B, S, _), config = qkv.shape, self.model.config
         if self.kv is None:
             # In the dtype of qkv, which autocast decides. Zeros, because masked positions are still
             # multiplied, and 0 * NaN is NaN.
@@ -94,29 +90,28 @@ class Cache:
                     f"generate: no memory for the keys and values of {self.num_rows:,} texts; "
                     f"take fewer or a smaller window ({one_line(error, 160)})"
                 ) from None
-        self.kv[self.layer][:, self.rows, :, :S] = kv
+        new = qkv.view(B, S, 3, n_head, config.head_dim)[:, :, 1:].permute(2, 0, 3, 1, 4)
+        self.kv[self.layer][:, self.rows, :, :S] = new
         self.layer += 1
         return self.model.ops.causal_attention(qkv, n_head, dropout_p)
 
     def attend(self, qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
         """Attention of one new position per row to those kept, (R, 1, 3C) -> (R, 1, C)."""
         assert self.kv is not None
-        (R, _, C3), span = qkv.shape, self.span
-        q, k, v = qkv.view(R, 3, n_head, C3 // (3 * n_head)).unbind(1)
+        q, k, v = qkv.view(self.num_rows, 3, n_head, -1).unbind(1)  # (R, H, D)
         keys, values = self.kv[self.layer].unbind(0)  # (R, H, window, D)
         self.layer += 1
         keys[self.every, :, self.positions] = k
         values[self.every, :, self.positions] = v
-        y = F.scaled_dot_product_attention(
-            q.unsqueeze(2), keys[:, :, :span], values[:, :, :span], attn_mask=self.mask
-        )
-        return y.reshape(R, 1, C3 // 3)
+        keys, values = keys[:, :, : self.span], values[:, :, : self.span]
+        y = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, attn_mask=self.mask)
+        return y.reshape(self.num_rows, 1, -1)
 
 
 class _RowLinear(nn.Linear):
     """nn.Linear of one row as a matrix-vector product.
 
-    In bf16 that reads the weight as it is, where a product of matrices packs it first: 15 in place
+    In bf16 that reads the weight as it is, where a product of matrices packs it first: 15 instead
     of 22 ms for 113 MB of (3072, 768), one core of a Xeon with AMX; reading them takes 10.
     """
 
@@ -125,46 +120,44 @@ class _RowLinear(nn.Linear):
 
 
 def _row_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
-    """gelu_mlp of one row."""
+    """gelu_mlp of one row, as matrix-vector products."""
     h = F.gelu(torch.addmv(b_fc, w_fc, x.view(-1)), approximate="tanh")
     return torch.addmv(b_proj, w_proj, h).view(1, 1, -1)
 
 
-M = TypeVar("M", bound=nn.Module)
+def _twin(
+    module: nn.Module, ops: Ops, views: Mapping[Tensor, Tensor], linear: type[nn.Module]
+) -> nn.Module:
+    """`module` in eval mode, with other ops, views of some weights and a class for its nn.Linear.
 
-
-def _with(module: M, ops: Ops, views: Mapping[Tensor, Tensor], linear: type = nn.Linear) -> M:
-    """The module again, in eval mode, with other ops and some weights as views; all else is shared.
-
-    Not copy.deepcopy, which takes 10 ms for 12 layers. What compiled blocks run is left behind.
+    It shares everything else. Blocks compiled for training run uncompiled in it. copy.deepcopy
+    would take 10 ms for 12 layers.
     """
-    twin = module.__new__(type(module))
-    if type(module) is nn.Linear:
-        twin.__class__ = linear
+    twin = module.__new__(linear if type(module) is nn.Linear else type(module))
     twin.__dict__ = {**module.__dict__, "training": False, "_compiled_call_impl": None}
+    if "ops" in module.__dict__:
+        twin.__dict__["ops"] = ops
     twin._parameters = {name: views.get(p, p) for name, p in module._parameters.items()}  # type: ignore
     twin._modules = {
-        name: m and _with(m, ops, views, linear) for name, m in module._modules.items()
+        name: _twin(child, ops, views, linear) for name, child in module.named_children()
     }
-    if "ops" in twin.__dict__:
-        twin.__dict__["ops"] = ops
     return twin
 
 
 class Decoder:
     """Token-level generation: every `step` gives one token for each row.
 
-    The model is on any device and in eval mode (see `evaluating`). Rows begin with the token ids of
-    `prompts`, at least one each, cropped left to the window: the tokens a row may have before the
-    last half is kept, by default the trained context.
+    Row = prompt * num_samples + sample. The model may be on any device and in either mode; it
+    generates without dropout.
 
     Args:
-        sample_numbers: Stream of draws each row uses; all 0 by default.
-        use_cache: False recomputes the whole row every step (the reference).
+        prompts: Token ids, at least one each. Of a longer prompt only the last `window` are read.
+        num_samples: Rows for each prompt.
+        window: See the top of this file; None is the trained context.
         vocab_size: Tokens at and above are never chosen; None: the model's vocabulary.
 
     Raises:
-        ValueError: an empty row, an id outside the vocabulary, a bad window.
+        ValueError: an empty prompt, an id outside the vocabulary, too many rows, a bad window.
     """
 
     def __init__(
@@ -172,51 +165,49 @@ class Decoder:
         model: GPT,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        sample_numbers: Sequence[int] | None = None,
+        num_samples: int = 1,
         window: int | None = None,
-        use_cache: bool = True,
-        *,
         vocab_size: int | None = None,
     ):
-        self.model = model
-        self.sampling = sampling
+        self.model, self.sampling = model, sampling
         self.window = resolve_window(model, window)
-        self.use_cache = use_cache
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
-        self.device = model.transformer.wte.weight.device
-        for r, prompt in enumerate(prompts):
+        if not 1 <= len(prompts) <= MAX_ROWS:
+            raise ValueError(
+                f'generate: needs 1 to {MAX_ROWS:,} prompts (an empty one is ""), '
+                f"got {len(prompts):,}"
+            )
+        check_int("generate", "num_samples", num_samples, 1, MAX_ROWS // len(prompts))
+        for i, prompt in enumerate(prompts):
             if not prompt:
-                raise ValueError(f"generate: row {r} has no token to start from")
+                raise ValueError(f"generate: prompt {i + 1} has no token to start from")
             if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
                 raise ValueError(
-                    f"generate: row {r} has a token outside the vocabulary of "
+                    f"generate: prompt {i + 1} has a token outside the vocabulary of "
                     f"{model.config.vocab_size}: {min(prompt)} to {max(prompt)}"
                 )
-        self.contexts = [list(prompt)[-self.window :] for prompt in prompts]
-        numbers = sample_numbers if sample_numbers is not None else [0] * len(prompts)
+        rows = [(prompt, number) for prompt in prompts for number in range(num_samples)]
+        self.contexts = [list(prompt)[-self.window :] for prompt, _ in rows]
         # The prompt takes part, or an untrained model would answer every prompt alike.
         self.streams = [
-            np.random.default_rng([sampling.seed, n, *prompt])
-            for n, prompt in zip(numbers, prompts, strict=True)
+            np.random.default_rng([sampling.seed, number, *prompt]) for prompt, number in rows
         ]
-        # Rows whose keys are not in the cache: all at first, and a row that has just slid.
-        self.uncached_rows = [*range(len(prompts))]
-        self.cache = Cache(model, len(prompts), self.window)
-        one_row_on_cpu = self.device.type == "cpu" and len(prompts) == 1
-        wte = model.transformer.wte.weight
+        # Rows whose keys are not in the cache: all at first, and later a row that has just slid.
+        self.uncached_rows = [*range(len(rows))]
+        self.cache = Cache(model, len(rows), self.window)
+        stream, wte = model.transformer, model.transformer.wte.weight
+        self.device = wte.device
+        one_row_on_cpu = self.device.type == "cpu" and len(rows) == 1
         self.one_bf16_row = one_row_on_cpu and wte.dtype == torch.bfloat16
-        turn = use_cache and one_row_on_cpu and not self.one_bf16_row
-        turned = _turned_weights(model) if turn else {}
-        self.head = turned[wte] if turned else wte.t()  # (C, Vp)
-        views = {w: copied.t() for w, copied in turned.items() if w is not wte}
-        keep, attend = self.cache.keep, self.cache.attend
-        stream = model.transformer
-        self.prefill = _with(stream, replace(model.ops, causal_attention=keep), {})
-        decoding = replace(EAGER, causal_attention=attend)
+        decoding, linear = replace(EAGER, causal_attention=self.cache.attend), nn.Linear
+        self.head, views = wte.t(), {}  # (C, Vp)
         if self.one_bf16_row:
-            decoding = replace(decoding, gelu_mlp=_row_mlp)
-        linear = _RowLinear if self.one_bf16_row else nn.Linear
-        self.decode = _with(stream, decoding, views, linear)
+            decoding, linear = replace(decoding, gelu_mlp=_row_mlp), _RowLinear
+        elif one_row_on_cpu:
+            self.head, views = _turned_weights(model)
+        prefilling = replace(model.ops, causal_attention=self.cache.keep)
+        self.prefill = _twin(stream, prefilling, {}, nn.Linear)
+        self.decode = _twin(stream, decoding, views, linear)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
@@ -226,11 +217,17 @@ class Decoder:
         Raises:
             ValueError: the model's logits are not finite.
         """
-        logits = self._cached_logits() if self.use_cache else self._uncached_logits()
+        rows, self.uncached_rows = self.uncached_rows, []
+        if len(rows) == len(self.contexts):
+            logits = self._prefill(rows)
+        else:
+            logits = self._decode()
+            if rows:  # decode gave them logits too, from keys of where they stood before they slid
+                logits[rows] = self._prefill(rows)
         logits = logits[:, : self.vocab_size]
         draws = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float64)
         tokens: list[int] = sample(logits, draws.to(logits.device), self.sampling).tolist()
-        if not torch.isfinite(logits.amax(dim=-1)).all():  # which a NaN anywhere makes NaN
+        if not torch.isfinite(logits.amax(dim=-1)).all():  # a NaN anywhere makes the maximum NaN
             raise ValueError(
                 "generate: the model's logits are not finite, so no token can be chosen: its "
                 "training failed, or its weights overflow in this dtype; try an earlier checkpoint"
@@ -243,29 +240,6 @@ class Decoder:
                 self.uncached_rows.append(r)
         return tokens
 
-    # ---- without a cache
-
-    def _uncached_logits(self) -> Tensor:
-        """(R, V), each row alone and from scratch."""
-        weight = self.model.transformer.wte.weight[: self.model.config.vocab_size]
-        hidden = []
-        for context in self.contexts:
-            idx = torch.tensor([context], device=self.device)
-            hidden.append(self.model.transformer(idx, self.model.residual_dtype)[0][:, -1])
-        self.uncached_rows.clear()
-        return F.linear(torch.cat(hidden), weight)
-
-    # ---- with a cache
-
-    def _cached_logits(self) -> Tensor:
-        rows, self.uncached_rows = self.uncached_rows, []
-        if len(rows) == len(self.contexts):
-            return self._prefill(rows)
-        logits = self._decode()
-        if rows:  # decode gave them logits too, from keys of where they stood before they slid
-            logits[rows] = self._prefill(rows)
-        return logits
-
     def _prefill(self, rows: list[int]) -> Tensor:
         """Logits (len(rows), V) at the end of these rows; their keys and values are kept.
 
@@ -275,7 +249,7 @@ class Decoder:
         model, contexts = self.model, [self.contexts[r] for r in rows]
         S = max(map(len, contexts))
         idx = torch.tensor([c + [0] * (S - len(c)) for c in contexts], device=self.device)
-        self.cache.start(rows)
+        self.cache.start_prefill(rows)
         y, _ = self.prefill(idx, model.residual_dtype)
         ends = torch.tensor([len(c) - 1 for c in contexts], device=self.device)
         last = y[torch.arange(len(rows), device=self.device), ends]
@@ -293,7 +267,12 @@ class Decoder:
         return self._decode_step(torch.tensor(tokens), torch.tensor(positions), max(positions) + 1)
 
     def _decode_step(self, tokens: Tensor, positions: Tensor | int, span: int) -> Tensor:
-        """Logits (R, V) of one position for each row; tokens (R,) int64, rest as in the cache."""
+        """Logits (R, V) of one position for each row.
+
+        Args:
+            tokens: (R,) int64.
+            positions, span: See `Cache.start_decode`.
+        """
         self.cache.start_decode(positions, span)
         one = isinstance(positions, int)
         at = slice(positions, positions + 1) if one else positions[:, None]
@@ -328,51 +307,26 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-_turned: "WeakKeyDictionary[GPT, tuple[list[tuple[int, int]], dict[Tensor, Tensor]]]"
-_turned = WeakKeyDictionary()
+_turned: WeakKeyDictionary[GPT, tuple[list, Tensor, dict[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
-def _turned_weights(model: GPT) -> dict[Tensor, Tensor]:
-    """(in, out) copies of the weights that a CPU multiplies faster by a single row that way.
+def _turned_weights(model: GPT) -> tuple[Tensor, dict[Tensor, Tensor]]:
+    """The head as (C, Vp), and views of copies of some weights, stored as (in, out).
 
-    Those that widen a row: one row of C = 768 takes 4.2 in place of 5.5 ms for 57 MB of c_attn
-    weights, 3.0 for 4.2 of c_fc, 10.2 for 14.2 for the head (2 Zen 3 cores, fp32, MKL); the other
-    two gain nothing. Kept per model, and made again when training has changed a weight.
+    A CPU multiplies a single row faster by weights that lie so, if they widen it: one row of
+    C = 768 takes 4.2 instead of 5.5 ms for 57 MB of c_attn weights, 3.0 for 4.2 of c_fc, 10.2 for
+    14.2 for the head (2 Zen 3 cores, fp32, MKL); the other two gain nothing. The copies are kept
+    per model, and made again when training has changed a weight.
     """
-    blocks = cast(list[Block], [*model.transformer.h])
-    weights: list[Tensor] = [model.transformer.wte.weight]
-    for block in blocks:
-        weights += [block.attn.c_attn.weight, block.mlp.c_fc.weight]
-    versions = [(w.data_ptr(), w._version) for w in weights]
-    if sum(w.nbytes for w in weights) > MAX_TURNED_BYTES:
-        return {}
-    known = _turned.get(model)
-    if known is None or known[0] != versions:
-        known = (versions, {w: w.detach().t().contiguous() for w in weights})
-        _turned[model] = known
-    return known[1]
-
-
-@contextmanager
-def evaluating(model: GPT) -> Iterator[None]:
-    """The model in eval mode inside, as it was after."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def rows_of(prompts: Sequence[Sequence[int]], num_samples: int) -> tuple[list[Sequence[int]], list]:
-    """Each prompt num_samples times, and the sample number of each row."""
-    if not 1 <= len(prompts) <= MAX_ROWS:
-        raise ValueError(
-            f'generate: needs 1 to {MAX_ROWS:,} prompts (an empty one is ""), got {len(prompts):,}'
-        )
-    check_int("generate", "num_samples", num_samples, 1, MAX_ROWS // len(prompts))
-    rows = [prompt for prompt in prompts for _ in range(num_samples)]
-    return rows, [*range(num_samples)] * len(prompts)
+    widening = ("wte.weight", "c_attn.weight", "c_fc.weight")
+    wte, *weights = (p for name, p in model.named_parameters() if name.endswith(widening))
+    if wte.nbytes + sum(w.nbytes for w in weights) > MAX_TURNED_BYTES:
+        return wte.t(), {}
+    versions = [(w.data_ptr(), w._version) for w in (wte, *weights)]
+    if model not in _turned or _turned[model][0] != versions:
+        views: dict[Tensor, Tensor] = {w: w.detach().t().contiguous().t() for w in weights}
+        _turned[model] = versions, wte.detach().t().contiguous(), views
+    return _turned[model][1:]
 
 
 def generate_tokens(
@@ -382,11 +336,8 @@ def generate_tokens(
     *,
     num_samples: int = 1,
     window: int | None = None,
-    use_cache: bool = True,
 ) -> list[list[int]]:
-    """New tokens of each row, row = prompt * num_samples + sample; the rest as for `Decoder`."""
-    rows, numbers = rows_of(prompts, num_samples)
-    with evaluating(model):
-        decoder = Decoder(model, rows, sampling, numbers, window, use_cache)
-        steps = [decoder.step() for _ in range(sampling.max_new_tokens)]
-    return [[tokens[r] for tokens in steps] for r in range(len(rows))]
+    """New tokens of each row; arguments and errors as for `Decoder`."""
+    decoder = Decoder(model, prompts, sampling, num_samples, window)
+    steps = [decoder.step() for _ in range(sampling.max_new_tokens)]
+    return [[tokens[r] for tokens in steps] for r in range(len(decoder.contexts))]

@@ -14,6 +14,8 @@ Source: Radford et al. 2019; parameter names are those of the released weights.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -209,3 +211,14 @@ class GPT(nn.Module):
         from model import export
 
         export.save_pretrained(self, path, dtype)
+
+
+@contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """The model is in eval mode inside; afterwards it is in the mode it had before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from model import tokenizer
-from model.decoder import Decoder, evaluating, resolve_window, rows_of
+from model.decoder import Decoder, resolve_window
 from model.gpt import GPT
 from model.sampling import Sampling
 
@@ -54,9 +54,11 @@ def stream_text(
 ) -> Iterator[Piece]:
     """Generate text and hand it out as it comes; row = prompt * num_samples + sample.
 
-    An empty prompt starts from <|endoftext|>; `notify` gets a line for each that had to be cropped
-    to the window. A row ends at <|endoftext|>, before a stop string, or after max_new_tokens; its
-    last piece has done=True.
+    An empty prompt starts from <|endoftext|>. A row ends at <|endoftext|>, before a stop string, or
+    after max_new_tokens; its last piece has done=True.
+
+    Args:
+        notify: Gets a line for each prompt that was cropped to the window.
 
     Raises:
         ValueError: a bad window, prompt or number of samples, or a model of another vocabulary.
@@ -70,24 +72,22 @@ def stream_text(
                 f"prompt {i + 1} has {len(prompt_ids)} tokens, the window holds {limit}: "
                 f"only its last {limit} are read"
             )
-    rows, numbers = rows_of(ids, num_samples)
-    known = tokenizer.VOCAB_SIZE  # a padded vocabulary has logits for ids that are no tokens
-    decoder = Decoder(model, rows, sampling, numbers, limit, vocab_size=known)
-    return _pieces(decoder, [_RowText(sampling.stop) for _ in rows])
+    # A padded vocabulary has logits for ids that are no tokens.
+    decoder = Decoder(model, ids, sampling, num_samples, limit, tokenizer.VOCAB_SIZE)
+    return _pieces(decoder, [_RowText(sampling.stop) for _ in decoder.contexts])
 
 
 def _pieces(decoder: Decoder, rows: list[_RowText]) -> Iterator[Piece]:
     """The loop of `stream_text`, apart so that bad input raises at the call, not at first use."""
     num, spell = 0, tokenizer.get_encoding().decode_single_token_bytes
-    with evaluating(decoder.model):
-        while num < decoder.sampling.max_new_tokens and not all(row.done for row in rows):
-            num += 1
-            for r, token in enumerate(decoder.step()):
-                if not rows[r].done:
-                    end = token == tokenizer.EOT
-                    text = rows[r].feed(b"" if end else spell(token), end)
-                    if text or rows[r].done:
-                        yield Piece(r, text, num, rows[r].done)
+    while num < decoder.sampling.max_new_tokens and not all(row.done for row in rows):
+        num += 1
+        for r, token in enumerate(decoder.step()):
+            if not rows[r].done:
+                end = token == tokenizer.EOT
+                text = rows[r].feed(b"" if end else spell(token), end)
+                if text or rows[r].done:
+                    yield Piece(r, text, num, rows[r].done)
     for r, row in enumerate(rows):
         if not row.done:
             yield Piece(r, row.feed(b"", final=True), num, True)

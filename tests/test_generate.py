@@ -1,8 +1,9 @@
-"""Generation: cached against uncached, sampling against plain formulas, text out of tokens."""
+"""Generation: the cache against the whole model, sampling against plain formulas."""
 
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -16,6 +17,7 @@ from tests.pretend_cuda import pretend_cuda
 CONFIG = GPTConfig(block_size=64, vocab_size=197, n_layer=3, n_head=4, n_embd=64)
 NUM = 130
 GREEDY = Sampling(max_new_tokens=NUM, temperature=0.0)
+ONE = replace(GREEDY, max_new_tokens=1)
 
 
 def random_model(config: GPTConfig = CONFIG, seed: int = 0) -> GPT:
@@ -34,16 +36,18 @@ def model() -> GPT:
     return random_model()
 
 
-def plain_greedy(model: GPT, prompt: list[int], num: int, window: int) -> list[int]:
+def plain_tokens(model: GPT, prompt: list[int], sampling: Sampling, window: int) -> list[int]:
     """The rule, written once more: whole model, whole row, every step."""
     context, new = list(prompt)[-window:], []
+    stream = np.random.default_rng([sampling.seed, 0, *prompt])
     model.eval()
-    for _ in range(num):
+    for _ in range(sampling.max_new_tokens):
         if len(context) > window:
             context = context[-(window // 2) :]
         with torch.no_grad():
-            logits = model(torch.tensor([context]))[0, -1]
-        new.append(int(logits.argmax()))
+            logits = model(torch.tensor([context], device=model.transformer.wte.weight.device))
+        draw = torch.tensor([stream.random()], dtype=torch.float64, device=logits.device)
+        new.append(int(sample(logits[:, -1], draw, sampling)))
         context.append(new[-1])
     return new
 
@@ -52,13 +56,12 @@ def plain_greedy(model: GPT, prompt: list[int], num: int, window: int) -> list[i
 
 
 @pytest.mark.parametrize("window", [64, 17, 2])
-def test_cached_greedy_equals_uncached_past_the_window(model: GPT, window: int):
+def test_greedy_equals_the_whole_model_past_the_window(model: GPT, window: int):
     """130 tokens: three slides at 64; an odd window; and the smallest, which slides every step."""
     prompt = [5, 90, 3]
-    expected = plain_greedy(model, prompt, NUM, window)
+    expected = plain_tokens(model, prompt, GREEDY, window)
     assert len({*expected}) > 2  # a constant output would prove little
     assert generate_tokens(model, [prompt], GREEDY, window=window) == [expected]
-    assert generate_tokens(model, [prompt], GREEDY, window=window, use_cache=False) == [expected]
 
 
 def test_batch_of_different_lengths_equals_each_alone(model: GPT):
@@ -70,7 +73,7 @@ def test_batch_of_different_lengths_equals_each_alone(model: GPT):
     ]
     batch = generate_tokens(model, prompts, GREEDY)
     for prompt, new in zip(prompts, batch, strict=True):
-        assert new == plain_greedy(model, prompt, NUM, 64)
+        assert new == plain_tokens(model, prompt, GREEDY, 64)
 
 
 def test_sampling_is_the_same_whatever_the_batch(model: GPT):
@@ -85,7 +88,7 @@ def test_sampling_is_the_same_whatever_the_batch(model: GPT):
     assert other[0] != batch[0]
     shorter = generate_tokens(model, prompts[:1], replace(sampling, max_new_tokens=30))
     assert shorter[0] == batch[0][:30]
-    assert generate_tokens(model, prompts[:1], sampling, use_cache=False)[0] == batch[0]
+    assert plain_tokens(model, prompts[0], sampling, 64) == batch[0]
 
 
 def test_masked_decode_over_the_whole_window_equals_the_short_one(model: GPT):
@@ -107,8 +110,8 @@ def test_masked_decode_over_the_whole_window_equals_the_short_one(model: GPT):
 def test_graph_decode_on_cuda():
     model = random_model().cuda()
     prompts = [[5, 90, 3], [1] * 60]
-    cached = generate_tokens(model, prompts, GREEDY)
-    assert cached == generate_tokens(model, prompts, GREEDY, use_cache=False)
+    plain = [plain_tokens(model, prompt, GREEDY, 64) for prompt in prompts]
+    assert generate_tokens(model, prompts, GREEDY) == plain
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="ops on CPU tensors")
@@ -136,20 +139,19 @@ def test_under_autocast_the_cache_has_the_dtype_of_the_keys(model: GPT):
         cached = [decoder.step() for _ in range(8)]  # the second row slides meanwhile
         assert decoder.cache.kv is not None
         assert decoder.cache.kv.dtype == torch.bfloat16
-        first = Decoder(model, [[5, 90, 3], [1] * 60], GREEDY, use_cache=False).step()
+        first = [plain_tokens(model, prompt, ONE, 64)[0] for prompt in ([5, 90, 3], [1] * 60)]
     assert cached[0] == first
 
 
 def test_a_bf16_row_on_the_cpu_multiplies_vectors(model: GPT):
     """A product of matrices would pack every weight again for each token."""
     half = random_model().bfloat16().eval()
-    cached, uncached = (Decoder(half, [[5, 90, 3]], GREEDY, use_cache=c) for c in (True, False))
-    cached.step()
+    decoder = Decoder(half, [[5, 90, 3]], GREEDY)
+    decoder.step()
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as recorded:
-        found = cached._decode()
-    uncached.contexts = cached.contexts
+        found = decoder._decode()
     with torch.inference_mode():
-        want = uncached._uncached_logits()
+        want = half(torch.tensor(decoder.contexts))[:, -1]
     torch.testing.assert_close(found, want, atol=0.02, rtol=0.02)
     calls = {event.key for event in recorded.key_averages()}
     assert "aten::addmv" in calls
@@ -160,8 +162,8 @@ def test_default_window_is_the_trained_context():
     model = random_model()
     model.trained_context = 8
     prompt = [5, 90, 3]
-    assert generate_tokens(model, [prompt], GREEDY) == [plain_greedy(model, prompt, NUM, 8)]
-    assert generate_tokens(model, [prompt], GREEDY) != [plain_greedy(model, prompt, NUM, 64)]
+    assert generate_tokens(model, [prompt], GREEDY) == [plain_tokens(model, prompt, GREEDY, 8)]
+    assert generate_tokens(model, [prompt], GREEDY) != [plain_tokens(model, prompt, GREEDY, 64)]
 
 
 def test_copies_of_weights_follow_training():
@@ -171,10 +173,10 @@ def test_copies_of_weights_follow_training():
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight.mul_(-1)  # type: ignore[union-attr]
     after = generate_tokens(model, [prompt], GREEDY)
-    assert after == [plain_greedy(model, prompt, NUM, 64)]
+    assert after == [plain_tokens(model, prompt, GREEDY, 64)]
     assert after != before
     model.double()
-    assert generate_tokens(model, [prompt], GREEDY) == [plain_greedy(model, prompt, NUM, 64)]
+    assert generate_tokens(model, [prompt], GREEDY) == [plain_tokens(model, prompt, GREEDY, 64)]
 
 
 def test_prompts_do_not_share_their_draws(model: GPT):
@@ -191,7 +193,7 @@ def test_dropout_is_off_while_generating():
         tokens = generate_tokens(model, [[1, 2]], GREEDY)
     assert tokens == generate_tokens(model, [[1, 2]], GREEDY)
     assert model.training
-    decoder = Decoder(model, [[1, 2]], GREEDY)  # made before the model is told, as for a stream
+    decoder = Decoder(model, [[1, 2]], GREEDY)  # the model is still in training mode
     assert [decoder.step()[0] for _ in range(len(tokens[0]))] == tokens[0]
 
 

@@ -26,9 +26,10 @@ import tyro
 from torch import Tensor
 
 from model import GPT, tokenizer
-from model.decoder import evaluating, resolve_window
+from model.decoder import resolve_window
 from model.edge import check_int, exits, read_stdin, read_utf8
 from model.find import latest_model, usable_device
+from model.gpt import evaluating
 from training import hellaswag
 from training.documents import find_inputs, is_jsonl, is_table, opened
 from training.metrics import to_json

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from model import GPT, tokenizer
-from model.decoder import evaluating, resolve_window
+from model.decoder import resolve_window
+from model.gpt import evaluating
 from training.documents import opened
 
 BATCH_TOKENS = 4096  # per forward, padding included
