@@ -1,13 +1,11 @@
-"""What of a text stands verbatim in a corpus, exactly, in seconds on 100 MB.
+"""Which parts of a text stand verbatim in a corpus: exact, in seconds on 100 MB.
 
-One pass over the corpus finds where a 16-byte window of the text begins: it hashes every window
-with a few numpy operations, looks it up in a bitmap of the text's hashes and compares the few that
-remain. A longer window stands there exactly where its first and its last 16 bytes do and what lies
-between is equal too. The pass is bound by memory traffic; an index over the corpus would cost more
-than it saves for the few kilobytes a person generates.
+One pass over the corpus finds where a 16-byte window of the text begins: it hashes each window with
+a few numpy operations and looks it up in a bitmap of the text's hashes. A longer match is a run of
+such windows, so the runs, a few kilobytes, then take the place of the corpus. The pass is bound by
+memory traffic; an index over the corpus would cost more than it saves for so short a text.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,12 +24,13 @@ class Overlap:
     """Verbatim overlap of some texts with a corpus.
 
     Args:
-        longest: The longest stretch of a text that stands in the corpus, as bytes; empty where
-            nothing of SEED_BYTES or more does.
-        shares: Window size in bytes -> share of the texts' windows that stand in the corpus; up to
-            the first size of which none does, and at SPAN_BYTES if a text is that long.
+        longest: The longest stretch of a text that stands in the corpus, as bytes; empty if it is
+            shorter than SEED_BYTES.
+        shares: Window size in bytes -> share of the texts' windows that stand in the corpus. Sizes
+            double from SEED_BYTES until no window is found, and reach SPAN_BYTES if a text does.
         spans: Per text the byte ranges (start, end) that stand in the corpus, each of at least
-            SPAN_BYTES and as long as it can be.
+            SPAN_BYTES and as long as it can be. Matches that touch make one span, even if they
+            come from different places of the corpus.
         covered: Share of the texts' bytes inside a span.
     """
 
@@ -49,34 +48,45 @@ def _hashes(data: np.ndarray) -> np.ndarray:
     return words[:num] * K1 + words[8:] * K2
 
 
-def _positions(corpus: bytes, texts: Sequence[bytes]) -> np.ndarray:
-    """Corpus positions at which a 16-byte window begins whose hash is one of the texts', sorted."""
+def _candidates(corpus: bytes, texts: Sequence[bytes]) -> str:
+    """The parts of the corpus that may match, one character per byte, in the corpus's order."""
     long = [text for text in texts if len(text) >= SEED_BYTES]
-    hashes = [_hashes(np.frombuffer(text, dtype=np.uint8)) for text in long]
-    found = [np.empty(0, dtype=np.int64)]
-    if hashes:
-        wanted, shift = np.unique(np.concatenate(hashes)), np.uint64(64 - TABLE_BITS)
-        table = np.zeros(1 << TABLE_BITS, dtype=bool)
-        table[wanted >> shift] = True
-        data = np.frombuffer(corpus, dtype=np.uint8)
-        for start in range(0, len(data) - SEED_BYTES + 1, CHUNK_BYTES):
-            hashes = _hashes(data[start : start + CHUNK_BYTES + SEED_BYTES - 1])
-            near = np.flatnonzero(table[hashes >> shift])
-            found.append(near[np.isin(hashes[near], wanted)] + start)
-    return np.concatenate(found)
+    if not long:
+        return ""
+    wanted = np.unique(np.concatenate([_hashes(np.frombuffer(t, dtype=np.uint8)) for t in long]))
+    table, shift = np.zeros(1 << TABLE_BITS, dtype=bool), np.uint64(64 - TABLE_BITS)
+    table[wanted >> shift] = True
+    found, data = [np.empty(0, dtype=np.int64)], np.frombuffer(corpus, dtype=np.uint8)
+    for start in range(0, len(data) - SEED_BYTES + 1, CHUNK_BYTES):
+        hashes = _hashes(data[start : start + CHUNK_BYTES + SEED_BYTES - 1])
+        near = np.flatnonzero(table[hashes >> shift])
+        found.append(near[np.isin(hashes[near], wanted)] + start)
+    positions = np.concatenate(found)
+    first = positions[np.diff(positions, prepend=-2) > 1].tolist()
+    last = positions[np.diff(positions, append=len(corpus) + 1) > 1].tolist()
+    runs = [corpus[start : end + SEED_BYTES] for start, end in zip(first, last, strict=True)]
+    # A character that is no byte stands between them, so no match reaches from one into the next.
+    return "\u0100".join(run.decode("latin-1") for run in dict.fromkeys(runs))
 
 
-def _merge(starts: Sequence[int]) -> list[tuple[int, int]]:
-    """Windows of SPAN_BYTES at these sorted starts -> ranges.
+def _match_lengths(text: str, corpus: str) -> list[int]:
+    """Length of the longest match that begins at each character; below SEED_BYTES it is none."""
+    lengths, end = [], 0
+    for start in range(len(text)):
+        end = max(end, start + SEED_BYTES - 1)
+        while end < len(text) and text[start : end + 1] in corpus:
+            end += 1
+        lengths.append(end - start)
+    return lengths
 
-    Two windows that begin side by side may come from different places of the corpus, so a range
-    is covered by matches and need not be one match.
-    """
-    spans: list[tuple[int, int]] = []
-    for start in starts:
-        first = spans.pop()[0] if spans and start <= spans[-1][1] else start
-        spans.append((first, start + SPAN_BYTES))
-    return spans
+
+def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    inside = np.zeros(len(lengths), dtype=np.int8)
+    for start, length in enumerate(lengths):
+        if length >= SPAN_BYTES:
+            inside[start : start + length] = 1
+    edges = np.flatnonzero(np.diff(inside, prepend=0, append=0))
+    return [(start, end) for start, end in edges.reshape(-1, 2).tolist()]
 
 
 def find_overlap(texts: Sequence[str | bytes], corpus: bytes) -> Overlap:
@@ -87,35 +97,23 @@ def find_overlap(texts: Sequence[str | bytes], corpus: bytes) -> Overlap:
         corpus: UTF-8 bytes of what was trained on.
     """
     raw = [t if isinstance(t, bytes) else t.encode("utf-8", "replace") for t in texts]
-    seeds = starts = _positions(corpus, raw)
+    likely = _candidates(corpus, raw)
+    lengths = [_match_lengths(text.decode("latin-1"), likely) for text in raw]
+    every = [length for each in lengths for length in each]
 
-    def among(starts: np.ndarray, size: int) -> np.ndarray:
-        """Those corpus positions at which a window of `size` bytes of a text begins."""
-        likely = starts[np.isin(starts + (size - SEED_BYTES), seeds, assume_unique=True)]
-        windows = {text[i : i + size] for text in raw for i in range(len(text) - size + 1)}
-        exact = [corpus[p : p + size] in windows for p in likely.tolist()]
-        return likely[np.array(exact, dtype=bool)]
-
-    size, shares = SEED_BYTES, dict[int, float]()
-    spans: list[list[tuple[int, int]]] = [[] for _ in raw]
-    while True:
-        shorter, starts = starts, among(starts, size)
-        found = {corpus[p : p + size] for p in starts.tolist()}
-        hits = [[i for i in range(len(t) - size + 1) if t[i : i + size] in found] for t in raw]
-        if total := sum(max(0, len(text) - size + 1) for text in raw):
-            shares[size] = sum(map(len, hits)) / total
-        if size == SPAN_BYTES:
-            spans = [_merge(each) for each in hits]
-        if not found:
+    shares, size = dict[int, float](), SEED_BYTES
+    while num_windows := sum(max(0, len(text) - size + 1) for text in raw):
+        shares[size] = sum(length >= size for length in every) / num_windows
+        if not shares[size] and size >= SPAN_BYTES:
             break
         size *= 2
-    longest = b""
-    if size > SEED_BYTES:
-        sizes = range(size // 2, size)  # the first of which was found
-        most = sizes[bisect_left(sizes, True, key=lambda n: not len(among(shorter, n))) - 1]
-        start = among(shorter, most)[0]
-        longest = corpus[start : start + most]
-    if any(len(text) >= SPAN_BYTES for text in raw):
-        shares.setdefault(SPAN_BYTES, 0.0)
+
+    longest, most = b"", max(every, default=0)
+    if most >= SEED_BYTES:
+        ties = []
+        for text, each in zip(raw, lengths, strict=True):
+            ties += [text[i : i + most] for i, length in enumerate(each) if length == most]
+        longest = min(ties, key=corpus.find)
+    spans = [_spans(each) for each in lengths]
     inside = sum(end - start for each in spans for start, end in each)
-    return Overlap(longest, shares, spans, inside / (sum(map(len, raw)) or 1))
+    return Overlap(longest, shares, spans, inside / (len(every) or 1))
