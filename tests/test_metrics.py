@@ -136,6 +136,7 @@ def log_steps(
         for number in range(first, last):
             log.step(number, 0.5, 0, one * (9 - number), one)
         log.finish()
+        log.event("skipped", step=last - 1, loss=1.0, grad_norm=1.0)  # no point of a curve
         log.event("eval", step=last, val_loss=7.0)
         log.event("hellaswag", step=last, hellaswag=0.25)
         log.event("samples", step=last, texts=[])
@@ -154,7 +155,8 @@ def test_loggers_get_the_curves_and_go_on_in_the_same_place(tmp_path: Path, monk
     kept = (tmp_path / "metrics.jsonl").read_text().splitlines()
     names = [json.loads(line).get("event") for line in kept]
     again = ["hellaswag", "samples"]
-    assert names == [None, None, "eval", "hellaswag", None, None, "eval", *again]
+    steps = [None, None, "skipped", "eval"]
+    assert names == [*steps, "hellaswag", *steps, *again]
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     # Start and end of each; an evaluation belongs before the step of its number.
     want = """0,9.0,0.5 .. | 1,8.0,0.5 .. | 2,,, .. ,7.0, | 2,,, .. ,,0.25

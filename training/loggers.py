@@ -1,8 +1,8 @@
 """Where curves go beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio, metrics.csv.
 
 A run that is resumed goes on in the same place: the id that a tracker knows it by is kept in the
-run folder, and a run that starts afresh draws a new one. None of them may stop a run: one that
-fails is named once and left out from there on.
+run folder, and a run that starts afresh draws a new one. No logger may stop a run: one that fails
+is named once and left out from there on.
 """
 
 import csv
@@ -12,22 +12,29 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 FILES = ID, TABLE = "log-id", "metrics.csv"
-COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_s", "val_loss", "hellaswag")
+STEP_CURVES = ("loss", "lr", "grad_norm", "tokens_per_s")
+EVENT_CURVES = ("val_loss", "hellaswag")
 PROJECT = "fused-gpt"
 Logger = tuple[Callable[[dict[str, Any]], object], Callable[[], object]]  # log a row, close
+
+
+def _row(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What an object of metrics.jsonl adds to the curves; empty if it adds nothing."""
+    curves = EVENT_CURVES if "event" in values else STEP_CURVES
+    row = {name: values[name] for name in curves if name in values}
+    return row and {"step": values["step"], **row}
 
 
 def _tensorboard(folder: Path, ident: str, config: dict[str, Any], steps_done: int) -> Logger:
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    # Hides what an earlier process wrote behind the evaluation that stands before the next step.
+    # Hides what an earlier process wrote after the evaluation that precedes the next step.
     purged = steps_done + 1 if steps_done else None
     writer = SummaryWriter(folder / "tensorboard", purge_step=purged)
 
@@ -40,11 +47,11 @@ def _tensorboard(folder: Path, ident: str, config: dict[str, Any], steps_done: i
 
 def _wandb(folder: Path, ident: str, config: dict[str, Any], steps_done: int) -> Logger:
     wandb = importlib.import_module("wandb")
+    project, name = os.environ.get("WANDB_PROJECT") or PROJECT, folder.resolve().name
     # Without an account it would ask for one; `wandb sync` sends an offline run later.
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-    where = {"project": os.environ.get("WANDB_PROJECT") or PROJECT, "dir": folder, "mode": mode}
-    name, settings = folder.resolve().name, wandb.Settings(console="off")
-    run = wandb.init(id=ident, resume="allow", name=name, config=config, settings=settings, **where)
+    how = {"dir": folder, "mode": mode, "settings": wandb.Settings(console="off")}
+    run = wandb.init(project=project, name=name, id=ident, resume="allow", config=config, **how)
     run.define_metric("*", step_metric="step")  # its own counter never goes back, as a run may
     return run.log, run.finish
 
@@ -59,13 +66,13 @@ def _trackio(folder: Path, ident: str, config: dict[str, Any], steps_done: int) 
 def _csv(folder: Path, ident: str, config: dict[str, Any], steps_done: int) -> Logger:
     done = folder / "metrics.jsonl"  # cut back to where the run goes on
     file = (folder / TABLE).open("w", newline="", encoding="utf-8", buffering=1)
-    table: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+    table: csv.DictWriter[str] = csv.DictWriter(file, ("step", *STEP_CURVES, *EVENT_CURVES))
     table.writeheader()
     for line in done.read_bytes().splitlines() if done.is_file() else ():
-        with suppress(ValueError, TypeError, RecursionError):  # a line that a crash damaged
-            values = json.loads(line)
-            row = {name: values[name] for name in COLUMNS if name in values}
-            if len(row) > 1:
+        with suppress(
+            ValueError, TypeError, KeyError, RecursionError
+        ):  # a line that a crash damaged
+            if row := _row(json.loads(line)):
                 table.writerow(row)
     return table.writerow, file.close
 
@@ -83,11 +90,11 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 class Loggers:
-    """The loggers of a run, of `ADAPTERS`; those that fail are left out, which `say` is told."""
+    """The loggers of a run, by their names in `ADAPTERS`; `say` is told of one that fails."""
 
     def __init__(
         self,
-        names: Iterable[str],
+        names: Sequence[str],
         folder: Path,
         config: dict[str, Any],
         steps_done: int,
@@ -95,29 +102,29 @@ class Loggers:
     ):
         self.say = say
         self._loggers: dict[str, Logger] = {}
-        path, kept = folder / ID, ""
+        path, ident = folder / ID, ""
         if names and steps_done and path.is_file():
-            kept = path.read_text(errors="replace")
-        if names and not re.fullmatch("[0-9a-f]{8}", kept):
-            path.write_text(kept := secrets.token_hex(4))
+            ident = path.read_text(errors="replace")
+        if names and not re.fullmatch("[0-9a-f]{8}", ident):
+            path.write_text(ident := secrets.token_hex(4))
         for name in dict.fromkeys(names):
-            opening = partial(ADAPTERS[name], folder, kept, config, steps_done)
-            if opened := self._try(name, opening):
-                self._loggers[name] = opened
+            if logger := self._try(name, ADAPTERS[name], folder, ident, config, steps_done):
+                self._loggers[name] = logger
 
-    def log(self, step: int, **values: Any) -> None:
-        """A row of values."""
-        for name, (log, _) in [*self._loggers.items()]:
-            self._try(name, partial(log, {"step": step, **values}))
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Pass on what an object of metrics.jsonl adds to the curves."""
+        if row := _row(values):
+            for name, (log, _) in [*self._loggers.items()]:
+                self._try(name, log, {**row})
 
     def close(self) -> None:
         """Let each write what it holds."""
         for name, (_, close) in [*self._loggers.items()]:
             self._try(name, close)
 
-    def _try(self, name: str, act: Callable[[], Any]) -> Any:
+    def _try(self, name: str, act: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return act()
+            return act(*arguments)
         except Exception as error:  # whatever a library or its network comes up with
             self._loggers.pop(name, None)
             self.say(f"log: {name} failed ({error}); the run goes on without it")

@@ -4,14 +4,13 @@ Device values are read one step late. On CUDA the copy to pinned memory is queue
 and awaited when the next one has been queued, so the GPU never waits for Python.
 """
 
-import contextlib
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,13 @@ from training.loggers import Loggers
 from training.schema import Mismatch, check, of
 
 MAX_LOG_BYTES = 1 << 30  # some 5 million steps
-_AGAIN = ("hellaswag", "samples")  # events that a resume makes again, at the same step
-_NOT_WRITTEN = ("bad", "position", "stop")  # fields of a record that metrics.jsonl leaves out
+REDONE = ("hellaswag", "samples")  # events that a resumed run makes again at the same step
+NOT_WRITTEN = ("bad", "position", "stop")  # fields of a record that metrics.jsonl leaves out
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step, as metrics.jsonl holds it but for the last three."""
+    """One optimizer step; metrics.jsonl has all but the last three fields."""
 
     step: int  # counted from 0
     loss: float  # mean over the micro-batches, nats per token, before the update
@@ -59,8 +58,8 @@ class StepRecord:
         )
 
 
-_MAY_BE_NULL = dict.fromkeys(("loss", "grad_norm"), of(float | None))  # where they are not finite
-_STEP = {k: v for k, v in (of(StepRecord) | _MAY_BE_NULL).items() if k not in _NOT_WRITTEN}
+_NULLABLE = dict.fromkeys(("loss", "grad_norm"), of(float | None))  # null stands for NaN
+_STEP = {k: v for k, v in (of(StepRecord) | _NULLABLE).items() if k not in NOT_WRITTEN}
 
 
 class RunLog:
@@ -70,12 +69,12 @@ class RunLog:
         folder: Run folder; metrics.jsonl is written there, one object per line.
         max_steps, tokens_per_step: Of the recipe.
         mfu: Tokens per second to model flops utilisation, or None where the peak is unknown.
-        log_every: Steps from one printed line to the next; metrics.jsonl has every step.
+        log_every: Print every so many steps; metrics.jsonl has every step.
         loggers: Names of training/loggers.py that get the curves too.
-        steps_done: Before this process. What metrics.jsonl lacks of them is said; the run goes on.
-        keep_bytes: Length of metrics.jsonl after them; what a killed process wrote after its last
-            checkpoint is cut off. 0 starts the file anew.
-        quiet: Write and print nothing; the ranks beside the first.
+        steps_done: Before this process. If metrics.jsonl lacks some, a line says so.
+        keep_bytes: Length of metrics.jsonl at the checkpoint that the run resumes from. What a
+            killed process wrote after it is cut off. 0 starts the file anew.
+        quiet: Write and print nothing, as on every rank but the first.
         config: Recipe and plan, for the loggers.
 
     Attributes:
@@ -101,20 +100,19 @@ class RunLog:
         self.tokens_per_step, self.mfu, self.log_every = tokens_per_step, mfu, log_every
         self.quiet = quiet
         path = Path(os.devnull) if quiet else folder / "metrics.jsonl"
-        if not quiet:
-            _cut_back(path, keep_bytes)
+        _cut_back(path, keep_bytes)
+        self.records = _read_records(path, steps_done)
         self._file = path.open("ab", buffering=0)  # a line that fails is not tried again later
+        self._broken = False  # a line of metrics.jsonl is missing, or half there
+        self._redone_from: int | None = None  # offset of the first REDONE event since the last step
         self._pending: tuple[Any, ...] | None = None
         self._unread: list[StepRecord] = []
-        self._again_from: int | None = None  # offset of the first such event after the last step
-        self._broken = False  # a line of metrics.jsonl is missing, or half there
         self._mark: Any = time.perf_counter()  # where the pending step began: seconds, or an event
-        self.records = [] if quiet else _read_records(path, steps_done)
         self._bar = Progress(transient=True, disable=quiet or not sys.stdout.isatty())
         self._task = self._bar.add_task("training", total=max_steps)
         names = () if quiet else loggers
         self._loggers = Loggers(names, folder, config or {}, steps_done, self.say)
-        if not quiet and (lost := steps_done - len(self.records)):
+        if lost := steps_done - len(self.records):
             self.say(
                 f"metrics.jsonl: {lost} of the {steps_done} steps done are missing in it or "
                 "damaged; the curve has a gap there, and the run goes on"
@@ -133,10 +131,12 @@ class RunLog:
         self._loggers.close()
 
     def say(self, line: str) -> None:
-        """Print a line; above the bar where there is one."""
-        if self._bar.disable and not self.quiet:
+        """Print a line, above the progress bar if there is one."""
+        if self.quiet:
+            return
+        if self._bar.disable:
             print(printable(line), flush=True)
-        elif not self.quiet:
+        else:
             self._bar.console.print(Text(printable(line)), soft_wrap=True)
 
     def step(
@@ -149,10 +149,10 @@ class RunLog:
         bad: Tensor | None = None,
         stop: Tensor | None = None,
     ) -> None:
-        """Take the device values of `step`, each (); those of the step before become readable."""
+        """Take the device values of `step`, each (); the step before becomes readable."""
         self.finish()
-        zero = torch.zeros_like(loss)
-        flags = (zero if flag is None else flag for flag in (bad, stop))
+        no = torch.zeros_like(loss)
+        flags = (no if bad is None else bad), (no if stop is None else stop)
         values = torch.stack([loss, grad_norm, *flags]).float()
         done: Any = time.perf_counter()
         if values.is_cuda:
@@ -162,7 +162,7 @@ class RunLog:
         self._pending = (step, lr, position, values, done)
 
     def read(self, wait: bool = False) -> Iterator[StepRecord]:
-        """Records not read yet; the newest step's only if `wait`, since it may still run."""
+        """Records that were not read yet; the newest step may still run, and `wait` awaits it."""
         if wait:
             self.finish()
         while self._unread:
@@ -179,7 +179,7 @@ class RunLog:
         if not isinstance(done, float):
             done.synchronize()
             now = time.perf_counter()
-        # Between two events where there are two: the host sees ends late, and unevenly.
+        # Two events give the device's own time: the host learns of an end late, and unevenly.
         seconds = now - begun if isinstance(begun, float) else begun.elapsed_time(done) / 1000.0
         loss, grad_norm, bad, stop = values.tolist()
         self.first_step_s = self.first_step_s or seconds_since_start()
@@ -188,21 +188,17 @@ class RunLog:
         record = StepRecord(step, loss, lr, grad_norm, *speed, bool(bad), position, bool(stop))
         self.records.append(record)
         self._unread.append(record)
-        self._again_from = None
-        self._write({k: v for k, v in asdict(record).items() if k not in _NOT_WRITTEN})
-        curves = ("loss", "lr", "grad_norm", "tokens_per_s")
-        self._loggers.log(step, **{name: getattr(record, name) for name in curves})
+        self._redone_from = None
+        self._write({k: v for k, v in asdict(record).items() if k not in NOT_WRITTEN})
         self._bar.update(self._task, completed=step + 1, description=f"loss {loss:.4f}")
         if step % self.log_every == 0:
             self.say(record.line())
 
     def event(self, name: str, **values: Any) -> None:
         """Write an object that is not a step, e.g. an evaluation."""
-        if name in _AGAIN and self._again_from is None:
-            self._again_from = self.num_bytes
+        if name in REDONE:
+            self._redone_from = self.num_bytes
         self._write({"event": name, **values})
-        if curves := {k: values[k] for k in ("val_loss", "hellaswag") if k in values}:
-            self._loggers.log(values["step"], **curves)
 
     def rewind(self, step: int) -> None:
         """Forget the pending step and the records from `step` on; the file keeps its lines."""
@@ -213,19 +209,20 @@ class RunLog:
 
     @property
     def num_bytes(self) -> int:
-        """Length of metrics.jsonl so far, without what follows the last step and is done again."""
-        known = self._again_from
-        return os.fstat(self._file.fileno()).st_size if known is None else known
+        """Length of metrics.jsonl for a checkpoint: without what a resumed run makes again."""
+        if self._redone_from is not None:
+            return self._redone_from
+        return os.fstat(self._file.fileno()).st_size
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Time spent inside belongs to no step."""
+        """Leave the time spent inside out of the steps' times."""
         self.finish()
         yield
         self._mark = time.perf_counter()
 
     def _write(self, values: dict[str, Any]) -> None:
-        """Append a line; a full disk costs the log and not the run."""
+        """Append a line, and tell the loggers; a full disk costs the log and not the run."""
         line = ("\n" if self._broken else "") + to_json(values) + "\n"
         try:
             if self._file.write(line.encode()) != len(line):
@@ -234,42 +231,40 @@ class RunLog:
             if not self._broken:
                 self.say(f"metrics.jsonl: cannot be written ({error}); the run goes on")
             self._broken = True
+        self._loggers.log(values)
 
 
 def _cut_back(path: Path, keep_bytes: int) -> None:
-    """Drop what follows `keep_bytes`, where a line ends there: else it is not the file it was."""
-    if path.is_file() and path.stat().st_size > MAX_LOG_BYTES:
+    """Drop what follows `keep_bytes` if a line ends there; if none does, it is another file."""
+    if not path.is_file():
+        return
+    if path.stat().st_size > MAX_LOG_BYTES:
         path.rename(path.with_name("metrics-too-long.jsonl"))
-    with path.open("ab+") as file:
-        size = file.tell()
-
-        def line_ends(at: int) -> bool:
-            file.seek(max(0, at - 1))
-            return at == 0 or file.read(1) == b"\n"
-
-        if keep_bytes <= size and line_ends(keep_bytes):
-            file.truncate(keep_bytes)
-        elif not line_ends(size):
+        return
+    data = path.read_bytes()
+    kept = data[:keep_bytes]
+    if len(kept) == keep_bytes and (not kept or kept.endswith(b"\n")):
+        os.truncate(path, keep_bytes)
+    elif data and not data.endswith(b"\n"):
+        with path.open("ab") as file:
             file.write(b"\n")  # the next line must not be glued to the half of one
 
 
 def _read_records(path: Path, steps_done: int) -> list[StepRecord]:
     records = []
     for values in read_metrics(path)[0]:
-        with contextlib.suppress(Mismatch):
+        with suppress(Mismatch):
             check("metrics.jsonl", values, _STEP)
-            if values["step"] < steps_done:
-                for name in ("loss", "grad_norm"):
-                    values[name] = math.nan if values[name] is None else values[name]
-                records.append(StepRecord(**values))
-    return records
+            values |= {name: math.nan for name in _NULLABLE if values[name] is None}
+            records.append(StepRecord(**values))
+    return [record for record in records if record.step < steps_done]
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], ...]:
-    """Steps, evaluations and other events of a metrics.jsonl, each step as it was done last.
+    """Read the steps, evaluations and other events of a metrics.jsonl.
 
-    After a rollback or a resume steps are done again: they and the evaluations after them then take
-    the place of what stands earlier in the file. A missing file is empty, and a line that a crash
+    After a rollback or a resume steps are done again; they and the evaluations after them then
+    replace what stands earlier in the file. A missing file is empty, and a line that a crash
     damaged is left out.
     """
     steps: list[dict[str, Any]] = []
@@ -288,15 +283,15 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], ...]:
             at = values.get("to_step" if name == "rolled_back" else "step")
         except (ValueError, AttributeError, RecursionError):
             continue  # no JSON, or no object
+        rows = steps if name is None else evaluations if name == "eval" else events
         if name in (None, "eval", "rolled_back"):
             if type(at) is not int:
                 continue
-            drop(evaluations, at + (name != "eval"))  # that of step 5 comes before step 5
-            if name != "eval":
-                drop(steps, at)
-                if events and events[-1].get("event") == "failed":
-                    events.pop()  # the run has gone on since
-        rows = steps if name is None else evaluations if name == "eval" else events
+            drop(evaluations, at if name == "eval" else at + 1)  # step 5's comes before step 5
+        if name in (None, "rolled_back"):
+            drop(steps, at)
+            if events and events[-1].get("event") == "failed":
+                events.pop()  # the run has gone on since
         rows.append(values)
     return steps, evaluations, events
 
