@@ -48,6 +48,7 @@ GRAD_NORM_TOLERANCE = 0.05
 RIVALS = ("eager fp32", "compile fp32", "compile bf16", "ours bf16")
 ROOM = 1.15  # of what the largest contestant took so far, for the next one
 NO_REFERENCE = "nothing to hold it against: the first contestant failed"
+WARM_UP = "warm up"  # asks a contestant's process for the row of its warm-up
 
 
 def disagreement(found: StepRow, known: StepRow | None) -> str:
@@ -156,7 +157,7 @@ def _event_times(
 
 
 def work(name: str, setup: Setup) -> None:
-    """A process of one contestant: says its warm-up, then the ms of a step for each time asked."""
+    """A process of one contestant: it answers WARM_UP with that row, all else with a step's ms."""
     if name.startswith("ours"):
         start_process(make_plan(Recipe(model=setup.model), detect("cpu")), seed=0)
     cpu = torch.device("cpu")
@@ -165,13 +166,14 @@ def work(name: str, setup: Setup) -> None:
     contestant, row = contestants.prepare(name, build, setup, cpu, batches)
     turns = itertools.cycle(batches)
     replay = timing.host_replay(lambda: contestant.step(next(turns)))
-    serve(row, lambda _: replay.once())
+    serve(lambda task: row if task == WARM_UP else replay.once())
 
 
-def start_worker(name: str, setup: Setup, limit_s: float) -> Child:
-    """That process, its warm-up done; ChildDied where it fails within `limit_s`."""
+def start_worker(name: str, setup: Setup, limit_s: float) -> tuple[Child, StepRow]:
+    """That process and the row of its warm-up; ChildDied where there is none in `limit_s`."""
     command = [sys.executable, "-m", "bench.step", "--device", "cpu", "--worker", name]
-    return Child([*command, *setup.flags], limit_s)
+    worker = Child([*command, *setup.flags])
+    return worker, worker.ask(WARM_UP, limit_s)
 
 
 def measure_cpu(
@@ -198,8 +200,8 @@ def measure_cpu(
         why = "no time left; --minutes gives more" if left <= 0 else lacks()
         if why:
             raise ChildDied(why)
-        alive[name] = start_worker(name, setup, left / 2)  # a hang must not cost the rest
-        warm[name] = alive[name].first
+        # A hang must not cost the rest.
+        alive[name], warm[name] = start_worker(name, setup, left / 2)
 
     def sample(*group: str) -> dict[str, timing.Timing]:
         """Times of these, in turns; nobody else is alive meanwhile."""

@@ -22,9 +22,11 @@ def answer(task):
         sys.exit("no such device")
     if task == "hang":
         time.sleep(600)
+    if task == "pid":
+        return os.getpid()
     return [task]
 
-child.serve({"pid": os.getpid()}, answer)
+child.serve(answer)
 """
 COMMAND = [sys.executable, "-c", CHILD]
 
@@ -44,23 +46,25 @@ def wait_until_gone(pid: int) -> None:
 
 
 def test_a_child_answers_and_ends_with_its_input() -> None:
-    with child.Child(COMMAND) as process:
-        assert process.first["pid"] == process.process.pid != os.getpid()
-        assert [process.ask(task, 60) for task in ("a", {"b": 1.5})] == [["a"], [{"b": 1.5}]]
-    assert process.process.returncode == 0
+    process = child.Child(COMMAND)
+    assert process.ask("pid", 60) == process.process.pid != os.getpid()
+    assert [process.ask(task, 60) for task in ("a", {"b": 1.5})] == [["a"], [{"b": 1.5}]]
+    assert process.end() == "it ended with 0: said by a library"
     with pytest.raises(child.ChildDied, match="has ended before"):
         process.ask("a", 60)
 
 
 def test_a_child_that_dies_or_hangs_says_why() -> None:
     died = partial(pytest.raises, child.ChildDied)
-    with child.Child(COMMAND) as process, died(match=r"^it ended with 1: no such device$"):
-        process.ask("die", 60)
-    with child.Child(COMMAND) as process, died(match=r"^no answer in 1 s: said by a library$"):
+    with died(match=r"^it ended with 1: no such device$"):
+        child.Child(COMMAND).ask("die", 60)
+    process = child.Child(COMMAND)
+    assert process.ask("a", 60) == ["a"]  # it has started
+    with died(match=r"^no answer in 1 s: said by a library$"):
         process.ask("hang", 1)
     wait_until_gone(process.process.pid)
-    with pytest.raises(child.ChildDied, match=r"^it ended with 3: nothing said$"):
-        child.Child([sys.executable, "-c", "raise SystemExit(3)"])
+    with died(match=r"^it ended with 3: nothing said$"):
+        child.Child([sys.executable, "-c", "raise SystemExit(3)"]).ask("a", 60)
 
 
 def test_a_process_that_outlasts_its_time_ends_with_what_it_started() -> None:

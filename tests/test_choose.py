@@ -104,7 +104,6 @@ import os, sys, time
 from multiprocessing.connection import Connection
 
 pipe = Connection(int(os.environ["CHILD_PIPE"]))
-pipe.send("ready")
 while True:
     task = pipe.recv_bytes()
     build = b"\\x05build" in task  # the word, not a part of one

@@ -33,7 +33,6 @@ import os, sys, time
 from multiprocessing.connection import Connection
 
 pipe = Connection(int(os.environ["CHILD_PIPE"]))
-pipe.send("ready")
 while True:
     task = pipe.recv_bytes()
     if b"add_layer_norm" in task:

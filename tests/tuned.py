@@ -34,7 +34,7 @@ from training import child, timing, trials
 interpreter.install()
 tuned.MODELS["smoke"] = tuned.CONFIG
 timing.MAX_SETS = 2
-child.serve(0, trials.answer)
+child.serve(trials.answer)
 """,
 )
 

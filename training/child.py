@@ -1,8 +1,8 @@
-"""The one way in which the bench, and the check of the kernels, run other processes.
+"""How the bench, and the check and measurement before a run, start other processes.
 
-`run` takes a command to its end or to its limit. A `Child` lives on and answers what it is asked;
-its side of that is `serve`. Each process gets a session of its own, so that whatever it started
-ends with it, and each says why it is gone: what it printed last.
+`run` takes a command to its end or to its time limit. A `Child` stays and answers tasks, by `serve`
+on its side; a `Crew` is several of these. Each process gets a session of its own, so that whatever
+it started ends with it. A process that is gone has a reason: what it printed last.
 """
 
 import contextlib
@@ -18,13 +18,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Self
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
-START_LIMIT_S = 120.0  # until the first word: a child imports torch and opens the device
 PIPE = "CHILD_PIPE"  # names the file descriptor of a child's end
-# Or its last words would be what was still buffered when it gave the reason.
-IN_ORDER = {"PYTHONUNBUFFERED": "1"}
 _running: set[int] = set()  # sessions of `run`
 
 
@@ -37,7 +34,7 @@ class Ended:
 
     @property
     def why(self) -> str:
-        """How it ended, in words; empty where it ended well."""
+        """How it failed, in words; empty where it did not."""
         if self.code is None:
             return "cut off"
         return f"exit {self.code}: {last_line(self.text)}" if self.code else ""
@@ -48,28 +45,41 @@ def last_line(text: str) -> str:
     return lines[-1] if lines else "nothing said"
 
 
-def _start(command: Sequence[str], env: Mapping[str, str], **how: Any) -> Any:
-    """A process in the checkout, with a session of its own."""
+def _start(
+    command: Sequence[str], env: Mapping[str, str], said: IO[bytes], *descriptors: int
+) -> subprocess.Popen[bytes]:
+    """A process in the checkout, with a session of its own, whose outputs both go to `said`."""
     return subprocess.Popen(
-        command, cwd=ROOT, env={**env, **IN_ORDER}, start_new_session=True, **how
+        command,
+        cwd=ROOT,
+        env={**env, "PYTHONUNBUFFERED": "1"},  # what it printed last must really stand last
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=said,
+        stderr=said,
+        pass_fds=descriptors,
     )
+
+
+def _text(said: IO[bytes]) -> str:
+    said.seek(0)
+    return said.read().decode(errors="replace")
 
 
 def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None) -> Ended:
     """Run a command in the checkout; `text` is what it wrote to both of its outputs."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with _start(command, env or os.environ, text=True, errors="replace", **pipes) as process:
+    with tempfile.TemporaryFile() as said:
+        process = _start(command, env or os.environ, said)
         _running.add(process.pid)
         try:
-            text, _ = process.communicate(timeout=max(1.0, limit_s))
-            return Ended(process.returncode, text)
+            code = process.wait(max(1.0, limit_s))
         except subprocess.TimeoutExpired:
-            end_session(process.pid)
-            text, _ = process.communicate()
-            return Ended(None, text)
+            code = None
         finally:
             end_session(process.pid)
             _running.discard(process.pid)
+            process.wait()
+        return Ended(code, _text(said))
 
 
 @contextlib.contextmanager
@@ -100,42 +110,27 @@ class ChildDied(Exception):
 
 
 class Child:
-    """A process that answers; a context manager.
+    """A process that runs `command`, whose side is `serve`, and answers tasks until `end`."""
 
-    Args:
-        command: Whose side is `serve`.
-        limit_s: Within which it must have said its first word, which is then in `first`.
-
-    Raises:
-        ChildDied: it ended, or took too long, before its first word.
-    """
-
-    def __init__(self, command: Sequence[str], limit_s: float = START_LIMIT_S) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         self._pipe, theirs = Pipe()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 # `end` closes it
-        env = {**os.environ, PIPE: str(theirs.fileno())}
-        files = {"stdin": subprocess.DEVNULL, "stdout": self._said, "stderr": self._said}
-        self.process = _start(command, env, pass_fds=[theirs.fileno()], **files)
+        descriptor = theirs.fileno()
+        env = {**os.environ, PIPE: str(descriptor)}
+        self.process = _start(command, env, self._said, descriptor)
         theirs.close()
-        self.first = self._answer(limit_s)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
 
     def ask(self, task: Any, limit_s: float) -> Any:
-        """The answer to a task; ChildDied if it ended or took too long, and it is gone then."""
+        """The answer to a task; its start counts in the first one's time.
+
+        Raises:
+            ChildDied: the process ended or took too long; either way it is gone now.
+        """
         if self._pipe.closed:
             raise ChildDied("it has ended before")
-        with contextlib.suppress(BrokenPipeError):
-            self._pipe.send(task)
-        return self._answer(limit_s)
-
-    def _answer(self, limit_s: float) -> Any:
         why = ""
         with contextlib.suppress(EOFError, ConnectionError):
+            self._pipe.send(task)
             if self._pipe.poll(limit_s):
                 return self._pipe.recv()
             why = f"no answer in {limit_s:.0f} s"
@@ -146,40 +141,34 @@ class Child:
         if self._pipe.closed:
             return why
         self._pipe.close()
-        if not why:  # at rest it ends by itself now, and what died has an exit code soon
+        if not why:  # an idle child now ends by itself, and a dead one has its exit code soon
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)
         code = self.process.poll()
         end_session(self.process.pid)
         self.process.wait()
-        self._said.seek(0)
-        words = last_line(self._said.read().decode(errors="replace"))
-        self._said.close()
-        return f"{why or f'it ended with {code}'}: {words}"
+        with self._said as said:
+            return f"{why or f'it ended with {code}'}: {last_line(_text(said))}"
 
 
-class Crew:
-    """So many children that work side by side; each starts when first asked, and after it died."""
+class Crew(contextlib.AbstractContextManager):
+    """`count` children side by side. Each is started when it is first asked, and after it died."""
 
     def __init__(self, command: Sequence[str], count: int) -> None:
         self.command = command
         self.children: list[Child | None] = [None] * count
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for child in filter(None, self.children):
             child.end()
 
     def ask(self, task: Any, limit_s: float, who: int = 0) -> dict[str, Any]:
-        """The answer of one of them, start included; that there is none is one too, as "error"."""
+        """The answer of one child, or {"error": why there is none}."""
         if limit_s <= 0:
             return {"error": "no time left"}
-        end = time.monotonic() + limit_s
         try:
-            child = self.children[who] = self.children[who] or Child(self.command, limit_s)
-            return child.ask(task, max(0.0, end - time.monotonic()))
+            child = self.children[who] = self.children[who] or Child(self.command)
+            return child.ask(task, limit_s)
         except ChildDied as why:
             self.children[who] = None
             return {"error": str(why)}
@@ -187,7 +176,7 @@ class Crew:
     def share(
         self, tasks: Sequence[Any], limit_s: float, until: float = math.inf
     ) -> list[dict[str, Any]]:
-        """The answers in order, from whoever was free; no task begins after `until`."""
+        """The answers in order, each by a child that was free; no task begins after `until`."""
         free: SimpleQueue[int] = SimpleQueue()
         for who in range(len(self.children)):
             free.put(who)
@@ -202,10 +191,9 @@ class Crew:
             return [*pool.map(one, tasks)]
 
 
-def serve(first: Any, answer: Callable[[Any], Any]) -> None:
-    """A child's side: its first word, then an answer for each task."""
+def serve(answer: Callable[[Any], Any]) -> None:
+    """A child's side: an answer to each task, until nobody asks any more."""
     pipe = Connection(int(os.environ[PIPE]))
-    pipe.send(first)
-    with contextlib.suppress(EOFError):  # nobody asks any more
+    with contextlib.suppress(EOFError):
         while True:
             pipe.send(answer(pipe.recv()))

@@ -1,65 +1,84 @@
-"""How far an op may be from float64: at most twice as far as plain PyTorch in the same dtype."""
+"""The accuracy rule: an op is at most twice as far from float64 as plain PyTorch in its dtype."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Values = dict[str, Tensor]
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 def values_and_grads(
-    fn: Callable[..., Tensor | tuple[Tensor, ...]],
-    args: Mapping[str, Tensor],
-    dout: Tensor | tuple[Tensor, ...] | None = None,
+    fn: Callable[..., Outputs],
+    args: Mapping[str, Any],
+    dout: Outputs | None = None,
     frozen: tuple[str, ...] = (),
 ) -> Values:
     """Call `fn(**args)` on fresh leaves and differentiate it.
 
     Args:
         fn: returns one tensor or a tuple of tensors.
-        args: tensors by parameter name; floating ones take part in the gradient.
-        dout: gradient of each output; by default seeded noise (1.5 for a scalar), so that two
-            functions with equal output shapes and dtypes are differentiated alike.
+        args: arguments by parameter name; floating tensors take part in the gradient.
+        dout: gradient of each output; by default that of `default_douts`, so that two functions
+            with equal output shapes and dtypes are differentiated alike.
         frozen: names that do not require a gradient.
 
     Returns:
         "loss" for a scalar, else "y", or "y0", "y1", ... for a tuple; and "d" + name for each
         gradient that is not None.
     """
+    return gradient_call(fn, args, dout, frozen)()
+
+
+def gradient_call(
+    fn: Callable[..., Outputs],
+    args: Mapping[str, Any],
+    dout: Outputs | None = None,
+    frozen: tuple[str, ...] = (),
+) -> Callable[[], Values]:
+    """`values_and_grads` as a call to repeat: the leaves, and after the first call dout, stay."""
     leaves = {
-        name: t.detach().clone().requires_grad_(t.is_floating_point() and name not in frozen)
-        for name, t in args.items()
+        name: v.detach().clone().requires_grad_(v.is_floating_point() and name not in frozen)
+        if isinstance(v, Tensor)
+        else v
+        for name, v in args.items()
     }
-    result = fn(**leaves)
-    outputs = result if isinstance(result, tuple) else (result,)
-    if isinstance(result, tuple):
-        values = {f"y{i}": y for i, y in enumerate(result)}
-    else:
-        values = {"loss" if result.dim() == 0 else "y": result}
-    douts = default_douts(outputs) if dout is None else dout if isinstance(dout, tuple) else (dout,)
-    wanted = {f"d{name}": t for name, t in leaves.items() if t.requires_grad}
-    if wanted:
-        grads = torch.autograd.grad(outputs, tuple(wanted.values()), douts, allow_unused=True)
-        values |= {n: g for n, g in zip(wanted, grads, strict=True) if g is not None}
-    return {name: t.detach() for name, t in values.items()}
+    wanted = {f"d{name}": v for name, v in leaves.items() if getattr(v, "requires_grad", False)}
+
+    def call() -> Values:
+        nonlocal dout
+        result = fn(**leaves)
+        if isinstance(result, tuple):
+            values = {f"y{i}": y for i, y in enumerate(result)}
+        else:
+            values = {"loss" if result.dim() == 0 else "y": result}
+        dout = default_douts(result) if dout is None else dout
+        outputs = tuple(values.values())
+        if wanted:
+            grads = torch.autograd.grad(outputs, tuple(wanted.values()), dout, allow_unused=True)
+            values |= {n: g for n, g in zip(wanted, grads, strict=True) if g is not None}
+        return {name: t.detach() for name, t in values.items()}
+
+    return call
 
 
-def default_douts(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def default_douts(result: Outputs) -> tuple[Tensor, ...]:
     """Seeded noise like each output; 1.5 for a scalar, so that a forgotten factor shows."""
     generator = torch.Generator().manual_seed(1234)
     return tuple(
         torch.full_like(y, 1.5) if y.dim() == 0 else torch.randn(y.shape, generator=generator).to(y)
-        for y in outputs
+        for y in (result if isinstance(result, tuple) else (result,))
     )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest errors of one output or gradient against the float64 value."""
+    """The error of one output or gradient against the float64 value."""
 
     name: str
     dtype: torch.dtype
@@ -101,70 +120,66 @@ def compare(
     """Hold each result to twice the error that eager makes in the same dtype.
 
     The budget is 2 max|eager - exact| + eps max|exact|, with the eps of the result's dtype: a
-    correctly rounded result passes even where eager happens to be exact. Sums over `rows` rows,
-    named in `reduced`, may be sqrt(rows) times further off by that second part; and so may, by
-    sqrt(terms), an fp32 result: the order of adding is its only error, and cuBLAS, which adds in
-    several chains, is up to three times closer than one chain is.
+    correctly rounded result passes even where eager happens to be exact. The second part grows by
+    sqrt(rows) for the sums over rows in `reduced`, and by sqrt(terms) for fp32 results: their only
+    error is the order of adding, and cuBLAS, which adds in several chains, is up to three times
+    closer than one chain.
 
-    With `spread` the same of root mean square errors, which tell a bias of 1% from rounding, in
-    bf16 too. The second part is eps/4 rms(exact), about what rounding the exact value gives; an
-    fp32 sum of `terms`, or any over `rows` rows, may be off by what fp32 loses in as many steps.
-    One value is no spread: those are left out.
+    With `spread` root mean square errors are compared as well, which tell a bias of 1% from
+    rounding, in bf16 too. There the second part is eps/4 rms(exact), about what rounding the exact
+    value costs, and what fp32 loses in a sum of `terms` or over `rows` rows.
 
     Args:
         ours, eager, exact: results of `values_and_grads`; `exact` in float64.
         reduced: names that are sums over rows, e.g. "dweight".
         rows: M.
         terms: products in the longest sum of an element.
-        products: TF32 products one behind the other; see `tf32_products`.
-        atol: absolute allowance instead of eps max|exact|; by name, the rest has that.
-        spread: of root mean square errors.
+        products: TF32 products in sequence; see `tf32_products`.
+        atol: absolute allowance instead of eps max|exact|, for all results or by name.
     """
-    comparisons = []
+    largest, spreads = [], []
     for name, want in exact.items():
-        if spread and want.numel() < 2:
-            continue
-        got, low, info = ours[name], eager[name], torch.finfo(ours[name].dtype)
-        is_sum, is_fp32 = name in reduced, got.dtype == torch.float32
-        if spread:
-            error, plain = (_rms(value.to(want.dtype) - want) for value in (got, low))
-            scale, step = _rms(want), torch.finfo(torch.float32).eps
-            allowance = info.eps / 4 + step * (rows**0.5 * is_sum + terms**0.5 * is_fp32)
-            allowance *= scale
-        else:
-            error, plain = (largest_error(value, want) for value in (got, low))
-            finite = want[want.isfinite()].abs()
-            scale = finite.max().item() if finite.numel() else 0.0
-            allowance = atol.get(name) if isinstance(atol, Mapping) else atol
-            if allowance is None:
-                allowance = info.eps * (scale + info.tiny)
-            allowance *= (terms if is_fp32 else 1) ** 0.5 * (rows if is_sum else 1) ** 0.5
+        got, low, dtype = ours[name], eager[name], ours[name].dtype
+        info, is_sum, is_fp32 = torch.finfo(dtype), name in reduced, dtype == torch.float32
+        finite = want[want.isfinite()].abs()
+        scale = finite.max().item() if finite.numel() else 0.0
+        allowance = atol.get(name) if isinstance(atol, Mapping) else atol
+        if allowance is None:
+            allowance = info.eps * (scale + info.tiny)
+        allowance *= (terms if is_fp32 else 1) ** 0.5 * (rows if is_sum else 1) ** 0.5
+        error, plain = largest_error(got, want), largest_error(low, want)
         budget = 2 * plain + allowance + products * TF32_LOSS * scale
-        label = f"{name}, root mean square" if spread else name
-        comparisons.append(Comparison(label, got.dtype, error, plain, budget))
-    return comparisons
+        largest.append(Comparison(name, dtype, error, plain, budget))
+        if spread and want.numel() > 1:
+            error, plain = (_rms(value.to(want.dtype) - want) for value in (got, low))
+            steps = rows**0.5 * is_sum + terms**0.5 * is_fp32
+            share = info.eps / 4 + torch.finfo(torch.float32).eps * steps + products * TF32_LOSS
+            budget = 2 * plain + share * _rms(want)
+            label = f"{name}, root mean square"
+            spreads.append(Comparison(label, dtype, error, plain, budget))
+    return [*largest, *spreads]
 
 
 def _rms(t: Tensor) -> float:
     return t.square().mean().sqrt().item()
 
 
-# Tensor cores drop the last 13 bits of a TF32 operand of ours, where cuBLAS rounds it first: up to
-# 2^-10 of its value is lost, about half of that on average and always towards 0. A product loses
-# what its two operands do, and a sum of products as much of itself.
+# Tensor cores drop the last 13 bits of our TF32 operands, where cuBLAS rounds its own first: up to
+# 2^-10 of an operand is lost, half of that on average and always towards 0. A product loses as much
+# as its two operands together, and a sum of products the same share of itself.
 TF32_LOSS = 2**-10
-# Products of our kernels that a result may have lost by: h in gelu'(h), and dy w_proj; S, dP, dS k.
+# Products of our kernels in sequence: h in gelu'(h), and dy w_proj; S, dP, dS k.
 TF32_PRODUCTS = {"gelu_mlp": 2, "causal_attention": 3}
 
 
 def tf32_products(op: str) -> int:
-    """How many there are in an op as fp32 products are set up now; 0 unless they may be TF32."""
+    """How many TF32 products in sequence an fp32 op has; 0 where products are not TF32 now."""
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return TF32_PRODUCTS.get(op, 0) if tf32 else 0
 
 
-# "tf32" is fp32 tensors where `precision` lets products be TF32; the rest is what it says.
-DTYPES: dict[str, torch.dtype] = dict.fromkeys(("fp32", "tf32"), torch.float32)
+# "tf32" means fp32 tensors whose products `precision` allows to be TF32.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32}
 DTYPES |= {"fp16": torch.float16, "bf16": torch.bfloat16}
 # Gradients that are sums over rows.
 REDUCED = ("dweight", "dbias", "dwte", "dwpe", "dw_fc", "db_fc", "dw_proj", "db_proj")
@@ -172,11 +187,11 @@ REDUCED = ("dweight", "dbias", "dwte", "dwpe", "dw_fc", "db_fc", "dw_proj", "db_
 
 @contextlib.contextmanager
 def precision(name: str) -> Iterator[torch.dtype]:
-    """The dtype of a name of DTYPES, with fp32 products as that name has them."""
+    """Set how fp32 products are formed for a name of DTYPES; yields its dtype."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    # The fused attention kernels of torch multiply fp32 in three TF32 products whatever is set:
-    # plain PyTorch in TF32 is the one that goes through matmul.
+    # torch's fused attention multiplies fp32 in three TF32 products whatever is set. Only the
+    # plain one, which goes through matmul, uses a single one.
     plain = sdpa_kernel(SDPBackend.MATH) if name == "tf32" else contextlib.nullcontext()
     try:
         with plain:

@@ -1,13 +1,13 @@
-"""What a run could take, tried on this device: checks and times, in a process that may crash.
+"""What a child process tries on this device: it checks or times, and it may crash.
 
-It answers training/verify.py, training/choose.py and training/search.py, one task after the other:
-a call of a function below, with recipe and plan last.
+Each task is a call of a function below, with recipe and plan last. training/verify.py,
+training/choose.py and training/search.py send them.
 """
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,15 +20,18 @@ from kernels._launch import ANY, Launch, replaced
 from model.edge import one_line
 from training import timing
 from training.kernel_check import check, model_inputs
-from training.numerics import default_douts
+from training.numerics import gradient_call
 from training.plan import Plan
 from training.probe import probe_steps
 from training.recipes import Recipe
 from training.step import autocast, start_process
 
-SERVE = "from training import child, trials; child.serve(0, trials.answer)"
-COMMAND = (sys.executable, "-c", SERVE)
-LIMIT_S = 600  # nobody waits that long; it ends where the process that asked is gone
+COMMAND = (
+    sys.executable,
+    "-c",
+    "from training import child, trials; child.serve(trials.answer)",
+)
+LIMIT_S = 600  # of a task: longer than anyone waits, so that a hung child outlives no run for long
 ROUNDS = {"rounds": 15, "seconds": 1.5}  # of an op's backends, in turns
 STEPS_S = 3.0  # of steps that no graph replays
 
@@ -44,9 +47,9 @@ def time_op(
     """Samples of an op's forward and backward by backend, in ms, and why others have none.
 
     Args:
-        name, backends: The op, and what it is computed by.
-        recipe, plan: Of the run: each gets the arguments that the model passes.
-        build: Only have each compiled, which others may do meanwhile.
+        name, backends: The op, and the backends that compute it.
+        recipe, plan: Of the run, whose model passes arguments of these shapes.
+        build: Only compile each backend, which children may do at the same time.
     """
     failed: dict[str, str] = {}
     contestants: dict[str, list[timing.Call]] = {}
@@ -55,9 +58,7 @@ def time_op(
         for backend in backends:
             try:
                 fn = getattr(parse_ops(f"eager,{name}={backend}"), name)
-                calls = [_call(fn, inputs, plan) for _ in range(1 if build else num_sets)]
-                calls[0]()
-                contestants[backend] = calls
+                contestants[backend] = _calls(fn, inputs, plan, 1 if build else num_sets)
             except Exception as error:  # a backend that refuses the shape, a compiler error, ...
                 timing.note_failure(failed, backend, error)
     if build:
@@ -67,53 +68,45 @@ def time_op(
     return {"ms": {key: of.samples_ms for key, of in found.items()}, "failed": failed}
 
 
-@contextmanager
-def _on_stream(plan: Plan) -> Iterator[None]:
-    stream = timing.capture_stream() if plan.device == "cuda" else None
-    with torch.cuda.stream(stream):  # type: ignore[arg-type] # None: no stream to enter
-        yield
+def _on_stream(plan: Plan) -> AbstractContextManager[Any]:
+    cuda = plan.device == "cuda"
+    return torch.cuda.stream(timing.capture_stream()) if cuda else nullcontext()
 
 
 def _inputs(name: str, recipe: Recipe, plan: Plan) -> tuple[dict[str, Any], int, int]:
-    """Of an op in the run's model, how many bytes they are, and how many sets are to rotate."""
+    """An op's arguments in the run's model, their bytes, and how many sets of them to rotate."""
     inputs = model_inputs(recipe, plan)[name]
     nbytes = sum(v.nbytes for v in inputs.values() if isinstance(v, Tensor))
     return inputs, nbytes, timing.num_sets(nbytes, torch.device(plan.device))
 
 
-def _call(fn: Callable[..., Any], inputs: dict[str, Any], plan: Plan) -> timing.Call:
-    """Forward and backward, on copies of the inputs that no other call reads."""
-    tensors = {key: v for key, v in inputs.items() if isinstance(v, Tensor)}
-    leaves = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in tensors.items()}
-    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+def _calls(
+    fn: Callable[..., Any], inputs: dict[str, Any], plan: Plan, count: int
+) -> list[timing.Call]:
+    """So many calls of forward and backward, each on its own copies of the inputs."""
 
-    def forward() -> tuple[Tensor, ...]:
+    def forward(**arguments: Any) -> Any:
         with autocast(plan):
-            out = fn(**inputs | leaves)
-        return out if isinstance(out, tuple) else (out,)
+            return fn(**arguments)
 
-    douts = default_douts(forward())
-
-    def both() -> list[Tensor]:
-        outputs = forward()
-        return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, wanted, douts)]
-
-    return both
+    calls = [gradient_call(forward, inputs) for _ in range(count)]
+    for call in calls:
+        call()  # the first one draws output gradients, which no capture could record
+    return calls
 
 
-@lru_cache(maxsize=2)  # an op's at the run's shapes and at small ones, until the next op's come
+@lru_cache(maxsize=2)  # the op's calls at the run's shapes, and at small ones
 def calls_by_kernels(
     name: str, recipe: Recipe, plan: Plan, rotate: bool
 ) -> tuple[list[timing.Call], list[Tensor], int]:
-    """An op's calls by our kernels, what the first gives, and bytes of a call's inputs."""
+    """An op's calls by our kernels, the results of the first, and bytes of a call's inputs."""
     inputs, nbytes, num_sets = _inputs(name, recipe, plan)
-    fn = getattr(parse_ops("triton"), name)
-    calls = [_call(fn, inputs, plan) for _ in range(num_sets if rotate else 1)]
+    calls = _calls(getattr(parse_ops("triton"), name), inputs, plan, num_sets if rotate else 1)
     return calls, _results(calls[0]), nbytes
 
 
 def _results(call: timing.Call) -> list[Tensor]:
-    return [t.detach().clone() for t in call()]
+    return [t.clone() for t in call().values()]
 
 
 def list_launches(name: str, recipe: Recipe, plan: Plan) -> dict[str, Any]:
@@ -134,8 +127,8 @@ def try_launches(
     """Samples of an op's forward and backward by launch of one of its kernels, in ms.
 
     Args:
-        name, kernel, launches: Op, kernel, and what that is launched with.
-        how: As of timing.interleave; empty only has each run once.
+        name, kernel, launches: The op, one of its kernels, and the launches to try.
+        how: Arguments of timing.interleave; if empty, each launch only runs once.
         recipe, plan: Of the run.
 
     Raises:
@@ -162,7 +155,7 @@ def try_launches(
 
 
 def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    """Equal up to rounding of the dtype; summation order differs between tiles."""
+    """Equal up to rounding of the dtype; the order of summation differs between tiles."""
     return all(
         ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1e-6)).item()
         <= 8 * torch.finfo(b.dtype).eps  # false for NaN too
@@ -172,7 +165,7 @@ def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
 
 def time_step(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """Samples of the run's whole step by a plan, in ms."""
-    torch.compiler.reset()  # or all plans share one limit of recompiling
+    torch.compiler.reset()  # all plans would share one limit of recompilations
     vocab, rows = recipe.model_config.vocab_size, 2 * recipe.rows_per_step
     tokens = np.random.default_rng(0).integers(vocab, size=rows * (recipe.block_size + 1))
     found = probe_steps(recipe, plan, tokens.astype(np.uint16), STEPS_S)
@@ -180,22 +173,20 @@ def time_step(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 
 
 def answer(task: partial[dict[str, Any]]) -> dict[str, Any]:
-    """What was found, or as "error" why it was not, "short" where memory was."""
+    """The result of a task, or {"error": why there is none}, with "short" where memory ran out."""
     recipe, plan = task.args[-2:]
-    if alarm := getattr(signal, "alarm", None):
-        alarm(LIMIT_S)
+    signal.alarm(LIMIT_S)
     try:
         start_process(plan, recipe.seed)
         return task()
+    except torch.OutOfMemoryError as error:
+        return {"error": one_line(error, 200), "short": True}
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            return {"error": one_line(error, 200), "short": True}
         if task.func is check_op or timing.is_fatal(error):
-            # A device's context may be lost with it: the next op gets a process of its own.
+            # The device's context may be lost: the next task needs a process of its own.
             raise SystemExit(f"{type(error).__name__}: {one_line(error, 200)}") from error
         return {"error": timing.reason_of(error)}
     finally:
-        if alarm:
-            alarm(0)
+        signal.alarm(0)
         if plan.device == "cuda":
             torch.cuda.empty_cache()
