@@ -1,7 +1,7 @@
 """What a run prints. Whatever becomes of the console, the run goes on without it.
 
-A terminal is closed, a pipe loses its reader or is never read, a disk fills up under a log file,
-cp1252 has no word for a sample: none of these is a reason to lose a run.
+A terminal is closed, a pipe loses its reader or is never read, the disk under a log file fills up,
+cp1252 cannot encode a sample: none of these may end a run.
 """
 
 import contextlib
@@ -10,42 +10,30 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TextIO
 
 from model.edge import hold_streams
 
 PATIENCE_S = 5.0  # for a reader that does not read, once the run has been asked to stop
 
 
-class _Survivor(io.RawIOBase):
-    """Writes to a text stream until it takes nothing any more, then to nobody.
+class _Survivor(io.FileIO):
+    """Writes to a file descriptor until a write fails or waits too long, then to nobody.
 
     Args:
-        stream: Standard output or error as Python opened it.
-        name: "stdout" or "stderr".
-        hurried, what_is_left: See `surviving`.
+        number: The descriptor.
+        hurried: Whether the run was asked to stop.
+        farewell: What to say on standard error, after the reason, once writing has failed.
     """
 
-    def __init__(self, stream: TextIO, name: str, hurried: Callable[[], bool], what_is_left: str):
-        self.stream, self.name, self.hurried = stream, name, hurried
-        self.what_is_left, self.lost, self.number = what_is_left, False, None
+    def __init__(self, number: int, hurried: Callable[[], bool], farewell: str):
+        super().__init__(number, "w", closefd=False)
+        self.hurried, self.farewell, self.lost = hurried, farewell, False
         self.failure: Exception | None = None
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # a test's capture
-            self.number = stream.fileno()
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
-
-    def isatty(self) -> bool:
-        return not self.lost and self.stream.isatty()
 
     def write(self, data: bytes) -> int:  # pyright: ignore
         if self.lost:
             return len(data)
-        # In a thread, because a write to a full pipe cannot be given up by whoever is in it.
+        # In another thread, because a write to a full pipe cannot be interrupted.
         thread = threading.Thread(target=self._send, args=(bytes(data),), daemon=True)
         try:
             thread.start()
@@ -61,43 +49,41 @@ class _Survivor(io.RawIOBase):
 
     def _send(self, data: bytes) -> None:
         try:
-            if self.number is None:
-                self.stream.write(data.decode(self.stream.encoding or "utf-8"))
-                self.stream.flush()
-            while data and self.number is not None:
-                data = data[os.write(self.number, data) :]
-        except (OSError, ValueError) as error:
+            while data:
+                data = data[os.write(self.fileno(), data) :]
+        except (OSError, ValueError) as error:  # a ValueError: it has been closed meanwhile
             self.failure = error
 
     def _lose(self, reason: object) -> None:
-        told, self.lost = self.lost, True  # of several threads that write the first says it
-        if told:
+        known, self.lost = self.lost, True
+        if known:  # to another thread, which has said it
             return
-        if self.number is not None:  # what libraries print there may not fail either
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.number)
-            os.close(null)
-        if self.name == "stdout":
-            print(f"standard output is lost ({reason}); {self.what_is_left}", file=sys.stderr)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())  # what libraries print there may not fail either
+        os.close(null)
+        if self.farewell:
+            print(f"standard output is lost ({reason}); {self.farewell}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def surviving(
     hurried: Callable[[], bool] = lambda: False, what_is_left: str = "the work goes on"
 ) -> Iterator[None]:
-    """Standard output and error that never raise and never hold up a run that is to stop.
+    """Standard output and error that never raise, and never hold up a run that is to stop.
 
     Args:
         hurried: Whether the run was asked to stop.
-        what_is_left: Said once nobody takes standard output any more.
+        what_is_left: Said once when standard output cannot be written any more.
     """
     hold_streams()
     before = {"stdout": sys.stdout, "stderr": sys.stderr}
     for name, stream in before.items():
         stream.flush()
-        raw = _Survivor(stream, name, hurried, what_is_left)
-        wrapped = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
-        setattr(sys, name, wrapped)
+        with contextlib.suppress(OSError, AttributeError):  # not a file: a notebook's stream
+            farewell = what_is_left if name == "stdout" else ""
+            raw = _Survivor(stream.fileno(), hurried, farewell)
+            text = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
+            setattr(sys, name, text)
     try:
         yield
     finally:

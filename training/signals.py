@@ -1,16 +1,16 @@
 """Stop requests from outside: finish the step, save, leave with a code a scheduler can read.
 
 SIGTERM (preemption), SIGINT (a person), SIGHUP (the terminal is gone) and SIGUSR1 (Slurm's early
-warning) set a flag. The loop looks at it between steps, the last evaluation and the samples between
-batches and tokens, so the answer takes no longer than a step, an evaluation during the run or, at
-the start, compiling. A second SIGINT stops at once.
+warning) set a flag. The loop looks at it between steps, the last evaluation between batches, the
+samples between tokens. So the answer takes no longer than a step, an evaluation during the run or,
+at the start, compiling. A second SIGINT stops at once.
 """
 
+import _thread
 import os
-import queue
 import signal
-import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -26,29 +26,25 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Context manager that turns signals into a flag, and restores the handlers on exit.
+    """Context manager that turns signals into a flag and restores the handlers on exit.
 
-    `say` receives one line per signal, from a thread: a handler may run in the middle of a print,
-    and what it waits for may be what it interrupted.
+    `say` receives one line per signal.
     """
 
     def __init__(self, say: Callable[[str], None] = print):
         self.say = say
         self.signal: str | None = None
         self._previous: dict[int, Any] = {}
-        self._came: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # may be used in a handler
-        self._thread = threading.Thread(target=self._announce, name="signals", daemon=True)
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def check(self) -> None:
-        """Raise Stopped where the flag is set."""
+        """Raise Stopped if the flag is set."""
         if self:
             raise Stopped
 
     def __enter__(self) -> "StopRequest":
-        self._thread.start()
         for number in _SIGNALS:
             # nohup has SIGHUP ignored, and means it.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -58,20 +54,18 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._came.put(None)
-        self._thread.join(timeout=1.0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == "SIGINT":
             # Not sys.exit: an interrupt inside a compiled step or a C call must not be swallowed.
             os._exit(EXIT_AT_ONCE)
         self.signal = signal.Signals(number).name
-        self._came.put(self.signal)
-
-    def _announce(self) -> None:
-        while (name := self._came.get()) is not None:
-            again = "; press Ctrl-C again to stop at once" if name == "SIGINT" else ""
-            self.say(f"{name}: stopping as soon as the run is saved{again}")
+        again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+        line = f"{self.signal}: stopping as soon as the run is saved{again}"
+        # The handler may have interrupted a print, or the start of a thread. So it neither prints
+        # nor starts a threading.Thread, which would wait for a lock held by what it interrupted.
+        with suppress(RuntimeError):  # there are too many threads
+            _thread.start_new_thread(self.say, (line,))
 
 
 def ignore() -> None:
