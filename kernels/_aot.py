@@ -1,16 +1,16 @@
-"""The builds that `bench.resources` compiles without a GPU, read off the kernels' own signatures.
+"""The builds that `bench.resources` compiles without a GPU, read off the kernels' own parameters.
 
-Every kernel module has `aot_cases(arch)`, which yields each build its ops can choose on a chip. It
-asks for launches with the keys of the ops, so no row can ship unchecked.
+`aot_cases(arch)` of a kernel module yields each build that its ops can choose on a chip. It asks
+for launches with the keys of the ops, so no row can ship unchecked.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ._launch import Launch
 
-# What is not the operands' dtype, as pointers are, nor a 32-bit integer, as all else is.
+# Other pointers are to the operands' dtype, other arguments 32-bit integers.
 _NAMES = {
     "*i64": "targets_ptr count_ptr table_ptr idx_ptr ids_ptr order_ptr",
     "*i32": "chunks_ptr",
@@ -27,14 +27,16 @@ class AotCase:
     """One build of one kernel.
 
     Args:
-        op: public op the kernel belongs to, e.g. "layer_norm".
+        op: public op that the kernel belongs to, e.g. "layer_norm".
         kernel: the `@jit` function.
-        label: what tells this build from its neighbours, e.g. "fwd C=768 bf16".
+        label: what tells this build from the kernel's others, e.g. "fwd C=768 bf16".
         launch: the row.
-        signature: type of each argument that is no constexpr, e.g. {"x_ptr": "*bf16", "C": "i32"}.
-        constexprs: every constexpr argument, and None for a pointer that is not passed.
-        mma_rows: rows of the smallest `tl.dot` tile with 16-bit or TF32 operands. From 64 on,
-            sm_90 must use HGMMA. 0: no `tl.dot`, or exact fp32.
+        dtype: of the operands, e.g. "bf16".
+        values: constexprs that the launch leaves open, and None for a pointer that is not passed.
+            Names that the kernel lacks are ignored.
+        types: of arguments that neither `dtype` nor TYPES fits.
+        mma: the block that gives the rows of the smallest `tl.dot` with 16-bit or TF32 operands;
+            "" without one.
         unaligned: arguments that need not be a multiple of 16 (bytes for a pointer); all other
             pointers and integers are compiled as multiples, as triton specialises nice shapes.
     """
@@ -43,36 +45,29 @@ class AotCase:
     kernel: Any
     label: str
     launch: Launch
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    mma_rows: int
-    unaligned: Sequence[str]
+    dtype: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
+    mma: str = ""
+    unaligned: Sequence[str] = ()
 
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        """The value of every constexpr, and None for a pointer that is not passed."""
+        known = {**dict(self.launch.blocks), **self.values}
+        return {name: known[name] for name in self.kernel.arg_names if name in known}
 
-def aot_case(
-    op: str,
-    kernel: Any,
-    label: str,
-    launch: Launch,
-    dtype: str,
-    constexprs: Mapping[str, Any] = {},
-    *,
-    types: Mapping[str, str] = {},
-    mma: str = "",
-    unaligned: Sequence[str] = (),
-) -> AotCase:
-    """A case with pointers of `dtype`, but for TYPES and `types`.
+    @property
+    def signature(self) -> dict[str, str]:
+        """The type of each other argument, e.g. {"x_ptr": "*bf16", "M": "i32"}."""
+        special, fixed = {**TYPES, **self.types}, self.constexprs
+        return {
+            name: special.get(name, f"*{self.dtype}" if name.endswith("_ptr") else "i32")
+            for name in self.kernel.arg_names
+            if name not in fixed
+        }
 
-    Of `constexprs` and of the launch's blocks it takes those that the kernel has. `mma` is the
-    block that gives the rows of the smallest product; "" where none uses tensor cores.
-    """
-    names = kernel.arg_names
-    known = {**dict(launch.blocks), **constexprs}
-    fixed = {name: known[name] for name in names if name in known}
-    special = {**TYPES, **types}
-    signature = {
-        name: special.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in names
-        if name not in fixed
-    }
-    return AotCase(op, kernel, label, launch, signature, fixed, fixed.get(mma, 0), unaligned)
+    @property
+    def mma_rows(self) -> int:
+        """Rows of that `tl.dot`, 0 without one. From 64 on, sm_90 must use HGMMA."""
+        return self.constexprs.get(self.mma, 0)

@@ -8,20 +8,21 @@ For each element, with t the step count after this step and c the clip coefficie
     p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     norm = sqrt(sum(grad * grad))                       c = min(1, max_norm / (norm + 1e-6))
 
-which is torch.optim.AdamW and torch.nn.utils.clip_grad_norm_, in fp32; what depends on a tensor
+which is torch.optim.AdamW and torch.nn.utils.clip_grad_norm_, in fp32. What depends on a tensor
 alone (1 - lr * weight_decay, the bias corrections) is computed in fp64 and rounded once. Gradients
-are fp32 or bf16; a bf16 working copy of the new p is written in the same pass where there is one.
+are fp32 or bf16. Where a parameter has a bf16 working copy, the new p is written there too.
 
 Memory bound. Bytes per parameter:
 
     step  p, m, v read and written        24, + 4 (fp32 gradient) or 2 (bf16), + 2 (working copy)
     norm  gradient read                    4 or 2
 
-Two launches for the norm, two for the step, whatever the number of tensors: kernels find tensors
-through a table of addresses (one row a tensor) and their share of the work through a list of chunks
-(row, number of the chunk in the tensor), both made and sent by adamw_tables.py. Learning rate, step
-counts, clip coefficient and the verdict `found_inf` are read on the device; where that is not 0
-nothing is written.
+The norm takes two launches and the step two, however many tensors there are. The kernels find the
+tensors through a table of addresses (one row per tensor) and their share of the work through a list
+of chunks (row, number of the chunk in the tensor). The host makes both and sends them only when
+they change: most steps find every tensor where the step before had it. Learning rate, step counts,
+clip coefficient and the verdict `found_inf` are read on the device; where that is not 0 nothing is
+written.
 
 Deterministic: each chunk leaves one fp32 sum of squares, and one program adds those in a fixed
 order. No atomics; reruns are bitwise equal on one device. No host read.
@@ -30,27 +31,33 @@ Source: Loshchilov, Hutter 2019, https://arxiv.org/abs/1711.05101; tables of add
 in NVIDIA apex, multi_tensor_apply.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotCase, aot_case
+from ._aot import AotCase
 from ._jit import jit
 from ._launch import Key, arch, cdiv, launch_for
-from ._op import INTERPRETED, register
+from ._op import INTERPRETED, check_device, check_tensor, register
 
 # A program's share: large enough that the loads of its table row are lost in it, small enough that
 # 124 M parameters are 29 rounds of 4 programs on each of 132 SMs, so a half-empty last one is 2 %.
-CHUNK = 8192
+CHUNK = tl.constexpr(8192)
 ALIGNMENT = 16  # bytes of the widest load; torch's allocations have it, views into them need not
 
-# Columns of the table, int64: addresses (0: none), then integers, then bits of fp64 numbers.
+FP32 = (torch.float32,)
+
+# Columns of the table: addresses (0: none) and integers, int64, then fp64 numbers.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WORKING, STEP, LR_ADDRESS = map(tl.constexpr, range(7))
 NUMEL, FLAGS = map(tl.constexpr, (7, 8))
 LR, WEIGHT_DECAY, BETA1, BETA2, LOG_BETA1, LOG_BETA2, EPS = map(tl.constexpr, range(9, 16))
 FIELDS = tl.constexpr(16)
+ROW = struct.Struct("9q7d")
 BF16_GRAD, ALIGNED = tl.constexpr(1), tl.constexpr(2)  # FLAGS
 # Columns of what `_adamw_advance_kernel` leaves for `_adamw_kernel`, fp32.
 DECAY, STEP_SIZE, INV_SQRT_BC2, ONE_MINUS_BETA1 = map(tl.constexpr, range(4))
@@ -110,7 +117,6 @@ def _update_chunk(
     first,  # element the chunk begins at
     GRAD_DTYPE: tl.constexpr,
     WHOLE: tl.constexpr,  # all CHUNK elements are there, at aligned addresses: no mask, wide loads
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     working = tl.load(row_ptr + WORKING)
@@ -154,7 +160,7 @@ def _update_chunk(
 
 
 @jit
-def _find_chunk(table_ptr, chunks_ptr, CHUNK: tl.constexpr):
+def _find_chunk(table_ptr, chunks_ptr):
     """Row of the table, first element, and what decides the branch: (bf16 gradient, whole)."""
     at = chunks_ptr + 2 * tl.program_id(0)
     row = tl.load(at)
@@ -173,11 +179,10 @@ def _adamw_kernel(
     clip_ptr,  # () fp32
     found_inf_ptr,  # () fp32
     reached,  # see _adamw_advance_kernel
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     if tl.load(found_inf_ptr) == 0.0:
-        row, first, bf16_grad, whole = _find_chunk(table_ptr, chunks_ptr, CHUNK)
+        row, first, bf16_grad, whole = _find_chunk(table_ptr, chunks_ptr)
         row_ptr = table_ptr + row * FIELDS
         scalars_ptr += row * SCALARS
         clip = tl.load(clip_ptr)
@@ -185,14 +190,14 @@ def _adamw_kernel(
         # none has to change its layout for the other.
         if bf16_grad:
             if whole:
-                _update_chunk(row_ptr, scalars_ptr, clip, first, tl.bfloat16, True, CHUNK, BLOCK)
+                _update_chunk(row_ptr, scalars_ptr, clip, first, tl.bfloat16, True, BLOCK)
             else:
-                _update_chunk(row_ptr, scalars_ptr, clip, first, tl.bfloat16, False, CHUNK, BLOCK)
+                _update_chunk(row_ptr, scalars_ptr, clip, first, tl.bfloat16, False, BLOCK)
         else:
             if whole:
-                _update_chunk(row_ptr, scalars_ptr, clip, first, tl.float32, True, CHUNK, BLOCK)
+                _update_chunk(row_ptr, scalars_ptr, clip, first, tl.float32, True, BLOCK)
             else:
-                _update_chunk(row_ptr, scalars_ptr, clip, first, tl.float32, False, CHUNK, BLOCK)
+                _update_chunk(row_ptr, scalars_ptr, clip, first, tl.float32, False, BLOCK)
 
 
 @jit
@@ -201,7 +206,6 @@ def _sum_squares(
     first,
     GRAD_DTYPE: tl.constexpr,
     WHOLE: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum of squares of a chunk of a gradient; arguments as in _update_chunk."""
@@ -227,21 +231,20 @@ def _adamw_norm_kernel(
     chunks_ptr,  # (programs, 2) int32
     partial_ptr,  # (programs,) out, fp32
     reached,  # see _adamw_advance_kernel
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, first, bf16_grad, whole = _find_chunk(table_ptr, chunks_ptr, CHUNK)
+    row, first, bf16_grad, whole = _find_chunk(table_ptr, chunks_ptr)
     row_ptr = table_ptr + row * FIELDS
     if bf16_grad:
         if whole:
-            total = _sum_squares(row_ptr, first, tl.bfloat16, True, CHUNK, BLOCK)
+            total = _sum_squares(row_ptr, first, tl.bfloat16, True, BLOCK)
         else:
-            total = _sum_squares(row_ptr, first, tl.bfloat16, False, CHUNK, BLOCK)
+            total = _sum_squares(row_ptr, first, tl.bfloat16, False, BLOCK)
     else:
         if whole:
-            total = _sum_squares(row_ptr, first, tl.float32, True, CHUNK, BLOCK)
+            total = _sum_squares(row_ptr, first, tl.float32, True, BLOCK)
         else:
-            total = _sum_squares(row_ptr, first, tl.float32, False, CHUNK, BLOCK)
+            total = _sum_squares(row_ptr, first, tl.float32, False, BLOCK)
     tl.store(partial_ptr + tl.program_id(0), total)
 
 
@@ -279,14 +282,13 @@ def _sanitized(*tensors: Tensor) -> tuple[Tensor, ...] | None:
     return tensors if INTERPRETED else None
 
 
-@register(fake=lambda table, chunks, max_norm, tensors: table.new_empty(2, dtype=torch.float32))
-def adamw_norm(table: Tensor, chunks: Tensor, max_norm: float, tensors: Sequence[Tensor]) -> Tensor:
+@register(fake=lambda table, chunks, max_norm, grads: table.new_empty(2, dtype=torch.float32))
+def adamw_norm(table: Tensor, chunks: Tensor, max_norm: float, grads: Sequence[Tensor]) -> Tensor:
     """table (N, FIELDS), chunks (P, 2) -> (2,) fp32: norm, clip coefficient."""
-    P, reached = len(chunks), _sanitized(*tensors)
+    P, reached = len(chunks), _sanitized(*grads)
     out, partial = (table.new_empty(n, dtype=torch.float32) for n in (2, P))
     if P > 0:
-        norm = _launch("norm", table)
-        _adamw_norm_kernel[(P,)](table, chunks, partial, reached, CHUNK=CHUNK, **norm)
+        _adamw_norm_kernel[(P,)](table, chunks, partial, reached, **_launch("norm", table))
     _adamw_clip_kernel[(1,)](partial, out, P, max_norm, **_launch("clip", table))
     return out
 
@@ -309,7 +311,191 @@ def adamw_step(
             table, table.view(torch.float64), found_inf, scalars, reached, N, **advance
         )
     if P > 0:
-        _adamw_kernel[(P,)](table, chunks, scalars, clip, found_inf, reached, CHUNK=CHUNK, **step)
+        _adamw_kernel[(P,)](table, chunks, scalars, clip, found_inf, reached, **step)
+
+
+class Slot(NamedTuple):
+    """One parameter of a step. All tensors are on one device, contiguous, of its shape.
+
+    Args:
+        name: For messages.
+        param: fp32.
+        grad: fp32 or bf16.
+        exp_avg, exp_avg_sq: fp32.
+        step: (), fp32, steps done.
+        working: bf16 copy of `param` to keep up, or None.
+        lr: A number, or a () fp32 tensor on the device, read when the kernel runs.
+        betas, eps, weight_decay: As in torch.optim.AdamW.
+    """
+
+    name: str
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    working: Tensor | None
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+    def check(self, device: torch.device) -> None:
+        """Raise ValueError for a tensor, other than the gradient, that kernels would misread."""
+        shape = self.param.shape
+        for what, tensor, size, dtypes in (
+            ("param", self.param, shape, FP32),
+            ("exp_avg", self.exp_avg, shape, FP32),
+            ("exp_avg_sq", self.exp_avg_sq, shape, FP32),
+            ("step", self.step, (), FP32),
+            ("working copy", self.working, shape, (torch.bfloat16,)),
+            ("lr", self.lr, (), FP32),
+        ):
+            if isinstance(tensor, Tensor):
+                check_tensor("adamw", f"{what} of {self.name}", tensor, size, device, dtypes)
+
+    def row(self) -> bytes:
+        """Its row of the table; ValueError for a gradient, new in each step, that does not fit."""
+        dtypes, shape, name = (*FP32, torch.bfloat16), self.param.shape, f"gradient of {self.name}"
+        check_tensor("adamw", name, self.grad, shape, self.param.device, dtypes)
+        tensors = self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.working
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        flags = BF16_GRAD.value if self.grad.dtype == torch.bfloat16 else 0
+        if all(address % ALIGNMENT == 0 for address in addresses):
+            flags |= ALIGNED.value
+        lr_address, lr = (self.lr.data_ptr(), 0.0) if isinstance(self.lr, Tensor) else (0, self.lr)
+        integers = self.step.data_ptr(), lr_address, self.param.numel(), flags
+        logs = (math.log(beta) if beta else -math.inf for beta in self.betas)
+        return ROW.pack(*addresses, *integers, lr, self.weight_decay, *self.betas, *logs, self.eps)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Upload:
+    """A small host tensor on the device, sent only when its content is not what was sent last.
+
+    A CUDA graph that holds the copy reads the pinned buffer at every replay. So what a capture has
+    used, host buffer and device tensor, is kept and never written again. Pinned memory cannot
+    safely be allocated during a capture, so one spare buffer waits for it.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.key: Any = None
+        self.sent = torch.empty(0)
+        self.captured: dict[Any, Tensor] = {}  # of the capture that is running
+        self.kept: list[Tensor] = []
+        self.spare = torch.empty(0)
+
+    def put(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """The device tensor of `make()`, which is a function of `key`; never waits."""
+        capturing = _is_capturing(self.device)
+        if key == self.key:
+            if capturing:
+                self.kept.append(self.sent)
+            return self.sent
+        if capturing and key in self.captured:
+            return self.captured[key]
+        content, pin = make(), self.device.type == "cuda"
+        if self.spare.shape != content.shape:
+            self.spare = torch.empty_like(content, pin_memory=pin)
+        host = self.spare.copy_(content)
+        sent = host.to(self.device, non_blocking=True)
+        if capturing:
+            self.spare = torch.empty(0)
+            self.captured[key] = sent
+            self.kept += [host, sent]
+        else:  # `host` goes back to torch's pool, which waits for the copy by an event
+            self.spare = torch.empty_like(content, pin_memory=pin)
+            self.captured.clear()  # of a capture that failed, if at all
+            self.key, self.sent = key, sent
+        return sent
+
+    def end(self) -> None:
+        """The step is over: another capture must send for itself."""
+        self.captured.clear()
+
+
+class Tables:
+    """The address table and the chunk list of one set of parameters on `device`.
+
+    Args:
+        device: Of every tensor that will be in it; the only CUDA device in use, or the CPU under
+            TRITON_INTERPRET=1.
+
+    Raises:
+        ValueError: the kernels do not run there.
+    """
+
+    def __init__(self, device: torch.device):
+        check_device("adamw", torch.empty(0, device=device))
+        self.device = device
+        self._addresses, self._chunks = Upload(device), Upload(device)
+        self._one, self._zero = torch.ones((), device=device), torch.zeros((), device=device)
+
+    def grad_norm(self, slots: Sequence[Slot], max_norm: float) -> tuple[Tensor, Tensor]:
+        """Norm of all gradients together, which are read once and left as they are.
+
+        Args:
+            slots: The parameters that have a gradient.
+            max_norm: What `adamw` is to clip to; 0 or infinity for a coefficient of 1.
+
+        Returns:
+            norm and clip coefficient, each (), fp32, new tensors.
+
+        Raises:
+            ValueError: a tensor has another dtype, shape, layout or device than `Slot` says.
+        """
+        if not max_norm >= 0:
+            raise ValueError(f"adamw: max_norm must be 0 or more, got {max_norm}")
+        max_norm = max_norm if math.isfinite(max_norm) else 0.0
+        norm, clip = adamw_norm(*self._load(slots), max_norm, [slot.grad for slot in slots])
+        return norm, clip
+
+    def adamw(
+        self, slots: Sequence[Slot], clip: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        """One step of all parameters, in place.
+
+        Args:
+            slots: The parameters that have a gradient.
+            clip: (), fp32, factor of every gradient; None is 1.
+            found_inf: (), fp32; where it is not 0 nothing is written. None is 0.
+
+        Raises:
+            ValueError: a tensor has another dtype, shape, layout or device than `Slot` says.
+        """
+        table, chunks = self._load(slots)
+        self._addresses.end()
+        self._chunks.end()
+        clip = self._one if clip is None else clip
+        found_inf = self._zero if found_inf is None else found_inf
+        check_tensor("adamw", "found_inf", found_inf, (), self.device, FP32)
+        state = [t for s in slots for t in (s.exp_avg, s.exp_avg_sq, s.step)]
+        weights = [t for s in slots for t in (s.param, s.working) if t is not None]
+        read = [t for s in slots for t in (s.grad, s.lr) if isinstance(t, Tensor)]
+        adamw_step(table, chunks, clip, found_inf, state + weights, read)
+        # Autograd cannot see the writes; a graph that saved a parameter must not be used again.
+        torch.autograd.graph.increment_version(weights)
+
+    def _load(self, slots: Sequence[Slot]) -> tuple[Tensor, Tensor]:
+        """Table and chunk list, on the device."""
+        rows = b"".join(slot.row() for slot in slots)
+        sizes = tuple(slot.param.numel() for slot in slots)
+
+        def make_table() -> Tensor:
+            for slot in slots:
+                slot.check(self.device)
+            words = [*struct.iter_unpack("q", rows)]
+            return torch.tensor(words, dtype=torch.int64).view(-1, FIELDS.value)
+
+        def make_chunks() -> Tensor:
+            pairs = [(i, c) for i, size in enumerate(sizes) for c in range(cdiv(size, CHUNK.value))]
+            return torch.tensor(pairs, dtype=torch.int32).view(-1, 2)
+
+        return self._addresses.put(rows, make_table), self._chunks.put(sizes, make_chunks)
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
@@ -320,6 +506,6 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         ("advance", _adamw_advance_kernel, "step counts"),
         ("step", _adamw_kernel, "update"),
     ):
-        launch, fixed = launch_for(launch_key(name, arch)), {"reached": None, "CHUNK": CHUNK}
+        launch, values = launch_for(launch_key(name, arch)), {"reached": None}
         loose = ("clip_ptr", "found_inf_ptr", "P", "N")
-        yield aot_case("adamw", kernel, label, launch, "fp32", fixed, unaligned=loose)
+        yield AotCase("adamw", kernel, label, launch, "fp32", values, unaligned=loose)

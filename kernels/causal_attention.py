@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import HEAD_DIMS, unfit
-from ._aot import AotCase, aot_case
+from ._aot import AotCase
 from ._jit import jit
 from ._launch import Key, Launch, arch, candidates_for, cdiv, launch_for, math_of, precision_of
 from ._op import check_device, check_tensor, refuse_double_backward, register
@@ -461,6 +461,6 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
             blocks = " ".join(f"{k[6:]}{size}" for k, size in sizes if k[:6] == "BLOCK_")
             label = f"{name} D={D} {'tf32' if math == 'tf32' else dtype} {blocks}"
             mma, loose = "" if math == "ieee" else block, ("T", "H")
-            yield aot_case(
+            yield AotCase(
                 "causal_attention", kernel, label, launch, dtype, fixed, mma=mma, unaligned=loose
             )

@@ -39,7 +39,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotCase, aot_case
+from ._aot import AotCase
 from ._jit import jit
 from ._launch import Key, arch, cdiv, launch_for
 from ._op import FLOATS, check_device, check_tensor, needs_grad, refuse_double_backward, register
@@ -251,9 +251,9 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         launch, fixed = row_launch(key, 768, dtypes[h])
         types = {"h_ptr": f"*{h}", "wte_ptr": f"*{table}", "wpe_ptr": f"*{table}"}
         label = f"fwd C=768 h={h} wte={table}"
-        yield aot_case("embedding", kernel, label, launch, "bf16", fixed, types=types)
+        yield AotCase("embedding", kernel, label, launch, "bf16", fixed, types=types)
     launch = launch_for(launch_key("sums", 768, torch.float32, arch))
     for d, what in ("fp32", "rows"), ("bf16", "rows"), ("fp32", "carried rows"):
         fixed = {"C": 768} if what == "rows" else {"C": 768, "order_ptr": None}
         label = f"sums of {what} C=768 d={d}"
-        yield aot_case("embedding", _embedding_sums_kernel, label, launch, d, fixed)
+        yield AotCase("embedding", _embedding_sums_kernel, label, launch, d, fixed)

@@ -42,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import WIDTH
-from ._aot import AotCase, aot_case
+from ._aot import AotCase
 from ._jit import jit
 from ._launch import Key, arch, candidates_for, cdiv, launch_for, math_of, num_sms, precision_of
 from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
@@ -354,6 +354,6 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         for launch, size in builds.items():
             label, mma = f"{name} {dtype} {math} {size}", "" if math == "ieee" else "BLOCK_M"
             fixed = {"PRECISION": precision_of(math), "SAVE_D": True}
-            yield aot_case(
+            yield AotCase(
                 "gelu_mlp", kernel, label, launch, dtype, fixed, mma=mma, unaligned=("M",)
             )

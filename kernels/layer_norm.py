@@ -36,7 +36,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotCase, aot_case
+from ._aot import AotCase
 from ._jit import jit
 from ._launch import Key, Launch, arch, cdiv, launch_for, next_pow2, num_sms
 from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
@@ -448,6 +448,6 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
             key = launch_key(name, 65536, C, dtypes[h], arch)
             launch, kwargs = row_launch(key, C, dtypes[h])
             label = f"{name} C={C} bf16" if absent == alone else f"{name} C={C} x={x} h={h}"
-            yield aot_case(op, kernel, label, launch, x, kwargs | absent, types=types)
+            yield AotCase(op, kernel, label, launch, x, kwargs | absent, types=types)
     launch = launch_for(Key("layer_norm.sum", "fp32", "C=768", arch))
-    yield aot_case("layer_norm", _sum_partials_kernel, "sum of partials", launch, "fp32")
+    yield AotCase("layer_norm", _sum_partials_kernel, "sum of partials", launch, "fp32")

@@ -37,7 +37,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotCase, aot_case
+from ._aot import AotCase
 from ._jit import jit
 from ._launch import Key, arch, cdiv, launch_for
 from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
@@ -174,7 +174,7 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         launch = launch_for(launch_key(name, dtype, arch))
         fixed = {"GRAD": grad, "VECTOR": 16 // dtype.itemsize}
         loose = ("V", "ignore_index")
-        yield aot_case(
+        yield AotCase(
             "linear_cross_entropy", kernel, label, launch, label[:4], fixed, unaligned=loose
         )
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
-from kernels._aot import AotCase, aot_case
+from kernels._aot import AotCase
 from kernels._launch import Launch
 
 
@@ -30,7 +30,7 @@ def _matmul_kernel(a_ptr, b_ptr, y_ptr, K, BLOCK_N: tl.constexpr, PRECISION: tl.
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    yield aot_case(
+    yield AotCase(
         "layer_norm", _spilling_kernel, "spills", Launch((("N", 128),), num_warps=1), "fp32"
     )
     tf32, ieee = {"PRECISION": "tf32"}, {"PRECISION": "ieee"}
@@ -43,4 +43,4 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         ("sound", 64, 4, 2, 2, tf32),
     ):
         launch = Launch((("BLOCK_N", block),), warps, stages, programs_per_sm=programs)
-        yield aot_case("gelu_mlp", _matmul_kernel, label, launch, "fp32", constexprs, mma="BLOCK_N")
+        yield AotCase("gelu_mlp", _matmul_kernel, label, launch, "fp32", constexprs, mma="BLOCK_N")

@@ -170,7 +170,7 @@ class TritonAdamW(AdamW):
     """
 
     def set_up(self) -> None:
-        from kernels.adamw_tables import Tables  # triton is not there on every machine
+        from kernels.adamw import Tables  # triton is not there on every machine
 
         self._step_supports_amp_scaling = False  # a GradScaler unscales by itself then
         device = self.param_groups[0]["params"][0].device
@@ -202,7 +202,7 @@ class TritonAdamW(AdamW):
 
     def _slots(self) -> list[Any]:
         """What a kernel needs to know of each parameter with a gradient."""
-        from kernels.adamw_tables import Slot
+        from kernels.adamw import Slot
 
         # A weight and its copy may both have a gradient; a kernel reads one, so it gets the sum.
         self.fold_working_gradients([p for p in self.copies if p.grad is not None])
