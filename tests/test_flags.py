@@ -172,6 +172,8 @@ BAD = """
 --preset '' => preset: unknown recipe ''
 --data '' => --data is empty
 --data {tmp}/short.txt '' => --data is empty
+--data --seed 1 => --data and --val need a path
+--val => --data and --val need a path
 --out '' => --out is empty
 --init= => --init is empty
 --resume '' => --resume is empty

@@ -204,6 +204,8 @@ def parse(arguments: Sequence[str]) -> Config:
     spelled = [off.get(flag, flag) for flag in arguments]
     default = Config(recipe=recipe, preset=preset)
     cfg = tyro.cli(Config, args=spelled, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    if ("--data" in arguments and not cfg.data) or ("--val" in arguments and not cfg.val):
+        raise ValueError("config: --data and --val need a path; give one, or leave the flag out")
     if cfg.dropout is not None:
         shape = replace(cfg.recipe.model_config, dropout=cfg.dropout)
         cfg = replace(cfg, recipe=replace(cfg.recipe, model=spell_model(shape)))
