@@ -19,16 +19,15 @@ from training import documents
 from training.prepare import Config, prepare
 
 
-def read(*paths: str | Path, key: str = "text", say: Callable[[str], None] = print) -> list[int]:
+def read(*paths: str | Path, key: str = "text") -> list[int]:
     """Tokens of the files, each document behind an endoftext."""
-    files = documents.find_inputs(paths, say, key)
-    assert isinstance(files, list)
+    files = documents.find_inputs(paths, key)
     pieces = (documents.encode_piece(p) for file in files for p in documents.cut(file, key))
-    return np.frombuffer(b"".join(data for data, _, _ in pieces), dtype="<u2").tolist()
+    return np.frombuffer(b"".join(pieces), dtype="<u2").tolist()
 
 
-def texts(*paths: str | Path, say: Callable[[str], None] = print) -> list[str]:
-    return tokenizer.decode(read(*paths, say=say)).split("<|endoftext|>")[1:]
+def texts(*paths: str | Path) -> list[str]:
+    return tokenizer.decode(read(*paths)).split("<|endoftext|>")[1:]
 
 
 def packed(pack: Callable[[bytes], bytes], data: bytes = b"") -> bytes:
@@ -51,12 +50,12 @@ REFUSED = {
     "broken xz": ("a.txt.xz", lzma.compress(b"x")[:20] + b"\0" * 40, "cannot be unpacked"),
     "Latin-1 in gz": ("a.gz", packed(gzip.compress, b"caf\xe9"), "byte 0xe9 at offset 3"),
     "tar": ("a.tar.gz", packed(gzip.compress, b"name\0\0"), "binary, not text: .* at offset 4"),
-    "Parquet in gz": ("a.parquet.gz", packed(gzip.compress, b"PAR1"), "Parquet in a compressed"),
+    "Parquet in gz": ("a.parquet.gz", packed(gzip.compress, b"PAR1"), "cannot be read as a table"),
     "JSON in xz": ("a.json.xz", lzma.compress(b"{}"), "is JSON; write one object a line"),
-    "web page": ("a.parquet", b"<html>", "or Arrow, but it begins with b'<html>'; fetch"),
+    "web page": ("a.parquet", b"<html>", "cannot be read as a table .*or something else"),
     "zip": ("a.zip", b"PK\x03\x04\x14\0", "is a zip archive"),
     "LFS": ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-    "pickle": ("a.pkl", pickle.dumps("x"), "is a pickle"),
+    "pickle": ("a.pkl", pickle.dumps("x"), "is binary, not text: .*; unpack it, or convert"),
     "weights": ("a.safetensors", b"\x10\0\0\0\0\0\0\0{}", "is binary"),
     "JSON": (
         "a.json",
@@ -102,13 +101,31 @@ def test_a_root_folder_is_refused_without_a_walk_over_the_disk(tmp_path: Path, m
     for name in ("deep/er/a.txt", "deep/b.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    walk, seen = os.walk, []
-    monkeypatch.setattr(os, "walk", lambda top: (seen.append(at[0]) or at for at in walk(top)))
-    with pytest.raises(ValueError, match=r"holds deep/b.png, .*or name the files or the folder to"):
+    walk, seen = Path.iterdir, []
+    monkeypatch.setattr(Path, "iterdir", lambda path: seen.append(path) or walk(path))
+    with pytest.raises(ValueError, match=r"deep holds b.png, .*or name the files or the folder to"):
         read(tmp_path)
-    assert [*map(str, seen)] == [str(tmp_path), str(tmp_path / "deep")]
+    assert [*dict.fromkeys(seen)] == [tmp_path, tmp_path / "deep"]
     with pytest.raises(ValueError, match=r"the folder / holds \S+ .*which is not \.txt, \.md"):
         read("/")
+
+
+def test_a_subfolder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("x")
+
+    def refusing(listed: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def refuse(path: Any) -> Any:
+            if Path(path).name == "sub":
+                raise PermissionError(13, "Permission denied", str(path))
+            return listed(path)
+
+        return refuse
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    with pytest.raises(PermissionError, match=r"denied: .*sub"):
+        documents.find_inputs([tmp_path])
 
 
 # ---- the same documents, however they lie around
@@ -162,7 +179,6 @@ def test_every_form_of_the_same_documents_gives_the_same_tokens(tmp_path, monkey
     cfg = Config((str(path),), str(tmp_path / "out"), text_column="body", processes=1)
     assert prepare(cfg)["documents"] == len(DOCUMENTS)
     files = documents.find_inputs([path], key="body")
-    assert isinstance(files, list)
     pieces = [piece for file in files for piece in documents.cut(file, "body")]
     assert len(pieces) > 5
     assert sum(piece.advance for piece in pieces) == sum(file.stat().st_size for file in files)
@@ -201,11 +217,13 @@ def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data: no such file: .*data-00001-of-00002"):
         read(dataset, key="body")
     (dataset / "state.json").write_text('{"_data_files": 3}')
-    with pytest.raises(ValueError, match=r"state.json is not as .*; name the .arrow files"):
+    with pytest.raises(ValueError, match=r"state.json: _data_files must be an array, got 3"):
         read(dataset)
     both = dataset.rename(tmp_path / "train").parent
     (both / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    with pytest.raises(ValueError, match=r"of several splits; name one of them: .*/train"):
+    with pytest.raises(
+        ValueError, match=r"holds dataset_dict.json, .*or name the files or the folder"
+    ):
         read(both)
 
 
@@ -278,7 +296,7 @@ def test_a_pattern_follows_no_link_back_and_takes_nothing_hidden(tmp_path, monke
         (tmp_path / name).write_text(name)
     (tmp_path / "d" / "back").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
-    plain = (f"{tmp_path}/**/*.txt", "**/*.txt", "d/../*.txt", "**.txt", f"{tmp_path}/a**t")
+    plain = (f"{tmp_path}/**/*.txt", "**/*.txt", "d/../*.txt", "d*/../*.txt")
     for name, patterns in {"a.txt": plain, ".kept/g.txt": (".k*/*.txt", ".kept/**")}.items():
         for pattern in patterns:
             assert texts(pattern) == [name], pattern
@@ -295,6 +313,4 @@ def test_what_only_looks_compressed_or_like_a_pattern_is_taken_as_it_is(tmp_path
     }
     for name, content in given.items():
         (tmp_path / name).write_bytes(content)
-        said: list[str] = []
-        assert texts(tmp_path / name, say=said.append) == [name[:7] if "BZ" in name else "hello"]
-        assert bool(said) == (name == "bom.txt.gz")
+        assert texts(tmp_path / name) == [name[:7] if "BZ" in name else "hello"]

@@ -119,9 +119,7 @@ def test_command_line(model: GPT, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"loss {result['loss']:.4f} nats per token" in capsys.readouterr().out
     (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfto be or not to be")
     evaluate.main([*args, "--json"])
-    again = capsys.readouterr()
-    assert json.loads(again.out) == result
-    assert "byte order mark at the beginning of" in again.err
+    assert json.loads(capsys.readouterr().out) == result
     (tmp_path / "bad.txt").write_bytes(b"a\xff")
     (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     for bad, message in (

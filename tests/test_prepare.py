@@ -112,7 +112,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, stop
     whole = run(config(path, tmp_path / "whole", shard_tokens=101))
     done: list[Path] = []
 
-    def interrupted(piece: documents.Piece) -> tuple[bytes, int, int]:
+    def interrupted(piece: documents.Piece) -> bytes:
         if len(done) == stop_after:
             raise KeyboardInterrupt
         done.append(piece.path)
@@ -168,7 +168,7 @@ def test_pieces_stay_in_order_whatever_the_number_of_processes(tmp_path, small_p
     (tmp_path / "a.txt").write_text(random_text(7, 700), encoding="utf-8", newline="")
     pieces = [*cut(tmp_path / "a.txt")]
 
-    def slowed(piece: documents.Piece) -> tuple[bytes, int, int]:
+    def slowed(piece: documents.Piece) -> bytes:
         time.sleep(0.01 * (piece.start % 3))
         return encode_piece(piece)
 
@@ -200,7 +200,7 @@ def test_a_full_disk_names_the_folder_and_leaves_no_half_shard(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"prepare: cannot write to .*out: File too large"):
+        with pytest.raises(OSError, match=r"File too large: '.*out'"):
             prepare(config(tmp_path / "a.txt", tmp_path / "out"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -317,24 +317,24 @@ def test_a_folder_in_the_place_of_a_shard_loses_nothing(prepared: Config):
     (out / "train-000001.bin").unlink()
     (out / "train-000001.bin").mkdir()
     (out / "train-000001.bin" / "kept").write_text("a person's")
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match=r"train-000001.bin is a folder in the place of a shard"):
+    with pytest.raises(OSError, match=r"train-000001.bin"):
         prepare(prepared)
-    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    (out / "train-000001.bin").rename(out / "moved")
+    prepare(prepared)
+    assert (out / "moved" / "kept").read_text() == "a person's"
+    assert len(load_corpus([out]).tokens) > 80
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_a_byte_order_mark_is_left_out_and_said(tmp_path, small_pieces, suffix):
+def test_a_byte_order_mark_is_left_out(tmp_path, small_pieces, suffix):
     text = random_text(1, 300).encode()
     if suffix == ".jsonl":
         text = b"".join(json.dumps({"text": str(i)}).encode() + b"\n" for i in range(99))
     plain, marked = (tmp_path / f"{name}{suffix}" for name in ("plain", "marked"))
     plain.write_bytes(text)
     marked.write_bytes(b"\xef\xbb\xbf" + text)
-    said: list[str] = []
-    tokens = [np.asarray(load_corpus([p], said.append).tokens).tolist() for p in (plain, marked)]
+    tokens = [np.asarray(load_corpus([p]).tokens).tolist() for p in (plain, marked)]
     assert tokens[0] == tokens[1]
-    assert said == [f"data: the byte order mark at the beginning of {marked} is left out"]
     want, got = (run(config(p, tmp_path / f"out {p.stem}")) for p in (plain, marked))
     np.testing.assert_array_equal(got, want)
     marked.write_bytes(b"\xef\xbb\xbf")
@@ -399,7 +399,9 @@ def test_an_index_that_is_a_pipe_is_refused(prepared: Config):
     path.unlink()
     os.mkfifo(path)
     for read in (lambda: load_corpus([prepared.out]), lambda: prepare(prepared)):
-        with pytest.raises(ValueError, match=r"index\.json is not a regular file"):
+        with pytest.raises(
+            ValueError, match=r"index\.json: format must be .*, as training.prepare writes it"
+        ):
             read()
 
 
@@ -414,9 +416,9 @@ def test_the_first_format_still_opens(prepared: Config, monkeypatch):
         assert len(load_corpus([prepared.out]).tokens) > 80
 
 
-def write_llmc(path: Path, tokens: np.ndarray, magic: int = shards.LLMC_MAGIC) -> None:
+def write_llmc(path: Path, tokens: np.ndarray) -> None:
     header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, 1, len(tokens)
+    header[:3] = shards.LLMC_MAGIC, 1, len(tokens)
     path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
 
 
@@ -434,7 +436,6 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     write_llmc(tmp_path / "short.bin", tokens)
     whole = (tmp_path / "short.bin").read_bytes()
     (tmp_path / "short.bin").write_bytes(whole[:-10])
-    write_llmc(tmp_path / "llama.bin", tokens, magic=20240801)
     np.save(tmp_path / "float.npy", tokens.astype(np.float32))
     (tmp_path / "text.npy").write_text("not numpy")
     (tmp_path / "odd.bin").write_bytes(struct.pack("<3B", 1, 2, 3))
@@ -445,7 +446,6 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     for name, line in {
         "short.bin": "must be 3024 bytes",
         "negative.bin": "for the -2 tokens its header names",
-        "llama.bin": "Llama 3",
         "float.npy": "float32",
         "text.npy": "not a readable .npy",
         "odd.bin": "got 3 bytes",

@@ -10,13 +10,12 @@ over ranks whatever the micro-batch:
 """
 
 import hashlib
-import importlib
 import json
 import re
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from training.shards import (
     TokenShards,
     check_encoding,
     hash_file,
+    holds_tokens,
     open_foreign,
     open_prepared,
 )
@@ -103,12 +103,12 @@ def load_corpus(
         name = f"{paths[0]}{more}"
     else:
         name, paths = _default_source(say)
-    inputs = find_inputs(paths, say, key)
-    if isinstance(inputs, Path):
-        beside = inputs.iterdir() if inputs.is_dir() else ()
+    inputs = find_inputs(paths, key)
+    if holds_tokens(inputs[0]):
+        beside = inputs[0].iterdir() if inputs[0].is_dir() else ()
         if texts := sorted(p.name for p in beside if p.suffix.lower() in TAKEN):
-            say(f"data: the token files of {inputs}; not read: {', '.join(texts[:5])}")
-        return open_tokens(inputs)
+            say(f"data: the token files of {inputs[0]}; not read: {', '.join(texts[:5])}")
+        return open_tokens(inputs[0])
     if len(inputs) > len(paths):
         counts = Counter(path.suffix.lower() for path in inputs)
         say(f"data: {name}: {', '.join(f'{n} {suffix}' for suffix, n in sorted(counts.items()))}")
@@ -147,7 +147,8 @@ def _default_source(say: Callable[[str], None]) -> tuple[str, list[Path]]:
                 f"data: tiny Shakespeare could not be downloaded ({error}); taking the language "
                 "reference that comes with Python (pydoc_data.topics). --data FILE takes your text"
             )
-            topics = importlib.import_module("pydoc_data.topics").topics
+            from pydoc_data.topics import topics  # 700 kB of text
+
             manual = kept.with_name("pydoc_data.topics.jsonl")
             lines = (json.dumps({KEY: topics[name]}) + "\n" for name in sorted(topics))
             write_atomically(manual, "".join(lines))
@@ -165,36 +166,25 @@ def _download(url: str) -> bytes:
 
 
 def _tokenise(files: Sequence[Path], name: str, key: str) -> Corpus:
-    """Tokens of text files from the cache, or into it. Documents are joined by <|endoftext|>."""
+    """The tokens of text files, from the cache or newly made; <|endoftext|> between documents."""
     sha256 = hash_files(files, key)
     path = tokenizer.cache_dir() / "tokens" / f"{sha256[:16]}-{tokenizer.ENCODING}.bin"
-    meta_path = path.with_suffix(".json")
-    # The text has been read whole already; reading its tokens adds little, and nothing less would
-    # notice a damaged cache.
-    kept = read_object(meta_path)
-    same = kept.get("sha256") == sha256 and path.is_file()
-    if not (same and kept.get("tokens_sha256") == hash_file(path)):
+    kept = read_object(path.with_suffix(".json"))
+    # Only a hash of the whole file finds a damaged cache; the text has been read whole anyway.
+    intact = path.is_file() and kept.get("tokens_sha256") == hash_file(path)
+    if kept.get("sha256") != sha256 or not intact:
+        chunks = (encode_piece(piece) for file in files for piece in cut(file, key))
+        first = next(filter(None, chunks), b"")  # it begins with <|endoftext|>
         with replacing(path) as partial:
-            documents = 0
             with partial.open("wb") as out:
-                pieces = (piece for file in files for piece in cut(file, key))
-                for data, begun, _ in map(encode_piece, pieces):
-                    out.write(data if documents else data[TOKEN_DTYPE.itemsize :])
-                    documents += begun
-            if not (size := partial.stat().st_size):
+                out.write(first[TOKEN_DTYPE.itemsize :])
+                out.writelines(chunks)
+            if not partial.stat().st_size:
                 raise ValueError(f"data: {name} holds no text to train on")
-            tokens_sha256 = hash_file(partial)
-        meta = {
-            "name": name,
-            "sha256": sha256,
-            "tokens_sha256": tokens_sha256,
-            "encoding": tokenizer.ENCODING,
-            "documents": documents,
-            "tokens": size // TOKEN_DTYPE.itemsize,
-            "dtype": "uint16",
-        }
-        # The JSON last: without it the token file counts as absent.
-        write_atomically(meta_path, json.dumps(meta, indent=1))
+            hashes = {"sha256": sha256, "tokens_sha256": hash_file(partial)}
+        meta = {"name": name, "encoding": tokenizer.ENCODING, **hashes}
+        # The JSON comes last: a token file without it is not used.
+        write_atomically(path.with_suffix(".json"), json.dumps(meta, indent=1))
     return Corpus(TokenShards([np.memmap(path, dtype=TOKEN_DTYPE, mode="r")]), name, sha256)
 
 
@@ -278,12 +268,12 @@ class Prefetcher:
         self.device = torch.device(device)
         self.position = loader.position
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
-        self._next = self._submit()
+        self._next = self._pool.submit(self._read)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets on the device, each (B, T) int64."""
         x, y, position = self._next.result()
-        self._next = self._submit()
+        self._next = self._pool.submit(self._read)
         self.position = position
         return (x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
 
@@ -292,14 +282,11 @@ class Prefetcher:
         self._next.result()  # nothing reads while the loader moves
         self.loader.position, self.loader.skips = position, dict(skips)
         self.position = position
-        self._next = self._submit()
+        self._next = self._pool.submit(self._read)
 
     def close(self) -> None:
         """Stop reading ahead."""
         self._pool.shutdown(cancel_futures=True)
-
-    def _submit(self) -> Future[tuple[Tensor, Tensor, int]]:
-        return self._pool.submit(self._read)
 
     def _read(self) -> tuple[Tensor, Tensor, int]:
         x, y = self.loader.next_batch()

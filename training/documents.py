@@ -1,10 +1,11 @@
-"""Text into tokens: which files are read, and how they are tokenised in pieces of bounded size.
+"""Find the text files that a user names, cut them into pieces, and tokenise the pieces.
 
-A file is UTF-8 text, one document; JSONL, one document a line; or a table (Parquet, Arrow), one
-document a row. Text and JSONL may be compressed. A file is read as one stream and parted into
-pieces of a few megabytes, text only where a cut leaves the tokens unchanged, so the memory stays
-flat whatever the file; each document begins with <|endoftext|>. `train.py --data` and
-`training.prepare` read text through here alone and therefore read the same.
+A text file is one document, a JSONL file has one document per line, a table (Parquet, Arrow) one
+per row. Text and JSONL may be compressed. Each document begins with <|endoftext|>.
+
+A file is read as one stream and cut into pieces of a few megabytes, so the memory stays flat
+whatever its size. Text is cut only where the cut does not change the tokens. `train.py --data` and
+`training.prepare` both read text through this module, so both get the same tokens.
 """
 
 import bz2
@@ -16,7 +17,6 @@ import hashlib
 import io
 import json
 import lzma
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,66 +27,28 @@ import numpy as np
 
 from model import tokenizer
 from model.edge import quoted, read_utf8
+from model.files import read_object
+from training import schema
 from training.shards import TOKEN_DTYPE, holds_tokens
 
 JSONL, KEY = ".jsonl", "text"
 TABLES = (".parquet", ".arrow")
+PACKED = (".gz", ".bz2", ".xz", ".zst")
 _CODE = (
     "c cc cpp cu cuh cs go h hpp hs java jl js kt lua ml php pl py r rb rs scala sh sql swift ts"
 )
-# Of a folder's files.
+# Files that are read when a user names their folder.
 TAKEN = (JSONL, *TABLES, *(f".{name}" for name in f"txt md rst tex tsx {_CODE}".split()))
 TAKEN_WORDS = ".txt, .md, code, .jsonl, .parquet or .arrow"
 PIECE_BYTES = 4 << 20  # large enough for tiktoken's full speed, small enough for a flat memory
-BATCH_ROWS = 64  # of a table at once; a row may be a book
-MAX_LINE_BYTES = 256 << 20  # of a JSONL file; a line is read whole
-_EOT = np.array([tokenizer.EOT], dtype=TOKEN_DTYPE)
-_CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of a UTF-8 character but its first
-
-
-def _open_zstd(raw: BinaryIO) -> BinaryIO:
-    # Not the zstandard package: it takes a file that was cut short for a whole one.
-    return io.BufferedReader(_pyarrow("zstandard").CompressedInputStream(raw, "zstd"))
-
-
-# How compressed files begin, and what reads them.
-_UNPACK: dict[bytes, Callable[[Any], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"\xfd7zXZ": lzma.open,
-    b"\x28\xb5\x2f\xfd": _open_zstd,
-    **{b"BZh%d" % level: bz2.open for level in range(1, 10)},
-}
-PACKED = (".gz", ".bz2", ".xz", ".zst")
-_TABLE_STARTS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # the last is a stream of Arrow
-# How files begin that are no UTF-8 text: what they are, and the way out.
-_UTF16 = "UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
-_FOREIGN = {
-    b"PK\x03\x04": "a zip archive (.docx, .epub, .npz and .pt are zip too); unpack it",
-    b"7z\xbc\xaf": "a 7z archive; unpack it",
-    b"PAR1": "Parquet in a compressed file; unpack it",
-    b"ARROW1": "Arrow in a compressed file; unpack it",
-    b"%PDF": "PDF; extract its text: pdftotext",
-    b"version https://git-lfs": "a pointer of Git LFS; git lfs pull gets the file",
-    b"\x80": "a pickle, perhaps of PyTorch; weights go to --init",
-    b"\xff\xfe": _UTF16,
-    b"\xfe\xff": _UTF16,
-}
-# Text, but not what a model should learn to write.
-_NO_PROSE = {".json": "JSON", ".ndjson": "JSON", ".csv": "a table", ".tsv": "a table"}
-
-
-class Piece(NamedTuple):
-    """A part of one input."""
-
-    path: Path
-    start: int  # offset of its first byte in the unpacked text, or number of its first row or line
-    data: bytes | list[Any]  # of text or of JSONL, or the values of a table's rows
-    key: str  # field of a JSONL object, or column of a table, that is read
-    advance: int  # bytes of the file that were read for it
+BATCH_ROWS = 64  # rows of a table read at once; a row may be a book
+MAX_LINE_BYTES = 256 << 20  # of JSONL; a longer line is cut, and refused as no JSON
+_BOM = codecs.BOM_UTF8
+_EOT = np.array([tokenizer.EOT], dtype=TOKEN_DTYPE).tobytes()
+_CONTINUATION = bytes(range(0x80, 0xC0))  # all bytes of a UTF-8 character but its first
 
 
 def _pyarrow(what: object) -> Any:
-    """pyarrow with its Parquet reader; ValueError where it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -97,8 +59,44 @@ def _pyarrow(what: object) -> Any:
     return pyarrow
 
 
+def _open_zstd(raw: BinaryIO) -> BinaryIO:
+    # The zstandard package would take a file that was cut short for a whole one.
+    return io.BufferedReader(_pyarrow("zstandard").CompressedInputStream(raw, "zstd"))
+
+
+# The first bytes of compressed files, and the function that reads them.
+_UNPACK: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"\xfd7zXZ": lzma.open,
+    b"\x28\xb5\x2f\xfd": _open_zstd,
+    **{b"BZh%d" % level: bz2.open for level in range(1, 10)},
+}
+_TABLE_STARTS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # Parquet, an Arrow file, an Arrow stream
+# The first bytes of files that are not UTF-8 text, and what the user can do.
+_UTF16 = "UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive (.docx, .epub, .npz and .pt are zip too); unpack it",
+    b"%PDF": "PDF; extract its text: pdftotext",
+    b"version https://git-lfs": "a pointer of Git LFS; git lfs pull gets the file",
+    b"\xff\xfe": _UTF16,
+    b"\xfe\xff": _UTF16,
+}
+# Text, but nothing that a model should learn to write.
+_NO_PROSE = {".json": "JSON", ".ndjson": "JSON", ".csv": "a table", ".tsv": "a table"}
+
+
+class Piece(NamedTuple):
+    """A part of one input file."""
+
+    path: Path
+    start: int  # of text, its offset in bytes after unpacking; else its first line or row
+    data: bytes | list[Any]  # text or lines of JSONL, or the values of a table's rows
+    key: str  # the field of JSONL objects, or the column of a table, that holds the text
+    advance: int  # bytes of the file that were read for this piece
+
+
 def _suffix(path: Path) -> str:
-    """The suffix in lower case, without that of a compression."""
+    """The suffix in lower case; of a.txt.gz it is .txt."""
     name = Path(path.name.lower())
     return Path(name.stem).suffix if name.suffix in PACKED else name.suffix
 
@@ -113,7 +111,7 @@ def is_jsonl(path: Path) -> bool:
 
 
 def is_table(path: Path) -> bool:
-    return _begins(path, *_TABLE_STARTS)
+    return _suffix(path) in TABLES or _begins(path, *_TABLE_STARTS)
 
 
 def is_packed(path: Path) -> bool:
@@ -122,10 +120,10 @@ def is_packed(path: Path) -> bool:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """A file's bytes, unpacked where it is compressed, and the file itself.
+    """The unpacked bytes of a file as a stream, and the file itself.
 
     Raises:
-        ValueError: it is compressed and damaged or cut short.
+        ValueError: a compressed file is damaged or was cut short.
     """
     unpack = next((unpack for start, unpack in _UNPACK.items() if _begins(path, start)), None)
     with path.open("rb") as file:
@@ -139,98 +137,84 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             ) from None
 
 
-def find_inputs(
-    paths: Sequence[str | Path], say: Callable[[str], None] = lambda _: None, key: str = KEY
-) -> Path | list[Path]:
-    """What `paths` hold: a token file or a folder of them, or text files, in the order of reading.
+def find_inputs(paths: Sequence[str | Path], key: str = KEY) -> list[Path]:
+    """The text files that `paths` name, in the order of reading, or a single holder of tokens.
 
-    They are files, folders and patterns such as `src/**/*.py`. A file that is named is taken as
-    text if it is some. A folder gives the files that end as `TAKEN` says and must hold nothing
-    else, hidden files apart. `say` is told what of a file is left out; a table must have `key`.
+    Args:
+        paths: Files, folders, and patterns such as `src/**/*.py`. A file that is named is read if
+            it holds text. A folder must hold only files that end as in `TAKEN`, and hidden ones,
+            which are not read. A token file or a folder of token files must be the only path.
+        key: Column that a table must have.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an empty path, tokens beside something else, or what is no text, by its name.
+        ValueError: an empty path, tokens beside something else, or a file that holds no text.
     """
-    if any(str(path) == "" for path in paths):
+    if "" in map(str, paths):
         raise ValueError("data: a path must name a file or a folder, got nothing")
     named = [match for path in paths for match in _matches(str(path))]
-    tokens = [p for p in named if holds_tokens(p)]
+    tokens = [path for path in named if holds_tokens(path)]
     if tokens and len(named) > 1:
         raise ValueError(
             f"data: {tokens[0]} holds tokens and must stand alone, got {len(named)} paths; name a "
             "folder that holds all token files"
         )
     if tokens:
-        return tokens[0]
-    found = [inner for path in named for inner in (_inside(path) if path.is_dir() else [path])]
+        return tokens
+    found = []
+    for path in named:
+        inside = _inside(path) if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"data: no {TAKEN_WORDS} file in the folder {path}")
+        found += inside
     heads = [_check_text(path, key) for path in found]
-    if all(head in (b"", codecs.BOM_UTF8) for head in heads):
+    if not any(head.removeprefix(_BOM) for head in heads):
         raise ValueError(f"data: {', '.join(map(str, paths))} is empty; it needs text to train on")
-    marked = [p for p, head in zip(found, heads, strict=True) if head.startswith(codecs.BOM_UTF8)]
-    if marked:
-        more = f" and {len(marked) - 1} more" if len(marked) > 1 else ""
-        say(f"data: the byte order mark at the beginning of {marked[0]}{more} is left out")
     return found
 
 
 def _matches(path: str) -> list[Path]:
-    """What a pattern names, each once; what exists, or is no pattern, names itself.
+    """The files and folders that a pattern names; [path] where it exists or is no pattern.
 
-    No link to a folder is followed below `**`: it may lead back to where it stands.
+    As in a shell, only a part of the pattern that begins with a dot matches hidden names. `**`
+    follows no link to a folder, which may lead back to where it stands.
     """
-    pattern = Path(path)
-    if pattern.exists() or not glob.has_magic(path):
-        return [pattern]
+    parts = Path(path).parts
+    if Path(path).exists() or not glob.has_magic(path):
+        return [Path(path)]
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root, pattern = Path(*parts[:first]), Path(*parts[first:])
     dotted = [part for part in pattern.parts if part.startswith(".")]
 
     def shown(match: Path) -> bool:
-        hidden = [part for part in match.parts if part.startswith(".")]
+        hidden = [part for part in match.relative_to(root).parts if part.startswith(".")]
         return all(any(fnmatch.fnmatch(part, each) for each in dotted) for part in hidden)
 
-    # Within a name, as in **.txt, two stars are one; Path.glob of Python 3.11 refuses them.
-    parts = [part if part == "**" else part.replace("**", "*") for part in pattern.parts]
-    inside = Path(pattern.anchor).glob(str(Path(*parts).relative_to(pattern.anchor)))
-    found = {match for match in inside if shown(match)}
-    # ** names a folder and all that is in it.
-    return sorted(m for m in found if found.isdisjoint(m.parents)) or [pattern]
+    found = set(filter(shown, root.glob(str(pattern))))
+    # ** matches a folder and all that is in it.
+    return sorted(m for m in found if found.isdisjoint(m.parents)) or [Path(path)]
 
 
 def _inside(folder: Path) -> list[Path]:
-    if (folder / "dataset_dict.json").is_file():
-        splits = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    """The files of a folder and its subfolders, in order; hidden ones are left out."""
+    if (state := folder / "state.json").is_file():  # of a Hugging Face dataset; its files in order
+        files: Any = read_object(state).get("_data_files")
+        schema.check(f"data: {state}: _data_files", files, [{"filename": schema.TEXT}])
+        return [folder / Path(file["filename"]).name for file in files]
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    folders = {path for path in entries if path.is_dir() and not path.is_symlink()}
+    foreign = [path for path in entries if path not in folders and _suffix(path) not in TAKEN]
+    if foreign:
+        others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise ValueError(
-            f"data: {folder} is a Hugging Face dataset of several splits; name one of them: "
-            f"{', '.join(str(folder / split) for split in splits)}"
+            f"data: the folder {folder} holds {foreign[0].name}{others}, which is not "
+            f"{TAKEN_WORDS}; move it out, or name the files or the folder to take"
         )
-    if (folder / "state.json").is_file():  # what save_to_disk writes: its shards in their order
-        try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            return [folder / Path(part["filename"]).name for part in state["_data_files"]]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise ValueError(
-                f"data: {folder / 'state.json'} is not as Hugging Face's save_to_disk writes it; "
-                "name the .arrow files themselves"
-            ) from None
-    files: list[Path] = []
-    for here, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        links = [name for name in folders if os.path.islink(f"{here}/{name}")]
-        files += [Path(here, name) for name in (*names, *links) if name[0] != "."]
-        if foreign := sorted(path for path in files if _suffix(path) not in TAKEN):
-            # It ends here: whoever names / or a home by mistake need not wait for all of it.
-            others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-            raise ValueError(
-                f"data: the folder {folder} holds {foreign[0].relative_to(folder)}{others}, which "
-                f"is not {TAKEN_WORDS}; move it out, or name the files or the folder to take"
-            )
-    if not files:
-        raise ValueError(f"data: no {TAKEN_WORDS} file in the folder {folder}")
-    return sorted(files)
+    return [file for path in entries for file in (_inside(path) if path in folders else [path])]
 
 
 def _check_text(path: Path, key: str) -> bytes:
-    """How the text of a file begins; refuses what holds none, by what it is."""
+    """The first bytes of the text; an error that says what the file is where it holds none."""
     if not path.exists():
         raise FileNotFoundError(f"data: no such file: {path}")
     if not path.is_file():
@@ -248,23 +232,21 @@ def _check_text(path: Path, key: str) -> bytes:
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
             raise ValueError(f"data: {path} must be UTF-8 text, it is {what}")
-    if head and _suffix(path) in TABLES:
-        raise ValueError(
-            f"data: {path} must be Parquet or Arrow, but it begins with {head[:8]!r}; fetch it "
-            "again"
-        )
     if (at := head.find(0)) >= 0:
-        raise ValueError(f"data: {path} is binary, not text: byte 0x00 at offset {at}")
+        raise ValueError(
+            f"data: {path} is binary, not text: byte 0x00 at offset {at}; unpack it, or convert it "
+            "to UTF-8"
+        )
     return head
 
 
 def hash_files(files: Sequence[Path], key: str = KEY) -> str:
-    """SHA-256 over the files' text with its lengths, and over what of it is read."""
+    """SHA-256 over kind, key, length and bytes of each file, without a byte order mark."""
     digest = hashlib.sha256()
     for path in files:
         if kind := JSONL if is_jsonl(path) else "table" if is_table(path) else "":
             digest.update(f"{kind} {key} ".encode())
-        start = len(codecs.BOM_UTF8) * _begins(path, codecs.BOM_UTF8)
+        start = len(_BOM) * _begins(path, _BOM)
         digest.update((path.stat().st_size - start).to_bytes(8, "little"))
         with path.open("rb") as file:
             file.seek(start)
@@ -274,13 +256,13 @@ def hash_files(files: Sequence[Path], key: str = KEY) -> str:
 
 
 def cut(path: Path, key: str = KEY) -> Iterator[Piece]:
-    """Pieces of a file, cut where a cut does not change the tokens; an empty file is one piece.
+    """The pieces of a file, cut where a cut does not change the tokens; at least one.
 
-    A piece is longer than PIECE_BYTES where a row or a JSONL line is, and in a run of a character
-    that `tokenizer.cuts` cannot part.
+    A piece is longer than PIECE_BYTES where a row or a JSONL line is, and where a run of one
+    character is so long that `tokenizer.cuts` finds no place in it.
 
     Raises:
-        ValueError: a JSONL line that is too long to be read, or a table without text.
+        ValueError: a table cannot be read or lacks the column.
     """
     before = 0
     for start, data, read in _cut_table(path, key) if is_table(path) else _cut_text(path):
@@ -289,59 +271,50 @@ def cut(path: Path, key: str = KEY) -> Iterator[Piece]:
 
 
 def _cut_text(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    jsonl = is_jsonl(path)
+    """Start, data and bytes of the file read so far; JSONL is cut between lines."""
+    jsonl, held, ended = is_jsonl(path), b"", False
+    start = int(jsonl)  # lines are counted from 1
     with opened(path) as (text, file):
-        held = text.read(PIECE_BYTES)
-        start = len(codecs.BOM_UTF8) * held.startswith(codecs.BOM_UTF8)
-        held, whole = held[start:], len(held) == PIECE_BYTES
-        start = 1 if jsonl else start
-        while whole:
-            if jsonl and not held.endswith(b"\n"):
-                held += _end_of_line(path, text)
-            if end := len(held) if jsonl else _text_end(held):
-                yield start, held[:end], file.tell()
-                start += held.count(b"\n", 0, end) if jsonl else end
-                held = held[end:]
+        while not ended:
             wanted = PIECE_BYTES - len(held) % PIECE_BYTES
             more = text.read(wanted)
-            held, whole = held + more, len(more) == wanted
-        yield start, held, file.tell()
-
-
-def _end_of_line(path: Path, text: BinaryIO) -> bytes:
-    """The rest of a JSONL line."""
-    rest = text.readline(MAX_LINE_BYTES)
-    if len(rest) == MAX_LINE_BYTES:
-        raise ValueError(
-            f"data: {path}: a line is longer than {MAX_LINE_BYTES:,} bytes; JSONL has one document "
-            "a line"
-        )
-    return rest
+            held, ended = held + more, len(more) < wanted
+            if start == int(jsonl) and held.startswith(_BOM):
+                held = held[len(_BOM) :]
+                start += 0 if jsonl else len(_BOM)
+            if jsonl and not ended and not held.endswith(b"\n"):
+                held += text.readline(MAX_LINE_BYTES)
+            end = len(held) if jsonl or ended else _text_end(held)
+            if end or ended:
+                yield start, held[:end], file.tell()
+            start += held.count(b"\n", 0, end) if jsonl else end
+            held = held[end:]
 
 
 def _text_end(data: bytes) -> int:
-    """Last place in `data` for a cut; 0 where there is none."""
+    """The last place where `data` can be cut; 0 where there is none."""
     near = max(0, len(data) - 4 * tokenizer.PATIENCE)
-    # All of it only where its end has no place that is sure by itself.
+    # Its end nearly always has a place that is sure by itself; else look through all of it.
     for first in (near, 0):
         part = data[first:].lstrip(_CONTINUATION)
         try:
             text, _ = codecs.utf_8_decode(part, "strict", False)
         except UnicodeDecodeError:
-            return len(data)  # whoever tokenises the piece will name the byte
+            return len(data)  # encode_piece will name the byte
         if at := tokenizer.sure_cut(text) or (0 if first else max(tokenizer.cuts(text), default=0)):
             return len(data) - len(part) + len(text[:at].encode())
     return 0
 
 
 def _cut_table(path: Path, key: str) -> Iterator[tuple[int, list[Any], int]]:
+    """First row, values and bytes of the file read so far."""
     arrow = _pyarrow(path)
     held: list[Any] = []
     start = size = 0
     try:
         with path.open("rb") as file:
             if _begins(path, b"PAR1"):
-                # Neither a memory map nor a whole column of a row group: either may be gigabytes.
+                # A memory map or a whole column of a row group may take gigabytes.
                 table = arrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
                 names = table.schema_arrow.names
                 batches = table.iter_batches(BATCH_ROWS, columns=[key])
@@ -366,27 +339,29 @@ def _cut_table(path: Path, key: str) -> Iterator[tuple[int, list[Any], int]]:
                         yield start, held, file.tell()
                         start, held, size = start + len(held), [], 0
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data: {path} cannot be read as a table: {error}") from None
+        raise ValueError(
+            f"data: {path} cannot be read as a table ({error}); it is damaged, or something else"
+        ) from None
     yield start, held, path.stat().st_size
 
 
-def encode_piece(piece: Piece) -> tuple[bytes, int, int]:
-    """Tokens of one piece as uint16 bytes, how many documents begin in it, and its `advance`.
+def encode_piece(piece: Piece) -> bytes:
+    """The tokens of a piece as uint16, <|endoftext|> before each document that begins in it.
 
     Raises:
         ValueError: not UTF-8, or no text under the key; names the file and the place in it.
     """
     if isinstance(piece.data, bytes) and not is_jsonl(piece.path):
         tokens = tokenizer.encode(read_utf8(f"data: {piece.path}", piece.data, piece.start))
-        first = piece.start <= len(codecs.BOM_UTF8)  # no other begins so early
-        return (_EOT.tobytes() if first else b"") + tokens.tobytes(), int(first), piece.advance
-    parts: list[np.ndarray] = []
-    jsonl = isinstance(piece.data, bytes)
+        begins = piece.start <= len(_BOM)  # no later piece begins so early
+        return _EOT * begins + tokens.tobytes()
+    parts: list[bytes] = []
+    lines = isinstance(piece.data, bytes)
     values: Any = piece.data.split(b"\n") if isinstance(piece.data, bytes) else piece.data
     for number, value in enumerate(values, piece.start):
         try:
-            if jsonl:
-                line = value.removeprefix(codecs.BOM_UTF8)  # of a file that was joined to another
+            if lines:
+                line = value.removeprefix(_BOM)  # files may have been joined with their marks
                 if not line.strip():
                     continue
                 content = json.loads(line.decode())
@@ -396,9 +371,9 @@ def encode_piece(piece: Piece) -> tuple[bytes, int, int]:
                     f"no text under {piece.key!r}, got {quoted(value)}; --text-column names "
                     "another field"
                 )
-            parts += [_EOT, tokenizer.encode(value)]
+            parts += [_EOT, tokenizer.encode(value).tobytes()]
         except (ValueError, RecursionError) as error:
-            where = f"{piece.path}: {'line' if jsonl else 'row'} {number}"
-            hint = f"; each line must be an object whose {piece.key!r} is text" if jsonl else ""
+            where = f"{piece.path}: {'line' if lines else 'row'} {number}"
+            hint = f"; each line must be an object whose {piece.key!r} is text" if lines else ""
             raise ValueError(f"data: {where}: {error}{hint}") from None
-    return b"".join(part.tobytes() for part in parts), len(parts) // 2, piece.advance
+    return b"".join(parts)

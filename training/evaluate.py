@@ -14,10 +14,8 @@ others on average and every token but the first is predicted exactly once:
 
 import itertools
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,6 +31,7 @@ from model.gpt import evaluating
 from training import hellaswag
 from training.documents import find_inputs, is_jsonl, is_table, opened
 from training.metrics import to_json
+from training.shards import holds_tokens
 
 PIECE_TOKENS = 1024  # of a text that is not read whole
 MAX_STDIN_BYTES = 1 << 30
@@ -172,8 +171,8 @@ def _run(options: Options) -> dict[str, Any]:
     if options.text == "-":
         text = read_stdin("evaluate", MAX_STDIN_BYTES)
     else:
-        files = find_inputs([options.text], lambda line: print(line, file=sys.stderr))
-        if isinstance(files, Path) or len(files) > 1 or is_jsonl(files[0]) or is_table(files[0]):
+        files = find_inputs([options.text])
+        if len(files) > 1 or any(other(files[0]) for other in (holds_tokens, is_jsonl, is_table)):
             raise ValueError(f"evaluate: --text must be one file of plain text, got {options.text}")
         with opened(files[0]) as (unpacked, _):
             text = unpacked.read()

@@ -1,10 +1,11 @@
 """Tokenise a corpus into shards: `python -m training.prepare corpus/ --out data/corpus`.
 
 Text, JSONL and tables (training/documents.py) become headerless uint16 shards of equal size, each
-document preceded by <|endoftext|>. One process reads, several tokenise its pieces, which are joined
-in order, so the memory stays flat and the result does not depend on the number of processes.
-index.json records what is done and what it was made from: the same command after an interruption
-goes on where it stopped, and starts anew where the inputs or the shards are no longer the same.
+document preceded by <|endoftext|>. This process reads the files in pieces, other processes tokenise
+the pieces, and the results are joined in order. So the memory stays flat, and the shards do not
+depend on the number of processes. index.json records which shards are done and what they were made
+from. After an interruption the same command goes on where it stopped; if the inputs or the shards
+have changed, it starts anew.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -26,36 +27,16 @@ import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model import tokenizer
-from model.edge import check_int, exits, one_line
+from model.edge import check_int, exits, naming, one_line
 from model.files import write_atomically
+from training import documents, shards
 from training.console import surviving
-from training.documents import (
-    KEY,
-    PIECE_BYTES,
-    Piece,
-    cut,
-    encode_piece,
-    find_inputs,
-    hash_files,
-    is_packed,
-    is_table,
-)
+from training.documents import Piece, encode_piece
 from training.machines import num_cores
-from training.shards import (
-    FORMAT,
-    INDEX,
-    TOKEN_DTYPE,
-    VERSION,
-    check_shard,
-    hash_file,
-    hash_samples,
-    holds_tokens,
-    read_index,
-)
+from training.shards import INDEX, TOKEN_DTYPE
 
 SHARD_TOKENS = 100_000_000
-# Of a smaller size than that. index.json is written once per shard and grows with it, and a folder
-# of many files serves nobody.
+# The limit for smaller shards: index.json is written once per shard and grows with each.
 MAX_SHARDS = 1000
 
 
@@ -72,56 +53,60 @@ class Config:
     """Tokens of a shard."""
     val_tokens: int = 0
     """Tokens at the start that become val-*.bin instead of train-*.bin."""
-    text_column: Annotated[str, tyro.conf.arg(aliases=["--key"])] = KEY
+    text_column: Annotated[str, tyro.conf.arg(aliases=["--key"])] = documents.KEY
     """Field of a JSONL object, or column of a table, that holds the document."""
     processes: int = num_cores()
     """Tokenising processes."""
 
     def check(self) -> None:
-        """Raise ValueError for a value out of range; not in __post_init__, as in train.py."""
+        """Raise ValueError for a value out of range. Not in __post_init__, as in train.py."""
         if not self.inputs:
             raise ValueError("prepare: no input; name files of text, or a folder of them")
         for name in ("out", "text_column"):
             if not getattr(self, name):
                 raise ValueError(f"prepare: {name} must not be empty")
-        limits = {"shard_tokens": (1, 10**12), "val_tokens": (0, 10**12)}
-        for name, (least, most) in (limits | {"processes": (1, 4 * num_cores())}).items():
-            check_int("prepare", name, getattr(self, name), least, most)
+        check_int("prepare", "shard_tokens", self.shard_tokens, 1, 10**12)
+        check_int("prepare", "val_tokens", self.val_tokens, 0, 10**12)
+        check_int("prepare", "processes", self.processes, 1, 4 * num_cores())
 
 
 class ShardWriter:
     """Cuts one stream of tokens into shard files and keeps index.json true.
 
-    A shard is written under a temporary name and renamed when it is full; index.json follows. So
-    after a crash the index names whole shards only, and where in the pieces the next one begins.
+    A shard is written under a temporary name and renamed when it is full; then index.json follows.
+    So even after a crash the index names only whole shards. It also says where the next one begins:
+    `skip_tokens` into piece number `next_piece`.
     """
 
     def __init__(self, cfg: Config, inputs: Sequence[Path]):
         self.cfg, self.out = cfg, Path(cfg.out)
         command = {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": shards.FORMAT,
+            "version": shards.VERSION,
             "encoding": tokenizer.ENCODING,
             "inputs": [str(path) for path in inputs],
             "key": cfg.text_column,
-            "piece_bytes": PIECE_BYTES,
+            "piece_bytes": documents.PIECE_BYTES,
             "shard_tokens": cfg.shard_tokens,
             "val_tokens": cfg.val_tokens,
         }
-        self.index: dict[str, Any] = command | {"sha256": hash_files(inputs), "shards": []}
+        sha256 = documents.hash_files(inputs)
+        self.index: dict[str, Any] = command | {"sha256": sha256, "shards": []}
         self.index |= {"documents": 0, "next_piece": 0, "skip_tokens": 0, "done": False}
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"prepare: {self.out} is a file; --out names a folder")
         if (self.out / INDEX).exists():
             self._resume([*command])
-        elif self.out.exists() and holds_tokens(self.out):
+        elif self.out.exists() and shards.holds_tokens(self.out):
             raise ValueError(f"prepare: {self.out} holds other token files; choose another --out")
         self._partial = self.out / ".shard.partial"
-        self._documents, self._count = self.index["documents"], 0  # the latter in the shard begun
+        self._count = 0  # tokens in the partial shard
+        self._documents = self.index["documents"]
         self.tokens = sum(shard["tokens"] for shard in self.index["shards"])
 
     def _resume(self, fixed: list[str]) -> None:
-        old = read_index(self.out)
+        """Take over the index of an interrupted run, unless what it describes has changed."""
+        old = shards.read_index(self.out)
         changed = [name for name in fixed if old.get(name) != self.index[name]]
         if changed:
             raise ValueError(
@@ -130,43 +115,34 @@ class ShardWriter:
             )
         what = "the inputs" if old.get("sha256") != self.index["sha256"] else ""
         for shard in old["shards"]:
-            path = self.out / shard["file"]
-            if path.is_dir():
-                raise ValueError(
-                    f"prepare: {path} is a folder in the place of a shard; move it away and run "
-                    "the same command again"
-                )
             try:
-                check_shard(path, shard, whole=True)
+                shards.check_shard(self.out / shard["file"], shard, whole=True)
             except ValueError:
                 what = "its shards"
         if not what:
             self.index = old
             return
         print(f"prepare: {what} changed since {self.out} was written; starting anew")
-        self._save()
         for shard in old["shards"]:
             (self.out / shard["file"]).unlink(missing_ok=True)
+        self._save()
 
     def _target(self) -> tuple[str, int]:
         """Split and size of the shard being filled; validation comes first."""
         size, left = self.cfg.shard_tokens, self.cfg.val_tokens - (self.tokens - self._count)
         return ("val", min(left, size)) if left > 0 else ("train", size)
 
-    def add(self, piece: int, tokens: np.ndarray, documents: int) -> None:
+    def add(self, piece: int, tokens: np.ndarray) -> None:
         """Append the tokens of piece number `piece`."""
         used = self.index["skip_tokens"] if piece == self.index["next_piece"] else 0
-        self._documents += documents if used == 0 else 0
+        if used == 0:  # else its documents have been counted
+            self._documents += int(np.count_nonzero(tokens == tokenizer.EOT))
         while used < len(tokens):
             part = tokens[used : used + self._target()[1] - self._count]
             used += len(part)
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                with self._partial.open("ab" if self._count else "wb") as file:
-                    file.write(part.tobytes())
-            except OSError as error:  # a full disk names no file
-                reason = error.strerror or error
-                raise OSError(f"prepare: cannot write to {self.out}: {reason}") from None
+            self.out.mkdir(parents=True, exist_ok=True)
+            with naming(self.out), self._partial.open("ab" if self._count else "wb") as file:
+                file.write(part.tobytes())
             self._count += len(part)
             self.tokens += len(part)
             if self._count == self._target()[1]:
@@ -183,24 +159,25 @@ class ShardWriter:
                 f"prepare: nothing is left to train on: {self.tokens:,} tokens in all, "
                 f"val_tokens {self.cfg.val_tokens:,}"
             )
-        # With the shard, or a kill in between would have its tokens added once more.
+        # Saved with the last shard: after a kill in between, its tokens would be added once more.
         self.index["done"] = True
         if self._count:
             self._flush(self.index["next_piece"], self.index["skip_tokens"])
         self._save()
 
     def close(self) -> None:
-        """Leave no half-written shard behind."""
+        """Delete a half-written shard."""
         self._partial.unlink(missing_ok=True)
 
     def _flush(self, next_piece: int, skip_tokens: int) -> None:
         split = self._target()[0]
         number = sum(shard["file"].startswith(split) for shard in self.index["shards"])
         name = f"{split}-{number:06d}.bin"
-        samples = hash_samples(np.memmap(self._partial, dtype=TOKEN_DTYPE, mode="r"))
-        shard = {"file": name, "tokens": self._count, "sha256": hash_file(self._partial)}
+        samples = shards.hash_samples(np.memmap(self._partial, dtype=TOKEN_DTYPE, mode="r"))
+        sha256 = shards.hash_file(self._partial)
         os.replace(self._partial, self.out / name)
-        self.index["shards"].append(shard | {"samples": samples})
+        shard = {"file": name, "tokens": self._count, "sha256": sha256, "samples": samples}
+        self.index["shards"].append(shard)
         self.index |= {"next_piece": next_piece, "skip_tokens": skip_tokens}
         self.index["documents"], self._count = self._documents, 0
         self._save()
@@ -209,15 +186,15 @@ class ShardWriter:
         write_atomically(self.out / INDEX, json.dumps(self.index, indent=1))
 
 
-def encoded(pieces: Iterable[Piece], processes: int) -> Generator[tuple[bytes, int, int]]:
-    """`encode_piece` of each, in order, by several processes."""
+def encoded(pieces: Iterable[Piece], processes: int) -> Generator[bytes]:
+    """Apply `encode_piece` to the pieces in several processes; the results come in order."""
     if processes == 1:
         yield from map(encode_piece, pieces)
         return
     # spawn: a fork after torch or tiktoken has started threads can hang. Ctrl-C is for the parent.
     ignore = (signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(processes, get_context("spawn"), signal.signal, ignore)
-    waiting: deque[Future[tuple[bytes, int, int]]] = deque()
+    waiting: deque[Future[bytes]] = deque()
     try:
         for piece in pieces:
             waiting.append(pool.submit(encode_piece, piece))
@@ -244,11 +221,11 @@ def prepare(cfg: Config) -> dict[str, Any]:
     for path in filter(os.path.isdir, cfg.inputs):
         if Path(cfg.out).resolve().is_relative_to(Path(path).resolve()):
             raise ValueError(f"prepare: out must be outside of the inputs, got {cfg.out} in {path}")
-    files = find_inputs(cfg.inputs, print, cfg.text_column)
-    if isinstance(files, Path):
-        raise ValueError(f"prepare: {files} holds tokens already: train.py --data {files}")
+    files = documents.find_inputs(cfg.inputs, cfg.text_column)
+    if shards.holds_tokens(files[0]):
+        raise ValueError(f"prepare: {files[0]} holds tokens already: train.py --data {files[0]}")
     total = sum(path.stat().st_size for path in files)
-    plain = not any(is_packed(path) or is_table(path) for path in files)
+    plain = not any(documents.is_packed(path) or documents.is_table(path) for path in files)
     if cfg.val_tokens >= total and plain:  # a token is a byte at least
         got = f"{cfg.val_tokens:,} of {total:,} bytes"
         raise ValueError(f"prepare: val_tokens must leave text to train on, got {got}")
@@ -260,17 +237,23 @@ def prepare(cfg: Config) -> dict[str, Any]:
     writer = ShardWriter(cfg, files)
     if writer.index["done"]:
         return writer.index
-    pieces = (piece for path in files for piece in cut(path, cfg.text_column))
     done = TextColumn("tokenised {task.percentage:5.1f}%, {task.fields[tokens]:,} tokens")
     bar = Progress(done, BarColumn(), TimeRemainingColumn(), disable=not sys.stdout.isatty())
+    task = bar.add_task("", total=total, tokens=writer.tokens)
+
+    def read() -> Iterator[Piece]:
+        for path in files:
+            for piece in documents.cut(path, cfg.text_column):
+                yield piece
+                bar.advance(task, piece.advance)
+
     start = writer.index["next_piece"]
-    before = sum(piece.advance for piece in itertools.islice(pieces, start))
-    results = encoded(pieces, min(cfg.processes, 1 + total // PIECE_BYTES))
+    processes = min(cfg.processes, 1 + total // documents.PIECE_BYTES)
+    results = encoded(itertools.islice(read(), start, None), processes)
     with bar, contextlib.closing(writer), contextlib.closing(results):
-        task = bar.add_task("", total=total, tokens=writer.tokens, completed=before)
-        for i, (data, documents, advance) in enumerate(results, start):
-            writer.add(i, np.frombuffer(data, dtype=TOKEN_DTYPE), documents)
-            bar.update(task, advance=advance, tokens=writer.tokens)
+        for i, data in enumerate(results, start):
+            writer.add(i, np.frombuffer(data, dtype=TOKEN_DTYPE))
+            bar.update(task, tokens=writer.tokens)
         writer.finish()
     return writer.index
 

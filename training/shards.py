@@ -7,13 +7,12 @@
 All are memory-mapped: a corpus may be larger than the memory. Formats as read from nanoGPT's
 data/*/prepare.py, llm.c's dev/data/data_common.py and build-nanogpt's fineweb.py.
 
-A folder that training.prepare wrote has an index.json, which is believed only as far as the files
-bear it out: their names, sizes and SHA-256 are checked when they are opened. Of a folder of more
-than FULL_BYTES, 64 samples of each file are hashed instead.
+A folder that training.prepare wrote has an index.json with the name, size and SHA-256 of each
+file. All three are checked when the folder is opened. In a folder of more than FULL_BYTES only 64
+samples of each file are hashed.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,18 +22,18 @@ import numpy as np
 
 from model import tokenizer
 from model.edge import quoted
+from model.files import read_object
 from training import schema
 from training.schema import Must
 
 TOKEN_DTYPE = np.dtype("<u2")  # GPT-2's 50,257 ids fit
 LLMC_MAGIC = 20240520
 _LLMC_HEADER = 1024  # bytes, 256 int32 words
-_LLMC_LLAMA_MAGIC = 20240801  # the same layout with uint32 tokens of Llama 3's vocabulary
 
 SUFFIXES = (".bin", ".npy")
 INDEX = "index.json"
 FORMAT, VERSION = "fused-gpt-tokens", 2
-FULL_BYTES = 1 << 30  # of token files that are hashed whole; about a second
+FULL_BYTES = 1 << 30  # hashing as much takes about a second
 _SAMPLES, _SAMPLE_TOKENS = 64, 2048
 _AGAIN = "run the same training.prepare command again"
 _NAME = re.compile(r"(train|val)-\d{6,}\.bin")
@@ -48,13 +47,13 @@ _INDEX = {
     "format": Must(f"{FORMAT!r}, as training.prepare writes it", lambda v: v == FORMAT),
     "version": Must(f"1 or {VERSION}", lambda v: v in (1, VERSION)),
     "shards": [_SHARD],
-    "done": Must("true or false", lambda v: isinstance(v, bool)),
+    "done": schema.PLAIN[bool],
     **dict.fromkeys(("documents", "next_piece", "skip_tokens"), schema.COUNT),
 }
 
 
 def holds_tokens(path: Path) -> bool:
-    """A token file, or a folder with one in it."""
+    """Whether it is a token file, or a folder with one in it."""
     if path.is_dir():
         return (path / INDEX).exists() or any(holds_tokens(p) for p in _token_files(path))
     return path.suffix.lower() in SUFFIXES
@@ -69,7 +68,7 @@ def open_shard(path: Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: empty, truncated, of another vocabulary, or of another type.
+        ValueError: empty, truncated, or of another type.
     """
     if not path.is_file():
         raise FileNotFoundError(f"data: no such file: {path}")
@@ -93,14 +92,8 @@ def open_shard(path: Path) -> np.ndarray:
         raise ValueError(
             f"data: {path} must hold uint16 tokens, got {num_bytes} bytes; --data takes text too"
         )
-    magic, version, num = np.frombuffer(start[:12].ljust(12, b"\0"), dtype="<i4").tolist()
-    if magic == _LLMC_LLAMA_MAGIC:
-        raise ValueError(
-            f"data: {path} is an llm.c shard of Llama 3 tokens (magic {_LLMC_LLAMA_MAGIC}); this "
-            f"model needs GPT-2's (magic {LLMC_MAGIC})"
-        )
-    # Two GPT-2 tokens that read as this word are 13768, 309 (" spotlight" and "F"), then 1, 0:
-    # a version word of 1 and a size that fits make a mistake impossible in practice.
+    magic, version, num = np.frombuffer(start.ljust(12, b"\0"), dtype="<i4").tolist()
+    # Tokens of a headerless file would have to begin with " spotlight", "F", 1, 0 to be mistaken.
     if magic != LLMC_MAGIC or version != 1:
         return np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
     expected = _LLMC_HEADER + TOKEN_DTYPE.itemsize * num
@@ -127,19 +120,25 @@ def hash_samples(tokens: np.ndarray) -> str:
 
 
 def open_foreign(path: Path) -> tuple[dict[Path, np.ndarray], str]:
-    """Tokens by file, and the SHA-256 of all: of other programs, or one of ours named by itself.
+    """Open the token files of another program, or one file of ours without its index.
+
+    Args:
+        path: A file or a folder.
+
+    Returns:
+        The tokens by file, and a SHA-256 over all of them.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file is odd or was made with another vocabulary.
     """
-    folder = path if path.is_dir() else path.parent
-    if (pickle := folder / "meta.pkl").exists():
+    files = _token_files(path) if path.is_dir() else [path]
+    if (pickle := files[0].with_name("meta.pkl")).exists():
         raise ValueError(
             f"data: {pickle} says that the tokens beside it are characters, as nanoGPT's "
             "shakespeare_char has them, not GPT-2's; give the text itself"
         )
-    parts = {file: open_shard(file) for file in (_token_files(path) if path.is_dir() else [path])}
+    parts = {file: open_shard(file) for file in files}
     digest = hashlib.sha256()
     for file, tokens in parts.items():
         start = tokens[: 1 << 20]
@@ -155,26 +154,27 @@ def open_foreign(path: Path) -> tuple[dict[Path, np.ndarray], str]:
 
 
 def open_prepared(folder: Path) -> tuple[dict[Path, np.ndarray], str]:
-    """Shards that training.prepare wrote; like `open_foreign`.
+    """Open the shards that training.prepare wrote; returns what `open_foreign` does.
 
     Raises:
-        ValueError: they are not what index.json says, or not finished.
+        ValueError: they are not as index.json describes them, or not finished.
     """
     index = read_index(folder)
     check_encoding(folder, index)
     if not (index["done"] and index["shards"]):
         raise ValueError(f"data: {folder} is not finished; {_AGAIN}")
-    named = [folder / shard["file"] for shard in index["shards"]]
-    if others := [p for p in _token_files(folder) if p not in named]:
+    shards = {folder / shard["file"]: shard for shard in index["shards"]}
+    if others := [p for p in _token_files(folder) if p not in shards]:
         raise ValueError(f"data: {others[0]} is not named in {INDEX}; move it out of the folder")
-    whole = sum(shard["tokens"] for shard in index["shards"]) * TOKEN_DTYPE.itemsize <= FULL_BYTES
-    parts = {p: check_shard(p, s, whole) for p, s in zip(named, index["shards"], strict=True)}
+    num_tokens = sum(shard["tokens"] for shard in index["shards"])
+    whole = num_tokens * TOKEN_DTYPE.itemsize <= FULL_BYTES
+    parts = {path: check_shard(path, shard, whole) for path, shard in shards.items()}
     digest = hashlib.sha256("".join(shard["sha256"] for shard in index["shards"]).encode())
     return parts, digest.hexdigest()
 
 
 def check_shard(path: Path, shard: dict[str, Any], whole: bool) -> np.ndarray:
-    """Open a shard that is as index.json has it, by the hash of all of it or of samples.
+    """Open a shard and compare it with its entry in index.json; hash all of it, or samples.
 
     Raises:
         ValueError: it is missing, truncated, changed, or a link to something else.
@@ -192,19 +192,13 @@ def check_shard(path: Path, shard: dict[str, Any], whole: bool) -> np.ndarray:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """index.json of a prepared folder; the fields that are used have the right types.
+    """Read and check index.json of a prepared folder.
 
     Raises:
-        ValueError: it is no index of ours, or damaged.
+        ValueError: training.prepare did not write it, or it is damaged.
     """
     path = folder / INDEX
-    if not path.is_file():
-        raise ValueError(f"data: {path} is not a regular file; training.prepare writes one")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"data: {path} cannot be read: {error}") from None
-    schema.check(f"data: {path}", index, schema.OBJECT)
+    index = read_object(path)
     schema.check(f"data: {path}", {name: index.get(name) for name in _INDEX}, _INDEX)
     names = [shard["file"] for shard in index["shards"]]
     if len({*names}) < len(names):
@@ -220,52 +214,49 @@ def check_encoding(path: Path, description: dict[str, Any]) -> None:
         )
 
 
-def check_vocabulary(tokens: np.ndarray, where: object) -> None:
+def check_vocabulary(
+    tokens: np.ndarray, where: object, error: type[Exception] = ValueError
+) -> None:
     if tokens.size and (largest := int(tokens.max())) >= tokenizer.VOCAB_SIZE:
-        raise ValueError(
+        raise error(
             f"data: {where} holds token {largest}, GPT-2's vocabulary ends at "
             f"{tokenizer.VOCAB_SIZE - 1}; it was made with another vocabulary, or is damaged"
         )
-
-
-def _intact(tokens: np.ndarray) -> np.ndarray:
-    try:
-        check_vocabulary(tokens, "the corpus")
-    except ValueError as error:  # it was opened, so this is a disk's failure and not a person's
-        raise OSError(str(error)) from None
-    return tokens
 
 
 class TokenShards:
     """Several (N_i,) uint16 arrays as one, without copying them.
 
     Supports what a loader needs: `len`, slices with step 1 (another view), and integer arrays of
-    any shape (a gather). What is read is checked: no id outside the vocabulary leaves it.
+    any shape (a gather).
+
+    Raises:
+        OSError: an id that is read lies outside the vocabulary, so the disk failed.
     """
 
     def __init__(self, parts: Sequence[np.ndarray]):
         self.parts = [p for p in parts if len(p)]
-        self.ends = np.cumsum([len(p) for p in self.parts], dtype=np.int64)
-        self.dtype = TOKEN_DTYPE
+        self.edges = np.cumsum([0, *map(len, self.parts)])
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return int(self.edges[-1])
 
     def __getitem__(self, at: slice | np.ndarray) -> Any:
-        starts = (self.ends - [len(p) for p in self.parts]).tolist()
         if isinstance(at, slice):
             first, last, step = at.indices(len(self))
             assert step == 1, "token views have no stride"
-            ranges = [(max(first - start, 0), max(last - start, 0)) for start in starts]
-            return TokenShards([p[a:b] for p, (a, b) in zip(self.parts, ranges, strict=True)])
+            places = zip(self.parts, self.edges[:-1].tolist(), strict=True)
+            return TokenShards([p[max(first - s, 0) : max(last - s, 0)] for p, s in places])
         out = np.empty(at.shape, dtype=TOKEN_DTYPE)
-        owner = np.searchsorted(self.ends, at, side="right")
+        owner = np.searchsorted(self.edges, at, side="right") - 1
         for i in np.unique(owner):
             inside = owner == i
-            out[inside] = self.parts[i][at[inside] - starts[i]]
-        return _intact(out)
+            out[inside] = self.parts[i][at[inside] - self.edges[i]]
+        check_vocabulary(out, "the corpus", OSError)
+        return out
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         """All of it in memory; for small views such as an evaluation's tokens."""
-        whole = np.concatenate(self.parts) if self.parts else np.empty(0, dtype=TOKEN_DTYPE)
-        return _intact(whole) if dtype is None else _intact(whole).astype(dtype)
+        whole = np.concatenate([np.empty(0, dtype=TOKEN_DTYPE), *self.parts])
+        check_vocabulary(whole, "the corpus", OSError)
+        return whole if dtype is None else whole.astype(dtype)
