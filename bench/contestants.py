@@ -1,6 +1,6 @@
-"""Who takes part in `bench.step`: ours, plain PyTorch and nanoGPT, each from the same weights.
+"""The contestants of `bench.step`: ours, plain PyTorch and nanoGPT, all from the same weights.
 
-Ours runs the step that train.py runs, by the plan that it would make for this machine.
+Ours takes the step that train.py takes, by the plan that train.py would make for this machine.
 """
 
 import resource
@@ -21,28 +21,26 @@ from bench.cases import Shape, check_room
 from bench.record import StepRow
 from kernels import Ops
 from model import GPT, MODELS, GPTConfig
-from training import memory
-from training.machines import free_bytes
-from training.optim import configure_adamw
+from training import machines, memory, optim
 from training.plan import Choices, Plan, detect, make_plan
 from training.recipes import Recipe
 from training.step import Outcome, TrainStep
 
 NUM_BATCHES = 8
 WARMUP_STEPS = 3
-PROCESS_BYTES = 700 << 20  # of a process beside its step: torch, and what compiling takes
+PROCESS_BYTES = 700 << 20  # that a process takes beside its step: torch and the compiler
 
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every contestant trains: model, physical batch, micro-batches a step."""
+    """What every contestant trains: the model, rows of a micro-batch, micro-batches per step."""
 
     model: str
     shape: Shape
     accum: int = 1
-    nanogpt: Path | None = None  # its model.py, where that takes part
+    nanogpt: Path | None = None  # its model.py, if it takes part
 
     @property
     def config(self) -> GPTConfig:
@@ -53,13 +51,6 @@ class Setup:
     def tokens(self) -> int:
         return self.shape.M * self.accum
 
-    @property
-    def flags(self) -> list[str]:
-        """Command-line flags that give this setup."""
-        shape = f"b{self.shape.B}t{self.shape.T}"
-        against = ["--against", "nanogpt", str(self.nanogpt.resolve())] if self.nanogpt else []
-        return ["--model", self.model, "--shape", shape, "--accum", str(self.accum), *against]
-
     def row(self, provider: str, **values: Any) -> StepRow:
         """The row of a contestant, without a time."""
         whose = {"model": self.model, "shape": self.shape.label, "accum": self.accum}
@@ -67,21 +58,21 @@ class Setup:
 
     @property
     def need_bytes(self) -> int:
-        """What a process needs that runs plain PyTorch's step, by training/memory.py."""
+        """Memory of a process that takes plain PyTorch's step, by training/memory.py."""
         plain = Plan("cpu", "", 1, "eager", "fp32", True, self.shape.B, self.accum, 0)
         return PROCESS_BYTES + memory.estimate(self.config, self.shape.T, plain).total
 
     def check_memory(self, device: torch.device) -> None:
-        """Raise ValueError for what nobody can train here, in bf16 neither."""
+        """Raise ValueError for what cannot be trained here, not even in bf16."""
         cuda = device.type == "cuda"
-        room = 2 * torch.cuda.mem_get_info(device)[1] if cuda else free_bytes()
+        room = 2 * torch.cuda.mem_get_info(device)[1] if cuda else machines.free_bytes()
         check_room(f"GPT-2 {self.model} at {self.shape.label}", self.need_bytes, room)
 
 
 class Plain:
-    """Plain PyTorch: a model that returns its loss, or its loss last, and the usual loop.
+    """Plain PyTorch in the usual loop: `bench.baseline`, or the nanoGPT at a path.
 
-    The model is `bench.baseline`, or the nanoGPT at a path.
+    The model returns its loss, or a tuple that ends with it.
     """
 
     def __init__(
@@ -119,7 +110,7 @@ class Plain:
 
 
 class Ours:
-    """The trainer's own step, by its own plan but for `choices`; with the batch as its loader."""
+    """The trainer's own step, by its own plan except for `choices`."""
 
     def __init__(self, setup: Setup, device: torch.device, choices: Choices):
         B, T, lr = setup.shape.B, setup.shape.T, baseline.LEARNING_RATE
@@ -127,17 +118,18 @@ class Ours:
         recipe = Recipe(model=model, batch_size=B, block_size=T, grad_accum_steps=setup.accum)
         recipe = replace(recipe, max_lr=lr, min_lr=lr, weight_decay=baseline.WEIGHT_DECAY)
         recipe = replace(recipe, beta1=baseline.BETAS[0], beta2=baseline.BETAS[1])
-        if device.type == "cuda":  # a CPU's plan merges micro-batches, as training's does
+        if device.type == "cuda":  # a CPU's plan merges micro-batches, as in training
             choices = replace(choices, micro_batch_size=B)
         plan = make_plan(recipe, detect(device.type), choices)
-        model = GPT(setup.config, plan.op_set)
-        model.load_state_dict(weights(setup.config))
-        self.optimizer = configure_adamw(model.to(device), recipe, plan.optimizer)
-        self.take_step = TrainStep(model, self.optimizer, recipe, plan)
+        gpt = GPT(setup.config, plan.op_set)
+        gpt.load_state_dict(weights(setup.config))
+        self.optimizer = optim.configure_adamw(gpt.to(device), recipe, plan.optimizer)
+        self.take_step = TrainStep(gpt, self.optimizer, recipe, plan)
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
-        self.batches = batches
-        outcome = self.take_step.run(self._once, self.next_batch(), baseline.LEARNING_RATE)
+        idx, targets = zip(*batches, strict=True)
+        batch = torch.cat(idx), torch.cat(targets)
+        outcome = self.take_step.run(self._once, batch, baseline.LEARNING_RATE)
         self.grad_norm = outcome.grad_norm
         return outcome.loss.clone()  # the graph's buffers are written again by the next step
 
@@ -148,10 +140,6 @@ class Ours:
         self.optimizer.zero_grad()
         return Outcome(loss, grad_norm)
 
-    def next_batch(self) -> Batch:
-        idx, targets = zip(*self.batches, strict=True)
-        return torch.cat(idx), torch.cat(targets)
-
 
 Contestant = Plain | Ours
 Build = Callable[[Setup, torch.device], Contestant]
@@ -159,7 +147,7 @@ Build = Callable[[Setup, torch.device], Contestant]
 
 @lru_cache(maxsize=1)  # drawing those of the 124M model takes 1.3 s, twice for every contestant
 def weights(config: GPTConfig) -> dict[str, Tensor]:
-    """The same initial weights for all: drawn on the CPU, so that no device's RNG matters."""
+    """The initial weights of all contestants, drawn on the CPU so that no device's RNG matters."""
     torch.manual_seed(1337)
     return GPT(config).state_dict()
 
@@ -194,10 +182,9 @@ def _ours(**choices: Any) -> Build:
 
 
 def known_providers(device: torch.device, nanogpt: bool = False) -> dict[str, Build]:
-    """Every contestant by the name it has in tables; the order is the table's.
+    """Every contestant by its name, in the order of the tables.
 
-    On the CPU ours runs the eager ops: Triton has no CPU target, and its interpreter is a test
-    instrument.
+    On a CPU ours runs the eager ops: Triton has no CPU target.
     """
     modes = [(mode, dtype) for mode in ("eager", "compile") for dtype in ("fp32", "bf16")]
     plain: dict[str, Any] = {
@@ -219,16 +206,15 @@ def known_providers(device: torch.device, nanogpt: bool = False) -> dict[str, Bu
     return known | theirs if nanogpt else known
 
 
-def find_providers(names: Sequence[str], device: torch.device, setup: Setup) -> dict[str, Build]:
-    """Those of the names; ValueError for an unknown one, with the known ones."""
+def find_provider(name: str, device: torch.device, setup: Setup) -> Build:
     known = known_providers(device, setup.nanogpt is not None)
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"bench: unknown provider {unknown[0]!r}; known: {', '.join(known)}")
-    return {name: known[name] for name in names}
+    if name not in known:
+        raise ValueError(f"bench: unknown provider {name!r}; known: {', '.join(known)}")
+    return known[name]
 
 
 def default_providers(device: torch.device, nanogpt: bool = False) -> list[str]:
-    """bf16 on a CPU only where the plan would take it."""
+    """The contestants of a table; on a CPU in bf16 only if the plan would choose bf16."""
     names, theirs = ["eager fp32", "compile fp32", "ours fp32"], ["eager fp32", "compile fp32"]
     if device.type == "cuda":
         names, theirs = ["eager fp32", "eager bf16", "compile bf16", "ours bf16"], ["compile bf16"]
@@ -238,7 +224,7 @@ def default_providers(device: torch.device, nanogpt: bool = False) -> list[str]:
 
 
 def make_batches(setup: Setup, device: torch.device) -> list[list[Batch]]:
-    """NUM_BATCHES steps of random tokens; random, because no contestant may profit from text."""
+    """NUM_BATCHES steps of random tokens, so that no contestant profits from what text repeats."""
     generator = torch.Generator().manual_seed(0)
     size = (setup.shape.B, setup.shape.T + 1)
 
@@ -252,11 +238,11 @@ def make_batches(setup: Setup, device: torch.device) -> list[list[Batch]]:
 def prepare(
     name: str, build: Build, setup: Setup, device: torch.device, batches: list[list[Batch]]
 ) -> tuple[Contestant, StepRow]:
-    """Build a contestant and run its warm-up; a row of what that showed, without a time."""
+    """Build a contestant and warm it up; its row says how that went, without a time."""
     contestant = build(setup, device)
     torch.get_device_module(device).synchronize()
     start = time.perf_counter()
-    losses = [contestant.step(batches[0]).item()]  # read, so it has ended
+    losses = [contestant.step(batches[0]).item()]  # reading the loss waits for the step's end
     first_step_s = time.perf_counter() - start
     grad_norm = contestant.grad_norm.item()
     losses += [contestant.step(batches[i % NUM_BATCHES]).item() for i in range(1, WARMUP_STEPS)]

@@ -4,11 +4,11 @@
     python -m bench.ops --op layer_norm --shape b8t1024 --provider eager --provider ours
     python -m bench.ops --benchmark-compare   # beside the run before this one
 
-It runs under pytest-benchmark, which keeps each run under .benchmarks/ and whose options can be
-given too. All providers of an op are sampled in turn by our own timer when the first is asked for;
-pytest-benchmark reads the samples through a clock that moves by what was measured. Ours is compared
-with float64 first; where that fails, no speed is printed. "of limit" is the time that the measured
-copy and matmul rates allow for the bytes and flops of `bench.cases`, over the time taken.
+It runs under pytest-benchmark, whose options it also takes, and which keeps each run under
+.benchmarks/. Our own timer samples all providers of an op in turns; pytest-benchmark then reads
+those samples through a clock that each of them moves. Ours is first compared with float64; if it
+fails, no speed is printed. "of limit" is the time that the measured copy and matmul rates allow
+for the bytes and flops of `bench.cases`, over the time taken.
 """
 
 import gc
@@ -35,8 +35,7 @@ from training.machines import free_bytes
 
 Fn = Callable[..., Any]
 
-# Who does which ops.
-PROVIDERS: dict[str, tuple[str, ...]] = {
+PROVIDERS: dict[str, tuple[str, ...]] = {  # and the ops that each can do
     "eager": (*CASES,),
     "compile": (*CASES,),
     "ours": (*CASES,),
@@ -44,16 +43,32 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(SDPA, ("causal_attention",)),
     "linear-ce": ("linear_cross_entropy",),
 }
+RIVALS = ("eager", "compile")  # that ratios are to
+# F.linear_cross_entropy takes 20 times the time of the rest on a CPU: only when asked for.
+CPU_PROVIDERS = (*RIVALS, "ours")
 PYTEST = (
     "-q --no-header --disable-warnings -p no:cacheprovider -p no:xdist --benchmark-only "
     "--benchmark-autosave --benchmark-sort=name --benchmark-columns=median,iqr,rounds"
 )
-# F.linear_cross_entropy takes 20 times the time of the rest on a CPU: only when asked for.
-CPU_PROVIDERS = ("eager", "compile", "ours")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def _liger(op: str) -> Fn:
+def find_provider(name: str, op: str, device: torch.device) -> Fn:
+    """A provider's callable for an op; raises whatever stops it from running here."""
+    cuda, plain = device.type == "cuda", baseline.OPS[op]
+    if name == "eager":
+        return plain
+    if name == "compile":
+        return torch.compile(plain, fullgraph=True, dynamic=False)
+    if name == "ours":
+        return getattr(parse_ops("triton" if cuda else "eager"), op)
+    if name == "linear-ce":  # from torch 2.13 on
+        options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
+        return _flat(partial(F.linear_cross_entropy, options=options))  # type: ignore[attr-defined]
+    if not cuda:
+        raise ValueError(f"{name} needs a GPU")
+    if name != "liger":
+        return getattr(parse_ops(f"eager,{op}={name}"), op)
     from liger_kernel.transformers import functional
 
     if op == "linear_cross_entropy":
@@ -64,27 +79,10 @@ def _liger(op: str) -> Fn:
 
 
 def _flat(call: Fn) -> Fn:
-    """Our signature of a loss that knows no padding."""
+    """A loss that knows no padding, behind our signature."""
     return lambda x, weight, targets, vocab_size: call(
         x.flatten(0, -2), weight[:vocab_size], targets.flatten()
     )
-
-
-def find_provider(name: str, op: str, device: torch.device) -> Fn:
-    """The callable of a provider that does this op; whatever it raises if it cannot run here."""
-    cuda, plain = device.type == "cuda", baseline.OPS[op]
-    if name == "eager":
-        return plain
-    if name == "compile":
-        return torch.compile(plain, fullgraph=True, dynamic=False)
-    if name == "ours":
-        return getattr(parse_ops("triton" if cuda else "eager"), op)
-    if name == "linear-ce":  # torch 2.13 has it
-        options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
-        return _flat(partial(F.linear_cross_entropy, options=options))  # type: ignore[attr-defined]
-    if not cuda:
-        raise ValueError(f"{name} needs a GPU")
-    return _liger(op) if name == "liger" else getattr(parse_ops(f"eager,{op}={name}"), op)
 
 
 def make_call(fn: Fn, case: Case, mode: str, inputs: Inputs) -> timing.Call:
@@ -101,13 +99,13 @@ def make_call(fn: Fn, case: Case, mode: str, inputs: Inputs) -> timing.Call:
         return torch.no_grad()(forward)
     outs = forward()
     douts = [torch.ones_like(y) if y.dim() == 0 else torch.randn_like(y) for y in outs]
-    if mode == "both":  # a graph of its own for each, so this one is let go
+    if mode == "both":  # each call makes a graph of its own, so this one can go
         return lambda: torch.autograd.grad(forward(), leaves, douts)
     return lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True)
 
 
 def doubt_of(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
-    """Why no speed of ours may be shown; empty where its numerics hold."""
+    """Why no speed of ours may be shown; empty if its numerics hold."""
     try:
         ours = find_provider("ours", op, device)
         found = numerics.check_op(ours, op, shape, dtype, device)
@@ -125,15 +123,17 @@ def measure(
     mode: str,
     device: torch.device,
     *,
-    providers: Sequence[str] = (*PROVIDERS,),
+    providers: Sequence[str],
     rounds: int = 30,
     seconds: float = 4.0,
-    checked: bool = True,
 ) -> tuple[dict[str, OpRow], dict[str, timing.Timing]]:
-    """Rows and samples by provider of one op in one mode, all that do it in turn.
+    """Rows and samples by provider of one op in one mode, all providers timed in turns.
 
-    A provider that fails has a row in doubt and no samples; ours, where its numerics fail, a row
-    in doubt. RuntimeError: CUDA is broken, and nothing can be measured in this process any more.
+    The row of a provider that fails is in doubt and has no samples. Ours is in doubt, too, if its
+    numerics fail.
+
+    Raises:
+        RuntimeError: CUDA is broken; nothing can be measured in this process any more.
     """
     import torch._functorch.config as functorch
 
@@ -141,8 +141,7 @@ def measure(
     torch.compiler.reset()  # or a second shape meets the first one's graph and its recompile limit
     case, cuda = CASES[op], device.type == "cuda"
     providers = [name for name in providers if op in PROVIDERS[name]]
-    checked = checked and "ours" in providers
-    doubt = doubt_of(op, shape, dtype, device) if checked else ""
+    doubt = doubt_of(op, shape, dtype, device) if "ours" in providers else ""
     set_bytes = int(case.bytes(shape, dtype.itemsize, mode))
     contestants: dict[str, list[timing.Call]] = {}
     peaks: dict[str, int] = {}
@@ -171,22 +170,20 @@ def measure(
     kind = next(name for name in DTYPES if DTYPES[name] == dtype)
     rows: dict[str, OpRow] = {}
     for name in providers:
-        row = OpRow(op=op, shape=shape.label, dtype=kind, mode=mode, provider=name)
-        row = replace(row, doubt=failed.get(name, ""))
-        if name in timed:
-            others = [other for other in ("eager", "compile") if other in timed and other != name]
-            over = {other: timing.ratio(timed[other], timed[name]) for other in others}
-            row = replace(row, over=over, **timed[name].figures)
-            rates = {"gbs": set_bytes / row.ms / 1e6, "of_limit": floor / row.ms}
-            row = replace(row, timed=timed[name].mode, gpu=state, **rates)
-            row = replace(row, tflops=flops / row.ms / 1e9 if flops else None)
-        if name in timed and cuda:
-            row = replace(row, peak_gib=peaks[name] / 2**30)
-            if op == "causal_attention" and name in ("eager", "compile"):
-                row = replace(row, backend=baseline.chosen_sdpa(sets[0]["qkv"], shape.H))
-        if name == "ours" and checked:  # its numerics matter more than why it has no time
-            doubts = "; not timed: ".join(filter(None, [doubt, row.doubt]))
-            row = replace(row, doubt=doubts)
+        why = failed.get(name, "")
+        if name == "ours":  # its numerics matter more than why it has no time
+            why = "; not timed: ".join(filter(None, [doubt, why]))
+        row = OpRow(op=op, shape=shape.label, dtype=kind, mode=mode, provider=name, doubt=why)
+        if found := timed.get(name):
+            ms, others = found.median_ms, [n for n in RIVALS if n in timed and n != name]
+            over = {other: timing.ratio(timed[other], found) for other in others}
+            rates: Any = {"gbs": set_bytes / ms / 1e6, "of_limit": floor / ms}
+            rates |= {"tflops": flops / ms / 1e9} if flops else {}
+            row = replace(row, timed=found.mode, over=over, gpu=state, **rates, **found.figures)
+            if cuda:
+                row = replace(row, peak_gib=peaks[name] / 2**30)
+                if op == "causal_attention" and name in RIVALS:
+                    row = replace(row, backend=baseline.chosen_sdpa(sets[0]["qkv"], shape.H))
         rows[name] = row
     del contestants, sets
     _free(device)
@@ -200,7 +197,7 @@ def _free(device: torch.device) -> None:
 
 
 def _peak_bytes(call: timing.Call, device: torch.device) -> tuple[int, int]:
-    """Memory a call takes above its inputs, and that of its results alone; also its warm-up."""
+    """Memory that a call takes above its inputs, and that of its results. It also warms up."""
     call()
     if device.type != "cuda":
         return 0, 0
@@ -215,11 +212,11 @@ def _peak_bytes(call: timing.Call, device: torch.device) -> tuple[int, int]:
 
 
 class Job:
-    """What pytest-benchmark is given to do, as a plugin of pytest, and what a command line asks.
+    """What a command line asks for; pytest runs it, with this object as a plugin.
 
     Raises:
-        ValueError: a shape whose tensors cannot fit; on a GPU, where each provider says itself
-            that it lacks room, those of the op's interface alone.
+        ValueError: a shape whose tensors cannot fit. On a GPU only the op's arguments and results
+            count, since there each provider's row says that it ran out of memory.
     """
 
     def __init__(
@@ -256,7 +253,7 @@ class Job:
                 self.todo += [(op, shape, mode) for mode in modes]
 
     def run(self, results: record.Result) -> int:
-        """Measure, each row written as it comes; print the tables; the exit code."""
+        """Measure, write each row at once, print the tables; returns the exit code."""
         self.results, self.rows = results, dict[tuple[str, str], list[OpRow]]()
         self.until = time.monotonic() + 60 * self.options.minutes
         self.measured = cache(self._measure)
@@ -288,19 +285,18 @@ class Job:
         metafunc.parametrize(("measured", "provider"), calls, ids=ids)
 
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
-        """Two runs are worth comparing where this is the same; it names no host."""
+        """pytest-benchmark compares runs of which this is equal; it names no host."""
         return {name: self.results.about[name] for name in ("device", "torch", "triton", "python")}
 
 
 class Clock:
-    """In seconds; what was measured moves it, and nothing else."""
+    """The time that pytest-benchmark sees, in seconds; only replayed samples move it."""
 
     now = 0.0
 
 
 @pytest.mark.benchmark(timer=lambda: Clock.now)
 def test_op(benchmark: Any, measured: Callable[[], Any], provider: str) -> None:
-    """One op, shape, mode and provider."""
     if (found := measured()) is None:
         pytest.skip("no time left")
     row, timed = (by_name.get(provider) for by_name in found)

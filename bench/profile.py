@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import cli, record, step
 from bench.cases import Shape
-from bench.contestants import Setup, find_providers, make_batches, prepare
+from bench.contestants import Setup, find_provider, make_batches, prepare
 from bench.record import ProfileRow
 from bench.tables import Columns, rows_table, table
 from model import MODELS
@@ -76,9 +76,8 @@ def trace_step(
     """
     cuda, synchronize = device.type == "cuda", torch.get_device_module(device).synchronize
     batches = make_batches(setup, device)
-    contestant, _ = prepare(
-        name, find_providers([name], device, setup)[name], setup, device, batches
-    )
+    build = find_provider(name, device, setup)
+    contestant, _ = prepare(name, build, setup, device, batches)
     contestant.step(batches[0])  # ours captures its graph in the fourth step
     synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(cli.devices()[-1])
     setup = Setup(args.model, args.shape)
     setup.check_memory(device)
-    find_providers([args.provider], device, setup)
+    find_provider(args.provider, device, setup)  # refuses an unknown one
     if args.trace.is_dir():
         raise ValueError(f"bench: --trace must name a file, got the folder {args.trace}")
     args.trace.parent.mkdir(parents=True, exist_ok=True)  # now, not after profiling

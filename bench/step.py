@@ -4,13 +4,12 @@
     python -m bench.step --shape b64t1024 --shape b8t1024 --ablation
     python -m bench.step --against nanogpt ~/nanoGPT/model.py
 
-A contestant's losses and first gradient norm must agree with the first one's, or its row is in
-doubt. On a GPU one follows the other. On a CPU each lives in a process of its own, because ours
-changes how its process allocates memory, and takes turns with the first; where memory has no room
-for two, the first runs again before each.
+A contestant whose losses or first gradient norm differ from the first one's is in doubt. On a GPU
+one contestant follows the other. On a CPU each has a process of its own, because ours changes how
+its process allocates memory. It takes turns with the first contestant; if memory has no room for
+two, the first runs again before each of the others.
 """
 
-import argparse
 import gc
 import itertools
 import os
@@ -30,29 +29,27 @@ from bench.record import StepRow
 from bench.tables import step_table
 from model import MODELS
 from model.flops import flops_per_token
-from training import timing
+from training import machines, timing
 from training.child import Child, ChildDied, serve
-from training.machines import find_card, free_bytes
 from training.plan import detect, make_plan
 from training.recipes import Recipe
 from training.step import start_process
 
-# On the loss, about 10.9 at the start: bf16 moves it by 1e-3, the padded softmax by 1e-3, and three
-# AdamW steps at full rate multiply such differences.
+# The loss is about 10.9 at the start. bf16 moves it by 1e-3, the padded softmax by 1e-3, and three
+# AdamW steps at the full rate multiply such differences.
 FIRST_LOSS_TOLERANCE = 0.01
 WARM_LOSS_TOLERANCE = 0.1
-# Relative, on the first step's gradient norm: at the start any weights give ln(V) as loss, so the
-# loss alone would pass a wrong backward.
+# Relative. At the start any weights give a loss of ln(V), so the loss alone would pass a wrong
+# backward.
 GRAD_NORM_TOLERANCE = 0.05
-# Ratios are to these, and to nanoGPT; to "ours bf16" where one thing of it is switched back.
+# Ratios are to these and to nanoGPT; in an ablation to "ours bf16".
 RIVALS = ("eager fp32", "compile fp32", "compile bf16", "ours bf16")
-ROOM = 1.15  # of what the largest contestant took so far, for the next one
+ROOM = 1.15  # times the largest contestant so far: what the next one may need
 NO_REFERENCE = "nothing to hold it against: the first contestant failed"
-WARM_UP = "warm up"  # asks a contestant's process for the row of its warm-up
 
 
 def disagreement(found: StepRow, known: StepRow | None) -> str:
-    """Why a contestant's speed must not be shown; empty if losses and gradient are the first's."""
+    """How a contestant's losses or gradient differ from the first one's; empty if they agree."""
     if known is None:
         return NO_REFERENCE
     norm, norm_known = found.grad_norm or 0.0, known.grad_norm or 0.0
@@ -69,8 +66,8 @@ def disagreement(found: StepRow, known: StepRow | None) -> str:
 def timed_row(
     row: StepRow, setup: Setup, timed: timing.Timing, known: StepRow | None, card: str = ""
 ) -> StepRow:
-    """The row of a warm-up with its time, held against the first contestant's warm-up."""
-    per_s, sheet = setup.tokens / timed.median_ms * 1e3 / 1e12, find_card(card)
+    """The row of a warm-up with its time, in doubt where it disagrees with the first's warm-up."""
+    per_s, sheet = setup.tokens / timed.median_ms * 1e3 / 1e12, machines.find_card(card)
     palm, llmc = (flops_per_token(setup.config, setup.shape.T, f) for f in ("palm", "llmc"))
     rates = {"tflops_palm": palm * per_s, "tflops_llmc": llmc * per_s}
     peak = sheet and sheet.tflops
@@ -80,7 +77,7 @@ def timed_row(
 def with_ratios(rows: Mapping[str, StepRow]) -> list[StepRow]:
     """The rows, each with its ratio to every rival that has a time.
 
-    It comes by way of the contestant whom both took turns with, or else from their medians.
+    Where both took turns with one contestant, their ratios to it count, else their medians.
     """
     timed = [row for row in rows.values() if not row.doubt]
     rivals = [r for r in timed if r.provider in RIVALS or r.provider.startswith("nanogpt")]
@@ -140,7 +137,7 @@ def measure_cuda(
 def _event_times(
     contestant: Contestant, batches: Sequence[list[Batch]], seconds: float
 ) -> timing.Timing:
-    """Device-event times between step ends, no synchronisation in between, as training runs."""
+    """Times from step end to step end; as in training, the host does not wait in between."""
     turns = itertools.cycle(batches)
     contestant.step(next(turns))  # ours captures its graph in the fourth step
     torch.cuda.synchronize()
@@ -156,24 +153,32 @@ def _event_times(
     return timing.Timing(samples, "launches")
 
 
-def work(name: str, setup: Setup) -> None:
-    """A process of one contestant: it answers WARM_UP with that row, all else with a step's ms."""
-    if name.startswith("ours"):
-        start_process(make_plan(Recipe(model=setup.model), detect("cpu")), seed=0)
-    cpu = torch.device("cpu")
-    batches = contestants.make_batches(setup, cpu)
-    build = contestants.find_providers([name], cpu, setup)[name]
-    contestant, row = contestants.prepare(name, build, setup, cpu, batches)
-    turns = itertools.cycle(batches)
-    replay = timing.host_replay(lambda: contestant.step(next(turns)))
-    serve(lambda task: row if task == WARM_UP else replay.once())
+def work() -> None:
+    """The process of one contestant. It answers the first task, name and setup, with the row of the
+    warm-up, and every further one with the ms of a step."""
+    replay: timing.Replay | None = None
+
+    def answer(task: Any) -> StepRow | float:
+        nonlocal replay
+        if replay:
+            return replay.once()
+        (name, setup), cpu = task, torch.device("cpu")
+        if name.startswith("ours"):
+            start_process(make_plan(Recipe(model=setup.model), detect("cpu")), seed=0)
+        batches = contestants.make_batches(setup, cpu)
+        build = contestants.find_provider(name, cpu, setup)
+        contestant, row = contestants.prepare(name, build, setup, cpu, batches)
+        turns = itertools.cycle(batches)
+        replay = timing.host_replay(lambda: contestant.step(next(turns)))
+        return row
+
+    serve(answer)
 
 
 def start_worker(name: str, setup: Setup, limit_s: float) -> tuple[Child, StepRow]:
-    """That process and the row of its warm-up; ChildDied where there is none in `limit_s`."""
-    command = [sys.executable, "-m", "bench.step", "--device", "cpu", "--worker", name]
-    worker = Child([*command, *setup.flags])
-    return worker, worker.ask(WARM_UP, limit_s)
+    """That process and the row of its warm-up; ChildDied if there is none within `limit_s`."""
+    worker = Child([sys.executable, "-c", "from bench import step; step.work()"])
+    return worker, worker.ask((name, setup), limit_s)
 
 
 def measure_cpu(
@@ -181,7 +186,7 @@ def measure_cpu(
 ) -> Iterator[StepRow]:
     """A row for each contestant, as it comes, after `seconds` of turns.
 
-    Whoever has no time before the deadline, of time.monotonic(), gets a row that says so.
+    A contestant that gets no time before the deadline, of time.monotonic(), has a row that says so.
     """
     first, *others = names
     alive: dict[str, Child] = {}
@@ -189,27 +194,26 @@ def measure_cpu(
     failed: dict[str, str] = {}
 
     def lacks() -> str:
-        """What memory one more needs, by the largest so far or an estimate; "" if it is there."""
+        """Why memory has no room for one more contestant; empty if it has."""
         largest = max((row.peak_gib or 0.0 for row in warm.values()), default=0.0)
-        need, free = ROOM * largest or setup.need_bytes / 2**30, free_bytes() / 2**30
+        need, free = ROOM * largest or setup.need_bytes / 2**30, machines.free_bytes() / 2**30
         text = f"needs about {need:.1f} GiB of memory, {free:.1f} are free"
         return text if 0 < free < need else ""
 
-    def begin(name: str) -> None:
-        left = deadline - time.monotonic()
-        why = "no time left; --minutes gives more" if left <= 0 else lacks()
-        if why:
-            raise ChildDied(why)
-        # A hang must not cost the rest.
-        alive[name], warm[name] = start_worker(name, setup, left / 2)
-
     def sample(*group: str) -> dict[str, timing.Timing]:
-        """Times of these, in turns; nobody else is alive meanwhile."""
+        """Times of these contestants, in turns. All others are ended first."""
         for name in alive.keys() - {*group}:
             alive.pop(name).end()
-        for name in [name for name in group if name not in alive]:
+        for name in group:
+            if name in alive:
+                continue
+            left = deadline - time.monotonic()
+            failed[name] = "no time left; --minutes gives more" if left <= 0 else lacks()
+            if failed[name]:
+                continue
             try:
-                begin(name)
+                # A hang must not cost the rest.
+                alive[name], warm[name] = start_worker(name, setup, left / 2)
             except ChildDied as why:
                 failed[name] = str(why)
         print(f"in turns: {', '.join(alive) or 'nobody'}", flush=True)
@@ -225,9 +229,8 @@ def measure_cpu(
         if name not in timed:
             return setup.row(name, doubt=failed[name])
         row = timed_row(warm[name], setup, timed[name], warm.get(first))
-        return replace(
-            row, over={other: timing.ratio(timed[other], timed[name]) for other in timed}
-        )
+        over = {other: timing.ratio(timed[other], timed[name]) for other in timed}
+        return replace(row, over=over)
 
     try:
         yield row_of(first, sample(first))
@@ -256,14 +259,11 @@ def run(
     minutes: float,
     section: str = "step",
 ) -> None:
-    """Measure, write each row as it comes and all ratios at the end, print the table.
-
-    One that fails has a row that says why.
-    """
+    """Measure, write each row as it comes and all ratios at the end, print the table."""
     rows: dict[str, StepRow] = {}
     print(f"\nTraining step, GPT-2 {setup.model}, {setup.shape.label}, accum {setup.accum}")
     if device.type == "cuda":
-        builds = contestants.find_providers(names, device, setup)
+        builds = {name: contestants.find_provider(name, device, setup) for name in names}
         measured = measure_cuda(builds, setup, device, seconds)
     else:
         if not detect("cpu").has_bf16:
@@ -290,7 +290,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--minutes", type=cli.amount, default=30.0, help="budget of a table, on a CPU")
     add("--ablation", action="store_true", help="also ours with one op or choice undone at a time")
     add("--against", nargs=2, metavar=("nanogpt", "PATH"), help="also nanoGPT, by its model.py")
-    add("--worker", help=argparse.SUPPRESS)
     cli.add_output(parser)
     args = parser.parse_args(argv)
     device = torch.device(args.device)
@@ -298,17 +297,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind, path = args.against or ("nanogpt", "")
     if kind != "nanogpt":
         raise ValueError(f"bench: --against knows nanogpt, got {kind!r}")
-    nanogpt = Path(path) if args.against else None
-    if nanogpt:
-        contestants.load_nanogpt(nanogpt)  # fail before minutes of measuring
+    nanogpt = None
+    if args.against:
+        contestants.load_nanogpt(Path(path))  # fail before minutes of measuring
+        nanogpt = Path(path).resolve()
     setups = [Setup(args.model, shape, args.accum, nanogpt) for shape in dict.fromkeys(shapes)]
-    if args.worker:
-        work(args.worker, setups[0])
-        return
     if args.ablation and device.type != "cuda":
         raise ValueError("bench: --ablation switches Triton ops off one by one; it needs a GPU")
     names = args.provider or contestants.default_providers(device, nanogpt is not None)
-    contestants.find_providers(names, device, setups[0])  # refuses the unknown
+    for name in names:
+        contestants.find_provider(name, device, setups[0])  # refuses an unknown one
     for setup in setups:
         setup.check_memory(device)
     results = record.open_result(device, args.out, args.commit)

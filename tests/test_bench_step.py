@@ -35,7 +35,9 @@ class Machine:
         self.events: list[str] = []
         self.ms = {"a": 100.0, "b": 50.0, "c": 25.0, "d": 200.0, "e": 10.0}
         self.warm = {name: replace(RIGHT, provider=name) for name in self.ms}
-        monkeypatch.setattr(step, "free_bytes", lambda: int(self.total - sum(self.alive.values())))
+        monkeypatch.setattr(
+            step.machines, "free_bytes", lambda: int(self.total - sum(self.alive.values()))
+        )
         monkeypatch.setattr(step.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(Setup, "need_bytes", 2 * GIB)
         monkeypatch.setattr(step, "start_worker", self.start)
