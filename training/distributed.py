@@ -1,8 +1,8 @@
-"""Several processes, one run: what torchrun starts, seen as a rank and a world size.
+"""Several processes train one run: what torchrun starts, seen as a rank and a world size.
 
-The recipe's rows of a step are dealt to the ranks in order, so 1, 2 or 8 ranks train on the same
-global batches; their gradients meet in training/averaging.py. Without torchrun everything here is a
-world of one and touches no process group.
+The rows of a step are dealt to the ranks in order, so 1, 2 or 8 ranks train on the same global
+batches; training/averaging.py averages their gradients. Without torchrun everything here is a world
+of one and touches no process group.
 """
 
 import gc
@@ -31,17 +31,13 @@ from training.machines import has_gpu
 from training.plan import Plan, step_bytes
 from training.recipes import Recipe
 
-# A rank that hangs (not dies: torchrun sees that at once) before the first step ends the
-# job after this long.
+# Before the first step a rank that hangs ends the job after this long. torchrun sees at once when a
+# rank dies.
 TIMEOUT = timedelta(minutes=10)
-CONNECT = timedelta(minutes=1)  # in which the ranks of an attempt must find each other
+CONNECT = timedelta(minutes=1)  # in which the ranks must find each other
 POLL_S = 0.1
 FAILED = "failed"  # key in the store: a rank has said why the job ends
 T = TypeVar("T")
-
-
-class PeerFailed(OSError):
-    """Another rank cannot go on, and has said why."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +45,9 @@ class World:
     """This process among all.
 
     Args:
-        rank: Of this process, 0 is the one that writes.
-        size: Processes.
-        local_rank: On this machine; picks the GPU.
+        rank: Of this process; rank 0 is the one that writes.
+        size: Number of processes.
+        local_rank: Rank on this machine; picks the GPU.
         store: Where the ranks agree on what to do before they train, in JSON; None for one alone.
     """
 
@@ -74,28 +70,44 @@ class World:
             dist.destroy_process_group()
 
     def connect(self, device: str, patience_s: float) -> None:
-        """Make the process group in which a rank waits for the others for `patience_s`.
+        """Make the process group, in which a rank waits `patience_s` seconds for the others.
 
         Raises:
             ValueError: there is no GPU for this rank.
         """
         if self.store is None:
             return
-        on_cuda = device != "cpu" and has_gpu()
-        if on_cuda:
+        backend, device_id = "gloo", None
+        if device != "cpu" and has_gpu():
             if self.local_rank >= (count := torch.cuda.device_count()):
                 raise ValueError(
                     f"distributed: rank {self.rank} is process {self.local_rank + 1} of its "
                     f"machine, which has {count} GPUs; lower --nproc-per-node"
                 )
             torch.cuda.set_device(self.local_rank)
-        groups = dist.PrefixStore("groups", self.store)
-        among = {"store": groups, "rank": self.rank, "world_size": self.size}
-        among["timeout"] = timedelta(seconds=min(patience_s, 1e8))  # more it cannot count
-        if on_cuda:
-            among["device_id"] = torch.device("cuda", self.local_rank)  # connects here and now
-        with _within(CONNECT, f"rank {self.rank} of {self.size} could not connect to the others"):
-            dist.init_process_group("nccl" if on_cuda else "gloo", **among)
+            backend, device_id = "nccl", torch.device("cuda", self.local_rank)
+
+        def give_up() -> None:
+            who = f"rank {self.rank} of {self.size} could not connect to the others"
+            print(f"train.py: distributed: {who} in {limit_s:.0f} s", file=sys.stderr, flush=True)
+            os._exit(2)
+
+        # No exception ends a wait of gloo's for a dead rank, so a watchdog ends the process.
+        limit_s = CONNECT.total_seconds()
+        watchdog = threading.Timer(limit_s, give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            dist.init_process_group(
+                backend,
+                timeout=timedelta(seconds=min(patience_s, 1e8)),  # it cannot count further
+                world_size=self.size,
+                rank=self.rank,
+                store=dist.PrefixStore("groups", self.store),
+                device_id=device_id,  # makes NCCL connect here and now
+            )
+        finally:
+            watchdog.cancel()
 
     def say(self, line: str) -> None:
         """Print on rank 0 only."""
@@ -107,14 +119,14 @@ class World:
             dist.barrier()
 
     def gather(self, key: str, value: Any, patient: bool = False) -> list[Any]:
-        """`value` of every rank, in their order. Each call has a key of its own."""
+        """`value` of every rank, in their order. Each call needs a key of its own."""
         if self.store is None:
             return [value]
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
         return [self._await(f"{key}/{rank}", patient) for rank in range(self.size)]
 
     def first(self, key: str, choose: Callable[[], Any]) -> Any:
-        """What `choose` returns on rank 0."""
+        """What `choose` returns on rank 0. Each call needs a key of its own."""
         if not self.is_main:
             return self._await(key)
         value = choose()
@@ -123,33 +135,33 @@ class World:
         return value
 
     def send(self, key: str, groups: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """The tensors that rank 0 has on its CPU, on every rank's."""
+        """Rank 0's groups of named tensors, on every rank; they are on the CPU there and here."""
         if self.size == 1:
             return groups
-        mine = {(group, name): t for group in groups for name, t in groups[group].items()}
-        described = [(*k, str(t.dtype).removeprefix("torch."), [*t.shape]) for k, t in mine.items()]
+        mine = [(group, name, t) for group, named in groups.items() for name, t in named.items()]
+        forms = [(g, name, str(t.dtype).removeprefix("torch."), [*t.shape]) for g, name, t in mine]
         received: dict[str, dict[str, Tensor]] = {}
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        for group, name, dtype, shape in self.first(key, lambda: described):
+        for i, (group, name, dtype, shape) in enumerate(self.first(key, lambda: forms)):
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
             if self.is_main:
-                tensor.copy_(mine[group, name])
+                tensor.copy_(mine[i][2])
             dist.broadcast(tensor, 0)
             received.setdefault(group, {})[name] = tensor.cpu()
         return received
 
     def in_turn(self, key: str, work: Callable[[], T]) -> T:
-        """`work` on rank 0, then on the others; each may take as long as it takes."""
+        """Do `work` on rank 0, then on the others; each may take as long as it takes."""
         if not self.is_main:
             self._await(f"{key}/0", patient=True)
         result = work()
-        self.gather(key, True, patient=True)  # on a host of its own one may have as much to do
+        self.gather(key, True, patient=True)  # a rank on another host may have as much to do
         return result
 
     def _await(self, key: str, patient: bool = False) -> Any:
         """The value of `key`, once a rank has set it.
 
-        Asked for again and again: one long wait would not see that another rank has failed.
+        It polls, because one long wait would not notice that another rank has failed.
         """
         assert self.store is not None
         limit_s = TIMEOUT.total_seconds()
@@ -157,7 +169,7 @@ class World:
         try:
             while not self.store.check([key]):
                 if self.store.check([FAILED]):
-                    raise PeerFailed("distributed: another rank failed")
+                    raise OSError("distributed: another rank failed")
                 if time.monotonic() > end and not patient:
                     raise OSError(f"distributed: no {key!r} from another rank in {limit_s:.0f} s")
                 time.sleep(POLL_S)
@@ -166,7 +178,7 @@ class World:
             raise OSError(f"distributed: rank 0 is gone ({error})") from None
 
     def complain(self, line: str) -> None:
-        """Print why the job ends: on one rank alone, whichever comes first."""
+        """Print why the job ends; only the first rank that complains prints."""
         if self.store is None:
             print(line, file=sys.stderr)
             return
@@ -174,15 +186,16 @@ class World:
             if self.store.add("complaints", 1) == 1:
                 print(line, file=sys.stderr, flush=True)
                 self.store.set(FAILED, "true")
+            # The store may live in rank 0's process, which must outlast the other complaints.
             end = time.monotonic() + 100 * POLL_S
-            while self.is_main and time.monotonic() < end:  # it may be the store's home
+            while self.is_main and time.monotonic() < end:
                 if self.store.add("complaints", 0) == self.size:
                     break
                 time.sleep(POLL_S)
 
     @contextmanager
     def in_one_voice(self) -> Iterator[None]:
-        """What is printed before a SystemExit, as of wrong flags, is printed by one rank."""
+        """Have one rank print what all print before a SystemExit, such as what flags are wrong."""
         if self.size == 1:
             yield
             return
@@ -195,7 +208,7 @@ class World:
             raise
 
     def mean(self, total: float, weight: float, device: str) -> float:
-        """Sum of `total` over the ranks by the sum of `weight`."""
+        """Sum of `total` over the ranks, divided by the sum of `weight`."""
         if self.size == 1:
             return total / weight
         sums = torch.tensor([total, weight], dtype=torch.float64, device=device)
@@ -207,7 +220,7 @@ ALONE = World()
 
 
 def meet() -> World:
-    """The job torchrun started, or a world of one; `connect` comes next.
+    """The job that torchrun started, or a world of one; `connect` comes next.
 
     Raises:
         ValueError: what torchrun sets in the environment is incomplete or no number.
@@ -220,19 +233,19 @@ def meet() -> World:
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=CONNECT))
         store.set_timeout(TIMEOUT)
-        prefix = _new_prefix(store, rank, size)
+        prefix = _draw_prefix(store, rank, size)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise OSError(f"distributed: the ranks did not meet at {where}: {error}") from None
     return World(rank, size, local_rank, dist.PrefixStore(prefix, store))
 
 
-def _new_prefix(store: dist.Store, rank: int, size: int) -> str:
-    """A prefix for the keys of this attempt alone, which rank 0 draws.
+def _draw_prefix(store: dist.Store, rank: int, size: int) -> str:
+    """Agree on a prefix for the keys of this attempt, which rank 0 draws.
 
-    torchrun has one store for all restarts, and what a dead rank left there must not answer a
-    living one. Its own count of them is no such prefix: each node counts what failed on itself. So
-    a rank asks under a name that nobody has had, and rank 0 answers until all have understood.
+    torchrun keeps one store for all restarts, where a living rank must not read what a dead one
+    left. Its count of restarts is no prefix, because each node counts its own failures. So each
+    rank asks under a fresh name, and rank 0 answers until all have the prefix.
 
     Raises:
         RuntimeError: not all are here within CONNECT.
@@ -258,35 +271,17 @@ def _new_prefix(store: dist.Store, rank: int, size: int) -> str:
     return name
 
 
-@contextmanager
-def _within(limit: timedelta, failure: str) -> Iterator[None]:
-    """End the process where the block takes longer: gloo may wait for a dead rank for ever."""
-
-    def end() -> None:
-        text = f"train.py: distributed: {failure} in {limit.total_seconds():.0f} s"
-        print(text, file=sys.stderr, flush=True)
-        os._exit(2)
-
-    timer = threading.Timer(limit.total_seconds(), end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 def wait(works: Iterable[dist.Work | None]) -> None:
-    """Until these collectives, which are all begun first, have ended."""
+    """Begin all these collectives, then wait until they have ended."""
     for work in list(works):
         assert work is not None
         work.wait()
 
 
 def is_peers_fault(error: RuntimeError) -> bool:
-    """Whether a collective failed, rather than what this rank does by itself.
+    """Whether a collective failed, rather than something that this rank does by itself.
 
-    By where it was raised: gloo says "Application timeout caused pair closure" and not its name.
+    The place where it was raised decides, because not all of gloo's messages name gloo.
     """
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     waits = (Path(dist.__file__).parent, Path(__file__).parent / "averaging.py")
@@ -310,11 +305,11 @@ def _environment(name: str, default: str | None, below: int) -> int:
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit; as one of several ranks without the interpreter's teardown.
+    """Exit; one of several ranks skips the interpreter's teardown.
 
-    Threads of gloo and autograd may still let go of Python objects. One that asks for the
-    interpreter's lock during the teardown is killed, which C++ answers with std::terminate: a rank
-    that had done its work died of SIGABRT once in some twenty jobs of four ranks on two cores.
+    Threads of gloo and autograd may still release Python objects. Python kills a thread that asks
+    for its lock during the teardown, to which C++ answers with std::terminate: a rank that had done
+    its work died of SIGABRT once in some twenty jobs of four ranks on two cores.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
@@ -324,7 +319,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
-    """The part of `plan` that one rank does; ValueError where its rows cannot be dealt out."""
+    """The part of `plan` that one rank does; ValueError if the rows do not divide evenly."""
     if world.size == 1:
         return plan
     if recipe.rows_per_step % world.size:
@@ -348,10 +343,9 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def refuse_mismatch(world: World, key: str, facts: dict[str, Any]) -> None:
-    """Compare what every rank is about to do with what rank 0 is.
+    """Raise ValueError on every rank if one is about to do something else than rank 0.
 
-    Raises:
-        ValueError: on every rank, naming the ranks and fields that differ.
+    The message names the ranks and the `facts` that differ.
     """
     everyone = world.gather(key, facts)
     wrong = [

@@ -34,9 +34,9 @@ def _row(values: Mapping[str, Any]) -> dict[str, Any]:
 def _tensorboard(folder: Path, ident: str, config: dict[str, Any], steps_done: int) -> Logger:
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-    # Hides what an earlier process wrote after the evaluation that precedes the next step.
-    purged = steps_done + 1 if steps_done else None
-    writer = SummaryWriter(folder / "tensorboard", purge_step=purged)
+    # A purge hides what an earlier process wrote after the evaluation before the next step.
+    purge_step = steps_done + 1 if steps_done else None
+    writer = SummaryWriter(folder / "tensorboard", purge_step=purge_step)
 
     def log(row: dict[str, Any]) -> None:
         for name in row.keys() - {"step"}:
@@ -69,9 +69,7 @@ def _csv(folder: Path, ident: str, config: dict[str, Any], steps_done: int) -> L
     table: csv.DictWriter[str] = csv.DictWriter(file, ("step", *STEP_CURVES, *EVENT_CURVES))
     table.writeheader()
     for line in done.read_bytes().splitlines() if done.is_file() else ():
-        with suppress(
-            ValueError, TypeError, KeyError, RecursionError
-        ):  # a line that a crash damaged
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # damaged by a crash
             if row := _row(json.loads(line)):
                 table.writerow(row)
     return table.writerow, file.close
@@ -118,7 +116,6 @@ class Loggers:
                 self._try(name, log, {**row})
 
     def close(self) -> None:
-        """Let each write what it holds."""
         for name, (_, close) in [*self._loggers.items()]:
             self._try(name, close)
 

@@ -1,12 +1,12 @@
 """Every plot of this project: loss.png of a run, the curves of its report, the bench's figures.
 
-Without pyplot, which keeps global state and looks for a display. The same data give the same bytes:
-no date, no random ids. matplotlib is imported when something is drawn, not when a run starts.
+The same data give the same bytes: no date, no random ids. Nothing here uses pyplot, which keeps
+global state and looks for a display. matplotlib is imported when something is drawn, not when a run
+starts.
 """
 
 import html
 import io
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -23,33 +23,33 @@ if TYPE_CHECKING:
 Points = Sequence[tuple[float, float]]
 # Inches, of 72 SVG units each: at a phone's 360 pixels text of 10 units is still readable.
 SIZE = (6.0, 3.4)
-INK = "#24292f"  # text, axes, the published run; on a page its own colour takes this one's place
-FEW_POINTS = 20  # up to here each point is marked: a line of one point cannot be seen
+INK = "#24292f"  # text, axes, the published run; on a page this becomes the colour of its text
+FEW_POINTS = 20  # up to here each point gets a mark: a line of one point cannot be seen
 STYLE: dict[Any, Any] = {
     "font.size": 10, "font.sans-serif": ["DejaVu Sans"],
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
     "ytick.color": INK, "axes.titlesize": 10, "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
     "legend.frameon": False, "lines.linewidth": 1.2, "svg.fonttype": "none",
-    # Of many points on one pixel column the line keeps the extremes and drops the rest.
+    # Where many points share a pixel column, the line keeps the extremes and drops the rest.
     "path.simplify_threshold": 0.5,
-    # 0.00003 and 1500000 in full: a factor in the corner is read over.
+    # Write 0.00003 and 1500000 in full: readers overlook a factor in the corner.
     "axes.formatter.limits": (-6, 9), "axes.formatter.useoffset": False,
 }  # fmt: skip
 
 
 def _style(salt: str = "fused-gpt") -> AbstractContextManager[None]:
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which may be missing here, would end a run
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may be missing here
     from matplotlib import style
 
-    # "default": not what a person's matplotlibrc says, LaTeX for one.
+    # "default" undoes a person's matplotlibrc, which may ask for LaTeX.
     return style.context(["default", {**STYLE, "svg.hashsalt": salt}])
 
 
 def new_axes(
     title: str = "", ylabel: str = "", size: tuple[float, float] = SIZE, rows: int = 1
 ) -> "Axes":
-    """The axes of a new figure; of `rows` axes above each other, the first."""
+    """The axes of a new figure; the first of `rows` axes above each other."""
     with _style():
         from matplotlib.figure import Figure
 
@@ -61,12 +61,10 @@ def new_axes(
     return figure.axes[0]
 
 
-def _plot(axes: "Axes", points: Points, *style: str, **more: Any) -> None:
-    """Plot what is finite; the line breaks where something is not."""
-    if len(points) <= FEW_POINTS and not style:
-        style = (".-",)
-    ys = [y if math.isfinite(y) else math.nan for _, y in points]
-    axes.plot([x for x, _ in points], ys, *style, **more)
+def _plot(axes: "Axes", points: Points, style: str = "", **more: Any) -> None:
+    """Plot a line; matplotlib breaks it where a value is not finite."""
+    style = style or (".-" if len(points) <= FEW_POINTS else "-")
+    axes.plot([x for x, _ in points], [y for _, y in points], style, **more)
 
 
 def loss_curve(
@@ -108,7 +106,7 @@ def loss_curve(
 
 
 def step_curves(series: Mapping[str, Points]) -> "Figure":
-    """Title to (step, value): plots above each other, over the same steps."""
+    """Plots above each other, over the same steps: title to (step, value)."""
     first = new_axes(size=(SIZE[0], 1.5 * len(series)), rows=len(series))
     from matplotlib.ticker import MaxNLocator
 
@@ -122,7 +120,7 @@ def step_curves(series: Mapping[str, Points]) -> "Figure":
 
 
 def to_svg(figure: "Figure", salt: str = "fused-gpt", **metadata: str | None) -> str:
-    """The figure as an SVG document; `metadata` as matplotlib takes it, e.g. Description."""
+    """The figure as an SVG document, with metadata such as Description."""
     text = io.StringIO()
     with _style(salt):
         figure.savefig(text, format="svg", metadata={"Date": None, **metadata})
@@ -134,13 +132,13 @@ def inline_svg(figure: "Figure", label: str) -> str:
 
     Args:
         figure: The figure.
-        label: What it shows, for those who do not see it; tells apart the ids of two figures.
+        label: What it shows, for screen readers; it also keeps the ids of two figures apart.
     """
     figure.patch.set_visible(False)
     for axes in figure.axes:
         axes.patch.set_visible(False)
     text = to_svg(figure, label, Creator=None, Format=None, Type=None)
-    text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text[text.index("<svg") :])  # those no one refers to
+    text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text[text.index("<svg") :])  # unused
     box = re.search(r'viewBox="[^"]*"', text)
     assert box
     head = f'<svg {box[0]} role="img" aria-label="{html.escape(label)}">'
@@ -148,7 +146,7 @@ def inline_svg(figure: "Figure", label: str) -> str:
 
 
 def save(figure: "Figure", path: Path, description: str | None = None) -> None:
-    """Write the figure as the SVG or PNG that the name of `path` asks for."""
+    """Write the figure as SVG or PNG, by the suffix of `path`."""
     if path.suffix == ".svg":
         write_atomically(path, to_svg(figure, Description=description))
     else:

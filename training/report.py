@@ -1,6 +1,6 @@
-"""What a run amounts to, on one page: report.html, self-contained, report.json and loss.png.
+"""What came of a run: report.html, which needs no other file, report.json and loss.png.
 
-What the numbers show is said by training/verdicts.py; here is the page.
+The sentences about the numbers come from training/verdicts.py. This writes a run's report again:
 
     python -m training.report runs/shakespeare-cpu
 """
@@ -26,12 +26,12 @@ from training.verdicts import Run, number, points, read_run, read_samples, verdi
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CORPUS_FILE = "corpus.txt"  # the training text, kept beside the model for the demo
-KEEP_CORPUS_BYTES = 32 << 20  # of larger corpora no copy is kept
-MAX_CORPUS_BYTES = 128 << 20  # of larger corpora the first so many bytes are searched
+CORPUS_FILE = "corpus.txt"  # a copy of the training text, in which the demo finds what to highlight
+KEEP_CORPUS_BYTES = 32 << 20  # a larger text is not copied
+MAX_CORPUS_BYTES = 128 << 20  # of a larger text only the beginning is searched
 DECODE_TOKENS = 1 << 20  # at once: as Python integers they take 30 times their size
 
-# Colours with some transparency do on a light page and on a dark one; the demo shares them.
+# Transparent colours suit a light page and a dark one; the demo shares them.
 STYLE = """
 .warning,.note{border-left:4px solid #d98a00;background:#d98a0026;padding:6px 10px}
 .note{border-color:#3a8f57;background:#3a8f5726}
@@ -39,7 +39,7 @@ STYLE = """
 .curve svg{display:block;width:100%;max-width:640px;height:auto}
 """
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-# What is known of a run in numbers: name, where it is found, format.
+# A run in numbers: name, key, format.
 FACTS = """
 training text | corpus_bytes | {:,.0f} bytes
 training tokens | corpus_tokens | {:,.0f}
@@ -59,13 +59,13 @@ weights file | model_bytes | {:,.0f} bytes
 
 
 def facts(run: Run, corpus_bytes: int = 0) -> dict[str, str]:
-    """What is known of a run, by name; `corpus_bytes` is 0 where the text's size is not."""
+    """What is known of a run, by name; `corpus_bytes` is 0 if the text's size is not known."""
     val, parameters = run.val_loss, number(run.config, "parameters")
     size = f"{parameters:,.0f} parameters" if parameters else ""
-    model = str(run.part("recipe").get("model", ""))
+    recipe = run.part("recipe")
     found = {
-        "recipe": str(run.part("recipe").get("name", "")),
-        "model": ", ".join(filter(None, (model, size))),
+        "recipe": str(recipe.get("name", "")),
+        "model": ", ".join(filter(None, (str(recipe.get("model", "")), size))),
         "device": str(run.summary.get("device") or run.config.get("device") or ""),
     }
     values = run.summary | {
@@ -84,38 +84,35 @@ def facts(run: Run, corpus_bytes: int = 0) -> dict[str, str]:
 
 
 def loss_figure(run: Run) -> "Figure":
-    """Training and validation loss over the steps, with the published run where it is repeated."""
+    """Training and validation loss over the steps, beside the published run if this repeats it."""
     evaluations = points(run.evaluations, "val_loss")
     return plot.loss_curve(points(run.steps, "loss"), evaluations, run.published, run.baselines)
 
 
 def mark_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """HTML of `text` with its byte ranges `spans` marked."""
+    """HTML of `text` with its byte ranges `spans` marked, as far as they hold whole characters."""
     raw, out, at = text.encode("utf-8", "replace"), [], 0
-    for start, end in (*spans, (len(raw), len(raw))):
-        # A span may begin or end inside a character; that character is then left unmarked.
-        while start < end and raw[start] & 0xC0 == 0x80:
+    for start, end in spans:
+        while start < end and raw[start] & 0xC0 == 0x80:  # inside a character
             start += 1
-        while start < end < len(raw) and raw[end] & 0xC0 == 0x80:
-            end -= 1
+        marked = raw[start:end].decode(errors="ignore")
         out.append(html.escape(raw[at:start].decode()))
-        if end > start:
-            out.append(f"<mark>{html.escape(raw[start:end].decode())}</mark>")
-        at = end
-    return "".join(out)
+        if marked:
+            out.append(f"<mark>{html.escape(marked)}</mark>")
+        at = start + len(marked.encode())
+    return "".join([*out, html.escape(raw[at:].decode())])
 
 
-def write_report(folder: Path, corpus: bytes, whole: bool = True) -> list[tuple[str, str]]:
+def write_report(folder: Path, corpus: bytes) -> list[tuple[str, str]]:
     """Write report.html, report.json and loss.png into a run folder; returns the verdicts.
 
     Args:
         folder: Run folder with any of summary.json, config.json, metrics.jsonl, samples.txt.
-        corpus: UTF-8 bytes of the training part of the text; up to 32 MiB a copy is kept as
-            corpus.txt, in which the demo looks up what it highlights.
-        whole: `corpus` is all of it.
+        corpus: UTF-8 bytes of the training text. What follows MAX_CORPUS_BYTES is not searched.
     """
     from jinja2 import Template  # only at the end of a run
 
+    whole, corpus = len(corpus) <= MAX_CORPUS_BYTES, corpus[:MAX_CORPUS_BYTES]
     run, samples = read_run(folder), read_samples(folder)
     overlap = find_overlap([text for _, text in samples], corpus) if samples and corpus else None
     if corpus and whole and len(corpus) <= KEEP_CORPUS_BYTES:
@@ -132,8 +129,10 @@ def write_report(folder: Path, corpus: bytes, whole: bool = True) -> list[tuple[
         beside = plot.step_curves(series)
         curves = [plot.inline_svg(figure, "loss"), plot.inline_svg(beside, ", ".join(series))]
     spans = overlap.spans if overlap else [[] for _ in samples]
-    pairs = zip(samples, spans, strict=True)
-    marked = [(prompt, mark_spans(text, marks)) for (prompt, text), marks in pairs]
+    marked = [
+        (prompt, mark_spans(text, found))
+        for (prompt, text), found in zip(samples, spans, strict=True)
+    ]
     page = Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True).render(
         title=f"Run {folder.resolve().name}",
         style=STYLE,
@@ -149,28 +148,31 @@ def write_report(folder: Path, corpus: bytes, whole: bool = True) -> list[tuple[
         config=json.dumps(run.config, indent=2),
     )
     write_atomically(folder / "report.html", page)
-    found = overlap and {
-        "longest_bytes": len(overlap.longest),
-        "longest": overlap.longest.decode("utf-8", "replace"),
-        "shares": overlap.shares,
-        "covered": overlap.covered,
+    content = {
+        "verdicts": [{"kind": kind, "text": line} for kind, line in judged],
+        "facts": table,
+        "train_loss": run.train_loss,
+        "val_loss": run.val_loss,
+        "overlap": overlap
+        and {
+            "longest_bytes": len(overlap.longest),
+            "longest": overlap.longest.decode("utf-8", "replace"),
+            "shares": overlap.shares,
+            "covered": overlap.covered,
+        },
     }
-    told = [{"kind": kind, "text": line} for kind, line in judged]
-    losses = {"train_loss": run.train_loss, "val_loss": run.val_loss}
-    write_json(
-        folder / "report.json", {"verdicts": told, "facts": table, **losses, "overlap": found}
-    )
+    write_json(folder / "report.json", content)
     return judged
 
 
 def report_run(run: Path, train_tokens: Tokens, say: Callable[[str], None]) -> None:
-    """The end of a run in folder `run`: write the report, say its warnings and where it is."""
+    """At the end of a run in folder `run`: write the report, say its warnings and where it is."""
     corpus, at = bytearray(), 0
-    while at < len(train_tokens) and len(corpus) < MAX_CORPUS_BYTES:
+    while at < len(train_tokens) and len(corpus) <= MAX_CORPUS_BYTES:
         tokens = np.asarray(train_tokens[at : at + DECODE_TOKENS])
         corpus += get_encoding().decode_bytes(tokens.tolist())
         at += DECODE_TOKENS
-    for kind, line in write_report(run, bytes(corpus), at >= len(train_tokens)):
+    for kind, line in write_report(run, bytes(corpus)):
         if kind == "warning":
             say(f"warning: {line}")
     say(f"report: {run / 'report.html'}")
@@ -189,14 +191,11 @@ def main(args: list[str] | None = None) -> None:
         """
         if not run.is_dir():
             raise FileNotFoundError(f"report: no such run folder: {run}")
-        if corpus is not None and not corpus.is_file():
-            raise FileNotFoundError(f"report: no such file: {corpus}")
         text, path = b"", corpus or run / CORPUS_FILE
-        if path.is_file():
+        if corpus or path.is_file():
             with path.open("rb") as file:
                 text = file.read(MAX_CORPUS_BYTES + 1)
-        whole = len(text) <= MAX_CORPUS_BYTES
-        for kind, line in write_report(run, text[:MAX_CORPUS_BYTES], whole):
+        for kind, line in write_report(run, text):
             print(f"{kind}: {line}")
         print(f"report: {run / 'report.html'}")
 
