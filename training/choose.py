@@ -1,10 +1,10 @@
-"""What a run takes of what computes the same: measured once on the user's own device.
+"""Which of several ways to compute the same a run takes, measured once on the user's own device.
 
-Children time each op's backends at the run's own shapes, in turns. `make tune` has them look for
-better launch rows before (training/search.py), and time whole steps after, by the plan that follows
-and by its rivals, plain PyTorch compiled among them: what ops gain alone they may lose together.
-`choose` decides from the numbers alone. The answer is a file of JSON beside the verdicts of
-training/verify.py, with every sample.
+Children time the backends of each op at the run's own shapes, in turns. `make tune` looks for
+better launch rows first (training/search.py), and last times whole steps: by the plan that follows,
+and by its rivals, plain PyTorch compiled among them, because what ops gain alone they may lose
+together. `choose` decides from the numbers alone. The answer, with every sample, is a file of JSON
+beside the verdicts of training/verify.py.
 """
 
 import math
@@ -29,19 +29,20 @@ from training.timing import Timing, gains, ratio
 from training.trials import COMMAND, time_op, time_step
 from training.verify import cache_path, find_wrong, keep, key_of, read_kept
 
-# For all ops, the end of the children left out; where they are asked for, for all steps and rows.
+# For all ops, beside the end of the children; for all steps and all rows, which `make tune` adds.
 OPS_S, STEPS_S, ROWS_S = 50.0, 100.0, 80.0
-BUILD, TIME_S = 0.7, 15.0  # share of the ops' that compiling may take; of one op, which may hang
-MAX_GAIN = 100.0  # more is a mistake of the clock: a graph of nothing takes no time
+BUILD = 0.7  # share of OPS_S that compiling may take
+TIME_S = 15.0  # of one op, which may hang
+MAX_GAIN = 100.0  # more is a mistake of the clock: an empty graph takes no time
 STEP, AS_CHOSEN, COMMITTED = "step", "as chosen", "committed launch rows"
-Samples = Mapping[str, Sequence[float]]  # ms, by who was timed, in turns
+Samples = Mapping[str, Sequence[float]]  # ms, by what was timed, in turns
 TIMES = schema.Every([schema.of(float)], ".*")
 KEPT = dict.fromkeys(("key", "chosen", "failed"), schema.OBJECT)
 KEPT |= {"ms": schema.Every(TIMES, ".*"), "seconds": schema.of(float)}
 
 
 def rivals(plan: Plan, machine: Machine) -> dict[str, list[str]]:
-    """By op what it can be computed by, the plan's own backend first.
+    """The backends that can compute each op, the plan's own first.
 
     Triton's is one only where the plan has it: elsewhere it is wrong, or takes no such shape.
     """
@@ -54,7 +55,7 @@ def rivals(plan: Plan, machine: Machine) -> dict[str, list[str]]:
 
 
 def steps(choices: Choices, asked: Choices, machine: Machine, dtype: str) -> dict[str, Choices]:
-    """What a step is timed by: as chosen, and with one thing that nobody asked for changed."""
+    """The steps to time: as chosen, and with one thing changed that nobody asked for."""
     found = {AS_CHOSEN: choices}
     if asked.compile is None:
         found["blocks not compiled"] = replace(choices, compile=False)
@@ -62,14 +63,13 @@ def steps(choices: Choices, asked: Choices, machine: Machine, dtype: str) -> dic
         found["PyTorch's AdamW"] = replace(choices, optimizer="torch")
     if asked.ops == "auto" and asked.compile is None and not lacks("compiled", machine, dtype):
         scope = "model" if asked.compile_scope == "auto" else asked.compile_scope
-        found["plain PyTorch, compiled"] = replace(
-            choices, ops="eager", compile=True, compile_scope=scope
-        )
+        plain = replace(choices, ops="eager", compile=True, compile_scope=scope)
+        found["plain PyTorch, compiled"] = plain
     return found
 
 
 def choose(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> dict[str, str]:
-    """What to take of each op, and of the step; from numbers alone.
+    """What to take for each op and kernel, and for the step; from numbers alone.
 
     Args:
         plan: What is taken where nothing better is known.
@@ -79,17 +79,6 @@ def choose(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> dic
     names = {kernel: [*of] for kernel, of in measured.items() if "." in kernel and of}
     names |= rivals(plan, machine) | {STEP: [AS_CHOSEN, *measured.get(STEP, {})]}
     return {what: _fastest(of, measured.get(what, {})) for what, of in names.items()}
-
-
-def launch_rows(chosen: Mapping[str, str], measured: Mapping[str, Samples]) -> str:
-    """The rows of kernels that others than their present ones were chosen for, as [measured]."""
-    found: dict[str, str] = {}
-    for kernel, row in chosen.items():
-        if "." in kernel and row != next(iter(measured[kernel])):
-            op = kernel.partition(".")[0]
-            found[op] = f"{found.get(op, '')}    {row}\n"
-    lines = [f"{op} = [\n{rows}]\n" for op, rows in found.items()]
-    return "".join(["[measured]\n", *lines] if lines else [])
 
 
 def _fastest(names: Sequence[str], samples: Samples) -> str:
@@ -106,6 +95,17 @@ def _sound(samples: Sequence[float]) -> bool:
     return len(samples) > 0 and all(math.isfinite(ms) and ms > 0 for ms in samples)
 
 
+def launch_rows(chosen: Mapping[str, str], measured: Mapping[str, Samples]) -> str:
+    """The rows that were chosen in place of their kernels' present ones, as a table [measured]."""
+    found: dict[str, str] = {}
+    for kernel, row in chosen.items():
+        if "." in kernel and row != next(iter(measured[kernel])):
+            op = kernel.partition(".")[0]
+            found[op] = f"{found.get(op, '')}    {row}\n"
+    lines = [f"{op} = [\n{rows}]\n" for op, rows in found.items()]
+    return "".join(["[measured]\n", *lines] if lines else [])
+
+
 def take_fastest(
     make: Callable[[Choices], Plan],
     asked: Choices,
@@ -114,33 +114,37 @@ def take_fastest(
     machine: Machine,
     world: World,
 ) -> Plan:
-    """The plan of `make` with what is fastest here, and a note of what that was decided by.
+    """The plan of `make` with what is fastest here, and a note of the times that decided it.
 
     Args:
         make, asked: As of training/verify.py's `settle`.
         checked: What that returned.
-        recipe, machine, world: Of the run. Rank 0 measures and tells.
+        recipe, machine, world: Of the run. Rank 0 measures and tells the others.
 
     Raises:
         ValueError: --tune-file names a file that is no answer of this kind.
     """
-    if asked.tune == "off" or (asked.tune == "auto" and checked.device != "cuda"):
+    on_cuda = checked.device == "cuda"
+    if asked.tune == "off" or (asked.tune == "auto" and not on_cuda):
         return checked
-    long = world.size == 1 and checked.device == "cuda" and asked.tune in ("on", "only")
+    long = world.size == 1 and on_cuda and asked.tune in ("on", "only")
     names = {op: of for op, of in rivals(checked, machine).items() if len(of) > 1}
     names = names if asked.ops == "auto" else {}
 
     def plans(measured: Mapping[str, Samples]) -> dict[str, Plan]:
         chosen = choose(checked, machine, measured)
-        choices = replace(asked, ops=checked.ops, optimizer=checked.optimizer)
+        ops = checked.ops
         if asked.ops == "auto":
-            ops = spell_ops({op: chosen[op] for op in read_ops(checked.ops)})
-            choices = replace(choices, ops=ops)
+            ops = spell_ops({op: chosen[op] for op in read_ops(ops)})
+        choices = replace(asked, ops=ops, optimizer=checked.optimizer)
         every = steps(choices, asked, machine, checked.dtype)
         found = {name: make(changed) for name, changed in every.items()}
         if rows := launch_rows(chosen, measured):
-            with_rows = {name: replace(plan, launches=rows) for name, plan in found.items()
-                         if "triton" in read_ops(plan.ops).values()}  # fmt: skip
+            with_rows = {
+                name: replace(plan, launches=rows)
+                for name, plan in found.items()
+                if "triton" in read_ops(plan.ops).values()
+            }
             found |= with_rows | {COMMITTED: found[AS_CHOSEN]}
         return found
 
@@ -173,7 +177,7 @@ def take_fastest(
             raise ValueError(f"tune_file{trouble}; name another, or remove it")
         if kept and asked.tune == "auto":
             return kept["ms"], f"measured before, see {path}"
-        if not (names or long):  # what was asked for by name is no question
+        if not (names or long):  # all was asked for by name, so there is nothing to choose
             return None
         found, said = measure(trouble)
         more = "" if long else "; `make tune` searches launch rows and times whole steps too"
@@ -193,7 +197,7 @@ def take_fastest(
 
 
 def check_rows(kept: Mapping[str, Any]) -> None:
-    """Raise ValueError for a kept launch row that is none of its kernel."""
+    """Raise ValueError for a kept launch row that is not one of its kernel."""
     for kernel, of in kept["ms"].items():
         for row in of if "." in kernel else ():
             text = launch_rows({kernel: row}, {kernel: {"": ()}})
@@ -204,7 +208,7 @@ def check_rows(kept: Mapping[str, Any]) -> None:
 def _sound_launches(
     plan: Plan, recipe: Recipe, machine: Machine, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Samples of launch rows; none where a kernel is wrong with those that follow from them."""
+    """Samples of launch rows; none where a kernel is wrong with the rows that follow from them."""
     ms = time_launches(recipe, plan, machine, ROWS_S)
     rows = launch_rows(choose(plan, machine, ms), ms)
     if rows and (wrong := find_wrong(recipe, replace(plan, launches=rows), machine, say)):
@@ -214,10 +218,10 @@ def _sound_launches(
 
 
 def table(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> Iterator[str]:
-    """A line for each thing that was timed: what was chosen, its time, its rivals'."""
+    """A line for each thing that was timed: what was chosen, its time, its rivals' times."""
     for what, chosen in choose(plan, machine, measured).items():
         ms = {name: Timing(of).median_ms for name, of in measured.get(what, {}).items() if of}
-        if "." in what:  # whose names are rows
+        if "." in what:  # a kernel, whose names are whole rows
             labels = {row: f"row {i}" if i else "as committed" for i, row in enumerate(ms)}
             ms, chosen = {labels[row]: of for row, of in ms.items()}, labels.get(chosen, chosen)
         if chosen in ms:
@@ -228,46 +232,44 @@ def table(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> Iter
 
 def _time_ops(
     names: Mapping[str, list[str]], recipe: Recipe, plan: Plan, seconds: float
-) -> tuple[Any, Any]:
-    """Samples of each op, and why others have none; compiled side by side, timed one by one."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Samples of each op by backend, and why others have none.
+
+    Each op has its own child. They compile side by side, and time one after the other.
+    """
     ms: dict[str, Any] = {}
     failed: dict[str, Any] = {}
     began = time.monotonic()
 
-    def left(share: float = 1.0) -> float:
-        return began + share * seconds - time.monotonic()
-
     def build(op: str, who: int) -> dict[str, Any]:
         task = partial(time_op, op, names[op], recipe, plan, build=True)
-        return crew.ask(task, left(BUILD), who)
+        return crew.ask(task, began + BUILD * seconds - time.monotonic(), who)
 
     with child.Crew(COMMAND, len(names)) as crew:
         with ThreadPoolExecutor(num_cores()) as pool:
             built = [*pool.map(build, names, range(len(names)))]
         for who, (op, answer) in enumerate(zip(names, built, strict=True)):
-            bad = answer.get("failed", {})
+            failed[op] = answer.get("failed", {})
             if "error" not in answer:
-                sound = [name for name in names[op] if name not in bad]
-                task = partial(time_op, op, sound, recipe, plan)
-                answer = crew.ask(task, min(TIME_S, left()), who)
-            ms[op] = {name: _rounded(of) for name, of in answer.get("ms", {}).items()}
-            why = {"all": answer["error"]} if "error" in answer else {}
-            failed[op] = bad | answer.get("failed", {}) | why
+                task = partial(time_op, op, [x for x in names[op] if x not in failed[op]])
+                left = began + seconds - time.monotonic()
+                answer = crew.ask(partial(task, recipe, plan), min(TIME_S, left), who)
+                failed[op] |= answer.get("failed", {})
+            if "error" in answer:
+                failed[op]["all"] = answer["error"]
+            ms[op] = answer.get("ms", {})
     return ms, failed
 
 
-def _time_steps(plans: Mapping[str, Plan], recipe: Recipe, seconds: float) -> tuple[Any, Any]:
+def _time_steps(
+    plans: Mapping[str, Plan], recipe: Recipe, seconds: float
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Samples of the step by each plan, one after the other: a device has room for one."""
-    ms, failed, end = {}, {}, time.monotonic() + seconds
+    end = time.monotonic() + seconds
     with child.Crew(COMMAND, 1) as crew:
-        for name, plan in plans.items():
-            answer = crew.ask(partial(time_step, recipe, plan), end - time.monotonic())
-            if "ms" in answer:
-                ms[name] = _rounded(answer["ms"])
-            else:
-                failed[name] = answer["error"]
-    return ms, failed
-
-
-def _rounded(samples: Sequence[float]) -> list[float]:
-    return [float(f"{ms:.4g}") for ms in samples]
+        answers = {
+            name: crew.ask(partial(time_step, recipe, plan), end - time.monotonic())
+            for name, plan in plans.items()
+        }
+    ms = {name: of["ms"] for name, of in answers.items() if "ms" in of}
+    return ms, {name: of["error"] for name, of in answers.items() if "error" in of}

@@ -1,11 +1,11 @@
 """Better launch rows for the run's kernels: what `make tune` tries, and in which order.
 
-A kernel's present launch is replaced by candidates: those of [candidates] and of other rows of
-launches.toml with the same blocks, then the present one with one thing changed, then two, and so
-on. Children build them side by side, on few rows of the same specialisation, so that Triton's
-cache on disk has them; then one child alone checks the results and times. A candidate that kills
-its child or hangs costs itself and no other. The fastest few are timed beside the present one in
-turns; training/choose.py decides by these samples.
+The candidates for a kernel are the launches of [candidates] and of other rows of launches.toml
+with the same blocks, then the present launch with one thing changed, then with two, and so on.
+Children build them side by side, for few rows of the same specialisation, which leaves them in
+Triton's cache on disk. Then one child by itself checks their results and times them. A candidate
+that kills its child or hangs costs only itself. The fastest few are timed in turns with the present
+launch; training/choose.py decides by these samples.
 """
 
 import itertools
@@ -28,14 +28,16 @@ from training.timing import Timing
 from training.trials import COMMAND, list_launches, try_launches
 
 FINALISTS = 3
-FINAL = {"rounds": 20, "seconds": 5.0}  # the last turns; four launches rarely need the time
+FINAL = {"rounds": 20, "seconds": 5.0}  # of the last turns; four launches rarely need the time
 QUICK = {"rounds": 5, "seconds": 0.3, "warmup": 1}
 MAX_CANDIDATES = 200  # of a kernel
-BATCH = 4  # candidates of each child before those that came back are timed
-TASK_LIMIT_S = 90.0  # one candidate and perhaps a start; a build takes 1 to 3 s, several longer
-SMALL_T = 256  # tokens of a sequence a build runs on: more than the short attention kernels take
+BATCH = 4  # candidates that each child builds before those are timed
+TASK_LIMIT_S = 90.0  # of one candidate and perhaps a start; a build takes 1 to 3 s, several longer
+SMALL_T = 256  # tokens per sequence in a build: more than the short attention kernels take
 BRIEF = ("layer_norm.sum", "linear_cross_entropy.scale")  # too short to matter
-PERSISTENT = ("gelu_mlp.up", "gelu_mlp.down", "layer_norm.bwd")  # as many programs as a row says
+# Kernels with a grid of programs_per_sm programs on each SM.
+PERSISTENT = ("gelu_mlp.up", "gelu_mlp.down", "layer_norm.bwd")
+Samples = list[float]  # ms
 
 
 def known_launches(present: Launch) -> list[Launch]:
@@ -46,7 +48,7 @@ def known_launches(present: Launch) -> list[Launch]:
 
 
 def axes_of(name: str, present: Launch) -> list[list[dict[str, Any]]]:
-    """What can be changed of a launch: to the values of known ones, and to those beside its own."""
+    """The changes to try, by axis: to the values of known launches, and to neighbouring ones."""
     known, now = known_launches(present), vars(present) | dict(present.blocks)
     values: dict[str, set[int]] = {
         block: {dict(launch.blocks)[block] for launch in known} | {size // 2, size * 2} - {0}
@@ -54,7 +56,7 @@ def axes_of(name: str, present: Launch) -> list[list[dict[str, Any]]]:
     }
     values["num_warps"] = {launch.num_warps for launch in known} | {4, 8}
     stages = {launch.num_stages for launch in known}
-    if len(stages) > 1:  # else it has no loop to pipeline
+    if len(stages) > 1:  # otherwise the kernel has no loop to pipeline
         values["num_stages"] = stages | {present.num_stages + 1, max(1, present.num_stages - 1)}
     axes = [[{k: v} for v in sorted(found - {now[k]})] for k, found in values.items()]
     limit, programs = present.maxnreg or 0, present.programs_per_sm
@@ -65,26 +67,23 @@ def axes_of(name: str, present: Launch) -> list[list[dict[str, Any]]]:
     return [*axes, [{"maxnreg": regs or None, "programs_per_sm": n} for regs, n in pairs]]
 
 
-def _changed(launch: Launch, change: dict[str, Any]) -> Launch:
-    blocks = tuple((name, change.get(name, size)) for name, size in launch.blocks)
-    fields = {name: value for name, value in change.items() if name not in dict(blocks)}
-    return replace(launch, blocks=blocks, **fields)
-
-
 def candidates(name: str, present: Launch) -> list[Launch]:
     """What to try, the most promising first; no two of them launch alike."""
-    points = itertools.product(*([{}, *axis] for axis in axes_of(name, present)))
-    nearest = sorted(points, key=lambda point: sum(map(bool, point)))
-    near = (_changed(present, {k: v for c in point for k, v in c.items()}) for point in nearest)
-    found = {}
-    for launch in (*known_launches(present), *near):
+    changes = itertools.product(*([{}, *axis] for axis in axes_of(name, present)))
+    launches = known_launches(present)
+    for change in sorted(changes, key=lambda change: sum(map(bool, change))):
+        fields = {name: value for part in change for name, value in part.items()}
+        blocks = tuple((block, fields.pop(block, size)) for block, size in present.blocks)
+        launches.append(replace(present, blocks=blocks, **fields))
+    found: dict[Any, Launch] = {}
+    for launch in launches:
         programs = launch.programs_per_sm if name in PERSISTENT else 0
         found.setdefault((*launch.kwargs().items(), programs), launch)
     return [*found.values()][1 : 1 + MAX_CANDIDATES]  # the first is the present one
 
 
 def small(recipe: Recipe, plan: Plan) -> tuple[Recipe, Plan]:
-    """Few rows for which Triton compiles the same: it asks whether B * T and T divide by 16."""
+    """Few rows for which Triton compiles the same code: B * T and T divide by 16 as before."""
     T = recipe.block_size
     short = T if T <= SMALL_T else SMALL_T + T % 16
     few = math.gcd(plan.micro_batch_size, 16) if T % 16 else 1
@@ -102,14 +101,15 @@ def row_text(key: Key, launch: Launch, source: str) -> str:
 
 def time_launches(
     recipe: Recipe, plan: Plan, machine: Machine, seconds: float
-) -> dict[str, dict[str, list[float]]]:
-    """By kernel of the plan's Triton ops the samples of its present row, first, and of others.
+) -> dict[str, dict[str, Samples]]:
+    """Samples of each kernel of the plan's Triton ops, by row; the present row is the first.
 
     The kernels share the time. One that cannot be timed is left out.
     """
-    found: dict[str, dict[str, list[float]]] = {}
-    end, here = time.monotonic() + seconds, f"{machine.name}, {datetime.now(UTC):%Y-%m-%d}"
-    where = f"{here}, B={plan.micro_batch_size} T={recipe.block_size}"
+    found: dict[str, dict[str, Samples]] = {}
+    end = time.monotonic() + seconds
+    where = f"{machine.name}, {datetime.now(UTC):%Y-%m-%d}"
+    where += f", B={plan.micro_batch_size} T={recipe.block_size}"
     jobs = max(1, num_cores() - 2) if plan.device == "cuda" else 1
     ops = [op for op, backend in read_ops(plan.ops).items() if backend == "triton"]
     with child.Crew(COMMAND, jobs) as crew:
@@ -119,10 +119,8 @@ def time_launches(
             for key, launch in crew.ask(task, TASK_LIMIT_S).get("launches", ()):
                 if key.kernel not in BRIEF:
                     todo.setdefault(key.kernel, (op, key, launch))
-        for left, (kernel, (op, key, present)) in zip(
-            range(len(todo), 0, -1), todo.items(), strict=True
-        ):
-            until = time.monotonic() + (end - time.monotonic()) / left
+        for i, (kernel, (op, key, present)) in enumerate(todo.items()):
+            until = time.monotonic() + (end - time.monotonic()) / (len(todo) - i)
             timed = _search(crew, op, kernel, present, (recipe, plan), until)
             for launch, ms in timed:
                 gain = f"{Timing(timed[0][1]).median_ms:.4g} -> {Timing(ms).median_ms:.4g} ms"
@@ -133,15 +131,16 @@ def time_launches(
 
 def _search(
     crew: child.Crew, op: str, kernel: str, present: Launch, run: tuple[Recipe, Plan], end: float
-) -> list[tuple[Launch, list[float]]]:
+) -> list[tuple[Launch, Samples]]:
     """Launches and their samples in turns, the present one first; tries others until `end`."""
 
-    def timed(launches: Sequence[Launch], how: dict[str, Any]) -> list[list[float]]:
+    def timed(launches: Sequence[Launch], how: dict[str, Any]) -> list[Samples]:
         task = partial(try_launches, op, kernel, launches, how, *run)
         return crew.ask(task, TASK_LIMIT_S).get("ms", [])
 
-    todo, size = candidates(kernel, present), BATCH * len(crew.children)
     fastest: list[tuple[float, int]] = []
+    todo = candidates(kernel, present)
+    size = BATCH * len(crew.children)
     for start in range(0, len(todo), size):
         batch = todo[start : start + size]
         tasks = [partial(try_launches, op, kernel, [x], {}, *small(*run)) for x in batch]

@@ -1,10 +1,10 @@
-"""The one timer, of the bench and of what a run chooses by.
+"""The one timer, of the bench and of the choice a run makes by time.
 
-What is timed is a list of calls that do the same work on different buffers. On CUDA they are
-captured into one graph and a sample is the device-event time of one replay over its calls, so the
-host is not timed. On the CPU a sample is the wall time of all calls over their number. Either way
-several contestants take turns (A B A B ...), and ratios are medians of the ratios of neighbours: a
-machine that slows down half-way slows both.
+A contestant is a list of calls that do the same work on different buffers. On CUDA the calls are
+captured into one graph, and a sample is the device-event time of one replay divided by the number
+of calls, so the host is not timed. On the CPU a sample is their wall time. Contestants take turns
+(A B A B ...), and a ratio is the median over neighbouring samples: a machine that slows down
+half-way slows both.
 """
 
 import math
@@ -20,15 +20,15 @@ import torch
 
 Call = Callable[[], Any]
 
-L2_MULTIPLE = 4  # data of one rotation over the L2 size: what a call finds there is not its own
+L2_MULTIPLE = 4  # data of one rotation over the L2 size, so that a call finds none of its own there
 CPU_CACHE_BYTES = 32 << 20  # last-level cache of one group of cores, on most machines of today
 MAX_SETS = 64
-MIN_GAIN = 1.02  # what is less changes nothing: another day it may be the other way round
-MIN_GRAPH_CALLS = 100  # of short calls in a graph: its start, some microseconds, is shared by them
+MIN_GAIN = 1.02  # a smaller gain may be a loss on another day, and changes nothing
+MIN_GRAPH_CALLS = 100  # of short calls in a graph: they share its start of some microseconds
 SHORT_CALL_BYTES = 16 << 20
 SPIN_SECONDS = 0.2  # of work before a measurement: an idle GPU's clock rises about that slowly
 SPIN_SIZE = 2048
-# What CUDA says when its context is gone, and with it every later call of the process.
+# What CUDA says when its context is lost, after which every later call of the process fails.
 FATAL = (
     "illegal memory access",
     "illegal instruction",
@@ -77,20 +77,22 @@ class Timing:
 
 def ratio(slow: Timing, fast: Timing) -> float:
     """How many times faster `fast` is: the median of the ratios of samples taken in turn."""
-    pairs = zip(slow.samples_ms, fast.samples_ms, strict=False)
-    return statistics.median(a / b for a, b in pairs)
+    return _ratios(slow, fast).median_ms
 
 
 def gains(slow: Timing, fast: Timing) -> bool:
     """Whether `fast` is worth a change: faster by MIN_GAIN, and in three turns of four at least."""
-    pairs = zip(slow.samples_ms, fast.samples_ms, strict=False)
-    low, _ = Timing([a / b for a, b in pairs]).quartiles_ms
-    return low > 1.0 and ratio(slow, fast) >= MIN_GAIN
+    ratios = _ratios(slow, fast)
+    return ratios.quartiles_ms[0] > 1.0 and ratios.median_ms >= MIN_GAIN
+
+
+def _ratios(slow: Timing, fast: Timing) -> Timing:
+    return Timing([a / b for a, b in zip(slow.samples_ms, fast.samples_ms, strict=False)])
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether the CUDA context is broken, so that all that follows in this process fails too."""
-    # What led to it, too: the end of a capture hides what went wrong in it.
+    """Whether the CUDA context is lost, so that all that follows in this process fails too."""
+    # The end of a capture hides what went wrong in it: look at what led to the error, too.
     said = "".join(traceback.format_exception(error, limit=0)).lower()
     return any(text in said for text in FATAL)
 
@@ -104,16 +106,14 @@ def reason_of(error: BaseException) -> str:
 
 
 def note_failure(failed: dict[str, str] | None, name: str, error: Exception) -> None:
-    """Note why a contestant failed; raise where nobody asked, or where CUDA is broken."""
+    """Note why a contestant failed; raise it if there is no `failed`, or the context is lost."""
     if failed is None or is_fatal(error):
         raise error
     failed[name] = reason_of(error)
 
 
 def _is_short(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(
-        error.__context__, torch.OutOfMemoryError
-    )
+    return any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
 
 
 @dataclass(frozen=True)
@@ -146,16 +146,16 @@ def num_sets(set_bytes: int, device: torch.device) -> int:
 def device_replay(
     calls: Sequence[Call], set_bytes: int = SHORT_CALL_BYTES, pool: Any = None
 ) -> Replay:
-    """One CUDA graph of all calls, over and over for short ones; launches if capture is refused.
-
-    Args:
-        calls: The same work, each on buffers of its own. Results of one rotation are kept alive
-            during capture, so that outputs rotate too.
-        set_bytes: Bytes one call moves; says whether a call is short.
-        pool: Memory pool of the graph, shared with graphs that never run at the same time.
+    """One CUDA graph of all calls, short ones several times; launches if capture is refused.
 
     The caller must have created whatever the calls differentiate on `capture_stream()`: autograd
     runs a backward on the stream of its forward.
+
+    Args:
+        calls: The same work, each on buffers of its own. The capture keeps the results of one
+            rotation alive, so that outputs rotate too.
+        set_bytes: Bytes one call moves; decides whether a call is short.
+        pool: Memory pool of the graph, shared with graphs that never run at the same time.
     """
     stream = capture_stream()
     repeats = -(-MIN_GRAPH_CALLS // len(calls)) if set_bytes < SHORT_CALL_BYTES else 1
@@ -164,9 +164,8 @@ def device_replay(
     with torch.cuda.stream(stream):
         for call in (*calls[:2], *calls[:2]):  # compile, create handles, fill the allocator
             call()
-        reads_device = _reads_device(calls[0])
     torch.cuda.synchronize()
-    graph = None if reads_device else _capture(calls, count, stream, pool)
+    graph = _capture(calls, count, stream, pool)
 
     def once() -> float:
         with torch.cuda.stream(stream):
@@ -183,35 +182,22 @@ def device_replay(
     return Replay(once, "launches" if graph is None else "graph")
 
 
-def _reads_device(call: Call) -> bool:
-    """Whether a call waits for the device, as some third-party losses do, and cannot be captured.
-
-    Asked before a capture because up to torch 2.11 one that is refused half-way poisons the
-    process: the capture stream stays current, the default generator refuses to draw, the allocator
-    keeps recording into the graph's pool and gives no memory back.
-    """
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if is_fatal(error):
-            raise
-        return True
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    return False
-
-
 def _capture(
     calls: Sequence[Call], count: int, stream: "torch.cuda.Stream", pool: Any
 ) -> "torch.cuda.CUDAGraph | None":
-    """`count` calls as one graph; None where CUDA refuses all the same."""
-    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    held: list[Any] = [None] * len(calls)
+    """`count` calls as one graph; None where they cannot be captured.
+
+    A call that waits for the device, as some third-party losses do, is found before the capture:
+    up to torch 2.11 a capture that is refused half-way spoils the process. Its stream stays
+    current, the default generator refuses to draw, and the allocator gives no memory back.
+    """
+    graph, held = torch.cuda.CUDAGraph(), [None] * len(calls)
+    current, debug_mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
     try:
+        torch.cuda.set_sync_debug_mode("error")
+        with torch.cuda.stream(stream):
+            calls[0]()
+        torch.cuda.set_sync_debug_mode(debug_mode)
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             for i in range(count):
                 held[i % len(calls)] = calls[i % len(calls)]()
@@ -220,7 +206,8 @@ def _capture(
         if _is_short(error) or is_fatal(error):
             raise
     finally:
-        torch.cuda.set_stream(before)  # torch.cuda.graph skips it where the capture's end raises
+        torch.cuda.set_sync_debug_mode(debug_mode)
+        torch.cuda.set_stream(current)  # torch.cuda.graph does not where the capture's end raises
     torch.cuda.synchronize()
     return None
 
@@ -245,11 +232,10 @@ def interleave(
 
     Args:
         replays: What to time, by name.
-        rounds, seconds: Samples of each at most, and the budget of the whole; once that is spent no
-            further round begins.
+        rounds, seconds: Samples of each at most; no round begins after so many seconds.
         warmup, min_rounds: Rounds thrown away first, and rounds taken whatever they cost.
-        until: Of time.monotonic(); not even those begin after it.
-        failed: Receives why a contestant fell out; without it the first error is raised.
+        until: Of time.monotonic(); after it not even those begin.
+        failed: Receives why a contestant dropped out; without it the first error is raised.
     """
     samples: dict[str, list[float]] = {name: [] for name in replays}
     deadline = math.inf
@@ -289,17 +275,16 @@ def time_calls(
         contestants: Calls by name, as `device_replay` wants them.
         set_bytes: As there.
         needs: Bytes of device memory a contestant takes while it runs, beside its inputs; one that
-            does not fit fails without trying.
+            does not fit is not tried.
         failed, how: As in `interleave`.
     """
-    replays: dict[str, Replay] = {}
     if device.type != "cuda":
         replays = {name: host_replay(*calls) for name, calls in contestants.items()}
         return interleave(replays, failed=failed, **how)
-    needs = needs or {}
-    # Graphs run in turn and nobody reads what they leave behind, so they share one pool, which
-    # grows to the need of the largest; one each, eager and compiled losses pass 80 GB. The largest
-    # is built last: if anyone has to do without, it is not ours.
+    replays, needs = {}, needs or {}
+    # The graphs run in turn and nobody reads what they leave behind, so they share one pool as
+    # large as the largest needs. With a pool each, eager and compiled losses pass 80 GB. The
+    # largest is built last, so that it is the one that may have to do without.
     pool: Any = torch.cuda.graph_pool_handle()
     for name in sorted(contestants, key=lambda name: needs.get(name, 0)):
         try:

@@ -1,10 +1,10 @@
 """Whether the kernels compute on this device what plain PyTorch does, before a run trusts them.
 
-`settle` has children hold each op that a plan gives to Triton, and AdamW, to the rule of
-training/numerics.py (see training/kernel_check.py): an illegal access ends a process and a bad
-launch may never return, and a child that is lost costs its op and no more. What they find is kept
-in the user's cache directory, a readable file for each card, driver, version, assembler, state of
-the sources and shape. `compare_first_batch` is part of every run.
+`settle` has child processes (training/trials.py) check AdamW and each op that a plan gives to
+Triton. An illegal access ends a process and a bad launch may never return; a lost child costs only
+its op. The verdicts are kept in the user's cache directory, in a readable file for each card,
+driver, version, assembler, state of the sources and shape. `compare_first_batch` is part of every
+run.
 """
 
 import hashlib
@@ -37,24 +37,25 @@ from training.step import autocast
 from training.trials import COMMAND, check_op
 
 ROOT = Path(__file__).parents[1]
-# All but the machine's part of what a verdict, or a choice by time, depends on.
+# The sources that a verdict or a time depends on.
 SOURCES = """
-    kernels/*.py kernels/*.toml model/gpt.py training/kernel_check.py training/trials.py
+    kernels/*.py kernels/*.toml model/gpt.py training/trials.py
     training/numerics.py training/optim.py training/choose.py training/search.py training/timing.py
 """
-LIMIT_S = 300.0  # of one check, its start and compiling included, on a machine that may be busy
-PASSING = ("no answer", "ended with -9", "allocate memory", "out of memory")  # not so next time
+LIMIT_S = 300.0  # of one check with its start and compiling, on a machine that may be busy
+# What may be otherwise next time, so that it is not kept.
+PASSING = ("no answer", "ended with -9", "allocate memory", "out of memory")
 ADAMW = "adamw"
 KEPT = {"key": schema.OBJECT, "wrong": schema.of(dict[str, str]), "seconds": schema.of(float)}
-# Of loss and gradient norm of the first micro-batch. Gross faults alone show there: each op by
-# itself is held to more.
+# How far loss and gradient norm of the first micro-batch may differ. Only gross faults show there;
+# each op by itself is held to more.
 FIRST_BATCH = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 1e-1), "fp16": (1e-2, 1e-1)}
 
 
 def checked_names(plan: Plan) -> tuple[str, ...]:
     """The ops of a plan that are Triton's, and AdamW where it is ours."""
     names = [name for name, backend in read_ops(plan.ops).items() if backend == "triton"]
-    return (*names, *([ADAMW] if plan.optimizer == "triton" else []))
+    return (*names, *[ADAMW] * (plan.optimizer == "triton"))
 
 
 def settle(
@@ -66,7 +67,7 @@ def settle(
         RunFailed: one of them was asked for by name.
     """
     choices, notes, rows, earlier = asked, {}, 0, ()
-    # Again only where the rows changed with the ops: else all has been checked.
+    # A plan with other ops may take other rows at once, for which they are checked again.
     while checked_names(plan := make(choices)) and plan.micro_batch_size != rows:
         rows, earlier = plan.micro_batch_size, earlier or plan.notes
         check = partial(find_wrong, recipe, plan, machine, world.say)
@@ -75,9 +76,9 @@ def settle(
             notes[name] = f"{flag}: not our {name}, which fails its check on {machine.name}: {why}"
             if getattr(asked, flag) != "auto":
                 raise RunFailed(f"{notes[name]}; go on with --{flag} auto")
-        if notes.keys() - {ADAMW}:
-            without = dict.fromkeys(notes.keys() - {ADAMW}, "eager")
-            choices = replace(choices, ops=spell_ops(read_ops(plan.ops) | without))
+        if ops := notes.keys() - {ADAMW}:
+            without = read_ops(plan.ops) | dict.fromkeys(ops, "eager")
+            choices = replace(choices, ops=spell_ops(without))
         if ADAMW in notes:
             choices = replace(choices, optimizer="torch")
     return replace(plan, notes=tuple(dict.fromkeys([*earlier, *plan.notes, *notes.values()])))
@@ -86,7 +87,7 @@ def settle(
 def find_wrong(
     recipe: Recipe, plan: Plan, machine: Machine, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """Why each of the plan's kernels that is wrong here is; from the cache, or by children."""
+    """By name, what is wrong with each kernel of the plan; from the cache, or by children."""
     if plan.device == "cpu" and plan.dtype == "bf16":
         say("kernels: not checked, triton's interpreter does not round bf16 as hardware does")
         return {}
@@ -102,17 +103,19 @@ def find_wrong(
         began = time.monotonic()
         found = ask_children(new, recipe, plan)
         seconds, wrong = time.monotonic() - began, sum(map(bool, found.values()))
-        line = f"kernels: {what} checked on {machine.name} in {seconds:.0f} s, "
-        line += f"{wrong} wrong" if wrong else "all right"
         sure = {n: why for n, why in found.items() if not any(text in why for text in PASSING)}
-        kept = {"key": key, "wrong": known | sure, "seconds": round(seconds, 1)}
-        say(f"{line}; {keep(path, kept)}")
+        where = keep(path, {"key": key, "wrong": known | sure, "seconds": round(seconds, 1)})
+        result = f"{wrong} wrong" if wrong else "all right"
+        say(f"kernels: {what} checked on {machine.name} in {seconds:.0f} s, {result}; {where}")
         known |= found
     else:
         say(f"kernels: {what} were checked on {machine.name} before; see {path}")
     again = f", without {path} it is checked again" if path.exists() else ""
-    more = "{}; `make test OP={}` shows more{}".format
-    return {name: more(known[name], name, again) for name in names if known[name]}
+    return {
+        name: f"{known[name]}; `make test OP={name}` shows more{again}"
+        for name in names
+        if known[name]
+    }
 
 
 def key_of(recipe: Recipe, plan: Plan, machine: Machine) -> dict[str, Any]:
@@ -138,19 +141,18 @@ def key_of(recipe: Recipe, plan: Plan, machine: Machine) -> dict[str, Any]:
 
 
 def cache_path(key: Mapping[str, Any], kind: str = "kernels") -> Path:
-    """Where what was found for a key is kept."""
+    """The file that keeps what was found for a key."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # a relative one is to be ignored
+    if not base.is_absolute():  # the XDG standard says to ignore a relative one
         base = Path(os.path.expanduser("~/.cache"))
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return base / "fused-gpt" / f"{kind}-{name}.json"
 
 
 def keep(path: Path, values: Mapping[str, Any]) -> str:
-    """Write them, all or nothing; where they are now, or why they are nowhere, in words."""
-    # A list of samples on one line.
-    plain = re.compile(r"\[[^\[\]{}\"]*\]")
-    text = plain.sub(lambda found: " ".join(found[0].split()), json.dumps(values, indent=2))
+    """Write a file for `read_kept`; returns where it is, or why it could not be written."""
+    lists = re.compile(r"\[[^\[\]{}\"]*\]")  # of samples; each goes on one line
+    text = lists.sub(lambda found: " ".join(found[0].split()), json.dumps(values, indent=2))
     try:
         if str(path).startswith("~"):
             raise OSError("this user has no home directory; set XDG_CACHE_HOME")
@@ -163,7 +165,10 @@ def keep(path: Path, values: Mapping[str, Any]) -> str:
 def read_kept(
     path: Path, key: Mapping[str, Any], like: Any, check: Callable[[Any], None] = lambda _: None
 ) -> tuple[dict[str, Any] | None, str]:
-    """What was found before, which is as the schema `like` says; what is wrong with it if so."""
+    """What a file keeps for a key, or None and why the file that is there cannot be used.
+
+    It must be as the schema `like` says, and `check` must not raise ValueError.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         schema.check("it", values, like)
@@ -179,13 +184,13 @@ def read_kept(
 
 
 def ask_children(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str, str]:
-    """Why each of the kernels is wrong on the plan's device, or ""."""
+    """What is wrong with each of the kernels on the plan's device, or ""."""
     tasks = [partial(check_op, name, recipe, plan) for name in names]
     side_by_side = min(len(tasks), num_cores()) if plan.device == "cuda" else 1
     with child.Crew(COMMAND, side_by_side) as crew:
         answers = crew.share(tasks, LIMIT_S)
         for i, answer in enumerate(answers):
-            if answer.get("short"):  # of memory; now it has the device alone
+            if answer.get("short"):  # of memory; now it has the device to itself
                 answers[i] = crew.ask(tasks[i], LIMIT_S)
     why = [one_line(each.get("why", f"its process: {each.get('error')}")) for each in answers]
     return dict(zip(names, why, strict=True))
@@ -194,14 +199,14 @@ def ask_children(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str
 def compare_first_batch(
     model: GPT, plan: Plan, rows: Callable[[], tuple[Tensor, Tensor]], asked: str, world: World
 ) -> Plan:
-    """The plan, if the chosen ops give the loss and the gradients that eager ops give.
+    """The plan, with eager ops if the chosen ones give another loss or gradient than those.
 
     Args:
-        model: On the device, with the weights that training begins with; it leaves with the ops of
-            the plan that is returned.
+        model: On the device, with the weights that training begins with. It leaves with the ops of
+            the returned plan.
         plan: Of this rank.
         rows: Gives inputs and targets of the first micro-batch.
-        asked: Choices.ops; "auto" goes on with eager ops where they differ.
+        asked: Choices.ops.
         world: All ranks; one that finds a difference decides for all.
 
     Raises:
@@ -215,7 +220,7 @@ def compare_first_batch(
     why = _difference(model, plan, idx, targets)
     model.train(training)
     if idx.is_cuda:
-        torch.cuda.empty_cache()  # a graph's pool takes nothing of what the cache holds
+        torch.cuda.empty_cache()  # a graph's pool cannot use what the cache holds
     if not (found := [line for line in world.gather("first batch", why) if line]):
         return plan
     line = f"ops: {plan.ops} is wrong on this device: {found[0]}"
@@ -227,12 +232,11 @@ def compare_first_batch(
 
 
 def _difference(model: GPT, plan: Plan, idx: Tensor, targets: Tensor) -> str:
-    """How the chosen ops differ from eager ones, or ""; in fewer rows where memory is short."""
+    """How the chosen ops differ from eager ones, or ""; on fewer rows where memory is short."""
+    both = EAGER, plan.op_set
     while True:
         try:
-            eager, ours = (
-                _loss_and_norm(model, plan, ops, idx, targets) for ops in (EAGER, plan.op_set)
-            )
+            eager, ours = (_loss_and_norm(model, plan, ops, idx, targets) for ops in both)
             break
         except torch.OutOfMemoryError:
             if len(idx) == 1:
@@ -240,11 +244,13 @@ def _difference(model: GPT, plan: Plan, idx: Tensor, targets: Tensor) -> str:
         idx, targets = idx[: len(idx) // 2], targets[: len(idx) // 2]
         torch.cuda.empty_cache()
     if not all(map(math.isfinite, eager)):
-        return ""  # the weights are to blame, and the guard tells
-    for name, mine, plain, share in zip(
-        ("loss", "gradient norm"), ours, eager, FIRST_BATCH[plan.dtype], strict=True
+        return ""  # the weights are at fault, and the guard says so
+    loss_share, norm_share = FIRST_BATCH[plan.dtype]
+    budgets = loss_share * max(eager[0], 1.0), norm_share * eager[1]
+    for name, mine, plain, budget in zip(
+        ("loss", "gradient norm"), ours, eager, budgets, strict=True
     ):
-        if not abs(mine - plain) <= share * max(plain, 1.0 if name == "loss" else 0.0):
+        if not abs(mine - plain) <= budget:
             return f"the first micro-batch has {name} {mine:.6g}, by eager ops {plain:.6g}"
     return ""
 
