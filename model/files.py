@@ -10,13 +10,15 @@ from typing import Any
 
 from model.edge import naming
 
+MAX_JSON_BYTES = 16 << 20  # a config has 1 kB; the index of many shards has some 100
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, in the same folder; it takes the place of `path` at the end.
+    """Gives a path in the same folder to write to; that file replaces `path` at the end.
 
-    An error removes it and leaves `path` as it was. The mode is the umask's, whoever writes:
-    tempfile and safetensors make files that nobody else can read.
+    After an error it is removed, and `path` is as it was. Its mode is what the umask asks for,
+    whatever writes it: tempfile and safetensors make files that nobody else can read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -36,7 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Write all of `data`, or leave `path` as it was.
 
-    A str becomes UTF-8, and what UTF-8 has no word for, as in a file name, an escape.
+    A str is written as UTF-8; a character that UTF-8 cannot hold, such as half of a surrogate pair
+    in a file name, is written as an escape.
     """
     with replacing(path) as partial:
         partial.write_bytes(
@@ -44,9 +47,26 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         )
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a regular file of a model folder.
+
+    Raises:
+        ValueError: it is long, or not a JSON object.
+    """
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"model: {path} has {size:,} bytes, at most {MAX_JSON_BYTES:,} are read")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"model: {path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"model: {path} must hold a JSON object")
+    return content
+
+
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none, or nothing that can be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if path.is_file() and isinstance(content := json.loads(path.read_bytes()), dict):
-            return content  # of a pipe the end would never come
+    """The JSON object in any file; empty if there is no such file or it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        if path.is_file():  # reading a pipe would never end
+            return read_json(path)
     return {}

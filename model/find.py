@@ -4,44 +4,45 @@ from pathlib import Path
 
 import torch
 
+CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"  # names the files of weights that are cut into shards
 
 
 def find_model(path: str | Path) -> Path:
     """The folder or .safetensors file that holds the weights.
 
-    `path` is a model folder, a run folder (its `model/` is taken), a .safetensors file, or where
-    none of these is there the name of a model on the hub; see model/hub.py.
+    Args:
+        path: A model folder, a run folder (its `model/` is taken), a .safetensors file, or, if
+            nothing of that name exists, a model on the hub; see model/hub.py.
 
     Raises:
         FileNotFoundError: nothing there, or no weights in it.
         ValueError: a file of another kind.
     """
     if path == "":
-        raise ValueError("from_pretrained: the path is empty; name a run or a model folder")
+        raise ValueError("model: the path is empty; name a run or a model folder")
     name, path = str(path), Path(path)
     if not path.exists():
-        from model import hub  # which reads with hf.py, and hf.py asks here where a model is
+        from model import hub  # hub.py needs the names above
 
         if hub.is_name(name):
             return hub.download(name)
-        raise FileNotFoundError(f"from_pretrained: no such file or folder: {path}")
+        raise FileNotFoundError(f"model: no such file or folder: {path}")
     if not path.is_dir():
         if path.suffix == ".safetensors" and path.is_file():
             return path
         raise ValueError(
-            f"from_pretrained: expected a folder or a .safetensors file, got {path}: "
-            f"{describe_file(path)}"
+            f"model: expected a folder or a .safetensors file, got {path}: {describe_file(path)}"
         )
     folders = (path, path / "model")
     for folder in folders:
         if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
             return folder
-    suffixes = (*FOREIGN, ".bin")
-    other = next((f for d in folders for s in suffixes for f in sorted(d.glob(f"*{s}"))), None)
+    files = [file for folder in folders for file in sorted(folder.glob("*.*"))]
+    other = next((file for file in files if file.suffix in (*FOREIGN, ".bin")), None)
     raise FileNotFoundError(
-        f"from_pretrained: {path} has neither {WEIGHTS} nor {INDEX}, nor a folder model/ with one"
+        f"model: {path} has neither {WEIGHTS} nor {INDEX}, nor a folder model/ with one"
         + (f"; it has {other.name}: {describe_file(other)}" if other else "")
     )
 
@@ -52,7 +53,7 @@ def latest_model() -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    weights = [p for p in Path("runs").glob("*/model/model.safetensors") if p.is_file()]
+    weights = [p for p in Path("runs").glob(f"*/model/{WEIGHTS}") if p.is_file()]
     if not weights:
         raise FileNotFoundError(
             "no model under runs/ yet: train one with `make train`, or name a folder with --model"
@@ -84,7 +85,7 @@ FOREIGN = {
     ".onnx": f"an ONNX graph{_CONVERT}",
     ".gguf": f"weights for llama.cpp{_CONVERT}",
 }
-# What a file begins with says more than its name.
+# The first bytes of a file say more than its name.
 _SIGNATURES = {
     b"version https://git-lfs": "a pointer of Git LFS, not the weights; `git lfs pull` gets them",
     **dict.fromkeys((b"PK\x03\x04", b"\x80\x02", b"\x80\x04"), _PICKLE),
@@ -95,30 +96,32 @@ _SIGNATURES = {
 
 
 def describe_file(file: Path) -> str:
-    """What a file is that is no safetensors file, and what to do about it."""
+    """What a file is that is not in the safetensors format, and what to do about it."""
     if not file.is_file():
         return "not a regular file"
     with open(file, "rb") as handle:
         start = handle.read(64)
-    known = (what for signature, what in _SIGNATURES.items() if start.startswith(signature))
-    return next(known, FOREIGN.get(file.suffix, "not in the safetensors format, or damaged"))
+    for signature, what in _SIGNATURES.items():
+        if start.startswith(signature):
+            return what
+    return FOREIGN.get(file.suffix, "not in the safetensors format, or damaged")
 
 
 def regular(file: Path, named: Path) -> Path:
-    """`file`, once it is known to be a regular file in the folder a person named.
+    """`file`, if it is a regular file inside `named`, the folder that a person named.
 
-    Links that leave it are not followed, but for those of the hub's cache (snapshots/<revision>/
+    Links that leave it are not followed, except those of the hub's cache (snapshots/<revision>/
     beside blobs/).
 
     Raises:
         FileNotFoundError, ValueError: it is not.
     """
     if not file.exists():
-        raise FileNotFoundError(f"from_pretrained: no such file: {file}")
+        raise FileNotFoundError(f"model: no such file: {file}")
     target, folder = file.resolve(), named.resolve()
     cached = folder.parent.name == "snapshots" and target.parent == folder.parents[1] / "blobs"
     if not (cached or folder in target.parents):
-        raise ValueError(f"from_pretrained: {file} is a link out of {named}; copy the file there")
+        raise ValueError(f"model: {file} is a link out of {named}; copy the file there")
     if not target.is_file():
-        raise ValueError(f"from_pretrained: {file} is not a regular file")
+        raise ValueError(f"model: {file} is not a regular file")
     return file

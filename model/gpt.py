@@ -200,11 +200,11 @@ class GPT(nn.Module):
         return self.ops.linear_cross_entropy(y, weight, targets, self.config.vocab_size)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, ops: Ops = EAGER) -> "GPT":
+    def from_pretrained(cls, path: str | Path) -> "GPT":
         """A model from a GPT-2 folder or safetensors file; see model/hf.py."""
         from model import hf  # hf builds a GPT, so it imports this module
 
-        return hf.from_pretrained(path, ops)
+        return hf.from_pretrained(path)
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write what GPT2LMHeadModel.from_pretrained reads; see model/export.py."""

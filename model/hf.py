@@ -1,4 +1,4 @@
-"""GPT-2 weights in the layout of Hugging Face folders; model/export.py writes such folders.
+"""Reads GPT-2 weights in the layout of Hugging Face folders; model/export.py writes such folders.
 
 A model folder holds model.safetensors, GPT-2's config.json and, for GPT-2's vocabulary, the
 tokenizer, so transformers and lm-eval read it without a network. Three differences lie between
@@ -6,35 +6,33 @@ that layout and ours:
 
     matmul weights    (in, out) in the file, (out, in) in nn.Linear: transposed both ways
     embedding rows    vocab_size in the file, padded_vocab_size here: padded with 0, cropped
-    names             as ours; older files lack the `transformer.` prefix and carry mask buffers
+    names             as ours; older files lack the `transformer.` prefix and have mask buffers
 
 A folder may come from a stranger. Nothing is unpickled, no link out of it is followed, and names,
 shapes, dtypes and values are checked before the model takes them.
 
-Nothing here imports transformers (its look-up of a package named `kernels` would find ours).
+Nothing here imports transformers (it would take our folder `kernels` for a package it looks for).
 
     python -m model.hf import-nanogpt out/ckpt.pt --out runs/imported/model
     python -m model.hf export runs/shakespeare-cpu --out my-gpt2 --dtype bf16
 """
 
-import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from kernels import EAGER, Ops
 from model.config import LARGEST, GPTConfig
 from model.edge import check_int, exits, one_line, quoted
-from model.find import INDEX, WEIGHTS, describe_file, find_model, regular
+from model.files import read_json
+from model.find import CONFIG, INDEX, WEIGHTS, describe_file, find_model, regular
 from model.gpt import GPT
 
-CONFIG = "config.json"
-MAX_JSON_BYTES = 16 << 20  # a config has 1 kB; the index of many shards has some 100
 PREFIX = "transformer."
 WTE, HEAD = "wte.weight", "lm_head.weight"
 GPT2_VOCAB = 50257
@@ -42,8 +40,8 @@ GPT2_HEAD_DIM = 64  # every released size; used only where a weights file has no
 # Stored (in, out) by GPT-2's Conv1D. attn.c_proj is square: forgetting it fails no shape check.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")
-CONTEXTS = ("trained_context", "fine_tuned_context")  # of a GPT, and in our config.json
-FLOATS = ("F64", "F32", "F16", "BF16")
+CONTEXTS = ("trained_context", "fine_tuned_context")  # attributes of GPT, kept in our config.json
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 ERF_NOTE = (
     "note: these weights were trained with the erf form of GELU and run here with GPT-2's tanh "
@@ -51,25 +49,11 @@ ERF_NOTE = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(
-            f"from_pretrained: {path} has {size:,} bytes, at most {MAX_JSON_BYTES:,} are read"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"from_pretrained: {path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"from_pretrained: {path} must hold a JSON object")
-    return content
-
-
 def _read_config(path: Path) -> tuple[GPTConfig, dict[str, int]]:
-    """GPT-2's config.json -> our config, and the contexts it was trained at (see `GPT`)."""
+    """GPT-2's config.json -> our config, and those of CONTEXTS that it has."""
     raw = read_json(path)
     if raw.get("model_type", "gpt2") != "gpt2":
-        raise ValueError(f"from_pretrained: {path} is a {quoted(raw['model_type'])}, not a 'gpt2'")
+        raise ValueError(f"model: {path} is a {quoted(raw['model_type'])}, not a 'gpt2'")
     try:
         config = GPTConfig(
             block_size=raw.get("n_positions", raw.get("n_ctx", 1024)),
@@ -80,10 +64,10 @@ def _read_config(path: Path) -> tuple[GPTConfig, dict[str, int]]:
             layer_norm_epsilon=raw.get("layer_norm_epsilon", 1e-5),
         )
     except KeyError as error:
-        raise ValueError(f"from_pretrained: {path} lacks the key {error}") from None
+        raise ValueError(f"model: {path} lacks the key {error}") from None
     except ValueError as error:
-        raise ValueError(f"from_pretrained: {path}: {error}") from None
-    # Each of these changes the function computed; silence would be a wrong model.
+        raise ValueError(f"model: {path}: {str(error).removeprefix('model: ')}") from None
+    # Each of these changes the function computed; ignoring it would give a wrong model.
     fixed = {
         "n_inner": (None, 4 * config.n_embd),
         "scale_attn_weights": (True,),
@@ -95,37 +79,36 @@ def _read_config(path: Path) -> tuple[GPTConfig, dict[str, int]]:
     for key, accepted in fixed.items():
         if key in raw and raw[key] not in accepted:
             raise ValueError(
-                f"from_pretrained: {path}: {key} must be one of {list(accepted)}, "
-                f"got {quoted(raw[key])}"
+                f"model: {path}: {key} must be one of {list(accepted)}, got {quoted(raw[key])}"
             )
     if raw.get("activation_function") == "gelu":
         print(ERF_NOTE, file=sys.stderr)
-    return config, read_contexts(raw, f"from_pretrained: {path}", config.block_size)
+    return config, read_contexts(raw, f"model: {path}", config.block_size)
 
 
 def read_contexts(raw: Mapping[str, Any], where: str, block_size: int) -> dict[str, int]:
-    """Those of CONTEXTS that a config.json has; none is longer than the positions."""
+    """Those of CONTEXTS that a config.json has, limited to the positions of the model."""
     contexts = {key: raw[key] for key in CONTEXTS if raw.get(key) is not None}
     for key, value in contexts.items():
         check_int(where, key, value, 1, LARGEST["block_size"])
     return {key: min(value, block_size) for key, value in contexts.items()}
 
 
-def _guess_config(path: Path, shapes: Mapping[str, list[int]]) -> GPTConfig:
-    """A config from shapes alone; only the head count is a convention and not a fact."""
+def _guess_config(path: Path, tensors: Mapping[str, Tensor]) -> GPTConfig:
+    """A config from shapes alone. They do not show the number of heads, which is a convention."""
     try:
-        V, C = shapes[WTE]
-        T, _ = shapes["wpe.weight"]
+        V, C = tensors[WTE].shape
+        T, _ = tensors["wpe.weight"].shape
     except (KeyError, ValueError):
         raise ValueError(
-            f"from_pretrained: {path} has no config.json beside it and no wte and wpe to read "
-            f"a GPT-2's sizes from"
+            f"model: {path} has no config.json beside it and no wte and wpe to read a GPT-2's "
+            f"sizes from"
         ) from None
-    layers = {name.split(".")[1] for name in shapes if name.startswith("h.")}
+    layers = {name.split(".")[1] for name in tensors if name.startswith("h.")}
     if C % GPT2_HEAD_DIM:
         raise ValueError(
-            f"from_pretrained: {path} has no config.json beside it; n_head cannot be guessed "
-            f"for n_embd {C} (not a multiple of {GPT2_HEAD_DIM}); put a config.json there"
+            f"model: {path} has no config.json beside it; n_head cannot be guessed for n_embd {C} "
+            f"(not a multiple of {GPT2_HEAD_DIM}); put a config.json there"
         )
     return GPTConfig(T, V, len(layers), C // GPT2_HEAD_DIM, C)
 
@@ -136,7 +119,7 @@ def shard_names(index: Path) -> list[str]:
     names = [*weight_map.values()] if isinstance(weight_map, dict) else []
     for name in names:
         if not isinstance(name, str) or {*"/\\\0"} & {*name}:  # or it might leave its folder
-            raise ValueError(f"from_pretrained: {index} names no file: {quoted(name)}")
+            raise ValueError(f"model: {index} names no file: {quoted(name)}")
     return sorted({*names})
 
 
@@ -146,35 +129,29 @@ def canonical(name: str) -> str | None:
     return None if name.endswith(MASK_BUFFERS) else name
 
 
-def _tensors(files: Iterable[Path]) -> Iterator[tuple[Path, str, Any, str]]:
-    """(file, canonical name, open file, its own name for it) of each tensor."""
+def _map_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
+    """The tensors by canonical name. Files are mapped: a value is read when it is first used."""
+    tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            opened = safe_open(str(file), framework="pt")
+            found = load_file(file)
         except SafetensorError as error:
             raise ValueError(
-                f"from_pretrained: {file} is not a safetensors file: {describe_file(file)} "
+                f"model: {file} is not a safetensors file: {describe_file(file)} "
                 f"({one_line(error, 160)})"
             ) from None
-        with opened as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a dict
-                if name := canonical(key):
-                    yield file, name, handle, key
-
-
-def _read_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
-    shapes: dict[str, list[int]] = {}
-    for file, name, handle, key in _tensors(files):
-        tensor = handle.get_slice(key)
-        if name in shapes:
-            raise ValueError(f"from_pretrained: {file} repeats the tensor {quoted(name)}")
-        if tensor.get_dtype() not in FLOATS:
-            raise ValueError(
-                f"from_pretrained: {file}: {quoted(name)} must be one of {', '.join(FLOATS)}, "
-                f"got {tensor.get_dtype()}"
-            )
-        shapes[name] = tensor.get_shape()
-    return shapes
+        for key, tensor in found.items():
+            name = canonical(key)
+            if name in tensors:
+                raise ValueError(f"model: {file} repeats the tensor {quoted(name)}")
+            if name and tensor.dtype not in FLOATS:
+                raise ValueError(
+                    f"model: {file}: {quoted(name)} must be fp64, fp32, fp16 or bf16, "
+                    f"got {tensor.dtype}"
+                )
+            if name:
+                tensors[name] = tensor
+    return tensors
 
 
 def file_tensors(model: GPT) -> dict[str, Tensor]:
@@ -186,85 +163,80 @@ def file_tensors(model: GPT) -> dict[str, Tensor]:
     return tensors
 
 
-def file_shapes(config: GPTConfig) -> dict[str, list[int]]:
+def file_shapes(config: GPTConfig) -> dict[str, torch.Size]:
     """Shape in a file of each tensor, by its canonical name."""
     with torch.device("meta"):
         tensors = file_tensors(GPT(config))
-    return {name.removeprefix(PREFIX): [*tensor.shape] for name, tensor in tensors.items()}
+    return {name.removeprefix(PREFIX): tensor.shape for name, tensor in tensors.items()}
 
 
-def check_shapes(where: str, config: GPTConfig, shapes: Mapping[str, list[int]]) -> None:
+def _check_shapes(where: object, config: GPTConfig, tensors: Mapping[str, Tensor]) -> None:
     """Every tensor there, of the right shape in the file, and none that nobody would read."""
     expected = file_shapes(config)
-    missing = sorted(expected.keys() - shapes.keys())
-    unknown = sorted(shapes.keys() - expected.keys() - {HEAD})
+    missing = sorted(expected.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - expected.keys() - {HEAD})
     for what, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
+            some = ", ".join(one_line(name, 80) for name in names[:5])
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ValueError(
-                f"from_pretrained: {where} {what} "
-                f"{', '.join(one_line(name, 80) for name in names[:5])}{more} "
+                f"model: {where} {what} {some}{more} "
                 f"(for {config.n_layer} layers, n_embd {config.n_embd})"
             )
     expected[HEAD] = expected[WTE]
-    for name, shape in shapes.items():
-        rows = shape
+    for name, tensor in tensors.items():
+        shape = tensor.shape
         if name in (WTE, HEAD) and shape[:1] > expected[name][:1]:
-            rows = [config.vocab_size, *shape[1:]]  # of a padded vocabulary; cropped
-        if rows != expected[name]:
+            shape = tensor[: config.vocab_size].shape  # a padded vocabulary is cropped
+        if shape != expected[name]:
             raise ValueError(
-                f"from_pretrained: {where}: {name} must be {tuple(expected[name])} to match its "
-                f"config, got {tuple(shape)}"
+                f"model: {where}: {name} must be {tuple(expected[name])} to match its config, "
+                f"got {tuple(tensor.shape)}"
             )
 
 
 @torch.no_grad()
-def build(where: str, config: GPTConfig, ops: Ops, tensors: Iterable[tuple[str, Tensor]]) -> GPT:
-    """A GPT with these tensors in the layout of a file, by canonical name, as checked by shape.
+def build(where: object, config: GPTConfig, tensors: Mapping[str, Tensor]) -> GPT:
+    """A GPT with these tensors, given by canonical name and in the layout of a file.
 
     Raises:
-        ValueError: a value that is not finite, or a head of its own.
+        ValueError: a tensor is missing, unknown, misshapen or not finite, or the head differs from
+            the embedding.
     """
+    _check_shapes(where, config, tensors)
     with torch.device("meta"):
-        model = GPT(config, ops)
+        model = GPT(config)
     model.to_empty(device="cpu")
     model.transformer.wte.weight[config.vocab_size :].zero_()
-    ours = {name.removeprefix(PREFIX): view for name, view in file_tensors(model).items()}
-    head: Tensor | None = None
-    for name, tensor in tensors:
-        if name == HEAD:
-            head = tensor
-            continue
-        ours[name].copy_(tensor[: len(ours[name])])
-        if not torch.isfinite(ours[name]).all():
+    for name, ours in file_tensors(model).items():
+        ours.copy_(tensors[name.removeprefix(PREFIX)][: len(ours)])
+        if not torch.isfinite(ours).all():
             raise ValueError(
-                f"from_pretrained: {where}: {name} holds values that are not finite; the training "
-                f"that wrote it failed, or the file is damaged"
+                f"model: {where}: {name.removeprefix(PREFIX)} holds values that are not finite; "
+                f"the training that wrote it failed, or the file is damaged"
             )
-    wte = ours[WTE]
-    if head is not None and not torch.equal(head[: len(wte)].to(wte.dtype), wte):
+    wte = model.transformer.wte.weight[: config.vocab_size]
+    if HEAD in tensors and not torch.equal(tensors[HEAD][: len(wte)].to(wte.dtype), wte):
         raise ValueError(
-            f"from_pretrained: {where}: lm_head.weight differs from wte.weight; GPT-2's head is "
-            f"tied, an untied one is not supported"
+            f"model: {where}: lm_head.weight differs from wte.weight; GPT-2's head is tied, an "
+            f"untied one is not supported"
         )
     return model
 
 
-def from_pretrained(path: str | Path, ops: Ops = EAGER) -> GPT:
+def from_pretrained(path: str | Path) -> GPT:
     """The model at `path` (see `find_model`), in fp32 on the CPU, in training mode as a new one.
 
     Without a config.json beside a file the sizes are read from the shapes, with heads of 64;
-    `trained_context` is the file's, or all positions.
+    `trained_context` is the one in config.json, or all positions.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: another architecture; a link out of the folder; a missing, unknown or misshapen
             tensor, one of integers, or one with values that are not finite.
     """
-    where, files, shapes, config, contexts = _look_at(path)
-    check_shapes(where, config, shapes)
-    tensors = ((name, handle.get_tensor(key)) for _, name, handle, key in _tensors(files))
-    model = build(where, config, ops, tensors)
+    tensors, config, contexts = _look_at(path)
+    model = build(path, config, tensors)
     for key, value in contexts.items():
         setattr(model, key, value)
     return model
@@ -272,28 +244,26 @@ def from_pretrained(path: str | Path, ops: Ops = EAGER) -> GPT:
 
 def read_config(path: str | Path) -> GPTConfig:
     """The shape of what `from_pretrained` would read, without its weights; same errors."""
-    return _look_at(path)[3]
+    return _look_at(path)[1]
 
 
-def _look_at(
-    path: str | Path,
-) -> tuple[str, list[Path], dict[str, list[int]], GPTConfig, dict[str, int]]:
-    """Where a model is, its files, the shapes in them, its config, and those of CONTEXTS it has."""
+def _look_at(path: str | Path) -> tuple[dict[str, Tensor], GPTConfig, dict[str, int]]:
+    """The tensors of the model at `path`, not read yet, its config, and those of CONTEXTS in it."""
     source = find_model(path)
     folder = source if source.is_dir() else source.parent
     named = Path(path) if Path(path).is_dir() else folder
-    if source.is_file():
-        files = [source]
-    else:
-        whole = (source / WEIGHTS).exists()
-        names = [WEIGHTS] if whole else shard_names(regular(source / INDEX, named))
-        files = [regular(source / name, named) for name in names]
-    shapes = _read_shapes(files)
-    if (folder / CONFIG).exists():
-        return str(source), files, shapes, *_read_config(regular(folder / CONFIG, named))
+    files = [source]
     if source.is_dir():
-        raise FileNotFoundError(f"from_pretrained: {source} has weights but no config.json")
-    return str(source), files, shapes, _guess_config(source, shapes), {}
+        names = [WEIGHTS]
+        if not (source / WEIGHTS).exists():
+            names = shard_names(regular(source / INDEX, named))
+        files = [regular(source / name, named) for name in names]
+    tensors = _map_tensors(files)
+    if (folder / CONFIG).exists():
+        return tensors, *_read_config(regular(folder / CONFIG, named))
+    if source.is_dir():
+        raise FileNotFoundError(f"model: {source} has weights but no config.json")
+    return tensors, _guess_config(source, tensors), {}
 
 
 # ---- command line
@@ -301,7 +271,7 @@ def _look_at(
 
 def main(args: list[str] | None = None) -> None:
     """`python -m model.hf`: import-nanogpt and export."""
-    import tyro  # not needed by who only loads a model
+    import tyro  # loading a model does not need it
 
     from model.nanogpt import load_nanogpt  # which imports this module
 

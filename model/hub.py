@@ -1,7 +1,7 @@
 """GPT-2 models by their name on the Hugging Face hub, through its own library and into its cache.
 
-It goes by HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and the token of `hf auth login` or HF_TOKEN, as
-everywhere. Fetched are config.json and weights in safetensors, nothing that can run code.
+HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and the token of `hf auth login` or HF_TOKEN work as usual.
+Only config.json and weights in safetensors are fetched, nothing that can run code.
 """
 
 import functools
@@ -10,23 +10,26 @@ import sys
 from pathlib import Path
 
 from model.edge import one_line
-from model.find import INDEX, WEIGHTS
-from model.hf import CONFIG, shard_names
+from model.find import CONFIG, INDEX, WEIGHTS
+from model.hf import shard_names
 
-# gpt2 and its sizes have no owner; @ precedes a branch, a tag or a commit.
+# gpt2 and its sizes have no owner; a branch, a tag or a commit follows the @.
 _NAME = re.compile(
     r"(gpt2|gpt2-medium|gpt2-large|gpt2-xl|distilgpt2|\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?"
 )
 _FOLDER = f"name a folder with {CONFIG} and {WEIGHTS} instead"
 
 
-def is_name(path: str | Path) -> bool:
-    """Whether what is no file here may be a model of the hub; its owner is no folder here then."""
-    owner, slash, _ = str(path).partition("/")
-    return bool(_NAME.fullmatch(str(path))) and not (slash and Path(owner).is_dir())
+def is_name(path: str) -> bool:
+    """Whether a path that does not exist may be a model on the hub.
+
+    If the part before the slash is a folder here, the path is a typing error, not an owner.
+    """
+    owner, slash, _ = path.partition("/")
+    return bool(_NAME.fullmatch(path)) and not (slash and Path(owner).is_dir())
 
 
-@functools.cache  # who asks for the shape and then for the weights gets both of one commit
+@functools.cache  # so that shape and weights are of one commit, although they are asked for apart
 def download(name: str) -> Path:
     """The folder of the hub's cache that holds the model `name`, "gpt2" or "owner/name@revision".
 
@@ -36,7 +39,7 @@ def download(name: str) -> Path:
     found = _NAME.fullmatch(name)
     assert found
     repo, revision = found.groups()
-    here = f"from_pretrained: {name} is no file or folder here"
+    here = f"model: {name} is no file or folder here"
     try:
         from huggingface_hub import constants, errors, hf_hub_download
         from huggingface_hub.utils import logging
@@ -44,7 +47,7 @@ def download(name: str) -> Path:
         raise FileNotFoundError(
             f"{here}; to take it from the hub, pip install huggingface_hub, or {_FOLDER}"
         ) from None
-    logging.set_verbosity_error()  # a line for each of five retries
+    logging.set_verbosity_error()  # else it prints a line for each of five retries
     print(f"init: {name} of {constants.ENDPOINT}, or its copy in the cache", file=sys.stderr)
     try:
         folder = Path(hf_hub_download(repo, CONFIG, revision=revision)).parent
@@ -68,7 +71,7 @@ def download(name: str) -> Path:
             f"{constants.ENDPOINT} shows no model of that name; one that is private or gated needs "
             "`.venv/bin/hf auth login` or HF_TOKEN"
         )
-    except Exception as error:  # of many kinds: no network, no such host, a proxy, a full disk
+    except Exception as error:  # no network, no such host, a proxy, a full disk, ...
         reason = one_line(error.__cause__ or error, 160)
         why = f"{constants.ENDPOINT} gave no answer that helps ({reason}); {_FOLDER}"
     raise FileNotFoundError(f"{here}, and {why}")

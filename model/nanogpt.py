@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import EAGER, Ops
 from model.config import GPTConfig
 from model.edge import quoted
 from model.flops import num_parameters
 from model.gpt import GPT
-from model.hf import GPT2_VOCAB, TRANSPOSED, build, canonical, check_shapes, file_shapes
+from model.hf import GPT2_VOCAB, TRANSPOSED, build, canonical, file_shapes
 
 
 def _load(file: Path) -> dict:
@@ -24,7 +23,7 @@ def _load(file: Path) -> dict:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         content = None if foreign else torch.load(file, "cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError):
-        # torch's own words are several lines with escape codes and advice to run the pickle.
+        # torch's own message has several lines, with escape codes and advice to run the pickle.
         raise ValueError(
             f"import-nanogpt: {file} is no checkpoint as torch.save has written them since torch "
             "1.6, or it is damaged; a newer torch loads an old one and saves it again"
@@ -41,7 +40,7 @@ def _load(file: Path) -> dict:
     return content
 
 
-def load_nanogpt(path: str | Path, ops: Ops = EAGER) -> GPT:
+def load_nanogpt(path: str | Path) -> GPT:
     """A model from nanoGPT's ckpt.pt.
 
     The file is unpickled with weights_only, so it cannot run code. Matmul weights are (out, in)
@@ -71,8 +70,9 @@ def load_nanogpt(path: str | Path, ops: Ops = EAGER) -> GPT:
     except KeyError as error:
         raise ValueError(f"import-nanogpt: {file}: 'model_args' lacks {error}") from None
     except ValueError as error:
-        raise ValueError(f"import-nanogpt: {file}: {error}") from None
-    # A tensor may claim any shape over few bytes; two a weight are the least that is sensible.
+        reason = str(error).removeprefix("model: ")
+        raise ValueError(f"import-nanogpt: {file}: {reason}") from None
+    # A tensor may claim any shape over a few bytes. No sensible dtype has less than two a weight.
     if file.stat().st_size < 2 * num_parameters(config):
         raise ValueError(
             f"import-nanogpt: {file} has {file.stat().st_size:,} bytes, too few for the "
@@ -92,5 +92,4 @@ def load_nanogpt(path: str | Path, ops: Ops = EAGER) -> GPT:
         for name, shape in file_shapes(config).items():
             if name.endswith(".bias"):
                 tensors.setdefault(name, torch.zeros(shape))
-    check_shapes(str(file), config, {name: [*value.shape] for name, value in tensors.items()})
-    return build(str(file), config, ops, tensors.items())
+    return build(file, config, tensors)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import GPT, GPTConfig, hf
+from model.files import MAX_JSON_BYTES
 from model.nanogpt import load_nanogpt
 from tests.weights import SMALL, assert_same_weights, gpt2_sizes, random_model, refuse, save
 
@@ -71,11 +72,11 @@ STRANGERS: dict[str, Spoiled] = {
     "an index with a NUL": (shard_index, ({"weight_map": {"a": "a\0"}},), "no file"),
     "a deep config": (replace_file, (C, b"[" * 100_000), "config.json is not valid JSON"),
     "5000 digits": (replace_file, (C, b'{"n_layer": ' + b"1" * 5000 + b"}"), "not valid JSON"),
-    "a long config": (replace_file, (C, b" " * (hf.MAX_JSON_BYTES + 1)), "at most 16,777,216 are"),
+    "a long config": (replace_file, (C, b" " * (MAX_JSON_BYTES + 1)), "at most 16,777,216 are"),
     **{
         f"{name[:20]!r} {i}": (edit_tensor, (name, tensor), message)
         for i, (name, tensor, message) in enumerate([
-            (FC, torch.ones(32, 128).long(), "must be one of F64, F32, F16, BF16, got I64"),
+            (FC, torch.ones(32, 128).long(), "must be fp64, fp32, fp16 or bf16, got torch.int64"),
             (FC, torch.full((32, 128), torch.nan), "not finite"),
             (FC, LARGE, "h.0.mlp.c_fc.weight holds values that are not finite"),
             (FC, torch.ones(128, 32), r"mlp\.c_fc\.weight.*\(32, 128\).*\(128, 32\)"),
