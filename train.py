@@ -141,8 +141,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         with log.aside():
             progress.position, progress.metrics_bytes = batches.position, log.num_bytes
             how = recipe, take_step.plan, run.corpus["sha256"]
-            cost = writer.submit(capture, progress, model, optimizer, guard, *how)
-        log.event("checkpoint", step=progress.step, **cost)
+            writer.submit(capture, progress, model, optimizer, guard, *how)
+        log.event("checkpoint", step=progress.step)
 
     def evaluate() -> None:
         take_step.gather()
@@ -171,8 +171,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 writer.wait()
                 world.barrier()
                 take_step.gather()
-                live, rows = (guard, log, model, optimizer), recipe.rows_per_step
-                progress = resume.roll_back(run.out, world, action, *live, rows)
+                progress = resume.roll_back(run, action, guard, log, model, optimizer)
                 batches.seek(progress.position, progress.skips)
                 continue
 

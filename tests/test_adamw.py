@@ -290,7 +290,7 @@ def test_checkpoints_restore_in_place(device):
     addresses = {n: t.data_ptr() for n, t in saving.optimizer_tensors(model, optimizer).items()}
     assert addresses == at
 
-    def restore(target: Any, state: torch.optim.AdamW) -> None:
+    def restore(target: Any, state: AdamW) -> None:
         checkpoint = saving.Checkpoint(
             2,
             {"model": weights, "optimizer": saved, "rng": {"cpu": torch.get_rng_state()}},

@@ -99,29 +99,12 @@ def test_a_resumed_fine_tuning_keeps_the_positions_it_came_with(small):
     recipe = Recipe(model=MODEL, block_size=32)
     model = GPT(recipe.model_config)
     model.trained_context = 32
-    assert now.config is not None
     tuned = replace(now, config={**now.config, "trained_context": 48, "fine_tuned_context": 32})
     train.restore(tuned, model, configure_adamw(model, recipe), None)
     assert (model.trained_context, model.fine_tuned_context) == (48, 32)
     odd = replace(now, config={**now.config, "trained_context": "all"})
     with pytest.raises(CheckpointError, match="trained_context must be a whole number"):
         train.restore(odd, model, configure_adamw(model, recipe), None)
-
-
-def test_checkpoint_of_version_1_still_resumes(small, tmp_path):
-    """It had no config.json, and the weights as the module holds them."""
-    run, _ = small
-    now = checkpoint.read(run.checkpoints("calm") / f"step-{run.steps:08d}")
-    models = [GPT(Recipe(model=MODEL, block_size=32).model_config) for _ in range(2)]
-    optimizers = [configure_adamw(m, Recipe(model=MODEL, block_size=32)) for m in models]
-    train.restore(now, models[0], optimizers[0], None)
-    weights = {name: t.clone() for name, t in models[0].state_dict().items()}
-    before = Checkpoint(now.step, {**now.tensors, "model": weights}, now.state)
-    back = checkpoint.read(checkpoint.write(tmp_path, before))
-    assert back.config is None
-    train.restore(back, models[1], optimizers[1], None)
-    for name, value in weights.items():
-        assert torch.equal(models[1].state_dict()[name], value), name
 
 
 def test_changed_recipe_is_refused_with_both_values(small, capsys):
@@ -351,7 +334,7 @@ def test_checkpoint_of_another_model_is_refused(small):
     run, _ = small
     saved = checkpoint.read(run.checkpoints("calm") / f"step-{run.steps:08d}")
     model = GPT(Recipe(model=MODEL + ",n_layer=1", block_size=32).model_config)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = configure_adamw(model, Recipe(model=MODEL, block_size=32))
     with pytest.raises(CheckpointError, match=r"unknown.*transformer\.h\.1"):
         train.restore(saved, model, optimizer, None)
 

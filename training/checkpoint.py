@@ -6,12 +6,11 @@ A checkpoint is a folder of safetensors and JSON; nothing is pickled, so reading
         <name>.safetensors    one file per group of tensors ("model", "optimizer", "rng", ...)
         config.json           shape of the model: with it the folder is one that model/hf.py reads
         state.json            everything else that is not a tensor
-        manifest.json         bytes and sha256 of the files above, and of itself
+        manifest.json         size and SHA-256 of the files above, and its own SHA-256
 
-It is written to a hidden temporary folder, every file is fsynced, the manifest last, then the
-folder is renamed into place and its parent fsynced. A folder under its final name is therefore
-whole, unless the disk changed it later, which the checksums show. `newest_good` names what it
-skips and takes the one before.
+It is written to a hidden temporary folder. Every file is fsynced, the manifest last, then the
+folder is renamed into place and its parent fsynced. So a folder with its final name is complete;
+if the disk changes it later, the checksums show that.
 """
 
 import contextlib
@@ -24,9 +23,8 @@ import re
 import shutil
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +33,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from model.edge import is_int, naming, one_line
+from model.edge import naming, one_line
 from training import schema
 from training.schema import COUNT, MOST, OBJECT, TEXT, Every, Mismatch, Must
 
 FORMAT = "fused-gpt-checkpoint"
-VERSION = 2  # 1 had no config.json, and the weights in the layout of the module
+VERSION = 2
 MANIFEST = {
     "format": Must(repr(FORMAT), lambda v: v == FORMAT),
-    "version": Must(f"from 1 to {VERSION}", lambda v: is_int(v) and 1 <= v <= VERSION),
+    "version": Must(f"{VERSION} (--resume never starts afresh)", lambda v: v == VERSION),
     "step": schema.count(10**8 - 1),
     "files": Every({"bytes": COUNT, "sha256": TEXT}, r"[a-z]{1,32}\.(json|safetensors)"),
     "sha256": TEXT,
@@ -53,10 +51,10 @@ MAX_HEADER_BYTES = 16 << 20  # of a safetensors file, beside its tensors
 _NAME = re.compile(r"step-\d{8}")
 _TEMPORARY = ".writing-"
 _REPLACED = f"{_TEMPORARY}replaced-"
-_FINITE = {"model", "optimizer"}  # groups without which no run can go on
-# What file systems answer to a call that they lack.
+_FINITE = {"model", "optimizer"}  # groups in which no run can go on from an infinity or a NaN
+# The errors with which file systems answer a call that they do not have.
 _LACKING = ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EBADF", "EPERM", "EACCES", "EXDEV")
-# Given a checkpoint without its tensors, the schema of those.
+# Takes a checkpoint without its tensors and returns the schema of the tensors.
 Expected = Callable[["Checkpoint"], dict[str, dict[str, Must]]]
 
 
@@ -66,24 +64,24 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is saved, and at the end what is not."""
+    """What is saved; `best` and `path` are not."""
 
     step: int  # optimizer steps done
     tensors: dict[str, dict[str, Tensor]]  # named, on the CPU; one safetensors file per group
     state: dict[str, Any]  # JSON values: loader position, recipe, plan, counters
-    config: dict[str, Any] | None = None  # config.json of a model folder; not in version 1
-    best: int | None = None  # step of the best evaluation, whose checkpoint is never thinned out
+    config: dict[str, Any] = field(default_factory=dict)  # config.json of a model folder
+    best: int | None = None  # step of the best evaluation, whose checkpoint is never deleted
     path: Path | None = None  # where it was read from
 
 
 def _canonical(value: Any) -> bytes:
-    """One byte string per JSON value, so that a flipped byte anywhere changes the meaning."""
+    """JSON in the one spelling that is accepted, so that no byte can change unnoticed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 @contextlib.contextmanager
 def _as_far_as_possible(say: Callable[[str], None], call: str, lost: str) -> Iterator[None]:
-    """A call that some file systems lack: what is lost without it is said."""
+    """Say what is lost if the file system does not have the call that is made inside."""
     try:
         yield
     except OSError as error:
@@ -99,7 +97,6 @@ def _write_file(path: Path, data: bytes, say: Callable[[str], None]) -> None:
 
 
 def _fsync(path: Path, say: Callable[[str], None]) -> None:
-    """Of a file or a folder."""
     lost = "a power cut may lose or damage the newest checkpoint, and the one before is taken then"
     with _as_far_as_possible(say, "fsync", lost):
         fd = os.open(path, os.O_RDONLY)
@@ -110,7 +107,7 @@ def _fsync(path: Path, say: Callable[[str], None]) -> None:
 
 
 def _move(folder: Path, target: Path, say: Callable[[str], None]) -> None:
-    """Rename a folder; copy it, the manifest last, where that is not possible."""
+    """Rename a folder. If that is not possible, copy it, the manifest last."""
     lost = "a write that is cut short leaves a folder without manifest, which is skipped"
     with _as_far_as_possible(say, "rename folders", lost):
         folder.rename(target)
@@ -122,14 +119,19 @@ def _move(folder: Path, target: Path, say: Callable[[str], None]) -> None:
 
 
 def write(folder: Path, checkpoint: Checkpoint, say: Callable[[str], None] = print) -> Path:
-    """Write `checkpoint` below `folder` atomically; `say` hears of what the file system lacks.
+    """Write `checkpoint` below `folder`: all of it, or nothing.
+
+    Args:
+        folder: Where checkpoints go.
+        checkpoint: What to write.
+        say: Receives a line about each call that the file system does not have.
 
     Returns:
         The final path, `folder/step-%08d`.
 
     Raises:
-        ValueError: a weight or a moment is not finite: no run could go on from there.
-        OSError: no space, no permission; nothing of it is left.
+        ValueError: a weight or a moment is not finite, so no run could go on from it.
+        OSError: no space, no permission.
     """
     for group in _FINITE & checkpoint.tensors.keys():
         for name, value in checkpoint.tensors[group].items():
@@ -149,15 +151,13 @@ def write(folder: Path, checkpoint: Checkpoint, say: Callable[[str], None] = pri
         temporary.mkdir(parents=True)
         for group, named in checkpoint.tensors.items():
             put(f"{group}.safetensors", save_tensors(named, metadata={"format": "pt"}))
-        if checkpoint.config is not None:
-            put("config.json", _canonical(checkpoint.config))
+        put("config.json", _canonical(checkpoint.config))
         put("state.json", _canonical(checkpoint.state))
-        version = 1 if checkpoint.config is None else VERSION
-        manifest = {"format": FORMAT, "version": version, "step": checkpoint.step, "files": files}
-        digest = hashlib.sha256(_canonical(manifest)).hexdigest()
-        _write_file(temporary / "manifest.json", _canonical({**manifest, "sha256": digest}), say)
+        manifest = {"format": FORMAT, "version": VERSION, "step": checkpoint.step, "files": files}
+        manifest["sha256"] = hashlib.sha256(_canonical(manifest)).hexdigest()
+        _write_file(temporary / "manifest.json", _canonical(manifest), say)
         _fsync(temporary, say)
-        if final.exists():  # the same step again, after a rollback: the older one steps aside
+        if final.exists():  # as after a rollback; the older one stays until this is in place
             _move(final, aside, say)
         _move(temporary, final, say)
         shutil.rmtree(aside, ignore_errors=True)
@@ -168,7 +168,7 @@ def write(folder: Path, checkpoint: Checkpoint, say: Callable[[str], None] = pri
 
 
 def _read_file(path: Path, limit: int) -> bytes:
-    """A regular file of at most `limit` bytes; no link is followed, no pipe waited for."""
+    """Read a regular file of at most `limit` bytes; follow no link, wait for no pipe."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
@@ -192,12 +192,11 @@ def read(path: Path, expected: Expected | None = None) -> Checkpoint:
 
     Args:
         path: The folder; it may come from a stranger.
-        expected: Given the checkpoint without its tensors, returns the schema of its `tensors`,
-            which limits what is read of them. None takes what the manifest names.
+        expected: Says what its tensors must be. None takes what the manifest names.
 
     Raises:
-        CheckpointError: a file is missing, truncated, changed, foreign, or not as expected; the
-            message names it.
+        CheckpointError: a file is missing, damaged, foreign, or not as expected; the message names
+            it.
     """
     path = Path(path)
     try:
@@ -212,10 +211,10 @@ def _read(path: Path, expected: Expected | None) -> Checkpoint:
     raw = _read_file(path / "manifest.json", MAX_JSON_BYTES)
     manifest = _parse("manifest.json", raw)
     schema.check("manifest.json", manifest, MANIFEST)
-    files = manifest["files"]
-    own = hashlib.sha256(_canonical({k: v for k, v in manifest.items() if k != "sha256"}))
-    # Comparing the bytes too: a flip that leaves the parsed value alone is still a flip.
-    if manifest["sha256"] != own.hexdigest() or raw != _canonical(manifest):
+    files, spelled = manifest["files"], _canonical(manifest)
+    claimed = manifest.pop("sha256")
+    # A flipped bit need not change what is parsed, so the bytes are compared too.
+    if raw != spelled or claimed != hashlib.sha256(_canonical(manifest)).hexdigest():
         raise Mismatch("manifest.json does not match its own checksum")
 
     def verified(name: str, limit: int) -> bytes:
@@ -228,9 +227,9 @@ def _read(path: Path, expected: Expected | None) -> Checkpoint:
 
     names = [name for name in files if name.endswith(".json")]
     texts = {name: _parse(name, verified(name, MAX_JSON_BYTES)) for name in names}
-    wanted = ("state.json", "config.json")[: manifest["version"]]
-    schema.check("manifest.json: files", texts, dict.fromkeys(wanted, OBJECT))
-    state, config = texts["state.json"], texts.get("config.json")
+    wanted = dict.fromkeys(("state.json", "config.json"), OBJECT)
+    schema.check("manifest.json: files", texts, wanted)
+    state, config = texts["state.json"], texts["config.json"]
     saved = Checkpoint(manifest["step"], {}, state, config, path=path)
     groups = {name.removesuffix(".safetensors"): name for name in files if name not in texts}
     kinds = expected(saved) if expected else {}
@@ -241,7 +240,7 @@ def _read(path: Path, expected: Expected | None) -> Checkpoint:
         data = verified(name, MAX_HEADER_BYTES + most)
         try:
             saved.tensors[group] = load_tensors(data)
-        except Exception as error:  # of many kinds: another program may have written it
+        except Exception as error:  # of many types: another program may have written it
             raise Mismatch(f"{name} is unreadable: {one_line(error, 160)}") from None
         if kinds:
             schema.check(group, saved.tensors[group], kinds[group])
@@ -252,20 +251,19 @@ def paths(folder: Path) -> list[Path]:
     """Checkpoint folders below `folder`, oldest first; not verified."""
     # Not glob, which finds nothing in a folder that it may not read.
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    # One that was being replaced counts where a kill came before its successor.
+    # A kill may leave one that was being replaced without its successor; then it counts.
     named = {p.name.removeprefix(_REPLACED): p for p in entries}
     return [named[name] for name in sorted(named) if _NAME.fullmatch(name) and named[name].is_dir()]
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
     return int(path.name[-8:])
 
 
 def newest_good(
     folder: Path, say: Callable[[str], None], expected: Expected | None = None
 ) -> Checkpoint | None:
-    """The newest checkpoint that verifies; each one skipped is named through `say`."""
+    """The newest checkpoint that can be read; `say` is told about each newer one."""
     if folder.is_symlink():
         raise CheckpointError(f"checkpoint {folder}: a link; name the folder it leads to")
     for path in reversed(paths(folder)):
@@ -277,7 +275,7 @@ def newest_good(
 
 
 def clean(folder: Path) -> None:
-    """Put away what a killed writer left. Call while holding the run's lock."""
+    """Clean up after a writer that was killed. Call this while holding the run's lock."""
     for path in paths(folder):
         if path.name.startswith(_REPLACED):
             path.rename(folder / path.name.removeprefix(_REPLACED))
@@ -286,68 +284,51 @@ def clean(folder: Path) -> None:
 
 
 class Writer(contextlib.AbstractContextManager):
-    """Writes checkpoints from a background thread, one at a time, and thins out old ones.
+    """Writes checkpoints from a background thread, one at a time, and deletes old ones.
 
     Args:
         folder: Where checkpoints go.
-        keep_last: Newest ones to keep.
-        say: Receives one line per failure; training goes on and the old checkpoint stays.
+        keep_last: How many of the newest to keep.
+        say: Receives a line per failure; training goes on and the old checkpoint stays.
     """
 
     def __init__(self, folder: Path, keep_last: int, say: Callable[[str], None]):
         self.folder, self.keep_last = folder, keep_last
-        self.say = functools.cache(say)  # what the file system lacks is said once
-        self.last_good = next((step_of(path) for path in reversed(paths(folder))), None)
-        self.failure: str | None = None  # of the last write, if it failed
-        self.write_ms = 0.0  # of the last write, on the background thread
+        self.say = functools.cache(say)  # so that what the file system lacks is said once
+        self.last_good = max(map(step_of, paths(folder)), default=None)
+        self.failure = ""  # of the last write
         self._thread = threading.Thread()
 
     def __exit__(self, *_: object) -> None:
         self.wait()
 
-    def submit(self, capture: Callable[..., Checkpoint], *state: Any) -> dict[str, float]:
-        """Start writing `capture(*state)`; waits first for a write still in flight.
-
-        Returns:
-            What checkpoints cost, in ms: `wait_ms` and `copy_ms` held up training this time,
-            `last_write_ms` is the write before, beside training.
-        """
-        start = time.perf_counter()
+    def submit(self, capture: Callable[..., Checkpoint], *state: Any) -> None:
+        """Start writing `capture(*state)`, which is called once the write before is done."""
         self.wait()
-        waited = time.perf_counter()
         checkpoint = capture(*state)
-        cost = {"wait_ms": 1e3 * (waited - start), "copy_ms": 1e3 * (time.perf_counter() - waited)}
-        cost["last_write_ms"] = self.write_ms
         self._thread = threading.Thread(target=self._run, args=(checkpoint,), name="checkpoint")
         self._thread.start()
-        return cost
 
     def wait(self) -> None:
-        """Return once nothing is in flight."""
+        """Return once nothing is being written."""
         if self._thread.ident is not None:
             self._thread.join()
 
     def finish(self) -> None:
-        """As `wait`, at the end of a run.
-
-        Raises:
-            CheckpointError: there should be a checkpoint, and not one could be written.
-        """
+        """`wait`, and raise CheckpointError if not one checkpoint could be written."""
         self.wait()
         if self.failure and self.last_good is None:
             raise CheckpointError(f"checkpoint: none could be written: {self.failure}")
 
     def _run(self, checkpoint: Checkpoint) -> None:
-        start = time.perf_counter()
         try:
             write(self.folder, checkpoint, self.say)
-        except Exception as error:  # whatever it is: the run outlives its checkpoint
+        except Exception as error:  # whatever it is, training goes on
             last = "none" if self.last_good is None else f"step {self.last_good}"
             self.failure = f"step {checkpoint.step} could not be written ({error})"
             self.say(f"checkpoint: {self.failure}; training goes on, last good one: {last}")
             return
-        self.last_good, self.failure = checkpoint.step, None
-        self.write_ms = 1e3 * (time.perf_counter() - start)
+        self.last_good, self.failure = checkpoint.step, ""
         for path in paths(self.folder)[: -self.keep_last]:
             if step_of(path) != checkpoint.best:
                 shutil.rmtree(path, ignore_errors=True)

@@ -27,11 +27,11 @@ from training.state import Progress
 NUM_SAMPLES = 4
 PROMPT_TOKENS = 8
 SAMPLE_TOKENS = 120
-MAX_VAL_TOKENS = 10_485_760  # of the last evaluation; a long corpus has more than it can tell apart
+MAX_VAL_TOKENS = 10_485_760  # of the last evaluation; more would not change the digits shown
 
 
 def take_best(run: Run, model: GPT, say: Callable[[str], None], progress: Progress) -> int:
-    """Put the weights that the run keeps into `model`; returns the steps done for them."""
+    """Put the weights that the run keeps into `model`; returns the step they are of."""
     best, last, world = progress.best, progress.step, run.world
     if run.recipe.keep == "last" or best is None or best == last:
         return last
@@ -63,21 +63,21 @@ def finish(
     autocast: Autocast,
     poll: Callable[[], None],
 ) -> None:
-    """Last evaluation, weights, samples, summary, report; in that order.
+    """Evaluate, then write weights, samples, summary and report.
 
     Args:
         run, model, log, progress: After the last step.
-        kept: Steps done for the weights in `model`, which `take_best` has put there.
-        reached: Step whose loss fell below the recipe's target, if one did.
-        autocast: Context of the evaluation, as of those during the run.
-        poll: Raises where the run is to stop.
+        kept: The step that the weights in `model` are of, as `take_best` returned it.
+        reached: The step whose loss fell below the recipe's target, if one did.
+        autocast: Context for the evaluation.
+        poll: Called now and then; raises if the run is to stop.
     """
     recipe, out, num_steps = run.recipe, run.out, progress.step
     train_s = sum(r.ms for r in log.records) / 1000.0
     tokens_seen = num_steps * recipe.tokens_per_step
     val_loss, bits_per_byte, baselines = None, None, {}
     scored, validates = run.val_tokens, len(run.val_tokens) > 1
-    if not validates:  # a row tells whether the last update left a usable model
+    if not validates:  # one row shows whether the last update left a usable model
         scored = run.train_tokens[: recipe.block_size + 1]
     with autocast():
         loss = run.validate(model, scored, MAX_VAL_TOKENS, poll)
@@ -101,7 +101,7 @@ def finish(
         log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
     poll()
     model.save_pretrained(out / "model")
-    model.residual_dtype = None  # as whoever loads the saved model runs it
+    model.residual_dtype = None  # what a loaded model has
     write_samples(run, model, log.say, poll)
     losses = (r.loss for r in reversed(log.records) if r.finite and r.step < kept)
     summary = {
@@ -135,10 +135,10 @@ def finish(
 def write_samples(
     run: Run, model: GPT, say: Callable[[str], None], poll: Callable[[], None] = lambda: None
 ) -> list[tuple[str, str]]:
-    """samples.txt: continuations of a few words of held-out text, within the trained context.
+    """Write samples.txt, continuations of a few words of held-out text, and say the first one.
 
     Returns:
-        (prompt, continuation) of each; the first has been said.
+        (prompt, continuation) of each.
 
     Raises:
         ValueError: the model's logits are not finite.
@@ -161,22 +161,22 @@ def write_samples(
 
 
 def sample(run: Run, model: GPT, log: RunLog, step: int) -> None:
-    """Samples of a run that goes on."""
+    """Write and log samples during the run."""
     if not run.world.is_main:
         return
     try:
         with log.aside(), torch.compiler.set_stance("force_eager"):
             texts = write_samples(run, model, log.say)
         log.event("samples", step=step, texts=texts)
-    except ValueError as error:  # as for an evaluation, the next step's loss tells
+    except ValueError as error:  # if it matters, the next step's loss shows it
         log.say(f"step {step:5d} | {error}")
 
 
 def leave(run: Run, step: int, writer: Writer, log: RunLog, stop: StopRequest) -> int:
-    """Say how to go on; the checkpoint is on disk when this returns."""
+    """Say how to go on, once the checkpoint is on disk."""
     writer.finish()
     if run.world.size > 1 and run.world.is_main:
-        (run.out / STOPPED).touch()  # torchrun takes this for a failure and starts again
+        (run.out / STOPPED).touch()  # torchrun takes the exit code for a failure and restarts
     log.event("stopped", step=step, signal=stop.signal)
     log.say(
         f"{stop.signal or 'another rank'}: stopped after {step} steps, last good checkpoint: step "

@@ -1,8 +1,7 @@
-"""The folder of a run: for one process, with no way out, and nothing of an earlier run lost."""
+"""The folder of a run: one process at a time, no way out, nothing of an earlier run lost."""
 
 import contextlib
 import fcntl
-import math
 import os
 import re
 import shutil
@@ -21,29 +20,29 @@ from training.data import SHAKESPEARE_SHA256
 from training.recipes import Recipe
 
 LOCK = "run.lock"
-STOPPED = "stopped"  # there once a job of several ranks was asked to stop
+STOPPED = "stopped"  # marks that a job of several ranks was asked to stop
 CHECKPOINTS = "checkpoints"
 LOG = "metrics.jsonl"
 FOLDERS = (CHECKPOINTS, "model", "tensorboard")
 RESULTS = ("corpus.txt", "loss.png", "report.html", "report.json", "samples.txt", "summary.json")
-WRITTEN = (*FOLDERS, LOG, *loggers.FILES, "config.json", *RESULTS)  # by a run, beside its lock
+WRITTEN = (*FOLDERS, LOG, *loggers.FILES, "config.json", *RESULTS)  # what a run writes
 
 
 def title(preset: str, corpus: str, sha256: str) -> str:
-    """The recipe's name, or the text's where the recipe is called after one that it is not."""
+    """The recipe's name; the text's, if a Shakespeare recipe has another text."""
     if sha256 == SHAKESPEARE_SHA256 or not preset.startswith("shakespeare"):
         return preset
     return re.sub(r"[^\w-]+", "-", Path(corpus).stem).strip("-") or preset
 
 
 def name(out: str | None, title: str) -> Path:
-    """Path of the folder: `out`, or runs/`title`, numbered once that one holds a finished run."""
+    """Path of the folder: `out`, or runs/`title` with a number if that holds a finished run."""
     numbered = (Path("runs", title + (f"-{n}" if n > 1 else "")) for n in count(1))
     return Path(out) if out else next(p for p in numbered if not (p / "summary.json").exists())
 
 
 def make(folder: Path, recipe: Recipe) -> None:
-    """Make the folder and show that it takes what the run will write.
+    """Make the folder and test that it can be written.
 
     Raises:
         ValueError: it is a file, cannot be written, or the disk is too full for the model.
@@ -53,20 +52,18 @@ def make(folder: Path, recipe: Recipe) -> None:
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     with torch.device("meta"):
         needed = 4 * GPT(recipe.model_config).num_parameters() + (1 << 20)
-    free: float = math.inf
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"\0" * 4096)
         with contextlib.suppress(OSError):  # some file systems do not count
             disk = shutil.disk_usage(folder)
-            free = disk.free if disk.total else math.inf
-        if free < needed:
-            raise OSError(f"{free:,} bytes free, the model alone needs {needed:,}")
-    except OSError as error:
+            if disk.total and disk.free < needed:
+                raise ValueError(f"{disk.free:,} bytes free, the model alone needs {needed:,}")
+    except (OSError, ValueError) as error:
         for path in filter(Path.exists, missing):
             path.rmdir()
-        reason = error.strerror or error
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"out: cannot write to {folder}: {reason}; choose another --out") from None
 
 
@@ -74,13 +71,13 @@ def make(folder: Path, recipe: Recipe) -> None:
 def opened(
     folder: Path, saved: Checkpoint | None, say: Callable[[str], None], restarted: bool = False
 ) -> Iterator[bool]:
-    """Hold the folder for one process, ready to go on from `saved` or to start afresh.
+    """Lock the folder and make it ready to go on from `saved`, or to start afresh.
 
-    Gives whether to leave at once: torchrun has restarted a job that was asked to stop.
+    Yields whether to leave at once because torchrun has restarted a job that was asked to stop.
 
     Raises:
-        ValueError: another process holds it; it would lead a write out of it; or it holds files of
-            these names that no run wrote.
+        ValueError: another process has the lock, a link leads out of the folder, or it holds files
+            that no run wrote.
     """
     _refuse_links(folder, LOCK)
     with _lock(folder / LOCK, say):
@@ -91,12 +88,12 @@ def opened(
             (folder / STOPPED).unlink(missing_ok=True)
             checkpoint.clean(folder / CHECKPOINTS)
             _set_aside(folder, saved, say)
-            export.check_folder(folder / "model")  # which would be refused after the last step
+            export.check_folder(folder / "model")  # now, not after the last step
         yield stopped
 
 
 def _refuse_links(folder: Path, written: str) -> None:
-    """A folder may come from a stranger: a link in it must not choose which file is overwritten."""
+    """Refuse a stranger's folder in which a link would choose the file that is overwritten."""
     path, kinds = folder / written, {stat.S_IFDIR if written in FOLDERS else stat.S_IFREG}
     entries = {path: kinds} if os.path.lexists(path) else {}
     if written in FOLDERS and path.is_dir() and not path.is_symlink():
@@ -111,7 +108,7 @@ def _refuse_links(folder: Path, written: str) -> None:
 
 
 def _set_aside(folder: Path, saved: Checkpoint | None, say: Callable[[str], None]) -> None:
-    """Move away what an earlier run left and this one would delete, overwrite or roll back to."""
+    """Move away what an earlier run left and this run would delete, overwrite or roll back to."""
     here = folder / CHECKPOINTS
     if saved and saved.path and here.is_dir() and saved.path.parent.samefile(here):
         moved = [p for p in checkpoint.paths(here) if checkpoint.step_of(p) > saved.step]
@@ -134,9 +131,9 @@ def _set_aside(folder: Path, saved: Checkpoint | None, say: Callable[[str], None
 
 @contextlib.contextmanager
 def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a file that only one process can hold, or raise ValueError with that one's id.
+    """Lock a file, or raise ValueError with the id of the process that has it.
 
-    The operating system drops the lock with the process, so a killed run leaves none behind.
+    The lock ends with the process, so a killed run leaves none behind.
     """
     with open(path, "a+", encoding="utf-8") as f:
         f.seek(0)

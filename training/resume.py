@@ -1,10 +1,11 @@
-"""What a run goes on from: the checkpoint, and what is not as it was when that was written."""
+"""The checkpoint that a run goes on from, and what has changed since it was written."""
 
 import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,32 @@ import torch
 from kernels._launch import read_rows
 from model import GPT
 from model.edge import one_line, quoted
-from training import checkpoint, schema
-from training.checkpoint import Checkpoint, CheckpointError
+from training import schema
+from training.checkpoint import Checkpoint, CheckpointError, newest_good, paths, read
 from training.distributed import World
+from training.folder import CHECKPOINTS
 from training.guard import Guard
 from training.machines import Machine
 from training.metrics import RunLog
+from training.optim import AdamW
 from training.plan import Choices, Plan
 from training.recipes import Recipe
+from training.run import Run
 from training.state import Progress, expect, made_on, restore, saved_recipe
 
-# What is chosen by time, or by the memory that was free, and goes on as it was on the same card.
+# Parts of a plan that were decided by measured times or free memory. On the same card they stay.
 _ADOPTED = ("ops", "compile", "recompute", "compile_scope", "micro_batch_size", "optimizer")
 _SHAPE = ("model", "batch_size", "grad_accum_steps", "block_size")
-# Fields of a recipe that change no step but the last, and of a plan that change no bit of a loss.
-_SAME_STEPS = {"keep", "patience", "epochs"}  # epochs: max_steps says what they are
-_ENDS = {"max_steps", "horizon_steps"}  # of a recipe, which a cool-down sets
-_MOST_SHOWN = 40  # differences: a recipe has fewer fields, a forged checkpoint may have any number
+# Fields of a recipe that change no step but the last; max_steps says what epochs are.
+_SAME_STEPS = {"keep", "patience", "epochs"}
+_ENDS = {"max_steps", "horizon_steps"}  # fields of a recipe that a cool-down sets
+_MOST_SHOWN = 40  # differences; a recipe has fewer fields, a forged checkpoint may have any number
+# Fields of a plan that change no bit of a loss.
 _SAME_LOSSES = {"cuda_graph", "shard", "recompute", "eval_tokens", "memory_bytes", "notes"}
 
 
 def _are_rows(text: Any) -> bool:
-    with suppress(ValueError, TypeError, AttributeError, RecursionError):  # it may be a stranger's
+    with suppress(ValueError, TypeError, AttributeError, RecursionError):  # may be a stranger's
         return isinstance(text, str) and any(read_rows(text))
     return False
 
@@ -44,44 +49,33 @@ class RunFailed(RuntimeError):
 
 
 def roll_back(
-    folder: Path,
-    world: World,
-    action: str,
-    guard: Guard,
-    log: RunLog,
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    rows_per_step: int,
+    run: Run, action: str, guard: Guard, log: RunLog, model: GPT, optimizer: AdamW
 ) -> Progress:
-    """Back to the last good checkpoint, with the data of the bad steps left out from now on.
+    """Go back to the last good checkpoint and leave out the data of the bad steps from now on.
 
     Args:
-        folder: Run folder; no checkpoint is being written.
-        world: The ranks.
+        run: No checkpoint of it is being written.
         action: "rollback" or "give_up", as the guard said.
-        guard, log, model, optimizer: Live; taken back.
-        rows_per_step: Rows a bad step drew.
+        guard, log, model, optimizer: Set back.
 
     Raises:
         RunFailed: no rollbacks are left, or there is nothing to go back to.
     """
 
-    def newest() -> Checkpoint | None:
-        return checkpoint.newest_good(folder / "checkpoints", log.say, expect(model))
-
+    newest = partial(newest_good, run.out / CHECKPOINTS, log.say, partial(expect, model))
     try:
-        found = _agreed(f"rollback {guard.rollbacks}", newest, world)
+        found = _agreed(f"rollback {guard.rollbacks}", newest, run.world)
     except ValueError as error:
         raise RunFailed(f"guard: {error}") from None
     if action == "give_up" or found is None:
         why = "there is no checkpoint to go back to" if found is None else "no rollbacks are left"
         raise RunFailed(
             f"guard: {guard.in_a_row} bad steps in a row up to step {log.records[-1].step} and "
-            f"{why} ({guard.rollbacks} done); {folder}/metrics.jsonl has every event. A lower "
+            f"{why} ({guard.rollbacks} done); {run.out}/metrics.jsonl has every event. A lower "
             "--max-lr or another --seed may help"
         )
     rollbacks, skipped = guard.rollbacks + 1, guard.skipped
-    ranges = [(end - rows_per_step, end) for end in guard.positions]
+    ranges = [(end - run.recipe.rows_per_step, end) for end in guard.positions]
     progress = restore(found, model, optimizer, guard)
     guard.rollbacks, guard.skipped = rollbacks, skipped
     progress.skips += [r for r in ranges if r not in progress.skips]
@@ -100,30 +94,31 @@ def find(
     override: bool = False,
     cooldown: bool = False,
 ) -> Checkpoint | None:
-    """The checkpoint to go on from: rank 0 decides, and sends it to the others.
+    """The checkpoint to go on from; rank 0 chooses it and sends it to the others.
 
     Args:
         choice: "auto", "never", or the path of a checkpoint or of a run folder.
         folder: The run's own folder.
         world: The ranks.
-        recipe, data_sha256, override, cooldown: As `check_recipe` takes them.
+        recipe, data_sha256, override, cooldown: See `check_recipe`.
 
     Raises:
         CheckpointError: a path was given and nothing usable is there.
-        ValueError: the recipe is another one.
+        ValueError: `check_recipe` refuses the checkpoint.
     """
     with torch.device("meta"):
         model = GPT(recipe.model_config)
-    expected = expect(model, lambda it: check_recipe(it, recipe, data_sha256, override, cooldown))
+    how = recipe, data_sha256, override, cooldown
+    expected = partial(expect, model, accept=lambda saved: check_recipe(saved, *how))
 
     def choose() -> Checkpoint | None:
         if choice == "never":
             return None
         path = folder if choice == "auto" else Path(os.path.realpath(choice))
-        if choice != "auto" and not (path / "checkpoints").is_dir():
-            return checkpoint.read(path, expected)
-        found = checkpoint.newest_good(path / "checkpoints", world.say, expected)
-        begun = override and checkpoint.paths(path / "checkpoints")
+        if choice != "auto" and not (path / CHECKPOINTS).is_dir():
+            return read(path, expected)
+        found = newest_good(path / CHECKPOINTS, world.say, expected)
+        begun = override and paths(path / CHECKPOINTS)
         if found is None and (choice != "auto" or cooldown or begun):
             raise CheckpointError(
                 f"checkpoint {path}: the folder holds none that can be used; --resume names "
@@ -137,21 +132,18 @@ def find(
 def _agreed(key: str, choose: Callable[[], Checkpoint | None], world: World) -> Checkpoint | None:
     """What rank 0 chooses, on every rank; the others need not see its disk."""
     found = choose() if world.is_main else None
-
-    def describe() -> dict[str, Any] | None:
-        return found and vars(found) | {"tensors": {}, "path": str(found.path)}
-
-    if (facts := world.first(key, describe)) is None:
+    facts = {**vars(found), "tensors": {}, "path": str(found.path)} if found else None
+    if (facts := world.first(key, lambda: facts)) is None:
         return None
     tensors = world.send(f"{key} tensors", found.tensors if found else {})
     return Checkpoint(**facts | {"path": Path(facts["path"]), "tensors": tensors})
 
 
 def cool_down(saved: Checkpoint, recipe: Recipe) -> Recipe:
-    """`recipe`, falling to its end from `saved` on; where that has begun, as it was begun.
+    """`recipe` with its decay begun at `saved`; if that has already begun it, as it did.
 
     Raises:
-        ValueError: its schedule is another, or still in the warm-up.
+        ValueError: the schedule is not wsd, or still in its warm-up.
     """
     if recipe.schedule != "wsd" or saved.step < recipe.warmup_steps:
         raise ValueError(
@@ -168,15 +160,20 @@ def cool_down(saved: Checkpoint, recipe: Recipe) -> Recipe:
 def check_recipe(
     saved: Checkpoint, recipe: Recipe, data_sha256: str, override: bool, cooldown: bool = False
 ) -> list[str]:
-    """Lines about a recipe, or a learning rate, that is not the one saved.
+    """Lines about what differs from the saved recipe, and about a jump of the learning rate.
+
+    Args:
+        saved: Read and checked.
+        recipe, data_sha256: Of the run that is to go on.
+        override: Accept another recipe.
+        cooldown: Begin the decay of a wsd schedule; see `cool_down`.
 
     Raises:
         ValueError: fields differ and `override` is off; the message names each with both values.
-            Or `cool_down`'s, where that is asked for.
     """
     if cooldown:
         recipe = cool_down(saved, recipe)
-    before = {**asdict(Recipe()), **saved_recipe(saved)}  # fields of a later version: as default
+    before = {**asdict(Recipe()), **saved_recipe(saved)}  # a field it lacks is the default
     now = {**asdict(recipe), "data_sha256": data_sha256}
     before.update({name: now[name] for name in _SAME_STEPS | (_ENDS if cooldown else set())})
     changed = _differences(before, now)
@@ -193,7 +190,8 @@ def check_recipe(
         )
     lines = [f"resume: recipe overridden: {change}" for change in changed]
     step, known = saved.step, {f.name for f in fields(Recipe)}
-    with suppress(TypeError, ValueError, AttributeError):  # of another version, or a stranger's
+    # It may be of another version, or a stranger's.
+    with suppress(TypeError, ValueError, AttributeError):
         old = Recipe(**{k: v for k, v in saved.state["recipe"].items() if k in known})
         was, now_at = old.learning_rate(max(step - 1, 0)), recipe.learning_rate(step)
         if not math.isclose(now_at, old.learning_rate(step), rel_tol=0.01):
@@ -207,7 +205,7 @@ def check_recipe(
 def adopt(
     saved: Checkpoint | None, asked: Choices, recipe: Recipe, machine: Machine
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a plan on a GPU takes over from a checkpoint where nothing is asked for, and a line."""
+    """What a plan on a GPU takes over from a checkpoint unless it is asked for; a line about it."""
     if saved is None or machine.device != "cuda" or "made_on" not in saved.state:
         return {}, []
     if changed := _differences(saved.state["made_on"], made_on(machine.name)):
@@ -218,7 +216,7 @@ def adopt(
     can_be = {"launches": schema.Must("launch rows", _are_rows), **schema.of(Choices)}
     kept: dict[str, Any] = {}
     for name in (*_ADOPTED, "launches"):
-        value = plan.get(name)  # of another version, or of a stranger, it may be anything
+        value = plan.get(name)  # anything, if it is of another version or a stranger's
         usable = value is not None and can_be[name].holds(value)
         if usable and getattr(asked.or_else({name: value}), name, value) == value:
             kept[name] = value
@@ -227,7 +225,7 @@ def adopt(
 
 
 def check_plan(saved: Checkpoint, plan: Plan) -> list[str]:
-    """Lines about plan fields that differ: the same samples follow, the last bits may not."""
+    """A line if parts of the plan differ that may change the last bits of a loss."""
     now = {k: v for k, v in asdict(plan).items() if k not in _SAME_LOSSES}
     then = {k: saved.state["plan"].get(k, getattr(Plan, k, None)) for k in now}
     changed = "; ".join(_differences(then, now))

@@ -1,14 +1,14 @@
-"""What a value out of a file must be, derived from the types that declare it, checked in one walk.
+"""What a value out of a file must be, made from the types that declare it, and checked in one walk.
 
 A schema is one of
     Must(words, holds)    a single value
     {"name": schema}      an object with these names and no others; "name?" may be missing
     [schema]              an array of any length
     (schema, schema)      an array of exactly these
-    Every(schema)         an object of any names that are like its pattern
+    Every(schema)         an object of any names that match its pattern
 
-`of` makes it from a type: a dataclass, a TypedDict, or what their fields are declared as. A bound
-that a type has no word for stands beside it: Annotated[int, count(3)].
+`of` makes it from a type: a dataclass, a TypedDict, or what their fields are declared as. If a type
+cannot say it, a Must stands beside the type and replaces it: Annotated[int, count(3)].
 """
 
 import re
@@ -23,17 +23,17 @@ from torch import Tensor
 
 from model.edge import is_int, is_real, one_line, quoted
 
-MOST = 1 << 48  # of any count: rows, bytes, steps
+MOST = 1 << 48  # the largest count of anything: rows, bytes, steps
 LARGE = 3.4028234e38  # the largest fp32
 
 
 class Mismatch(ValueError):
-    """A value is not as its schema says; the message names it."""
+    """A value does not fit its schema; the message names it."""
 
 
 @dataclass(frozen=True)
 class Must:
-    """A single value: what it must be in words, the test of it, and bytes where it is a tensor."""
+    """A single value: what it must be in words, how to test that, and the bytes of a tensor."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -42,14 +42,13 @@ class Must:
 
 @dataclass(frozen=True)
 class Every:
-    """An object of which every value is as `each` says, and every name like the pattern."""
+    """An object in which every value fits `each` and every name matches `names`."""
 
     each: Any
     names: str = r"\w{1,64}"
 
 
 def count(most: int) -> Must:
-    """A whole number from 0 to `most`."""
     return Must(f"a whole number from 0 to {most}", lambda v: is_int(v) and 0 <= v <= most)
 
 
@@ -85,29 +84,20 @@ def of(hint: Any) -> Any:
         each = [of(arg) for arg in args]
         words = " or ".join(one.words for one in each)
         return Must(words, lambda v: any(one.holds(v) for one in each))
-    optional = getattr(hint, "__optional_keys__", ())  # of a TypedDict
+    optional = getattr(hint, "__optional_keys__", ())  # a TypedDict has them
     hints = get_type_hints(hint, include_extras=True)
     return {name + "?" * (name in optional): of(hint) for name, hint in hints.items()}
 
 
-def tensor(
-    like: Tensor,
-    low: float = -LARGE,
-    high: float = LARGE,
-    nan: bool = False,
-    also: Callable[[Tensor], bool] = lambda _: True,
-) -> Must:
-    """A tensor with the dtype and shape of `like`, on any device, and values from low to high.
-
-    With `nan` a value may be NaN too; `also` is a further test, of what has passed these.
-    """
+def tensor(like: Tensor, low: float = -LARGE, high: float = LARGE, nan: bool = False) -> Must:
+    """A tensor with the dtype and shape of `like` and values from low to high, or NaN if `nan`."""
     dtype, shape = like.dtype, like.shape
 
     def holds(value: Tensor) -> bool:
         if value.dtype != dtype or value.shape != shape:
             return False
         least, most = torch.aminmax(value.nan_to_num(0, LARGE * 2, -LARGE * 2) if nan else value)
-        return bool(least >= low) and bool(most <= high) and also(value)
+        return bool(least >= low) and bool(most <= high)
 
     bounds = f"values from {low:g} to {high:g}"
     values = "finite values" if (low, high) == (-LARGE, LARGE) else bounds
@@ -116,7 +106,7 @@ def tensor(
 
 
 def check(where: str, value: Any, schema: Any) -> None:
-    """Raise Mismatch for the first value that is not as `schema` says; `where` names `value`."""
+    """Raise Mismatch for the first part of `value` that does not fit; `where` names `value`."""
     if isinstance(schema, Must):
         if not schema.holds(value):
             raise Mismatch(f"{where} must be {schema.words}, got {_spelled(value)}")
@@ -145,6 +135,6 @@ def _spelled(value: Any) -> str:
     if not isinstance(value, Tensor):
         return quoted(value)
     kind = f"{value.dtype} of shape {tuple(value.shape)}".removeprefix("torch.")
-    with suppress(RuntimeError):  # of an empty one, or of a rare dtype
+    with suppress(RuntimeError):  # an empty tensor, or a rare dtype
         kind += f" with values from {value.min().item():g} to {value.max().item():g}"
     return kind

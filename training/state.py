@@ -1,8 +1,8 @@
-"""What a run is made of, into a checkpoint and back, so that N + M steps equal N, a kill, M.
+"""The state of a run, into a checkpoint and back, so that N + M steps equal N, a kill, M.
 
-The state at the top of a step is complete: weights, optimizer moments, generators, guard window,
-the number of rows drawn, and how much of metrics.jsonl belongs to the steps done. Everything else
-(order of the samples, schedule) is a function of those and of the recipe.
+At the top of a step a run's state is its weights, optimizer moments, random generators, the guard's
+window, the number of rows drawn, and how much of metrics.jsonl belongs to the steps done.
+Everything else (order of the samples, schedule) follows from these and from the recipe.
 """
 
 import copy
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model import GPT, export, hf
-from training import checkpoint, schema
+from training import schema
 from training.checkpoint import Checkpoint, CheckpointError
 from training.environment import package_version
 from training.guard import Counts, Guard
@@ -25,23 +25,20 @@ from training.optim import AdamW, is_hidden_matrix
 from training.plan import Plan
 from training.recipes import Recipe
 from training.schema import COUNT, MOST, Mismatch, Must
-from training.sharding import Replicas
 from training.step import GROWTH_STEPS
 
 MOST_SKIPS = 1000  # a guard leaves out some rows per rollback and allows a few rollbacks
 
 
 def _are_skips(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) > MOST_SKIPS:
-        return False
     with suppress(TypeError, ValueError):
-        ranges = all(COUNT.holds(a) and COUNT.holds(b) and a < b for a, b in value)
-        return ranges and len({first for first, _ in value}) == len(value)
+        firsts = {a for a, b in value if COUNT.holds(a) and COUNT.holds(b) and a < b}
+        return isinstance(value, list) and len(firsts) == len(value) <= MOST_SKIPS
     return False
 
 
 def _is_scale(value: Any) -> bool:
-    """As training/step.py leaves it: halved or doubled, and never halved below 1."""
+    """What training/step.py can leave: it halves and doubles the scale, not below 0.5."""
     with suppress(TypeError, ValueError, OverflowError):
         scale, steps = value
         mantissa, exponent = math.frexp(scale)
@@ -57,11 +54,11 @@ _SCALE = Must(
 
 @dataclass
 class Progress:
-    """Host-side state that moves with the steps; all JSON."""
+    """What changes with the steps on the host; all JSON."""
 
     step: int = 0  # steps done
     position: int = 0  # rows drawn, see training/data.py
-    # Row ranges [first, last) that a rollback told the loader to leave out.
+    # Ranges [first, last) of rows that the loader leaves out since a rollback.
     skips: Annotated[list[tuple[int, int]], _SKIPS] = field(default_factory=list)
     metrics_bytes: int = 0  # length of metrics.jsonl after the steps done
     evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, validation loss)
@@ -78,7 +75,7 @@ class Progress:
 
 
 class State(TypedDict):
-    """state.json of a checkpoint; its recipe and plan may be those of another version."""
+    """state.json of a checkpoint; recipe and plan may be those of another version."""
 
     progress: Progress
     recipe: dict[str, float | str | bool | None]
@@ -92,62 +89,65 @@ STATE = schema.of(State)
 
 
 def saved_recipe(saved: Checkpoint) -> dict[str, Any]:
-    """The recipe of a checkpoint; Muon once was part of the plan."""
+    """The recipe of a checkpoint; in older ones Muon is part of the plan."""
     return {"muon": saved.state["plan"].get("optimizer") == "muon", **saved.state["recipe"]}
 
 
 def made_on(card: str) -> dict[str, str | None]:
-    """What a choice by time holds for."""
+    """What measured times, and so the choices they led to, depend on."""
     return {"card": card, "torch": torch.__version__, "triton": package_version("triton")}
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     """Moments and step counts by parameter name; {} before the first step.
 
-    Of a sharded optimizer on rank 0 alone, and all ranks must call it.
+    If the optimizer is sharded, all ranks must call this and rank 0 alone gets the tensors.
     """
-    shard, named = getattr(optimizer, "shard", Replicas()), {}
+    named = {}
     for name, parameter in model.named_parameters() if optimizer.state else ():
-        state = shard.to_first(parameter, optimizer.state.get(parameter, {}))
+        state = optimizer.shard.to_first(parameter, optimizer.state.get(parameter, {}))
         named |= {f"{name}.{key}": value for key, value in state.items()}
     return named
 
 
 def _generators() -> dict[str, Tensor]:
-    """States of the process's random number generators: CPU, and every CUDA device in use."""
+    """States of the random number generators of the CPU and of every CUDA device."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), **{f"cuda{i}": s for i, s in enumerate(cuda)}}
 
 
-def _can_be_set(state: Tensor) -> bool:
-    """Whether a generator takes it; those of devices that are not here are not tried."""
-    on_cuda = len(state) == len(_CUDA_STATE)
-    with suppress(RuntimeError):
-        if not on_cuda or torch.cuda.is_available():
-            torch.Generator("cuda" if on_cuda else "cpu").set_state(state)
-        return True
-    return False
+def _generator(device: str, num_bytes: int) -> Must:
+    """The state of such a generator; it is tried if the device is there."""
+
+    def holds(state: Tensor) -> bool:
+        if state.dtype != torch.uint8 or state.shape != (num_bytes,):
+            return False
+        with suppress(RuntimeError):
+            if device == "cpu" or torch.cuda.is_available():
+                torch.Generator(device).set_state(state)
+            return True
+        return False
+
+    return Must(f"the state of a generator on {device}, {num_bytes} bytes", holds, num_bytes)
 
 
-_CUDA_STATE = torch.empty(16, dtype=torch.uint8)
-_GENERATORS = dict.fromkeys(
-    (f"cuda{i}?" for i in range(256)), schema.tensor(_CUDA_STATE, 0, 255, also=_can_be_set)
-) | {"cpu": schema.tensor(torch.get_rng_state(), 0, 255, also=_can_be_set)}
+_GENERATORS = dict.fromkeys((f"cuda{i}?" for i in range(256)), _generator("cuda", 16))
+_GENERATORS["cpu"] = _generator("cpu", len(torch.get_rng_state()))
 
 
 @torch.no_grad()
 def capture(
     progress: Progress,
     model: GPT,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     guard: Guard | None,
     recipe: Recipe,
     plan: Plan,
     data_sha256: str,
 ) -> Checkpoint:
-    """Copy the run's state to the host, so that training may go on while the copy is written.
+    """Copy the run's state to the host, so that training can go on while the copy is written.
 
-    `recipe`, `plan` and `data_sha256` are recorded to be compared on resume.
+    A resumed run is compared with `recipe`, `plan` and `data_sha256`.
     """
     tensors = {
         "model": hf.file_tensors(model),
@@ -160,100 +160,94 @@ def capture(
         "plan": asdict(plan),
         "made_on": made_on(plan.device_name),
     }
-    if isinstance(optimizer, AdamW) and optimizer.loss_scale is not None:
+    if optimizer.loss_scale is not None:
         state["loss_scale"] = optimizer.loss_scale.tolist()
     if guard is not None:
         tensors["guard"], state["guard"] = guard.tensors(), asdict(guard)
     copies = {
-        # Into new memory of its own layout: what comes may be a transposed view.
+        # Into new, contiguous memory: the source may be a transposed view.
         group: {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in named.items()}
         for group, named in tensors.items()
     }
-    state = json.loads(json.dumps(state, allow_nan=False))  # which later changes do not reach
+    state = json.loads(json.dumps(state, allow_nan=False))  # a copy, which later steps leave alone
     config = export.hf_config(model, torch.float32)
     return Checkpoint(progress.step, copies, state, config, progress.best)
 
 
-def expect(model: GPT, accept: Callable[[Checkpoint], object] = bool) -> checkpoint.Expected:
-    """What `checkpoint.read` must find for a run of `model`, which may be on the device "meta".
+def expect(
+    model: GPT, saved: Checkpoint, accept: Callable[[Checkpoint], object] = bool
+) -> dict[str, dict[str, Must]]:
+    """What the tensors of a checkpoint must be; its other parts are checked here.
 
     Args:
-        model: Decides names and shapes.
-        accept: Called once the state is known to be well formed; may raise to refuse it.
+        model: Decides names and shapes; it may be on the device "meta".
+        saved: Without its tensors.
+        accept: Called with `saved` once its state is well formed; may raise to refuse it.
     """
-
-    def tensors(saved: Checkpoint) -> dict[str, dict[str, Must]]:
-        schema.check("state.json", saved.state, STATE)
-        progress, steps = saved.state["progress"], saved.state["recipe"].get("max_steps")
-        schema.check("state.json: max_steps", steps, COUNT)
-        step = progress["step"]
-        if step != saved.step or step > steps:
-            raise Mismatch(
-                f"state.json: {step} steps are done of {steps}, and the manifest says {saved.step}"
-            )
-        late = [at for at, _ in progress["evaluations"] if at > step]
-        if late:  # it could be called the best, and never be found
-            raise Mismatch(f"state.json: evaluated at step {late[0]}, and {step} are done")
-        accept(saved)
-        parameters, muon = dict(model.named_parameters()), saved_recipe(saved)["muon"]
-        weights = parameters if saved.config is None else hf.file_tensors(model)
-        moments: dict[str, Must] = {}
-        for name, p in parameters.items() if step else ():  # before the first step there are none
-            if muon and is_hidden_matrix(name, p):
-                moments[f"{name}.momentum_buffer"] = schema.tensor(p)
-            else:
-                moments[f"{name}.step"] = schema.tensor(torch.empty(()), 0, step)
-                moments[f"{name}.exp_avg"] = schema.tensor(p)
-                moments[f"{name}.exp_avg_sq"] = schema.tensor(p, 0)
-        model_schema = {name: schema.tensor(t) for name, t in weights.items()}
-        groups = {"model": model_schema, "optimizer": moments, "rng": _GENERATORS}
-        if "guard" in saved.state:
-            live = Guard("cpu")
-            groups["guard"] = {"count": schema.tensor(live.count, 0, MOST)}
-            groups["guard"]["losses"] = schema.tensor(live.losses, nan=True)
-        return groups
-
-    return tensors
+    schema.check("state.json", saved.state, STATE)
+    progress, steps = saved.state["progress"], saved.state["recipe"].get("max_steps")
+    schema.check("state.json: max_steps", steps, COUNT)
+    step = progress["step"]
+    if step != saved.step or step > steps:
+        raise Mismatch(
+            f"state.json: {step} steps are done of {steps}, and the manifest says {saved.step}"
+        )
+    late = [at for at, _ in progress["evaluations"] if at > step]
+    if late:  # one could be the best, and its checkpoint would never be found
+        raise Mismatch(f"state.json: evaluated at step {late[0]}, and {step} are done")
+    accept(saved)
+    muon, moments = saved_recipe(saved)["muon"], {}
+    for name, p in model.named_parameters() if step else ():  # none before the first step
+        if muon and is_hidden_matrix(name, p):
+            moments[f"{name}.momentum_buffer"] = schema.tensor(p)
+        else:
+            moments[f"{name}.step"] = schema.tensor(torch.empty(()), 0, step)
+            moments[f"{name}.exp_avg"] = schema.tensor(p)
+            moments[f"{name}.exp_avg_sq"] = schema.tensor(p, 0)
+    weights = {name: schema.tensor(t) for name, t in hf.file_tensors(model).items()}
+    groups = {"model": weights, "optimizer": moments, "rng": _GENERATORS}
+    if "guard" in saved.state:
+        live = Guard("cpu")
+        groups["guard"] = {"count": schema.tensor(live.count, 0, MOST)}
+        groups["guard"]["losses"] = schema.tensor(live.losses, nan=True)
+    return groups
 
 
 @torch.no_grad()
-def restore(
-    saved: Checkpoint, model: GPT, optimizer: torch.optim.Optimizer, guard: Guard | None
-) -> Progress:
-    """Put `saved` into live objects, in place, so that captured graphs keep their addresses.
+def restore(saved: Checkpoint, model: GPT, optimizer: AdamW, guard: Guard | None) -> Progress:
+    """Copy `saved` into live tensors, whose addresses captured graphs hold.
 
     Raises:
-        CheckpointError: it is not a checkpoint of this model. Nothing has been changed then.
+        CheckpointError: it is not a checkpoint of this model; nothing has been changed.
     """
     try:
-        schema.check("tensors", saved.tensors, expect(model)(saved))
-        contexts = hf.read_contexts(saved.config or {}, "config.json", model.config.block_size)
+        schema.check("tensors", saved.tensors, expect(model, saved))
+        contexts = hf.read_contexts(saved.config, "config.json", model.config.block_size)
     except ValueError as error:
         raise CheckpointError(f"checkpoint {saved.path or ''}: {error}") from None
-    # The run may be a fine-tuning whose --init is no longer named.
+    # In a fine-tuning run these came from --init, which need not be named again.
     model.trained_context = max(model.trained_context, contexts.get("trained_context", 1))
     model.fine_tuned_context = model.fine_tuned_context or contexts.get("fine_tuned_context")
-    own = model.state_dict() if saved.config is None else hf.file_tensors(model)
-    for name, value in saved.tensors["model"].items():
-        own[name].copy_(value)
-    parameters, shard = dict(model.named_parameters()), getattr(optimizer, "shard", Replicas())
+    for name, tensor in hf.file_tensors(model).items():
+        tensor.copy_(saved.tensors["model"][name])
+    parameters = dict(model.named_parameters())
     for key, value in saved.tensors["optimizer"].items():
         name, _, kind = key.rpartition(".")
-        if (value := shard.part(parameters[name], value)) is None:
+        parameter = parameters[name]
+        if (value := optimizer.shard.part(parameter, value)) is None:
             continue
-        state = optimizer.state[parameters[name]]
+        state = optimizer.state[parameter]
         if kind in state:
             state[kind].copy_(value)
-        else:  # a step count stays where fused AdamW keeps it: beside the parameter
-            state[kind] = value.to(parameters[name].device, copy=True)
-    if isinstance(optimizer, AdamW):
-        optimizer.refresh_working()
-        if "loss_scale" in saved.state:
-            values = torch.tensor(saved.state["loss_scale"], dtype=torch.float32)
-            if optimizer.loss_scale is None:
-                optimizer.loss_scale = values.to(next(model.parameters()).device)
-            else:
-                optimizer.loss_scale.copy_(values)
+        else:
+            state[kind] = value.to(parameter.device, copy=True)
+    optimizer.refresh_working()
+    if "loss_scale" in saved.state:
+        values = torch.tensor(saved.state["loss_scale"], dtype=torch.float32)
+        if optimizer.loss_scale is None:
+            optimizer.loss_scale = values.to(next(model.parameters()).device)
+        else:
+            optimizer.loss_scale.copy_(values)
     if guard is not None and "guard" in saved.tensors:
         for name, tensor in guard.tensors().items():
             tensor.copy_(saved.tensors["guard"][name])
