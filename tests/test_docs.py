@@ -57,7 +57,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_figures_are_those_of_the_script_and_small():
-    names = [draw.__name__ for draw in figures.FIGURES]
+    names = [*figures.FIGURES]
     files = sorted(figures.FOLDER.iterdir())
     assert [path.stem for path in files] == sorted(names)
     page = (ROOT / "docs/kernels.md").read_text()
