@@ -34,6 +34,7 @@ def test_every_recipe_field_is_a_flag_with_the_preset_as_default() -> None:
         assert train.parse(["--preset=smoke", *flags.split()]).choices.compile is wanted
     asked = train.parse(["--preset=smoke", "--working-copies", "off", "--no-cuda-graph"]).choices
     assert (asked.working_copies, asked.cuda_graph) == (False, False)
+    assert train.parse(["--preset=smoke", "--no-recompute"]).choices.recompute is False
     with pytest.raises(SystemExit, match="2"):
         train.parse(["--preset=smoke", "--compile", "maybe"])
     given = """max_lr 0.5 min_lr 0.25 warmup_steps 3 horizon_steps 4 max_steps 5 batch_size 6
@@ -83,8 +84,8 @@ def test_the_recipes_list_themselves(words: list[str], capsys) -> None:
 
 def test_a_config_is_the_flags_it_was_made_of(tmp_path: Path) -> None:
     flags = """--preset=shakespeare-cpu --data a 'b c' --max-lr=0.01 --no-guard --seed=7 --out=x
-        --dropout=0.25 --ops=eager --no-compile --cuda-graph on --micro-batch-size=2 --eval-every=9
-        --resume=never --steps=12"""
+        --dropout=0.25 --ops=eager --no-compile --cuda-graph on --recompute off --micro-batch-size=2
+        --eval-every=9 --resume=never --steps=12"""
     cfg = train.parse(shlex.split(flags))
     flat = asdict(cfg)
     file = tmp_path / "config.json"
@@ -180,7 +181,7 @@ BAD = """
 --hellaswag '' => --hellaswag is empty
 --text-column '' => --text-column is empty
 --tune-file '' => --tune-file is empty
---config {tmp}/sly.json => data must be a plain value
+--config {tmp}/sly.json => data[0] must be a text
 --config {tmp}/help.json => help.json: train.py has no flag 'help'
 --config '' => --config is empty
 --model '' => model: unknown size ''
@@ -214,7 +215,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (tmp_path / "folder").mkdir()
     (tmp_path / "foreign.bin").write_bytes(b"\0\0" * 1000)
     (tmp_path / "foreign.json").write_text('{"encoding": "cl100k_base"}')
-    for name, given in (("sly", {"data": ["a.txt", "--out=elsewhere"]}), ("help", {"help": True})):
+    for name, given in (("sly", {"data": [{"a": "b"}]}), ("help", {"help": True})):
         config = {"recipe": {"name": "smoke"}, "flags": given}
         (tmp_path / f"{name}.json").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)

@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,16 +14,19 @@ from model import hf
 from model.edge import is_int, quoted
 from training import documents, schema
 from training.machines import has_gpu
-from training.plan import Choices
+from training.plan import Choices, Switch
 from training.recipes import ABOUT, FINETUNE, Recipe, find_preset, spell_model
 
-# Where a run was and how it came to an end, not what it is.
-_OF_ONE_RUN = {"out", "resume", "override", "cooldown", "explain", "config"}
-LIST = "list"  # in place of a recipe
+# Flags that say where a run was and how it was resumed, not what it is.
+_OF_ONE_RUN = ("out", "resume", "override", "cooldown", "explain", "config")
+LIST = "list"  # the value of a bare --preset
 DEFAULT_PRESET = {"cpu": "shakespeare-cpu", "cuda": "shakespeare-124m"}
 _LEAST = {"eval_every": -1, "save_every": -1, "keep_last": 1, "rank_timeout": 1}
-_WHOLE = schema.Must("a whole number", is_int)  # whatever its bounds
 _LEAST |= dict.fromkeys(("sample_every", "hellaswag_every", "log_every"), 0)
+_WHOLE = schema.Must("a whole number", is_int)  # Config.check and Recipe know the bounds
+# An older spelling of the three-state flags.
+_SWITCHES = [field.name.replace("_", "-") for field in fields(Choices) if field.type == Switch]
+_OFF = {f"--no-{name}": f"--{name}=off" for name in _SWITCHES}
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def is_due(every: int, step: int) -> bool:
 
 
 def _glance(arguments: Sequence[str]) -> argparse.Namespace:
-    """The flags that others depend on, as they are written."""
+    """The flags on which defaults of other flags depend, as they are written."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?", const=LIST)
     for flag in ("--config", "--init", "--model", "--epochs"):
@@ -170,39 +173,41 @@ def _glance(arguments: Sequence[str]) -> argparse.Namespace:
     first.add_argument("--steps", "--max-steps")
     try:
         return first.parse_known_args(arguments)[0]
-    except argparse.ArgumentError:  # a value is missing, as tyro will say
+    except argparse.ArgumentError:  # a value is missing; tyro says so
         return first.parse_args([])
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """Read the flags; the preset and the weights to start from decide the defaults."""
+    """Read the flags; the preset, --config and the weights to start from decide the defaults."""
     given = _glance(arguments)
     if given.steps and given.epochs:
         raise ValueError(
             f"recipe: --steps {given.steps} and --epochs {given.epochs} both say when it ends; "
             "give one"
         )
-    if given.steps:
-        arguments = [*arguments, "--epochs", "0"]  # in place of those of a recipe
-    if given.config is not None:
-        arguments = [*from_config(given.config), *arguments]
-        given = _glance(arguments)
-    preset = given.preset
-    if preset == LIST:
+    if given.preset == LIST:
         print("\n".join(f"  {name:18}{what}" for name, what in ABOUT.items()))
         raise SystemExit(0)
-    if preset is None:
+    before = read_config(given.config) if given.config is not None else None
+    if given.preset is not None:
+        preset = given.preset
+    elif before:
+        preset = before.preset
+    else:
         preset = FINETUNE if given.init else DEFAULT_PRESET["cuda" if has_gpu() else "cpu"]
     recipe = find_preset(preset)
-    if given.init:
+    default = before or Config(recipe=recipe, preset=preset)
+    recipe, init = default.recipe, given.init or default.init
+    if init:
         if given.model:
-            raise ValueError(f"model: --init {given.init} decides the model; leave --model out")
-        shape = replace(hf.read_config(given.init), dropout=recipe.model_config.dropout)
+            raise ValueError(f"model: --init {init} decides the model; leave --model out")
+        shape = replace(hf.read_config(init), dropout=recipe.model_config.dropout)
         T = min(recipe.block_size, shape.block_size)
         recipe = replace(recipe, model=spell_model(shape), block_size=T)
-    off = {f"--no-{name}": f"--{name}=off" for name in ("compile", "working-copies", "cuda-graph")}
-    spelled = [off.get(flag, flag) for flag in arguments]
-    default = Config(recipe=recipe, preset=preset)
+    if given.steps:
+        recipe = replace(recipe, epochs=0.0)
+    spelled = [_OFF.get(argument, argument) for argument in arguments]
+    default = replace(default, recipe=recipe)
     cfg = tyro.cli(Config, args=spelled, default=default, config=(tyro.conf.OmitArgPrefixes,))
     if ("--data" in arguments and not cfg.data) or ("--val" in arguments and not cfg.val):
         raise ValueError("config: --data and --val need a path; give one, or leave the flag out")
@@ -212,25 +217,24 @@ def parse(arguments: Sequence[str]) -> Config:
     return cfg
 
 
-def from_config(path: str) -> list[str]:
-    """The flags of `train.py` that a config.json stands for; later ones on the line overrule them.
+def read_config(path: str) -> Config:
+    """The flags of an earlier run, for a run like it: without its folder and how it was resumed.
 
     Args:
-        path: The file, or the run folder that holds it.
+        path: The run's config.json, or the folder that holds it.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: no run wrote it.
+        ValueError: no run wrote it, or a value is of the wrong type or out of range.
     """
-    if not path:  # not that of the working directory
+    if not path:  # Path("") would be the working directory
         raise ValueError("config: --config is empty; give a value, or leave it out")
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         recipe, flags = dict(values["recipe"]), dict(values["flags"])
         preset, choices = recipe.pop("name"), flags.pop("choices", {})
-        # What the recipe had no field for yet was as by default, whatever its name stands for now.
-        chosen = {**flags, **choices, **asdict(Recipe()), **recipe, "preset": preset}
+        given = {**flags, **choices, **recipe, "preset": preset}
     except OSError as error:
         raise OSError(
             f"config: {path} must be a run folder or its config.json: {error.strerror}"
@@ -239,33 +243,20 @@ def from_config(path: str) -> list[str]:
         raise ValueError(
             f"config: {file} must be the config.json of a run, with its recipe and flags"
         ) from None
-    if chosen.get("optimizer") == "muon":  # of a run from before it was part of the recipe
-        chosen |= {"optimizer": "auto", "muon": True}
-    known = {f.name for of in (Config, Choices, Recipe) for f in fields(of)}
-    for name in sorted(chosen.keys() - known):
-        raise ValueError(f"config: {file}: train.py has no flag {quoted(name)}")
-    can_be = schema.of(Recipe) | schema.of(Choices)
-    words = [f for f in fields(Config) if isinstance(f.default, str | int)]
-    can_be |= {f.name: schema.of(type(f.default)) for f in words}
-    for name in chosen.keys() & can_be.keys():
-        must = _WHOLE if can_be[name] is schema.COUNT else can_be[name]
-        schema.check(f"config: {file}: {name}", chosen[name], must)
-    left_out = set(_OF_ONE_RUN)
-    left_out |= {"model"} if chosen.get("init") else set()  # whose weights decide it
-    left_out |= {"max_steps"} if chosen.get("epochs") else set()  # of that text
-    kept = {name: value for name, value in chosen.items() if name not in left_out}
-    return [word for name, value in kept.items() for word in _spelled(file, name, value)]
+    if given.get("optimizer") == "muon":  # how older versions spelled it
+        given |= {"optimizer": "auto", "muon": True}
+    for name in _OF_ONE_RUN:
+        given.pop(name, None)
+    must_be = schema.of(Config) | schema.of(Choices) | schema.of(Recipe)
+    del must_be["recipe"], must_be["choices"]
+    for name, value in given.items():
+        if name not in must_be:
+            raise ValueError(f"config: {file}: train.py has no flag {quoted(name)}")
+        must = _WHOLE if must_be[name] is schema.COUNT else must_be[name]
+        schema.check(f"config: {file}: {name}", value, must)
+        given[name] = tuple(value) if isinstance(value, list) else value
 
+    def part(kind: type) -> dict[str, Any]:
+        return {field.name: given[field.name] for field in fields(kind) if field.name in given}
 
-def _spelled(file: Path, name: str, value: Any) -> list[str]:
-    flag = name.replace("_", "-")
-    if value is None or value == []:
-        return []
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    # A word that begins like a flag would be read as one.
-    if isinstance(value, list) and all(isinstance(w, str) and w[:1] != "-" for w in value):
-        return [f"--{flag}", *value]
-    if not isinstance(value, str | int | float):
-        raise ValueError(f"config: {file}: {name} must be a plain value, got {quoted(value)}")
-    return [f"--{flag}={value}"]
+    return Config(recipe=Recipe(**part(Recipe)), choices=Choices(**part(Choices)), **part(Config))

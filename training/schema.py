@@ -77,7 +77,7 @@ def of(hint: Any) -> Any:
     if kind is Literal:
         return Must(f"of {', '.join(map(str, args))}", lambda v: isinstance(v, str) and v in args)
     if kind in (list, tuple):
-        return [of(args[0])] if kind is list else tuple(map(of, args))
+        return [of(args[0])] if kind is list or ... in args else tuple(map(of, args))
     if kind is dict:
         return Every(of(args[1]))
     if kind in (Union, UnionType):  # of single values
