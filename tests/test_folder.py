@@ -89,7 +89,7 @@ def test_a_folder_that_leads_elsewhere_is_refused(tmp_path: Path, name: str, kin
 
 
 def test_what_is_of_another_kind_is_refused(tmp_path: Path) -> None:
-    for name in ("metrics.jsonl", "stopped", "corpus.txt", "report.json"):
+    for name in ("metrics.jsonl", "stopped", "corpus.txt", "report.html"):
         (tmp_path / "a" / name).mkdir(parents=True)
         with pytest.raises(ValueError, match=f"{name} is a link, a pipe or of another kind"):
             open_once(tmp_path / "a")

@@ -1,5 +1,6 @@
 """What a report says in which case, and that its page is safe."""
 
+import html
 import json
 import math
 import re
@@ -146,14 +147,18 @@ def test_numbers_in_verdicts(tmp_path: Path):
 
 
 def test_facts(tmp_path: Path):
-    write_report(write_run(tmp_path / "r", samples=[OWN]), TEXT.encode())
-    facts = json.loads((tmp_path / "r" / "report.json").read_text(encoding="utf-8"))["facts"]
+    run = write_run(tmp_path / "r", samples=[OWN])
+    write_report(run, TEXT.encode())
+    facts = report.facts(read_run(run), len(TEXT.encode()))
     assert facts["tokens seen"] == "102,400"
     assert facts["perplexity, held-out text"] == "66.69"  # e^4.2
     assert facts["bits per byte, held-out text"] == "1.750"
     assert facts["model"] == "tiny, 3,000,000 parameters"
     assert facts["training text"] == f"{len(TEXT.encode()):,} bytes"
-    assert (tmp_path / "r" / "corpus.txt").read_bytes() == TEXT.encode()
+    assert (run / "corpus.txt").read_bytes() == TEXT.encode()
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for name, value in facts.items():
+        assert f"<tr><td>{name}</td><td>{html.escape(value)}</td></tr>" in page
 
 
 def test_the_published_run_stands_beside_a_repetition_of_it_only(tmp_path: Path):
@@ -211,9 +216,9 @@ def test_empty_run_folder(tmp_path: Path):
     assert write_report(tmp_path, b"") == []
     assert not (tmp_path / "corpus.txt").exists()
     assert not (tmp_path / "loss.png").exists()
-    content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    nothing = dict.fromkeys(("train_loss", "val_loss", "overlap"))
-    assert content == {"verdicts": [], "facts": {}, **nothing}
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<h2>") == 2  # no numbers stand in the one, no configuration in the other
+    assert "<td>" not in page
 
 
 ODD = ("[1]", '"x"', "{", '{"recipe": 1, "data": [], "flags": "x"}')
@@ -232,15 +237,15 @@ def test_only_the_models_part_of_a_sample_counts(tmp_path: Path):
         f"[prompt] {TEXT[:300]}\n[model] own words\n\n", encoding="utf-8"
     )
     write_report(tmp_path, TEXT.encode())
-    facts = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert facts["overlap"]["longest_bytes"] == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "The longest stretch" not in page
 
 
 def test_a_strangers_links_are_not_written_through(tmp_path: Path):
     outside = tmp_path / "outside"
     outside.write_text("kept", encoding="utf-8")
     run = write_run(tmp_path / "r")
-    for name in ("report.html", "report.json", "corpus.txt", "loss.png"):
+    for name in ("report.html", "corpus.txt", "loss.png"):
         (run / name).symlink_to(outside)
     write_report(run, TEXT.encode())
     assert outside.read_bytes() == b"kept"

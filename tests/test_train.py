@@ -259,7 +259,7 @@ def test_the_best_weights_are_kept(
     name = "transformer.h.0.mlp.c_fc.weight"
     assert torch.equal(saved[name], best[name])
     assert torch.equal(saved[name], last[name]) == (kept == steps)
-    verdict = (tmp_path / "run" / "report.json").read_text()
+    verdict = (tmp_path / "run" / "report.html").read_text()
     assert (f"model/ holds the weights of step {kept}" in verdict) == (kept < steps)
     assert "Overfitting" not in verdict
 

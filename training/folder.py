@@ -24,7 +24,7 @@ STOPPED = "stopped"  # marks that a job of several ranks was asked to stop
 CHECKPOINTS = "checkpoints"
 LOG = "metrics.jsonl"
 FOLDERS = (CHECKPOINTS, "model", "tensorboard")
-RESULTS = ("corpus.txt", "loss.png", "report.html", "report.json", "samples.txt", "summary.json")
+RESULTS = ("corpus.txt", "loss.png", "report.html", "samples.txt", "summary.json")
 WRITTEN = (*FOLDERS, LOG, *loggers.FILES, "config.json", *RESULTS)  # what a run writes
 
 

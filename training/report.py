@@ -1,4 +1,4 @@
-"""What came of a run: report.html, which needs no other file, report.json and loss.png.
+"""What came of a run: report.html, which needs no other file, and loss.png.
 
 The sentences about the numbers come from training/verdicts.py. This writes a run's report again:
 
@@ -19,7 +19,6 @@ from model.files import write_atomically
 from model.tokenizer import get_encoding
 from training import plot
 from training.data import Tokens
-from training.metrics import write_json
 from training.overlap import find_overlap
 from training.verdicts import Run, number, points, read_run, read_samples, verdicts
 
@@ -104,7 +103,7 @@ def mark_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
 
 
 def write_report(folder: Path, corpus: bytes) -> list[tuple[str, str]]:
-    """Write report.html, report.json and loss.png into a run folder; returns the verdicts.
+    """Write report.html and loss.png into a run folder; returns the verdicts.
 
     Args:
         folder: Run folder with any of summary.json, config.json, metrics.jsonl, samples.txt.
@@ -148,20 +147,6 @@ def write_report(folder: Path, corpus: bytes) -> list[tuple[str, str]]:
         config=json.dumps(run.config, indent=2),
     )
     write_atomically(folder / "report.html", page)
-    content = {
-        "verdicts": [{"kind": kind, "text": line} for kind, line in judged],
-        "facts": table,
-        "train_loss": run.train_loss,
-        "val_loss": run.val_loss,
-        "overlap": overlap
-        and {
-            "longest_bytes": len(overlap.longest),
-            "longest": overlap.longest.decode("utf-8", "replace"),
-            "shares": overlap.shares,
-            "covered": overlap.covered,
-        },
-    }
-    write_json(folder / "report.json", content)
     return judged
 
 
