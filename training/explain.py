@@ -1,12 +1,12 @@
 """What this machine could do with a recipe, what it does, and what would help.
 
-Three sources of numbers, and each line says which one it has: measured here (`measure_rates`,
-`probe_steps`), computed from these by a roofline, or computed from vendors' datasheets.
+Each printed line says where its numbers come from: they are measured here (training/probe.py),
+computed from those by a roofline, or computed from vendors' datasheets. The roofline is
 
     seconds of a step = flops / matmul rate + bytes of everything else / copy rate
 
-The two terms are added, not overlapped; launches, waiting and small matrices are not in it.
-`findings` is a pure function, so what it would say of another machine is testable on this one.
+Its two terms do not overlap; launches, waiting and small matrices are not in it. `findings` is a
+pure function, so that it can be tested for other machines on this one.
 """
 
 import platform
@@ -29,9 +29,9 @@ def traffic_bytes(recipe: Recipe, plan: Plan) -> float:
     """Bytes a step reads and writes outside the matrix products.
 
     Per token and layer: two residual adds with norm, forward (x, residual in, y, residual out) and
-    backward (dy, two of the residual in, two out), and GELU, which the triton op leaves 2 of 5
-    passes over 4C. Per token: 5 passes over the logits. Per parameter: AdamW 28,
-    the norm and the clip 12, and 12 for each micro-batch after the first.
+    backward (dy, two of the residual in, two out), and GELU: 5 passes over 4C, or 2 in the triton
+    op. Per token: 5 passes over the logits. Per parameter: 28 bytes for AdamW, 12 for the norm and
+    the clip, and 12 for each micro-batch after the first.
     """
     config = recipe.model_config
     C, e = config.n_embd, 4 if plan.dtype == "fp32" else 2
@@ -44,7 +44,7 @@ def traffic_bytes(recipe: Recipe, plan: Plan) -> float:
     casts = 6 if plan.dtype != "fp32" and not plan.working_copies else 0
     micro = plan.num_micro_batches
     per_parameter = 28 + 12 + 12 * (micro - 1) + casts * micro
-    # Each chunk of tokens adds into the head's fp32 gradient: two reads and a write.
+    # Each chunk of tokens is added to the head's fp32 gradient: two reads and a write.
     chunks = -(-plan.micro_batch_size * recipe.block_size // CHUNK_TOKENS) if eager_loss else 1
     head = 12 * chunks * micro * config.padded_vocab_size * C
     return (
@@ -55,13 +55,13 @@ def traffic_bytes(recipe: Recipe, plan: Plan) -> float:
 
 
 def roofline_s(recipe: Recipe, plan: Plan, matmul_gflops: float, copy_gbs: float) -> float:
-    """Seconds of a step: flops of the palm form at one rate plus `traffic_bytes` at the other."""
+    """Seconds of a step: flops (palm) at one rate plus `traffic_bytes` at the other."""
     flops = flops_per_token(recipe.model_config, recipe.block_size) * recipe.tokens_per_step
     return flops / (matmul_gflops * 1e9) + traffic_bytes(recipe, plan) / (copy_gbs * 1e9)
 
 
 def elsewhere(recipe: Recipe, plan: Plan) -> list[str]:
-    """One line for each known GPU, the slowest first: the roofline at its datasheet's figures."""
+    """A line for each known GPU, slowest first: the roofline at its datasheet's figures."""
     found: list[tuple[float, str]] = []
     for name, card in CARDS.items():
         there = replace(plan, dtype=card.dtype, compile=True, ops="eager")
@@ -73,7 +73,7 @@ def elsewhere(recipe: Recipe, plan: Plan) -> list[str]:
 
 
 def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: Probe) -> list[str]:
-    """What holds this run back, each with its number and a way out; a pure function."""
+    """What holds this run back, each with its number and a way out."""
     config, cuda, rate = recipe.model_config, machine.device == "cuda", rates.matmul(plan.dtype)
     tokens, D = plan.micro_batch_size * recipe.block_size, config.head_dim
     fp32, bf16 = rates.matmul("fp32"), rates.matmul_gflops.get("bf16", 0.0)

@@ -1,7 +1,7 @@
 """What this machine reaches: copies, matrix products, and a few steps of a recipe by phase.
 
-Steps are timed twice where the plan captures a graph: as training takes them, and launch by launch
-for the phases.
+Where the plan captures a graph, steps are timed twice: as training replays them, and launch by
+launch to tell the phases apart.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from model.flops import flops_per_token
 from training.data import DataLoaderLite, Prefetcher, Tokens
 from training.guard import Guard
 from training.machines import num_cores, nvidia_smi
-from training.numerics import DTYPES
+from training.numerics import DTYPES, precision
 from training.optim import configure_adamw
 from training.plan import Machine, Plan
 from training.recipes import Recipe
 from training.step import NUM_WARMUP, Outcome, TrainStep
 
 MAX_STEPS = 10
-PROBE_S = 20.0  # with the import, the rates and a step of GPT-2 124M on two cores under a minute
-# Of a step; above it ten compiled steps and the compiling take more than a minute of two cores.
+PROBE_S = 20.0  # so that --explain takes less than a minute for GPT-2 124M on two cores
+# Of a step; with more, compiling and ten compiled steps take over a minute on two cores.
 MAX_COMPILED_FLOPS = 2e11
 RATE_S = 0.8  # for each rate that is measured
-COMPILE_S, MAX_COMPILE_S = 20.0, 40.0  # what it takes two idle cores, and what it may take here
+COMPILE_S, MAX_COMPILE_S = 20.0, 40.0  # what it takes on two idle cores, and what it may take here
 PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer")
 
 
@@ -65,7 +65,7 @@ class Probe:
     phases: dict[str, float]  # median seconds of a step in each of PHASES, launch by launch
     seconds: tuple[float, ...]  # of each step as training takes it: replayed where it captures
     tokens_per_step: int
-    host_s: float = 0.0  # median, that the host needs to queue a step on CUDA; 0 on a CPU
+    host_s: float = 0.0  # median time in which the host queues a step on CUDA; 0 on a CPU
     peak_bytes: int = 0  # of the GPU's allocator; 0 on a CPU
     note: str = ""  # what was done otherwise than in training
 
@@ -106,7 +106,7 @@ def _median_s(call: Callable[[], object], cuda: bool, budget_s: float) -> float:
 
 
 def products_s(recipe: Recipe, plan: Plan) -> float:
-    """Seconds of a step's matrix products but attention's, each timed alone at its own shape."""
+    """Seconds of a step's matrix products without attention's, each timed alone at its shape."""
     config, cuda = recipe.model_config, plan.device == "cuda"
     M, C, L = plan.micro_batch_size * recipe.block_size, config.n_embd, config.n_layer
     head = min(M, CHUNK_TOKENS)
@@ -124,50 +124,48 @@ def products_s(recipe: Recipe, plan: Plan) -> float:
 
 
 def measure_rates(recipe: Recipe, machine: Machine, plan: Plan) -> Rates:
-    """Copy and matmul rates of this machine; about 4 s on a CPU, each the median of some."""
+    """Copy and matmul rates of this machine, medians of several samples; about 4 s on a CPU."""
     cuda, device = machine.device == "cuda", torch.device(machine.device)
-    median_s = partial(_median_s, cuda=cuda, budget_s=RATE_S)
 
-    def gflops(m: int, k: int, n: int, dtype: torch.dtype) -> float:
-        a, b = (torch.randn(s, device=device).to(dtype) for s in ((m, k), (k, n)))
-        out = torch.empty(m, n, device=device, dtype=dtype)
-        return 2e-9 * m * k * n / median_s(lambda: torch.mm(a, b, out=out))
+    def gflops(m: int, k: int, n: int, name: str) -> float:
+        a, b = (torch.randn(s, device=device).to(DTYPES[name]) for s in ((m, k), (k, n)))
+        out = torch.empty(m, n, device=device, dtype=DTYPES[name])
+        return 2e-9 * m * k * n / _median_s(lambda: torch.mm(a, b, out=out), cuda, RATE_S)
 
     def copy_gbs() -> float:
         source = torch.ones((1 << 28) if cuda else (1 << 24), device=device)
         target = torch.empty_like(source)
-        return 2e-9 * source.nbytes / median_s(lambda: target.copy_(source))
+        return 2e-9 * source.nbytes / _median_s(lambda: target.copy_(source), cuda, RATE_S)
 
-    size, precision = 8192 if cuda else 2048, torch.get_float32_matmul_precision()
-    rates = {}
-    try:
-        torch.set_float32_matmul_precision("highest")
-        rates["fp32"] = gflops(size, size, size, torch.float32)
-        if cuda and machine.arch >= 80:
-            torch.set_float32_matmul_precision("high")
-            rates["tf32"] = gflops(size, size, size, torch.float32)
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    for name in {*(["bf16"] if machine.has_bf16 else []), plan.dtype} - {"fp32"}:
-        rates[name] = gflops(size, size, size, DTYPES[name])
-    said = ("driver_version", "power.limit", "power.max_limit", "clocks.sm", "clocks.max.sm")
-    smi = nvidia_smi(*said) if cuda else {}
+    rates, size = {}, 8192 if cuda else 2048
+    names = ["fp32", *["tf32"] * (cuda and machine.arch >= 80), *["bf16"] * machine.has_bf16]
+    for name in dict.fromkeys([*names, plan.dtype]):
+        with precision(name):
+            rates[name] = gflops(size, size, size, name)
     C = recipe.model_config.n_embd
     tokens = min(plan.micro_batch_size * recipe.block_size, 65536 if cuda else 1024)
-    shaped = gflops(tokens, C, 4 * C, DTYPES[plan.dtype])
-    numbers = [float(smi.get(field, 0)) for field in said[1:]]
-    driver = smi.get("driver_version", "")
-    return Rates(copy_gbs(), rates, shaped, num_cores(), *numbers, driver=driver)
+    fields = ("power.limit", "power.max_limit", "clocks.sm", "clocks.max.sm")
+    smi = nvidia_smi("driver_version", *fields) if cuda else {}
+    return Rates(
+        copy_gbs(),
+        rates,
+        gflops(tokens, C, 4 * C, plan.dtype),
+        num_cores(),
+        *(float(smi.get(field, 0)) for field in fields),
+        driver=smi.get("driver_version", ""),
+    )
 
 
 def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PROBE_S) -> Probe:
     """Take up to ten steps as train.py takes them, its numerics set before, and time their phases.
 
     Args:
-        recipe, plan: What to run. Not compiled on a CPU that is busy, or where a step takes longer.
+        recipe, plan: What to run. On a CPU a large model, and any on a busy machine, is not
+            compiled.
         tokens: (N,) uint16, to draw rows from.
-        limit_s: No step begins that would end after so many seconds. On a CPU a row is timed
-            first; where a step would take more than half of this, it takes fewer and is scaled.
+        limit_s: No step begins that would end after so many seconds. On a CPU a step of one row is
+            timed first; where a whole step would take more than half of the limit, the steps have
+            fewer rows, and their time is scaled.
 
     Raises:
         ValueError: `tokens` is shorter than a batch.
@@ -181,7 +179,7 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
         elif (compile_s := COMPILE_S * slowdown()) > MAX_COMPILE_S:
             notes.append(f"not compiled: this machine is busy, it would take {compile_s:.0f} s")
         plan = replace(plan, compile=not notes)
-    if cuda:  # what `measure_rates` held is not the step's
+    if cuda:  # what `measure_rates` took is not the step's
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(recipe.seed)
@@ -191,8 +189,9 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
     guard = Guard(device) if recipe.guard else None
     take = TrainStep(model, optimizer, recipe, plan, say=notes.append)
     steps: list[dict[str, float]] = []  # seconds of each by phase
-    host: list[float] = []  # until it was queued
-    last_s, replayed, peak, all_rows = 0.0, [], 0, recipe.rows_per_step
+    host: list[float] = []  # seconds until it was queued
+    replayed: list[float] = []
+    peak, all_rows = 0, recipe.rows_per_step
 
     def update(loss: Tensor) -> Outcome:
         norm = optimizer.clip(recipe.grad_clip)
@@ -201,9 +200,8 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
         optimizer.zero_grad()
         return Outcome(loss, norm, bad)
 
-    def timed(rows: int) -> None:
-        """A step launch by launch, with marks in it; of fewer rows it is scaled to all."""
-        nonlocal last_s
+    def timed(rows: int) -> float:
+        """Seconds of a step of so many rows; its phases, scaled to all rows, go to `steps`."""
         forward, started, marks = take.forward, time.perf_counter(), [("", _mark(cuda))]
 
         def mark(phase: str) -> None:
@@ -232,14 +230,13 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
         for (_, before), (phase, after) in pairwise(marks):
             scale = all_rows / rows if phase in ("forward", "backward") else 1
             spent[phase] += scale * _between(before, after)
-        last_s = time.perf_counter() - started
         steps.append(spent)
+        return time.perf_counter() - started
 
     def step_of(rows: int) -> TrainStep:
-        sizes = {"micro_batch_size": rows, "num_micro_batches": 1}
-        if rows > plan.micro_batch_size:
-            sizes = {"num_micro_batches": rows // plan.micro_batch_size}
-        return TrainStep(model, optimizer, recipe, replace(plan, **sizes), say=notes.append)
+        micro = min(rows, plan.micro_batch_size)
+        sized = replace(plan, micro_batch_size=micro, num_micro_batches=rows // micro)
+        return TrainStep(model, optimizer, recipe, sized, say=notes.append)
 
     order = recipe.order, recipe.seed, recipe.batch_size
     loader = DataLoaderLite(tokens, all_rows, recipe.block_size, *order)
@@ -259,11 +256,11 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
             take.graph, take.outcome = [], None  # its pool holds what a step needs once more
             gc.collect()
             torch.cuda.empty_cache()
-        deadline = time.perf_counter() + limit_s  # compiling, above or in the first step, is apart
-        rows = all_rows
+        deadline = time.perf_counter() + limit_s  # the time of compiling does not count
+        rows, last_s = all_rows, 0.0
         if not (cuda or plan.compile):
             take = step_of(1)
-            timed(1)
+            last_s = timed(1)
             rows = min(rows, max(1, int(rows * limit_s / 2 / sum(steps[0].values()))))
             rows -= rows % min(rows, plan.micro_batch_size)
             take = step_of(rows)
@@ -272,8 +269,8 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
         while len(steps) <= MAX_STEPS and (
             len(steps) < (2 if cuda else 1) or time.perf_counter() + last_s < deadline
         ):
-            timed(rows)
-    kept = steps[1:] or steps  # the first warms caches up
+            last_s = timed(rows)
+    kept = steps[1:] or steps  # the first warms up caches
     notes += [] if len(steps) > 1 else ["no warm-up"]
     return Probe(
         phases={phase: statistics.median(step[phase] for step in kept) for phase in PHASES},
@@ -286,7 +283,7 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
 
 
 def slowdown(sample_s: float = 0.3) -> float:
-    """How many times as long as alone a thread takes now: 1 on an idle machine."""
+    """How many times longer than alone a thread takes now: 1 on an idle machine."""
     started, busy = time.perf_counter(), time.thread_time()
     while (wall := time.perf_counter() - started) < sample_s:
         pass

@@ -1,9 +1,9 @@
-"""What the numbers of a run folder show of the run, and what they do not, in plain words.
+"""What the numbers of a run folder show about the run, and what they do not, in plain words.
 
-A falling training loss says nothing about whether a model has learnt the language or the file. Put
-beside it is what does: the loss on held-out text, how often each token was seen, and how much of
-what the model writes stands verbatim in what it read. Every sentence is made from the run's own
-numbers, and where a number is missing or not finite nothing is concluded from it.
+A falling training loss does not say whether a model has learnt the language or the file. Other
+numbers do: the loss on held-out text, how often each token was seen, and how much of what the model
+writes stands verbatim in what it read. Each sentence uses the run's own numbers; nothing is
+concluded from a number that is missing or not finite.
 """
 
 import math
@@ -27,15 +27,15 @@ SEED_RECIPE = "shakespeare-124m"
 GAP_NATS = 0.5  # validation minus training loss: training text is e^0.5 = 1.6 times as likely
 EASIER_NATS = 0.1  # validation loss below training loss
 RISE_NATS = 0.1  # validation loss above its own minimum
-WINDOW = 32  # bytes; a shorter stretch in common is ordinary language
+WINDOW = 32  # bytes; shorter stretches in common are ordinary language
 RECITED_SHARE = 0.5  # of the samples' windows
 RECITED_BYTES = 128  # two lines of verse
 OWN_SHARE = 0.05
 MANY_EPOCHS = 10.0
 LOW_LOSS = 1.0  # nats per token; GPT-2 1558M reaches 2.5 to 3 on text it has not seen
-RECITED_LOSS = 0.5  # after many epochs no other way leads there
+RECITED_LOSS = 0.5  # after many epochs, only recitation gets so low
 WARNINGS = ("failed", "memorised", "overfitted", "unlearnt", "by_heart", "recited")
-# Each with its name; `verdicts` says which hold and fills in the run's own numbers.
+# Each after its name; `verdicts` chooses and fills in the run's own numbers.
 SENTENCES = """
 failed: This run failed. {failure}: its weights and what they write say nothing, and neither do the
 figures below.
@@ -82,20 +82,20 @@ partly: The samples are partly recited: {seen}
 
 
 def number(values: Mapping[str, Any], key: str) -> float | None:
-    """A finite number, or None: what stands in a file may be missing, NaN or of another type."""
+    """A finite number, or None: a file's value may be missing, NaN or of another type."""
     value: Any = values.get(key)
     return float(value) if is_real(value) and abs(value) < 1e300 else None
 
 
 def points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of each row, NaN for what is not a finite number."""
+    """(step, value) of each row that has the key; NaN for a value that is no finite number."""
     found = [(row["step"], number(row, key)) for row in rows if key in row]
     return [(step, math.nan if value is None else value) for step, value in found]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says about itself; parts that are missing are empty."""
+    """The contents of a run folder's files; missing ones are empty."""
 
     summary: dict[str, Any]
     config: dict[str, Any]
@@ -114,13 +114,13 @@ class Run:
 
     @property
     def kept(self) -> int | None:
-        """Steps done for the weights in model/, where others came after them."""
+        """How many steps made the weights in model/, if the run took more after them."""
         saved = number(self.summary, "saved_after_step")
         return None if saved is None or saved + 1 == self.num_steps else int(saved) + 1
 
     @property
     def train_loss(self) -> float | None:
-        """Mean over the last twentieth of the steps to model/: a single batch proves nothing."""
+        """Mean over the last 5% of the steps that made model/: one batch proves nothing."""
         kept = self.kept
         losses = [number(step, "loss") for step in self.steps[:kept] if "loss" in step]
         if not losses:
@@ -130,21 +130,21 @@ class Run:
 
     @property
     def val_loss(self) -> float | None:
-        """Of the last evaluation."""
+        """The last evaluation's."""
         if self.summary.get("val_loss") is None and self.evaluations:
             return number(self.evaluations[-1], "val_loss")
         return number(self.summary, "val_loss")
 
     @property
     def baselines(self) -> dict[str, float]:
-        """Validation losses of counting, by name."""
+        """Validation losses that counting tokens gives, by name."""
         values = self.summary.get("baselines")
         values = values if isinstance(values, dict) else {}
         return {name: loss for name in values if (loss := number(values, name)) is not None}
 
     @property
     def failure(self) -> str | None:
-        """Why nothing can be concluded from this run's weights, in a sentence."""
+        """A sentence about why this run's weights prove nothing; None if they may."""
         told = [(event.get("event"), event.get("step")) for event in self.events]
         losses = points(self.steps, "loss")[::-1]
         lost = [*takewhile(lambda p: not (isfinite(p[1]) or ("skipped", p[0]) in told), losses)]
@@ -162,7 +162,7 @@ class Run:
 
     @property
     def published(self) -> Points:
-        """(step, loss) of the published run, where this run repeats it."""
+        """(step, loss) of the published run if this run repeats it."""
         recipe, wanted = self.part("recipe"), asdict(PRESETS[SEED_RECIPE])
         free = ("max_steps", "target_loss", "guard", "seed")
         same = all(recipe.get(key) == wanted[key] for key in wanted if key not in free)
@@ -175,12 +175,12 @@ def read_run(folder: Path) -> Run:
     steps, evaluations, events = read_metrics(folder / "metrics.jsonl")
     summary = read_object(folder / "summary.json")
     if steps and (number(summary, "final_step") or math.inf) <= steps[-1]["step"]:
-        summary = {}  # of an earlier end: the run has been extended since and has not ended
+        summary = {}  # it is of an earlier end: the run was extended and has not ended again
     return Run(summary, read_object(folder / "config.json"), steps, evaluations, events)
 
 
 def read_samples(run: Path) -> list[tuple[str, str]]:
-    """(prompt, what the model wrote) of a run's samples.txt; one in another form is one sample."""
+    """(prompt, what the model wrote) in samples.txt; a file in another form is one sample."""
     try:
         text = (run / "samples.txt").read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -191,7 +191,7 @@ def read_samples(run: Path) -> list[tuple[str, str]]:
 
 
 def verdicts(run: Run, overlap: Overlap | None = None, whole: bool = True) -> list[tuple[str, str]]:
-    """("warning" or "note", sentence) in plain words; what the numbers do and do not show.
+    """("warning" or "note", sentence) for everything that the numbers show.
 
     Args:
         run: The run.
@@ -199,7 +199,7 @@ def verdicts(run: Run, overlap: Overlap | None = None, whole: bool = True) -> li
         whole: All of the training text was searched.
     """
     known = run.val_loss, run.train_loss, run.baselines.get("bigram"), number(run.summary, "epochs")
-    # What is not known is NaN, of which no comparison is true.
+    # An unknown number becomes NaN, so that no comparison with it is true.
     val, train, bigram, epochs = (math.nan if value is None else value for value in known)
     share = overlap.shares.get(WINDOW, math.nan) if overlap else math.nan
     longest, validated, gap = len(overlap.longest) if overlap else 0, val == val, val - train
