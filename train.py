@@ -30,7 +30,7 @@ from training.checkpoint import CheckpointError, Writer
 from training.choose import take_fastest
 from training.data import Corpus, load_corpus
 from training.distributed import ALONE, World, hash_weights, refuse_mismatch, share
-from training.ending import finish, leave, sample, take_best
+from training.ending import finish, leave, sample
 from training.explain import explain
 from training.flags import Config, is_due, parse
 from training.guard import Guard
@@ -203,11 +203,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         log.finish()
         take_step.gather()
         writer.wait()  # the weights to keep may be on their way to the disk
-        kept = take_best(run, model, log.say, progress)
-        if run.items:
-            run.score_hellaswag(model, log, kept, take_step.autocast, stop)
         try:
-            finish(run, model, log, progress, kept, watch.reached, take_step.autocast, stop.check)
+            finish(run, model, log, progress, watch.reached, take_step.autocast, stop)
         except Stopped:  # on this rank; each leaves by itself
             if not saves_at_end:
                 save_checkpoint()

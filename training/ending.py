@@ -30,7 +30,7 @@ SAMPLE_TOKENS = 120
 MAX_VAL_TOKENS = 10_485_760  # of the last evaluation; more would not change the digits shown
 
 
-def take_best(run: Run, model: GPT, say: Callable[[str], None], progress: Progress) -> int:
+def _take_best(run: Run, model: GPT, say: Callable[[str], None], progress: Progress) -> int:
     """Put the weights that the run keeps into `model`; returns the step they are of."""
     best, last, world = progress.best, progress.step, run.world
     if run.recipe.keep == "last" or best is None or best == last:
@@ -58,20 +58,21 @@ def finish(
     model: GPT,
     log: RunLog,
     progress: Progress,
-    kept: int,
     reached: int | None,
     autocast: Autocast,
-    poll: Callable[[], None],
+    stop: StopRequest,
 ) -> None:
-    """Evaluate, then write weights, samples, summary and report.
+    """Evaluate the weights that the run keeps; write them, samples, summary and report.
 
     Args:
         run, model, log, progress: After the last step.
-        kept: The step that the weights in `model` are of, as `take_best` returned it.
         reached: The step whose loss fell below the recipe's target, if one did.
         autocast: Context for the evaluation.
-        poll: Called now and then; raises if the run is to stop.
+        stop: Looked at now and then; raises Stopped.
     """
+    kept = _take_best(run, model, log.say, progress)
+    if run.items:
+        run.score_hellaswag(model, log, kept, autocast, stop)
     recipe, out, num_steps = run.recipe, run.out, progress.step
     train_s = sum(r.ms for r in log.records) / 1000.0
     tokens_seen = num_steps * recipe.tokens_per_step
@@ -80,7 +81,7 @@ def finish(
     if not validates:  # one row shows whether the last update left a usable model
         scored = run.train_tokens[: recipe.block_size + 1]
     with autocast():
-        loss = run.validate(model, scored, MAX_VAL_TOKENS, poll)
+        loss = run.validate(model, scored, MAX_VAL_TOKENS, stop.check)
     if validates:
         val_loss = loss
         log.event("eval" if kept == num_steps else "kept", step=kept, val_loss=val_loss)
@@ -99,10 +100,10 @@ def finish(
         bits_per_byte = val_loss * len(scored[:DECODE_TOKENS]) / (math.log(2) * num_bytes)
         beside = ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items())
         log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
-    poll()
+    stop.check()
     model.save_pretrained(out / "model")
     model.residual_dtype = None  # what a loaded model has
-    write_samples(run, model, log.say, poll)
+    write_samples(run, model, log.say, stop.check)
     losses = (r.loss for r in reversed(log.records) if r.finite and r.step < kept)
     summary = {
         "final_step": num_steps,
