@@ -53,7 +53,7 @@ REFUSED = {
     "Parquet in gz": ("a.parquet.gz", packed(gzip.compress, b"PAR1"), "cannot be read as a table"),
     "JSON in xz": ("a.json.xz", lzma.compress(b"{}"), "is JSON; write one object a line"),
     "web page": ("a.parquet", b"<html>", "cannot be read as a table .*or something else"),
-    "zip": ("a.zip", b"PK\x03\x04\x14\0", "is a zip archive"),
+    "zip": ("a.zip", b"PK\x03\x04\x14\0", "is binary, not text: .*; unpack it"),
     "LFS": ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
     "pickle": ("a.pkl", pickle.dumps("x"), "is binary, not text: .*; unpack it, or convert"),
     "weights": ("a.safetensors", b"\x10\0\0\0\0\0\0\0{}", "is binary"),

@@ -291,9 +291,9 @@ def prepared(tmp_path: Path) -> Config:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: p.unlink(), "train-000001.bin is missing, but index.json names it"),
-        (lambda p: p.write_bytes(p.read_bytes()[:-2]), r"must be \d+ bytes by index.json, got"),
-        (flip, "train-000001.bin is not as index.json has it"),
+        (lambda p: p.unlink(), "train-000001.bin is missing, or not what index.json describes"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-2]), "train-000001.bin is missing, or not what"),
+        (flip, "train-000001.bin is missing, or not what index.json describes"),
         (lambda p: p.rename(p.with_name("train-000009.bin")), "train-000009.bin is not named in"),
         (lambda p: (p.rename(p.parent / "x"), p.symlink_to("x")), "is missing"),
     ],
@@ -399,9 +399,7 @@ def test_an_index_that_is_a_pipe_is_refused(prepared: Config):
     path.unlink()
     os.mkfifo(path)
     for read in (lambda: load_corpus([prepared.out]), lambda: prepare(prepared)):
-        with pytest.raises(
-            ValueError, match=r"index\.json: format must be .*, as training.prepare writes it"
-        ):
+        with pytest.raises(ValueError, match=r"index\.json must be an object, got None"):
             read()
 
 

@@ -25,18 +25,10 @@ from torch import Tensor
 
 from model import tokenizer
 from model.files import read_object, replacing, write_atomically
+from training import shards
 from training.documents import KEY, TAKEN, cut, encode_piece, find_inputs, hash_files
 from training.recipes import Order
-from training.shards import (
-    INDEX,
-    TOKEN_DTYPE,
-    TokenShards,
-    check_encoding,
-    hash_file,
-    holds_tokens,
-    open_foreign,
-    open_prepared,
-)
+from training.shards import TOKEN_DTYPE, TokenShards
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -104,7 +96,7 @@ def load_corpus(
     else:
         name, paths = _default_source(say)
     inputs = find_inputs(paths, key)
-    if holds_tokens(inputs[0]):
+    if shards.holds_tokens(inputs[0]):
         beside = inputs[0].iterdir() if inputs[0].is_dir() else ()
         if texts := sorted(p.name for p in beside if p.suffix.lower() in TAKEN):
             say(f"data: the token files of {inputs[0]}; not read: {', '.join(texts[:5])}")
@@ -116,14 +108,12 @@ def load_corpus(
 
 
 def open_tokens(path: Path) -> Corpus:
-    """Open a token file, or a folder of shards; formats and errors as in training/shards.py.
+    """Open a token file, or a folder of them, in the formats of training/shards.py.
 
-    In a folder, files with "val" in their name are the validation part and the others are trained
-    on. A JSON beside a file names the encoding.
+    Files of a folder that have "val" in their name are the validation part.
     """
-    if path.is_file():
-        check_encoding(path, read_object(path.with_suffix(".json")))
-    parts, sha256 = (open_prepared if (path / INDEX).exists() else open_foreign)(path)
+    is_ours = (path / shards.INDEX).exists()
+    parts, sha256 = shards.open_prepared(path) if is_ours else shards.open_foreign(path)
     val = [p for p in parts if path.is_dir() and VALIDATION.search(p.name.lower())]
     if len(val) == len(parts):
         raise ValueError(f"data: {path} holds validation files alone: {val[0].name}")
@@ -139,7 +129,7 @@ def _default_source(say: Callable[[str], None]) -> tuple[str, list[Path]]:
         say("data: input.txt of the working directory")
         return str(here), [here]
     kept = tokenizer.cache_dir() / "tinyshakespeare.txt"
-    if not (kept.is_file() and hash_file(kept) == SHAKESPEARE_SHA256):
+    if not (kept.is_file() and shards.hash_file(kept) == SHAKESPEARE_SHA256):
         try:
             write_atomically(kept, _download(SHAKESPEARE_URL))
         except (OSError, ValueError) as error:
@@ -166,12 +156,12 @@ def _download(url: str) -> bytes:
 
 
 def _tokenise(files: Sequence[Path], name: str, key: str) -> Corpus:
-    """The tokens of text files, from the cache or newly made; <|endoftext|> between documents."""
+    """The tokens of text files, from the cache or newly made; <|endoftext|> between"""
     sha256 = hash_files(files, key)
     path = tokenizer.cache_dir() / "tokens" / f"{sha256[:16]}-{tokenizer.ENCODING}.bin"
     kept = read_object(path.with_suffix(".json"))
     # Only a hash of the whole file finds a damaged cache; the text has been read whole anyway.
-    intact = path.is_file() and kept.get("tokens_sha256") == hash_file(path)
+    intact = path.is_file() and kept.get("tokens_sha256") == shards.hash_file(path)
     if kept.get("sha256") != sha256 or not intact:
         chunks = (encode_piece(piece) for file in files for piece in cut(file, key))
         first = next(filter(None, chunks), b"")  # it begins with <|endoftext|>
@@ -181,63 +171,53 @@ def _tokenise(files: Sequence[Path], name: str, key: str) -> Corpus:
                 out.writelines(chunks)
             if not partial.stat().st_size:
                 raise ValueError(f"data: {name} holds no text to train on")
-            hashes = {"sha256": sha256, "tokens_sha256": hash_file(partial)}
+            hashes = {"sha256": sha256, "tokens_sha256": shards.hash_file(partial)}
         meta = {"name": name, "encoding": tokenizer.ENCODING, **hashes}
         # The JSON comes last: a token file without it is not used.
         write_atomically(path.with_suffix(".json"), json.dumps(meta, indent=1))
     return Corpus(TokenShards([np.memmap(path, dtype=TOKEN_DTYPE, mode="r")]), name, sha256)
 
 
+@dataclass
 class DataLoaderLite:
     """Batches of rows in an order that is a function of (seed, epoch, index) alone.
-
-    Args:
-        tokens: (N,) uint16.
-        batch_size: Rows per batch and rank.
-        wrap_rows: Rows that the text must hold at least; sequential order starts over when fewer
-            are left. The recipe's batch_size: with it a batch of 64 rows is four of 16, wrap
-            included.
-        rank, world_size: A global batch is world_size batches, in rank order.
-        position: Rows drawn before, over all ranks.
-        skips: Row ranges [first, last) to leave out, as a rollback names them.
 
     Raises:
         ValueError: there are fewer tokens than one batch needs.
     """
 
-    def __init__(
-        self,
-        tokens: Tokens,
-        batch_size: int,
-        T: int,
-        order: Order = "shuffled",
-        seed: int = 0,
-        wrap_rows: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        position: int = 0,
-        skips: Sequence[tuple[int, int]] = (),
-    ):
-        wrap_rows = wrap_rows or batch_size
+    tokens: Tokens  # (N,) uint16
+    batch_size: int  # rows per batch and rank
+    T: int
+    order: Order = "shuffled"
+    seed: int = 0
+    # Sequential order starts over when fewer rows than these are left. With a recipe's batch_size
+    # here, a batch of 64 rows is four of 16, wrap included. 0: as batch_size.
+    wrap_rows: int = 0
+    rank: int = 0  # a global batch is world_size batches, in rank order
+    world_size: int = 1
+    position: int = 0  # rows drawn before, over all ranks
+    skips: Sequence[tuple[int, int]] = ()  # row ranges [first, last) to leave out
+
+    def __post_init__(self) -> None:
+        wrap_rows, T = self.wrap_rows or self.batch_size, self.T
         needed = wrap_rows * T + 1
-        if len(tokens) < needed:
+        if len(self.tokens) < needed:
             raise ValueError(
                 f"data: one batch of {wrap_rows} x {T} needs {needed} training tokens, got "
-                f"{len(tokens)}; take more text, or a smaller --batch-size or --block-size"
+                f"{len(self.tokens)}; take more text, or a smaller --batch-size or --block-size"
             )
-        self.tokens, self.T, self.order, self.seed = tokens, T, order, seed
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        num_rows = (len(tokens) - 1) // T
-        self.rows_per_epoch = (
-            num_rows // wrap_rows * wrap_rows if order == "sequential" else num_rows
-        )
-        self.position, self.skips = position, dict(skips)
+        num_rows = (len(self.tokens) - 1) // T
+        left = num_rows % wrap_rows if self.order == "sequential" else 0
+        self.rows_per_epoch = num_rows - left
+        self.skips = tuple(self.skips)
         self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the next batch of this rank, each (batch_size, T) int64."""
-        while self.position in self.skips:
-            self.position = self.skips[self.position]
+        skips = dict(self.skips)
+        while self.position in skips:
+            self.position = skips[self.position]
         rows = self.position + self.rank * self.batch_size + np.arange(self.batch_size)
         epochs, index = np.divmod(rows, self.rows_per_epoch)
         if self.order == "shuffled":
@@ -280,7 +260,7 @@ class Prefetcher:
     def seek(self, position: int, skips: Sequence[tuple[int, int]]) -> None:
         """Go to a row, leaving out the ranges `skips` from there on."""
         self._next.result()  # nothing reads while the loader moves
-        self.loader.position, self.loader.skips = position, dict(skips)
+        self.loader.position, self.loader.skips = position, tuple(skips)
         self.position = position
         self._next = self._pool.submit(self._read)
 

@@ -75,7 +75,6 @@ _TABLE_STARTS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # Parquet, an Arrow f
 # The first bytes of files that are not UTF-8 text, and what the user can do.
 _UTF16 = "UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
 _FOREIGN = {
-    b"PK\x03\x04": "a zip archive (.docx, .epub, .npz and .pt are zip too); unpack it",
     b"%PDF": "PDF; extract its text: pdftotext",
     b"version https://git-lfs": "a pointer of Git LFS; git lfs pull gets the file",
     b"\xff\xfe": _UTF16,

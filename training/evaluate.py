@@ -1,8 +1,8 @@
 """Loss, perplexity and bits per byte of a model on any text.
 
-The tokens are cut into consecutive rows of the window T (the trained context unless said
-otherwise); a row predicts T tokens, each from those before it in its row, so a token sees T/2
-others on average and every token but the first is predicted exactly once:
+The tokens are cut into consecutive rows of T, the window (by default the trained context). A row
+predicts T tokens, each from those before it in its row. So every token but the first is predicted
+exactly once, from T/2 others on average:
 
     loss = -1/N * sum log p(token | earlier tokens of the row)     nats per token, N = tokens - 1
     perplexity = exp(loss)
@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
 
 from model import GPT, tokenizer
 from model.decoder import resolve_window
@@ -33,25 +32,23 @@ from training.documents import find_inputs, is_jsonl, is_table, opened
 from training.metrics import to_json
 from training.shards import holds_tokens
 
-PIECE_TOKENS = 1024  # of a text that is not read whole
+PIECE_TOKENS = 1024  # of a long text, pieces of this size are read
 MAX_STDIN_BYTES = 1 << 30
 BATCH_TOKENS = 4096  # per forward; more gains nothing on 2 cores and costs memory
 
 
 class Evaluation(NamedTuple):
-    """What a model scores on a text."""
-
     loss: float  # nats per token
-    perplexity: float  # exp(loss)
-    bits_per_byte: float  # of the predicted tokens' UTF-8 bytes
+    perplexity: float
+    bits_per_byte: float
     num_tokens: int  # predicted
-    num_bytes: int  # theirs
-    window: int  # row length
+    num_bytes: int  # of UTF-8, in the predicted tokens
+    window: int
 
 
 def evaluate_tokens(
     model: GPT,
-    tokens: np.ndarray | Tensor,
+    tokens: np.ndarray,
     *,
     window: int | None = None,
     poll: Callable[[], None] = lambda: None,
@@ -70,7 +67,7 @@ def evaluate_tokens(
     num = len(tokens) - 1
     rows_at_once = max(1, BATCH_TOKENS // T)
     device = model.transformer.wte.weight.device
-    # Summed on the device in fp64: one wait at the end instead of one per batch.
+    # The sum stays on the device, so the host waits once and not for each batch.
     total = torch.zeros((), dtype=torch.float64, device=device)
     with evaluating(model), torch.no_grad():
         at = 0
@@ -78,10 +75,7 @@ def evaluate_tokens(
             poll()
             rows = min(rows_at_once, (num - at) // T)
             B, S = (rows, T) if rows else (1, num - at)  # the last row is shorter
-            chunk = tokens[at : at + B * S + 1]
-            ids = torch.as_tensor(
-                chunk.astype(np.int64) if isinstance(chunk, np.ndarray) else chunk.long()
-            ).to(device)
+            ids = torch.from_numpy(tokens[at : at + B * S + 1].astype(np.int64)).to(device)
             total += model(ids[:-1].view(B, S), ids[1:].view(B, S)).double() * (B * S)
             at += B * S
     return total.item() / num
@@ -90,9 +84,9 @@ def evaluate_tokens(
 def eval_pieces(num_tokens: int, max_tokens: int, T: int, shares: int) -> list[tuple[int, int]]:
     """[first, last) of the pieces that an evaluation reads; each predicts last - first - 1 tokens.
 
-    A text of more than `max_tokens` predictions gives pieces spread evenly over all of it, so that
-    an evaluation during a run and the last one look at the same kind of text. Another is read
-    whole, in `shares` pieces that end on rows of T.
+    A text with at most `max_tokens` to predict is read whole, in `shares` pieces of whole rows of
+    T. From a longer one, pieces are taken evenly over its length, so that evaluations of different
+    sizes see the same kind of text.
     """
     size = num_tokens - 1
     if size > max_tokens:
@@ -107,10 +101,10 @@ def eval_pieces(num_tokens: int, max_tokens: int, T: int, shares: int) -> list[t
 def evaluate_text(
     model: GPT, text: bytes, *, window: int | None = None, max_tokens: int | None = None
 ) -> Evaluation:
-    """Score UTF-8 text, or its first `max_tokens`; a byte order mark is left out.
+    """Score UTF-8 text, or its first `max_tokens` tokens, without a byte order mark.
 
     Raises:
-        ValueError: not UTF-8 (with the offset), too short, or a model of another vocabulary.
+        ValueError: the text is not UTF-8 or too short, or the model has another vocabulary.
     """
     if max_tokens is not None:
         check_int("evaluate", "max_tokens", max_tokens, 2, 10**12)
@@ -133,27 +127,16 @@ def evaluate_text(
 
 @dataclass(frozen=True)
 class Options:
-    """Loss, perplexity and bits per byte of a model on a text, or its score on HellaSwag.
+    """Loss, perplexity and bits per byte of a model on a text, or its score on HellaSwag."""
 
-    Args:
-        text: UTF-8 file; - reads stdin.
-        hellaswag: hellaswag_val.jsonl instead of a text.
-        model: Run, model folder or .safetensors file; without it the newest under runs/.
-        window: Tokens the model sees at once; without it as many as it was trained with.
-        max_tokens: Score only the first so many tokens.
-        max_items: Score only the first so many items of HellaSwag.
-        device: Where to run.
-        json: Print one JSON object.
-    """
-
-    text: str | None = None
-    hellaswag: str | None = None
-    model: str | None = None
-    window: int | None = None
-    max_tokens: int | None = None
-    max_items: int | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    json: bool = False
+    text: str | None = None  # UTF-8 file; - reads stdin.
+    hellaswag: str | None = None  # hellaswag_val.jsonl instead of a text.
+    model: str | None = None  # Run, model folder or .safetensors file. Default: newest under runs/.
+    window: int | None = None  # Tokens the model sees at once. Default: as many as in training.
+    max_tokens: int | None = None  # Score only the first tokens.
+    max_items: int | None = None  # Score only the first items of HellaSwag.
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # Where to run.
+    json: bool = False  # Print one JSON object.
 
 
 def _run(options: Options) -> dict[str, Any]:
@@ -163,20 +146,19 @@ def _run(options: Options) -> dict[str, Any]:
         check_int("evaluate", "max_items", options.max_items, 1, 10**9)
     device = usable_device("evaluate", options.device)
     path = latest_model() if options.model is None else options.model
-    if options.text is None:
-        items = hellaswag.read_items(options.hellaswag or "", options.max_items)
-        model = GPT.from_pretrained(path).to(device)
+    model = GPT.from_pretrained(path).to(device)
+    if options.hellaswag is not None:
+        items = hellaswag.read_items(options.hellaswag, options.max_items)
         right, seen = hellaswag.count_right(model, items, options.window)
         return {"model": str(path), "hellaswag": right / seen, "right": right, "items": seen}
     if options.text == "-":
         text = read_stdin("evaluate", MAX_STDIN_BYTES)
     else:
-        files = find_inputs([options.text])
+        files = find_inputs([options.text or ""])
         if len(files) > 1 or any(other(files[0]) for other in (holds_tokens, is_jsonl, is_table)):
             raise ValueError(f"evaluate: --text must be one file of plain text, got {options.text}")
         with opened(files[0]) as (unpacked, _):
             text = unpacked.read()
-    model = GPT.from_pretrained(path).to(device)
     result = evaluate_text(model, text, window=options.window, max_tokens=options.max_tokens)
     return {"model": str(path), "text": options.text, **result._asdict()}
 
@@ -188,16 +170,15 @@ def main(args: list[str] | None = None) -> None:
         result = _run(options)
         if options.json:
             print(to_json(result))
-            return
-        if "hellaswag" in result:
+        elif options.hellaswag is not None:
             score = hellaswag.line(result["right"], result["items"])
             print(f"{score}, {result['model']}; published weights: {hellaswag.PUBLISHED}")
-            return
-        print(
-            f"loss {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.2f}, "
-            f"{result['bits_per_byte']:.4f} bits per byte ({result['num_tokens']:,} tokens, "
-            f"{result['num_bytes']:,} bytes, window {result['window']}, {result['model']})"
-        )
+        else:
+            print(
+                "loss {loss:.4f} nats per token, perplexity {perplexity:.2f}, {bits_per_byte:.4f} "
+                "bits per byte ({num_tokens:,} tokens, {num_bytes:,} bytes, window {window}, "
+                "{model})".format(**result)
+            )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""HellaSwag as GPT-2's reproductions quote it: which of four endings the model finds likeliest.
+"""HellaSwag as GPT-2's reproductions quote it: which of four endings does the model find likeliest?
 
-An item is a context and its endings, one of them right. Each ending is scored behind the context by
-the mean loss of its own tokens, a space before it; the lowest is the answer. llm.c and
-build-nanogpt do the same; EleutherAI's acc_norm divides by characters instead of tokens. Guessing
-gives 25%. The file is the public hellaswag_val.jsonl, 10,042 items (Zellers et al. 2019,
-github.com/rowanz/hellaswag), one JSON object a line with "ctx", "endings" and "label".
+An item is a context with several endings, one of them right. An ending is put behind the context,
+with a space before it, and its score is the mean loss of its own tokens. The model's answer is the
+ending with the lowest score; guessing gives 25%. llm.c and build-nanogpt do the same; EleutherAI's
+acc_norm divides by characters instead of tokens. The file is the public hellaswag_val.jsonl, 10,042
+items (Zellers et al. 2019, github.com/rowanz/hellaswag), one JSON object per line with "ctx",
+"endings" and "label".
 """
 
 import json
@@ -23,17 +24,15 @@ from model.gpt import evaluating
 from training.documents import opened
 
 BATCH_TOKENS = 4096  # per forward, padding included
-# What the published weights score this way: 124M by build-nanogpt's hellaswag.py, which prints
-# 2,967 of 10,042, all four by llm.c's dev/vislog.ipynb.
+# Scores of the published weights: all four by llm.c's dev/vislog.ipynb, 124M also by
+# build-nanogpt's hellaswag.py, which prints 2,967 of 10,042.
 PUBLISHED = "GPT-2's 124M 29.4 to 29.6%, 350M 37.5%, 774M 43.2%, 1558M 48.9%; guessing 25%"
 
 
 class Item(NamedTuple):
-    """Token ids of the context and of each ending, and the number of the right one."""
-
-    context: list[int]
+    context: list[int]  # token ids
     endings: list[list[int]]
-    label: int
+    label: int  # number of the right ending
 
 
 def read_items(path: str | Path, max_items: int | None = None) -> list[Item]:
@@ -41,7 +40,7 @@ def read_items(path: str | Path, max_items: int | None = None) -> list[Item]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line is no item, by its number.
+        ValueError: a line is no item; names its number.
     """
     path, items = Path(path), []
     if not path.is_file():
@@ -66,7 +65,7 @@ def _item(values: Any) -> Item:
     context, endings, label = (values[name] for name in ("ctx", "endings", "label"))
     if not (isinstance(context, str) and isinstance(endings, list) and context and endings):
         raise ValueError("'ctx' must be text and 'endings' a list")
-    number = int(str(label))  # Hugging Face's copy spells it as text; the test part has none
+    number = int(str(label))  # Hugging Face's copy has it as text; in the test part it is empty
     if not 0 <= number < len(endings):
         raise ValueError(f"'label' must be from 0 to {len(endings) - 1}, got {number}")
     ids = [tokenizer.encode(f" {ending}").tolist() for ending in endings]
@@ -76,20 +75,20 @@ def _item(values: Any) -> Item:
 def ending_losses(model: GPT, items: Sequence[Item], window: int) -> list[list[float]]:
     """Mean loss of each ending of each item, nats per token.
 
-    Of a row that is longer than the window the beginning is left out.
+    A row that is longer than the window loses its beginning.
     """
     rows, scored = [], []
     for item in items:
         for ending in item.endings:
             rows.append(torch.tensor((item.context + ending)[-window - 1 :]))
             scored.append(torch.zeros_like(rows[-1]).bool())
-            scored[-1][1:][-len(ending) :] = True  # what begins the row is predicted by nothing
+            scored[-1][1:][-len(ending) :] = True  # nothing predicts the first token of a row
     idx, mine = (pad_sequence(part, batch_first=True) for part in (rows, scored))
     weight = model.transformer.wte.weight
     idx, mine = idx.to(weight.device), mine[:, 1:].to(weight.device)
     with evaluating(model), torch.no_grad():
         y, _ = model.transformer(idx[:, :-1], model.residual_dtype)
-        logits = F.linear(y[mine], weight[: model.config.vocab_size])  # of the endings alone
+        logits = F.linear(y[mine], weight[: model.config.vocab_size])
         losses = F.cross_entropy(logits.float(), idx[:, 1:][mine], reduction="none")
     parts = losses.split(mine.sum(1).tolist())
     ends = iter(torch.stack([part.mean() for part in parts]).tolist())
@@ -102,11 +101,11 @@ def count_right(
     window: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[int, int]:
-    """How many of the items are answered rightly, and of how many; the caller's autocast applies.
+    """Number of items that are answered rightly, and of items seen.
 
-    `stopped` is asked before each forward; True ends it early.
+    The caller's autocast applies. `stopped` is asked before each forward; True ends it early.
     """
-    if not items:  # of a rank
+    if not items:  # of several ranks, one may have none
         return 0, 0
     window = resolve_window(model, window)
     longest = max(len(item.context) + max(map(len, item.endings)) for item in items)

@@ -47,16 +47,12 @@ class Config:
     inputs: tyro.conf.Positional[tuple[str, ...]]
     """Files, patterns, or folders of .txt, .md, code, .jsonl, .parquet and .arrow files; text and
     JSONL also as .gz, .zst, .bz2 or .xz."""
-    out: str
-    """Folder for the shards; the same command again goes on where it stopped."""
-    shard_tokens: int = SHARD_TOKENS
-    """Tokens of a shard."""
-    val_tokens: int = 0
-    """Tokens at the start that become val-*.bin instead of train-*.bin."""
+    out: str  # Folder for the shards; the same command again goes on where it stopped.
+    shard_tokens: int = SHARD_TOKENS  # Tokens of a shard.
+    val_tokens: int = 0  # Tokens at the start that become val-*.bin instead of train-*.bin.
     text_column: Annotated[str, tyro.conf.arg(aliases=["--key"])] = documents.KEY
     """Field of a JSONL object, or column of a table, that holds the document."""
-    processes: int = num_cores()
-    """Tokenising processes."""
+    processes: int = num_cores()  # Tokenising processes.
 
     def check(self) -> None:
         """Raise ValueError for a value out of range. Not in __post_init__, as in train.py."""
@@ -111,7 +107,7 @@ class ShardWriter:
         if changed:
             raise ValueError(
                 f"prepare: {self.out} holds shards of another command ({', '.join(changed)} "
-                f"differ); choose another --out"
+                "differ); choose another --out"
             )
         what = "the inputs" if old.get("sha256") != self.index["sha256"] else ""
         for shard in old["shards"]:
