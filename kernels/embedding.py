@@ -143,7 +143,7 @@ def embedding_fwd(
     """-> y (B, T, C) in `dtype`, h (B, T, C) in `residual_dtype`, stats (2, B, T) fp32."""
     (Vp, C), T = wte.shape, len(wpe)
     if idx.device.type == "cpu":
-        check_ids(idx, Vp)
+        check_ids("embedding: idx", idx, Vp)
     out = _fwd_fake(idx, wte, wpe, weight, bias, eps, dtype, residual_dtype)
     key = launch_key("fwd", C, residual_dtype, arch(wte.device))
     _, kwargs = row_launch(key, C, residual_dtype)

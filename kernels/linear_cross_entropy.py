@@ -41,7 +41,7 @@ from ._aot import AotCase
 from ._jit import jit
 from ._launch import Key, arch, cdiv, launch_for
 from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
-from .reference import autocast_dtype, check_targets
+from .reference import autocast_dtype, check_ids
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Bytes of logits alive at once. At GPT-2's shape in bf16 this gives 4 chunks of 16384 rows, whose
@@ -202,7 +202,7 @@ def linear_cross_entropy_fwd(
     """
     M, Vp, V = len(x), len(weight), vocab_size
     if targets.device.type == "cpu":
-        check_targets(targets, V, ignore_index)
+        check_ids("linear_cross_entropy: targets", targets, V, ignore_index)
     _, _, dx, dweight = _fwd_fake(x, weight, targets, V, ignore_index, needs_dx, needs_dweight)
     w = weight.to(x.dtype)
     rows = chunk_rows(M, Vp, x.dtype.itemsize)

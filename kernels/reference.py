@@ -46,11 +46,13 @@ def add_layer_norm(
     return y.to(dtype), residual_out
 
 
-def check_ids(idx: Tensor, Vp: int) -> None:
-    """Refuse a token outside the table. For CPU tensors: on CUDA looking costs a sync."""
-    outside = idx[(idx < 0) | (idx >= Vp)]
+def check_ids(what: str, ids: Tensor, size: int, ignore_index: int | None = None) -> None:
+    """Refuse an id outside [0, size). For CPU tensors: on CUDA looking costs a sync."""
+    outside, exception = ids[(ids < 0) | (ids >= size)], ""
+    if ignore_index is not None:
+        outside, exception = outside[outside != ignore_index], f" or ignore_index {ignore_index}"
     if outside.numel():
-        raise ValueError(f"embedding: idx must be in [0, {Vp}), got {outside[0].item()}")
+        raise ValueError(f"{what} must be in [0, {size}){exception}, got {outside[0].item()}")
 
 
 def embedding(
@@ -64,7 +66,7 @@ def embedding(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """idx (B, T) -> y, residual (B, T, C), wte; see embedding.py. Here wpe may be (B, T, C) too."""
     if idx.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_ids(idx, len(wte))
+        check_ids("embedding: idx", idx, len(wte))
     residual = F.embedding(idx, wte) + wpe
     if residual_dtype is not None:
         residual = residual.to(residual_dtype)
@@ -108,16 +110,6 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
     p = torch.baddbmm(ahead, q, k.mT, alpha=D**-0.5).softmax(-1)
     y = torch.bmm(p, v).view(B, n_head, T, D)
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
-
-
-def check_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Refuse an id outside the vocabulary. For CPU tensors: on CUDA looking costs a sync."""
-    outside = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
-    if outside.numel():
-        raise ValueError(
-            f"linear_cross_entropy: targets must be in [0, {vocab_size}) or ignore_index "
-            f"{ignore_index}, got {outside[0].item()}"
-        )
 
 
 def _turn_into_dz(z: Tensor, V: int, ids: Tensor, needs_dz: bool) -> tuple[Tensor, Tensor]:
@@ -207,7 +199,7 @@ def linear_cross_entropy(
     """x (..., C), weight (Vp, C), targets (...) -> mean loss; see linear_cross_entropy.py."""
     V = weight.shape[0] if vocab_size is None else vocab_size
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_targets(targets, V, ignore_index)
+        check_ids("linear_cross_entropy: targets", targets, V, ignore_index)
     needs = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     rows, ids = x.reshape(-1, x.shape[-1]).to(autocast_dtype(x)), targets.reshape(-1)
     return _LinearCrossEntropy.apply(rows, weight, ids, V, ignore_index, *needs)
