@@ -1,15 +1,13 @@
-"""The web page: a prompt, the usual knobs, text as it is generated, and what of it is recited.
+"""The web page: a prompt, the usual settings, text as it is generated, and what of it is recited.
 
-Everything runs on this machine: the server binds to localhost (GRADIO_SERVER_NAME overrides, which
-is how a Space opens it), sends nothing anywhere, takes no files, and the page loads nothing from
-elsewhere.
+Everything runs on this machine: the server binds to localhost (a Space sets GRADIO_SERVER_NAME to
+open it), sends nothing anywhere and takes no files, and the page loads nothing from elsewhere.
 
     python -m demo.app --model runs/shakespeare-cpu
     python -m demo.app --model runs/a --beside runs/a/checkpoints/step-200
 """
 
 import html
-import math
 import os
 import secrets
 import sys
@@ -23,9 +21,9 @@ try:
 except ModuleNotFoundError:  # `make train` does not install it
     raise SystemExit("demo: gradio must be installed, and is not; make setup-dev does it") from None
 
-from demo.line import Line, status_html
+from demo.line import Line
 from demo.models import Loaded, Models, about, error_html
-from demo.texts import shaded, texts_html, token_chances
+from demo.texts import shaded, status_html, texts_html, token_chances
 from model.edge import check_int, exits, is_real
 from model.sampling import Sampling
 from model.text import stream_text
@@ -37,10 +35,9 @@ TITLE = "Try a GPT-2"
 MAX_PROMPT_CHARS = 4000
 MAX_NEW_TOKENS = 500
 MAX_SAMPLES = 4
-NEW_SEEDS = 10**6  # one of so many is drawn: short enough to type again
+NEW_SEEDS = 10**6  # a random seed is below this, so that it is short enough to type again
 REFRESH_S = 0.05  # shortest time between two updates of the page
-MARK_SHARE = 0.1  # of the time may go into looking for recited parts while text is coming
-SLIDERS = {  # lowest, highest, value at first, step, label
+SLIDERS = {  # lowest, highest, first value, step, label
     "temperature": (0, 2, 0.8, 0.05, "Temperature (0: most likely token)"),
     "top-k": (0, 200, 0, 1, "Top-k (0: off)"),
     "top-p": (0.05, 1, 1, 0.05, "Top-p (1: off)"),
@@ -68,7 +65,7 @@ def read_settings(
     seed: str | int,
     num_samples: float,
 ) -> tuple[Sampling, int]:
-    """How to sample and how often, checked here too: a request need not come from the page.
+    """How to sample and how often. All is checked: a request need not come from the page.
 
     Raises:
         ValueError: one of them is of another type or outside its range.
@@ -87,13 +84,8 @@ def read_settings(
     seed = str(seed).strip()
     if seed and not (seed.isascii() and seed.isdigit()):
         raise ValueError(f"the seed must be a whole number or empty, got {seed[:40]!r}")
-    sampling = Sampling(
-        max_new_tokens=int(max_new_tokens),
-        temperature=float(temperature),
-        top_k=int(top_k),
-        top_p=float(top_p),
-        seed=int(seed) if seed else secrets.randbelow(NEW_SEEDS),
-    )
+    number = int(seed) if seed else secrets.randbelow(NEW_SEEDS)
+    sampling = Sampling(int(max_new_tokens), float(temperature), int(top_k), float(top_p), number)
     return sampling, int(num_samples)
 
 
@@ -104,87 +96,77 @@ def generate(
     chances: bool = False,
     ended: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[str, str]]:
-    """(texts, status) as HTML, as text comes; of two models one after the other.
+    """(texts, status) as HTML, as text comes; two models answer one after the other.
 
-    `prompt` and `settings` are what `read_settings` takes. At the end each token is shaded by its
-    chance if that is asked for; `ended` is True once nobody wants more.
+    Args:
+        prompt, settings: What `read_settings` takes.
+        chances: Shade each token by its chance at the end.
+        ended: True once nobody wants more.
 
     Raises:
         gr.Error: no model, a bad setting, or a model that fails; the page shows the message.
     """
-    finished, prompt = "", prompt or ""
+    finished = shown = status = ""
     try:
-        how = read_settings(prompt, *settings)
+        how = read_settings(prompt or "", *settings)
         for each in models.all:
-            last, loaded = each is models.all[-1], each.get()
-            pane = ""
-            for texts, status in _updates(loaded, ended, prompt, *how, chances, last):
+            loaded, pane = each.get(), ""
+            for texts, status in _updates(loaded, prompt or "", *how, chances, ended):
                 pane = f"<div><h4>{html.escape(str(loaded.path))}</h4>{texts}</div>"
                 both = f'<div class="pair">{finished}{pane}</div>'
-                yield (both if len(models.all) > 1 else texts), status
+                shown = both if len(models.all) > 1 else texts
+                yield shown, status_html(status)
             finished += pane
+            if ended():
+                break
     except (OSError, ValueError, OverflowError) as error:
         message = error_html(models, error)
         raise gr.Error(message, print_exception=False, duration=None) from None
+    yield shown, status_html(status, "done")
 
 
 def _updates(
     loaded: Loaded,
-    ended: Callable[[], bool],
     prompt: str,
     sampling: Sampling,
     num_samples: int,
     chances: bool,
-    last: bool,
+    ended: Callable[[], bool],
 ) -> Iterator[tuple[str, str]]:
+    """(texts, status) of one model, every REFRESH_S and at the end."""
     notes: list[str] = []
     how = {"num_samples": num_samples, "notify": notes.append}
     pieces = stream_text(loaded.model, [prompt], sampling, **how)
-    texts, counts, spans = [""] * num_samples, [0] * num_samples, [[]] * num_samples
-    prefix, stopped, recited = "".join(f"{html.escape(note)}. " for note in notes), "", ""
-    start = shown = looked = time.perf_counter()
-    cost = 0.0
+    prefix, stopped = "".join(f"{html.escape(note)}. " for note in notes), ""
+    texts, counts = [""] * num_samples, [0] * num_samples
+    start = shown = time.perf_counter()
 
-    def mark() -> list[str]:
-        """The texts, with what stands in the training text marked when it was last looked for."""
-        nonlocal spans, recited, looked, cost
-        now = time.perf_counter()
-        if loaded.corpus and now - looked > max(0.5, cost / MARK_SHARE):
-            overlap = find_overlap(texts, loaded.corpus)
-            spans = overlap.spans
-            if any(texts):
-                recited = (
-                    f"; {overlap.covered:.0%} stands verbatim in the training text (marked), "
-                    f"longest stretch {len(overlap.longest)} bytes"
-                )
-            looked = time.perf_counter()
-            cost = looked - now
-        return [*map(mark_spans, texts, spans)]
+    def status() -> str:
+        num, seconds = sum(counts), max(time.perf_counter() - start, 1e-9)
+        speed = f"{num} tokens{stopped}, {num / seconds:.0f} tokens/s"
+        return f"{prefix}{speed}, seed {sampling.seed}"
 
-    def status(now: float, state: str = "") -> str:
-        rate = sum(counts) / max(now - start, 1e-9)
-        return status_html(
-            f"{prefix}{sum(counts)} tokens{stopped}, {rate:.0f} tokens/s, seed {sampling.seed}"
-            f"{recited}",
-            state,
-        )
-
-    yield texts_html(prompt, texts), status_html(prefix)
+    yield texts_html(prompt, texts), prefix
     for piece in pieces:
         texts[piece.row] += piece.text
         counts[piece.row] = piece.num_tokens
         if ended():
             stopped = ", stopped"
             break
-        now = time.perf_counter()
-        if now - shown >= REFRESH_S:
-            yield texts_html(prompt, mark()), status(now)
+        if time.perf_counter() - shown >= REFRESH_S:
+            yield texts_html(prompt, map(html.escape, texts)), status()
             shown = time.perf_counter()
-    end, looked = time.perf_counter(), -math.inf
-    bodies = mark()
+    last, bodies = status(), map(html.escape, texts)
+    if loaded.corpus and any(texts):
+        overlap = find_overlap(texts, loaded.corpus)
+        bodies = map(mark_spans, texts, overlap.spans)
+        last += (
+            f"; {overlap.covered:.0%} stands verbatim in the training text (marked), "
+            f"longest stretch {len(overlap.longest)} bytes"
+        )
     if chances:
         bodies = [shaded(token_chances(loaded.model, prompt, text)) for text in texts]
-    yield texts_html(prompt, bodies), status(end, "done" if last or ended() else "")
+    yield texts_html(prompt, bodies), last
 
 
 def build(models: Models) -> gr.Blocks:
@@ -224,7 +206,7 @@ def build(models: Models) -> gr.Blocks:
                     panel = gr.HTML(elem_id="panel")
 
         visit = gr.State({"newest": 0, "stopped": -1})
-        turn = gr.Number(0, visible=False)  # counted by the page, so that Stop names what it ends
+        turn = gr.Number(0, visible=False)  # the page counts, so that Stop names what it ends
         line = Line()
 
         async def serve(

