@@ -1,11 +1,11 @@
-"""What a GPT-2 is: sizes and nothing about how it is trained or run."""
+"""The sizes of a GPT-2, and nothing about how it is trained or run."""
 
 from dataclasses import dataclass
 
 from model.edge import check_int, is_real, quoted
 
-VOCAB_MULTIPLE = 128  # GEMM tiles and 16-byte rows want an even vocabulary: 50257 -> 50304
-# Far above any GPT-2. A config.json may come from a stranger, and sizes are allocated.
+VOCAB_MULTIPLE = 128  # GEMM tiles and 16-byte rows need a padded vocabulary: 50257 -> 50304
+# Far above any GPT-2. A stranger's config.json must not allocate whatever it likes.
 LARGEST = {
     "block_size": 1 << 20,
     "vocab_size": 1 << 20,
@@ -27,7 +27,7 @@ class GPTConfig:
         layer_norm_epsilon: Added to the variance in every LayerNorm.
 
     Raises:
-        ValueError: a size is no whole number from 1 to its limit, n_embd is not divisible by
+        ValueError: a size is not a whole number from 1 to its limit, n_embd is not divisible by
             n_head, or dropout or layer_norm_epsilon is outside its range.
     """
 
@@ -69,7 +69,7 @@ MODELS: dict[str, GPTConfig] = {
     "350m": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
     "774m": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
     "1558m": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
-    # Ours, for CPUs and tests; every one keeps GPT-2's vocabulary.
+    # Our own, for CPUs and tests, with GPT-2's vocabulary.
     "small": GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384),
     "mini": GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256),
     "tiny": GPTConfig(block_size=128, n_layer=4, n_head=4, n_embd=128),

@@ -12,9 +12,9 @@ from typing import Any
 
 
 def printable(text: object) -> str:
-    """`text` with control characters spelled out, but for the ends of its lines.
+    """`text` with control characters spelled out, except line ends.
 
-    A name out of a file could otherwise move the cursor or recolour the terminal.
+    A name in a stranger's file could otherwise move the cursor or recolour the terminal.
     """
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
@@ -23,6 +23,14 @@ def one_line(text: object, limit: int = 1000) -> str:
     """`text` on one printable line of at most `limit` characters."""
     line = printable(" ".join(str(text).split()))
     return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def quoted(value: object) -> str:
+    """A value from a file, short enough for a message."""
+    large = isinstance(value, int) and value.bit_length() > 256
+    if large or (isinstance(value, dict | list) and value):
+        return f"a long {type(value).__name__}"
+    return one_line(repr(value), 80)
 
 
 def read_utf8(what: str, data: bytes, offset: int = 0) -> str:
@@ -42,10 +50,10 @@ def read_utf8(what: str, data: bytes, offset: int = 0) -> str:
 
 
 def read_stdin(command: str, limit: int) -> bytes:
-    """What is piped into a command; a line on standard error where it begins with such a mark.
+    """What is piped into a command. If it begins with a byte order mark, a line says so.
 
     Raises:
-        ValueError: it is closed, or there are more than `limit` bytes.
+        ValueError: standard input is closed, or has more than `limit` bytes.
     """
     if sys.stdin is None:
         raise ValueError(f"{command}: - reads standard input, which is closed")
@@ -59,17 +67,9 @@ def read_stdin(command: str, limit: int) -> bytes:
     return raw
 
 
-def quoted(value: object) -> str:
-    """A value out of a file, short enough for a message."""
-    large = isinstance(value, int) and value.bit_length() > 256
-    if large or (isinstance(value, dict | list) and value):
-        return f"a long {type(value).__name__}"
-    return one_line(repr(value), 80)
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an OSError name `path` where it names none, as one of read or write does not."""
+    """Add `path` to an OSError that names no file, such as one of read or write."""
     try:
         yield
     except OSError as error:
@@ -96,9 +96,9 @@ def check_int(where: str, name: str, value: Any, least: int, most: int) -> None:
 
 
 def hold_streams() -> None:
-    """The null device for each standard stream that is closed.
+    """Open the null device for each standard stream that is closed.
 
-    Else the next file that is opened gets the stream's number, and what libraries print.
+    Else the next file that is opened gets the stream's number, and then what libraries print.
     """
     for number in range(3):
         try:
@@ -113,10 +113,10 @@ def hold_streams() -> None:
 
 @contextmanager
 def exits() -> Iterator[None]:
-    """Bad input is one line and exit code 2, Ctrl-C 130; a reader that goes away is no fault."""
+    """Bad input is one line and exit code 2, Ctrl-C is 130. A reader that goes away is no error."""
     hold_streams()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console that lacks a character shows its code
+        if isinstance(stream, io.TextIOWrapper):  # for a console that lacks a character
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
@@ -126,7 +126,7 @@ def exits() -> Iterator[None]:
     except (ValueError, OSError) as error:
         try:
             sys.stdout.flush()
-        except OSError:  # what is still buffered must go nowhere, or Python complains at its end
+        except OSError:  # the rest of the buffer must go nowhere, or Python complains when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             print(f"error: {one_line(error)}", file=sys.stderr)

@@ -12,7 +12,7 @@ from model.config import GPTConfig
 
 
 def num_parameters(config: GPTConfig) -> int:
-    """Parameters of a GPT-2 of this shape, padding rows not counted."""
+    """Parameters of a GPT-2 of this shape, without padding rows."""
     C, L = config.n_embd, config.n_layer
     block = 12 * C * C + 13 * C  # c_attn, c_proj, c_fc, c_proj with biases; two LayerNorms
     return (config.vocab_size + config.block_size) * C + L * block + 2 * C

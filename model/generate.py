@@ -17,7 +17,7 @@ from model.gpt import GPT
 from model.sampling import Sampling
 from model.text import stream_text
 
-MAX_PROMPT_BYTES = 16 << 20  # of standard input; only its end fits any window
+MAX_PROMPT_BYTES = 16 << 20  # of standard input; a window holds only its end
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Options(Sampling):
     dtype: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
-        """Nothing: tyro would print what is raised here as a box of several lines."""
+        """No check here: tyro would print its error as a box of several lines."""
 
     @property
     def sampling(self) -> Sampling:
@@ -58,11 +58,14 @@ def _run(options: Options) -> None:
     model = GPT.from_pretrained(path)
     model = model.to(device, torch.bfloat16 if options.dtype == "bf16" else torch.float32)
 
-    def note(line: str) -> None:
-        print(f"note: {line}", file=sys.stderr)
-
-    more = {"num_samples": options.num_samples, "window": options.window, "notify": note}
-    pieces = stream_text(model, prompts, sampling, **more)
+    pieces = stream_text(
+        model,
+        prompts,
+        sampling,
+        num_samples=options.num_samples,
+        window=options.window,
+        notify=lambda line: print(f"note: {line}", file=sys.stderr),
+    )
     num_rows = len(prompts) * options.num_samples
     texts, counts = [""] * num_rows, [0] * num_rows
     start = time.perf_counter()

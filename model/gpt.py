@@ -1,7 +1,7 @@
 """GPT-2 as published: learned positions, pre-LN, biases everywhere, tanh GELU, tied head.
 
 Every op with a hand-written kernel is called through `ops`, so the model does not know which
-backend runs. The residual add belongs to the LayerNorm that follows it, hence the loop below
+backend runs. Each residual add is one op with the LayerNorm that follows it, so the loop below
 hands each block the norm of the next one:
 
     y, residual = LN(wte[idx] + wpe[:T]; h[0].ln_1), and the sum
@@ -31,7 +31,7 @@ INIT_STD = 0.02
 
 
 def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """F.dropout, which compiled with p = 0 would copy every branch once."""
+    """F.dropout, but not at p = 0, where a compiled one would copy every branch."""
     return F.dropout(x, p, training) if p > 0 else x
 
 
@@ -92,7 +92,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, ops) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.dropout = config.dropout
-        self.recompute = False  # each block's forward once more in the backward, to save memory
+        self.recompute = False  # run each block's forward again in the backward, to save memory
         self.ops = ops
 
     def forward(
@@ -103,13 +103,14 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """idx (B, T) int64 -> ln_f of the last residual, (B, T, C), and the table for the head.
 
-        `positions` are those of the tokens, (B, T) or the same for all rows; None: from 0.
+        Args:
+            positions: Of the tokens: (B, T), or a slice that all rows share; None counts from 0.
         """
         wte = self.wte.weight
         wpe = self.wpe.weight[slice(idx.shape[1]) if positions is None else positions]
         norms = [*(block.ln_1 for block in self.h), self.ln_f]
         first = norms[0].weight, norms[0].bias, norms[0].eps
-        if self.dropout > 0 and self.training:  # comes between the sum and its norm
+        if self.dropout > 0 and self.training:  # dropout stands between the sum and its norm
             residual = F.dropout(F.embedding(idx, wte) + wpe, self.dropout)
             if residual_dtype is not None:
                 residual = residual.to(residual_dtype)
@@ -118,7 +119,7 @@ class Transformer(nn.Module):
             y, residual, wte = self.ops.embedding(idx, wte, wpe, *first, residual_dtype)
         for block, next_norm in zip(self.h, norms[1:], strict=True):
             if self.recompute and torch.is_grad_enabled():
-                # A generator's state is a host read, which no CUDA graph can hold.
+                # Saving a generator's state reads it on the host, which no CUDA graph can do.
                 rng = self.dropout > 0
                 y, residual = checkpoint(
                     block, y, residual, next_norm, use_reentrant=False, preserve_rng_state=rng
@@ -131,7 +132,7 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """GPT-2 with a tied head.
 
-    The embedding table has `config.padded_vocab_size` rows; those past `vocab_size` start at 0,
+    The embedding table has `config.padded_vocab_size` rows. Those past `vocab_size` start at 0,
     get no gradient and no decay, and never reach a logit, the loss or a saved file.
 
     Args:
@@ -146,8 +147,8 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.trained_context = config.block_size  # positions training has used; train.py lowers it
-        self.fine_tuned_context: int | None = None  # of the last training, where it had fewer
+        self.trained_context = config.block_size  # positions used in training; set by training
+        self.fine_tuned_context: int | None = None  # the same of the last fine-tuning
         self.residual_dtype = residual_dtype
         self.ops = ops
         self.transformer = Transformer(config, ops)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from model.edge import check_int, is_real, quoted
 
-MAX_NEW_TOKENS = 1_000_000  # of a text; a typo in a number must not run for years
-GREEDY_BELOW = 1e-6  # a lower temperature tells apart what fp32 logits cannot: it is greedy
+MAX_NEW_TOKENS = 1_000_000  # per text; a typing error must not run for years
+GREEDY_BELOW = 1e-6  # below this temperature fp32 logits that differ at all decide: it is greedy
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,16 @@ class Sampling:
 
 
 def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
-    """Choose one token a row, (R,) int64, by inverting the cumulative distribution.
+    """Choose one token per row by inverting the cumulative distribution.
 
-    Of logits (R, V) and draws (R,), fp64, uniform in [0, 1). top_k is applied before top_p, as
-    transformers does.
+    top_k is applied before top_p, as in transformers.
+
+    Args:
+        logits: (R, V).
+        draws: (R,) fp64, uniform in [0, 1).
+
+    Returns:
+        (R,) int64.
     """
     if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
@@ -71,7 +77,8 @@ def sample(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
         before = probs.cumsum(dim=-1) - probs
         probs = probs.masked_fill(before >= sampling.top_p, 0.0)
     cumulative = probs.cumsum(dim=-1)
-    # First index whose cumulative exceeds the draw; a draw of nearly 1 must not fall off the end.
+    # First index whose cumulative exceeds the draw. A draw of nearly 1 must not give an index past
+    # the end.
     last = (probs > 0).sum(dim=-1, keepdim=True) - 1 if order is not None else z.shape[-1] - 1
     target = draws[:, None] * cumulative[:, -1:]
     choice = (cumulative <= target).sum(dim=-1, keepdim=True).clamp(max=last)

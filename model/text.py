@@ -11,7 +11,7 @@ from model.sampling import Sampling
 
 
 class Piece(NamedTuple):
-    """New text of one row: whole characters only, and never the start of a stop string."""
+    """New text of one row: whole characters, and never the start of a stop string."""
 
     row: int
     text: str
@@ -20,15 +20,15 @@ class Piece(NamedTuple):
 
 
 class _RowText:
-    """Turns the bytes of one row into text that can be shown at once."""
+    """Turns the bytes of one row into text that can be shown."""
 
     def __init__(self, stop: tuple[str, ...]):
         self.stop, self.done = stop, False
-        self.held = ""  # might be the start of a stop string
+        self.held = ""  # not shown yet: it might be the start of a stop string
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, data: bytes, final: bool = False) -> str:
-        """What can be shown now; at the end an incomplete character becomes U+FFFD."""
+        """The text that can be shown now; at the end an incomplete character becomes U+FFFD."""
         text = self.held + self.decoder.decode(data, final)
         ends = [at for at in (text.find(s) for s in self.stop) if at >= 0]
         if ends:
@@ -78,7 +78,7 @@ def stream_text(
 
 
 def _pieces(decoder: Decoder, rows: list[_RowText]) -> Iterator[Piece]:
-    """The loop of `stream_text`, apart so that bad input raises at the call, not at first use."""
+    """The loop of `stream_text`, a function of its own so that `stream_text` itself can raise."""
     num, spell = 0, tokenizer.get_encoding().decode_single_token_bytes
     while num < decoder.sampling.max_new_tokens and not all(row.done for row in rows):
         num += 1

