@@ -1,12 +1,11 @@
-"""Gradients averaged over the ranks while the backward still computes others.
+"""Averages gradients over the ranks while the backward still computes others.
 
-A hook on each leaf starts the all-reduce of a matrix's gradient as soon as it is there; vectors
-and the loss travel together at the end. DistributedDataParallel of torch knows only the parameters
-of a module, and gradients here may arrive at bf16 working copies, whose fp32 sum over the
-micro-batches is what has to travel. Nothing is wrapped: the model is compiled as it is alone.
+A hook on each leaf starts the all-reduce of a matrix's gradient as soon as it is there; vectors and
+the loss travel together at the end. torch's DistributedDataParallel knows only the parameters of a
+module, but gradients here may arrive at bf16 working copies, and their fp32 sum over the
+micro-batches must travel. Nothing is wrapped: the model is compiled as it is on one rank.
 
-Bytes on the wire, by rank and step: 2 (n - 1) / n of the gradients, as any ring moves them, in fp32
-or in bf16.
+Each rank sends 2 (n - 1) / n times the gradients' bytes in a step, as any ring does.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,42 +20,39 @@ from training.optim import AdamW
 
 
 class Averaging:
-    """Averages the gradients of each step's last micro-batch, and what came before it.
+    """Averages a step's gradients in the backward of its last micro-batch.
 
     Args:
         parameters: All that have gradients, in the model's order.
-        optimizer: Its working copies are there, and it carries their gradients to the parameters.
-            Those of matrices that its shard has cut do not travel here.
+        optimizer: Has its working copies, and adds their gradients to those of the parameters.
+            FSDP2 averages the matrices that the optimizer's shard has cut.
         dtype: In which the matrices' gradients travel and are added up.
 
     Attributes:
         overlaps: Whether gradients travel before the backward has ended.
-        outside: Calls a function, which a captured graph leaves out where `overlaps` is False.
+        outside: Calls a function; if not `overlaps`, a captured graph leaves the call out.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        optimizer: AdamW,
-        dtype: torch.dtype,
-    ):
-        parameters, copies, self.optimizer = list(parameters), optimizer.copies, optimizer
-        self.dtype, self.overlaps = dtype, True
-        self.outside: Callable[[Callable[[], None]], None] = lambda work: work()
-        # About as a backward reaches them. Each rank keeps to it: they wait for one another.
+    overlaps = True
+    outside: Callable[[Callable[[], None]], None] = staticmethod(lambda work: work())
+
+    def __init__(self, parameters: Iterable[nn.Parameter], optimizer: AdamW, dtype: torch.dtype):
+        parameters, copies = list(parameters), optimizer.copies
+        self.optimizer, self.dtype = optimizer, dtype
+        # Roughly the order of a backward. All ranks must keep to one order.
         self.matrices = [
             p for p in reversed(parameters) if p.dim() >= 2 and p not in optimizer.shard.rows
         ]
         self.vectors = [p for p in parameters if p.dim() < 2]
-        self.arrived: set[nn.Parameter] | None = None  # None where gradients stay here
-        self.sent: list[tuple[Tensor, Tensor]] = []  # gradients, and what travels of each
-        self.under_way: list[Any] = []
+        self.begin(last=False)
         for p in self.matrices:
             copies.get(p, p).register_post_accumulate_grad_hook(lambda _, p=p: self._arrive(p))
 
     def begin(self, last: bool) -> None:
-        """A backward comes next; gradients travel in the step's last."""
-        self.arrived, self.sent, self.under_way = set() if last else None, [], []
+        """Call before each backward; gradients travel in the step's last."""
+        self.arrived: set[nn.Parameter] | None = set() if last else None
+        self.sent: list[tuple[Tensor, Tensor]] = []  # a gradient, and what travels for it
+        self.under_way: list[Any] = []
 
     def _arrive(self, parameter: nn.Parameter) -> None:
         if self.arrived is None:
@@ -75,13 +71,13 @@ class Averaging:
                 self.under_way.append(dist.all_reduce(self.sent[-1][1], async_op=True))
 
     def finish(self, values: Tensor) -> Tensor:
-        """Wait until all gradients are the sum over the ranks.
+        """Wait until each gradient is its sum over the ranks.
 
         Args:
-            values: (N,), fp32, more to sum up.
+            values: (N,), fp32, also to be summed.
 
         Returns:
-            Their sums.
+            The sums of `values`.
         """
         assert len(self.sent) == len(self.matrices), "a matrix without a gradient"
         gradients = [p.grad for p in self.vectors if p.grad is not None]

@@ -1,11 +1,11 @@
-"""The matrices of the blocks cut by rows over the ranks, by FSDP2 with the blocks as units.
+"""FSDP2 with the blocks as units: the blocks' matrices are cut by rows over the ranks.
 
-Of each matrix a rank has some rows, with their gradient and moments. The matrices of a block are
-whole while it is computed, in bf16 under bf16. A block reads the LayerNorm of the next one, so the
-vectors stay whole on each rank, as do the embeddings.
+Each rank has some rows of each matrix, with their gradient and moments. A block's matrices are
+whole while it is computed, in bf16 under bf16. Vectors stay whole on each rank, because a block
+reads the LayerNorm of the next one; so do the embeddings.
 
 A twin of the model computes the steps. The model's own parameters are the rows that this rank
-updates, and whole again after `gather`: whoever reads or writes a model need not know.
+updates, and whole again after `gather`, so code that reads or writes a model need not know.
 """
 
 from collections.abc import Iterable
@@ -30,17 +30,16 @@ class FullShard(Replicas):
     """Each rank has some rows of the blocks' matrices.
 
     Args:
-        model: On the plan's device. It keeps all else, which the twin shares with it.
+        model: On the plan's device. The twin shares its other parameters.
         plan: Dtypes.
         world: More than one rank.
 
     Attributes:
         twin: What a step calls in place of the model.
-        rows: By parameter of the model, that of the twin.
+        rows: The twin's parameter by that of the model.
     """
 
     def __init__(self, model: GPT, plan: Plan, world: World):
-        super().__init__()
         self.mesh = init_device_mesh(plan.device, (world.size,))
         with torch.device("meta"):
             self.twin = GPT(model.config, model.ops, model.residual_dtype)
@@ -78,7 +77,6 @@ class FullShard(Replicas):
 
     @torch.no_grad()
     def release(self, copies: Copies) -> None:
-        """Keep this rank's rows alone."""
         if self.released:
             return
         for p, rows in self.rows.items():
@@ -87,7 +85,7 @@ class FullShard(Replicas):
         self.released = True
 
     def take_gradients(self) -> None:
-        """Give the model's parameters what the twin's backward made; their rows may have moved."""
+        # FSDP2 may have moved the rows, so the parameters are pointed at them again.
         for p, rows in self.rows.items():
             assert isinstance(rows.grad, DTensor)
             p.data, p.grad, rows.grad = rows.to_local().detach(), rows.grad.to_local(), None

@@ -26,7 +26,6 @@ from training.environment import seconds_since_start
 from training.loggers import Loggers
 from training.schema import Mismatch, check, of
 
-MAX_LOG_BYTES = 1 << 30  # some 5 million steps
 REDONE = ("hellaswag", "samples")  # events that a resumed run makes again at the same step
 NOT_WRITTEN = ("bad", "position", "stop")  # fields of a record that metrics.jsonl leaves out
 
@@ -74,11 +73,11 @@ class RunLog:
         steps_done: Before this process. If metrics.jsonl lacks some, a line says so.
         keep_bytes: Length of metrics.jsonl at the checkpoint that the run resumes from. What a
             killed process wrote after it is cut off. 0 starts the file anew.
-        quiet: Write and print nothing, as on every rank but the first.
+        quiet: Write and print nothing; for every rank but the first.
         config: Recipe and plan, for the loggers.
 
     Attributes:
-        records: Of every step so far, those before a resume included.
+        records: One for each step so far, including those before a resume.
         first_step_s: From the start of the process to the end of its first step.
     """
 
@@ -110,8 +109,8 @@ class RunLog:
         self._mark: Any = time.perf_counter()  # where the pending step began: seconds, or an event
         self._bar = Progress(transient=True, disable=quiet or not sys.stdout.isatty())
         self._task = self._bar.add_task("training", total=max_steps)
-        names = () if quiet else loggers
-        self._loggers = Loggers(names, folder, config or {}, steps_done, self.say)
+        loggers = () if quiet else loggers
+        self._loggers = Loggers(loggers, folder, config or {}, steps_done, self.say)
         if lost := steps_done - len(self.records):
             self.say(
                 f"metrics.jsonl: {lost} of the {steps_done} steps done are missing in it or "
@@ -161,12 +160,12 @@ class RunLog:
             done.record()
         self._pending = (step, lr, position, values, done)
 
-    def read(self, wait: bool = False) -> Iterator[StepRecord]:
+    def read(self, wait: bool = False) -> list[StepRecord]:
         """Records that were not read yet; the newest step may still run, and `wait` awaits it."""
         if wait:
             self.finish()
-        while self._unread:
-            yield self._unread.pop(0)
+        unread, self._unread = self._unread, []
+        return unread
 
     def finish(self) -> None:
         """Wait for the pending step and report it."""
@@ -237,9 +236,6 @@ class RunLog:
 def _cut_back(path: Path, keep_bytes: int) -> None:
     """Drop what follows `keep_bytes` if a line ends there; if none does, it is another file."""
     if not path.is_file():
-        return
-    if path.stat().st_size > MAX_LOG_BYTES:
-        path.rename(path.with_name("metrics-too-long.jsonl"))
         return
     data = path.read_bytes()
     kept = data[:keep_bytes]

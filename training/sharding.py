@@ -1,8 +1,8 @@
-"""AdamW's state dealt out over the ranks (ZeRO-1): each parameter is updated by one of them.
+"""AdamW's state shared out over the ranks (ZeRO-1): one rank updates each parameter.
 
-The owner alone has the moments, and the fp32 weight where the model works with a bf16 copy; the
-others get what it made of the weight or the copy. All have the whole gradient, so clip and update
-are those of one rank to the last bit. A step sends (n - 1) / n of the weights or copies more.
+Only that rank has the moments, and the fp32 weight if the model works with a bf16 copy; the others
+receive the new weight or copy. All have the whole gradient, so clip and update are those of one
+rank to the last bit. A step sends (n - 1) / n of the weights or copies more.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ from training.plan import Plan
 if TYPE_CHECKING:
     from training.optim import AdamW
 
-Copies = Mapping[nn.Parameter, Tensor]  # bf16, by the parameter that they stand for
+Copies = Mapping[nn.Parameter, Tensor]  # bf16 working copies, by parameter
 
 
 def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -28,11 +28,12 @@ def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 class Replicas:
-    """Every rank has and updates all: what others share out, they do in the place of this.
+    """Every rank has all and updates all; the classes that share something out replace methods.
 
     Attributes:
         others: The parameters that this rank does not update.
-        rows: Of parameters that are cut, what a step computes with; see training/full_shard.py.
+        rows: What a step computes with in place of parameters that are cut, by parameter; see
+            training/full_shard.py.
         released: Whether weights are missing, until `gather`.
         outside: As in training/averaging.py.
     """
@@ -40,9 +41,7 @@ class Replicas:
     others: Sequence[nn.Parameter] = ()
     rows: Mapping[nn.Parameter, Any] = {}
     released = False
-
-    def __init__(self):
-        self.outside: Callable[[Callable[[], None]], None] = lambda work: work()
+    outside: Callable[[Callable[[], None]], None] = staticmethod(lambda work: work())
 
     def owns(self, parameter: nn.Parameter) -> bool:
         return True
@@ -52,23 +51,23 @@ class Replicas:
         return value if self.owns(parameter) else None
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Of the whole gradients together."""
+        """Norm of all gradients together, also of those that are cut."""
         return total_norm(parameters)
 
     def take_gradients(self) -> None:
-        """Bring the gradients to the model's parameters, after the backward."""
+        """After the backward: bring the gradients to the model's parameters."""
 
     def exchange(self, copies: Copies) -> None:
-        """Have what the model reads of every parameter, after the update."""
+        """After the update: bring every rank what its model reads of each parameter."""
 
     def release(self, copies: Copies) -> None:
-        """Free the weights that this rank does without, before a step."""
+        """Before a step: free the weights that this rank can do without."""
 
     def gather(self, copies: Copies) -> None:
-        """Have them again: whoever looks at the model finds all its weights."""
+        """Bring the released weights back, so whoever looks at the model finds them all."""
 
     def to_first(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The whole moments on rank 0. All take part."""
+        """The whole moments on rank 0. All ranks must call it."""
         return moments
 
 
@@ -81,9 +80,8 @@ class Shard(Replicas):
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], world: World):
-        super().__init__()
         self.rank, self.owner, load = world.rank, dict[nn.Parameter, int](), [0] * world.size
-        # The largest first, each to whom has least: no more than one matrix apart.
+        # The largest goes first, to the rank that has least: loads differ by one matrix at most.
         for p in sorted(parameters, key=lambda p: -p.numel()):
             rank = load.index(min(load))
             self.owner[p] = rank
@@ -98,7 +96,6 @@ class Shard(Replicas):
         self.outside(lambda: wait(dist.broadcast(t, rank, async_op=True) for t, rank in read))
 
     def release(self, copies: Copies) -> None:
-        """Of parameters with a copy, those that others own."""
         self.released = bool(copies)
         for p in copies:
             if not self.owns(p):
