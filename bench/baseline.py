@@ -1,8 +1,8 @@
-"""GPT-2 as a good PyTorch engineer writes it without this project; the yardstick of the bench.
+"""GPT-2 as a good PyTorch engineer writes it without this project: what the bench compares with.
 
-None of our ops is used: nn.Linear, F.layer_norm, F.scaled_dot_product_attention, F.cross_entropy,
-AdamW(fused=True), bf16 autocast, a vocabulary padded to 50304, and torch.compile around it. The
-parameter names are those of the released weights, so the same state dict loads into `model.GPT`.
+It uses none of our ops, but nn.Linear, F.layer_norm, F.scaled_dot_product_attention,
+F.cross_entropy, AdamW(fused=True), bf16 autocast, a vocabulary padded to 50304, and torch.compile
+around it. Parameters have the names of the released weights, so `model.GPT` loads the same state.
 """
 
 from collections.abc import Callable
@@ -129,20 +129,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     return F.cross_entropy(logits.to(wide), targets.flatten())
 
 
-OPS: dict[str, Callable[..., Any]] = {
-    op.__name__: op
-    for op in (
-        layer_norm,
-        add_layer_norm,
-        embedding,
-        gelu_mlp,
-        causal_attention,
-        linear_cross_entropy,
-    )
-}
+_OPS = (layer_norm, add_layer_norm, embedding, gelu_mlp, causal_attention, linear_cross_entropy)
+OPS: dict[str, Callable[..., Any]] = {op.__name__: op for op in _OPS}
 
 
 def chosen_sdpa(qkv: Tensor, n_head: int) -> str:
-    """The SDPA backend torch picks for these tensors, by name."""
+    """Name of the SDPA backend that torch picks for these tensors."""
     q, k, v = heads(qkv.detach(), n_head)
     return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True)).name

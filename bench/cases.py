@@ -1,21 +1,20 @@
-"""What is timed: shapes, inputs, and the bytes and flops each op cannot do without.
+"""What is timed: shapes, inputs, and the bytes and flops that each op needs at least.
 
-Bytes count every tensor of the interface once per direction, saved statistics left out; flops
-count the matrix products and, for attention, causal work alone (half of T^2). They are the floor
-of an op, whatever way it is computed; `bench.ops` holds the time they allow against the measured
-time. Sizes follow the rest of the project: M = B * T rows, C width, H heads, V vocabulary padded
-to a multiple of 128.
+Bytes count every argument and result once per direction, without saved statistics. Flops count the
+matrix products, for attention only the causal half of T^2. `bench.ops` compares the time that they
+allow with the measured time. Sizes are named as everywhere: M = B * T rows, C width, H heads, V
+vocabulary, Vp the same padded to a multiple of 128.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Inputs = dict[str, Any]
-Draw = Callable[..., Tensor]  # sizes, and if need be scale and dtype -> a random leaf
+Draw = Callable[..., Tensor]  # sizes, optionally scale and dtype -> a random leaf
 PARTS = {"fwd": slice(1), "bwd": slice(1, 2), "both": slice(2)}  # of (forward, backward)
 MODES = (*PARTS,)
 
@@ -44,45 +43,37 @@ class Shape:
         return f"B={self.B} T={self.T}{width}"
 
 
-# The throughput shape, 65,536 tokens; the seed recipe's micro-batch, 1,024; and one between.
+# 65,536 tokens for throughput; 1,024, a micro-batch of the Shakespeare recipe; and one between.
 GPU_SHAPES = (Shape(64, 1024), Shape(16, 64), Shape(8, 1024))
 CPU_SHAPES = (Shape(4, 64),)  # what a CPU can time
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op as the bench runs it.
+    """One op as the bench runs it."""
 
-    Args:
-        draw: Its keyword arguments.
-        moved: (shape, bytes per activation element) -> bytes of the forward and the backward.
-        multiplied: Likewise flops, of the shape alone.
-        limit: Which measured rate the op is held against.
-        modes: A subset of MODES. The loss has no "bwd": the gradients come with the forward.
-    """
-
-    draw: Callable[[Shape, Draw], Inputs]
+    draw: Callable[[Shape, Draw], Inputs]  # its keyword arguments
+    # (shape, bytes per activation element) -> bytes of the forward and of the backward
     moved: Callable[[Shape, int], tuple[float, float]]
-    multiplied: Callable[[Shape], tuple[float, float]] = lambda s: (0.0, 0.0)
-    limit: str = "copy_gbs"
-    modes: tuple[str, ...] = MODES
+    multiplied: Callable[[Shape], tuple[float, float]] = lambda s: (0.0, 0.0)  # flops, likewise
+    limit: str = "copy_gbs"  # the measured rate that bounds it
+    modes: tuple[str, ...] = MODES  # the loss has no "bwd": its forward makes the gradients
 
     def bytes(self, shape: Shape, itemsize: int, mode: str) -> float:
-        """The floor of one call."""
         return sum(self.moved(shape, itemsize)[PARTS[mode]])
 
     def flops(self, shape: Shape, mode: str) -> float:
         return sum(self.multiplied(shape)[PARTS[mode]])
 
     def floor_ms(self, shape: Shape, itemsize: int, mode: str, limits: dict[str, float]) -> float:
-        """The time the measured limits allow: the longer of bytes over copy, flops over matmul."""
+        """The time that measured limits allow: the longer one of the bytes' and the flops'."""
         bytes_ms = self.bytes(shape, itemsize, mode) / limits["copy_gbs"] / 1e6
         flops = self.flops(shape, mode)
         return max(bytes_ms, flops / limits[self.limit] / 1e9) if flops else bytes_ms
 
 
 def _norm(s: Shape, draw: Draw, *stream: str) -> Inputs:
-    """The residual stream stays fp32 under autocast, as weight and bias do."""
+    """The residual stream, weight and bias stay fp32 under autocast."""
     wide = {name: draw(s.B, s.T, s.C, dtype=torch.float32) for name in stream}
     weight, bias = (draw(s.C, scale=0.1, dtype=torch.float32) for _ in range(2))
     weight.detach().add_(1)
@@ -90,13 +81,13 @@ def _norm(s: Shape, draw: Draw, *stream: str) -> Inputs:
 
 
 def _ids(s: Shape, draw: Draw) -> Tensor:
-    """Tokens, the smaller the more frequent."""
+    """Tokens; small ones are frequent, as in text."""
     drawn = draw(s.B, s.T, dtype=torch.float32).detach()
     return (drawn.abs() * s.V / 4).long().clamp_(max=s.V - 1)
 
 
 def _tokens(s: Shape, draw: Draw) -> Inputs:
-    """Tables in the dtype of the activations, or without autocast y would not be."""
+    """The tables have the activations' dtype; otherwise y would not have it without autocast."""
     ids, norm = _ids(s, draw), _norm(s, draw)
     norm.pop("x")
     tables = {"wte": draw(s.Vp, s.C, scale=0.02), "wpe": draw(s.T, s.C, scale=0.02)}
@@ -122,7 +113,7 @@ def _head(s: Shape, draw: Draw) -> Inputs:
 
 
 def _rows(s: Shape, fwd: float, bwd: float) -> tuple[float, float]:
-    """Of so many bytes, or flops, per activation element."""
+    """Bytes or flops of both directions, from those per activation element."""
     return s.M * s.C * fwd, s.M * s.C * bwd
 
 
@@ -151,15 +142,15 @@ CASES: dict[str, Case] = {  # by name in `kernels.Ops`
         lambda s: _rows(s, 16 * s.C, 32 * s.C),
         "matmul_k768_tflops",
     ),
-    # qkv -> y; then qkv, y, dy -> dqkv. Two products of T x T x D a head, half of it masked; five
-    # in the backward.
+    # qkv -> y; then qkv, y, dy -> dqkv. Two products of T x T x D per head, half of each masked;
+    # five in the backward.
     "causal_attention": Case(
         lambda s, draw: {"qkv": draw(s.B, s.T, 3 * s.C), "n_head": s.H},
         lambda s, e: _rows(s, 4 * e, 8 * e),
         lambda s: _rows(s, 2 * s.T, 5 * s.T),
         "matmul_tflops",
     ),
-    # x, weight -> loss; then dx, dweight. Logits are nobody's floor: they need not exist.
+    # x, weight -> loss; then dx, dweight. Logits do not count: they need not exist.
     "linear_cross_entropy": Case(
         _head,
         lambda s, e: (e * s.C * (s.M + s.Vp), e * s.C * (s.M + s.Vp)),
@@ -173,10 +164,10 @@ CASES: dict[str, Case] = {  # by name in `kernels.Ops`
 def make_inputs(
     case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Inputs:
-    """Fresh random keyword arguments of an op; never zeros, which run faster than data does.
+    """Random keyword arguments of an op; not zeros, which run faster than data.
 
-    Floating tensors require a gradient; `dtype` is the activations' and, as the working copy is
-    that the training step keeps, the weights' of matrix products.
+    Floating tensors require a gradient. `dtype` is that of activations and of the weights of matrix
+    products, which the training step keeps as working copies.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -188,19 +179,9 @@ def make_inputs(
 
 
 def check_room(what: str, need: float, room: float) -> None:
-    """Refuse what cannot fit; a `room` of 0 is not known.
-
-    Raises:
-        ValueError: with what is needed and what there is.
-    """
+    """Raise ValueError if memory of `need` bytes does not fit; a `room` of 0 is not known."""
     if need > room > 0:
         raise ValueError(
             f"bench: {what} needs about {need / 2**30:,.1f} GiB of memory, there are "
             f"{room / 2**30:,.1f}; take a smaller one"
         )
-
-
-def smaller(shape: Shape, tokens: int) -> Shape:
-    """A shape of the same width with at most `tokens` rows, for checks of numerics."""
-    T = min(shape.T, tokens)
-    return replace(shape, B=max(1, min(shape.B, tokens // T)), T=T)

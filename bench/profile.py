@@ -1,8 +1,8 @@
 """Where the time of a training step goes: `make profile`, or `python -m bench.profile`.
 
-Writes a Chrome trace (chrome://tracing or ui.perfetto.dev) and prints a table by kind. On CUDA the
-times are kernels', and idle is the part of the span in which none ran; on the CPU they are the
-operators' own times, and "python" is the rest. The names of a kind say who did the work, those of
+Writes a Chrome trace (chrome://tracing or ui.perfetto.dev) and prints a table by kind of work. On
+CUDA the times are those of kernels, and "idle" is the time in which none ran. On the CPU they are
+the operators' own times, and "python" is the rest. The names of a kind say what did the work, for
 attention which SDPA backend a baseline took.
 """
 
@@ -17,11 +17,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench import cli, record, step
+from bench import cli, contestants, record, step
 from bench.cases import Shape
-from bench.contestants import Setup, find_provider, make_batches, prepare
+from bench.contestants import Setup
 from bench.record import ProfileRow
-from bench.tables import Columns, rows_table, table
+from bench.tables import rows_table
 from model import MODELS
 
 # First match wins; names of kernels (CUDA) and operators (CPU).
@@ -52,15 +52,14 @@ def by_kind(times: Times, span_ms: float, rest: str, **whose: Any) -> list[Profi
     Args:
         whose: Model, shape and provider of the rows.
     """
-    kinds: dict[str, list[tuple[str, float, int]]] = {}
-    for item in times:
-        kinds.setdefault(kind_of(item[0]), []).append(item)
     rows = []
-    for kind, items in kinds.items():
-        names, ms, calls = zip(*items, strict=True)
-        shares = {"ms": sum(ms), "share": sum(ms) / span_ms, "calls": sum(calls)}
-        names = [name[:MAX_NAME] for name in names[:NUM_NAMES]]
-        rows.append(ProfileRow(kind=kind, names=names, **shares, **whose))
+    for kind in KINDS:
+        items = [item for item in times if kind_of(item[0]) == kind]
+        if items:
+            names, ms, calls = zip(*items, strict=True)
+            shares = {"ms": sum(ms), "share": sum(ms) / span_ms, "calls": sum(calls)}
+            names = [name[:MAX_NAME] for name in names[:NUM_NAMES]]
+            rows.append(ProfileRow(kind=kind, names=names, **shares, **whose))
     left = max(0.0, span_ms - sum(row.ms for row in rows))
     last = ProfileRow(kind=rest, ms=left, share=left / span_ms, **whose)
     return [*sorted(rows, key=lambda row: -row.ms), last]
@@ -68,16 +67,12 @@ def by_kind(times: Times, span_ms: float, rest: str, **whose: Any) -> list[Profi
 
 def trace_step(
     name: str, setup: Setup, device: torch.device, steps: int, trace: Path
-) -> tuple[list[ProfileRow], Times]:
-    """Profile some steps after the warm-up.
-
-    Returns:
-        Rows of `by_kind`, and all times, longest first; of one step.
-    """
+) -> list[ProfileRow]:
+    """Profile some steps after the warm-up; rows of one step, as `by_kind` makes them."""
     cuda, synchronize = device.type == "cuda", torch.get_device_module(device).synchronize
-    batches = make_batches(setup, device)
-    build = find_provider(name, device, setup)
-    contestant, _ = prepare(name, build, setup, device, batches)
+    batches = contestants.make_batches(setup, device)
+    build = contestants.find_provider(name, device, setup)
+    contestant, _ = contestants.prepare(name, build, setup, device, batches)
     contestant.step(batches[0])  # ours captures its graph in the fourth step
     synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -100,7 +95,7 @@ def trace_step(
             times.append((event.key, us / 1e3 / steps, event.count // steps))
     times.sort(key=lambda item: -item[1])
     whose = {"model": setup.model, "shape": setup.shape.label, "provider": name}
-    return by_kind(times, span_ms, "idle" if cuda else "python", **whose), times
+    return by_kind(times, span_ms, "idle" if cuda else "python", **whose)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,25 +112,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(cli.devices()[-1])
     setup = Setup(args.model, args.shape)
     setup.check_memory(device)
-    find_provider(args.provider, device, setup)  # refuses an unknown one
+    contestants.find_provider(args.provider, device, setup)  # refuses an unknown one
     if args.trace.is_dir():
         raise ValueError(f"bench: --trace must name a file, got the folder {args.trace}")
-    args.trace.parent.mkdir(parents=True, exist_ok=True)  # now, not after profiling
+    args.trace.parent.mkdir(parents=True, exist_ok=True)  # fail now, not after profiling
     results = record.open_result(device, args.out, args.commit) if args.out else None
     if cuda:
         torch.set_float32_matmul_precision("high")
-    rows, times = trace_step(args.provider, setup, device, args.steps, args.trace)
-    columns: Columns = {
+    rows = trace_step(args.provider, setup, device, args.steps, args.trace)
+    print(f"{args.provider}, GPT-2 {args.model}, {setup.shape.label}, {device.type}\n")
+    columns = {
         "ms per step": lambda row: f"{row.ms:,.3f}",
         "share": lambda row: f"{row.share:.1%}",
         "calls per step": lambda row: f"{row.calls:,}",
+        "longest": lambda row: row.names[0][:60] if row.names else "",
     }
-    print(f"{args.provider}, GPT-2 {args.model}, {setup.shape.label}, {device.type}\n")
     print(rows_table(rows, {"kind": lambda row: row.kind}, columns))
-    lines = [[key[:60], f"{ms:,.3f}", str(count)] for key, ms, count in times[:10]]
-    print(f"\n{table(['longest', 'ms', 'calls'], lines)}")
     for row in rows:
-        if row.kind == "attention":  # which backend of SDPA, where it is not ours
+        if row.kind == "attention":  # which backend of SDPA a baseline took
             print("\nattention:", *row.names, sep="\n  ")
     if results:
         results.add("profile", *rows)

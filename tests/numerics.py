@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench import cli
-from bench.cases import CASES, Shape, make_inputs, smaller
+from bench.cases import CASES, Shape, make_inputs
 from training.numerics import (
     DTYPES,
     REDUCED,
@@ -89,12 +89,14 @@ DEFAULT_CPU_CHECK_TOKENS = 512
 
 
 def check_shape(op: str, shape: Shape, device: torch.device) -> Shape:
-    """The cut of a shape that an op is checked on."""
-    if device.type != "cuda":
-        return smaller(shape, CPU_CHECK_TOKENS.get(op, DEFAULT_CPU_CHECK_TOKENS))
-    if op == "causal_attention":
-        shape = replace(shape, T=min(shape.T, CHECK_LENGTH))
-    return smaller(shape, CHECK_TOKENS.get(op, DEFAULT_CHECK_TOKENS))
+    """The cut of a shape that an op is checked on: as wide, with fewer rows."""
+    tokens = CPU_CHECK_TOKENS.get(op, DEFAULT_CPU_CHECK_TOKENS)
+    if device.type == "cuda":
+        tokens = CHECK_TOKENS.get(op, DEFAULT_CHECK_TOKENS)
+        if op == "causal_attention":
+            shape = replace(shape, T=min(shape.T, CHECK_LENGTH))
+    T = min(shape.T, tokens)
+    return replace(shape, B=max(1, min(shape.B, tokens // T)), T=T)
 
 
 def check_op(

@@ -132,11 +132,10 @@ def test_profile_sorts_names_into_kinds():
 def test_profile_of_a_real_step(tmp_path, monkeypatch):
     monkeypatch.setitem(contestants.MODELS, "test", TINY_CONFIG)
     setup = contestants.Setup("test", Shape(2, 16))
-    rows, longest = profile.trace_step("eager fp32", setup, CPU, 2, tmp_path / "trace.json")
+    rows = profile.trace_step("eager fp32", setup, CPU, 2, tmp_path / "trace.json")
     kinds = {row.kind for row in rows}
     assert {"GEMM", "attention", "norm", "loss", "optimizer", "python"} <= kinds
     assert 0.5 < sum(row.share for row in rows) <= 1.2
-    assert len(longest) > 10
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
