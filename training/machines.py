@@ -1,8 +1,4 @@
-"""What is known of machines: datasheets of GPUs, and what this machine says of itself.
-
-One table for everything that compares a speed with what the hardware could do: MFU, the roofline of
-`train.py --explain`, the bench.
-"""
+"""What is known about machines: data sheets of GPUs, and what this machine says about itself."""
 
 import contextlib
 import importlib.util
@@ -24,21 +20,21 @@ from training.torch_build import DRIVERS, WAY_OUT
 
 # torch.compile on a CPU calls these; openssl hashes its precompiled headers.
 COMPILE_TOOLS = ("g++", "as", "ld", "openssl")
-NO_SPACE = "a torch in a folder without spaces"  # torch 2.13 does not quote it
-FREE_SHARE = 0.9  # of a GPU's memory is free at least where nobody else uses it
+NO_SPACE = "a torch in a folder without spaces"  # torch 2.13 does not quote its path
+FREE_SHARE = 0.9  # where less of a GPU's memory is free, another process uses it
 
 
 @dataclass(frozen=True)
 class Card:
-    """Vendor's figures of a GPU, without sparsity."""
+    """The vendor's figures for a GPU, without sparsity."""
 
     tflops: float  # of dense products in `dtype`
     gbs: float  # GB/s of the memory
-    dtype: str = "bf16"  # what training runs in there
+    dtype: str = "bf16"  # in which it trains
 
 
-# By the part of the device name that tells it; the first that fits counts. SXM forms where a name
-# says no more, A100 with 80 GB.
+# By part of the device name, where the first match counts. A bare name stands for the SXM form; the
+# A100 is the one with 80 GB.
 CARDS: dict[str, Card] = {
     "B200": Card(2250.0, 8000.0),
     "H200": Card(989.5, 4800.0),
@@ -56,40 +52,39 @@ CARDS: dict[str, Card] = {
 
 
 def find_card(device_name: str) -> Card | None:
-    """Figures of a device by its name, whole words only: a GH200 is no H200."""
+    """Figures for a device by its name. Only whole words match: a GH200 is no H200."""
     return next((c for key, c in CARDS.items() if re.search(rf"\b{key}\b", device_name)), None)
 
 
 def mfu(config: GPTConfig, T: int, tokens_per_s: float, device_name: str) -> float | None:
-    """Model flops utilisation in [0, 1] by the palm form; None for an unknown device."""
+    """Model flops utilisation in [0, 1], with PaLM's count of flops; None for an unknown device."""
     card = find_card(device_name)
     return card and flops_per_token(config, T) * tokens_per_s / (card.tflops * 1e12)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the decisions depend on."""
+    """What a plan depends on."""
 
     device: str  # "cpu" or "cuda"
     name: str  # as the vendor writes it
     arch: int = 0  # compute capability, 90 for an H100; 0 on a CPU
     num_threads: int = 1  # that torch uses on the CPU
-    has_bf16: bool = False  # its products are faster than those of fp32
-    missing_tools: tuple[str, ...] = ()  # what torch.compile needs and is not here
+    has_bf16: bool = False  # products are faster in bf16 than in fp32
+    missing_tools: tuple[str, ...] = ()  # that torch.compile needs
     interpreted: bool = False  # triton's kernels run on the CPU: TRITON_INTERPRET=1
     has_triton: bool = True  # it can be imported
-    # Of the GPU, or what is free of it if others use it; on a CPU the machine's; 0 is unknown.
-    memory_bytes: int = 0
-    launcher_lacks: tuple[str, ...] = ()  # what triton needs to launch a kernel and is not here
+    memory_bytes: int = 0  # of the GPU (if others use it, what is free) or the RAM; 0 is unknown
+    launcher_lacks: tuple[str, ...] = ()  # what triton needs to launch a kernel and does not find
     rocm: bool = False  # the GPU is AMD's
-    notes: tuple[str, ...] = ()  # what someone might not expect of this machine, for the plan
+    notes: tuple[str, ...] = ()  # lines for the plan about what a user might not expect
 
 
 def built_for(arch: int, targets: Sequence[str]) -> bool:
-    """Whether a torch with these targets (torch.cuda.get_arch_list) runs on a compute capability.
+    """Whether a torch built for these targets (torch.cuda.get_arch_list) runs on a capability.
 
-    "sm_80" serves its generation from there on, "sm_90a" its own chip, "compute_90" all from there
-    on; without any it is not known, and taken for granted.
+    "sm_80" runs on 80 and newer chips of that generation, "sm_90a" on 90 alone, "compute_90" on 90
+    and everything newer. Without targets the answer is yes.
     """
     for kind, number, exact in re.findall(r"(sm|compute)_(\d+)([a-z]?)", " ".join(targets)):
         least = int(number)
@@ -134,7 +129,7 @@ def why_unusable(card: str, driver: str, version: str, cuda: str | None, hidden:
 
     Args:
         card, driver: As nvidia-smi names them; the driver may be "".
-        version, cuda: Of torch, and what it was built for.
+        version, cuda: Torch's version, and the CUDA it was built for.
         hidden: CUDA_VISIBLE_DEVICES.
     """
     needed = DRIVERS.get(int((cuda or "0").partition(".")[0]), 0)
@@ -142,8 +137,10 @@ def why_unusable(card: str, driver: str, version: str, cuda: str | None, hidden:
     if cuda is None:
         why = f"{version} is a build for CPUs: {WAY_OUT}"
     elif major.isdecimal() and int(major) < needed:
-        why = f"{version} is built for CUDA {cuda}, which needs driver {needed} or newer: "
-        why += f"update the driver, or {WAY_OUT}"
+        why = (
+            f"{version} is built for CUDA {cuda}, which needs driver {needed} or newer: update the "
+            f"driver, or {WAY_OUT}"
+        )
     elif hidden is not None:
         why = f"CUDA_VISIBLE_DEVICES={hidden!r} hides it"
     else:
@@ -158,15 +155,15 @@ def _nvidia_card(proc: Path = Path("/proc/driver/nvidia")) -> tuple[str, str]:
         return found["name"], found.get("driver_version", "")
     try:
         driver = re.search(r"Module +(\d[\d.]+)", (proc / "version").read_text())
-        cards = [path.read_text() for path in sorted((proc / "gpus").glob("*/information"))]
+        cards = "\n".join(path.read_text() for path in sorted(proc.glob("gpus/*/information")))
     except OSError:
         return "", ""
-    names = [found[1] for text in cards if (found := re.search(r"Model:\s*(.+)", text))]
-    return (names or [""])[0].strip(), driver[1] if driver else ""
+    name = re.search(r"^Model:\s*(.+)$", cards, re.MULTILINE)
+    return name[1].strip() if name else "", driver[1] if driver else ""
 
 
 def header_lacks() -> tuple[str, ...]:
-    """Python.h, which triton and torch.compile build against, with its package; () if here."""
+    """Python.h with its package, if it is missing: triton and torch.compile build against it."""
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     if Path(sysconfig.get_paths(scheme)["include"], "Python.h").exists():
         return ()
@@ -175,7 +172,7 @@ def header_lacks() -> tuple[str, ...]:
 
 
 def launcher_lacks() -> tuple[str, ...]:
-    """What triton needs to launch a kernel and is not here; it looks in the same places."""
+    """What triton needs to launch a kernel and would not find."""
     lacks = [*header_lacks()]
     if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
         lacks.append("a C compiler (package gcc)")
@@ -200,24 +197,25 @@ def detect(device: str = "auto") -> Machine:
     if device == "cuda" and not has_cuda:
         why = trouble or "torch sees no GPU"
         raise ValueError(f"device: cuda asked for, but {why}; use --device cpu or auto")
-    tools = tuple(t for t in COMPILE_TOOLS if shutil.which(t) is None)
-    tools += (NO_SPACE,) * (" " in str(torch.__file__)) + header_lacks()
+    tools = [tool for tool in COMPILE_TOOLS if shutil.which(tool) is None]
+    has_triton = importlib.util.find_spec("triton") is not None
     common = Machine(
         device="cpu",
         name=cpu_name(),
         num_threads=torch.get_num_threads(),
-        missing_tools=tools,
+        has_bf16=cpu_has_bf16(),
+        missing_tools=(*tools, *[NO_SPACE] * (" " in str(torch.__file__)), *header_lacks()),
         interpreted=os.environ.get("TRITON_INTERPRET") == "1",
-        has_triton=importlib.util.find_spec("triton") is not None,
+        has_triton=has_triton,
         memory_bytes=ram_bytes(),
+        notes=(f"device cpu: {trouble}",) if trouble else (),
     )
     if not has_cuda:
-        notes = (f"device cpu: {trouble}",) if trouble else ()
-        return replace(common, has_bf16=cpu_has_bf16(), notes=notes)
+        return common
     name, rocm = torch.cuda.get_device_name(), torch.version.hip is not None
-    lacks = launcher_lacks() if common.has_triton and not (rocm or common.interpreted) else ()
+    lacks = launcher_lacks() if has_triton and not (rocm or common.interpreted) else ()
     # torch.compile's kernels for a GPU are triton's.
-    missing = (*(t for t in tools if t == "g++"), *lacks, *["triton"] * (not common.has_triton))
+    missing = (*["g++"] * ("g++" in tools), *lacks, *["triton"] * (not has_triton))
     free, total = torch.cuda.mem_get_info()
     notes = []
     if free < FREE_SHARE * total:
@@ -245,7 +243,7 @@ def detect(device: str = "auto") -> Machine:
 
 
 def cpuinfo(key: str) -> str:
-    """The first value of `key` in /proc/cpuinfo; "" where there is none."""
+    """The first value of `key` in /proc/cpuinfo, or ""."""
     path = Path("/proc/cpuinfo")
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     found = re.search(rf"^{key}[ \t]*:(.*)$", text, re.MULTILINE)
@@ -258,11 +256,11 @@ def cpu_name() -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """AMX-BF16, or AVX512-BF16 of AMD.
+    """Whether products are faster in bf16: with AMX-BF16, or with AVX512-BF16 from AMD.
 
-    AVX512-BF16 alone does not decide: an Intel Xeon without AMX multiplies 1024 x 1024 matrices at
-    198 GFLOP/s in bf16 and 371 in fp32, and steps of shakespeare-cpu take 1.3 to 1.5 times as long
-    (bench/LOG.md); on AMD's EPYC bf16 gains from 256 wide on.
+    With AVX512-BF16 but no AMX, an Intel Xeon multiplies 1024 x 1024 matrices at 198 GFLOP/s in
+    bf16 and 371 in fp32, and steps of shakespeare-cpu take 1.3 to 1.5 times as long (bench/LOG.md).
+    On AMD's EPYC, bf16 gains from a width of 256 on.
     """
     flags = cpuinfo("flags").split()
     amd = "avx512_bf16" in flags and cpuinfo("vendor_id") == "AuthenticAMD"
@@ -276,7 +274,7 @@ def num_cores() -> int:
 
 
 def ram_bytes() -> int:
-    """Memory of this machine in bytes; 0 where the system does not tell."""
+    """RAM of this machine; 0 where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -286,8 +284,8 @@ def ram_bytes() -> int:
 def free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Memory that can still be taken here without swapping; 0 where the system does not tell.
 
-    What the machine has available, or what the limit of this process's cgroup (version 2) or of one
-    above it leaves, whichever is smaller. Cached files count as free in both.
+    This is what the machine has available, or less where this process's cgroup (version 2) or a
+    parent of it has a limit. Cached files count as free in both.
     """
 
     def read(path: Path, pattern: str) -> int:
@@ -299,34 +297,32 @@ def free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup"
         name = (proc / "self/cgroup").read_text().splitlines()[-1].split(":", 2)[2]
         here = cgroups / name.strip("/")
         for folder in (here, *here.parents):
-            # No such file, or the limit is "max".
-            with contextlib.suppress(OSError, IndexError):
-                left = read(folder / "memory.max", r"^\d+$") - read(
-                    folder / "memory.current", r"\d+"
-                )
-                free.append(left + read(folder / "memory.stat", r"^inactive_file (\d+)$"))
+            with contextlib.suppress(OSError, IndexError):  # no such file, or no limit: "max"
+                limit, used = read(folder / "memory.max", r"^\d+$"), folder / "memory.current"
+                cached = read(folder / "memory.stat", r"^inactive_file (\d+)$")
+                free.append(limit - read(used, r"\d+") + cached)
     return max(0, min(free, default=0))
 
 
 def nvidia_smi(*fields: str) -> dict[str, str]:
-    """What nvidia-smi says of the GPU now, by field; without what it does not know.
+    """What nvidia-smi says about the GPU in use, by field, without fields it does not know.
 
     Args:
         fields: As `nvidia-smi --help-query-gpu` names them.
     """
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    uuid = None  # its order is not CUDA's, and CUDA_VISIBLE_DEVICES is nothing to it
+    uuid = None  # nvidia-smi neither has CUDA's order nor heeds CUDA_VISIBLE_DEVICES
     if torch.cuda.is_available():
         uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
-    for which in ([f"--id=GPU-{uuid}"], []) if uuid else ([],):  # part of a card has another name
+    for which in ([f"--id=GPU-{uuid}"], []) if uuid else ([],):  # MIG slices have another uuid
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(
                 [*query, *which], capture_output=True, text=True, timeout=20, check=True
             )
             values = map(str.strip, done.stdout.partition("\n")[0].split(","))
-            known = {"name": r"\w.*"}  # all others are numbers; "[N/A]" and its like are no values
-            found = zip(fields, values, strict=False)
+            # Every field but the name is a number; "[N/A]" and the like are no values.
+            known = zip(fields, values, strict=False)
             return {
-                key: text for key, text in found if re.fullmatch(known.get(key, r"[\d.]+"), text)
+                k: v for k, v in known if re.fullmatch(r"\w.*" if k == "name" else r"[\d.]+", v)
             }
     return {}

@@ -1,8 +1,7 @@
 """How a recipe runs on this machine: device, ops, dtype, compilation, micro-batches, optimizer.
 
 `make_plan` decides from a description of the machine (`training/machines.py`) and from what was
-asked for (`Choices`) alone, so every decision is testable for machines that are not at hand. A plan
-never changes what is trained, but for a bf16 residual stream, which must be asked for.
+asked for (`Choices`) alone, so each decision can be tested for machines that are not at hand.
 """
 
 import math
@@ -16,23 +15,22 @@ from kernels import SDPA, Ops, parse_ops, read_ops, unfit
 from model.flops import flops_per_token
 from training import memory
 from training.machines import Machine
-from training.machines import detect as detect  # whoever makes a plan needs both
+from training.machines import detect as detect  # a plan needs a machine
 from training.recipes import Recipe
 
 # Compiling the blocks takes 20 to 30 s of CPU time with a cold cache and saves 1.5 to 4% of a step
-# (bench/LOG.md), so it pays for runs over a quarter of an hour. Flops stand for time: 2 cores reach
-# 1e11 to 4e11 a second.
+# (bench/LOG.md), so it pays for runs over a quarter of an hour: 2 cores do 1e11 to 4e11 flop/s.
 MIN_COMPILE_FLOPS = 2e14
-CPU_TOKENS = 4096  # at once: products of 1,024 rows spend 4 to 14% on packing weights again
-EVAL_TOKENS = {"cpu": 8192, "cuda": 1 << 20}  # about a second of an evaluation during the run
-# Of a GPU's memory, for a step as the model in training/memory.py counts it. The rest is the CUDA
-# context, cuBLAS workspaces, the allocator's fragments and what a desktop holds.
+CPU_TOKENS = 4096  # at once: with 1,024 rows, products spend 4 to 14% on packing weights again
+EVAL_TOKENS = {"cpu": 8192, "cuda": 1 << 20}  # of an evaluation during the run: about a second
+# Share of a GPU's memory for what training/memory.py counts. The rest is for the CUDA context,
+# cuBLAS workspaces, the allocator's fragments and what a desktop holds.
 MEMORY_SHARE = 0.85
-ID_BYTES = 32  # per token of a step: ids and targets in the step's buffers, and those read ahead
-UNKNOWN_BYTES = 1 << 40  # where the system does not tell: no more than any machine has
+ID_BYTES = 32  # per token of a step: ids and targets, in the step's buffers and read ahead
+UNKNOWN_BYTES = 1 << 40  # stands for a memory size that the system does not tell
 MIN_TRITON_ARCH = 80  # the oldest the kernels are built and checked for; see kernels/_op.py
 MIN_FP16_ARCH = 70  # the oldest with fast fp16 products
-MIN_SDPA_ARCH = 80  # of PyTorch's flash attention and cuDNN's, which are in 16 bits alone
+MIN_SDPA_ARCH = 80  # the oldest that PyTorch's flash attention and cuDNN's run on, in 16 bits
 
 _SHARED = {"optimizer": "AdamW's state", "full": "the blocks' matrices and AdamW's state"}
 _STATES = {"auto": None, "on": True, "off": False}
@@ -97,7 +95,7 @@ class Choices:
     """File that keeps the answer of --tune. Default: one in the user's cache directory."""
 
     def or_else(self, values: Mapping[str, Any]) -> "Choices":
-        """With these values where the choice is left open; what is no choice is left out."""
+        """Take these values for choices that are left open. Names of no choice are ignored."""
         ours = {k: v for k, v in values.items() if k in _OPEN and getattr(self, k) == _OPEN[k]}
         return replace(self, **ours)
 
@@ -107,28 +105,31 @@ _OPEN = vars(Choices())
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe runs. Only `residual` and `reduce_dtype` change the losses; see `Choices`."""
+    """How a recipe runs. Only `residual` and `reduce_dtype` change the losses.
+
+    Fields without a comment are explained in `Choices`.
+    """
 
     device: str
     device_name: str
     num_threads: int  # of the CPU
-    ops: str  # what `kernels.parse_ops` reads
+    ops: str  # as `kernels.parse_ops` reads it
     dtype: str
     compile: bool
     micro_batch_size: int  # times num_micro_batches: the recipe's rows per step
     num_micro_batches: int
     eval_tokens: int  # of an evaluation during the run; the last one takes all
-    compile_scope: str = "model"  # or "blocks"
-    optimizer: str = "torch"  # whose fused AdamW; or "triton": kernels/adamw.py
+    compile_scope: str = "model"
+    optimizer: str = "torch"
     working_copies: bool = False
     cuda_graph: bool = False
     shard: str = "none"
     reduce_dtype: str = "fp32"
     recompute: bool = False
     residual: str = "fp32"
-    memory_bytes: int = 0  # what a step needs by training/memory.py; an estimate
-    launches: str = ""  # rows that were measured here, as [measured] of kernels/launches.toml
-    notes: tuple[str, ...] = ()  # a line for each choice that someone might not expect
+    memory_bytes: int = 0  # estimate of what a step needs, by training/memory.py
+    launches: str = ""  # rows measured here, in the form of kernels/launches.toml
+    notes: tuple[str, ...] = ()  # a line for each decision that a user might not expect
 
     @property
     def op_set(self) -> Ops:
@@ -161,7 +162,7 @@ def make_plan(
 ) -> Plan:
     """Decide how `recipe` runs on `machine`; choices other than auto, None and 0 are obeyed.
 
-    What several `ranks` can share out they do; their rows come later, see `distributed.share`.
+    The plan is for all rows of a step. `distributed.share` gives each of several ranks its part.
 
     Raises:
         ValueError: a choice asked for is impossible on this machine.
@@ -185,52 +186,32 @@ def make_plan(
         reduce_dtype=asked.reduce_dtype if ranks > 1 else "fp32",
         residual=asked.residual,
     )
-    micro, copies, full = asked.micro_batch_size, asked.working_copies, asked.shard == "full"
-    flags = {
-        "working-copies": copies,
-        "cuda-graph": asked.cuda_graph,
-        "dtype fp16": dtype == "fp16",
-    }
-    whole = [flag for flag, value in flags.items() if value]  # which full sharding goes without
-    refused = {
-        "cuda_graph: needs a GPU; leave --cuda-graph out": asked.cuda_graph and not on_cuda,
-        f"working_copies: they are bf16, but dtype is {dtype}; add --dtype bf16": copies
-        and dtype != "bf16",
-        "working_copies: --recompute has no use for them; leave one of the two out": copies
-        and asked.recompute,
-        f"residual: bf16 needs --dtype bf16, got {dtype}": asked.residual == "bf16" != dtype,
-        f"micro_batch_size: must be at least 0, got {micro}": micro < 0,
-        f"micro_batch_size: must divide the {rows} rows of a step, got {micro}": micro
-        and rows % micro,
-        "shard: Muon's state is not shared out; leave --shard out": asked.shard in _SHARED
-        and recipe.muon,
-        f"shard: full goes without --{''.join(whole[:1])}; leave one of the two out": full
-        and whole,
-    }
-    for line, holds in refused.items():
-        if holds:
-            raise ValueError(line)
+    _refuse(asked, recipe, machine, dtype)
     if asked.residual == "bf16":
         notes.append("residual bf16 as asked: the losses are not those of plain autocast")
 
     def tried(micro: int, recompute: bool, shard: str) -> Plan:
-        sizes = {"micro_batch_size": micro, "num_micro_batches": rows // micro}
-        plan = replace(made, shard=shard, recompute=recompute, **sizes)
-        can = dtype == "bf16" and not recompute and shard != "full"
-        plan = replace(plan, working_copies=can if copies is None else can and copies)
+        copies = dtype == "bf16" and not recompute and shard != "full"
+        plan = replace(
+            made,
+            micro_batch_size=micro,
+            num_micro_batches=rows // micro,
+            shard=shard,
+            recompute=recompute,
+            working_copies=copies and asked.working_copies is not False,
+        )
         return replace(plan, memory_bytes=step_bytes(plan, recipe, ranks))
 
-    # Far too large is refused, whoever insists: building such a model would end the machine.
     memory_bytes = machine.memory_bytes or UNKNOWN_BYTES
     budget, recompute = MEMORY_SHARE * memory_bytes, asked.recompute is True
-    kinds = ["none", "optimizer", *(() if whole else ["full"])]
+    kinds = ["none", "optimizer", "full"][: 2 if _not_with_full(asked, dtype) else 3]
     if ranks == 1 or recipe.muon:
         kinds = ["none"]
     elif asked.shard != "auto":
         kinds = [asked.shard]
     fitting = (kind for kind in kinds if tried(1, recompute, kind).memory_bytes <= budget)
     shard = next(fitting, kinds[-1])
-    if asked.recompute is None and not (copies or micro):
+    if asked.recompute is None and not (asked.working_copies or asked.micro_batch_size):
         least = 1 if on_cuda else recipe.batch_size
         once, twice = (tried(least, again, shard).memory_bytes for again in (False, True))
         if once > budget:
@@ -243,51 +224,83 @@ def make_plan(
     def needs(micro: int) -> int:
         return tried(micro, recompute, shard).memory_bytes
 
-    if needs(1) > (4 if micro else 1) * memory_bytes:
-        raise ValueError(_too_large(recipe, machine, needs(1)))
-    plan = tried(micro or _merge_micro_batches(recipe, machine, needs, notes), recompute, shard)
+    # A user may insist on --micro-batch-size, but building a model that is far too large would
+    # bring the machine down.
+    micro, needed = asked.micro_batch_size, needs(1)
+    can_be_built = needed <= (4 if micro else 1) * memory_bytes
+    if can_be_built and not micro:
+        micro = _merge_micro_batches(recipe, machine, budget, needs, notes)
+    if not (can_be_built and micro):
+        raise ValueError(
+            f"memory: one row of {recipe.model} at T={recipe.block_size} needs about "
+            f"{needed / 2**30:,.1f} GiB (ids of the {rows:,} rows of a step included), "
+            f"{machine.name} has {budget / 2**30:,.1f} GiB to give; take a smaller --model, "
+            "--block-size or --grad-accum-steps, or insist with --micro-batch-size 1"
+        )
     graph = on_cuda and shard != "full" if asked.cuda_graph is None else asked.cuda_graph
-    return replace(plan, cuda_graph=graph, notes=tuple(notes))
+    return replace(tried(micro, recompute, shard), cuda_graph=graph, notes=tuple(notes))
+
+
+def _refuse(asked: Choices, recipe: Recipe, machine: Machine, dtype: str) -> None:
+    """Raise ValueError for choices that contradict each other, the recipe or the machine."""
+    rows, micro, copies = recipe.rows_per_step, asked.micro_batch_size, asked.working_copies
+    if asked.cuda_graph and machine.device != "cuda":
+        raise ValueError("cuda_graph: needs a GPU; leave --cuda-graph out")
+    if copies and dtype != "bf16":
+        raise ValueError(f"working_copies: they are bf16, but dtype is {dtype}; add --dtype bf16")
+    if copies and asked.recompute:
+        raise ValueError(
+            "working_copies: --recompute has no use for them; leave one of the two out"
+        )
+    if asked.residual == "bf16" != dtype:
+        raise ValueError(f"residual: bf16 needs --dtype bf16, got {dtype}")
+    if micro < 0:
+        raise ValueError(f"micro_batch_size: must be at least 0, got {micro}")
+    if micro and rows % micro:
+        raise ValueError(f"micro_batch_size: must divide the {rows} rows of a step, got {micro}")
+    if asked.shard in _SHARED and recipe.muon:
+        raise ValueError("shard: Muon's state is not shared out; leave --shard out")
+    if asked.shard == "full" and (flag := _not_with_full(asked, dtype)):
+        raise ValueError(f"shard: full goes without --{flag}; leave one of the two out")
+
+
+def _not_with_full(asked: Choices, dtype: str) -> str:
+    """A flag that cannot be combined with full sharding, or ""."""
+    flags = {"working-copies": asked.working_copies, "cuda-graph": asked.cuda_graph}
+    flags["dtype fp16"] = dtype == "fp16"
+    return next((flag for flag, given in flags.items() if given), "")
 
 
 def step_bytes(plan: Plan, recipe: Recipe, ranks: int = 1) -> int:
-    """What a step of this plan, or of a rank's part of it, needs by training/memory.py."""
+    """Memory for a step of this plan, or of one rank's part of it."""
     rows, T = plan.micro_batch_size * plan.num_micro_batches, recipe.block_size
     return memory.estimate(recipe.model_config, T, plan, ranks).total + ID_BYTES * rows * T
 
 
 def _merge_micro_batches(
-    recipe: Recipe, machine: Machine, needs: Callable[[int], int], notes: list[str]
+    recipe: Recipe,
+    machine: Machine,
+    budget: float,
+    needs: Callable[[int], int],
+    notes: list[str],
 ) -> int:
-    """The largest physical batch that fits: fewer launches, larger GEMMs, the same rows.
+    """The most rows at once that fit, or 0: fewer launches and larger products, the same rows.
 
-    On a CPU up to CPU_TOKENS in half of the memory, and no fewer rows than the recipe's.
+    On a CPU no more than CPU_TOKENS or half of the memory, but never fewer rows than the recipe's.
     """
-    rows, budget = recipe.rows_per_step, int(MEMORY_SHARE * machine.memory_bytes)
+    rows, batch = recipe.rows_per_step, recipe.batch_size
     small = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
     divisors = sorted({*small, *(rows // d for d in small)}, reverse=True)
     if machine.device == "cpu":
-        most, budget = CPU_TOKENS // recipe.block_size, machine.memory_bytes // 2
-        divisors = [*(d for d in divisors if recipe.batch_size < d <= most), recipe.batch_size]
-        budget = max(budget, needs(recipe.batch_size))
+        most, budget = CPU_TOKENS // recipe.block_size, machine.memory_bytes / 2
+        divisors = [*(d for d in divisors if batch < d <= most), batch]
+        budget = max(budget, needs(batch))
     micro = next((d for d in divisors if needs(d) <= budget), 0)
-    if not micro:
-        raise ValueError(_too_large(recipe, machine, needs(1)))
-    if micro > recipe.batch_size:
-        notes.append(f"micro-batches of {recipe.batch_size} rows merged into {micro}: same rows")
-    elif micro < recipe.batch_size:
-        notes.append(f"micro-batches of {recipe.batch_size} rows cut to {micro}: memory")
+    if micro > batch:
+        notes.append(f"micro-batches of {batch} rows merged into {micro}: same rows")
+    elif micro < batch:
+        notes.append(f"micro-batches of {batch} rows cut to {micro}: memory")
     return micro
-
-
-def _too_large(recipe: Recipe, machine: Machine, needed: int) -> str:
-    rows, budget = recipe.rows_per_step, MEMORY_SHARE * (machine.memory_bytes or UNKNOWN_BYTES)
-    return (
-        f"memory: one row of {recipe.model} at T={recipe.block_size} needs about "
-        f"{needed / 2**30:,.1f} GiB (ids of the {rows:,} rows of a step included), {machine.name} "
-        f"has {budget / 2**30:,.1f} GiB to give; take a smaller --model, --block-size or "
-        "--grad-accum-steps, or insist with --micro-batch-size 1"
-    )
 
 
 def _choose_dtype(dtype: str, machine: Machine, notes: list[str]) -> str:
@@ -304,7 +317,7 @@ def _choose_dtype(dtype: str, machine: Machine, notes: list[str]) -> str:
 
 
 def lacks(backend: str, machine: Machine, dtype: str) -> str:
-    """What a backend of the ops, or our AdamW ("triton"), needs and is not here; "" if nothing."""
+    """What a backend of the ops, or our AdamW ("triton"), needs and does not find; or ""."""
     on_cuda = machine.device == "cuda"
     if backend == "triton":
         if not machine.has_triton:
