@@ -17,13 +17,7 @@ PATIENCE_S = 5.0  # for a reader that does not read, once the run has been asked
 
 
 class _Survivor(io.FileIO):
-    """Writes to a file descriptor until a write fails or waits too long, then to nobody.
-
-    Args:
-        number: The descriptor.
-        hurried: Whether the run was asked to stop.
-        farewell: What to say on standard error, after the reason, once writing has failed.
-    """
+    """Writes to a file descriptor until that fails or takes too long; then says `farewell`."""
 
     def __init__(self, number: int, hurried: Callable[[], bool], farewell: str):
         super().__init__(number, "w", closefd=False)
@@ -43,8 +37,14 @@ class _Survivor(io.FileIO):
         while thread.is_alive() and not self.lost and waited <= PATIENCE_S:
             thread.join(0.1)
             waited += 0.1 * self.hurried()
-        if self.failure or thread.is_alive():
-            self._lose(self.failure or "nobody reads it")
+        if (self.failure or thread.is_alive()) and not self.lost:  # no other thread has said it
+            self.lost = True
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())  # what libraries print there may not fail either
+            os.close(null)
+            if self.farewell:
+                reason = self.failure or "nobody reads it"
+                print(f"standard output is lost ({reason}); {self.farewell}", file=sys.stderr)
         return len(data)
 
     def _send(self, data: bytes) -> None:
@@ -53,16 +53,6 @@ class _Survivor(io.FileIO):
                 data = data[os.write(self.fileno(), data) :]
         except (OSError, ValueError) as error:  # a ValueError: it has been closed meanwhile
             self.failure = error
-
-    def _lose(self, reason: object) -> None:
-        known, self.lost = self.lost, True
-        if known:  # to another thread, which has said it
-            return
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self.fileno())  # what libraries print there may not fail either
-        os.close(null)
-        if self.farewell:
-            print(f"standard output is lost ({reason}); {self.farewell}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -61,7 +61,6 @@ def roll_back(
     Raises:
         RunFailed: no rollbacks are left, or there is nothing to go back to.
     """
-
     newest = partial(newest_good, run.out / CHECKPOINTS, log.say, partial(expect, model))
     try:
         found = _agreed(f"rollback {guard.rollbacks}", newest, run.world)
@@ -132,15 +131,15 @@ def find(
 def _agreed(key: str, choose: Callable[[], Checkpoint | None], world: World) -> Checkpoint | None:
     """What rank 0 chooses, on every rank; the others need not see its disk."""
     found = choose() if world.is_main else None
-    facts = {**vars(found), "tensors": {}, "path": str(found.path)} if found else None
-    if (facts := world.first(key, lambda: facts)) is None:
+    mine = {**vars(found), "tensors": {}, "path": str(found.path)} if found else None
+    if (facts := world.first(key, lambda: mine)) is None:
         return None
     tensors = world.send(f"{key} tensors", found.tensors if found else {})
     return Checkpoint(**facts | {"path": Path(facts["path"]), "tensors": tensors})
 
 
 def cool_down(saved: Checkpoint, recipe: Recipe) -> Recipe:
-    """`recipe` with its decay begun at `saved`; if that has already begun it, as it did.
+    """`recipe` with its decay begun at `saved`; a decay that was begun earlier goes on as it was.
 
     Raises:
         ValueError: the schedule is not wsd, or still in its warm-up.

@@ -110,14 +110,8 @@ def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     return named
 
 
-def _generators() -> dict[str, Tensor]:
-    """States of the random number generators of the CPU and of every CUDA device."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), **{f"cuda{i}": s for i, s in enumerate(cuda)}}
-
-
 def _generator(device: str, num_bytes: int) -> Must:
-    """The state of such a generator; it is tried if the device is there."""
+    """The state of a random number generator; it is tried if the device is there."""
 
     def holds(state: Tensor) -> bool:
         if state.dtype != torch.uint8 or state.shape != (num_bytes,):
@@ -145,14 +139,12 @@ def capture(
     plan: Plan,
     data_sha256: str,
 ) -> Checkpoint:
-    """Copy the run's state to the host, so that training can go on while the copy is written.
-
-    A resumed run is compared with `recipe`, `plan` and `data_sha256`.
-    """
+    """Copy the run's state to the host, so that training can go on while the copy is written."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     tensors = {
         "model": hf.file_tensors(model),
         "optimizer": optimizer_tensors(model, optimizer),
-        "rng": _generators(),
+        "rng": {"cpu": torch.get_rng_state(), **{f"cuda{i}": s for i, s in enumerate(cuda)}},
     }
     state: dict[str, Any] = {
         "progress": asdict(progress),
@@ -190,11 +182,11 @@ def expect(
     step = progress["step"]
     if step != saved.step or step > steps:
         raise Mismatch(
-            f"state.json: {step} steps are done of {steps}, and the manifest says {saved.step}"
+            f"state.json: {step} of {steps} steps are done, {saved.step} by the manifest"
         )
     late = [at for at, _ in progress["evaluations"] if at > step]
     if late:  # one could be the best, and its checkpoint would never be found
-        raise Mismatch(f"state.json: evaluated at step {late[0]}, and {step} are done")
+        raise Mismatch(f"state.json: evaluated at step {late[0]}, but only {step} are done")
     accept(saved)
     muon, moments = saved_recipe(saved)["muon"], {}
     for name, p in model.named_parameters() if step else ():  # none before the first step
