@@ -88,7 +88,8 @@ def test_only_a_gain_beyond_noise_changes_anything(rival: list[float], taken: bo
 
 def test_what_is_asked_for_is_no_question() -> None:
     def names(**asked: Any) -> list[str]:
-        return [*choose.steps(Choices(), Choices(**asked), H100, "bf16")]
+        wishes, make = Choices(**asked), partial(make_plan, RECIPE, H100)
+        return [*choose.step_plans(make, wishes, make(wishes), H100, {})]
 
     every = [AS_CHOSEN, "blocks not compiled", "PyTorch's AdamW", "plain PyTorch, compiled"]
     assert names() == every

@@ -54,20 +54,6 @@ def rivals(plan: Plan, machine: Machine) -> dict[str, list[str]]:
     return found
 
 
-def steps(choices: Choices, asked: Choices, machine: Machine, dtype: str) -> dict[str, Choices]:
-    """The steps to time: as chosen, and with one thing changed that nobody asked for."""
-    found = {AS_CHOSEN: choices}
-    if asked.compile is None:
-        found["blocks not compiled"] = replace(choices, compile=False)
-    if asked.optimizer == "auto" and choices.optimizer != "torch":
-        found["PyTorch's AdamW"] = replace(choices, optimizer="torch")
-    if asked.ops == "auto" and asked.compile is None and not lacks("compiled", machine, dtype):
-        scope = "model" if asked.compile_scope == "auto" else asked.compile_scope
-        plain = replace(choices, ops="eager", compile=True, compile_scope=scope)
-        found["plain PyTorch, compiled"] = plain
-    return found
-
-
 def choose(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> dict[str, str]:
     """What to take for each op and kernel, and for the step; from numbers alone.
 
@@ -95,15 +81,49 @@ def _sound(samples: Sequence[float]) -> bool:
     return len(samples) > 0 and all(math.isfinite(ms) and ms > 0 for ms in samples)
 
 
-def launch_rows(chosen: Mapping[str, str], measured: Mapping[str, Samples]) -> str:
-    """The rows that were chosen in place of their kernels' present ones, as a table [measured]."""
+def launch_rows(measured: Mapping[str, Samples]) -> str:
+    """The rows that are faster than their kernels' present ones, as a table [measured]; or ""."""
     found: dict[str, str] = {}
-    for kernel, row in chosen.items():
-        if "." in kernel and row != next(iter(measured[kernel])):
+    for kernel, of in measured.items():
+        if "." in kernel and of and (row := _fastest([*of], of)) != next(iter(of)):
             op = kernel.partition(".")[0]
             found[op] = f"{found.get(op, '')}    {row}\n"
     lines = [f"{op} = [\n{rows}]\n" for op, rows in found.items()]
     return "".join(["[measured]\n", *lines] if lines else [])
+
+
+def step_plans(
+    make: Callable[[Choices], Plan],
+    asked: Choices,
+    checked: Plan,
+    machine: Machine,
+    measured: Mapping[str, Samples],
+) -> dict[str, Plan]:
+    """The plan with the ops and launch rows that were chosen, and its rivals, by name.
+
+    Each rival differs in one thing that nobody asked for.
+    """
+    chosen, ops = choose(checked, machine, measured), checked.ops
+    if asked.ops == "auto":
+        ops = spell_ops({op: chosen[op] for op in read_ops(ops)})
+    choices = replace(asked, ops=ops, optimizer=checked.optimizer)
+    found = {AS_CHOSEN: make(choices)}
+    if asked.compile is None:
+        found["blocks not compiled"] = make(replace(choices, compile=False))
+    if asked.optimizer == "auto" and choices.optimizer != "torch":
+        found["PyTorch's AdamW"] = make(replace(choices, optimizer="torch"))
+    compiles = asked.compile is None and not lacks("compiled", machine, checked.dtype)
+    if asked.ops == "auto" and compiles:
+        scope = "model" if asked.compile_scope == "auto" else asked.compile_scope
+        plain = replace(choices, ops="eager", compile=True, compile_scope=scope)
+        found["plain PyTorch, compiled"] = make(plain)
+    if rows := launch_rows(measured):
+        committed = found[AS_CHOSEN]
+        for name, plan in found.items():
+            if "triton" in read_ops(plan.ops).values():
+                found[name] = replace(plan, launches=rows)
+        found[COMMITTED] = committed
+    return found
 
 
 def take_fastest(
@@ -130,42 +150,7 @@ def take_fastest(
     long = world.size == 1 and on_cuda and asked.tune in ("on", "only")
     names = {op: of for op, of in rivals(checked, machine).items() if len(of) > 1}
     names = names if asked.ops == "auto" else {}
-
-    def plans(measured: Mapping[str, Samples]) -> dict[str, Plan]:
-        chosen = choose(checked, machine, measured)
-        ops = checked.ops
-        if asked.ops == "auto":
-            ops = spell_ops({op: chosen[op] for op in read_ops(ops)})
-        choices = replace(asked, ops=ops, optimizer=checked.optimizer)
-        every = steps(choices, asked, machine, checked.dtype)
-        found = {name: make(changed) for name, changed in every.items()}
-        if rows := launch_rows(chosen, measured):
-            with_rows = {
-                name: replace(plan, launches=rows)
-                for name, plan in found.items()
-                if "triton" in read_ops(plan.ops).values()
-            }
-            found |= with_rows | {COMMITTED: found[AS_CHOSEN]}
-        return found
-
-    def measure(trouble: str) -> tuple[dict[str, Any], str]:
-        takes = "up to four minutes" if long else "up to a minute, --tune off leaves it out"
-        world.say(
-            f"tune: timing what a step can be made of on {machine.name}; takes {takes}{trouble}"
-        )
-        began = time.monotonic()
-        launches = _sound_launches(checked, recipe, machine, world.say) if long else {}
-        rows = launch_rows(choose(checked, machine, launches), launches)
-        ms, failed = _time_ops(names, recipe, replace(checked, launches=rows), OPS_S)
-        ms |= launches
-        if long:
-            ms[STEP], failed[STEP] = _time_steps(plans(ms), recipe, STEPS_S)
-        seconds = round(time.monotonic() - began, 1)
-        lost = [
-            f", {op} could not be timed ({of['all']})" for op, of in failed.items() if "all" in of
-        ]
-        values = {"chosen": choose(checked, machine, ms), "ms": ms, "failed": failed}
-        return values | {"seconds": seconds}, f"measured in {seconds:.0f} s{''.join(lost)}, "
+    plans = partial(step_plans, make, asked, checked, machine)
 
     def answer() -> tuple[dict[str, Samples], str] | None:
         """Samples, and in words where they are from."""
@@ -179,9 +164,23 @@ def take_fastest(
             return kept["ms"], f"measured before, see {path}"
         if not (names or long):  # all was asked for by name, so there is nothing to choose
             return None
-        found, said = measure(trouble)
+        takes = "up to four minutes" if long else "up to a minute, --tune off leaves it out"
+        line = f"tune: timing what a step can be made of on {machine.name}; takes {takes}{trouble}"
+        world.say(line)
+        began = time.monotonic()
+        launches = _sound_launches(checked, recipe, machine, world.say) if long else {}
+        with_rows = replace(checked, launches=launch_rows(launches))
+        ms, failed = _time_ops(names, recipe, with_rows, OPS_S)
+        ms |= launches
+        if long:
+            ms[STEP], failed[STEP] = _time_steps(plans(ms), recipe, STEPS_S)
+        seconds = round(time.monotonic() - began, 1)
+        found = {"chosen": choose(checked, machine, ms), "ms": ms, "failed": failed}
+        where = keep(path, {"key": key, **found, "seconds": seconds})
+        lost = {op: of["all"] for op, of in failed.items() if "all" in of}
+        missing = "".join(f", {op} could not be timed ({why})" for op, why in lost.items())
         more = "" if long else "; `make tune` searches launch rows and times whole steps too"
-        return found["ms"], f"{said}{keep(path, {'key': key, **found})}{more}"
+        return ms, f"measured in {seconds:.0f} s{missing}, {where}{more}"
 
     if not (found := world.first("times", answer)):
         return checked
@@ -200,7 +199,7 @@ def check_rows(kept: Mapping[str, Any]) -> None:
     """Raise ValueError for a kept launch row that is not one of its kernel."""
     for kernel, of in kept["ms"].items():
         for row in of if "." in kernel else ():
-            text = launch_rows({kernel: row}, {kernel: {"": ()}})
+            text = f"[measured]\n{kernel.partition('.')[0]} = [\n    {row}\n]\n"
             if "\n" in row or [key.kernel for key in read_rows(text)[0]] != [kernel]:
                 raise ValueError(f"{quoted(row)} is no launch row of {quoted(kernel)}")
 
@@ -210,7 +209,7 @@ def _sound_launches(
 ) -> dict[str, Any]:
     """Samples of launch rows; none where a kernel is wrong with the rows that follow from them."""
     ms = time_launches(recipe, plan, machine, ROWS_S)
-    rows = launch_rows(choose(plan, machine, ms), ms)
+    rows = launch_rows(ms)
     if rows and (wrong := find_wrong(recipe, replace(plan, launches=rows), machine, say)):
         say(f"tune: the launch rows stay as they are: {next(iter(wrong.values()))}")
         return {}
@@ -251,9 +250,10 @@ def _time_ops(
         for who, (op, answer) in enumerate(zip(names, built, strict=True)):
             failed[op] = answer.get("failed", {})
             if "error" not in answer:
-                task = partial(time_op, op, [x for x in names[op] if x not in failed[op]])
+                sound = [name for name in names[op] if name not in failed[op]]
                 left = began + seconds - time.monotonic()
-                answer = crew.ask(partial(task, recipe, plan), min(TIME_S, left), who)
+                task = partial(time_op, op, sound, recipe, plan)
+                answer = crew.ask(task, min(TIME_S, left), who)
                 failed[op] |= answer.get("failed", {})
             if "error" in answer:
                 failed[op]["all"] = answer["error"]

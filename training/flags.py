@@ -204,7 +204,7 @@ def parse(arguments: Sequence[str]) -> Config:
         shape = replace(hf.read_config(init), dropout=recipe.model_config.dropout)
         T = min(recipe.block_size, shape.block_size)
         recipe = replace(recipe, model=spell_model(shape), block_size=T)
-    if given.steps:
+    if given.steps and recipe.epochs:
         recipe = replace(recipe, epochs=0.0)
     spelled = [_OFF.get(argument, argument) for argument in arguments]
     default = replace(default, recipe=recipe)
