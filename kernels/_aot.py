@@ -1,4 +1,4 @@
-"""The builds that `bench.resources` compiles without a GPU, read off the kernels' own parameters.
+"""`triton.jit`, and the builds that `bench.resources` compiles without a GPU.
 
 `aot_cases(arch)` of a kernel module yields each build that its ops can choose on a chip. It asks
 for launches with the keys of the ops, so no row can ship unchecked.
@@ -8,7 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import triton
+
 from ._launch import Launch
+
+jit: Any = triton.jit  # a type checker need not know that launches take num_warps and the like
 
 # Other pointers are to the operands' dtype, other arguments 32-bit integers.
 _NAMES = {
@@ -24,31 +28,21 @@ TYPES = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 
 @dataclass(frozen=True)
 class AotCase:
-    """One build of one kernel.
+    """One build of one kernel."""
 
-    Args:
-        op: public op that the kernel belongs to, e.g. "layer_norm".
-        kernel: the `@jit` function.
-        label: what tells this build from the kernel's others, e.g. "fwd C=768 bf16".
-        launch: the row.
-        dtype: of the operands, e.g. "bf16".
-        values: constexprs that the launch leaves open, and None for a pointer that is not passed.
-            Names that the kernel lacks are ignored.
-        types: of arguments that neither `dtype` nor TYPES fits.
-        mma: the block that gives the rows of the smallest `tl.dot` with 16-bit or TF32 operands;
-            "" without one.
-        unaligned: arguments that need not be a multiple of 16 (bytes for a pointer); all other
-            pointers and integers are compiled as multiples, as triton specialises nice shapes.
-    """
-
-    op: str
-    kernel: Any
-    label: str
+    op: str  # public op that the kernel belongs to
+    kernel: Any  # the `@jit` function; its parameters give the names of the arguments
+    label: str  # what tells this build from the kernel's others, e.g. "fwd C=768 bf16"
     launch: Launch
-    dtype: str
+    dtype: str  # of the operands, e.g. "bf16"
+    # Constexprs that the launch leaves open, and None for a pointer that is not passed. Names that
+    # the kernel lacks are ignored.
     values: Mapping[str, Any] = field(default_factory=dict)
-    types: Mapping[str, str] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)  # where neither `dtype` nor TYPES fits
+    # The block that gives the rows of the smallest `tl.dot` with 16-bit or TF32 operands, if any.
     mma: str = ""
+    # Arguments that need not be a multiple of 16 (bytes for a pointer). All other pointers and
+    # integers are compiled as multiples, as triton specialises nice shapes.
     unaligned: Sequence[str] = ()
 
     @property

@@ -39,21 +39,14 @@ def triton_version() -> str:
 
 @dataclass(frozen=True)
 class Key:
-    """All that a launch may depend on. A row has one too, where ANY serves every value.
+    """All that a launch may depend on. A row has one too, where ANY serves every value."""
 
-    Args:
-        kernel: "<op>.<kernel>", e.g. "gelu_mlp.up".
-        math: "16-bit" operands, or how those of fp32 are multiplied, "tf32" or "ieee".
-        size: words, the most important first, e.g. "D=64 T>=2048". A row with fewer words serves
-            every size that begins with them.
-        arch: compute capability, e.g. 90; a row names its family. 0 is the interpreter.
-        triton: as `triton_version` gives it.
-    """
-
-    kernel: str
-    math: str
+    kernel: str  # "<op>.<kernel>", e.g. "gelu_mlp.up"
+    math: str  # "16-bit" operands, or how those of fp32 are multiplied, "tf32" or "ieee"
+    # Words, the most important first, e.g. "D=64 T>=2048". A row with fewer words serves every size
+    # that begins with them.
     size: str
-    arch: int | str
+    arch: int | str  # compute capability, e.g. 90; a row names its family. 0 is the interpreter
     triton: str = field(default_factory=triton_version)
 
     def serves(self, key: "Key") -> bool:
@@ -79,22 +72,14 @@ class Key:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch configuration.
+    """One launch configuration; warps, stages and maxnreg are triton's."""
 
-    Args:
-        blocks: constexpr block sizes by kernel parameter name, e.g. {"BLOCK_M": 128}.
-        num_warps, num_stages: as in triton.
-        maxnreg: register limit per thread, where it buys another program per SM; as in triton.
-        programs_per_sm: programs that are to run side by side on one SM. A persistent grid has
-            so many.
-        source: the result file and date that chose the row, or what compiling it has shown.
-    """
-
-    blocks: tuple[tuple[str, int], ...]
+    blocks: tuple[tuple[str, int], ...]  # sizes by kernel parameter, e.g. ("BLOCK_M", 128)
     num_warps: int
     num_stages: int = 1
-    maxnreg: int | None = None
-    programs_per_sm: int = 1
+    maxnreg: int | None = None  # a limit per thread, where it buys another program per SM
+    programs_per_sm: int = 1  # that are to run side by side; a persistent grid has so many
+    # The result file and date that chose the row, or what compiling it has shown.
     source: str = field(default="", compare=False)
 
     def kwargs(self) -> dict[str, int]:
@@ -199,7 +184,8 @@ def candidates_for(key: Key) -> list[Launch]:
     return [launch for row, launch in rows()[-1].items() if row.serves(key)]
 
 
-_trials: dict[str, tuple[Launch | None, list[tuple[Key, Launch]]]] = {}
+# Kernel or ANY, what it is launched with instead, and what was asked for: see `replaced`.
+_trial: tuple[str, Launch | None, list[tuple[Key, Launch]]] = ("", None, [])
 
 
 def launch_for(key: Key, safe: Launch | None = None) -> Launch:
@@ -214,25 +200,25 @@ def launch_for(key: Key, safe: Launch | None = None) -> Launch:
     found = _row_for(key) or safe
     if found is None:
         raise LookupError(f"launch rows: none for {key}; each kernel needs one of any arch")
-    trial, asked = _trials.get(key.kernel) or _trials.get(ANY) or (None, [])
+    kernel, launch, asked = _trial
+    if kernel not in (key.kernel, ANY):
+        return found
     asked.append((key, found))
-    return trial or found
+    return launch or found
 
 
 @contextmanager
 def replaced(kernel: str, launch: Launch | None) -> Iterator[list[tuple[Key, Launch]]]:
-    """Inside, `kernel` runs with `launch` whatever its key, or as ever if None.
+    """Inside, `kernel`, or each if ANY, runs with `launch` whatever its key; None changes nothing.
 
-    Yields the list of what was asked for, and what it would have run with; for ANY of all kernels.
+    Yields the list of the keys asked for, each with the launch that serves it otherwise.
     """
-    asked: list[tuple[Key, Launch]] = []
-    before = {**_trials}
-    _trials[kernel] = launch, asked
+    global _trial
+    outer, _trial = _trial, (kernel, launch, [])
     try:
-        yield asked
+        yield _trial[2]
     finally:
-        _trials.clear()
-        _trials.update(before)
+        _trial = outer
 
 
 def math_of(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""How a launch function becomes a torch op. The only file that talks to torch.library.
+"""How a launch function becomes a torch op, and what ops refuse. Nothing else uses torch.library.
 
 Every op is opaque: `define` + `impl` per device + `register_fake`, with autograd in a thin
 `torch.autograd.Function` beside the launch. `triton_op` would show the kernel to the compiler: host
@@ -32,10 +32,10 @@ MIN_ARCH = 80  # Ampere: bf16 and cp.async; older chips are neither built for no
 def register(
     *, fake: Callable[P, R], writes: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Define an op of the decorated launch's name and types, traced through `fake`.
+    """Define an op with the name and types of the decorated launch.
 
     Args:
-        fake: The launch's shape contract: shapes and dtypes only.
+        fake: Gives the shapes and dtypes of the results, where the op is traced.
         writes: Arguments that the launch writes to.
     """
 
@@ -58,7 +58,7 @@ def _arch(device: torch.device) -> int:
 
 
 def check_device(op: str, x: Tensor) -> None:
-    """Refuse a tensor the Triton kernels cannot run on; call it first in the public function.
+    """Refuse a tensor that the kernels cannot run on. Each public function calls it first.
 
     Raises:
         ValueError: `x` is not on CUDA (or on the CPU under TRITON_INTERPRET=1), not on the current
@@ -115,8 +115,8 @@ def check_tensor(
 def needs_grad(*tensors: Tensor) -> bool:
     """Whether a backward may follow. Ask in the public function.
 
-    Inside `Function.forward` it is too late: grad mode is always off there, and
-    `ctx.needs_input_grad` stays True under `torch.no_grad`.
+    Inside `Function.forward` grad mode is always off, and `ctx.needs_input_grad` stays True under
+    `torch.no_grad`.
     """
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 

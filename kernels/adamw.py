@@ -31,6 +31,9 @@ Source: Loshchilov, Hutter 2019, https://arxiv.org/abs/1711.05101; tables of add
 in NVIDIA apex, multi_tensor_apply.
 """
 
+# static_range is a loop, which the triton stubs do not know.
+# pyright: reportGeneralTypeIssues=false
+
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -40,8 +43,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotCase
-from ._jit import jit
+from ._aot import AotCase, jit
 from ._launch import Key, arch, cdiv, launch_for
 from ._op import INTERPRETED, check_device, check_tensor, register
 
@@ -52,16 +54,22 @@ ALIGNMENT = 16  # bytes of the widest load; torch's allocations have it, views i
 
 FP32 = (torch.float32,)
 
-# Columns of the table: addresses (0: none) and integers, int64, then fp64 numbers.
+# Columns of the table: addresses (0: none) and integers, int64, then seven fp64 numbers: learning
+# rate, weight decay, beta1, beta2, their logarithms, eps.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WORKING, STEP, LR_ADDRESS = map(tl.constexpr, range(7))
-NUMEL, FLAGS = map(tl.constexpr, (7, 8))
-LR, WEIGHT_DECAY, BETA1, BETA2, LOG_BETA1, LOG_BETA2, EPS = map(tl.constexpr, range(9, 16))
-FIELDS = tl.constexpr(16)
+NUMEL, FLAGS, NUMBERS, FIELDS = map(tl.constexpr, (7, 8, 9, 16))
 ROW = struct.Struct("9q7d")
 BF16_GRAD, ALIGNED = tl.constexpr(1), tl.constexpr(2)  # FLAGS
-# Columns of what `_adamw_advance_kernel` leaves for `_adamw_kernel`, fp32.
-DECAY, STEP_SIZE, INV_SQRT_BC2, ONE_MINUS_BETA1 = map(tl.constexpr, range(4))
-KEEP_V, ONE_MINUS_BETA2, EPSILON, SCALARS = map(tl.constexpr, (4, 5, 6, 8))
+SCALARS = tl.constexpr(8)  # that `_adamw_advance_kernel` leaves of each tensor, the last one unused
+
+
+@jit
+def _load_seven(ptrs, mask=None, other=None):
+    """What stands there and beside it."""
+    found = ()
+    for i in tl.static_range(7):
+        found += (tl.load(ptrs + i, mask=mask, other=other),)
+    return found
 
 
 @jit
@@ -82,14 +90,9 @@ def _adamw_advance_kernel(
     lr_address = tl.load(table_ptr + LR_ADDRESS, mask=mask, other=0)
     on_device = lr_address != 0
     lr = tl.load(lr_address.to(tl.pointer_type(tl.float32)), mask=on_device, other=0.0)
-    number = tl.load(numbers_ptr + LR, mask=mask, other=0.0)
+    numbers = _load_seven(numbers_ptr + NUMBERS, mask, 0.0)
+    number, weight_decay, beta1, beta2, log_beta1, log_beta2, eps = numbers
     lr = tl.where(on_device, lr.to(tl.float64), number)
-    weight_decay = tl.load(numbers_ptr + WEIGHT_DECAY, mask=mask, other=0.0)
-    beta1 = tl.load(numbers_ptr + BETA1, mask=mask, other=0.0)
-    beta2 = tl.load(numbers_ptr + BETA2, mask=mask, other=0.0)
-    log_beta1 = tl.load(numbers_ptr + LOG_BETA1, mask=mask, other=0.0)
-    log_beta2 = tl.load(numbers_ptr + LOG_BETA2, mask=mask, other=0.0)
-    eps = tl.load(numbers_ptr + EPS, mask=mask, other=0.0)
 
     step = tl.load(step_ptrs, mask=mask, other=0.0)
     step += tl.where(tl.load(found_inf_ptr) == 0.0, 1.0, 0.0)
@@ -98,15 +101,11 @@ def _adamw_advance_kernel(
     t = step.to(tl.float64)  # 1 - 0.999 in fp32 is wrong by 1e-5 of itself
     bias_correction1 = 1.0 - tl.exp(t * log_beta1)
     bias_correction2 = 1.0 - tl.exp(t * log_beta2)
-    out_ptrs = scalars_ptr + rows * SCALARS
-    tl.store(out_ptrs + DECAY, (1.0 - lr * weight_decay).to(tl.float32), mask=mask)
-    tl.store(out_ptrs + STEP_SIZE, (lr / bias_correction1).to(tl.float32), mask=mask)
+    decay, step_size = 1.0 - lr * weight_decay, lr / bias_correction1
     inv_sqrt_bc2 = 1.0 / tl.sqrt(bias_correction2)
-    tl.store(out_ptrs + INV_SQRT_BC2, inv_sqrt_bc2.to(tl.float32), mask=mask)
-    tl.store(out_ptrs + ONE_MINUS_BETA1, (1.0 - beta1).to(tl.float32), mask=mask)
-    tl.store(out_ptrs + KEEP_V, beta2.to(tl.float32), mask=mask)
-    tl.store(out_ptrs + ONE_MINUS_BETA2, (1.0 - beta2).to(tl.float32), mask=mask)
-    tl.store(out_ptrs + EPSILON, eps.to(tl.float32), mask=mask)
+    scalars = (decay, step_size, inv_sqrt_bc2, 1.0 - beta1, beta2, 1.0 - beta2, eps)
+    for i in tl.static_range(7):
+        tl.store(scalars_ptr + rows * SCALARS + i, scalars[i].to(tl.float32), mask=mask)
 
 
 @jit
@@ -130,13 +129,8 @@ def _update_chunk(
         p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
         m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
         working_ptr = tl.multiple_of(working_ptr, 16)
-    decay = tl.load(scalars_ptr + DECAY)
-    step_size = tl.load(scalars_ptr + STEP_SIZE)
-    inv_sqrt_bc2 = tl.load(scalars_ptr + INV_SQRT_BC2)
-    one_minus_beta1 = tl.load(scalars_ptr + ONE_MINUS_BETA1)
-    beta2 = tl.load(scalars_ptr + KEEP_V)
-    one_minus_beta2 = tl.load(scalars_ptr + ONE_MINUS_BETA2)
-    eps = tl.load(scalars_ptr + EPSILON)
+    scalars = _load_seven(scalars_ptr)
+    decay, step_size, inv_sqrt_bc2, one_minus_beta1, beta2, one_minus_beta2, eps = scalars
     rest = tl.load(row_ptr + NUMEL) - first
     end = CHUNK if WHOLE else tl.minimum(rest, CHUNK).to(tl.int32)
     for start in range(0, end, BLOCK):
@@ -315,27 +309,16 @@ def adamw_step(
 
 
 class Slot(NamedTuple):
-    """One parameter of a step. All tensors are on one device, contiguous, of its shape.
+    """One parameter of a step. All its tensors are contiguous and on one device."""
 
-    Args:
-        name: For messages.
-        param: fp32.
-        grad: fp32 or bf16.
-        exp_avg, exp_avg_sq: fp32.
-        step: (), fp32, steps done.
-        working: bf16 copy of `param` to keep up, or None.
-        lr: A number, or a () fp32 tensor on the device, read when the kernel runs.
-        betas, eps, weight_decay: As in torch.optim.AdamW.
-    """
-
-    name: str
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
-    working: Tensor | None
-    lr: float | Tensor
+    name: str  # for messages
+    param: Tensor  # fp32; the next three and `working` have its shape
+    grad: Tensor  # fp32 or bf16
+    exp_avg: Tensor  # fp32
+    exp_avg_sq: Tensor  # fp32
+    step: Tensor  # (), fp32, steps done
+    working: Tensor | None  # a bf16 copy of `param` to keep up
+    lr: float | Tensor  # a () fp32 tensor is read when the kernel runs
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -436,17 +419,17 @@ class Tables:
         self._one, self._zero = torch.ones((), device=device), torch.zeros((), device=device)
 
     def grad_norm(self, slots: Sequence[Slot], max_norm: float) -> tuple[Tensor, Tensor]:
-        """Norm of all gradients together, which are read once and left as they are.
+        """Norm of all gradients together, which stay as they are, and the clip coefficient.
 
         Args:
             slots: The parameters that have a gradient.
             max_norm: What `adamw` is to clip to; 0 or infinity for a coefficient of 1.
 
         Returns:
-            norm and clip coefficient, each (), fp32, new tensors.
+            Two new tensors, each () and fp32.
 
         Raises:
-            ValueError: a tensor has another dtype, shape, layout or device than `Slot` says.
+            ValueError: a tensor is not as `Slot` says, or `max_norm` is negative.
         """
         if not max_norm >= 0:
             raise ValueError(f"adamw: max_norm must be 0 or more, got {max_norm}")
@@ -465,7 +448,7 @@ class Tables:
             found_inf: (), fp32; where it is not 0 nothing is written. None is 0.
 
         Raises:
-            ValueError: a tensor has another dtype, shape, layout or device than `Slot` says.
+            ValueError: a tensor is not as said here or in `Slot`.
         """
         table, chunks = self._load(slots)
         self._addresses.end()

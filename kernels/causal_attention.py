@@ -11,21 +11,23 @@ Backward, with dO the gradient of y:
     delta_i = sum_d dO_id y_id        dP = dO v^T         dS = P * (dP - delta)
     dq = scale * dS k                 dk = scale * dS^T q               dv = P^T dO
 
-S never leaves the chip: the forward walks the keys once with an online softmax (running row
-maximum and sum) and saves lse alone, in fp32 and base 2; the backward recomputes P from it. Every
-loop takes its masked blocks first, then the blocks that need no mask.
+S never leaves the chip. The forward walks the keys once with an online softmax (running row maximum
+and sum) and saves only lse, in fp32 and base 2; the backward recomputes P from it. Every loop takes
+its masked blocks first, then the blocks that need no mask.
 
-Bound: matrix units from T of a few hundred on, bytes below. Flops, halved for causality: forward
-2 B H T^2 D; backward 5 B H T^2 D useful, 7 executed, as S and dP are computed by both launches.
+Bound by the matrix units from T of a few hundred on, below by bytes. Flops, halved for causality:
+forward 2 B H T^2 D; backward 5 B H T^2 D useful, 7 executed, as both launches compute S and dP.
 Elements per token and C: forward reads 3 and writes 1; dq 5 and 1; dk/dv 4 and 2. What a block
-does not own is read again from L2 by each.
+does not own, each block reads again from L2.
 
 The backward makes dq by query blocks, with delta on the way, then dk/dv by key blocks. The second
 works on S^T = k q^T, so P^T and dS^T leave the dot in the orientation the next one reads: no tile
-is transposed in registers, which Triton before 3.7.1 gets wrong on Hopper (fla-org issue 826).
-Nothing is summed across programs: no atomics, no fp32 dq buffer, bitwise equal reruns. Up to
-SHORT_T one launch does it all, a head per program: at T = 64 1,231 instructions per warp for at
-least 1,773, and 8 elements per token and C for 12 (bf16, compiled for sm_90 with triton 3.7.1).
+is transposed in registers, which Triton before 3.7.1 gets wrong on Hopper (fla-org issue 826). Up
+to `short_t` one launch does it all, a head per program: at T = 64 1,231 instructions per warp
+instead of at least 1,773, and 8 elements per token and C instead of 12 (bf16, compiled for sm_90
+with triton 3.7.1).
+
+Deterministic: nothing is summed across programs. No atomics, no fp32 buffer for dq.
 
 Source: Dao 2023, https://arxiv.org/abs/2307.08691; delta inside dq saves its separate pass there.
 """
@@ -39,8 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import HEAD_DIMS, unfit
-from ._aot import AotCase
-from ._jit import jit
+from ._aot import AotCase, jit
 from ._launch import Key, Launch, arch, candidates_for, cdiv, launch_for, math_of, precision_of
 from ._op import check_device, check_tensor, refuse_double_backward, register
 from .reference import autocast_dtype
@@ -318,13 +319,6 @@ def _attention_short_bwd_kernel(
     tl.store(dq_ptrs, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=mask)
 
 
-# Longest sequence whose backward is one tile a head, by bytes of an element, for each of HEAD_DIMS.
-# Beyond it the tile spills on some arch, and the loops take over.
-SHORT_T = {2: (128, 128, 128, 64), 4: (64, 32, 32, 16)}
-# Less where mma reads all its operands from registers: sm_80 to 89, and sm_120.
-MMA_SYNC_SHORT_T = {2: (128, 64, 32, 32), 4: (64, 32, 32, 16)}
-
-
 # Each with the block of the tokens that a program answers for: these are the rows of S, or of S^T.
 KERNELS: dict[str, tuple[Any, str]] = {
     "fwd": (_attention_fwd_kernel, "BLOCK_M"),
@@ -334,21 +328,26 @@ KERNELS: dict[str, tuple[Any, str]] = {
 }
 
 
-def launch_key(kernel: str, math: str, D: int, T: int, arch: int) -> Key:
-    """The key of one of KERNELS; "short" is the backward of a head in one tile."""
-    span = "T<=64" if T <= 64 else "T<2048" if T < 2048 else "T>=2048"
-    size = f"T={_block_t(T)} D={D}" if kernel == "short" else f"D={D} {span}"
-    return Key(f"causal_attention.{kernel}", math, size, arch)
+def short_t(itemsize: int, D: int, arch: int) -> int:
+    """Longest sequence that "short" takes; beyond it its tile spills on some arch."""
+    if itemsize == 4:
+        longest = 64, 32, 32, 16
+    elif arch // 10 in (8, 12):  # where mma reads all its operands from registers
+        longest = 128, 64, 32, 32
+    else:
+        longest = 128, 128, 128, 64
+    return longest[HEAD_DIMS.index(D)]
 
 
 def _block_t(T: int) -> int:
     return max(1 << (T - 1).bit_length(), 16)  # the least a dot takes
 
 
-def short_t(itemsize: int, D: int, arch: int) -> int:
-    """Longest sequence that the backward of "short" takes."""
-    known = MMA_SYNC_SHORT_T if arch // 10 in (8, 12) else SHORT_T
-    return known[itemsize][HEAD_DIMS.index(D)]
+def launch_key(kernel: str, math: str, D: int, T: int, arch: int) -> Key:
+    """The key of one of KERNELS; "short" is the backward of a head in one tile."""
+    span = "T<=64" if T <= 64 else "T<2048" if T < 2048 else "T>=2048"
+    size = f"T={_block_t(T)} D={D}" if kernel == "short" else f"D={D} {span}"
+    return Key(f"causal_attention.{kernel}", math, size, arch)
 
 
 def _fixed(kernel: str, math: str, D: int, T: int) -> dict[str, Any]:
@@ -444,7 +443,7 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Builds the launches above choose on `arch`, and candidates: not all, as each takes long."""
+    """Builds that launches choose on `arch`, and candidates: not all, as each takes long."""
     builds = [("bf16", 2, "16-bit", D) for D in HEAD_DIMS]
     builds += [("fp32", 4, "tf32", 64), ("fp32", 4, "ieee", 64)]
     if arch not in (80, 90, 100):  # which have rows of their own
@@ -457,8 +456,8 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
             launches |= dict.fromkeys((launch_for(key), *candidates_for(key)), T)
         for launch, T in launches.items():
             fixed = _fixed(name, math, D, T)
-            sizes = (fixed | dict(launch.blocks)).items()
-            blocks = " ".join(f"{k[6:]}{size}" for k, size in sizes if k[:6] == "BLOCK_")
+            sizes = fixed | dict(launch.blocks)
+            blocks = " ".join(f"{k[6:]}{n}" for k, n in sizes.items() if k.startswith("BLOCK_"))
             label = f"{name} D={D} {'tf32' if math == 'tf32' else dtype} {blocks}"
             mma, loose = "" if math == "ieee" else block, ("T", "H")
             yield AotCase(

@@ -39,10 +39,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotCase
-from ._jit import jit
+from ._aot import AotCase, jit
 from ._launch import Key, arch, cdiv, launch_for
-from ._op import FLOATS, check_device, check_tensor, needs_grad, refuse_double_backward, register
+from ._op import FLOATS, check_device, check_tensor, refuse_double_backward, register
 from .layer_norm import MAX_C, _normalise, _tile, layer_norm_bwd, row_launch
 from .reference import check_ids
 
@@ -142,8 +141,7 @@ def embedding_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y (B, T, C) in `dtype`, h (B, T, C) in `residual_dtype`, stats (2, B, T) fp32."""
     (Vp, C), T = wte.shape, len(wpe)
-    if idx.device.type == "cpu":
-        check_ids("embedding: idx", idx, Vp)
+    check_ids("embedding: idx", idx, Vp)
     out = _fwd_fake(idx, wte, wpe, weight, bias, eps, dtype, residual_dtype)
     key = launch_key("fwd", C, residual_dtype, arch(wte.device))
     _, kwargs = row_launch(key, C, residual_dtype)
@@ -237,10 +235,7 @@ def embedding(
     if h_dtype not in FLOATS:
         raise ValueError(f"embedding: residual_dtype must be one of {FLOATS}, got {h_dtype}")
     dtype = torch.get_autocast_dtype(at.type) if torch.is_autocast_enabled(at.type) else h_dtype
-    args = idx, wte, wpe, weight, bias, eps, dtype, h_dtype
-    if not needs_grad(wte, wpe, weight, bias):
-        return *embedding_fwd(*args)[:2], wte
-    return _Embedding.apply(*args)
+    return _Embedding.apply(idx, wte, wpe, weight, bias, eps, dtype, h_dtype)
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:

@@ -42,8 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import WIDTH
-from ._aot import AotCase
-from ._jit import jit
+from ._aot import AotCase, jit
 from ._launch import Key, arch, candidates_for, cdiv, launch_for, math_of, num_sms, precision_of
 from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
 from .reference import autocast_dtype

@@ -36,10 +36,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotCase
-from ._jit import jit
+from ._aot import AotCase, jit
 from ._launch import Key, Launch, arch, cdiv, launch_for, next_pow2, num_sms
-from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
+from ._op import check_device, check_tensor, refuse_double_backward, register
 from .reference import autocast_dtype
 
 MAX_C = 8192  # a program holds a whole row in registers
@@ -372,7 +371,7 @@ class _LayerNorm(torch.autograd.Function):
 def _norm(
     op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> Any:
-    """Either op, checked; what needs no gradient goes without autograd."""
+    """Either op, with its checks."""
     check_device(op, x)
     C = x.shape[-1] if x.dim() else 0
     if not 1 <= C <= MAX_C:
@@ -385,11 +384,7 @@ def _norm(
     check_tensor(op, "bias", bias, (C,), x.device, (weight.dtype,))
     if residual is not None:
         check_tensor(op, "residual", residual, x.shape, x.device)
-    args = x, residual, weight, bias, eps, autocast_dtype(x)
-    if needs_grad(*(t for t in args[:4] if t is not None)):
-        return _LayerNorm.apply(*args)
-    y, h, _ = layer_norm_fwd(*args)
-    return y if residual is None else (y, h)
+    return _LayerNorm.apply(x, residual, weight, bias, eps, autocast_dtype(x))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

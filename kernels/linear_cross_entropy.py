@@ -37,8 +37,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotCase
-from ._jit import jit
+from ._aot import AotCase, jit
 from ._launch import Key, arch, cdiv, launch_for
 from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
 from .reference import autocast_dtype, check_ids
@@ -201,8 +200,7 @@ def linear_cross_entropy_fwd(
     loss is () fp32, N () int64, dweight (Vp, C) fp32; a gradient that is not needed is empty.
     """
     M, Vp, V = len(x), len(weight), vocab_size
-    if targets.device.type == "cpu":
-        check_ids("linear_cross_entropy: targets", targets, V, ignore_index)
+    check_ids("linear_cross_entropy: targets", targets, V, ignore_index)
     _, _, dx, dweight = _fwd_fake(x, weight, targets, V, ignore_index, needs_dx, needs_dweight)
     w = weight.to(x.dtype)
     rows = chunk_rows(M, Vp, x.dtype.itemsize)

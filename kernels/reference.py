@@ -46,13 +46,17 @@ def add_layer_norm(
     return y.to(dtype), residual_out
 
 
-def check_ids(what: str, ids: Tensor, size: int, ignore_index: int | None = None) -> None:
-    """Refuse an id outside [0, size). For CPU tensors: on CUDA looking costs a sync."""
-    outside, exception = ids[(ids < 0) | (ids >= size)], ""
+def check_ids(what: str, ids: Tensor, V: int, ignore_index: int | None = None) -> None:
+    """Refuse an id outside [0, V) other than `ignore_index`, on a CPU: on CUDA it costs a sync."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = ids[(ids < 0) | (ids >= V)]
+    allowed = f"[0, {V})"
     if ignore_index is not None:
-        outside, exception = outside[outside != ignore_index], f" or ignore_index {ignore_index}"
+        outside = outside[outside != ignore_index]
+        allowed += f" or ignore_index {ignore_index}"
     if outside.numel():
-        raise ValueError(f"{what} must be in [0, {size}){exception}, got {outside[0].item()}")
+        raise ValueError(f"{what} must be in {allowed}, got {outside[0].item()}")
 
 
 def embedding(
@@ -65,8 +69,7 @@ def embedding(
     residual_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """idx (B, T) -> y, residual (B, T, C), wte; see embedding.py. Here wpe may be (B, T, C) too."""
-    if idx.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_ids("embedding: idx", idx, len(wte))
+    check_ids("embedding: idx", idx, len(wte))
     residual = F.embedding(idx, wte) + wpe
     if residual_dtype is not None:
         residual = residual.to(residual_dtype)
@@ -198,8 +201,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """x (..., C), weight (Vp, C), targets (...) -> mean loss; see linear_cross_entropy.py."""
     V = weight.shape[0] if vocab_size is None else vocab_size
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_ids("linear_cross_entropy: targets", targets, V, ignore_index)
+    check_ids("linear_cross_entropy: targets", targets, V, ignore_index)
     needs = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     rows, ids = x.reshape(-1, x.shape[-1]).to(autocast_dtype(x)), targets.reshape(-1)
     return _LinearCrossEntropy.apply(rows, weight, ids, V, ignore_index, *needs)

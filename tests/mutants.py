@@ -192,7 +192,7 @@ MUTANTS = (
            "tl.load(found_inf_ptr) == 0.0", "tl.load(found_inf_ptr) <= 1.0"),
     Mutant(_ADAMW, "_find_chunk", "mask", "& fits", "& (fits | (first >= 0))"),
     Mutant(_ADAMW, "_adamw_advance_kernel", "row", "mask = rows < N", "mask = rows < N - 1"),
-    Mutant(_ADAMW, "_adamw_advance_kernel", "scale", "(lr / bias_correction1)", "(lr + 0.0)"),
+    Mutant(_ADAMW, "_adamw_advance_kernel", "scale", "lr / bias_correction1", "lr + 0.0"),
     Mutant(_ADAMW, "_sum_squares", "mask", "other = None if WHOLE else 0.0", "other = None"),
     Mutant(_ADAMW, "_sum_squares", "row", "offs < end", "offs < end - 1"),
     Mutant(_ADAMW, "_adamw_clip_kernel", "row", "offs < P", "offs < P - 1"),
