@@ -181,14 +181,15 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 evaluate()
                 save |= progress.best == progress.step and cfg.saves
                 done |= 0 < recipe.patience <= progress.stale
+            if save or watch.stopping or (done and saves_at_end):
+                save_checkpoint()  # before what a resumed run does again
             if is_due(cfg.hellaswag_every, progress.step) and not (watch.stopping or done):
                 take_step.gather()
                 run.score_hellaswag(model, log, progress.step, take_step.autocast, stop)
             if is_due(cfg.sample_every, progress.step) and not (watch.stopping or done):
                 take_step.gather()
                 sample(run, model, log, progress.step)
-            if save or watch.stopping or (done and saves_at_end):
-                save_checkpoint()
+
             if watch.stopping:
                 writer.finish()
                 world.barrier()

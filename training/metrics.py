@@ -26,7 +26,6 @@ from training.environment import seconds_since_start
 from training.loggers import Loggers
 from training.schema import Mismatch, check, of
 
-REDONE = ("hellaswag", "samples")  # events that a resumed run makes again at the same step
 NOT_WRITTEN = ("bad", "position", "stop")  # fields of a record that metrics.jsonl leaves out
 
 
@@ -103,7 +102,6 @@ class RunLog:
         self.records = _read_records(path, steps_done)
         self._file = path.open("ab", buffering=0)  # a line that fails is not tried again later
         self._broken = False  # a line of metrics.jsonl is missing, or half there
-        self._redone_from: int | None = None  # offset of the first REDONE event since the last step
         self._pending: tuple[Any, ...] | None = None
         self._unread: list[StepRecord] = []
         self._mark: Any = time.perf_counter()  # where the pending step began: seconds, or an event
@@ -187,7 +185,6 @@ class RunLog:
         record = StepRecord(step, loss, lr, grad_norm, *speed, bool(bad), position, bool(stop))
         self.records.append(record)
         self._unread.append(record)
-        self._redone_from = None
         self._write({k: v for k, v in asdict(record).items() if k not in NOT_WRITTEN})
         self._bar.update(self._task, completed=step + 1, description=f"loss {loss:.4f}")
         if step % self.log_every == 0:
@@ -195,8 +192,6 @@ class RunLog:
 
     def event(self, name: str, **values: Any) -> None:
         """Write an object that is not a step, e.g. an evaluation."""
-        if name in REDONE:
-            self._redone_from = self.num_bytes
         self._write({"event": name, **values})
 
     def rewind(self, step: int) -> None:
@@ -208,9 +203,7 @@ class RunLog:
 
     @property
     def num_bytes(self) -> int:
-        """Length of metrics.jsonl for a checkpoint: without what a resumed run makes again."""
-        if self._redone_from is not None:
-            return self._redone_from
+        """Length of metrics.jsonl so far."""
         return os.fstat(self._file.fileno()).st_size
 
     @contextmanager
