@@ -207,6 +207,9 @@ def test_folders_of_token_files(tmp_path: Path, monkeypatch) -> None:
     assert all_tokens(load_corpus(["."])) == [1, 1]
     with pytest.raises(ValueError, match=r"holds tokens and must stand alone, got 2 paths; name a"):
         load_corpus([folder / "medieval_train.bin", folder / "x_val_000000.bin"])
+    (folder / "medieval_train.json").write_text('{"encoding": "cl100k_base"}')
+    with pytest.raises(ValueError, match=r"medieval_train.bin was made with the .* 'cl100k"):
+        load_corpus([folder])
     (folder / "meta.pkl").write_bytes(b"")
     for path in (folder, folder / "x_val_000000.bin"):
         with pytest.raises(ValueError, match=r"meta.pkl says that .* are characters, as nanoGPT's"):

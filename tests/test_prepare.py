@@ -238,7 +238,7 @@ def test_a_killed_process_is_one_line(tmp_path, monkeypatch):
         ({"inputs": ("a.bin",)}, "a.bin holds tokens already: train.py --data a.bin"),
         ({"out": "a.txt"}, "a.txt is a file"),
         ({"inputs": (".",)}, "out must be outside of the inputs"),
-        ({"out": "tokens"}, "tokens holds other token files"),
+        ({"out": "tokens"}, "tokens is a file or holds other token files"),
     ],
 )
 def test_prepare_refuses_and_leaves_nothing_behind(tmp_path, monkeypatch, changes, message):

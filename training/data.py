@@ -1,8 +1,8 @@
 """From text to batches: find it, tokenise it once, split it, walk through it in a defined order.
 
-A sample is a row of T + 1 consecutive tokens, the last shifted by one as target. Its place in the
-run is one integer, the number of rows drawn before it, so that a run resumes exactly and shards
-over ranks whatever the micro-batch:
+A row is T + 1 consecutive tokens: T inputs, and the same shifted by one as targets. Its place in
+the run is one integer, the number of rows drawn before it. So a run resumes exactly, and its order
+does not depend on the micro-batch or the number of ranks:
 
     epoch = row // rows_per_epoch    index = row % rows_per_epoch
     sequential: start = index * T                            (as the text stands)
@@ -44,9 +44,9 @@ Tokens = np.ndarray | TokenShards
 class Corpus:
     tokens: TokenShards  # (N,) uint16
     name: str  # in messages and in config.json
-    sha256: str  # of what it was made from, see `hash_files`, or of the token files
-    val: TokenShards | None = None  # where the source has a validation part of its own
-    val_named: bool = False  # it was asked for by name: it holds whatever the recipe says
+    sha256: str  # of the text, see `hash_files`, or of the token files
+    val: TokenShards | None = None  # the source's own validation part
+    val_named: bool = False  # --val names it, so it is used even with --val-fraction 0
 
     def split(self, val_fraction: float) -> tuple[TokenShards, TokenShards]:
         """Training part, and the validation part: the source's own, else the tail.
@@ -54,8 +54,7 @@ class Corpus:
         Raises:
             ValueError: validation is asked for, and there is too little text for it.
         """
-        num_val = int(len(self.tokens) * val_fraction)
-        first = len(self.tokens) - num_val
+        first = len(self.tokens) - int(len(self.tokens) * val_fraction)
         train, val = self.tokens[:first], self.tokens[first:]
         wanted = val_fraction > 0 or self.val_named
         if self.val is not None and wanted:
@@ -75,15 +74,18 @@ def load_corpus(
     key: str = KEY,
     val: Sequence[str | Path] = (),
 ) -> Corpus:
-    """Tokens of `paths`, which `find_inputs` takes, or of a text found without them.
+    """The tokens of a text or of token files.
 
-    That is input.txt in the working directory, else tiny Shakespeare from the network, else text
-    that comes with Python; `say` is told which. `val` is a validation text of the same kinds;
-    without it the source's own part or its tail is one.
+    Args:
+        paths: As for `find_inputs`; if empty, input.txt in the working directory, else tiny
+            Shakespeare from the network, else a text that comes with Python.
+        say: Is told what is taken and what is not read.
+        key: Field or column that holds the text.
+        val: Validation text of the same kinds.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no text and no tokens of GPT-2, by its name and what it is.
+        ValueError: a file holds neither text nor tokens of GPT-2; the message says what it is.
     """
     if val:
         corpus, held_out = load_corpus(paths, say, key), load_corpus(val, say, key)
@@ -123,7 +125,7 @@ def open_tokens(path: Path) -> Corpus:
 
 
 def _default_source(say: Callable[[str], None]) -> tuple[str, list[Path]]:
-    """Name and file of input.txt, tiny Shakespeare, or Python's manual, whichever comes first."""
+    """Name and file of input.txt, else tiny Shakespeare, else Python's manual."""
     here = Path("input.txt")
     if here.is_file():
         say("data: input.txt of the working directory")
@@ -156,7 +158,7 @@ def _download(url: str) -> bytes:
 
 
 def _tokenise(files: Sequence[Path], name: str, key: str) -> Corpus:
-    """The tokens of text files, from the cache or newly made; <|endoftext|> between"""
+    """The tokens of text files, from the cache or newly made; <|endoftext|> between documents."""
     sha256 = hash_files(files, key)
     path = tokenizer.cache_dir() / "tokens" / f"{sha256[:16]}-{tokenizer.ENCODING}.bin"
     kept = read_object(path.with_suffix(".json"))
@@ -191,8 +193,8 @@ class DataLoaderLite:
     T: int
     order: Order = "shuffled"
     seed: int = 0
-    # Sequential order starts over when fewer rows than these are left. With a recipe's batch_size
-    # here, a batch of 64 rows is four of 16, wrap included. 0: as batch_size.
+    # Sequential order starts over when fewer rows are left. 0 is batch_size. With the recipe's
+    # batch_size, a batch of 64 rows always equals four of 16.
     wrap_rows: int = 0
     rank: int = 0  # a global batch is world_size batches, in rank order
     world_size: int = 1
@@ -237,10 +239,10 @@ class DataLoaderLite:
 
 
 class Prefetcher:
-    """Reads one batch ahead of the training step, off the main thread.
+    """Reads one batch ahead of the training step, in a thread of its own.
 
-    On CUDA the batch is pinned there and copied asynchronously here, on the current stream.
-    `position` is that of the batches handed out, not of those read ahead.
+    On CUDA the thread pins the batch, and `next_batch` copies it asynchronously on the current
+    stream. `position` counts the batches handed out, not those read ahead.
     """
 
     def __init__(self, loader: DataLoaderLite, device: torch.device | str):
@@ -258,8 +260,8 @@ class Prefetcher:
         return (x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
 
     def seek(self, position: int, skips: Sequence[tuple[int, int]]) -> None:
-        """Go to a row, leaving out the ranges `skips` from there on."""
-        self._next.result()  # nothing reads while the loader moves
+        """Go on from row `position`, without the ranges `skips`."""
+        self._next.result()  # the thread must not read while the loader moves
         self.loader.position, self.loader.skips = position, tuple(skips)
         self.position = position
         self._next = self._pool.submit(self._read)

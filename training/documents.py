@@ -37,7 +37,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 _CODE = (
     "c cc cpp cu cuh cs go h hpp hs java jl js kt lua ml php pl py r rb rs scala sh sql swift ts"
 )
-# Files that are read when a user names their folder.
+# Files that are read from a folder.
 TAKEN = (JSONL, *TABLES, *(f".{name}" for name in f"txt md rst tex tsx {_CODE}".split()))
 TAKEN_WORDS = ".txt, .md, code, .jsonl, .parquet or .arrow"
 PIECE_BYTES = 4 << 20  # large enough for tiktoken's full speed, small enough for a flat memory
@@ -88,7 +88,7 @@ class Piece(NamedTuple):
     """A part of one input file."""
 
     path: Path
-    start: int  # of text, its offset in bytes after unpacking; else its first line or row
+    start: int  # of text, the offset of its first byte; of JSONL or a table, its first line or row
     data: bytes | list[Any]  # text or lines of JSONL, or the values of a table's rows
     key: str  # the field of JSONL objects, or the column of a table, that holds the text
     advance: int  # bytes of the file that were read for this piece
@@ -124,8 +124,9 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     Raises:
         ValueError: a compressed file is damaged or was cut short.
     """
-    unpack = next((unpack for start, unpack in _UNPACK.items() if _begins(path, start)), None)
     with path.open("rb") as file:
+        head = file.peek(8)
+        unpack = next((open for start, open in _UNPACK.items() if head.startswith(start)), None)
         try:
             yield unpack(file) if unpack else file, file
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
@@ -173,30 +174,39 @@ def find_inputs(paths: Sequence[str | Path], key: str = KEY) -> list[Path]:
 
 
 def _matches(path: str) -> list[Path]:
-    """The files and folders that a pattern names; [path] where it exists or is no pattern.
-
-    As in a shell, only a part of the pattern that begins with a dot matches hidden names. `**`
-    follows no link to a folder, which may lead back to where it stands.
-    """
-    parts = Path(path).parts
+    """The files and folders that a pattern names; [path] where it exists or is no pattern."""
     if Path(path).exists() or not glob.has_magic(path):
         return [Path(path)]
-    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    root, pattern = Path(*parts[:first]), Path(*parts[first:])
-    dotted = [part for part in pattern.parts if part.startswith(".")]
-
-    def shown(match: Path) -> bool:
-        hidden = [part for part in match.relative_to(root).parts if part.startswith(".")]
-        return all(any(fnmatch.fnmatch(part, each) for each in dotted) for part in hidden)
-
-    found = set(filter(shown, root.glob(str(pattern))))
+    found = set(_expand(Path(), Path(path).parts))
     # ** matches a folder and all that is in it.
     return sorted(m for m in found if found.isdisjoint(m.parents)) or [Path(path)]
 
 
+def _expand(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """What the parts of a pattern match in a folder; unlike glob, fails where it may not look."""
+    if not parts:
+        yield folder
+        return
+    part, rest = parts[0], parts[1:]
+    if not glob.has_magic(part):
+        if (folder / part).exists():
+            yield from _expand(folder / part, rest)
+        return
+    if part == "**":
+        yield from _expand(folder, rest)
+    for entry in folder.iterdir():
+        if entry.name.startswith(".") and not part.startswith("."):
+            continue
+        if part == "**":  # a link to a folder may lead back to where it stands
+            if entry.is_dir() and not entry.is_symlink():
+                yield from _expand(entry, parts)
+        elif fnmatch.fnmatch(entry.name, part) and (entry.is_dir() or not rest):
+            yield from _expand(entry, rest)
+
+
 def _inside(folder: Path) -> list[Path]:
-    """The files of a folder and its subfolders, in order; hidden ones are left out."""
-    if (state := folder / "state.json").is_file():  # of a Hugging Face dataset; its files in order
+    """The files of a folder and its subfolders, in order, without hidden ones."""
+    if (state := folder / "state.json").is_file():  # a Hugging Face dataset; it lists its files
         files: Any = read_object(state).get("_data_files")
         schema.check(f"data: {state}: _data_files", files, [{"filename": schema.TEXT}])
         return [folder / Path(file["filename"]).name for file in files]
@@ -213,7 +223,7 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _check_text(path: Path, key: str) -> bytes:
-    """The first bytes of the text; an error that says what the file is where it holds none."""
+    """The first bytes of the text in a file; an error says what a file without text is."""
     if not path.exists():
         raise FileNotFoundError(f"data: no such file: {path}")
     if not path.is_file():
@@ -278,9 +288,8 @@ def _cut_text(path: Path) -> Iterator[tuple[int, bytes, int]]:
             wanted = PIECE_BYTES - len(held) % PIECE_BYTES
             more = text.read(wanted)
             held, ended = held + more, len(more) < wanted
-            if start == int(jsonl) and held.startswith(_BOM):
-                held = held[len(_BOM) :]
-                start += 0 if jsonl else len(_BOM)
+            if start == 0 and held.startswith(_BOM):  # in JSONL, encode_piece leaves it out
+                start, held = len(_BOM), held[len(_BOM) :]
             if jsonl and not ended and not held.endswith(b"\n"):
                 held += text.readline(MAX_LINE_BYTES)
             end = len(held) if jsonl or ended else _text_end(held)
@@ -293,7 +302,7 @@ def _cut_text(path: Path) -> Iterator[tuple[int, bytes, int]]:
 def _text_end(data: bytes) -> int:
     """The last place where `data` can be cut; 0 where there is none."""
     near = max(0, len(data) - 4 * tokenizer.PATIENCE)
-    # Its end nearly always has a place that is sure by itself; else look through all of it.
+    # Nearly always there is a sure place near the end; else all of it must be looked through.
     for first in (near, 0):
         part = data[first:].lstrip(_CONTINUATION)
         try:

@@ -89,12 +89,12 @@ class ShardWriter:
         sha256 = documents.hash_files(inputs)
         self.index: dict[str, Any] = command | {"sha256": sha256, "shards": []}
         self.index |= {"documents": 0, "next_piece": 0, "skip_tokens": 0, "done": False}
-        if self.out.exists() and not self.out.is_dir():
-            raise ValueError(f"prepare: {self.out} is a file; --out names a folder")
         if (self.out / INDEX).exists():
             self._resume([*command])
-        elif self.out.exists() and shards.holds_tokens(self.out):
-            raise ValueError(f"prepare: {self.out} holds other token files; choose another --out")
+        elif self.out.is_file() or (self.out.exists() and shards.holds_tokens(self.out)):
+            raise ValueError(
+                f"prepare: {self.out} is a file or holds other token files; choose another --out"
+            )
         self._partial = self.out / ".shard.partial"
         self._count = 0  # tokens in the partial shard
         self._documents = self.index["documents"]
