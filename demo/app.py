@@ -160,17 +160,17 @@ def _updates(
     if loaded.corpus and any(texts):
         overlap = find_overlap(texts, loaded.corpus)
         bodies = map(mark_spans, texts, overlap.spans)
+        where = "the training text" if chances else "the training text (marked)"
         last += (
-            f"; {overlap.covered:.0%} stands verbatim in the training text (marked), "
+            f"; {overlap.covered:.0%} stands verbatim in {where}, "
             f"longest stretch {len(overlap.longest)} bytes"
         )
-    if chances:
+    if chances:  # shades take the place of marks
         bodies = [shaded(token_chances(loaded.model, prompt, text)) for text in texts]
     yield texts_html(prompt, bodies), last
 
 
 def build(models: Models) -> gr.Blocks:
-    """The page."""
     # analytics_enabled=False: otherwise the server calls two hosts at start.
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"# {TITLE}")
@@ -254,7 +254,6 @@ def launch(page: gr.Blocks, port: int | None = None, **more: Any) -> Any:
 
 
 def main(args: list[str] | None = None) -> None:
-    """`python -m demo.app`."""
     import tyro
 
     def command(

@@ -132,7 +132,6 @@ def _fill(out: Path, loaded: Loaded, title: str, training_text: bool) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """`python -m demo.space`."""
     import tyro
 
     def command(

@@ -5,20 +5,20 @@ One step for R rows, where row r has n_r tokens:
     first step, and after a slide    prefill: all positions at once; logits of the last one
     every other step                 decode: one position per row against the kept keys
 
-Both run the model's own residual stream. Their causal_attention also keeps keys and values
+Both run the model's own residual stream; its causal_attention also keeps the keys and values
 (prefill) or reads them (decode).
 
 Decode reads every weight once for R tokens, so it is bound by weight bytes (fp32 124M: 0.5 GB a
-step) and uses plain matmuls; the caches add 2 * L * C * n_r values per row. On CUDA the decode
-step is one captured graph over the whole window, since its launches would outlast its work.
+step) and uses plain matmuls; the caches add 2 * L * C * n_r values per row. On CUDA it is one
+captured graph over the whole window, because its launches would take longer than its work.
 
 The window is the context the model was trained at, unless the caller gives another: positions
 beyond it never had a gradient. When a row outgrows it, the last half is kept and prefilled again
 from position 0.
 
-Sampling draws one number per row and step from a stream that depends only on the seed, the sample
-number and the prompt. So a prompt gives the same text whatever else is in the batch (up to
-rounding: a matmul over another number of rows may differ in the last bit).
+Each row draws one number per step from a stream that depends only on the seed, the sample number
+and the prompt. So a prompt gives the same text whatever else is in the batch (up to rounding: a
+matmul over another number of rows may differ in the last bit).
 """
 
 from collections.abc import Mapping, Sequence

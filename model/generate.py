@@ -67,10 +67,11 @@ def _run(options: Options) -> None:
         notify=lambda line: print(f"note: {line}", file=sys.stderr),
     )
     num_rows = len(prompts) * options.num_samples
-    texts, counts = [""] * num_rows, [0] * num_rows
+    texts = [prompt for prompt in prompts for _ in range(options.num_samples)]
+    counts = [0] * num_rows
     start = time.perf_counter()
     if num_rows == 1:
-        print(prompts[0], end="", flush=True)
+        print(texts[0], end="", flush=True)
     for piece in pieces:
         texts[piece.row] += piece.text
         counts[piece.row] = piece.num_tokens
@@ -80,8 +81,7 @@ def _run(options: Options) -> None:
     print()
     if num_rows > 1:
         for r, text in enumerate(texts):
-            prompt = prompts[r // options.num_samples]
-            print(f"--- {r + 1} of {num_rows}\n{prompt}{text}")
+            print(f"--- {r + 1} of {num_rows}\n{text}")
     print(
         f"{one_line(path)}: {sum(counts)} tokens in {elapsed:.2f} s, "
         f"{sum(counts) / max(elapsed, 1e-9):.1f} tokens/s on {device}",
@@ -90,7 +90,6 @@ def _run(options: Options) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """`python -m model.generate`."""
     import tyro
 
     with exits():

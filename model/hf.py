@@ -266,11 +266,7 @@ def _look_at(path: str | Path) -> tuple[dict[str, Tensor], GPTConfig, dict[str, 
     return tensors, _guess_config(source, tensors), {}
 
 
-# ---- command line
-
-
 def main(args: list[str] | None = None) -> None:
-    """`python -m model.hf`: import-nanogpt and export."""
     import tyro  # loading a model does not need it
 
     from model.nanogpt import load_nanogpt  # which imports this module

@@ -131,7 +131,9 @@ def test_shades_are_the_chances_of_the_tokens(models: app.Models):
             logits = model(torch.tensor([tokens[: first + i]]))[0, -1]
             assert chance == pytest.approx(logits.softmax(-1)[tokens[first + i]].item(), rel=1e-3)
     assert token_chances(model, "", "one")[0][1] > 0
-    texts, _ = [*app.generate(models, "Recite", 0, 0, 1.0, 9, "", 1, chances=True)][-1]
+    texts, status = [*app.generate(models, "Recite", 0, 0, 1.0, 9, "", 1, chances=True)][-1]
+    assert "verbatim" in status
+    assert "marked" not in status
     assert len(re.findall(r'class="chance" style="--p:0\.\d+" title="\d+\.\d%"', texts)) >= 5
     emoji = shaded([(b"\xf0\x9f", 0.5), (b"\x98\x80", 0.5), (b"<", 1.0), (b"\xf0", 1.0)])
     assert re.sub("<.*?>", "", emoji) == "\U0001f600&lt;\ufffd"
