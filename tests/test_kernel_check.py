@@ -57,7 +57,7 @@ FAULTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "right forward, wrong gradient": (Scaled.apply, "dqkv: error"),
     "wrong at the run's shape alone": (lambda y: y * (1.01 if y.shape[:2] == (3, 16) else 1), "y:"),
     "memory that nobody wrote to": (lambda y: y + 0 * torch.empty_like(y), "y: error nan"),
-    "another dtype": (lambda y: y.double(), "y: there is none that is (3, 16, 64), torch.float32"),
+    "another dtype": (lambda y: y.double(), "y: must be (3, 16, 64), torch.float32"),
     "other bits now and then": (once_different, "y: other bits when it is run again"),
 }  # fmt: skip
 

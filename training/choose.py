@@ -29,7 +29,7 @@ from training.timing import Timing, gains, ratio
 from training.trials import COMMAND, time_op, time_step
 from training.verify import cache_path, find_wrong, keep, key_of, read_kept
 
-# For all ops, beside the end of the children; for all steps and all rows, which `make tune` adds.
+# For timing all ops; and, in `make tune`, all steps and all launch rows.
 OPS_S, STEPS_S, ROWS_S = 50.0, 100.0, 80.0
 BUILD = 0.7  # share of OPS_S that compiling may take
 TIME_S = 15.0  # of one op, which may hang
@@ -44,7 +44,8 @@ KEPT |= {"ms": schema.Every(TIMES, ".*"), "seconds": schema.of(float)}
 def rivals(plan: Plan, machine: Machine) -> dict[str, list[str]]:
     """The backends that can compute each op, the plan's own first.
 
-    Triton's is one only where the plan has it: elsewhere it is wrong, or takes no such shape.
+    Triton is a rival only where the plan has it: elsewhere its kernel failed the check, or does not
+    take the shape.
     """
     found, sdpa = {}, plan.device == "cuda" and not machine.rocm
     for op, present in read_ops(plan.ops).items():

@@ -37,7 +37,7 @@ from training.step import autocast, start_process, working_copies
 
 SERVE = "from training import child, trials; child.serve(trials.answer)"
 COMMAND = (sys.executable, "-c", SERVE)
-LIMIT_S = 600  # of a task: longer than anyone waits, so that a hung child outlives no run for long
+LIMIT_S = 600  # of a task: nobody waits longer, so whoever asked is gone and the child ends
 ROUNDS = {"rounds": 15, "seconds": 1.5}  # of an op's backends, in turns
 STEPS_S = 3.0  # of steps that no graph replays
 NUM_RERUNS = {"cuda": 20, "cpu": 0}  # the interpreter is slow, and runs programs one by one
@@ -55,7 +55,7 @@ def check(name: str, recipe: Recipe, plan: Plan) -> str:
     eager = run_eager()
     for key, value in eager.items():
         if key not in ours or (ours[key].shape, ours[key].dtype) != (value.shape, value.dtype):
-            return f"{key}: there is none that is {tuple(value.shape)}, {value.dtype}"
+            return f"{key}: must be {tuple(value.shape)}, {value.dtype}"
     C = recipe.model_config.n_embd
     terms = {
         "gelu_mlp": 4 * C,

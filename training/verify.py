@@ -61,7 +61,7 @@ def checked_names(plan: Plan) -> tuple[str, ...]:
 def settle(
     make: Callable[[Choices], Plan], asked: Choices, recipe: Recipe, machine: Machine, world: World
 ) -> Plan:
-    """The plan of `make` without the kernels that are wrong here; a note names each of those.
+    """The plan of `make` without the kernels that are wrong here; a note names each of them.
 
     Raises:
         RunFailed: one of them was asked for by name.
@@ -175,7 +175,7 @@ def read_kept(
         check(values)
         if values["key"] == key:
             return values, ""
-        why = "it is of something else"
+        why = "it is for another card, version or shape"
     except FileNotFoundError:
         return None, ""
     except (OSError, ValueError, RecursionError) as error:
