@@ -86,8 +86,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     recipe = recipe.reading(len(parts[0]))
     cfg = replace(cfg, recipe=recipe)
     data_loader(recipe, plan, parts[0], world)  # raises where the text is too short for a batch
-    title = folder.title(cfg.preset, corpus.name, corpus.sha256)
-    out = Path(world.first("out", lambda: str(folder.name(cfg.out, title))))
+    out = Path(world.first("out", lambda: str(folder.name(cfg.out, cfg.preset, corpus))))
     how = (recipe, corpus.sha256, cfg.override, cfg.cooldown)
     saved = resume.find(cfg.resume, out, world, *how)
     kept, notes = resume.adopt(saved, cfg.choices, recipe, machine)

@@ -1,8 +1,8 @@
 """Kills, signals and damage against small real runs: `make torture`, and its parts for the tests.
 
 Every disturbed run must end with the weights, optimizer state and logged losses of the undisturbed
-one, bit for bit. The run crosses an epoch wrap, accumulates four micro-batches and has the guard
-on. Figures come last.
+one, bit for bit. The run begins a second epoch, accumulates four micro-batches and has the guard
+on. The last line printed has the figures.
 """
 
 import json

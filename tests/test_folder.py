@@ -17,8 +17,9 @@ import train
 from tests.faults import ROOT
 from training import checkpoint, folder
 from training.checkpoint import Checkpoint, CheckpointError, Writer
-from training.data import SHAKESPEARE_SHA256
+from training.data import SHAKESPEARE_SHA256, Corpus
 from training.recipes import find_preset
+from training.shards import TokenShards
 
 
 def open_once(path: Path, saved: Checkpoint | None = None) -> list[str]:
@@ -296,7 +297,7 @@ def test_a_strangers_folder_and_a_bad_checkpoint_are_one_line(
 
 
 @pytest.mark.parametrize(
-    ("preset", "corpus", "sha256", "title"),
+    ("preset", "corpus", "sha256", "name"),
     [
         ("shakespeare-cpu", "tiny Shakespeare", SHAKESPEARE_SHA256, "shakespeare-cpu"),
         ("shakespeare-cpu", "my/input.txt", SHAKESPEARE_SHA256, "shakespeare-cpu"),
@@ -307,9 +308,12 @@ def test_a_strangers_folder_and_a_bad_checkpoint_are_one_line(
     ],
 )
 def test_a_run_is_called_after_its_text_and_not_after_shakespeare(
-    preset: str, corpus: str, sha256: str, title: str
+    preset: str, corpus: str, sha256: str, name: str, tmp_path: Path, monkeypatch
 ) -> None:
-    assert folder.title(preset, corpus, sha256) == title
+    monkeypatch.chdir(tmp_path)  # where there are no runs
+    text = Corpus(TokenShards([]), corpus, sha256)
+    assert folder.name(None, preset, text) == Path("runs", name)
+    assert folder.name("there", preset, text) == Path("there")
 
 
 def test_full_disk_is_seen_before_training(text: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -121,10 +121,7 @@ def _move(folder: Path, target: Path, say: Callable[[str], None]) -> None:
 def write(folder: Path, checkpoint: Checkpoint, say: Callable[[str], None] = print) -> Path:
     """Write `checkpoint` below `folder`: all of it, or nothing.
 
-    Args:
-        folder: Where checkpoints go.
-        checkpoint: What to write.
-        say: Receives a line about each call that the file system does not have.
+    `say` receives a line about each call that the file system does not have.
 
     Returns:
         The final path, `folder/step-%08d`.
@@ -227,8 +224,7 @@ def _read(path: Path, expected: Expected | None) -> Checkpoint:
 
     names = [name for name in files if name.endswith(".json")]
     texts = {name: _parse(name, verified(name, MAX_JSON_BYTES)) for name in names}
-    wanted = dict.fromkeys(("state.json", "config.json"), OBJECT)
-    schema.check("manifest.json: files", texts, wanted)
+    schema.check("manifest.json: files", texts, {"state.json": OBJECT, "config.json": OBJECT})
     state, config = texts["state.json"], texts["config.json"]
     saved = Checkpoint(manifest["step"], {}, state, config, path=path)
     groups = {name.removesuffix(".safetensors"): name for name in files if name not in texts}

@@ -16,7 +16,7 @@ import torch
 from model import GPT, export
 from training import checkpoint, loggers
 from training.checkpoint import Checkpoint
-from training.data import SHAKESPEARE_SHA256
+from training.data import SHAKESPEARE_SHA256, Corpus
 from training.recipes import Recipe
 
 LOCK = "run.lock"
@@ -28,17 +28,18 @@ RESULTS = ("corpus.txt", "loss.png", "report.html", "samples.txt", "summary.json
 WRITTEN = (*FOLDERS, LOG, *loggers.FILES, "config.json", *RESULTS)  # what a run writes
 
 
-def title(preset: str, corpus: str, sha256: str) -> str:
-    """The recipe's name; the text's, if a Shakespeare recipe has another text."""
-    if sha256 == SHAKESPEARE_SHA256 or not preset.startswith("shakespeare"):
-        return preset
-    return re.sub(r"[^\w-]+", "-", Path(corpus).stem).strip("-") or preset
+def name(out: str | None, preset: str, corpus: Corpus) -> Path:
+    """Path of the folder: `out`, or runs/NAME with a number if that holds a finished run.
 
-
-def name(out: str | None, title: str) -> Path:
-    """Path of the folder: `out`, or runs/`title` with a number if that holds a finished run."""
-    numbered = (Path("runs", title + (f"-{n}" if n > 1 else "")) for n in count(1))
-    return Path(out) if out else next(p for p in numbered if not (p / "summary.json").exists())
+    NAME is the recipe's, or the text's if a Shakespeare recipe has another text.
+    """
+    if out:
+        return Path(out)
+    name = preset
+    if preset.startswith("shakespeare") and corpus.sha256 != SHAKESPEARE_SHA256:
+        name = re.sub(r"[^\w-]+", "-", Path(corpus.name).stem).strip("-") or preset
+    numbered = (Path("runs", name + (f"-{n}" if n > 1 else "")) for n in count(1))
+    return next(p for p in numbered if not (p / "summary.json").exists())
 
 
 def make(folder: Path, recipe: Recipe) -> None:
