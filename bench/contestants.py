@@ -3,6 +3,7 @@
 Ours takes the step that train.py takes, by the plan that train.py would make for this machine.
 """
 
+import itertools
 import resource
 import sys
 import time
@@ -141,8 +142,8 @@ class Ours:
         return Outcome(loss, grad_norm)
 
 
-Contestant = Plain | Ours
-Build = Callable[[Setup, torch.device], Contestant]
+Build = Callable[[Setup, torch.device], Plain | Ours]
+TakeStep = Callable[[], Tensor]
 
 
 @lru_cache(maxsize=1)  # drawing those of the 124M model takes 1.3 s, twice for every contestant
@@ -235,17 +236,24 @@ def make_batches(setup: Setup, device: torch.device) -> list[list[Batch]]:
     return [[micro() for _ in range(setup.accum)] for _ in range(NUM_BATCHES)]
 
 
-def prepare(
-    name: str, build: Build, setup: Setup, device: torch.device, batches: list[list[Batch]]
-) -> tuple[Contestant, StepRow]:
-    """Build a contestant and warm it up; its row says how that went, without a time."""
-    contestant = build(setup, device)
+def prepare(name: str, setup: Setup, device: torch.device) -> tuple[TakeStep, StepRow]:
+    """Build a contestant and warm it up.
+
+    Returns:
+        A function that trains one more step and returns the loss, (); and a row without a time.
+    """
+    contestant = find_provider(name, device, setup)(setup, device)
+    turns = itertools.cycle(make_batches(setup, device))
+
+    def take_step() -> Tensor:
+        return contestant.step(next(turns))
+
     torch.get_device_module(device).synchronize()
     start = time.perf_counter()
-    losses = [contestant.step(batches[0]).item()]  # reading the loss waits for the step's end
+    losses = [take_step().item()]  # reading the loss waits for the step's end
     first_step_s = time.perf_counter() - start
     grad_norm = contestant.grad_norm.item()
-    losses += [contestant.step(batches[i % NUM_BATCHES]).item() for i in range(1, WARMUP_STEPS)]
+    losses += [take_step().item() for _ in range(1, WARMUP_STEPS)]
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     row = setup.row(name, tokens=setup.tokens, losses=losses, peak_gib=peak_gib)
-    return contestant, replace(row, grad_norm=grad_norm, first_step_s=first_step_s)
+    return take_step, replace(row, grad_norm=grad_norm, first_step_s=first_step_s)

@@ -1,13 +1,13 @@
-"""Everything a GPU should settle, in three commands that survive being cut off.
+"""Everything that only a GPU can answer, in three commands. What one has found survives its end.
 
     python -m bench.gpu --out DIR --only check     are the kernels right, does every part run
     python -m bench.gpu --out DIR --only tune      each op beside its rivals; better launch rows
     python -m bench.gpu --out DIR --only final     the whole step, the recipe, the comparisons
     python -m bench.gpu --out DIR --only numerics,seed --data input.txt --minutes 4
 
-Each command of a part is a process with a limit, so that an illegal access or a hang costs only
-that one; time one leaves is shared among those after it. Rows go to DIR/result.json as a command
-ends, what it says to DIR/log.txt; the tables of the report come last. Nothing is downloaded.
+Each command of a part is a process with a time limit, so an illegal access or a hang costs only
+that one; time that it leaves is shared among those after it. Its rows go to DIR/result.json as soon
+as it ends, its output to DIR/log.txt. The tables of the report come last. Nothing is downloaded.
 Without `--data` the training parts read this project's own source.
 
     numerics   every op in fp32, TF32, fp16, bf16 against float64, and 50 times the same bits
@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +50,7 @@ GROUPS = {
     "final": ("step", "seed", "drift"),
 }
 PARTS = [name for group in GROUPS.values() for name in group]
-# They check and time nothing, so they run beside each other, before the rest.
+# These time nothing, so they run at once, before the rest.
 BESIDE = ("numerics", "tests", "sanitizer", "resume")
 MIN_S = 15.0
 SANITIZER_ERROR = 99  # exit code compute-sanitizer is told to use
@@ -61,29 +62,29 @@ class Command(NamedTuple):
     """One process of a part."""
 
     part: str
-    seconds: float  # on an H100 and 16 cores, an estimate: the weight of its share of the time
+    seconds: float  # about, on an H100 and 16 cores; its share of the time is in proportion
     argv: Sequence[str]  # "{minutes}" becomes the limit, "{out}" the file for its rows
-    read: Callable[[child.Ended], CheckRow] | None = None  # of one that writes no rows itself
+    read: Callable[[child.Ended], CheckRow] | None = None  # if it writes no rows itself
 
 
 class Job(NamedTuple):
-    """What the parts are given."""
+    """What every command may need to know."""
 
     out: Path  # where results go
     data: Path | None
     commit: str
-    scratch: Path  # a folder for the while
+    scratch: Path  # a temporary folder
 
 
 def commands(job: Job) -> Iterator[Command]:
-    """All that can be run, in the order of running; in a call what matters most comes first."""
+    """All commands in the order of running; in each group what matters most comes first."""
 
     def rows(part: str, seconds: float, line: str, *more: str) -> Command:
-        """Of a module that writes rows of its own."""
+        """A module that writes rows itself."""
         argv = [sys.executable, "-m", *line.split(), *more]
         return Command(part, seconds, [*argv, "--out", "{out}", "--commit", job.commit])
 
-    alone = "linear_cross_entropy"  # its float64 logits are large: one dtype after the other
+    alone = "linear_cross_entropy"  # its float64 logits are large, so its dtypes take turns
     for op in CASES:
         for dtypes in [[*numerics.DTYPES]] if op == alone else [[d] for d in numerics.DTYPES]:
             flags = "".join(f" --dtype {dtype}" for dtype in dtypes)
@@ -94,7 +95,7 @@ def commands(job: Job) -> Iterator[Command]:
     checks = [(tool, op) for tool in ("memcheck", "racecheck") for op in (*CASES, "adamw")]
     for tool, op in [("memcheck", "planted"), *checks]:
         argv = [*sanitize.split(), tool, sys.executable, "-m", "tests.sanitize", op]
-        yield Command("sanitizer", 240, argv, read_sanitizer(tool, op))
+        yield Command("sanitizer", 240, argv, partial(read_sanitizer, tool, op))
     yield tests("resume", 150, "gpu", "tests/test_resume.py", "exact resume")
     for name in ("compile bf16", "ours bf16"):
         trace = str(job.scratch / "trace.json")
@@ -129,16 +130,13 @@ def tests(part: str, seconds: float, marked: str, files: str, what: str) -> Comm
     beside = ["-n", str(max(2, (os.cpu_count() or 2) - 4))] if find_spec("xdist") else []
     pytest = "-m pytest -v --tb=short -o addopts= -p no:cacheprovider -m"
     argv = [sys.executable, *pytest.split(), marked, *beside, *files.split()]
-    return Command(part, seconds, argv, read_tests(what))
+    return Command(part, seconds, argv, partial(read_tests, what))
 
 
-def read_tests(what: str) -> Callable[[child.Ended], CheckRow]:
-    def read(ended: child.Ended) -> CheckRow:
-        failed = [line for line in ended.text.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        doubt = "; ".join([ended.why, *failed][:12]) if ended.why else ""
-        return CheckRow(check="tests", what=what, found=child.last_line(ended.text), doubt=doubt)
-
-    return read
+def read_tests(what: str, ended: child.Ended) -> CheckRow:
+    failed = [line for line in ended.text.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    doubt = "; ".join([ended.why, *failed][:12]) if ended.why else ""
+    return CheckRow(check="tests", what=what, found=child.last_line(ended.text), doubt=doubt)
 
 
 def read_tune(ended: child.Ended) -> CheckRow:
@@ -146,18 +144,15 @@ def read_tune(ended: child.Ended) -> CheckRow:
     return CheckRow(check="make tune", what="times", found="".join(found[-1:]), doubt=ended.why)
 
 
-def read_sanitizer(tool: str, op: str) -> Callable[[child.Ended], CheckRow]:
-    def read(ended: child.Ended) -> CheckRow:
-        doubt = ended.why
-        if ended.code == SANITIZER_ERROR:
-            doubt = "" if op == "planted" else "ERRORS"
-        elif ended.code is not None and "not supported" in ended.text.lower():
-            doubt = "not supported"
-        elif op == "planted" and not doubt:
-            doubt = "NOT FOUND"
-        return CheckRow(check=tool, what=op, doubt=doubt)
-
-    return read
+def read_sanitizer(tool: str, op: str, ended: child.Ended) -> CheckRow:
+    doubt = ended.why
+    if ended.code == SANITIZER_ERROR:
+        doubt = "" if op == "planted" else "ERRORS"
+    elif ended.code is not None and "not supported" in ended.text.lower():
+        doubt = "not supported"
+    elif op == "planted" and not doubt:
+        doubt = "NOT FOUND"
+    return CheckRow(check=tool, what=op, doubt=doubt)
 
 
 def run_command(command: Command, path: Path, until: float) -> child.Ended:
@@ -168,13 +163,13 @@ def run_command(command: Command, path: Path, until: float) -> child.Ended:
     values = {"minutes": f"{limit_s / 60:.2f}", "out": str(path)}
     argv = [part.format(**values) if part.startswith("{") else part for part in command.argv]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if command.part == "sanitizer":  # every tensor an allocation of its own, with ends to overrun
+    if command.part == "sanitizer":  # without a cache every tensor is an allocation of its own
         env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     return child.run(argv, limit_s, env)
 
 
 def take_rows(command: Command, ended: child.Ended, path: Path, results: record.Result) -> None:
-    """Move a command's rows into the result file; one that failed and says nothing gets a row."""
+    """Move a command's rows into the result file; a failure without a row in doubt gets one."""
     found: list[Row] = [command.read(ended)] if command.read else []
     results.add("checks", *found)
     if path.exists():
@@ -190,7 +185,7 @@ def take_rows(command: Command, ended: child.Ended, path: Path, results: record.
 
 
 def run_all(job: Job, todo: Sequence[Command], minutes: float, results: record.Result) -> None:
-    """Every command within its share of the time: those of BESIDE at once, then one by one."""
+    """Run every command within its share of the time: those of BESIDE at once, then one by one."""
     end = time.monotonic() + 60 * minutes
     slots = [[command for command in todo if command.part in BESIDE]]
     slots += [[command] for command in todo if command.part not in BESIDE]
@@ -215,7 +210,7 @@ def run_all(job: Job, todo: Sequence[Command], minutes: float, results: record.R
 
 
 def parse_only(text: str) -> list[str]:
-    """Parts by name or by group, in the order of running."""
+    """The parts that names of parts and groups stand for, in the order of running."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in PARTS and name not in GROUPS:

@@ -70,19 +70,17 @@ def trace_step(
 ) -> list[ProfileRow]:
     """Profile some steps after the warm-up; rows of one step, as `by_kind` makes them."""
     cuda, synchronize = device.type == "cuda", torch.get_device_module(device).synchronize
-    batches = contestants.make_batches(setup, device)
-    build = contestants.find_provider(name, device, setup)
-    contestant, _ = contestants.prepare(name, build, setup, device, batches)
-    contestant.step(batches[0])  # ours captures its graph in the fourth step
+    take_step, _ = contestants.prepare(name, setup, device)
+    take_step()  # ours captures its graph in the fourth step
     synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as profiler:
         start = time.perf_counter()
-        for i in range(steps):
-            contestant.step(batches[i % len(batches)])
+        for _ in range(steps):
+            take_step()
         synchronize()
         span_ms = (time.perf_counter() - start) * 1e3 / steps
-    del contestant
+    del take_step
     step.free_device(device)
     profiler.export_chrome_trace(str(trace))
     times: list[tuple[str, float, int]] = []

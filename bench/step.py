@@ -24,7 +24,7 @@ import torch
 
 from bench import cli, contestants, record
 from bench.cases import CPU_SHAPES, GPU_SHAPES
-from bench.contestants import Batch, Build, Contestant, Setup
+from bench.contestants import Setup, TakeStep
 from bench.record import StepRow
 from bench.tables import step_table
 from model import MODELS
@@ -104,7 +104,7 @@ def free_device(device: torch.device) -> None:
 
 
 def measure_cuda(
-    builds: Mapping[str, Build], setup: Setup, device: torch.device, seconds: float
+    names: Sequence[str], setup: Setup, device: torch.device, seconds: float
 ) -> Iterator[StepRow]:
     """A row for each contestant, which has the card to itself.
 
@@ -113,40 +113,36 @@ def measure_cuda(
     """
     failed: dict[str, str] = {}
     known: StepRow | None = None
-    batches = contestants.make_batches(setup, device)
     torch.set_float32_matmul_precision("high")
-    for name, build in builds.items():
+    for name in names:
         torch.cuda.reset_peak_memory_stats(device)
-        contestant = None
+        take_step = None
         try:
-            contestant, warm = contestants.prepare(name, build, setup, device, batches)
-            timed = _event_times(contestant, batches, seconds)
+            take_step, warm = contestants.prepare(name, setup, device)
+            timed = _event_times(take_step, seconds)
         except Exception as error:
             timing.note_failure(failed, name, error)
             row = setup.row(name, doubt=failed[name])
         else:
-            known = warm if name == next(iter(builds)) else known
+            known = warm if name == names[0] else known
             row = timed_row(warm, setup, timed, known, torch.cuda.get_device_name(device))
             peak_gib = torch.cuda.max_memory_allocated(device) / 2**30
             row = replace(row, peak_gib=peak_gib, gpu=record.gpu_state())
-        del contestant
+        del take_step
         free_device(device)
         yield row
 
 
-def _event_times(
-    contestant: Contestant, batches: Sequence[list[Batch]], seconds: float
-) -> timing.Timing:
+def _event_times(take_step: TakeStep, seconds: float) -> timing.Timing:
     """Times from step end to step end; as in training, the host does not wait in between."""
-    turns = itertools.cycle(batches)
-    contestant.step(next(turns))  # ours captures its graph in the fourth step
+    take_step()  # ours captures its graph in the fourth step
     torch.cuda.synchronize()
-    probe_ms = timing.host_replay(lambda: contestant.step(next(turns)).item()).once()
+    probe_ms = timing.host_replay(lambda: take_step().item()).once()
     steps = int(min(200, max(8, seconds * 1e3 / probe_ms)))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     marks[0].record()
     for mark in marks[1:]:
-        contestant.step(next(turns))
+        take_step()
         mark.record()
     torch.cuda.synchronize()
     samples = tuple(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
@@ -162,14 +158,11 @@ def work() -> None:
         nonlocal replay
         if replay:
             return replay.once()
-        (name, setup), cpu = task, torch.device("cpu")
+        name, setup = task
         if name.startswith("ours"):
             start_process(make_plan(Recipe(model=setup.model), detect("cpu")), seed=0)
-        batches = contestants.make_batches(setup, cpu)
-        build = contestants.find_provider(name, cpu, setup)
-        contestant, row = contestants.prepare(name, build, setup, cpu, batches)
-        turns = itertools.cycle(batches)
-        replay = timing.host_replay(lambda: contestant.step(next(turns)))
+        take_step, row = contestants.prepare(name, setup, torch.device("cpu"))
+        replay = timing.host_replay(take_step)
         return row
 
     serve(answer)
@@ -263,8 +256,7 @@ def run(
     rows: dict[str, StepRow] = {}
     print(f"\nTraining step, GPT-2 {setup.model}, {setup.shape.label}, accum {setup.accum}")
     if device.type == "cuda":
-        builds = {name: contestants.find_provider(name, device, setup) for name in names}
-        measured = measure_cuda(builds, setup, device, seconds)
+        measured = measure_cuda(names, setup, device, seconds)
     else:
         if not detect("cpu").has_bf16:
             print("bf16 left out: this CPU multiplies faster in fp32")

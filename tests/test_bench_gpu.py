@@ -86,14 +86,18 @@ def test_one_provider_s_failure_leaves_the_others(
         measure_with(RuntimeError(FATAL), 5)
 
 
-def builds(**choices: Any) -> dict[str, contestants.Build]:
-    known = contestants.known_providers(CUDA)
-    ours = contestants._ours(dtype="bf16", **choices)
-    return {"compile bf16": known["compile bf16"], "ours bf16": ours}
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> dict[str, contestants.Build]:
+    """The contestants; ours with plain PyTorch's ops and optimizer, which take less time here."""
+    found = contestants.known_providers(CUDA)
+    found["ours bf16"] = contestants._ours(dtype="bf16", ops="eager", optimizer="torch")
+    monkeypatch.setattr(contestants, "known_providers", lambda *_: found)
+    return found
 
 
-def assert_step_rows(pretended: Pretended, known: dict[str, contestants.Build]) -> None:
-    rows = {row.provider: row for row in step.measure_cuda(known, SETUP, CUDA, 0.0)}
+def assert_step_rows(pretended: Pretended) -> None:
+    names = ["compile bf16", "ours bf16"]
+    rows = {row.provider: row for row in step.measure_cuda(names, SETUP, CUDA, 0.0)}
     assert [*rows] == ["compile bf16", "ours bf16"]
     assert not any(row.doubt for row in rows.values())
     assert len(pretended.graphs) == 1  # ours was timed as it trains
@@ -101,27 +105,28 @@ def assert_step_rows(pretended: Pretended, known: dict[str, contestants.Build]) 
     assert ours.over["compile bf16"] == pytest.approx(compiled.ms / ours.ms)
 
 
+@pytest.mark.usefixtures("known")
 def test_a_step_and_its_compiled_twin(pretended: Pretended) -> None:
-    assert_step_rows(pretended, builds(ops="eager", optimizer="torch"))
+    assert_step_rows(pretended)
 
 
 @pytest.mark.slow  # every kernel of twenty steps interpreted
 def test_a_step_of_triton_ops_and_its_compiled_twin(pretended: Pretended) -> None:
-    assert_step_rows(pretended, builds())
+    assert_step_rows(pretended)
 
 
-def test_a_contestant_that_fails_is_a_row(pretended: Pretended) -> None:
+@pytest.mark.usefixtures("pretended")
+def test_a_contestant_that_fails_is_a_row(known: dict[str, contestants.Build]) -> None:
     def raising(error: Exception) -> contestants.Build:
-        def build(*_: Any) -> contestants.Contestant:
+        def build(*_: Any) -> contestants.Plain:
             raise error
 
         return build
 
-    known = builds(ops="eager", optimizer="torch")
-    plain = contestants.known_providers(CUDA)["eager bf16"]
-    known |= {"compile bf16": raising(AssertionError("inductor: no\nmore")), "eager bf16": plain}
+    names = ["compile bf16", "ours bf16", "eager bf16"]
+    known["compile bf16"] = raising(AssertionError("inductor: no\nmore"))
     rows: dict[str, StepRow] = {
-        row.provider: row for row in step.measure_cuda(known, SETUP, CUDA, 0.0)
+        row.provider: row for row in step.measure_cuda(names, SETUP, CUDA, 0.0)
     }
     assert rows["compile bf16"].doubt == "AssertionError: inductor: no"
     # Nothing came before it that it could agree with; what was measured is in the file.
@@ -132,9 +137,10 @@ def test_a_contestant_that_fails_is_a_row(pretended: Pretended) -> None:
     assert "|" not in text
     known["compile bf16"] = raising(RuntimeError(FATAL))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        next(step.measure_cuda(known, SETUP, CUDA, 0.0))
+        next(step.measure_cuda(names, SETUP, CUDA, 0.0))
 
 
+@pytest.mark.usefixtures("known")
 def test_a_profiled_step_is_a_replay_and_spans_are_no_kernels(
     pretended: Pretended, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -158,8 +164,6 @@ def test_a_profiled_step_is_a_replay_and_spans_are_no_kernels(
         graphs.append(len(pretended.graphs))
 
     monkeypatch.setattr(profile, "profile", profiler)
-    known = builds(ops="eager", optimizer="torch")
-    monkeypatch.setattr(contestants, "known_providers", lambda *_: known)
     rows = profile.trace_step("ours bf16", SETUP, CUDA, 2, tmp_path / "trace.json")
     assert graphs == [1, 1]
     found = {row.kind: row for row in rows}

@@ -145,22 +145,19 @@ def test_workers_live_in_processes_of_their_own() -> None:
     assert worker.process.pid != os.getpid()
     assert worker.ask("step", 60.0) > 0
     worker.end()
-    batches = contestants.make_batches(SETUP, CPU)
-    build = contestants.known_providers(CPU)["eager fp32"]
-    _, here = contestants.prepare("", build, SETUP, CPU, batches)
+    _, here = contestants.prepare("eager fp32", SETUP, CPU)
     assert row.losses == pytest.approx(here.losses, rel=1e-5)
     assert row.first_step_s > 0
     assert 0.1 < (row.peak_gib or 0) < 8
 
 
-def test_our_contestant_takes_the_trainer_s_step() -> None:
-    batches = contestants.make_batches(SETUP, CPU)
+def test_our_contestant_takes_the_trainer_s_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = contestants.Ours(SETUP, CPU, Choices(compile=False, dtype="fp32"))
     assert isinstance(ours.take_step, TrainStep)
     assert ours.take_step.plan.micro_batch_size == 2 * SETUP.shape.B  # merged, as in training
-    _, found = contestants.prepare("", lambda *_: ours, SETUP, CPU, batches)
-    build = contestants.known_providers(CPU)["eager fp32"]
-    _, plain = contestants.prepare("", build, SETUP, CPU, batches)
+    _, plain = contestants.prepare("eager fp32", SETUP, CPU)
+    monkeypatch.setattr(contestants, "find_provider", lambda *_: lambda *_: ours)
+    _, found = contestants.prepare("ours fp32", SETUP, CPU)
     assert found.losses == pytest.approx(plain.losses, rel=1e-3)  # its softmax has no padding
     assert found.grad_norm == pytest.approx(plain.grad_norm, rel=1e-3)
 
@@ -168,19 +165,18 @@ def test_our_contestant_takes_the_trainer_s_step() -> None:
 def test_a_wrong_model_shows_in_its_gradient_where_its_loss_is_right(monkeypatch) -> None:
     monkeypatch.setitem(contestants.MODELS, "test", TINY)
     setup = Setup("test", Shape(2, 16), accum=2)
-    batches = contestants.make_batches(setup, CPU)
+    _, right = contestants.prepare("eager fp32", setup, CPU)
     build = contestants.known_providers(CPU)["eager fp32"]
 
-    def other_weights(setup: Setup, device: torch.device) -> contestants.Contestant:
+    def other_weights(setup: Setup, device: torch.device) -> contestants.Plain:
         contestant = build(setup, device)
         assert isinstance(contestant, contestants.Plain)
         for p in contestant.model.parameters():
             p.data.mul_(1.5)
         return contestant
 
-    right, wrong = (
-        contestants.prepare("", each, setup, CPU, batches)[1] for each in (build, other_weights)
-    )
+    monkeypatch.setattr(contestants, "find_provider", lambda *_: other_weights)
+    _, wrong = contestants.prepare("eager fp32", setup, CPU)
     assert step.disagreement(right, right) == ""
     assert step.disagreement(wrong, right).startswith("gradient norm")
 
@@ -215,12 +211,8 @@ def test_nanogpt_is_a_model_by_path(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(contestants.MODELS, "test", TINY)
     contestants.weights.cache_clear()
     setup = Setup("test", Shape(2, 16), nanogpt=tmp_path)
-    known = contestants.known_providers(CPU, nanogpt=True)
-    batches = contestants.make_batches(setup, CPU)
-    theirs, plain = (
-        contestants.prepare(name, known[name], setup, CPU, batches)[1]
-        for name in ("nanogpt eager fp32", "eager fp32")
-    )
+    _, theirs = contestants.prepare("nanogpt eager fp32", setup, CPU)
+    _, plain = contestants.prepare("eager fp32", setup, CPU)
     assert theirs.losses == pytest.approx(plain.losses, abs=1e-5)
     assert contestants.weights.cache_info().misses == 1  # for all
     assert "lm_head.weight" not in contestants.weights(setup.config)

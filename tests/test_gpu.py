@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,10 @@ def test_commands_run_and_their_rows_are_kept(job: gpu.Job) -> None:
     todo = [
         gpu.Command("numerics", 1, python(WRITES, "{out}", "a", "")),
         gpu.Command("numerics", 1, python(WRITES, "{out}", "b", "error 3, allowed 2")),
-        gpu.Command("resume", 1, python("print('3 passed')"), gpu.read_tests("of x")),
-        gpu.Command("sanitizer", 1, ["no-such-program", "-m", "x"], gpu.read_sanitizer("m", "y")),
+        gpu.Command("resume", 1, python("print('3 passed')"), partial(gpu.read_tests, "of x")),
+        gpu.Command(
+            "sanitizer", 1, ["no-such-program", "-m", "x"], partial(gpu.read_sanitizer, "m", "y")
+        ),
         gpu.Command("ops", 1, python("raise SystemExit('no such GPU')")),
         gpu.Command("tune", 1e-9, python(hang)),
     ]
@@ -137,12 +140,12 @@ def test_commands_run_and_their_rows_are_kept(job: gpu.Job) -> None:
     ],
 )
 def test_sanitizer_verdicts(op: str, code: int | None, text: str, doubt: str) -> None:
-    assert gpu.read_sanitizer("memcheck", op)(child.Ended(code, text)).doubt == doubt
+    assert gpu.read_sanitizer("memcheck", op, child.Ended(code, text)).doubt == doubt
 
 
 def test_failed_tests_are_named() -> None:
     text = "tests/test_x.py::a PASSED\nFAILED tests/test_x.py::b - boom\n1 failed, 1 passed in 2s\n"
-    row = gpu.read_tests("of the ops")(child.Ended(1, text))
+    row = gpu.read_tests("of the ops", child.Ended(1, text))
     assert row.doubt == "exit 1: 1 failed, 1 passed in 2s; FAILED tests/test_x.py::b - boom"
 
 
