@@ -49,24 +49,32 @@ ERF_NOTE = (
 )
 
 
+def make_config(where: str, sizes: Mapping[str, Any], **others: Any) -> GPTConfig:
+    """A config from n_layer, n_head and n_embd in a file, and from other fields.
+
+    Raises:
+        ValueError: begins with `where`; a size is missing, or a value is none that a GPT-2 has.
+    """
+    try:
+        return GPTConfig(**{key: sizes[key] for key in ("n_layer", "n_head", "n_embd")}, **others)
+    except KeyError as error:
+        raise ValueError(f"{where} lacks the key {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('model: ')}") from None
+
+
 def _read_config(path: Path) -> tuple[GPTConfig, dict[str, int]]:
     """GPT-2's config.json -> our config, and those of CONTEXTS that it has."""
     raw = read_json(path)
     if raw.get("model_type", "gpt2") != "gpt2":
         raise ValueError(f"model: {path} is a {quoted(raw['model_type'])}, not a 'gpt2'")
-    try:
-        config = GPTConfig(
-            block_size=raw.get("n_positions", raw.get("n_ctx", 1024)),
-            vocab_size=raw.get("vocab_size", GPT2_VOCAB),
-            n_layer=raw["n_layer"],
-            n_head=raw["n_head"],
-            n_embd=raw["n_embd"],
-            layer_norm_epsilon=raw.get("layer_norm_epsilon", 1e-5),
-        )
-    except KeyError as error:
-        raise ValueError(f"model: {path} lacks the key {error}") from None
-    except ValueError as error:
-        raise ValueError(f"model: {path}: {str(error).removeprefix('model: ')}") from None
+    config = make_config(
+        f"model: {path}",
+        raw,
+        block_size=raw.get("n_positions", raw.get("n_ctx", 1024)),
+        vocab_size=raw.get("vocab_size", GPT2_VOCAB),
+        layer_norm_epsilon=raw.get("layer_norm_epsilon", 1e-5),
+    )
     # Each of these changes the function computed; ignoring it would give a wrong model.
     fixed = {
         "n_inner": (None, 4 * config.n_embd),

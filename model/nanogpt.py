@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.config import GPTConfig
-from model.edge import quoted
+from model.edge import is_int, quoted
 from model.flops import num_parameters
 from model.gpt import GPT
-from model.hf import GPT2_VOCAB, TRANSPOSED, build, canonical, file_shapes
+from model.hf import GPT2_VOCAB, TRANSPOSED, build, canonical, file_shapes, make_config
 
 
 def _load(file: Path) -> dict:
@@ -58,20 +57,10 @@ def load_nanogpt(path: str | Path) -> GPT:
             f"import-nanogpt: {file} is not a nanoGPT checkpoint: expected 'model' and 'model_args'"
             f", got {', '.join(map(quoted, [*checkpoint][:5]))}"
         )
-    try:
-        padded = args["vocab_size"]
-        config = GPTConfig(
-            block_size=args["block_size"],
-            vocab_size=GPT2_VOCAB if padded == 50304 else padded,
-            n_layer=args["n_layer"],
-            n_head=args["n_head"],
-            n_embd=args["n_embd"],
-        )
-    except KeyError as error:
-        raise ValueError(f"import-nanogpt: {file}: 'model_args' lacks {error}") from None
-    except ValueError as error:
-        reason = str(error).removeprefix("model: ")
-        raise ValueError(f"import-nanogpt: {file}: {reason}") from None
+    size, T = args.get("vocab_size"), args.get("block_size")
+    cropped = GPT2_VOCAB if is_int(size) and size == 50304 else size
+    where = f"import-nanogpt: {file}: 'model_args'"
+    config = make_config(where, args, block_size=T, vocab_size=cropped)
     # A tensor may claim any shape over a few bytes. No sensible dtype has less than two a weight.
     if file.stat().st_size < 2 * num_parameters(config):
         raise ValueError(
@@ -88,7 +77,7 @@ def load_nanogpt(path: str | Path) -> GPT:
             )
         if name := canonical(key):
             tensors[name] = value.t() if name.endswith(TRANSPOSED) and value.ndim == 2 else value
-    if not args.get("bias", True):
+    if args.get("bias") is False:
         for name, shape in file_shapes(config).items():
             if name.endswith(".bias"):
                 tensors.setdefault(name, torch.zeros(shape))

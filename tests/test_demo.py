@@ -232,7 +232,7 @@ def test_panel_and_examples_are_of_the_run(models: app.Models, run: Path, tmp_pa
     assert "123,456" in panel
     assert "Memorisation" in panel  # 9.9 against about 5.1
     assert "<svg" in panel
-    assert examples == ["Of my own text"]  # and none of what has no word in it
+    assert examples == ["Of my own text"]  # samples without a word are left out
     shutil.copytree(run / "model", tmp_path / "alone")
     panel, examples = app.about(app.Models(tmp_path / "alone"))
     assert "is not known" in panel
@@ -294,7 +294,7 @@ def new_visit() -> dict[str, int]:
 
 
 def test_fifty_visitors_wait_in_the_order_they_came(monkeypatch: pytest.MonkeyPatch):
-    """Nobody is sent away; two are served at once, the others see their place fall."""
+    """Nobody is sent away. Two are served at once; the others see their place in the line fall."""
     monkeypatch.setattr(line, "POLL_S", 0.001)
     served: list[int] = []
     at_once = most = 0
@@ -349,7 +349,7 @@ def test_two_texts_at_once_are_what_each_would_be_alone(models: app.Models):
 def test_stop_ends_the_turn_it_names_and_no_later_one(
     monkeypatch: pytest.MonkeyPatch, waiting: bool
 ):
-    """Whatever comes first to the server: the word to stop, or the next press of Generate."""
+    """Whether Stop or the next press of Generate reaches the server first."""
     monkeypatch.setattr(line, "POLL_S", 0.001)
 
     def generate(name: str, ended: Any) -> Iterator[tuple[str, str]]:
@@ -469,7 +469,7 @@ def test_space_with_the_training_text_marks_what_is_recited(run: Path, tmp_path:
 def test_space_refuses_what_it_cannot_fill(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """One line, and every folder as it was before."""
+    """It prints one line and leaves every folder as it was."""
     (tmp_path / "file").write_text("x")
     (tmp_path / "packages" / "demo").mkdir(parents=True)
     monkeypatch.setattr(space, "ROOT", tmp_path / "packages")
@@ -515,7 +515,7 @@ def test_an_error_half_way_leaves_nothing_of_a_space_and_no_link_leads_into_one(
             with pytest.raises(type(error)):
                 space.write_space(out, strange)
         assert sorted(tmp_path.iterdir()) == before
-        out.mkdir(exist_ok=True)  # for the second, and for what works
+        out.mkdir(exist_ok=True)  # for the second error, and then for the success
     space.write_space(out, strange)
     assert (out / "app.py").is_file()
     assert sorted(tmp_path.iterdir()) == sorted([secret, out, strange])

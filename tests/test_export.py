@@ -25,7 +25,7 @@ def test_round_trip_is_exact(tmp_path: Path):
     assert "context of 8 tokens" in (folder / "README.md").read_text()
     written = {*export_folder.EXPORTED} - {*export_folder.TOKENIZER}
     assert {p.name for p in folder.iterdir()} == written
-    assert [*folder.parent.iterdir()] == [folder]  # nothing is left of the making
+    assert [*folder.parent.iterdir()] == [folder]  # no temporary folder is left
     file = load_file(folder / hf.WEIGHTS)
     assert file["transformer.wte.weight"].shape == (SMALL.vocab_size, SMALL.n_embd)
     assert "lm_head.weight" not in file
@@ -200,7 +200,7 @@ def test_empty_paths_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_the_card_of_a_fine_tuned_model(tmp_path: Path):
-    """Trained at all 32, then at 8: positions 8 to 31 have been trained, and it says when."""
+    """Trained at all 32, then at 8: the card says which positions the last training saw."""
     model, folder = save(tmp_path)
     model.trained_context, model.fine_tuned_context = 32, 8
     model.save_pretrained(folder)

@@ -37,7 +37,7 @@ def model() -> GPT:
 
 
 def plain_tokens(model: GPT, prompt: list[int], sampling: Sampling, window: int) -> list[int]:
-    """The rule, written once more: whole model, whole row, every step."""
+    """The same rule without a cache: the whole model on the whole row at every step."""
     context, new = list(prompt)[-window:], []
     stream = np.random.default_rng([sampling.seed, 0, *prompt])
     model.eval()
@@ -198,7 +198,7 @@ def test_dropout_is_off_while_generating():
 
 
 def test_blocks_compiled_for_training_are_not_run():
-    """A prompt of another length at every prefill would have them compiled again and again."""
+    """Every prefill has another length, so they would be compiled again and again."""
     model = random_model()
     expected = generate_tokens(model, [[5, 90, 3]], GREEDY, window=17)
 
@@ -271,7 +271,7 @@ def test_sample_at_the_ends():
 @pytest.mark.parametrize("temperature", [1e-7, 1e-40, 1e-46, 5e-324])
 @pytest.mark.parametrize("more", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 2**62}])
 def test_a_tiny_temperature_is_no_different_from_0(temperature: float, more: dict):
-    """Ties, which bf16 logits have often, included; so are logits at the ends of fp32."""
+    """Also with ties, which bf16 logits often have, and with logits at the ends of fp32."""
     logits = torch.tensor([[1.0, 4.0, 4.0, -3e38], [3e38, 1.0, -3e38, 3e38]])
     draws = torch.tensor([0.0, 0.99], dtype=torch.float64)
     greedy = sample(logits, draws, Sampling(temperature=0.0, **more))

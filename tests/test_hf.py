@@ -225,7 +225,7 @@ def test_tokenizer_files_agree_with_tiktoken(exchange: Exchange):
 
 
 def test_an_export_says_its_true_length_everywhere(exchange: Exchange):
-    """Trained at 16 of its 64 positions: it has 16, and what fills a context fills 16 tokens."""
+    """A model trained at 16 of its 64 positions is exported with 16."""
     folder = exchange.folders["full-vocab"]
     config = json.loads((folder / "config.json").read_text())
     assert (config["n_positions"], config["n_ctx"], config["trained_context"]) == (16, 16, 16)

@@ -30,7 +30,7 @@ class Hub(NamedTuple):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    """Repositories of one tiny model: whole, in shards, pickled, and one for who has a token."""
+    """Repositories of one tiny model: whole, in shards, pickled, and one that needs a token."""
     root = tmp_path_factory.mktemp("hub")
     torch.manual_seed(3)
     model = GPT(GPTConfig(block_size=48, n_layer=1, n_head=2, n_embd=16))
@@ -89,7 +89,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture
 def here(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """That server in place of the hub, an empty cache, nobody's token, a working directory."""
+    """That server instead of the hub, an empty cache, no token, a working directory."""
     monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
     template = served.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -113,7 +113,7 @@ def test_a_name_is_the_model_of_that_name(name: str, here: Hub, monkeypatch) -> 
         assert torch.equal(model.state_dict()[key], value), key
     asked = len(here.asked)
     assert GPT.from_pretrained(name).trained_context == 48
-    assert len(here.asked) == asked  # of this process one answer
+    assert len(here.asked) == asked  # a process asks once
     hub.download.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert GPT.from_pretrained(name).config == here.model.config  # from the cache
@@ -150,7 +150,7 @@ def test_what_cannot_be_had_is_said_in_one_line(name: str, here: Hub, monkeypatc
     with pytest.raises(FileNotFoundError, match=REFUSED[name].format(hub=here.endpoint)) as error:
         GPT.from_pretrained(name)
     assert "\n" not in str(error.value)
-    assert name[0].isalpha() or not here.asked  # a path asks nobody
+    assert name[0].isalpha() or not here.asked  # for a path no server is asked
 
 
 def test_a_hub_without_its_library_is_said(here: Hub, monkeypatch) -> None:
@@ -165,7 +165,7 @@ def test_a_fine_tuning_starts_from_a_name(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its rate is such that it only gets worse: what it began with is what it keeps."""
+    """Its learning rate only makes it worse, so it keeps the weights it began with."""
     out, parameters = Path("run"), here.model.num_parameters()
     monkeypatch.setattr(ending, "SAMPLE_TOKENS", 4)
     monkeypatch.setattr(ending, "report_run", lambda *_: None)

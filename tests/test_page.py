@@ -21,7 +21,7 @@ from demo import app
 from docs.screenshot import start_chromium
 from tests.test_demo import DEFAULTS, ROOT, make_run
 
-# Sees every connection and name look-up of the server process, whoever makes it.
+# Logs each connection and name look-up of the server process that leaves the machine.
 SERVER = """
 import sys
 from pathlib import Path
@@ -184,7 +184,7 @@ def test_seeds_examples_and_errors_on_the_page(visitor: Visitor):
 
 
 def test_generate_right_after_stop_and_right_after_generate(visitor: Visitor):
-    """However close the clicks are, the last one is what happens."""
+    """However close the clicks are, the last one wins."""
     visitor.set("length", 500)
     for i, delay_ms in enumerate((0, 0, 10, 60)):
         visitor.start(f"First {i}")

@@ -19,7 +19,7 @@ from tests.weights import SMALL, assert_same_weights, gpt2_sizes, random_model, 
 
 
 def edit_tensor(folder: Path, name: str, tensor: Tensor) -> None:
-    """Add or replace it."""
+    """Add or replace a tensor in the weights file."""
     file = folder / hf.WEIGHTS
     save_file({**load_file(file), name: tensor}, file)
 
@@ -30,7 +30,7 @@ def edit_config(folder: Path, key: str, value: object) -> None:
 
 
 def link_out(folder: Path, name: str) -> None:
-    """The file as it is, but outside, with a link in its place."""
+    """Move the file out of the folder and leave a link to it."""
     (folder / name).rename(folder.parent / name)
     (folder / name).symlink_to(folder.parent / name)
 
@@ -54,7 +54,7 @@ WTE, FC = "transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight"
 ODD_DTYPE = b'{"a":{"dtype":"\x1b[31mF","shape":[1],"data_offsets":[0,4]}}'.ljust(70)
 ODD_DTYPE = (70).to_bytes(8, "little") + ODD_DTYPE + b"0000"
 LARGE = torch.full((32, 128), 1e300, dtype=torch.float64)
-# What is done to a folder, with which arguments, and what is said of it.
+# How a folder is spoiled, with which arguments, and what the error says.
 Spoiled = tuple[Callable[..., object], tuple[object, ...], str]
 STRANGERS: dict[str, Spoiled] = {
     "weights that link out": (link_out, (W,), "link out of"),
@@ -132,7 +132,7 @@ def test_a_strangers_folder_is_refused_with_one_line(
 
 
 def test_a_folder_of_the_hubs_cache_is_read(tmp_path: Path):
-    """Its snapshots are links into a folder of blobs; those lead out and are followed."""
+    """Its snapshots are links into a folder of blobs. These links lead out and are followed."""
     model, folder = save(tmp_path)
     cache = folder.parent / "models--gpt2"
     snapshot = cache / "snapshots" / "abc"
@@ -142,7 +142,7 @@ def test_a_folder_of_the_hubs_cache_is_read(tmp_path: Path):
         (folder / name).rename(cache / "blobs" / str(number))
         (snapshot / name).symlink_to(f"../../blobs/{number}")
     assert_same_weights(model, GPT.from_pretrained(snapshot))
-    (folder.parent / "link").symlink_to(snapshot)  # which a person names is theirs to choose
+    (folder.parent / "link").symlink_to(snapshot)  # the person who names a link chose it
     assert_same_weights(model, GPT.from_pretrained(folder.parent / "link"))
 
 
@@ -162,7 +162,7 @@ def test_a_folder_of_the_hubs_cache_is_read(tmp_path: Path):
 def test_other_formats_are_refused_by_what_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, message: str
 ):
-    """As the file itself, and as all there is in a folder."""
+    """If the file itself is named, and if a folder has nothing else."""
     (tmp_path / name).write_bytes(content)
     for path in (tmp_path / name, tmp_path):
         line = refuse(capsys, "export", str(path), "--out", str(tmp_path / "out"))
@@ -246,7 +246,7 @@ class Sizes:
 
 
 def spoiled(file: Path, changes: dict[str, object]) -> None:
-    """A good checkpoint with other sizes, or with other contents under `model`; None takes away."""
+    """A good checkpoint with other sizes or other contents under `model`; None removes a key."""
     content = torch.load(file)
     for key, value in changes.items():
         part = content["model_args" if key in content["model_args"] else "model"]
@@ -273,7 +273,10 @@ NANOGPT: dict[str, tuple[Callable[[Path], object], str]] = {
     "only weights": (lambda f: torch.save({"weights": torch.ones(2)}, f), "got 'weights'"),
     "keys that are none": (lambda f: torch.save({3: 1, "\x1b[1m": 2}, f), r"got 3, '\\x1b\[1m'"),
     "model_args a list": (lambda f: torch.save({"model": {}, "model_args": []}, f), "expected"),
-    "no sizes": (lambda f: torch.save({"model": {}, "model_args": {}}, f), "lacks 'vocab_size'"),
+    "no sizes": (
+        lambda f: torch.save({"model": {}, "model_args": {}}, f),
+        "lacks the key",
+    ),
     **{
         name: (lambda f, changes=changes: spoiled(f, changes), message)
         for name, changes, message in [
@@ -281,6 +284,7 @@ NANOGPT: dict[str, tuple[Callable[[Path], object], str]] = {
             ("NaN layers", {"n_layer": float("nan")}, "n_layer must be a whole number"),
             ("a tensor of layers", {"n_layer": torch.ones(9, 9)}, "n_layer must be"),
             ("a vocabulary in words", {"vocab_size": "many"}, "vocab_size must be"),
+            ("a tensor of tokens", {"vocab_size": torch.ones(9, 9)}, "vocab_size must be"),
             ("more than the file", {"n_layer": 1000, "n_embd": 65536}, "bytes, too few for"),
             ("no tensor", {"extra": 3}, EXTRA),
             ("integers", {"extra": torch.ones(3).int()}, EXTRA),

@@ -251,7 +251,7 @@ NUMBERS = ("max-new-tokens", "num-samples", "window", "seed", "top-k", "top-p", 
 
 
 def test_odd_values_of_numeric_flags_are_taken_or_refused(command: Command):
-    """None ends in a traceback or runs for ever."""
+    """No value ends in a traceback or runs for ever."""
     for name in NUMBERS:
         for value in ("0", "-1", "nan", "inf", "1e300", str(2**64), "", "abc"):
             args = [] if name == "max-new-tokens" else ["--max-new-tokens", "1"]
@@ -269,7 +269,7 @@ def test_a_byte_order_mark_on_stdin_is_left_out(command: Command):
 
 
 def test_hostile_text_on_stdin(command: Command):
-    """None of it ends the process otherwise than with text or with one line."""
+    """The command ends with text, or with one line and code 2."""
     for text, expected in (
         (b" " * 999_999 + b"\0\x1b[2J\x7f\n" * 999, 0),
         (b"\xed\xa0\xbd", 2),
@@ -281,7 +281,7 @@ def test_hostile_text_on_stdin(command: Command):
 
 
 def test_logits_that_are_not_finite_are_refused(command: Command, monkeypatch):
-    """By the library, streaming or not, and by the command; never a token."""
+    """By the library, streaming or not, and by the command, which prints no token."""
     model = random_model(GPTConfig(block_size=48, n_layer=1, n_head=2, n_embd=16))
     for bad in (torch.nan, torch.inf, -torch.inf):
         with torch.no_grad():

@@ -88,7 +88,7 @@ RUNS = st.lists(st.tuples(st.sampled_from(PARTS), st.integers(1, 40)), max_size=
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(RUNS, st.sampled_from([1, 30]))
 def test_cuts_leave_the_tokens_unchanged(runs: list[tuple[str, int]], patience: int) -> None:
-    """Between matches of the pattern where one is near, between tokens of a match elsewhere."""
+    """Cuts between matches of the pattern if one is near, else between tokens of a match."""
     text = "".join(part * times for part, times in runs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "BLOCK", 40)

@@ -1,4 +1,4 @@
-"""Models of random weights and their folders, for the tests of what goes in and out."""
+"""Models of random weights and their folders, for the tests of reading and writing them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ def save(tmp_path: Path) -> tuple[GPT, Path]:
 
 
 def assert_same_weights(a: GPT, b: GPT) -> None:
-    """Of `a`, the positions it was trained at."""
+    """Equal weights; of the positions those at which `a` was trained."""
     left, right = dict(a.named_parameters()), dict(b.named_parameters())
     assert left.keys() == right.keys()
     for name in left:
@@ -53,7 +53,7 @@ def assert_same_weights(a: GPT, b: GPT) -> None:
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """The command ends with 2 and one plain line, which is returned."""
+    """The line of a `model.hf` command that ends with code 2 and prints nothing else."""
     with pytest.raises(SystemExit) as stop:
         hf.main([*args])
     assert stop.value.code == 2
