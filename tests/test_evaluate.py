@@ -74,15 +74,15 @@ def test_text(model: GPT):
     text = "Caf\u00e9 \U0001f600: to be or not to be. <|endoftext|> is text here.\n" * 3
     result = evaluate_text(model, text.encode())
     ids = get_encoding().encode_ordinary(text)
-    assert result.num_tokens == len(ids) - 1
-    assert result.loss == pytest.approx(plain_loss(model, ids, 16), rel=1e-5)
-    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    assert result["num_tokens"] == len(ids) - 1
+    assert result["loss"] == pytest.approx(plain_loss(model, ids, 16), rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     first = len(get_encoding().decode_bytes(ids[:1]))
-    assert result.num_bytes == len(text.encode()) - first
-    assert result.bits_per_byte == pytest.approx(
-        result.loss * result.num_tokens / math.log(2) / result.num_bytes
+    assert result["num_bytes"] == len(text.encode()) - first
+    assert result["bits_per_byte"] == pytest.approx(
+        result["loss"] * result["num_tokens"] / math.log(2) / result["num_bytes"]
     )
-    assert evaluate_text(model, text.encode(), max_tokens=5).num_tokens == 4
+    assert evaluate_text(model, text.encode(), max_tokens=5)["num_tokens"] == 4
     assert evaluate_text(model, b"\xef\xbb\xbf" + text.encode()) == result
 
 

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -163,8 +164,7 @@ def _tokenise(files: Sequence[Path], name: str, key: str) -> Corpus:
     path = tokenizer.cache_dir() / "tokens" / f"{sha256[:16]}-{tokenizer.ENCODING}.bin"
     kept = read_object(path.with_suffix(".json"))
     # Only a hash of the whole file finds a damaged cache; the text has been read whole anyway.
-    intact = path.is_file() and kept.get("tokens_sha256") == shards.hash_file(path)
-    if kept.get("sha256") != sha256 or not intact:
+    if not path.is_file() or kept.get("tokens_sha256") != shards.hash_file(path):
         chunks = (encode_piece(piece) for file in files for piece in cut(file, key))
         first = next(filter(None, chunks), b"")  # it begins with <|endoftext|>
         with replacing(path) as partial:
@@ -173,8 +173,8 @@ def _tokenise(files: Sequence[Path], name: str, key: str) -> Corpus:
                 out.writelines(chunks)
             if not partial.stat().st_size:
                 raise ValueError(f"data: {name} holds no text to train on")
-            hashes = {"sha256": sha256, "tokens_sha256": shards.hash_file(partial)}
-        meta = {"name": name, "encoding": tokenizer.ENCODING, **hashes}
+            tokens_sha256 = shards.hash_file(partial)
+        meta = {"name": name, "encoding": tokenizer.ENCODING, "tokens_sha256": tokens_sha256}
         # The JSON comes last: a token file without it is not used.
         write_atomically(path.with_suffix(".json"), json.dumps(meta, indent=1))
     return Corpus(TokenShards([np.memmap(path, dtype=TOKEN_DTYPE, mode="r")]), name, sha256)
@@ -213,7 +213,6 @@ class DataLoaderLite:
         left = num_rows % wrap_rows if self.order == "sequential" else 0
         self.rows_per_epoch = num_rows - left
         self.skips = tuple(self.skips)
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the next batch of this rank, each (batch_size, T) int64."""
@@ -225,17 +224,17 @@ class DataLoaderLite:
         if self.order == "shuffled":
             for epoch in np.unique(epochs):
                 inside = epochs == epoch
-                index[inside] = self._permute(int(epoch))[index[inside]]
+                order = _permutation(self.seed, int(epoch), self.rows_per_epoch)
+                index[inside] = order[index[inside]]
         places = self.T * index[:, None] + np.arange(self.T + 1)
         both = torch.from_numpy(self.tokens[places].astype(np.int64))
         self.position += self.batch_size * self.world_size
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
-    def _permute(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            self._epoch, self._permutation = epoch, rng.permutation(self.rows_per_epoch)
-        return self._permutation
+
+@lru_cache(maxsize=1)
+def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
 
 
 class Prefetcher:

@@ -126,7 +126,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """
     with path.open("rb") as file:
         head = file.peek(8)
-        unpack = next((open for start, open in _UNPACK.items() if head.startswith(start)), None)
+        unpack = next((reader for start, reader in _UNPACK.items() if head.startswith(start)), None)
         try:
             yield unpack(file) if unpack else file, file
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
@@ -161,14 +161,8 @@ def find_inputs(paths: Sequence[str | Path], key: str = KEY) -> list[Path]:
         )
     if tokens:
         return tokens
-    found = []
-    for path in named:
-        inside = _inside(path) if path.is_dir() else [path]
-        if not inside:
-            raise ValueError(f"data: no {TAKEN_WORDS} file in the folder {path}")
-        found += inside
-    heads = [_check_text(path, key) for path in found]
-    if not any(head.removeprefix(_BOM) for head in heads):
+    found = [file for path in named for file in (_inside(path) if path.is_dir() else [path])]
+    if not [path for path in found if _has_text(path, key)]:
         raise ValueError(f"data: {', '.join(map(str, paths))} is empty; it needs text to train on")
     return found
 
@@ -183,7 +177,7 @@ def _matches(path: str) -> list[Path]:
 
 
 def _expand(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """What the parts of a pattern match in a folder; unlike glob, fails where it may not look."""
+    """What a pattern matches in a folder. Unlike glob, fails where a folder may not be read."""
     if not parts:
         yield folder
         return
@@ -194,13 +188,13 @@ def _expand(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
         return
     if part == "**":
         yield from _expand(folder, rest)
-    for entry in folder.iterdir():
+    for entry in sorted(folder.iterdir()):
         if entry.name.startswith(".") and not part.startswith("."):
             continue
         if part == "**":  # a link to a folder may lead back to where it stands
             if entry.is_dir() and not entry.is_symlink():
                 yield from _expand(entry, parts)
-        elif fnmatch.fnmatch(entry.name, part) and (entry.is_dir() or not rest):
+        elif fnmatch.fnmatch(entry.name, part) and (not rest or entry.is_dir()):
             yield from _expand(entry, rest)
 
 
@@ -210,20 +204,23 @@ def _inside(folder: Path) -> list[Path]:
         files: Any = read_object(state).get("_data_files")
         schema.check(f"data: {state}: _data_files", files, [{"filename": schema.TEXT}])
         return [folder / Path(file["filename"]).name for file in files]
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    folders = {path for path in entries if path.is_dir() and not path.is_symlink()}
-    foreign = [path for path in entries if path not in folders and _suffix(path) not in TAKEN]
-    if foreign:
-        others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise ValueError(
-            f"data: the folder {folder} holds {foreign[0].name}{others}, which is not "
-            f"{TAKEN_WORDS}; move it out, or name the files or the folder to take"
-        )
-    return [file for path in entries for file in (_inside(path) if path in folders else [path])]
+    files = []
+    for path in _expand(folder, ("**", "*")):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if _suffix(path) not in TAKEN:
+            raise ValueError(
+                f"data: the folder {folder} holds {path.relative_to(folder)}, which is not "
+                f"{TAKEN_WORDS}; move it out, or name the files or the folder to take"
+            )
+        files.append(path)
+    if not files:
+        raise ValueError(f"data: no {TAKEN_WORDS} file in the folder {folder}")
+    return sorted(files)
 
 
-def _check_text(path: Path, key: str) -> bytes:
-    """The first bytes of the text in a file; an error says what a file without text is."""
+def _has_text(path: Path, key: str) -> bool:
+    """False for an empty file; refuses a file that cannot hold text, and says what it is."""
     if not path.exists():
         raise FileNotFoundError(f"data: no such file: {path}")
     if not path.is_file():
@@ -235,7 +232,7 @@ def _check_text(path: Path, key: str) -> bytes:
         )
     if is_table(path):
         next(_cut_table(path, key))
-        return _TABLE_STARTS[0]
+        return True
     with opened(path) as (text, _):
         head = text.read(4096)
     for magic, what in _FOREIGN.items():
@@ -246,15 +243,15 @@ def _check_text(path: Path, key: str) -> bytes:
             f"data: {path} is binary, not text: byte 0x00 at offset {at}; unpack it, or convert it "
             "to UTF-8"
         )
-    return head
+    return bool(head.removeprefix(_BOM))
 
 
 def hash_files(files: Sequence[Path], key: str = KEY) -> str:
     """SHA-256 over kind, key, length and bytes of each file, without a byte order mark."""
     digest = hashlib.sha256()
     for path in files:
-        if kind := JSONL if is_jsonl(path) else "table" if is_table(path) else "":
-            digest.update(f"{kind} {key} ".encode())
+        if is_jsonl(path) or is_table(path):
+            digest.update(f"{JSONL if is_jsonl(path) else 'table'} {key} ".encode())
         start = len(_BOM) * _begins(path, _BOM)
         digest.update((path.stat().st_size - start).to_bytes(8, "little"))
         with path.open("rb") as file:

@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,15 +35,6 @@ from training.shards import holds_tokens
 PIECE_TOKENS = 1024  # of a long text, pieces of this size are read
 MAX_STDIN_BYTES = 1 << 30
 BATCH_TOKENS = 4096  # per forward; more gains nothing on 2 cores and costs memory
-
-
-class Evaluation(NamedTuple):
-    loss: float  # nats per token
-    perplexity: float
-    bits_per_byte: float
-    num_tokens: int  # predicted
-    num_bytes: int  # of UTF-8, in the predicted tokens
-    window: int
 
 
 def evaluate_tokens(
@@ -100,8 +91,12 @@ def eval_pieces(num_tokens: int, max_tokens: int, T: int, shares: int) -> list[t
 
 def evaluate_text(
     model: GPT, text: bytes, *, window: int | None = None, max_tokens: int | None = None
-) -> Evaluation:
+) -> dict[str, float]:
     """Score UTF-8 text, or its first `max_tokens` tokens, without a byte order mark.
+
+    Returns:
+        loss in nats per token, perplexity, bits_per_byte, num_tokens and num_bytes that were
+        predicted, and the window.
 
     Raises:
         ValueError: the text is not UTF-8 or too short, or the model has another vocabulary.
@@ -115,14 +110,14 @@ def evaluate_text(
         raise ValueError(f"evaluate: the loss is {loss}; the model's weights are not usable")
     num_bytes = len(tokenizer.get_encoding().decode_bytes(tokens[1:].tolist()))
     num = len(tokens) - 1
-    return Evaluation(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),  # fp64 ends at exp(709)
-        bits_per_byte=loss * num / (math.log(2) * num_bytes),
-        num_tokens=num,
-        num_bytes=num_bytes,
-        window=resolve_window(model, window),
-    )
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),  # fp64 ends at exp(709)
+        "bits_per_byte": loss * num / (math.log(2) * num_bytes),
+        "num_tokens": num,
+        "num_bytes": num_bytes,
+        "window": resolve_window(model, window),
+    }
 
 
 @dataclass(frozen=True)
@@ -160,7 +155,7 @@ def _run(options: Options) -> dict[str, Any]:
         with opened(files[0]) as (unpacked, _):
             text = unpacked.read()
     result = evaluate_text(model, text, window=options.window, max_tokens=options.max_tokens)
-    return {"model": str(path), "text": options.text, **result._asdict()}
+    return {"model": str(path), "text": options.text, **result}
 
 
 def main(args: list[str] | None = None) -> None:
