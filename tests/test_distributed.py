@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch.distributed as dist
 import train
 from model import GPT
 from tests.forked import Forked, python
-from training import averaging, checkpoint, distributed
+from training import checkpoint, distributed
 from training.data import load_corpus
 from training.distributed import World, refuse_mismatch, share
 from training.plan import Choices, detect, make_plan
@@ -432,8 +433,12 @@ def test_a_folder_of_shards_is_a_corpus(tmp_path):
 def test_a_lost_rank_is_known_by_where_it_was_lost():
     """gloo says it in words of which not all name gloo."""
     words = "Application timeout caused pair closure"
-    for file, expected in ((dist.__file__, True), (averaging.__file__, True), (__file__, False)):
+    for file, expected in ((dist.__file__, True), (__file__, False)):
         code = compile(f"raise RuntimeError({words!r})", file, "exec")
         with pytest.raises(RuntimeError) as lost:
             exec(code)
         assert distributed.is_peers_fault(lost.value) == expected
+    work: Any = SimpleNamespace(wait=threading.Lock().release)  # raises from C, as a Work does
+    with pytest.raises(RuntimeError) as lost:
+        distributed.wait([work])
+    assert distributed.is_peers_fault(lost.value)

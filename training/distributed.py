@@ -260,10 +260,11 @@ def _draw_prefix(store: dist.Store, rank: int, size: int) -> str:
     limit_s, missing = CONNECT.total_seconds(), set(range(1, size))
     end = time.monotonic() + limit_s
     while missing:
-        for other in missing:
-            if store.check([f"asks/{other}"]):
+        for other in [*missing]:
+            if store.check([f"{name}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"asks/{other}"]):
                 store.set(store.get(f"asks/{other}").decode(), name)
-        missing = {other for other in missing if not store.check([f"{name}/{other}"])}
         if missing and time.monotonic() > end:
             absent = ", ".join(map(str, sorted(missing)))
             raise RuntimeError(f"no sign of rank {absent} in {limit_s:.0f} s")
@@ -283,9 +284,9 @@ def is_peers_fault(error: RuntimeError) -> bool:
 
     The place where it was raised decides, because not all of gloo's messages name gloo.
     """
-    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    waits = (Path(dist.__file__).parent, Path(__file__).parent / "averaging.py")
-    raised_there = any(place in (file, *file.parents) for file in files[-2:] for place in waits)
+    frames = traceback.extract_tb(error.__traceback__)[-2:]  # torch may add one of its own
+    waits = (str(Path(dist.__file__).parent), __file__)
+    raised_there = any(frame.filename.startswith(waits) for frame in frames)
     return isinstance(error, dist.DistError) or "gloo" in str(error) or raised_there
 
 

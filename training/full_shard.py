@@ -91,11 +91,9 @@ class FullShard(Replicas):
             p.data, p.grad, rows.grad = rows.to_local().detach(), rows.grad.to_local(), None
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        square = torch.zeros((), device=self.mesh.device_type)
-        for cut in (True, False):
-            square += total_norm(p for p in parameters if cut == (p in self.rows)) ** 2
-            if cut:
-                dist.all_reduce(square)
+        square = total_norm(p for p in parameters if p in self.rows) ** 2
+        dist.all_reduce(square)
+        square += total_norm(p for p in parameters if p not in self.rows) ** 2
         return square.sqrt()
 
     @torch.no_grad()

@@ -104,7 +104,6 @@ class RunLog:
         self._broken = False  # a line of metrics.jsonl is missing, or half there
         self._pending: tuple[Any, ...] | None = None
         self._unread: list[StepRecord] = []
-        self._mark: Any = time.perf_counter()  # where the pending step began: seconds, or an event
         self._bar = Progress(transient=True, disable=quiet or not sys.stdout.isatty())
         self._task = self._bar.add_task("training", total=max_steps)
         loggers = () if quiet else loggers
@@ -117,7 +116,7 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         self._bar.start()
-        self._mark = time.perf_counter()
+        self._mark: Any = time.perf_counter()  # the pending step's beginning: seconds, or an event
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
@@ -149,8 +148,8 @@ class RunLog:
         """Take the device values of `step`, each (); the step before becomes readable."""
         self.finish()
         no = torch.zeros_like(loss)
-        flags = (no if bad is None else bad), (no if stop is None else stop)
-        values = torch.stack([loss, grad_norm, *flags]).float()
+        bad, stop = (no if bad is None else bad), (no if stop is None else stop)
+        values = torch.stack([loss, grad_norm, bad, stop]).float()
         done: Any = time.perf_counter()
         if values.is_cuda:
             values = values.to("cpu", non_blocking=True)  # into pinned memory
