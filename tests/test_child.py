@@ -1,4 +1,4 @@
-"""Processes of the bench: they answer, they end with what they started, they say why."""
+"""Child processes answer, end together with what they started, and say why they ended."""
 
 import os
 import signal
@@ -81,7 +81,7 @@ def test_a_process_that_outlasts_its_time_ends_with_what_it_started() -> None:
 
 
 def test_what_a_signal_ends() -> None:
-    """The processes of all threads, and then this one."""
+    """A signal ends the processes that all threads have started, then this process."""
     code = (
         "import sys, threading\nfrom training import child\n"
         "run = [sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True, "

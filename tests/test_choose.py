@@ -1,4 +1,4 @@
-"""What a run takes by time: decided from numbers alone, measured by children, kept in a file."""
+"""What a run takes by time is decided from numbers, measured by children and kept in a file."""
 
 import json
 import sys
@@ -30,9 +30,9 @@ CARDS = {
     "MI300X": replace(H100, name="AMD Instinct MI300X", arch=94, rocm=True),
     "B300": replace(H100, name="NVIDIA B300", arch=103),
 }
-# As no card measured them: each rule has an op to show it at.
+# Invented figures, so that each rule shows at one op.
 MS = tomllib.loads("""
-layer_norm = {triton = 1.0, eager = 3.0, compiled = 0.99}  # too little to change
+layer_norm = {triton = 1.0, eager = 3.0, compiled = 0.99}  # too small a gain
 add_layer_norm = {triton = 1.0, eager = 3.0, compiled = 0.9}
 embedding = {triton = 1.0, eager = 3.0, compiled = 1.5}
 gelu_mlp = {triton = 1.0, eager = 0.8, compiled = 0.7}
@@ -44,7 +44,7 @@ NEW, PLAIN = read_ops(BEST), read_ops("compiled,causal_attention=eager")
 UP, NORM = "gelu_mlp.up", "layer_norm.fwd"
 ROW = '["{}", "16-bit", "large", 90, "3.7", {{BLOCK_M = 64}}, 4, {}, 0, 1, "here"],'
 UP_ROWS, NORM_ROWS = ([ROW.format(k, i) for i in range(1, 5)] for k in ("up", "fwd"))
-ROWS = f"[measured]\ngelu_mlp = [\n    {UP_ROWS[2]}\n]\n"  # the fastest of what `measured` tries
+ROWS = f"[measured]\ngelu_mlp = [\n    {UP_ROWS[2]}\n]\n"  # the fastest row that `measured` has
 
 
 def samples(ms: dict[str, dict[str, float]]) -> dict[str, dict[str, list[float]]]:
@@ -55,7 +55,7 @@ def samples(ms: dict[str, dict[str, float]]) -> dict[str, dict[str, list[float]]
 def test_each_card_takes_what_is_fastest_of_what_it_can_run(card: str) -> None:
     machine = CARDS[card]
     plan = make_plan(RECIPE, machine)
-    old = card in ("T4", "MI300X")  # no kernels of ours, nor SDPA's 16-bit ones
+    old = card in ("T4", "MI300X")  # neither our kernels nor SDPA's run there
     taken = choose.choose(plan, machine, samples(MS | {STEP: {AS_CHOSEN: 5.0, "other": 4.0}}))
     assert taken == (PLAIN if old else NEW) | {STEP: "other"}
     assert choose.choose(plan, machine, {}) == read_ops(plan.ops) | {STEP: AS_CHOSEN}
@@ -68,7 +68,7 @@ def test_each_card_takes_what_is_fastest_of_what_it_can_run(card: str) -> None:
     [
         ([0.97] * 8, True),
         ([0.985] * 8, False),  # under 2%
-        ([0.5, 0.5, 1.3, 1.3] * 2, False),  # half of the turns are lost
+        ([0.5, 0.5, 1.3, 1.3] * 2, False),  # it loses half of the turns
         ([0.0] * 8, False),
         ([-1.0] * 8, False),
         ([float("nan")] * 8, False),
@@ -81,7 +81,7 @@ def test_only_a_gain_beyond_noise_changes_anything(rival: list[float], taken: bo
     times = {"gelu_mlp": {"triton": [1.0] * 8, "compiled": rival}}
     found = choose.choose(make_plan(RECIPE, H100), H100, times)
     assert found["gelu_mlp"] == ("compiled" if taken else "triton")
-    # Where the present one has no time, nothing is known to be faster.
+    # If the present one could not be timed, none counts as faster.
     lost = {"gelu_mlp": {"triton": [float("nan")], "compiled": rival}}
     assert choose.choose(make_plan(RECIPE, H100), H100, lost)["gelu_mlp"] == "triton"
 
@@ -99,7 +99,7 @@ def test_what_is_asked_for_is_no_question() -> None:
 
 # ---- children
 
-# Without torch: kind and op stand in a pickled task.
+# It does without torch: it finds the kind of task and the op in the pickled bytes.
 CHILD = """
 import os, sys, time
 from multiprocessing.connection import Connection
@@ -179,7 +179,7 @@ def test_the_interpreter_is_timed_as_a_device_is(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was timed; the step is best with PyTorch's AdamW."""
+    """The threads that measured; a step is fastest with PyTorch's AdamW."""
     asked: list[Any] = []
 
     def time_ops(names: Any, recipe: Any, plan: Plan, _: float) -> Any:
@@ -234,7 +234,7 @@ def test_an_answer_is_kept_and_read(
     assert replace(second, notes=()) == replace(first, notes=())
     assert second.notes[-1].startswith(f"tune: measured before, see {path}: ")
     assert len(measured) == 1
-    # At first use a minute has to do: there ops alone are timed.
+    # On first use, which may take a minute, only ops are timed.
     path.unlink()
     short = taken()
     assert (short.ops, short.optimizer, short.launches) == (first.ops, "triton", "")
@@ -243,7 +243,7 @@ def test_an_answer_is_kept_and_read(
     assert "step" not in short.notes[-1].partition("too: ")[2]
     assert taken(Choices(tune="off")) == make_plan(RECIPE, H100, Choices(tune="off"))
     taken(Choices(tune="on"))
-    taken(Choices(compile=True))  # another question
+    taken(Choices(compile=True))  # it asks for something else
     assert taken(machine=CPU) == make_plan(RECIPE, CPU)
     assert len(measured) == 4
     assert len(answers(tmp_path)) == 2
@@ -302,7 +302,7 @@ def test_an_answer_that_cannot_be_used_is_made_anew(
     assert replace(taken(), notes=()) == replace(want, notes=())
     assert f"; {path} cannot be used: " in capsys.readouterr().out
     assert json.loads(path.read_bytes())["ms"] == json.loads(good)["ms"]
-    # A file that a person names is his: it is not written over.
+    # A file that the user names is not overwritten.
     mine = tmp_path / "mine.json"
     mine.write_bytes(spoil)
     with pytest.raises(ValueError, match=f"^tune_file; {mine} cannot be used: .*; name another"):
@@ -315,7 +315,9 @@ def test_where_an_answer_is_kept(measured: list[Any], tmp_path: Path) -> None:
     assert f"kept in {tmp_path / 'a.json'}; " in taken(asked).notes[-1]
     assert f"measured before, see {tmp_path / 'a.json'}: " in taken(asked).notes[-1]
     assert len(measured) == 1
-    (tmp_path / "cache").write_text("a file")  # as a read-only folder, for whoever is root too
+    (tmp_path / "cache").write_text(
+        "a file"
+    )  # like a read-only folder, but root cannot write to it either
     for _ in range(2):
         made = taken()
         assert read_ops(made.ops) == NEW
@@ -329,7 +331,7 @@ def test_rank_0_measures_and_tells(measured: list[Any]) -> None:
     assert measured == ["0"]
     assert made[0] == made[1]
     assert read_ops(made[0].ops) == NEW
-    assert made[0].optimizer == "triton"  # a step of several ranks is not timed by one
+    assert made[0].optimizer == "triton"  # one rank alone does not time a step of several
 
 
 # ---- going on
@@ -345,7 +347,7 @@ def test_a_checkpoint_s_choice_goes_on_where_it_was_made() -> None:
     assert line.startswith("resume: on this card as before: ops compiled, compile True, ")
     made = make_plan(RECIPE, H100, Choices().or_else(kept))
     assert replace(made, notes=()) == replace(plan, notes=())
-    # What a person asks for comes first; on another card, or by wish, all is chosen anew.
+    # What the user asks for comes first; on another card, or with --tune on, all is chosen anew.
     kept, _ = resume.adopt(saved, Choices(ops="eager", micro_batch_size=1), RECIPE, H100)
     assert {*kept} == {"compile", "compile_scope", "recompute", "optimizer"}
     other = replace(H100, name="NVIDIA A100")
@@ -357,14 +359,14 @@ def test_a_checkpoint_s_choice_goes_on_where_it_was_made() -> None:
     assert resume.adopt(saved, Choices(), RECIPE, CPU) == nothing
     assert resume.adopt(saved, Choices(), replace(RECIPE, batch_size=6), H100) == nothing
     assert resume.adopt(None, Choices(), RECIPE, H100) == nothing
-    # Launch rows of this card go on; those that cannot be read do not.
+    # Launch rows of this card are kept, unless they cannot be read.
     odd = ("[measured", "measured = 3", "[measured]\ngelu_mlp = 3")
     for text in (ROWS, *odd, "sources = 3\n[measured]\ngelu_mlp = [[3]]"):
         state["plan"] = vars(replace(plan, launches=text))
         kept, _ = resume.adopt(saved, Choices(), RECIPE, H100)
         assert kept.pop("launches", None) == (text if text == ROWS else None)
         assert Choices().or_else(kept) == Choices().or_else(kept | {"launches": text})
-    # It may come from a stranger.
+    # A checkpoint may come from a stranger.
     state["plan"] = {"ops": 3, "compile": "yes", "micro_batch_size": 0.5, "optimizer": "sgd"}
     state["plan"] |= {"compile_scope": "all"}
     assert resume.adopt(saved, Choices(), RECIPE, H100) == nothing

@@ -1,4 +1,4 @@
-"""What `--explain` would say of machines that are not at hand, and what it says of this one."""
+"""What `--explain` says about other machines, and about this one."""
 
 import time
 from dataclasses import replace
@@ -57,7 +57,7 @@ def slow(probe: Probe, **factors: float) -> Probe:
     return replace(probe, phases=phases)
 
 
-# What is wrong, and the start of the one line that must then appear beside the healthy none.
+# A fault, and the start of the one line that it must add to a healthy machine's none.
 RECIPE_100 = replace(RECIPE, model="124m,n_embd=800,n_head=10")
 WRONG = [
     (ON_GPU, {"machine": replace(H100, has_triton=False)}, "triton missing"),
@@ -100,7 +100,7 @@ def test_each_finding_is_seen(base, changes, line):
 
 
 def test_a_graph_hides_launches():
-    """The host is as slow, but a captured step does not wait for it."""
+    """A captured step does not wait for the host, however slow."""
     probe = replace(GPU_PROBE, host_s=10.0)
     graph = (RECIPE, H100, replace(GPU_PLAN, cuda_graph=True), GPU_RATES, probe)
     assert findings(*graph) == []
@@ -110,7 +110,7 @@ def test_roofline_adds_products_and_traffic():
     flops = flops_per_token(RECIPE.model_config, 1024) * RECIPE.tokens_per_step
     got = roofline_s(RECIPE, GPU_PLAN, 7e5, 3000.0)
     assert got == pytest.approx(flops / 7e14 + traffic_bytes(RECIPE, GPU_PLAN) / 3e12)
-    # Fused GELU and a loss in bf16 move less than eager ones in fp32, copies less than casts.
+    # Fused ops move fewer bytes than eager ones, and working copies fewer than casts.
     eager = replace(GPU_PLAN, ops="eager", compile=False)
     assert traffic_bytes(RECIPE, GPU_PLAN) < traffic_bytes(RECIPE, eager)
     casts = replace(GPU_PLAN, working_copies=False)
@@ -162,7 +162,7 @@ def test_free_memory_is_what_the_machine_or_a_cgroup_leaves(tmp_path):
     (proc / "self/cgroup").write_text("0::/job/a:step\n")
     write_cgroup(groups / "job/a:step", "max", 5, 0)
     assert free_bytes(proc, groups) == 8000 << 10
-    write_cgroup(groups / "job", "1000000", 600000, 100000)  # of the one above it
+    write_cgroup(groups / "job", "1000000", 600000, 100000)  # the limit of its parent group
     assert free_bytes(proc, groups) == 500000
     write_cgroup(groups / "job/a:step", "300000", 290000, 10)
     assert free_bytes(proc, groups) == 10010
@@ -208,7 +208,7 @@ def test_probe_of_a_slow_step_scales_a_few_rows(quick):
 
 
 def test_a_busy_machine_compiles_nothing(quick, monkeypatch):
-    """Compiling is what a busy machine makes longest: 160 s for 20."""
+    """On a busy machine compiling took 160 s, where it takes 20 s on an idle one."""
     plan = replace(make_plan(TINY, detect("cpu"), Choices(dtype="fp32")), compile=True)
     monkeypatch.setattr(probe_module, "slowdown", lambda: 4.0)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
@@ -235,11 +235,11 @@ def test_rates_take_what_time_there_is(monkeypatch):
     monkeypatch.setattr(torch, "mm", slow)
     monkeypatch.setattr(probe_module, "RATE_S", 0.05)
     measure_rates(TINY, replace(CPU, has_bf16=False), replace(CPU_PLAN, dtype="fp32"))
-    assert calls == 4  # two products, each once to warm up
+    assert calls == 4  # two products, each with one warm-up call
 
 
 def test_explain_prints_every_part(quick, monkeypatch, capsys):
-    """On this machine, with products too small to take long."""
+    """On this machine, with products that take little time."""
     machine = detect("cpu")
     plan = make_plan(TINY, machine, Choices(dtype="fp32"))
     rates = measure_rates(TINY, machine, plan)

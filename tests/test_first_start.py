@@ -1,4 +1,4 @@
-"""The first start of a run on a device, and the second: checked, timed, and held to eager ops."""
+"""First and second start of a run on a device: ops are checked, timed, and compared with eager."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU; needs t
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Trains on ids below CONFIG's 250, up to the samples, which need the whole vocabulary."""
+    """Train on ids below CONFIG's 250, without the samples, which need the whole vocabulary."""
     np.save(tmp_path / "corpus.npy", (np.arange(600) * 7 % 50).astype(np.uint16))
     monkeypatch.setattr(train, "finish", lambda *_: None)
     runs: list[int] = []
@@ -55,7 +55,7 @@ def test_an_interpreted_run_is_checked_once_and_by_its_first_batch(
     out = capsys.readouterr().out
     assert "kernels: checking 2 ops on " in out
     assert " s, all right; kept in " in out
-    # The second start asks nobody; what no verdict knew, its first batch shows.
+    # The second start asks no child; its first batch shows what the verdict does not know.
     monkeypatch.setattr(verify, "ask_children", None)
     wrong = of_triton(gelu_mlp=lambda x, *rest: x + EAGER.gelu_mlp(x, *rest))
     monkeypatch.setattr(Plan, "op_set", property(lambda _: wrong))
@@ -75,7 +75,7 @@ def test_a_first_and_a_second_start_on_a_pretended_gpu(
     monkeypatch.setitem(kernels.BACKENDS, "compiled", of_triton)
     monkeypatch.setattr(child, "Crew", Crew)
     monkeypatch.setitem(trials.NUM_RERUNS, "cuda", 0)
-    # Each is replayed, and then has the time that decides: as one card or another might.
+    # Each is replayed, and then gets a time from this table.
     ms = {"triton": 1.0, "eager": 2.0, "compiled": 1.01, "sdpa-cudnn": 0.9, "sdpa-flash": 0.5}
     replayed: list[str] = []
 
@@ -84,16 +84,16 @@ def test_a_first_and_a_second_start_on_a_pretended_gpu(
         return {name: timing.Timing([ms[name]] * 4, "graph") for name in replays}
 
     monkeypatch.setattr(timing, "interleave", interleave)
-    here_alone = nullcontext(SimpleNamespace(map=map))  # a pretended device is of this thread
+    here_alone = nullcontext(SimpleNamespace(map=map))  # only this thread has the pretended device
     monkeypatch.setattr(choose, "ThreadPoolExecutor", lambda _: here_alone)
     flags = ["--batch-size", "2", "--save-every", "1", "--steps"]
     run, said = ["--out", str(tmp_path / "run")], []
     with monkeypatch.context() as here:
-        here.setattr(torch.cuda, "get_rng_state_all", list)  # there are none to go back to
+        here.setattr(torch.cuda, "get_rng_state_all", list)  # the pretended device has none
         for steps_, *more in (["2", *run], ["1"], ["3", *run, "--override"]):
             assert start(*flags, steps_, *more) == 0
             said.append(capsys.readouterr().out)
-            ms["triton"] = 9.0  # as another day might have it
+            ms["triton"] = 9.0  # on another day it might be slow
         next((tmp_path / "cache").rglob("choice-*")).unlink()
         here.setattr(torch, "__version__", "9.9")
         assert start(*flags, "4", *run, "--override") == 0
@@ -115,8 +115,8 @@ def test_a_first_and_a_second_start_on_a_pretended_gpu(
     assert not (tmp_path / "run5").exists()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["versions"]["assembler"].startswith("ptxas 1")
-    # Timed once, by every backend that can run; the answer holds where card and versions do.
-    assert {*replayed, "sdpa-cudnn"} == {*ms}  # which a CPU may refuse
+    # Every backend that can run was timed, once; the answer holds for this card and versions.
+    assert {*replayed, "sdpa-cudnn"} == {*ms}  # the CPU may refuse it
     assert f"tune: timing what a step can be made of on {name}; takes up to a minute" in first
     assert "tune: measured in " in first
     assert "causal_attention sdpa-flash 0.5 ms (triton 1, eager 2, compiled 1.01" in first
@@ -145,7 +145,7 @@ def test_a_first_batch_that_differs_is_trained_by_eager_ops(
     assert model.ops is ops is model.transformer.h[0].mlp.ops  # pyright: ignore
     assert all(p.grad is None for p in model.parameters())
     assert model.training
-    # Fewer rows where all do not fit.
+    # Where not all rows fit, it takes fewer.
     tried: list[int] = []
 
     def narrow(*args: Any) -> Tensor:
@@ -164,7 +164,7 @@ def test_a_first_batch_that_differs_is_trained_by_eager_ops(
     assert (found.ops, model.ops) == ("eager", EAGER)
     assert "going on with eager ops" in capsys.readouterr().out
     assert "the first micro-batch has " in found.notes[-1]
-    # Weights that are beyond help are not the ops' fault; and eager ops are not compared at all.
+    # Weights that are not finite are not the ops' fault. Eager ops are not compared at all.
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(float("nan"))  # pyright: ignore
     assert compared() == plan

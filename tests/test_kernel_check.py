@@ -1,4 +1,4 @@
-"""Whether a fault in a kernel is noticed on the device: each kind of fault, in each op."""
+"""The check before a run notices each kind of fault, in each op."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs the interpreter")
 
 
 class Scaled(torch.autograd.Function):
-    """Right values, gradients that are not."""
+    """Right values, wrong gradients."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ FAULTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any], *names: str) -> None:
-    """The ops of Triton are eager ones, with a fault."""
+    """Replace Triton's ops by eager ones with a fault."""
 
     def wrong(name: str) -> Any:
         return lambda *args, **kwargs: fault(getattr(EAGER, name)(*args, **kwargs))

@@ -1,4 +1,4 @@
-"""What a report says in which case, and that its page is safe."""
+"""Which verdicts a report gives in which case, and that its page is safe."""
 
 import html
 import json
@@ -93,7 +93,7 @@ VERDICTS = BAD | {UNFINISHED, EASIER, HARDER, NO_SIGN, DOUBTFUL, PARTLY, ITS_OWN
     [
         ({"samples": [OWN]}, {NO_SIGN, ITS_OWN}),
         ({}, {NO_SIGN}),
-        ({"samples": ["short"]}, {NO_SIGN}),  # shorter than a window: nothing can be said of it
+        ({"samples": ["short"]}, {NO_SIGN}),  # shorter than a window, so there is no share
         ({"loss": 2.0, "vals": [4.3, 4.9]}, {MEMORISED, OVERFITTED}),
         ({"loss": 2.0, "vals": [4.3, 4.9], "epochs": 0.4}, {HARDER, OVERFITTED}),  # all new
         ({"samples": [TEXT[100:500], TEXT[900:1300]]}, {RECITED}),
@@ -104,11 +104,11 @@ VERDICTS = BAD | {UNFINISHED, EASIER, HARDER, NO_SIGN, DOUBTFUL, PARTLY, ITS_OWN
         ({"vals": [], "loss": 0.7, "epochs": 40.0}, {DOUBTFUL}),
         ({"vals": [], "loss": 0.08, "epochs": 50.6}, {HEART}),
         ({"vals": [], "loss": 0.08, "epochs": 3.0}, {DOUBTFUL}),  # too few to learn it by heart
-        # What the recipe is called decides nothing, in any direction.
+        # The name of the recipe decides nothing.
         ({"config": SEED_CONFIG, "vals": [], "loss": 0.08, "epochs": 50.6}, {HEART}),
         ({"config": SEED_CONFIG, "vals": [], "loss": 6.53, "epochs": 1.2}, {DOUBTFUL}),
         ({"config": SEED_CONFIG}, {NO_SIGN}),
-        # No failure ends in another verdict, and no number of another type in a traceback.
+        # A failed run gets no other verdict, and a value of another type raises nothing.
         ({"lines": [step(100, math.nan)], "samples": ["!!!!" * 30]}, {FAILED}),
         ({"lines": [step(100, math.inf), step(101, math.nan)]}, {FAILED}),
         ({"lines": [{"step": 100, "loss": None}]}, {FAILED}),
@@ -126,7 +126,7 @@ VERDICTS = BAD | {UNFINISHED, EASIER, HARDER, NO_SIGN, DOUBTFUL, PARTLY, ITS_OWN
     ],
 )
 def test_verdicts(tmp_path: Path, changes: dict[str, Any], expected: set[str]):
-    """Each verdict where the run's own numbers say so, and nowhere else."""
+    """Each verdict appears where the run's numbers say so, and nowhere else."""
     run = write_run(tmp_path / "r", **changes)
     texts = [text for _, text in read_samples(run)]
     found = verdicts(read_run(run), find_overlap(texts, TEXT.encode()) if texts else None)

@@ -1,4 +1,4 @@
-"""The search for launch rows: what it tries, what it survives, and the rows that come of it."""
+"""The search for launch rows: what it tries, what it survives, and which rows it finds."""
 
 import math
 import time
@@ -64,7 +64,7 @@ def can_run(key: Key, launch: Launch) -> bool:
 
 
 def test_a_candidate_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is launched in place of the present row, gives the same results, and nothing stays."""
+    """It replaces the present row for a trial only, and gives the same results."""
     launched: list[Launch] = []
     kwargs = Launch.kwargs
     monkeypatch.setattr(Launch, "kwargs", lambda self: (launched.append(self), kwargs(self))[1])
@@ -154,7 +154,7 @@ def test_a_row_is_one_of_the_file_and_serves_once_laid_over() -> None:
 
 
 class Crew(tuned.Crew):
-    """Times by hand, 1 ms where none is given."""
+    """Answers with the times in `ms`, or 1 ms for other launches."""
 
     ms: dict[Launch, list[float]] = {}  # noqa: RUF012
     tried: list[Launch] = []  # noqa: RUF012
@@ -192,12 +192,12 @@ def test_the_fastest_meet_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     [row] = [line for line in text.splitlines() if "fwd" in line]
     assert '"a CPU, 20' in row
     assert ', B=1 T=4: layer_norm 1 -> 0.5 ms"],' in row
-    # Half of the turns are lost; too little; it does not launch as quickly as it seemed.
+    # It loses half of the turns; the gain is too small; it cannot be timed.
     for few in ([0.7, 0.7, 1.3, 1.3], [0.99], [math.nan]):
         Crew.ms = {good: few}
         assert rows() == ""
     Crew.tried.clear()
-    ms = search.time_launches(recipe, plan, CPU, -1.0)  # no time: the present ones alone
+    ms = search.time_launches(recipe, plan, CPU, -1.0)  # no time: only the present rows
     assert [[*of.values()] for of in ms.values()] == [[[1.0] * 8]] * 2
 
 
@@ -232,7 +232,7 @@ def test_launches_are_timed_on_a_pretended_gpu(
     found = trials.answer(
         partial(trials.try_launches, "layer_norm", NORM, launches, how, SHORT, plan)
     )
-    # The results are still being written on their stream; another would read too early.
+    # Another stream would read the results while they are still being written.
     assert {*map(id, compared_on)} == {id(timing.capture_stream())}
     assert pretended.current is not timing.capture_stream()
     assert [len(ms) for ms in found["ms"]] == [2, 2]
@@ -242,7 +242,7 @@ def test_launches_are_timed_on_a_pretended_gpu(
 def test_make_tune_finds_checks_keeps_and_lays_over_a_row_on_a_pretended_gpu(
     pretended, monkeypatch, capsys, tmp_path
 ):
-    """From the kernels that a run launches to the rows that its step is launched with."""
+    """The whole way from the kernels that a run launches to the rows its step then uses."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(search.child, "Crew", Crew)
     monkeypatch.setattr(search, "MAX_CANDIDATES", 1)
@@ -270,7 +270,10 @@ def test_make_tune_finds_checks_keeps_and_lays_over_a_row_on_a_pretended_gpu(
     start_process(make(asked), 0)
     assert launch_for(key, now) == now  # no row serves it
     said = capsys.readouterr().out
-    rows = {key: best, replace(key, kernel="layer_norm.bwd"): best}  # so far they are alike
+    rows = {
+        key: best,
+        replace(key, kernel="layer_norm.bwd"): best,
+    }  # the two kernels have the same present row
     assert read_rows(found.launches)[0] == rows
     assert found.launches in said
     assert "kernels: 1 ops checked on NVIDIA H100 80GB HBM3 in " in said

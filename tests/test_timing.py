@@ -1,4 +1,4 @@
-"""The one timer: turns, graphs, what is left out, and what an error costs."""
+"""The timer: taking turns, CUDA graphs, contestants that do not fit, and errors."""
 
 import time
 from functools import partial
@@ -40,7 +40,7 @@ def test_a_copy_of_known_bytes_is_measured():
 
 def test_turns_are_taken_until_the_budget_or_an_error_ends_them():
     order: list[str] = []
-    fails: list[int] = []  # at which turns the second does
+    fails: list[int] = []  # the turns at which the second one fails
 
     def once(name: str) -> float:
         order.append(name)
@@ -70,7 +70,7 @@ def test_turns_are_taken_until_the_budget_or_an_error_ends_them():
 
 
 def test_ratio_is_paired():
-    # Both slow down threefold half-way: the ratio of neighbours does not notice.
+    # Both become three times slower half-way; the ratio of neighbouring samples stays.
     slow, fast = timing.Timing([2, 2, 6, 6, 6]), timing.Timing([1, 1, 3, 3, 3])
     assert timing.ratio(slow, fast) == 2.0
     steady = timing.Timing([1.0, 1.01, 1.02])
@@ -85,7 +85,7 @@ def test_errors_are_fatal_or_have_one_line() -> None:
     hidden.__context__ = RuntimeError(FATAL)
     assert timing.is_fatal(hidden)
     hidden.__context__ = inner = RuntimeError("another")
-    inner.__cause__ = hidden  # Triton's interpreter makes such circles
+    inner.__cause__ = hidden  # Triton's interpreter makes such cycles
     assert not timing.is_fatal(hidden)
     assert timing.reason_of(torch.OutOfMemoryError("CUDA out of memory. Tried")) == "out of memory"
     assert timing.reason_of(KeyError()) == "KeyError: no message"
@@ -105,16 +105,16 @@ def test_calls_that_can_be_captured_are_one_graph(pretended: Pretended) -> None:
     count, before = len(seen), x.clone()
     assert found.once() > 0
     assert torch.equal(x, before + 1)
-    assert len(seen) == count  # the host takes no part
+    assert len(seen) == count  # a replay does not call it
 
 
 @interpreted
 def test_calls_that_cannot_be_captured_are_launched(
     pretended: Pretended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the stream is given back, whatever ended the capture."""
+    """The former stream is current again, whatever ended the capture."""
 
-    def refused() -> None:  # as a wait that the debug mode does not know of
+    def refused() -> None:  # like a wait that the debug mode does not notice
         if torch.cuda.is_current_stream_capturing():
             torch.ones(()).item()
 
@@ -127,10 +127,12 @@ def test_calls_that_cannot_be_captured_are_launched(
     assert torch.cuda.current_stream() is before
     assert found.mode == "launches"
     assert found.once() > 0
-    with pytest.raises(torch.OutOfMemoryError):  # a row says so; timing launches would be another
+    with pytest.raises(
+        torch.OutOfMemoryError
+    ):  # timing launches instead would measure something else
         timing.device_replay([short])
     assert torch.cuda.current_stream() is before
-    # What is known to wait for the device is not even tried.
+    # A call that is known to wait for the device is not captured at all.
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: pytest.fail("tried to capture"))
     found = timing.device_replay([lambda: torch.ones(2).sum().item()])
     assert found.mode == "launches"

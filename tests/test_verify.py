@@ -1,4 +1,4 @@
-"""What a run makes of the check of its kernels: lost children, the cache, the plan."""
+"""The check of the kernels before a run: lost children, the cache, the plan that follows."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from training.resume import RunFailed
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU; needs the interpreter")
 
-# Without torch, which would take seconds: the name is the first word of a pickled task.
+# It does without torch, which takes seconds to import, and finds the op in the pickled bytes.
 CHILD = """
 import os, sys, time
 from multiprocessing.connection import Connection
@@ -65,14 +65,14 @@ def test_a_child_that_is_lost_costs_its_op_alone(monkeypatch: pytest.MonkeyPatch
     assert said[0].startswith("kernels: checking 6 ops and AdamW on NVIDIA H100 80GB HBM3, this")
     path = verify.cache_path(verify.key_of(RECIPE, plan, H100))
     assert said[1].endswith(f" s, 4 wrong; kept in {path}")
-    # Time and memory may be short for once; the rest is known.
+    # A lack of time or memory may pass, so it is not kept.
     kept = json.loads(path.read_text())["wrong"]
     assert kept.keys() == {"layer_norm", "add_layer_norm", "embedding", "causal_attention", "adamw"}
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """What children were asked for, who find gelu_mlp wrong."""
+    """The names that children were asked about; they find gelu_mlp wrong."""
     found: list[tuple[str, ...]] = []
 
     def ask(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str, str]:
@@ -97,7 +97,7 @@ def test_a_verdict_is_kept_for_its_key(asked: list[Any]) -> None:
     values = json.loads(path.read_text())
     assert values["key"]["card"] == H100.name
     assert values["wrong"]["gelu_mlp"] == "y: error 1"
-    # Other ops at the same shapes: what is not known is asked.
+    # With other ops at the same shapes, children are asked only about unknown ones.
     values["wrong"].pop("layer_norm")
     path.write_text(json.dumps(values))
     verify.find_wrong(RECIPE, replace(plan, ops="eager,gelu_mlp=triton"), H100, said.append)
@@ -105,7 +105,7 @@ def test_a_verdict_is_kept_for_its_key(asked: list[Any]) -> None:
     verify.find_wrong(RECIPE, plan, H100, said.append)
     assert asked[1:] == [("layer_norm",)]
     assert json.loads(path.read_text())["wrong"].keys() == {*OPS, "adamw"}
-    # Whatever a verdict depends on is another file.
+    # Each thing that a verdict depends on leads to another file.
     others = [
         (RECIPE, plan, replace(H100, name="NVIDIA A100")),
         (replace(RECIPE, block_size=8), plan, H100),
@@ -159,7 +159,9 @@ def test_a_file_that_cannot_be_used_is_made_anew(spoil: Any, asked: list[Any]) -
 def test_a_cache_that_cannot_be_written_costs_a_line(
     asked: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "cache").write_text("a file")  # as a read-only folder, for whoever is root too
+    (tmp_path / "cache").write_text(
+        "a file"
+    )  # like a read-only folder, but root cannot write to it either
     said: list[str] = []
     for _ in range(2):
         verify.find_wrong(RECIPE, plan_of(H100, dtype="auto"), H100, said.append)
@@ -211,7 +213,7 @@ def test_auto_goes_on_without_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     assert plan.notes[-1] == line
     plan = settled({"adamw": "norm: error 1"}, monkeypatch)
     assert (plan.ops, plan.optimizer) == ("triton", "torch")
-    # What the plan itself leaves to eager code stays there, and its reason stays said.
+    # Ops that the plan itself left to eager code stay eager, and the note about them stays.
     wide = replace(RECIPE, model="smoke,dropout=0.1")
     plan = settled({"gelu_mlp": "y: error 1"}, monkeypatch, wide)
     assert plan.ops == "triton,gelu_mlp=eager,causal_attention=eager"
@@ -220,7 +222,7 @@ def test_auto_goes_on_without_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     assert (plan.ops, plan.optimizer) == ("eager", "torch")
     assert sum("fails its check" in note for note in plan.notes) == 7
     plan = settled({"gelu_mlp": "off"}, monkeypatch, ops="eager", optimizer="torch")
-    assert plan.ops == "eager"  # nothing was asked
+    assert plan.ops == "eager"  # there was nothing to check
 
 
 def test_what_was_asked_for_by_name_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

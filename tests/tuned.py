@@ -1,4 +1,4 @@
-"""What the tests of check, measurement and choice share: a small run, and children of it."""
+"""What the tests of check, measurement and choice share: a small run and its children."""
 
 import sys
 import threading
@@ -18,12 +18,12 @@ from training.machines import Machine
 from training.plan import Choices, Plan, make_plan
 from training.recipes import Recipe
 
-# Narrow, and of few words: the interpreter takes a minute for 50,257.
+# Narrow, with a small vocabulary: the interpreter takes a minute for 50,257 words.
 CONFIG = GPTConfig(block_size=16, vocab_size=250, n_layer=1, n_head=1, n_embd=64)
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 90, has_bf16=True, memory_bytes=80 << 30)
 CPU = Machine("cpu", "a CPU", num_threads=2, interpreted=True, memory_bytes=8 << 30)
 RECIPE = Recipe("smoke", 1e-3, 1e-4, warmup_steps=2, max_steps=3, batch_size=3, block_size=16)
-# A child as a run starts it, but for the vocabulary, and bf16 that rounds as hardware does.
+# A child as a run starts it, but with that vocabulary, and bf16 that rounds as on hardware.
 REAL_CHILD = (
     sys.executable,
     "-c",
@@ -41,7 +41,7 @@ child.serve(trials.answer)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A small "smoke", a cache of its own, and no trace of what a run switches on."""
+    """A small "smoke", a cache of its own, and undo what a run switches on."""
     monkeypatch.setitem(MODELS, "smoke", CONFIG)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(verify, "nvidia_smi", lambda *_: {"driver_version": "580.1"})
@@ -68,7 +68,7 @@ def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
 
 
 class Crew(child.Crew):
-    """Its children are this process: a pretended device is nowhere else."""
+    """Answers in this process, which alone has the pretended device."""
 
     def share(self, tasks: Any, *_: Any) -> Any:
         return [trials.answer(task) for task in tasks]
@@ -78,6 +78,6 @@ class Crew(child.Crew):
 
 
 def of_triton(**changed: Callable[..., Any]) -> Ops:
-    """Eager ops that pass for Triton's, which take seconds a step in the interpreter."""
+    """Eager ops in place of Triton's, which take seconds per step in the interpreter."""
     calls = {name: partial(getattr(EAGER, name)) for name in OPS}
     return Ops(**{**calls, **changed})

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 Call = Callable[[], Any]
@@ -55,9 +56,7 @@ class Timing:
 
     @property
     def quartiles_ms(self) -> tuple[float, float]:
-        if len(self.samples_ms) < 2:
-            return self.samples_ms[0], self.samples_ms[0]
-        q1, _, q3 = statistics.quantiles(self.samples_ms, n=4, method="inclusive")
+        q1, q3 = np.quantile(self.samples_ms, (0.25, 0.75)).tolist()
         return q1, q3
 
     @property
