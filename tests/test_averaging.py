@@ -1,4 +1,4 @@
-"""Two ranks of tests/two_ranks.py against one: the same bits, whatever the plan."""
+"""Two ranks (tests/two_ranks.py) against one: the same bits under every plan."""
 
 import json
 import os
@@ -37,7 +37,7 @@ KINDS = ["fp32", "aot_eager", "sharded", "sharded, ours", "captured", "captured,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_take_the_steps_of_one(together, kind):
-    """One micro-batch each, and alone two: a sum of two terms has one order."""
+    """Each rank has one micro-batch, one rank alone has two: a sum of two terms has one order."""
     if kind in KINDS[3:]:
         pytest.importorskip("triton")
     assert together[kind]["bitwise"], together[kind]["error"]
@@ -47,7 +47,7 @@ def test_two_ranks_take_the_steps_of_one(together, kind):
 
 @pytest.mark.parametrize("kind", KINDS[4:])
 def test_a_captured_step_holds_the_collectives_or_all_but_them(together, kind):
-    """What its last replay called: NCCL's watchdog has to see one that is in no graph."""
+    """NCCL's watchdog must see at least one collective outside the graph in each replay."""
     pytest.importorskip("triton")
     order = together[kind]["order"]
     sent = [what for what in order[order.index("last step") :] if what.startswith("all_reduce")]
@@ -60,11 +60,11 @@ def test_a_captured_step_holds_the_collectives_or_all_but_them(together, kind):
 
 @pytest.mark.parametrize("kind", ["full", "full, bf16"])
 def test_matrices_that_are_cut_train_as_whole_ones(together, kind):
-    """The norm adds up in another order, which may round a bf16 weight the other way."""
+    """The norm is added in another order, which may round a bf16 weight the other way."""
     name, rel = ("fp32", 1e-6) if kind == "full" else ("autocast", 1e-4)
     assert together[kind]["loss"] == pytest.approx(together[name]["loss"], rel=rel)
-    if kind == "full":  # the gradient of a key's bias is rounding alone, in bf16 another each time
-        assert together[kind]["error"] < 1e-3  # of a bias near 0; a lost gradient makes it 1
+    if kind == "full":  # a key bias has a gradient of rounding errors, which differ in bf16
+        assert together[kind]["error"] < 1e-3  # a bias near 0; a lost gradient would make it 1
 
 
 def test_gradients_added_up_in_bf16(together):
@@ -75,13 +75,13 @@ def test_gradients_added_up_in_bf16(together):
 
 
 def test_working_copies_change_no_bit_there(together):
-    """Two micro-batches each; alone four, in another order."""
+    """Each rank has two micro-batches; one rank alone has four, in another order."""
     assert together["bf16"]["loss"] == together["autocast"]["loss"]
     assert together["bf16"]["error"] < 1e-6
 
 
 def test_gradients_travel_while_others_are_computed(together):
-    """Everything that has one, once; those of the blocks before the embedding's is there."""
+    """Each gradient is sent once, and the blocks' before the embedding's exists."""
     order = together["bf16"]["order"]
     order = order[order.index("last step") :]
     model = GPT(replace(RECIPE.model_config, vocab_size=500))

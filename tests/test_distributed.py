@@ -1,4 +1,4 @@
-"""Real torchrun jobs on the CPU: the same batches and losses whatever the number of ranks."""
+"""Real torchrun jobs on the CPU: any number of ranks sees the same batches and losses."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def assert_equal_runs(got: tuple[np.ndarray, np.ndarray], want: tuple[np.ndarray
 
 
 def signal_rank(process: Forked, folder: Path, out: str, rank: int, number: int) -> None:
-    """Send a signal to one rank once the second checkpoint is there."""
+    """Send a signal to one rank after the second checkpoint was written."""
     end = time.monotonic() + TIMEOUT_S
     while len(checkpoint.paths(folder / out / "checkpoints")) < 2:
         assert process.poll() is None, process.communicate(TIMEOUT_S)[0]
@@ -117,7 +117,7 @@ def test_dead_rank_ends_the_job_and_one_rank_finishes_what_two_began(text, alone
     assert process.returncode != 0
     assert "rank      : 1" in output  # torchrun's report of the first failure
     assert "Signal 9" in output
-    assert "[rank0]: Traceback" not in output  # it lost the other in a collective, and says so
+    assert "[rank0]: Traceback" not in output  # a lost rank is one line
     code, output = finish(job(text, "two", 1))
     assert code == 0, output
     assert "resume:" in output
@@ -143,7 +143,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(text, alone, shard):
     process = start(job(text, out, 2, "--shard", shard))
     signal_rank(process, text, out, 1, signal.SIGTERM)
     output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert "another rank: stopped after" in output  # rank 0 says so, and it was not the one asked
+    assert "another rank: stopped after" in output  # rank 0 prints this; the signal went to rank 1
     assert f"exitcode  : {EXIT_RESUMABLE}" in output
     code, output = finish(job(text, out, 4, "--shard", shard))
     assert code == 0, output
@@ -153,7 +153,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(text, alone, shard):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_cut_matrices_goes_on_with_any_number_of_ranks(text, alone):
-    """Each job goes on from the last one's checkpoint: its steps after that are thrown away."""
+    """Each job resumes from the last one's checkpoint; later checkpoints are deleted first."""
     for last, ranks in ((2, 2), (4, 1), (6, 4), (8, 1)):
         code, output = finish(job(text, "cut", ranks, "--shard", "full", "--keep-last", "9"))
         assert code == 0, output
@@ -172,7 +172,7 @@ def test_four_ranks(text, alone):
 
 
 def test_ranks_that_share_no_disk_go_on_from_the_first_ones_checkpoint(text, alone, tmp_path):
-    """Two ranks started by hand, each in a folder of its own."""
+    """The two ranks are started by hand, each in its own folder."""
     homes = [tmp_path / "a", tmp_path / "b"]
     for home in homes:
         home.mkdir()
@@ -196,7 +196,7 @@ def test_ranks_that_share_no_disk_go_on_from_the_first_ones_checkpoint(text, alo
 
 
 def in_threads(size: int, work: Callable[[World], Any]) -> list[Any]:
-    """`work` on each rank, a thread over one store; what it returned or raised."""
+    """Do `work` on each rank, a thread with a common store; return what each returns or raises."""
     store = dist.HashStore()
 
     def one(rank: int) -> Any:
@@ -222,7 +222,7 @@ def test_ranks_that_differ_are_refused_on_every_rank():
 
 
 def test_ranks_that_start_from_other_weights_are_refused(text, tmp_path, monkeypatch):
-    """One path on two disks: rank 0's weights would be taken by all."""
+    """One path may name other weights on each disk, and all ranks would take rank 0's."""
     flags = [*FLAGS, "--data", str(text / "text.txt"), "--out", str(tmp_path / "run")]
     cfg = replace(train.parse(flags), init="base")
     monkeypatch.setattr(train.hf, "find_model", str)
@@ -248,7 +248,7 @@ def test_ranks_wait_for_the_first_to_tokenise_but_not_for_one_that_hangs(monkeyp
             return world.rank
 
         mine = world.in_turn("tokens", work)
-        assert world.gather("here", "now") == ["now"] * 3  # one on a host of its own is late, too
+        assert world.gather("here", "now") == ["now"] * 3  # rank 2 is late, too
         return mine
 
     assert in_threads(3, tokenise) == [0, 1, 2]
@@ -268,7 +268,7 @@ def test_ranks_wait_for_the_first_to_tokenise_but_not_for_one_that_hangs(monkeyp
 
 
 def test_an_earlier_attempt_answers_nobody(monkeypatch):
-    """torchrun keeps its store over restarts, and two nodes may not have counted the same ones."""
+    """torchrun keeps its store over restarts, and its nodes may disagree about their number."""
     store = dist.HashStore()
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
     here, order = threading.local(), threading.Event()
@@ -277,7 +277,7 @@ def test_an_earlier_attempt_answers_nobody(monkeypatch):
 
     def attempt(rank: int, number: int) -> World:
         here.values = {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": 0}
-        if rank == number % 2:  # each comes first at times
+        if rank == number % 2:  # let each rank come first at times
             order.wait(TIMEOUT_S)
         order.set()
         return distributed.meet()
@@ -300,7 +300,7 @@ def test_an_earlier_attempt_answers_nobody(monkeypatch):
 
 
 def test_a_rank_that_cannot_connect_ends_with_a_line(monkeypatch, capsys):
-    """In a call that no exception ends: gloo's to an address that a dead rank left."""
+    """No exception ends the call in which gloo connects to an address that a dead rank left."""
     ended = threading.Event()
     codes = []
     monkeypatch.setattr(distributed, "CONNECT", timedelta(seconds=0.1))
@@ -353,7 +353,7 @@ def test_wrong_flags_are_said_once(monkeypatch, capsys):
 
 @pytest.mark.parametrize("bad", [0, 1], ids=["first rank", "another rank"])
 def test_bad_data_is_one_line_from_one_rank(text, tmp_path, monkeypatch, capsys, bad):
-    """Where its data is bad, and where that of another is."""
+    """The data of either rank may be bad."""
     store = dist.HashStore()
     monkeypatch.chdir(tmp_path)
     here = threading.local()
@@ -362,7 +362,7 @@ def test_bad_data_is_one_line_from_one_rank(text, tmp_path, monkeypatch, capsys,
     data = [str(text / "text.txt")] * 2
     data[bad] = "absent.txt"
     configs = [train.parse([*FLAGS, "--data", path, "--out", "run"]) for path in data]
-    monkeypatch.setattr(train, "parse", lambda _: configs[here.rank])  # tyro is for one thread
+    monkeypatch.setattr(train, "parse", lambda _: configs[here.rank])  # tyro is not thread-safe
 
     def one(rank: int) -> int:
         here.rank = rank
@@ -416,7 +416,7 @@ def test_a_step_is_dealt_out_evenly_or_refused(size, micro, count):
         return
     shared = share(plan, recipe, World(0, size))
     assert (shared.micro_batch_size, shared.num_micro_batches) == (micro, count)
-    assert (shared.memory_bytes < plan.memory_bytes) == (size > 1)  # it says what a rank needs
+    assert (shared.memory_bytes < plan.memory_bytes) == (size > 1)  # the memory of one rank
 
 
 def test_a_folder_of_shards_is_a_corpus(tmp_path):
@@ -431,7 +431,7 @@ def test_a_folder_of_shards_is_a_corpus(tmp_path):
 
 
 def test_a_lost_rank_is_known_by_where_it_was_lost():
-    """gloo says it in words of which not all name gloo."""
+    """Not all of gloo's messages name gloo."""
     words = "Application timeout caused pair closure"
     for file, expected in ((dist.__file__, True), (__file__, False)):
         code = compile(f"raise RuntimeError({words!r})", file, "exec")

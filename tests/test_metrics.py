@@ -31,7 +31,7 @@ def evaluation(number: int, loss: float) -> dict[str, Any]:
 
 
 def test_steps_done_again_count_once(tmp_path: Path):
-    """After a rollback, and after a resume that kept too much; the log counts the same."""
+    """After a rollback, or a resume that kept too much, the reader and the log count alike."""
     path = tmp_path / "metrics.jsonl"
     before = [step(i, 5.0 - i) for i in range(4)]
     back = {"event": "rolled_back", "to_step": 2, "skips": [], "rollbacks": 1}
@@ -67,7 +67,7 @@ def test_values_are_read_a_step_late(tmp_path: Path) -> None:
     with RunLog(tmp_path, 3, 100, lambda tokens_per_s: tokens_per_s / 1e9) as log:
         one = torch.tensor(1.0)
         log.step(0, 1e-3, 0, one * 5, one)
-        assert list(log.read()) == []  # still running, for all that is known
+        assert list(log.read()) == []  # it may still be running
         log.step(1, 1e-3, 0, one * 4, one)
         (first,) = log.read()
         assert (first.step, first.loss) == (0, 5.0)
@@ -98,7 +98,7 @@ def test_time_aside_belongs_to_no_step(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 class StandIn(ModuleType):
-    """A module with what wandb and trackio have in common; keeps what it is given."""
+    """A module with the interface of wandb and trackio; records its calls."""
 
     def __init__(self, name: str):
         super().__init__(name)
@@ -123,7 +123,7 @@ class StandIn(ModuleType):
 def log_steps(
     folder: Path, names: Sequence[str], first: int, last: int, keep_bytes: int = 10**9
 ) -> int:
-    """Steps [first, last) and the evaluation behind them, as train.py logs them.
+    """Log steps [first, last) and the evaluation after them, as train.py does.
 
     Returns:
         What a checkpoint of step `last` would keep of metrics.jsonl.
@@ -136,7 +136,7 @@ def log_steps(
         for number in range(first, last):
             log.step(number, 0.5, 0, one * (9 - number), one)
         log.finish()
-        log.event("skipped", step=last - 1, loss=1.0, grad_norm=1.0)  # no point of a curve
+        log.event("skipped", step=last - 1, loss=1.0, grad_norm=1.0)  # this is no point of a curve
         log.event("eval", step=last, val_loss=7.0)
         size = log.num_bytes  # a checkpoint comes before what a resumed run makes again
         log.event("hellaswag", step=last, hellaswag=0.25)
@@ -151,7 +151,7 @@ def test_loggers_get_the_curves_and_go_on_in_the_same_place(tmp_path: Path, monk
     monkeypatch.delenv("WANDB_MODE", raising=False)
     size = log_steps(tmp_path, ["csv", "wandb", "trackio", "csv"], 0, 2)
     log_steps(tmp_path, ["csv"], 2, 4, keep_bytes=size)
-    # Back to the checkpoint of step 2: what followed it is there once.
+    # Back to the checkpoint of step 2; what follows it must be there once.
     log_steps(tmp_path, ["csv", "wandb", "trackio"], 2, 4, keep_bytes=size)
     kept = (tmp_path / "metrics.jsonl").read_text().splitlines()
     names = [json.loads(line).get("event") for line in kept]
@@ -159,7 +159,7 @@ def test_loggers_get_the_curves_and_go_on_in_the_same_place(tmp_path: Path, monk
     steps = [None, None, "skipped", "eval"]
     assert names == [*steps, "hellaswag", *steps, *again]
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
-    # Start and end of each; an evaluation belongs before the step of its number.
+    # Start and end of each line; an evaluation comes before the step with its number.
     want = """0,9.0,0.5 .. | 1,8.0,0.5 .. | 2,,, .. ,7.0, | 2,,, .. ,,0.25
         | 2,7.0,0.5 .. | 3,6.0,0.5 .. | 4,,, .. ,7.0, | 4,,, .. ,,0.25"""
     ends = [each.strip().partition(" ..") for each in want.split("|")]
@@ -175,7 +175,7 @@ def test_loggers_get_the_curves_and_go_on_in_the_same_place(tmp_path: Path, monk
     assert trackio.rows[0][1] == 0
     assert trackio.rows[3] == ({"hellaswag": 0.25}, 2)
     assert wandb.finished == trackio.finished == 2
-    log_steps(tmp_path, ["wandb"], 0, 1)  # afresh
+    log_steps(tmp_path, ["wandb"], 0, 1)  # a fresh start
     assert wandb.opened[2]["id"] != ident
 
 

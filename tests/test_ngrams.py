@@ -1,4 +1,4 @@
-"""The baselines that a report holds a loss against."""
+"""The baselines with which a report compares a loss."""
 
 from collections import Counter
 from itertools import pairwise

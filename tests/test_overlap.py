@@ -1,4 +1,4 @@
-"""The verbatim overlap against brute force."""
+"""The verbatim overlap must equal what brute force finds."""
 
 import random
 
@@ -45,7 +45,7 @@ def plain_covered(text: bytes, corpus: bytes, size: int) -> list[bool]:
     repeat=st.booleans(),
 )
 def test_overlap_equals_brute_force(seed: int, pieces: list[tuple[int, int]], repeat: bool):
-    """Texts patched together from stretches of the corpus and noise; a repetitive corpus too."""
+    """Texts made of stretches of the corpus and noise, some from a repetitive corpus."""
     corpus = (b"abab" * 400) if repeat else prose(400, seed).encode()
     noise = prose(30, seed + 1).encode()
     text = noise + b"|".join(corpus[start : start + size] for start, size in pieces) + noise

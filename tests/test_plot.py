@@ -18,7 +18,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def texts(svg: str) -> list[tuple[str, float, float]]:
-    """Each text of an SVG with its left and right end, by the width of DejaVu's digits."""
+    """Each text of an SVG with its left and right end, from the width of DejaVu's digits."""
     found = []
     for element in ElementTree.fromstring(svg).iter(SVG + "text"):
         text, style = "".join(element.itertext()).strip(), element.get("style", "")

@@ -78,7 +78,7 @@ SEED_CONFIG: dict[str, Any] = {
     "data": {"sha256": SHAKESPEARE_SHA256},
     "flags": {"init": None},
 }
-# Words of each verdict.
+# A few words of each verdict.
 FAILED, UNFINISHED, MEMORISED = "failed", "not ended", "Memorisation"
 EASIER, HARDER = "lies below", "text is harder"
 NO_SIGN, OVERFITTED, NOT_LEARNT = "no sign of memorisation", "Overfitting", "not learnt to use"
@@ -187,7 +187,7 @@ class Outside(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str):
-        assert self.open.pop() == tag  # <line/> and the like come here at once
+        assert self.open.pop() == tag  # tags such as <line/> come here at once
 
 
 def test_page_is_self_contained_and_escaped(tmp_path: Path):
@@ -217,7 +217,7 @@ def test_empty_run_folder(tmp_path: Path):
     assert not (tmp_path / "corpus.txt").exists()
     assert not (tmp_path / "loss.png").exists()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count("<h2>") == 2  # no numbers stand in the one, no configuration in the other
+    assert page.count("<h2>") == 2  # of numbers and configuration, both empty
     assert "<td>" not in page
 
 
@@ -261,7 +261,7 @@ def test_end_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert lines[0].startswith("warning: Memorisation: the loss is 2.0")
     assert lines[1:] == [f"report: {run / 'report.html'}"]
     assert (run / "loss.png").stat().st_size > 9000
-    monkeypatch.setattr(report, "MAX_CORPUS_BYTES", 9000)  # and of a longer text
+    monkeypatch.setattr(report, "MAX_CORPUS_BYTES", 9000)  # as for a longer text
     report.report_run(run, tokens, lines.append)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert re.search(r"Only the first [\d,]+ bytes", page)

@@ -1,4 +1,4 @@
-"""Two computers on one: network namespaces joined by a cable, each with a name and a folder.
+"""Two hosts on one computer: network namespaces joined by a cable, each with a name and a folder.
 
 What docs/guide.md says of several machines, over a real rendezvous: no disk is shared, the cable is
 slow or pulled in the middle of a step.
@@ -65,7 +65,7 @@ class Host:
         return subprocess.Popen(command, cwd=self.folder, env=environment, **how)
 
     def slow_down(self, rate: str) -> None:
-        """What it sends from now on; at 50mbit the gradients of a step take two seconds."""
+        """Limit what it sends; at 50mbit the gradients of a step take two seconds."""
         limit = ["rate", rate, "burst", "64k", "latency", "1s"]
         add = ["qdisc", "add", "dev", self.device, "root", "tbf", *limit]
         assert subprocess.run(["tc", "-n", self.namespace, *add], check=False).returncode == 0
@@ -136,7 +136,7 @@ def test_a_slow_cable_loses_nothing_and_carries_what_a_ring_must(hosts, alone):
 
 @pytest.mark.slow
 def test_a_pulled_cable_ends_the_step_and_the_job_goes_on(hosts, alone):
-    """Only the first host has the checkpoint that both go on from."""
+    """Both resume from a checkpoint that only the first host has."""
     first, other = hosts
     other.slow_down("50mbit")  # the cable is pulled before the last step
     jobs = [host.torchrun("--rank-timeout", "15", restarts=2) for host in hosts]

@@ -1,8 +1,7 @@
 """Run by tests/test_averaging.py, once for each rank: python -m tests.two_ranks RANK SIZE FOLDER.
 
-Takes a few steps in every way that several ranks may take them, and beside them the steps of one
-rank alone on the same rows; captured ones by the recording of tests/pretend_cuda.py. Rank 0 writes
-what came to FOLDER/answers.json.
+Takes a few steps under every kind of plan, then the same steps on one rank alone. Captured steps
+are recordings of tests/pretend_cuda.py. Rank 0 writes the results to FOLDER/answers.json.
 """
 
 import functools
@@ -35,7 +34,7 @@ NUM_STEPS = 4
 
 
 class Rows:
-    """This rank's part of the same rows for all: as many micro-batches in a row as it has."""
+    """This rank's consecutive part of rows that all ranks draw alike."""
 
     def __init__(self, world: World):
         self.world, self.generator = world, torch.Generator().manual_seed(1)
@@ -48,7 +47,7 @@ class Rows:
 
 
 def make_step(world: World, asked: Choices, said: list[str]) -> TrainStep:
-    torch.manual_seed(RECIPE.seed + world.rank)  # rank 0's weights are to count
+    torch.manual_seed(RECIPE.seed + world.rank)  # all must take rank 0's weights
     machine = detect("cuda") if asked.cuda_graph else CPU
     plan = share(make_plan(RECIPE, machine, asked, world.size), RECIPE, world)
     model = GPT(replace(RECIPE.model_config, vocab_size=500))
@@ -60,7 +59,7 @@ def make_step(world: World, asked: Choices, said: list[str]) -> TrainStep:
 def run(
     world: World, asked: Choices, num_steps: int, said: list[str]
 ) -> tuple[list[Tensor], list[str], list[int]]:
-    """All losses, norms, weights and moments; what happened in a backward; bytes of each kind."""
+    """Losses, norms, weights and moments; the order of events; bytes of weights and moments."""
     step, rows, seen, order = make_step(world, asked, said), Rows(world), [], []
     last = step.model.transformer.wpe.weight
     last.register_post_accumulate_grad_hook(lambda _: order.append("last gradient"))
@@ -79,7 +78,7 @@ def run(
 
     dist.all_reduce = watched  # pyright: ignore
     for i in range(num_steps):
-        if i == NUM_STEPS + 1:  # as before an evaluation, in which all weights are wanted
+        if i == NUM_STEPS + 1:  # as before an evaluation, which needs all weights
             step.gather()
         if i == num_steps - 1:
             order.append("last step")
@@ -95,7 +94,7 @@ def run(
     kept = [sum(kept), sum(t.nbytes for t in states)]
     step.gather()
     moments = optimizer_tensors(step.model, step.optimizer)
-    assert world.is_main or step.plan.shard == "none" or not moments  # the host has room for one
+    assert world.is_main or step.plan.shard == "none" or not moments  # only rank 0 keeps them
     weights = [p.detach() for p in step.model.parameters()]
     copies = [copy.detach() for copy in step.copies.values()]
     return [*seen, *weights, *copies, *moments.values()], order, kept
@@ -106,7 +105,7 @@ def main() -> None:
     torch.set_num_threads(1)
     world = World(rank, size, rank, dist.FileStore(str(folder / "store"), size))
     world.connect("cpu", 120)
-    plain = Choices(compile=False, micro_batch_size=4)  # alone two micro-batches, one on two ranks
+    plain = Choices(compile=False, micro_batch_size=4)  # 2 micro-batches alone, 1 on each rank
     bf16, sharded = replace(plain, dtype="bf16"), replace(plain, shard="optimizer")
     compiled = replace(bf16, compile=True, compile_scope="blocks")
     kinds = {
