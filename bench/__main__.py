@@ -1,4 +1,4 @@
-"""What the bench can say about this machine, in under ten minutes: `make bench`.
+"""What the bench measures of this machine in under ten minutes: `make bench`.
 
 python -m bench                         limits, step table, op tables
 python -m bench --op layer_norm         that op alone; other flags are those of bench.ops

@@ -1,4 +1,4 @@
-"""Generation speed: decoding with a cache, greedily, from random weights.
+"""How fast a model generates: greedily, with a KV cache, from random weights.
 
 python -m bench.generate --model small --rounds 5
 python -m bench.generate --model 124m --device cuda --dtype bf16 --batch 16
@@ -25,7 +25,7 @@ PROMPT_TOKENS = 16
 def measure(options: argparse.Namespace) -> StepRow:
     num, config = options.tokens, MODELS[options.model]
     torch.manual_seed(0)
-    # Positions enough for all: where a window slides, what is timed is something else.
+    # Enough positions for all tokens: sliding the window would be timed, too.
     model = GPT(replace(config, block_size=max(config.block_size, PROMPT_TOKENS + num)))
     model = model.to(options.device, DTYPES[options.dtype]).eval()
     prompts = torch.randint(config.vocab_size, (options.batch, PROMPT_TOKENS)).tolist()
@@ -34,7 +34,7 @@ def measure(options: argparse.Namespace) -> StepRow:
         generate_tokens(model, prompts, Sampling(max_new_tokens=num, temperature=0.0))
         torch.get_device_module(options.device).synchronize()
 
-    generate(4)  # a short run to warm up: a whole one may take a minute
+    generate(4)  # a short warm-up: a whole run may take a minute
     replays = {"cached": timing.host_replay(generate)}
     timed = timing.interleave(replays, rounds=options.rounds, seconds=1e9, warmup=0)
     shape = f"{options.batch} x {num} new tokens, {options.dtype}"
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser("bench.generate", __doc__)
     add = parser.add_argument
     add("--model", default="small", choices=[*MODELS])
-    add("--tokens", type=cli.count, default=256, help="new ones of each row")
+    add("--tokens", type=cli.count, default=256, help="new ones per row")
     add("--batch", type=cli.count, default=1, help="rows at once")
     add("--dtype", default="fp32", choices=[*DTYPES])
     add("--rounds", type=cli.count, default=5, help="samples")

@@ -2,9 +2,10 @@
 
 python -m bench.plan_run --preset fineweb-124m --cards 8xH100 --price 3
 
-What does not fit is refused as train.py would. Tokens per second are those of the newest result
-file for its card and model; elsewhere, an estimate, its share of the peak. Several cards count as
-many times one: what sending gradients and launching without a graph cost is not measured.
+What does not fit is refused, as by train.py. Tokens per second come from the newest result file.
+For other cards and models they are an estimate, by the share of the peak that was reached there.
+Several cards count as that many times one: neither the cost of communication nor that of launching
+without a graph is measured.
 """
 
 import re
@@ -35,11 +36,7 @@ CHECKPOINTS_KEPT = 3  # train.py's --keep-last and the best
 
 
 def read_cards(text: str) -> tuple[int, str]:
-    """8xH100 -> (8, "H100").
-
-    Raises:
-        ValueError: it is no number of cards that are known.
-    """
+    """8xH100 -> (8, "H100"); ValueError for anything else."""
     found = re.fullmatch(r"(?:([1-9]\d{0,3})x)?(.+)", text)
     if not found or found[2] not in PAPER:
         raise ValueError(f"--cards must be like 8xH100, of {', '.join(PAPER)}, got {text}")
@@ -47,7 +44,7 @@ def read_cards(text: str) -> tuple[int, str]:
 
 
 def rate(recipe: Recipe, card: str) -> tuple[float, str]:
-    """Tokens per second of one card, and where they come from."""
+    """Tokens per second of one card, and where that figure comes from."""
     result, rows = record.newest(record.load_all(), "cuda", "step", provider="ours bf16")
     figures = find_card(card)
     assert result is not None, "result files are part of the checkout"
@@ -63,7 +60,7 @@ def rate(recipe: Recipe, card: str) -> tuple[float, str]:
 
 
 def describe(recipe: Recipe, plan: Plan, count: int, card: str, price: float | None) -> list[str]:
-    """What the run takes, a line each."""
+    """What the run takes, one line for each resource."""
     one, source = rate(recipe, card)
     tokens = recipe.tokens_per_step * recipe.max_steps
     hours = tokens / (count * one) / 3600

@@ -2,8 +2,8 @@
 
 Writes a Chrome trace (chrome://tracing or ui.perfetto.dev) and prints a table by kind of work. On
 CUDA the times are those of kernels, and "idle" is the time in which none ran. On the CPU they are
-the operators' own times, and "python" is the rest. The names of a kind say what did the work, for
-attention which SDPA backend a baseline took.
+the operators' own times, and "python" is the rest. The longest name of a kind says what did the
+work, for attention which SDPA backend a baseline took.
 """
 
 import os
@@ -126,9 +126,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "longest": lambda row: row.names[0][:60] if row.names else "",
     }
     print(rows_table(rows, {"kind": lambda row: row.kind}, columns))
-    for row in rows:
-        if row.kind == "attention":  # which backend of SDPA a baseline took
-            print("\nattention:", *row.names, sep="\n  ")
     if results:
         results.add("profile", *rows)
     print(f"\nwrote {os.path.relpath(args.trace)} (open in ui.perfetto.dev)")

@@ -1,9 +1,9 @@
-"""train.py itself, timed from outside: `python -m bench.recipe seed`, or `drift`.
+"""Runs of train.py, timed from outside: `python -m bench.recipe seed`, or `drift`.
 
-seed    The Shakespeare recipe with empty caches, for a few steps since the start is what differs,
-        and then with full ones until its loss is below the target.
-drift   500 steps of one seed with eager ops, with Triton ops, and with eager ops compiled: how far
-        the losses drift apart. What compiling does is the yardstick for rounding alone.
+seed    The Shakespeare recipe with empty caches, for a few steps since only the start differs; then
+        with full caches, until its loss is below the target.
+drift   500 steps of one seed with eager ops, with Triton ops and with compiled eager ops: how far
+        the losses drift apart. What compiling alone does shows how much is rounding.
 
 Without `--data` they read this project's own source.
 """
@@ -39,15 +39,14 @@ RUNS = {  # what train.py is given beside the preset
     },
 }
 CURVE_EVERY = 25
-# The yardstick is how far compiled eager ops drift from eager ops.
-DRIFT_FACTOR = 3.0
+DRIFT_FACTOR = 3.0  # times as far as compiled eager ops drift from eager ops
 MIN_DRIFT = 0.01
 
-Trained = tuple[Run, child.Ended]  # what a run's folder says, and how it ended
+Trained = tuple[Run, child.Ended]  # what a run's folder holds, and how the process ended
 
 
 def text_of(data: Path | None) -> str:
-    """What is trained on, in words; the report asks for tiny Shakespeare by name."""
+    """Name of the text; the report looks for "tiny Shakespeare"."""
     if data is None:
         return "this project's source"
     is_shakespeare = hashlib.sha256(data.read_bytes()).hexdigest() == SHAKESPEARE_SHA256
@@ -55,7 +54,7 @@ def text_of(data: Path | None) -> str:
 
 
 def train(data: Path | None, out: Path, flags: str, limit_s: float, caches: str) -> Trained:
-    """Run train.py in a fresh process, with the caches of what it compiles in a folder."""
+    """Run train.py in a fresh process, with its compilers' caches in the folder `caches`."""
     texts = [str(data)] if data else sorted(map(str, record.ROOT.glob("*/*.py")))
     flags = f"--preset {PRESET} --save-every 0 --resume never {flags}"
     command = [sys.executable, "train.py", "--out", str(out), *flags.split(), "--data", *texts]
@@ -70,13 +69,13 @@ def losses_of(run: Run) -> list[float]:
 
 
 def curve_of(losses: Sequence[float]) -> list[tuple[int, float]]:
-    """(step, loss) of every so many steps, and of the last."""
+    """(step, loss) of every CURVE_EVERY steps, and of the last."""
     steps = {*range(0, len(losses), CURVE_EVERY), len(losses) - 1}
     return [(i, losses[i]) for i in sorted(steps) if i >= 0]
 
 
 def seed_row(folder: Path, run: Run, ended: child.Ended, text: str, cache: str) -> SeedRow:
-    """What is known of a run, finished or not."""
+    """The row of a run, whether it finished or not."""
     losses = losses_of(run)
     plan = next((x for x in ended.text.splitlines() if x.startswith("plan: ")), "plan: not said")
     result = f"loss {losses[-1]:.3f} after {len(losses)} steps" if losses else "no step"
@@ -100,18 +99,16 @@ def seed_row(folder: Path, run: Run, ended: child.Ended, text: str, cache: str) 
 
 
 def drift(a: Sequence[float], b: Sequence[float]) -> float:
-    """Largest difference of the running means over 20 steps."""
+    """Largest difference between the two running means over 20 steps."""
     over = min(20, len(a), len(b))
     means = [[statistics.fmean(x[i : i + over]) for i in range(len(x) - over + 1)] for x in (a, b)]
     return max(abs(x - y) for x, y in zip(*means, strict=False))
 
 
 def drift_row(runs: Mapping[str, Trained], text: str) -> CheckRow:
-    """Ours against eager, with what compiling alone does as the bound where that has run."""
+    """Ours against eager. If the compiled run exists, the bound is a multiple of its drift."""
     losses = {name: losses_of(run) for name, (run, _) in runs.items()}
-    why = {
-        name: ended.why or ("" if losses[name] else "no step") for name, (_, ended) in runs.items()
-    }
+    why = {name: ended.why or "no step" * (not losses[name]) for name, (_, ended) in runs.items()}
     doubt = next((f"{name}: {why[name]}" for name in ("eager", "ours") if why[name]), "")
     said = ", ".join(f"{name} {x[-1]:.3f}" for name, x in losses.items() if x)
     if not doubt:
@@ -143,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.what == "seed":
                 rows[name] = seed_row(folder, *runs[name], text, name)
                 results.add("seed", rows[name])
-            elif len(runs) > 1:  # a row stands already, should the yardstick not come to its end
+            elif len(runs) > 1:  # already without the compiled run, in case that one fails
                 rows["drift"] = drift_row(runs, text)
                 results.add("checks", rows["drift"])
     return int(any(row.doubt for row in rows.values()))

@@ -1,13 +1,13 @@
-"""What every kernel build costs an SM, found by compiling alone: no GPU, no driver.
+"""What each kernel build takes of an SM, found by compiling alone: no GPU, no driver.
 
     python -m bench.resources
     python -m bench.resources --arch 90 --op causal_attention
     python -m bench.resources --json resources.json
 
-Each kernel module lists its builds in `aot_cases(arch)`. The exit status is 1 if one fails, spills,
-needs more shared memory than a block may have, fits on an SM fewer times than its row counts on,
-has its WGMMA serialised, or does without HGMMA on sm_90 in a 16-bit or TF32 tile of 64 rows or
-more. Speed does not follow from this table; that a row could never be fast sometimes does.
+Each kernel module lists its builds in `aot_cases(arch)`. The exit status is 1 if a build fails,
+spills, needs more shared memory than a block may have, fits on an SM fewer times than its launch
+row counts on, has its WGMMA serialised, or on sm_90 has no HGMMA in a 16-bit or TF32 tile of 64
+rows or more. The table does not show that a row is fast; it sometimes shows that it cannot be.
 """
 
 import concurrent.futures
@@ -65,7 +65,7 @@ REPORT_VERSION = 2  # part of the cache key; raise it when `_measure` reads some
 
 @dataclass(frozen=True)
 class Resources:
-    """One row of the table; `violations` is empty for a build that may ship."""
+    """One build; `violations` say why it must not ship."""
 
     op: str
     kernel: str
@@ -87,9 +87,10 @@ def build(case: AotCase, arch: int) -> Any:
     from triton.compiler import ASTSource
 
     kernel, names = case.kernel, case.kernel.arg_names
-    for name in [p.name for p in kernel.params if p.is_constexpr and p.name in case.signature]:
-        raise ValueError(f"{case.label}: {name} is a constexpr and has no value")
-    # Without the divisibility the JIT would find on nice shapes, loads are neither wide nor async.
+    for parameter in kernel.params:
+        if parameter.is_constexpr and parameter.name in case.signature:
+            raise ValueError(f"{case.label}: {parameter.name} is a constexpr and has no value")
+    # The JIT finds these divisors on usual shapes. Without them no load is wide or asynchronous.
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
@@ -107,7 +108,7 @@ def build(case: AotCase, arch: int) -> Any:
 
 
 def _measure(case: AotCase, arch: int) -> dict[str, Any]:
-    """Registers, spills and warnings from ptxas; instructions from nvdisasm; kept on disk."""
+    """Registers, spills and warnings of ptxas, instructions by nvdisasm; kept on disk."""
     from triton import knobs
 
     knobs.nvidia.dump_ptxas_log = True
@@ -116,13 +117,14 @@ def _measure(case: AotCase, arch: int) -> dict[str, Any]:
         kept = Path(knobs.cache.dir) / f"fused_gpt_resources/{compiled.hash}-{REPORT_VERSION}.json"
         if kept.exists():
             return json.loads(kept.read_text())
-        if not said.getvalue():  # it was in triton's cache, which keeps nothing of what ptxas says
-            # In triton's own call of ptxas: its choice of ptxas and its flags change the registers.
+        if not said.getvalue():
+            # It came from triton's cache, which does not keep what ptxas said. Only triton itself
+            # can compile it again: its choice of ptxas and flags changes the registers.
             knobs.compilation.always_compile = True
             compiled = build(case, arch)
             knobs.compilation.always_compile = False
     ptxas, ptx, sass = said.getvalue(), compiled.asm["ptx"], ""
-    if "mma" in ptx:  # of mma.sync, wgmma or tcgen05.mma; nvdisasm is the slowest step here
+    if "mma" in ptx:  # mma.sync, wgmma or tcgen05.mma; nvdisasm is the slowest step here
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
@@ -149,10 +151,10 @@ def _measure(case: AotCase, arch: int) -> dict[str, Any]:
 
 
 def blocks_per_sm(registers: int, threads: int, shared_bytes: int, arch: int) -> int:
-    """Blocks of a kernel that fit on one SM at once."""
+    """How many blocks of a kernel fit on one SM."""
     limits = ARCHS[arch]
     warps = cdiv(threads, 32)
-    warp_registers = cdiv(registers * 32, 256) * 256  # allocated in units of 256 a warp
+    warp_registers = cdiv(registers * 32, 256) * 256  # a warp gets them in units of 256
     return min(
         limits.sm_blocks,
         limits.sm_warps // warps,
@@ -162,7 +164,6 @@ def blocks_per_sm(registers: int, threads: int, shared_bytes: int, arch: int) ->
 
 
 def inspect_case(case: AotCase, arch: int) -> Resources:
-    """Build, measure and judge one case."""
     row = Resources(case.op, case.kernel.__name__, case.label, arch)
     try:
         found = _measure(case, arch)
@@ -188,7 +189,7 @@ def inspect_case(case: AotCase, arch: int) -> Resources:
 
 
 def kernel_modules() -> list[str]:
-    """The modules behind the public ops, and the optimizer's."""
+    """The modules of the public ops and of the optimizer."""
     ops = (getattr(kernels.TRITON, f.name).__module__ for f in fields(kernels.Ops))
     return [*dict.fromkeys(ops), "kernels.adamw"]
 
@@ -196,23 +197,20 @@ def kernel_modules() -> list[str]:
 def table(
     modules: Sequence[str], archs: Sequence[int], ops: Sequence[str] = ()
 ) -> Iterator[Resources]:
-    """One row per build of these modules (and ops), each as soon as it is there.
+    """A row for each build of these modules and ops, as soon as it is measured.
 
     Raises:
         ValueError: nothing to build, or the interpreter is on: it replaces `triton.jit`.
     """
     if INTERPRETED:
         raise ValueError("resources: cannot compile under TRITON_INTERPRET=1; unset it")
-    cases = [
-        (case, arch)
-        for module in modules
-        for arch in archs
-        for case in importlib.import_module(module).aot_cases(arch)
-        if not ops or case.op in ops
-    ]
+    cases: list[tuple[AotCase, int]] = []
+    for module in map(importlib.import_module, modules):
+        for arch in archs:
+            cases += [(c, arch) for c in module.aot_cases(arch) if not ops or c.op in ops]
     if not cases:
         raise ValueError(f"resources: no case of ops {[*ops]} in modules {[*modules]}")
-    # Forked workers inherit the cases: a jitted function does not pickle. Nothing here opens CUDA.
+    # A jitted function does not pickle, so forked workers inherit the cases. Nothing opens CUDA.
     _CASES[:] = cases
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
@@ -257,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     triton = package_version("triton")
     if args.json:
         write_json(args.json, {"triton": triton, "rows": [asdict(row) for row in rows]})
-    for row in failed:  # once more, where they are found
+    for row in failed:  # again, at the end of a long table
         print(format_row(row))
     verdict = f"{len(failed)} of them in violation" if failed else "none spills, all fit"
     print(f"resources: {len(rows)} builds with triton {triton}, {verdict}")
