@@ -1,10 +1,10 @@
-"""Which of several ways to compute the same a run takes, measured once on the user's own device.
+"""Choose how a run computes its ops, by times measured once on the user's own device.
 
-Children time the backends of each op at the run's own shapes, in turns. `make tune` looks for
-better launch rows first (training/search.py), and last times whole steps: by the plan that follows,
-and by its rivals, plain PyTorch compiled among them, because what ops gain alone they may lose
-together. `choose` decides from the numbers alone. The answer, with every sample, is a file of JSON
-beside the verdicts of training/verify.py.
+Children time the backends of each op at the run's own shapes, in turns. `make tune` first looks for
+better launch rows (training/search.py). At the end it times whole steps, by the plan that follows
+and by its rivals, plain PyTorch compiled among them: what ops gain alone they may lose together.
+`choose` decides from the numbers alone. The answer, with every sample, is a JSON file beside the
+verdicts of training/verify.py.
 """
 
 import math

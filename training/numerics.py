@@ -41,7 +41,7 @@ def gradient_call(
     dout: Outputs | None = None,
     frozen: tuple[str, ...] = (),
 ) -> Callable[[], Values]:
-    """`values_and_grads` as a call to repeat: the leaves, and after the first call dout, stay."""
+    """A call that repeats `values_and_grads` with the same leaves and output gradients."""
     leaves = {
         name: v.detach().clone().requires_grad_(v.is_floating_point() and name not in frozen)
         if isinstance(v, Tensor)

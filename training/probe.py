@@ -34,7 +34,7 @@ PROBE_S = 20.0  # so that --explain takes less than a minute for GPT-2 124M on t
 # Of a step; with more, compiling and ten compiled steps take over a minute on two cores.
 MAX_COMPILED_FLOPS = 2e11
 RATE_S = 0.8  # for each rate that is measured
-COMPILE_S, MAX_COMPILE_S = 20.0, 40.0  # what it takes on two idle cores, and what it may take here
+COMPILE_S, MAX_COMPILE_S = 20.0, 40.0  # on two idle cores; the most it may take here
 PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer")
 
 

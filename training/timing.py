@@ -1,4 +1,4 @@
-"""The one timer, of the bench and of the choice a run makes by time.
+"""The timer of the bench and of the measurement before a run.
 
 A contestant is a list of calls that do the same work on different buffers. On CUDA the calls are
 captured into one graph, and a sample is the device-event time of one replay divided by the number

@@ -37,9 +37,9 @@ from training.step import autocast, start_process, working_copies
 
 SERVE = "from training import child, trials; child.serve(trials.answer)"
 COMMAND = (sys.executable, "-c", SERVE)
-LIMIT_S = 600  # of a task: nobody waits longer, so whoever asked is gone and the child ends
+LIMIT_S = 600  # of a task; nobody waits so long, so the child ends then
 ROUNDS = {"rounds": 15, "seconds": 1.5}  # of an op's backends, in turns
-STEPS_S = 3.0  # of steps that no graph replays
+STEPS_S = 3.0  # for the steps launch by launch, which follow the replayed ones
 NUM_RERUNS = {"cuda": 20, "cpu": 0}  # the interpreter is slow, and runs programs one by one
 NUM_LAYERS = 2  # of the model whose tensors are taken; further layers have the same shapes
 EXACT_BYTES = 1 << 30  # of float64 at once: a batch that needs more is cut into parts
@@ -291,7 +291,7 @@ def _inputs(name: str, recipe: Recipe, plan: Plan) -> tuple[dict[str, Any], int,
 def _calls(
     fn: Callable[..., Any], inputs: dict[str, Any], plan: Plan, count: int
 ) -> list[timing.Call]:
-    """So many calls of forward and backward, each on its own copies of the inputs."""
+    """`count` calls of forward and backward, each on its own copies of the inputs."""
 
     def forward(**arguments: Any) -> Any:
         with autocast(plan):
@@ -378,7 +378,7 @@ def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
 
 def time_step(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """Samples of the run's whole step by a plan, in ms."""
-    torch.compiler.reset()  # all plans would share one limit of recompilations
+    torch.compiler.reset()  # or all plans would share one limit of recompilations
     vocab, rows = recipe.model_config.vocab_size, 2 * recipe.rows_per_step
     tokens = np.random.default_rng(0).integers(vocab, size=rows * (recipe.block_size + 1))
     found = probe_steps(recipe, plan, tokens.astype(np.uint16), STEPS_S)

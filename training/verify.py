@@ -43,7 +43,7 @@ SOURCES = """
     training/numerics.py training/optim.py training/choose.py training/search.py training/timing.py
 """
 LIMIT_S = 300.0  # of one check with its start and compiling, on a machine that may be busy
-# What may be otherwise next time, so that it is not kept.
+# Failures that may be gone at the next start, so they are not kept.
 PASSING = ("no answer", "ended with -9", "allocate memory", "out of memory")
 ADAMW = "adamw"
 KEPT = {"key": schema.OBJECT, "wrong": schema.of(dict[str, str]), "seconds": schema.of(float)}
@@ -67,7 +67,7 @@ def settle(
         RunFailed: one of them was asked for by name.
     """
     choices, notes, rows, earlier = asked, {}, 0, ()
-    # A plan with other ops may take other rows at once, for which they are checked again.
+    # A plan with other ops may take other rows at once, so that all is checked again.
     while checked_names(plan := make(choices)) and plan.micro_batch_size != rows:
         rows, earlier = plan.micro_batch_size, earlier or plan.notes
         check = partial(find_wrong, recipe, plan, machine, world.say)
@@ -199,7 +199,7 @@ def ask_children(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str
 def compare_first_batch(
     model: GPT, plan: Plan, rows: Callable[[], tuple[Tensor, Tensor]], asked: str, world: World
 ) -> Plan:
-    """The plan, with eager ops if the chosen ones give another loss or gradient than those.
+    """The plan; with eager ops where the chosen ops give another loss or gradient than those.
 
     Args:
         model: On the device, with the weights that training begins with. It leaves with the ops of
