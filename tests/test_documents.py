@@ -1,4 +1,4 @@
-"""Text as it lies around: what is taken, in which forms, and what is refused."""
+"""Which files are taken as text, in which forms, and which are refused."""
 
 import bz2
 import gzip
@@ -97,7 +97,7 @@ def test_paths_that_hold_no_text(tmp_path: Path) -> None:
 
 
 def test_a_root_folder_is_refused_without_a_walk_over_the_disk(tmp_path: Path, monkeypatch) -> None:
-    """It ends in the first folder that holds something else."""
+    """The walk ends in the first folder that holds something else."""
     for name in ("deep/er/a.txt", "deep/b.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -230,7 +230,7 @@ def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["parquet", "arrow"])
 def test_a_table_is_read_in_flat_memory(tmp_path: Path, form: str) -> None:
-    """Whatever its row groups: here one that holds all."""
+    """Even if one row group holds all rows."""
     pa, pq = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
     table = pa.table({"text": [f"{i} " * (5000 - i % 7) for i in range(1000)]})
     path = tmp_path / f"a.{form}"

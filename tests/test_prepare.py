@@ -1,4 +1,4 @@
-"""Corpora in, shards out: nothing lost, nothing moved, whatever interrupts."""
+"""Shards hold the tokens of their texts, also after interruptions, kills and damage."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def run(cfg: Config) -> np.ndarray:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many cuts, in the middle of everything; long runs need tokens to be cut at."""
+    """Small pieces and blocks, so that short texts are cut often and in awkward places."""
     monkeypatch.setattr(documents, "PIECE_BYTES", 400)
     monkeypatch.setattr(tokenizer, "BLOCK", 100)
     monkeypatch.setattr(tokenizer, "MARGIN", 8)
@@ -357,7 +357,7 @@ def test_edits_that_keep_the_size_are_tokenised_again(prepared: Config):
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert prepare(prepared)["shards"] == prepare(prepared)["shards"]
     assert "honourable" not in tokenizer.decode(np.asarray(load_corpus([out]).tokens))
-    assert len([*out.iterdir()]) == len(prepare(prepared)["shards"]) + 1  # and none of the old ones
+    assert len([*out.iterdir()]) == len(prepare(prepared)["shards"]) + 1  # the old ones are gone
 
 
 @pytest.mark.parametrize(
@@ -465,7 +465,7 @@ def test_shards_behave_as_one_array():
 
 
 def test_an_id_outside_the_vocabulary_never_leaves_the_shards():
-    """Of a large corpus only samples are looked at when it is opened."""
+    """When a large corpus is opened, only samples of it are checked."""
     view = TokenShards([np.array([1, 2], dtype=np.uint16), np.array([3, 65535], dtype=np.uint16)])
     assert view[np.arange(3)].tolist() == [1, 2, 3]
     for read in (lambda: view[np.arange(4)], lambda: np.asarray(view[1:])):

@@ -32,7 +32,7 @@ from training.documents import find_inputs, is_jsonl, is_table, opened
 from training.metrics import to_json
 from training.shards import holds_tokens
 
-PIECE_TOKENS = 1024  # of a long text, pieces of this size are read
+PIECE_TOKENS = 1024  # a long text is read in pieces of this size
 MAX_STDIN_BYTES = 1 << 30
 BATCH_TOKENS = 4096  # per forward; more gains nothing on 2 cores and costs memory
 
@@ -150,7 +150,7 @@ def _run(options: Options) -> dict[str, Any]:
         text = read_stdin("evaluate", MAX_STDIN_BYTES)
     else:
         files = find_inputs([options.text or ""])
-        if len(files) > 1 or any(other(files[0]) for other in (holds_tokens, is_jsonl, is_table)):
+        if len(files) > 1 or holds_tokens(files[0]) or is_jsonl(files[0]) or is_table(files[0]):
             raise ValueError(f"evaluate: --text must be one file of plain text, got {options.text}")
         with opened(files[0]) as (unpacked, _):
             text = unpacked.read()

@@ -36,8 +36,7 @@ from training.machines import num_cores
 from training.shards import INDEX, TOKEN_DTYPE
 
 SHARD_TOKENS = 100_000_000
-# The limit for smaller shards: index.json is written once per shard and grows with each.
-MAX_SHARDS = 1000
+MAX_SHARDS = 1000  # index.json is written once per shard, and grows with each
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class ShardWriter:
         self._save()
 
     def _target(self) -> tuple[str, int]:
-        """Split and size of the shard being filled; validation comes first."""
+        """Split and size of the shard that is being filled. Validation shards come first."""
         size, left = self.cfg.shard_tokens, self.cfg.val_tokens - (self.tokens - self._count)
         return ("val", min(left, size)) if left > 0 else ("train", size)
 
@@ -187,7 +186,7 @@ def encoded(pieces: Iterable[Piece], processes: int) -> Generator[bytes]:
     if processes == 1:
         yield from map(encode_piece, pieces)
         return
-    # spawn: a fork after torch or tiktoken has started threads can hang. Ctrl-C is for the parent.
+    # A fork can hang once torch or tiktoken has started threads. Only the parent handles Ctrl-C.
     ignore = (signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(processes, get_context("spawn"), signal.signal, ignore)
     waiting: deque[Future[bytes]] = deque()
@@ -233,7 +232,7 @@ def prepare(cfg: Config) -> dict[str, Any]:
     writer = ShardWriter(cfg, files)
     if writer.index["done"]:
         return writer.index
-    done = TextColumn("tokenised {task.percentage:5.1f}%, {task.fields[tokens]:,} tokens")
+    done = TextColumn("read {task.percentage:5.1f}%, {task.fields[tokens]:,} tokens")
     bar = Progress(done, BarColumn(), TimeRemainingColumn(), disable=not sys.stdout.isatty())
     task = bar.add_task("", total=total, tokens=writer.tokens)
 
