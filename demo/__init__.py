@@ -5,7 +5,7 @@ import re
 
 from model.edge import exits
 
-with exits():  # before gradio reads them, some at its import and some when the page starts
+with exits():  # gradio reads these when it is imported or started, and would raise a traceback
     for name, value in os.environ.items():
         number = re.fullmatch("GRADIO_.*(PORTS?|WORKERS|DEBUG)", name)
         if number and not value.isdecimal():

@@ -1,4 +1,4 @@
-"""The models of the page: where they are found, and what is known of their training."""
+"""The models of the page: finding them, and what is known of their training."""
 
 import html
 import json
@@ -27,7 +27,7 @@ PANEL = (
     "trained context;training loss, last 5% of steps;validation loss;bits per byte, held-out text;"
     "device"
 )
-_loading = threading.Lock()  # also around matplotlib, whose settings are global
+_loading = threading.Lock()  # matplotlib, which draws the panel, has global settings
 
 
 class Loaded(NamedTuple):
@@ -95,7 +95,7 @@ def example_prompts(run: Path) -> list[str]:
 
 
 def run_html(run: Run, model: GPT, corpus_bytes: int) -> str:
-    """What is known of the training: verdicts, loss curve, figures."""
+    """The panel on the training: verdicts, loss curve, figures."""
     recipe = run.part("recipe").get("model")
     size = f"{model.num_parameters():,} parameters"
     known = dict(facts(run, corpus_bytes))
@@ -124,6 +124,5 @@ def about(models: Models) -> tuple[str, list[str]]:
         loaded = [each.get() for each in models.all]
     except (OSError, ValueError) as error:
         return f'<div class="run"><p class="warning">{error_html(models, error)}</p></div>', []
-    heads = [f"<h4>{html.escape(str(each.path))}</h4>" for each in loaded]
-    panels = map("".join, zip(heads, (each.panel for each in loaded), strict=True))
+    panels = [f"<h4>{html.escape(str(each.path))}</h4>{each.panel}" for each in loaded]
     return "".join(panels) if len(loaded) > 1 else loaded[0].panel, loaded[0].examples

@@ -3,8 +3,8 @@
     python -m demo.space OUT --model runs/shakespeare-cpu
     cd OUT && git init && git lfs install && git add . && git commit -m "demo" && git push ...
 
-Nothing is uploaded here. The Space needs no other file of this repository. Of the run it holds the
-weights, what the page shows of the training, and the training text if that is asked for.
+Nothing is uploaded here. The folder has all that the Space needs: the code, the weights, what the
+page shows of the training, and the training text if that is asked for.
 """
 
 import json
@@ -61,10 +61,10 @@ Prompt a GPT-2 trained at a context of {context} tokens; up to {most} samples st
 def write_space(
     out: Path, model: Path | str | None = None, title: str = TITLE, training_text: bool = False
 ) -> list[str]:
-    """Write the folder, all of it or, after an error, nothing; returns what is in it, in lines.
+    """Write the folder, or nothing after an error; returns lines that say what is in it.
 
     Raises:
-        ValueError: `out` is a file, holds something or lies in a folder that is copied or in the
+        ValueError: `out` is a file, is not empty or lies in a folder that is copied or in the
             model's, or there is no copy of the training text.
         FileNotFoundError: no model.
     """

@@ -169,9 +169,8 @@ class Decoder:
         window: int | None = None,
         vocab_size: int | None = None,
     ):
-        self.model, self.sampling = model, sampling
+        self.model, self.sampling, self.vocab_size = model, sampling, vocab_size
         self.window = resolve_window(model, window)
-        self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         if not 1 <= len(prompts) <= MAX_ROWS:
             raise ValueError(
                 f'generate: needs 1 to {MAX_ROWS:,} prompts (an empty one is ""), '
@@ -251,8 +250,7 @@ class Decoder:
         idx = torch.tensor([c + [0] * (S - len(c)) for c in contexts], device=self.device)
         self.cache.start_prefill(rows)
         y, _ = self.prefill(idx, model.residual_dtype)
-        ends = torch.tensor([len(c) - 1 for c in contexts], device=self.device)
-        last = y[torch.arange(len(rows), device=self.device), ends]
+        last = y[[*range(len(rows))], [len(c) - 1 for c in contexts]]
         return F.linear(last, model.transformer.wte.weight[: model.config.vocab_size])
 
     def _decode(self) -> Tensor:
