@@ -145,7 +145,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
 
     def evaluate() -> None:
         take_step.gather()
-        with log.aside(), take_step.autocast():
+        with log.aside():
             val_loss = run.validate(model, run.val_tokens, plan.eval_tokens)
         if math.isfinite(val_loss):  # else the next step's loss tells
             progress.evaluations.append((progress.step, val_loss))
@@ -184,7 +184,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 save_checkpoint()  # before what a resumed run does again
             if is_due(cfg.hellaswag_every, progress.step) and not (watch.stopping or done):
                 take_step.gather()
-                run.score_hellaswag(model, log, progress.step, take_step.autocast, stop)
+                run.score_hellaswag(model, log, progress.step, stop)
             if is_due(cfg.sample_every, progress.step) and not (watch.stopping or done):
                 take_step.gather()
                 sample(run, model, log, progress.step)
@@ -204,7 +204,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         take_step.gather()
         writer.wait()  # the weights to keep may be on their way to the disk
         try:
-            finish(run, model, log, progress, watch.reached, take_step.autocast, stop)
+            finish(run, model, log, progress, watch.reached, stop)
         except Stopped:  # on this rank; each leaves by itself
             if not saves_at_end:
                 save_checkpoint()

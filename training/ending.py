@@ -20,7 +20,7 @@ from training.metrics import RunLog
 from training.ngrams import ngram_losses
 from training.report import DECODE_TOKENS, report_run
 from training.resume import RunFailed
-from training.run import Autocast, Run
+from training.run import Run
 from training.signals import EXIT_RESUMABLE, StopRequest
 from training.state import Progress
 
@@ -54,25 +54,18 @@ def _take_best(run: Run, model: GPT, say: Callable[[str], None], progress: Progr
 
 
 def finish(
-    run: Run,
-    model: GPT,
-    log: RunLog,
-    progress: Progress,
-    reached: int | None,
-    autocast: Autocast,
-    stop: StopRequest,
+    run: Run, model: GPT, log: RunLog, progress: Progress, reached: int | None, stop: StopRequest
 ) -> None:
     """Evaluate the weights that the run keeps; write them, samples, summary and report.
 
     Args:
         run, model, log, progress: After the last step.
         reached: The step whose loss fell below the recipe's target, if one did.
-        autocast: Context for the evaluation.
         stop: Looked at now and then; raises Stopped.
     """
     kept = _take_best(run, model, log.say, progress)
     if run.items:
-        run.score_hellaswag(model, log, kept, autocast, stop)
+        run.score_hellaswag(model, log, kept, stop)
     recipe, out, num_steps = run.recipe, run.out, progress.step
     train_s = sum(r.ms for r in log.records) / 1000.0
     tokens_seen = num_steps * recipe.tokens_per_step
@@ -80,8 +73,7 @@ def finish(
     scored, validates = run.val_tokens, len(run.val_tokens) > 1
     if not validates:  # one row shows whether the last update left a usable model
         scored = run.train_tokens[: recipe.block_size + 1]
-    with autocast():
-        loss = run.validate(model, scored, MAX_VAL_TOKENS, stop.check)
+    loss = run.validate(model, scored, MAX_VAL_TOKENS, stop.check)
     if validates:
         val_loss = loss
         log.event("eval" if kept == num_steps else "kept", step=kept, val_loss=val_loss)

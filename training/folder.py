@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, no way out, nothing of an earlier run lost."""
+"""The folder of a run: it is locked, no link leads out of it, and no earlier run is lost."""
 
 import contextlib
 import fcntl

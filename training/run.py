@@ -6,7 +6,6 @@ loss.png, summary.json and report.html.
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,7 @@ from training.plan import Plan
 from training.recipes import FINETUNE, Recipe
 from training.signals import StopRequest
 from training.state import Progress
-
-Autocast = Callable[[], AbstractContextManager[Any]]  # of a forward in the plan's dtype
+from training.step import autocast
 
 
 @dataclass
@@ -140,7 +138,7 @@ class Run:
         world, total, weight = self.world, 0.0, 0
         pieces = eval_pieces(len(scored), max_tokens, self.recipe.block_size, world.size)
         # The blocks of a plan may be compiled for training; a graph without gradients is another.
-        with torch.compiler.set_stance("force_eager"):
+        with autocast(self.plan), torch.compiler.set_stance("force_eager"):
             for first, last in pieces[world.rank :: world.size]:
                 tokens = np.asarray(scored[first:last])
                 loss = evaluate_tokens(model, tokens, window=self.recipe.block_size, poll=poll)
@@ -148,12 +146,10 @@ class Run:
                 weight += len(tokens) - 1
         return world.mean(total, weight, self.plan.device)
 
-    def score_hellaswag(
-        self, model: GPT, log: RunLog, done: int, autocast: Autocast, stop: StopRequest
-    ) -> None:
+    def score_hellaswag(self, model: GPT, log: RunLog, done: int, stop: StopRequest) -> None:
         """Log the share of `items` answered rightly after `done` steps; the ranks share them."""
         mine, T = self.items[self.world.rank :: self.world.size], self.recipe.block_size
-        with log.aside(), autocast(), torch.compiler.set_stance("force_eager"):
+        with log.aside(), autocast(self.plan), torch.compiler.set_stance("force_eager"):
             right, seen = hellaswag.count_right(model, mine, T, lambda: bool(stop))
             share = self.world.mean(right, seen or 1e-9, self.plan.device)
         if not stop:  # else it has seen a part of them

@@ -199,7 +199,7 @@ class TrainStep:
         for i, (idx, targets) in enumerate(micro_batches):
             if self.averaging:
                 self.averaging.begin(last=i == num_micro - 1)
-            with self.autocast():
+            with autocast(self.plan):
                 micro_loss = self.forward(idx, targets) / num_micro
             micro_loss.backward(seed)
             if num_micro > 1:
@@ -247,10 +247,6 @@ class TrainStep:
         self.plan = replace(self.plan, micro_batch_size=micro, num_micro_batches=rows // micro)
         self.warm_steps = 0
         self.say(f"memory: {before} rows at once do not fit, going on with {micro}; same rows")
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Context of every forward of this plan, evaluation included."""
-        return autocast(self.plan)
 
     def _build_forward(self) -> Callable[[Tensor, Tensor], Tensor]:
         def forward(idx: Tensor, targets: Tensor) -> Tensor:
@@ -347,7 +343,7 @@ def _abandon(pool: Any) -> None:
 
 
 def autocast(plan: Plan) -> AbstractContextManager[Any]:
-    """Context of a forward in the plan's dtype."""
+    """Context of every forward of a plan, evaluation included."""
     if plan.dtype == "fp32":
         return nullcontext()
     return torch.autocast(plan.device, DTYPES[plan.dtype])
