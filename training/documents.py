@@ -72,13 +72,10 @@ _UNPACK: dict[bytes, Callable[[Any], Any]] = {
     **{b"BZh%d" % level: bz2.open for level in range(1, 10)},
 }
 _TABLE_STARTS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # Parquet, an Arrow file, an Arrow stream
-# The first bytes of files that are not UTF-8 text, and what the user can do.
-_UTF16 = "UTF-16; convert it: iconv -f UTF-16 -t UTF-8"
+# The first bytes of files that only look like text, and what the user can do.
 _FOREIGN = {
     b"%PDF": "PDF; extract its text: pdftotext",
     b"version https://git-lfs": "a pointer of Git LFS; git lfs pull gets the file",
-    b"\xff\xfe": _UTF16,
-    b"\xfe\xff": _UTF16,
 }
 # Text, but nothing that a model should learn to write.
 _NO_PROSE = {".json": "JSON", ".ndjson": "JSON", ".csv": "a table", ".tsv": "a table"}
@@ -237,11 +234,11 @@ def _has_text(path: Path, key: str) -> bool:
         head = text.read(4096)
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
-            raise ValueError(f"data: {path} must be UTF-8 text, it is {what}")
+            raise ValueError(f"data: {path} must be text, it is {what}")
     if (at := head.find(0)) >= 0:
         raise ValueError(
-            f"data: {path} is binary, not text: byte 0x00 at offset {at}; unpack it, or convert it "
-            "to UTF-8"
+            f"data: {path} is not UTF-8 text: byte 0x00 at offset {at}; unpack it, or convert it: "
+            "iconv -f UTF-16 -t UTF-8"
         )
     return bool(head.removeprefix(_BOM))
 
