@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"copy {limits['copy_gbs']:,.4g} GB/s, {'bf16' if cuda else 'fp32'} matmul "
         f"{limits['matmul_tflops']:,.3g} TFLOP/s, with K=768 {limits['matmul_k768_tflops']:,.3g}: "
-        "what the rows are held against"
+        "the rows are compared with these"
     )
     if not options.op:
         heading("Whole training step")

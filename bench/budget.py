@@ -23,7 +23,7 @@ from kernels._op import INTERPRETED
 from model import MODELS
 from model.edge import exits
 from model.flops import num_parameters
-from training.machines import CARDS, find_card
+from training.machines import find_card
 
 # The shares of a data sheet's rates that an H100 reached in a copy and in a large product (result
 # file b9feadcb); assumed of cards that have no result file.
@@ -86,8 +86,8 @@ def measured_on(name: str, section: str) -> list[record.Result]:
 
 def rates_of(card: str) -> tuple[Work, str]:
     """The card's work per second, and where that is from: a result file or the data sheet."""
-    sheet, (_, _, sms, ghz) = CARDS[card], PAPER[card]
-    exps = EXPS_PER_CLOCK * sms * ghz * 1e9
+    sheet = PAPER[card]
+    exps = EXPS_PER_CLOCK * sheet.sms * sheet.ghz * 1e9
     for result in reversed(measured_on(card, "ops")):
         if limits := result.about.get("limits"):
             rates = (limits["copy_gbs"] * 1e9, limits["matmul_tflops"] * 1e12, exps)
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     (gbs, flops, exps), source = rates_of(args.card)
     # A process that interprets kernels cannot compile them.
-    compiled = {} if INTERPRETED else registers(PAPER[args.card][0], args.shape)
+    compiled = {} if INTERPRETED else registers(PAPER[args.card].arch, args.shape)
     print(
         f"budget of GPT-2 {MODEL}, {args.shape.label}, bf16, on one {args.card}: a prediction\n"
         f"{gbs / 1e12:.2f} TB/s and {flops / 1e12:.0f} TFLOP/s ({source}), "

@@ -16,22 +16,11 @@ from bench import cli, record
 from bench.record import StepRow
 from model.flops import flops_per_token, num_parameters
 from training.distributed import World, share
-from training.machines import Machine, find_card
+from training.machines import CARDS, Machine, find_card
 from training.plan import Plan, make_plan
 from training.recipes import Recipe, find_preset
 
-# By the vendors' data sheets: compute capability, GiB of memory, SMs, boost clock in GHz.
-PAPER = {
-    "B200": (100, 180, 148, 1.85),
-    "H200": (90, 141, 132, 1.83),
-    "H100": (90, 80, 132, 1.83),
-    "A100": (80, 80, 108, 1.41),
-    "L40S": (89, 48, 142, 2.52),
-    "L4": (89, 24, 58, 2.04),
-    "RTX 5090": (120, 32, 170, 2.41),
-    "RTX 4090": (89, 24, 128, 2.52),
-    "RTX 3090": (86, 24, 82, 1.70),
-}
+PAPER = {name: card for name, card in CARDS.items() if card.arch}  # those described in full
 CHECKPOINTS_KEPT = 3  # train.py's --keep-last and the best
 
 
@@ -87,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = find_preset(options.preset)
     recipe = replace(recipe, model=options.model or recipe.model)
     count, card = read_cards(options.cards)
-    arch, gib, *_ = PAPER[card]
-    machine = Machine("cuda", card, arch, has_bf16=True, memory_bytes=gib << 30)
+    arch, memory_bytes = PAPER[card].arch, PAPER[card].gib << 30
+    machine = Machine("cuda", card, arch, has_bf16=True, memory_bytes=memory_bytes)
     plan = share(make_plan(recipe, machine, None, count), recipe, World(size=count))
     print("\n".join(describe(recipe, plan, count, card, options.price)))
 

@@ -298,17 +298,18 @@ def fill(text: str, results: Sequence[Result]) -> str:
     Raises:
         ValueError: a block has an unknown name, or is not closed.
     """
-    for name in re.findall(r"<!-- bench:([a-z-]+) -->", text):
+
+    def written(match: re.Match[str]) -> str:
+        name, closed = match.groups()
         if name not in README_BLOCKS:
-            known = ", ".join(README_BLOCKS)
-            raise ValueError(f"report: unknown block {name!r}; known: {known}")
-        start, end = f"<!-- bench:{name} -->\n", f"<!-- /bench:{name} -->"
-        before, _, rest = text.partition(start)
-        _, closed, after = rest.partition(end)
+            raise ValueError(f"report: unknown block {name!r}; known: {', '.join(README_BLOCKS)}")
+        start, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
         if not closed:
-            raise ValueError(f"report: {start.strip()} must be followed by {end}")
-        text = f"{before}{start}{README_BLOCKS[name](results)}\n{end}{after}"
-    return text
+            raise ValueError(f"report: {start} must be followed by {end}")
+        return f"{start}\n{README_BLOCKS[name](results)}\n{end}"
+
+    block = r"<!-- bench:([a-z-]+) -->(\n.*?<!-- /bench:\1 -->)?"
+    return re.sub(block, written, text, flags=re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,7 +45,7 @@ GRAD_NORM_TOLERANCE = 0.05
 # Ratios are to these and to nanoGPT; in an ablation to "ours bf16".
 RIVALS = ("eager fp32", "compile fp32", "compile bf16", "ours bf16")
 ROOM = 1.15  # times the largest contestant so far: what the next one may need
-NO_REFERENCE = "nothing to hold it against: the first contestant failed"
+NO_REFERENCE = "nothing to compare it with: the first contestant failed"
 
 
 def disagreement(found: StepRow, known: StepRow | None) -> str:
@@ -94,7 +94,7 @@ def with_ratios(rows: Mapping[str, StepRow]) -> list[StepRow]:
 
 
 def free_device(device: torch.device) -> None:
-    """Give back what a contestant took, compiled code included; nobody may hold its graph."""
+    """Free what a contestant took, compiled code too. Its graph must not be referenced any more."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":

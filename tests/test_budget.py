@@ -10,7 +10,6 @@ import pytest
 from bench import budget
 from bench.cases import CASES, Shape
 from bench.plan_run import PAPER
-from training.machines import CARDS
 
 LARGE = Shape(64, 1024)
 
@@ -36,7 +35,7 @@ def test_it_stands_beside_what_an_h100_took() -> None:
 
 
 def test_a_card_without_results_has_its_data_sheet() -> None:
-    assert PAPER.keys() <= CARDS.keys()
+    assert len(PAPER) == 9  # that the documentation speaks of
     for card in PAPER.keys() - {"H100"}:
         assert "of the data sheet" in budget.rates_of(card)[1]
         assert not any(line[8] for line in budget.lines(card, Shape(16, 64), {}))
@@ -45,7 +44,7 @@ def test_a_card_without_results_has_its_data_sheet() -> None:
 @pytest.mark.parametrize("card", PAPER)
 @pytest.mark.parametrize("shape", [LARGE, Shape(16, 64)], ids=lambda s: s.label)
 def test_every_card_has_builds_at_any_shape(card: str, shape: Shape) -> None:
-    found = budget.builds(PAPER[card][0], shape)
+    found = budget.builds(PAPER[card].arch, shape)
     labels = [case.label for case in found["causal_attention"]]
     assert [label.split()[0] for label in labels] == (
         ["fwd", "short"] if shape.T <= 64 else ["fwd", "dq", "dkdv"]

@@ -31,22 +31,26 @@ class Card:
     tflops: float  # of dense products in `dtype`
     gbs: float  # GB/s of the memory
     dtype: str = "bf16"  # in which it trains
+    arch: int = 0  # compute capability; 0: the rest is not entered
+    gib: int = 0  # of memory
+    sms: int = 0
+    ghz: float = 0.0  # boost clock
 
 
 # By part of the device name, where the first match counts. A bare name stands for the SXM form; the
 # A100 is the one with 80 GB.
 CARDS: dict[str, Card] = {
-    "B200": Card(2250.0, 8000.0),
-    "H200": Card(989.5, 4800.0),
+    "B200": Card(2250.0, 8000.0, arch=100, gib=180, sms=148, ghz=1.85),
+    "H200": Card(989.5, 4800.0, arch=90, gib=141, sms=132, ghz=1.83),
     "H100 PCIe": Card(756.0, 2000.0),
     "H100 NVL": Card(835.0, 3900.0),
-    "H100": Card(989.5, 3350.0),
-    "A100": Card(312.0, 2039.0),
-    "L40S": Card(362.0, 864.0),
-    "L4": Card(121.0, 300.0),
-    "RTX 5090": Card(209.5, 1792.0),
-    "RTX 4090": Card(165.2, 1008.0),
-    "RTX 3090": Card(71.2, 936.0),
+    "H100": Card(989.5, 3350.0, arch=90, gib=80, sms=132, ghz=1.83),
+    "A100": Card(312.0, 2039.0, arch=80, gib=80, sms=108, ghz=1.41),
+    "L40S": Card(362.0, 864.0, arch=89, gib=48, sms=142, ghz=2.52),
+    "L4": Card(121.0, 300.0, arch=89, gib=24, sms=58, ghz=2.04),
+    "RTX 5090": Card(209.5, 1792.0, arch=120, gib=32, sms=170, ghz=2.41),
+    "RTX 4090": Card(165.2, 1008.0, arch=89, gib=24, sms=128, ghz=2.52),
+    "RTX 3090": Card(71.2, 936.0, arch=86, gib=24, sms=82, ghz=1.70),
     "T4": Card(65.0, 300.0, dtype="fp16"),
 }
 
