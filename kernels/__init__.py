@@ -1,8 +1,8 @@
 """The op set a model is built from, in interchangeable backends.
 
-`EAGER` needs torch alone. `TRITON` is resolved on first use, so importing this package needs
-neither triton nor a GPU. The rest is PyTorch's: "compiled" has each op of `EAGER` by torch.compile,
-and attention alone has two more, the kernels that PyTorch would choose from by itself.
+`EAGER` needs torch alone. `TRITON` is made on first use, so importing this package needs neither
+triton nor a GPU. "compiled" is each op of `EAGER` under torch.compile. Attention has two backends
+more: the kernels that PyTorch would choose from by itself.
 """
 
 from collections.abc import Callable
@@ -61,9 +61,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
-    """The op by torch.compile; eager where no gradient is recorded, as in evaluation and sampling.
+    """The op under torch.compile, but eager where no gradient is recorded.
 
-    There the shapes change, and each would be compiled anew.
+    In evaluation and sampling the shapes change, and each would be compiled anew.
     """
     graph = torch.compile(eager, fullgraph=True, dynamic=False)
 
@@ -92,11 +92,11 @@ SDPA = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH
 
 
 def read_ops(spec: str) -> dict[str, str]:
-    """The backend of each op in a string; nothing of them is imported.
+    """The backend of each op that a string asks for; imports none of them.
 
     Args:
-        spec: A backend, or one with exceptions: `"triton,layer_norm=eager"`. Attention has those
-            of SDPA too: `"triton,causal_attention=sdpa-flash"`.
+        spec: A backend, or one with exceptions: `"triton,layer_norm=eager"`. Attention has two
+            more: `"triton,causal_attention=sdpa-flash"`.
 
     Raises:
         ValueError: an unknown backend or op; the message lists the known ones.
@@ -115,7 +115,7 @@ def read_ops(spec: str) -> dict[str, str]:
 
 
 def parse_ops(spec: str) -> Ops:
-    """The op set that `read_ops` reads, and raises as it does."""
+    """The ops that a string asks for; it is read, and refused, by `read_ops`."""
     chosen: dict[str, Any] = {
         op: _by_sdpa(SDPA[backend]) if backend in SDPA else getattr(BACKENDS[backend](), op)
         for op, backend in read_ops(spec).items()
@@ -124,14 +124,14 @@ def parse_ops(spec: str) -> Ops:
 
 
 def spell_ops(backends: dict[str, str]) -> str:
-    """The shortest string that `read_ops` reads as these."""
+    """The shortest string for which `read_ops` gives these backends."""
     counts = [backend for backend in backends.values() if backend in BACKENDS]
     base = max(dict.fromkeys(counts), key=counts.count)
     return ",".join([base, *(f"{op}={b}" for op, b in backends.items() if b != base)])
 
 
 def unfit(n_embd: int, n_head: int, dropout: float) -> dict[str, str]:
-    """Ops whose kernels do not take a model of this shape, and what they want; needs no triton."""
+    """Ops whose kernels do not take a model of this shape, and what they take; needs no triton."""
     attention = []
     if (D := n_embd // n_head) not in HEAD_DIMS:
         attention.append(f"a head dim of {HEAD_DIMS}, got {D}")

@@ -1,10 +1,9 @@
 """Which launch a kernel takes: `launch_for(key)` over the rows of launches.toml. No tensors here.
 
-Tuning is committed data. An op asks for its launch when it runs, and the most specific row that
-serves the key is the answer: a measured row before one that was only compiled. What `make tune`
-measured on this machine is laid over them before the first step (`lay_over`). Nothing is timed
-while a model runs, and nothing but a trial (`replaced`) changes an answer then, so a captured step
-and a second run launch what the first one did.
+Tuning is committed data. An op asks for its launch when it runs and gets the most specific row for
+its key: a measured row before one that was only compiled. What `make tune` measured on this machine
+is laid over the file's rows before the first step (`lay_over`). After that only a trial
+(`replaced`) changes an answer, so a captured step and a second run launch what the first one did.
 """
 
 import tomllib
@@ -86,7 +85,7 @@ class Launch:
         """Keyword arguments of the launch."""
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         warps = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        # As every triton so far has it by default; 3.9 warns that 3.10 will not.
+        # The default so far; 3.9 warns that 3.10 turns it off.
         return {**dict(self.blocks), **warps, **limit, "enable_fp_fusion": True}
 
 
@@ -96,7 +95,7 @@ def _read_row(op: str, row: Any, sources: Mapping[str, str]) -> tuple[Key, Launc
         raise ValueError("a row has 11 columns, as the head of the file names them")
     kernel, math, size, arch, triton, blocks, warps, stages, maxnreg, programs, source = row
 
-    def check(name: str, value: Any, holds: bool, what: str) -> None:
+    def check(name: str, value: Any, holds: Any, what: str) -> None:
         if not holds:
             raise ValueError(f"{name} must {what}, got {value!r}")
 
@@ -112,8 +111,7 @@ def _read_row(op: str, row: Any, sources: Mapping[str, str]) -> tuple[Key, Launc
     for name, (value, least) in numbers.items():
         enough = type(value) is int and value >= least
         check(name, value, enough, f"be a number of at least {least}")
-    said = isinstance(source, str) and source != ""
-    check("source", source, said, "say where the row comes from")
+    check("source", source, source and isinstance(source, str), "say where the row comes from")
     return Key(f"{op}.{kernel}", math, size, arch, triton), Launch(
         tuple(blocks.items()), warps, stages, maxnreg or None, programs, sources.get(source, source)
     )
@@ -157,7 +155,7 @@ _laid_over: dict[Key, Launch] = {}
 
 
 def lay_over(text: str) -> None:
-    """Have rows that were measured on this machine serve before those of the file, from now on.
+    """From now on rows measured on this machine serve before those of the file.
 
     Args:
         text: The table [measured] of a file like launches.toml; "" takes them away again.

@@ -8,8 +8,8 @@ For each element, with t the step count after this step and c the clip coefficie
     p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     norm = sqrt(sum(grad * grad))                       c = min(1, max_norm / (norm + 1e-6))
 
-which is torch.optim.AdamW and torch.nn.utils.clip_grad_norm_, in fp32. What depends on a tensor
-alone (1 - lr * weight_decay, the bias corrections) is computed in fp64 and rounded once. Gradients
+which is torch.optim.AdamW and torch.nn.utils.clip_grad_norm_, in fp32. What is one number per
+tensor (1 - lr * weight_decay, the bias corrections) is computed in fp64 and rounded once. Gradients
 are fp32 or bf16. Where a parameter has a bf16 working copy, the new p is written there too.
 
 Memory bound. Bytes per parameter:
@@ -19,10 +19,9 @@ Memory bound. Bytes per parameter:
 
 The norm takes two launches and the step two, however many tensors there are. The kernels find the
 tensors through a table of addresses (one row per tensor) and their share of the work through a list
-of chunks (row, number of the chunk in the tensor). The host makes both and sends them only when
-they change: most steps find every tensor where the step before had it. Learning rate, step counts,
-clip coefficient and the verdict `found_inf` are read on the device; where that is not 0 nothing is
-written.
+of chunks (row, number of the chunk in the tensor). The host sends both only when they change: most
+steps find every tensor where the step before had it. Learning rate, step counts, clip coefficient
+and the verdict `found_inf` are read on the device; where that is not 0 nothing is written.
 
 Deterministic: each chunk leaves one fp32 sum of squares, and one program adds those in a fixed
 order. No atomics; reruns are bitwise equal on one device. No host read.
@@ -65,7 +64,7 @@ SCALARS = tl.constexpr(8)  # that `_adamw_advance_kernel` leaves of each tensor,
 
 @jit
 def _load_seven(ptrs, mask=None, other=None):
-    """What stands there and beside it."""
+    """Seven values that stand next to each other."""
     found = ()
     for i in tl.static_range(7):
         found += (tl.load(ptrs + i, mask=mask, other=other),)
@@ -272,14 +271,10 @@ def _launch(kernel: str, table: Tensor) -> dict[str, int]:
     return launch_for(launch_key(kernel, arch(table.device))).kwargs()
 
 
-def _sanitized(*tensors: Tensor) -> tuple[Tensor, ...] | None:
-    return tensors if INTERPRETED else None
-
-
 @register(fake=lambda table, chunks, max_norm, grads: table.new_empty(2, dtype=torch.float32))
 def adamw_norm(table: Tensor, chunks: Tensor, max_norm: float, grads: Sequence[Tensor]) -> Tensor:
     """table (N, FIELDS), chunks (P, 2) -> (2,) fp32: norm, clip coefficient."""
-    P, reached = len(chunks), _sanitized(*grads)
+    P, reached = len(chunks), (*grads,) if INTERPRETED else None
     out, partial = (table.new_empty(n, dtype=torch.float32) for n in (2, P))
     if P > 0:
         _adamw_norm_kernel[(P,)](table, chunks, partial, reached, **_launch("norm", table))
@@ -297,7 +292,7 @@ def adamw_step(
     read: Sequence[Tensor],
 ) -> None:
     """table (N, FIELDS), chunks (P, 2), clip () and found_inf () fp32; writes behind the table."""
-    N, P, reached = len(table), len(chunks), _sanitized(*written, *read)
+    N, P, reached = len(table), len(chunks), (*written, *read) if INTERPRETED else None
     scalars = table.new_empty((N, SCALARS.value), dtype=torch.float32)
     advance, step = _launch("advance", table), _launch("step", table)
     if N > 0:
@@ -309,7 +304,7 @@ def adamw_step(
 
 
 class Slot(NamedTuple):
-    """One parameter of a step. All its tensors are contiguous and on one device."""
+    """One parameter of a step. Its tensors are contiguous and on one device."""
 
     name: str  # for messages
     param: Tensor  # fp32; the next three and `working` have its shape
@@ -359,9 +354,9 @@ def _is_capturing(device: torch.device) -> bool:
 class Upload:
     """A small host tensor on the device, sent only when its content is not what was sent last.
 
-    A CUDA graph that holds the copy reads the pinned buffer at every replay. So what a capture has
-    used, host buffer and device tensor, is kept and never written again. Pinned memory cannot
-    safely be allocated during a capture, so one spare buffer waits for it.
+    A CUDA graph that holds the copy reads the pinned buffer at every replay. So the host buffer and
+    the device tensor of a capture are kept and never written again. Pinned memory cannot safely be
+    allocated during a capture, so one spare buffer waits for it.
     """
 
     def __init__(self, device: torch.device):

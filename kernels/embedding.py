@@ -4,20 +4,19 @@ Forward, for token idx[b, t]; `layer_norm.py` has the norm and its gradient:
 
     h = wte[idx[b, t]] + wpe[t]          y = LayerNorm(h; weight, bias)
 
-Backward, with dh the gradient of h, by way of y and of the residual stream, and dtied that of the
-table where it serves the head too:
+Backward, with dh the gradient of h, through y and through the residual stream, and dtied the
+gradient of the table from its use in the head:
 
     dwpe[t] = sum_b dh[b, t]          dwte[v] = dtied[v] + sum(dh[b, t] where idx[b, t] = v)
 
-The table is an output as well, and the head takes it from there. So autograd brings its gradient
-here, and the rows are added into a copy of that: no gradient of the table is made of zeros first
-and added to the head's afterwards. In place would save the copy, but autograd does not say whether
-somebody else holds that gradient.
+The table is an output too, and the head takes it from there. So autograd brings dtied here, and the
+rows of dh are added into a copy of it, where two gradients of the table would have to be added up.
+In place would save the copy, but autograd does not say who else holds that gradient.
 
 Rows of a token stand together once tokens are sorted. A program owns ROWS sorted rows, adds up
-those of one token and writes the sum to the table, unless that token begins in an earlier block:
-then the sum is carried, as a row of its own, and the carried rows are added up by the same kernel
-again. One frequent token takes no longer than many rare ones.
+those of one token and writes the sum to the table. If the token begins in an earlier block, the sum
+is carried as a row of its own, and the same kernel adds up the carried rows. So one frequent token
+takes no longer than many rare ones.
 
 Memory bound. Bytes at M = 65536 tokens, C = 768, Vp = 50304, stream fp32, y bf16, 15,000 different
 tokens: forward 0.35 GB (46 MB of wte read, h and y written); backward 1.53 GB (LayerNorm 0.70, dh
@@ -91,8 +90,8 @@ def _embedding_fwd_kernel(
 @jit
 def _embedding_sums_kernel(
     d_ptr,  # (N, C), in any order
-    order_ptr,  # (N,) int64: row of d that comes i-th; or None: the i-th
-    ids_ptr,  # int64, ascending: its token stands at i * stride
+    order_ptr,  # (N,) int64: the i-th row in the order of tokens is row order[i] of d; or None: i
+    ids_ptr,  # int64, ascending: the token of the i-th row is at i * stride
     dwte_ptr,  # (Vp, C) fp32, in and out
     carry_ptr,  # (programs, C) out, fp32: sum of the first rows, where their token began earlier
     N,
@@ -112,7 +111,7 @@ def _embedding_sums_kernel(
 
     previous = tl.load(ids_ptr + (first - 1) * stride, mask=first > 0, other=-1)
     carry = tl.sum(tl.where(ids == previous, d, 0.0), axis=0, keep_dims=True)
-    tl.store(carry_ptr + block * C + cols, carry, mask=cols < C)  # 0 where nothing came over
+    tl.store(carry_ptr + block * C + cols, carry, mask=cols < C)  # 0 where no token began earlier
     for i in range(first, first + ROWS):
         token = tl.load(ids_ptr + i * stride, mask=i < N, other=-1)
         if (token != previous) & (token >= 0) & (token < Vp):
@@ -218,7 +217,7 @@ def embedding(
         ValueError: wrong shape, dtype, device or strides, or, on the CPU, an id that is none.
     """
     check_device("embedding", wte)
-    (Vp, C), at = (wte.shape if wte.dim() == 2 else (0, 0)), wte.device
+    (Vp, C), op, at = (wte.shape if wte.dim() == 2 else (0, 0)), "embedding", wte.device
     if not 1 <= C <= MAX_C:
         raise ValueError(
             f"embedding: wte must be (Vp, C) with 1 to {MAX_C} columns, got {tuple(wte.shape)}; "
@@ -226,11 +225,11 @@ def embedding(
         )
     if idx.dim() != 2:
         raise ValueError(f"embedding: idx must be (B, T), got {tuple(idx.shape)}")
-    check_tensor("embedding", "idx", idx, idx.shape, at, (torch.int64,))
-    check_tensor("embedding", "wte", wte, (Vp, C), at)
-    check_tensor("embedding", "wpe", wpe, (idx.shape[1], C), at, (wte.dtype,))
-    check_tensor("embedding", "weight", weight, (C,), at)
-    check_tensor("embedding", "bias", bias, (C,), at, (weight.dtype,))
+    check_tensor(op, "idx", idx, idx.shape, at, (torch.int64,))
+    check_tensor(op, "wte", wte, (Vp, C), at)
+    check_tensor(op, "wpe", wpe, (idx.shape[1], C), at, (wte.dtype,))
+    check_tensor(op, "weight", weight, (C,), at)
+    check_tensor(op, "bias", bias, (C,), at, (weight.dtype,))
     h_dtype = residual_dtype or wte.dtype
     if h_dtype not in FLOATS:
         raise ValueError(f"embedding: residual_dtype must be one of {FLOATS}, got {h_dtype}")

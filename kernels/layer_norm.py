@@ -42,8 +42,8 @@ from ._op import check_device, check_tensor, refuse_double_backward, register
 from .reference import autocast_dtype
 
 MAX_C = 8192  # a program holds a whole row in registers
-# How many elements of a row one warp may hold. The backward keeps six values of each in registers:
-# 168 per thread at 768. At 1024 of fp32, 221, only 8 warps would fit on an SM (compiled only).
+# Elements of a row that one warp may hold. The backward keeps six values of each in registers: 168
+# per thread at 768. At 1024 of fp32, 221, only 8 warps would fit on an SM (compiled only).
 WARP_C = {"fwd": 1024, "bwd": 768}
 MAX_WARPS_PER_ROW = 8  # with 16 a thread has at most 128 registers, too few for the backward
 BWD_WARPS_PER_SM = 12  # at 768 elements a warp
@@ -58,11 +58,11 @@ def launch_key(kernel: str, M: int, C: int, dtype: torch.dtype, arch: int) -> Ke
 
 @cache
 def safe_launch(kernel: str, C: int, itemsize: int) -> Launch:
-    """One warp a row as long as the row fits: no barrier, and no idle lane at 768.
+    """One warp per row if the row fits: no barrier, and no idle lane at 768.
 
-    A chunk is a warp of 16-byte loads of h: 128 elements in fp32, 256 in 16 bits. At 256 an fp32 h
-    and a bf16 x lie differently over the lanes and meet in shared memory, two barriers a chunk.
-    Wider rows take several warps, narrow ones share one.
+    A chunk is what a warp loads of h with 16 bytes per lane: 128 elements in fp32, 256 in 16 bits.
+    With 256, an fp32 h and a bf16 x would meet in shared memory, at two barriers per chunk. Wider
+    rows take several warps, narrow ones share one.
     """
     chunk = 512 // itemsize
     if chunk >= C:
@@ -279,8 +279,7 @@ def _sum_partials_kernel(
 
 def _fwd_fake(x, residual, weight, bias, eps, dtype):
     h = x.new_empty(0) if residual is None else torch.empty_like(residual)
-    stats = x.new_empty((2, *x.shape[:-1]), dtype=torch.float32)
-    return torch.empty_like(x, dtype=dtype), h, stats
+    return torch.empty_like(x, dtype=dtype), h, x.new_empty((2, *x.shape[:-1]), dtype=torch.float32)
 
 
 @register(fake=_fwd_fake)
@@ -328,18 +327,14 @@ def layer_norm_bwd(
     dh, dx, dweight, dbias = _bwd_fake(dy, dh_out, h, weight, stats, dtype)
     M, C = stats[0].numel(), h.shape[-1]
     launch, kwargs = row_launch(launch_key("bwd", M, C, h.dtype, arch(h.device)), C, h.dtype)
-    resident = launch.programs_per_sm * num_sms(h.device)  # one wave
-    programs = min(cdiv(M, kwargs["ROWS"]), resident)
+    programs = min(cdiv(M, kwargs["ROWS"]), launch.programs_per_sm * num_sms(h.device))  # one wave
     partial = h.new_empty((2, programs, C), dtype=torch.float32)
     if M > 0:
-        own_dx = None if dtype == h.dtype else dx
-        _layer_norm_bwd_kernel[(programs,)](
-            dy, dh_out, h, weight, stats, dh, own_dx, partial, M, **kwargs
-        )
-    total = launch_for(Key("layer_norm.sum", "fp32", f"C={C}", arch(h.device))).kwargs()
-    _sum_partials_kernel[(cdiv(C, total["BLOCK_C"]), 2)](
-        partial, dweight, dbias, programs, C, **total
-    )
+        outs = dh, None if dtype == h.dtype else dx, partial
+        _layer_norm_bwd_kernel[(programs,)](dy, dh_out, h, weight, stats, *outs, M, **kwargs)
+    kwargs = launch_for(Key("layer_norm.sum", "fp32", f"C={C}", arch(h.device))).kwargs()
+    grid = cdiv(C, kwargs["BLOCK_C"]), 2
+    _sum_partials_kernel[grid](partial, dweight, dbias, programs, C, **kwargs)
     return dh, dx, dweight, dbias
 
 
@@ -428,21 +423,22 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
     """Each build the launches above can choose on `arch`, at the widths and dtypes that matter."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     of_stream = "residual_ptr", "h_ptr", "dh_out_ptr", "dh_ptr"
-    alone = {"residual_ptr": None, "dh_out_ptr": None, "dx_ptr": None}
-    for C, x, h, absent in (
-        (768, "bf16", "fp32", {}),  # GPT-2, residual stream fp32
-        (768, "bf16", "bf16", {"dx_ptr": None}),  # and bf16
-        (1024, "fp32", "fp32", {"dx_ptr": None}),  # one warp a row forward, two backward
-        (6400, "bf16", "fp32", {}),
-        (MAX_C, "bf16", "fp32", {}),
-        (768, "bf16", "bf16", alone),
+    for op, C, x, h in (
+        ("add_layer_norm", 768, "bf16", "fp32"),  # GPT-2, residual stream fp32
+        ("add_layer_norm", 768, "bf16", "bf16"),  # and bf16
+        ("add_layer_norm", 1024, "fp32", "fp32"),  # one warp per row forward, two backward
+        ("add_layer_norm", 6400, "bf16", "fp32"),
+        ("add_layer_norm", MAX_C, "bf16", "fp32"),
+        ("layer_norm", 768, "bf16", "bf16"),
     ):
-        op = "layer_norm" if absent == alone else "add_layer_norm"
         types: dict[str, str] = dict.fromkeys(of_stream, f"*{h}")
+        absent = ["dx_ptr"] if x == h else []
+        absent += ["residual_ptr", "dh_out_ptr"] if op == "layer_norm" else []
         for name, kernel in ("fwd", _layer_norm_fwd_kernel), ("bwd", _layer_norm_bwd_kernel):
             key = launch_key(name, 65536, C, dtypes[h], arch)
             launch, kwargs = row_launch(key, C, dtypes[h])
-            label = f"{name} C={C} bf16" if absent == alone else f"{name} C={C} x={x} h={h}"
-            yield AotCase(op, kernel, label, launch, x, kwargs | absent, types=types)
+            label = f"{name} C={C} " + ("bf16" if op == "layer_norm" else f"x={x} h={h}")
+            fixed = kwargs | dict.fromkeys(absent)
+            yield AotCase(op, kernel, label, launch, x, fixed, types)
     launch = launch_for(Key("layer_norm.sum", "fp32", "C=768", arch))
     yield AotCase("layer_norm", _sum_partials_kernel, "sum of partials", launch, "fp32")

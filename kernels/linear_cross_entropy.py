@@ -10,22 +10,19 @@ Backward, computed in the forward while the logits of a chunk are at hand:
 
 Per chunk of rows: (1) cuBLAS makes z in x's dtype; (2) a program per row reads it, keeping maximum
 and sum of exponentials online, and, where gradients are wanted, reads it again and leaves dz in its
-place; (3) two cuBLAS GEMMs, dweight accumulating in fp32 over the chunks. Chunks are of tokens:
-chunks of the vocabulary would need z a second time, a fourth GEMM.
+place; (3) two cuBLAS GEMMs make dx and dweight, which accumulates in fp32 over the chunks. Chunks
+are of tokens: chunks of the vocabulary would need z a second time, a fourth GEMM.
 
-Loss and gradients are those of z as stored, so exp(z - lse) sums to one over what is read. The
-products of fp32 are cuBLAS's: where torch is set to TF32, operands are rounded as cuBLAS does it.
-
-dz, dx and dweight stay without the factor dloss / N until the backward multiplies dx and dweight by
-it in fp32: dloss is not known yet, and dz / N would underflow in fp16.
+Loss and gradients are those of z as stored, so exp(z - lse) sums to one over what is read. dz, dx
+and dweight stay without the factor dloss / N until the backward multiplies dx and dweight by it in
+fp32: dloss is not known yet, and dz / N would underflow in fp16.
 
 Bound by the tensor cores. At M = 65536, C = 768, Vp = 50304, bf16: three GEMMs of 5.06 TFLOP; z is
 written, read, overwritten and read twice, 6.6 GB each time, in chunks of at most CHUNK_BYTES; the
-weight (0.08 GB) is read and dweight (0.15 GB, fp32) read and written once a chunk. Memory bounds
+weight (0.08 GB) is read and dweight (0.15 GB, fp32) read and written once per chunk. Memory bounds
 the row kernel, 13.2 GB: what it reads again, 0.1 MB per row, is still in a cache, and its 16
 instructions per element (sm_90, compile-only), two of them exponentials, take some 60% of the
-time of its bytes. No atomics: reruns are bitwise equal. No host sync: N stays on the device, so a
-CUDA graph can hold the op.
+time of its bytes. No atomics: reruns are bitwise equal. No host sync: a CUDA graph can hold the op.
 
 Source: chunks of tokens with gradients in the forward: Liger-Kernel, https://arxiv.org/abs/2410.10989
 """
@@ -171,11 +168,9 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
         ("scale", scale, "bf16", torch.bfloat16, True),
     ):
         launch = launch_for(launch_key(name, dtype, arch))
-        fixed = {"GRAD": grad, "VECTOR": 16 // dtype.itemsize}
-        loose = ("V", "ignore_index")
-        yield AotCase(
-            "linear_cross_entropy", kernel, label, launch, label[:4], fixed, unaligned=loose
-        )
+        values, loose = {"GRAD": grad, "VECTOR": 16 // dtype.itemsize}, ("V", "ignore_index")
+        op, letters = "linear_cross_entropy", label[:4]
+        yield AotCase(op, kernel, label, launch, letters, values, unaligned=loose)
 
 
 def _fwd_fake(x, weight, targets, vocab_size, ignore_index, needs_dx, needs_dweight):
@@ -305,11 +300,10 @@ def linear_cross_entropy(
             f"{tuple(weight.shape)}, got {V}"
         )
     x = x.to(autocast_dtype(x))
-    check_tensor("linear_cross_entropy", "x", x, x.shape, x.device)
-    dtypes = (torch.float32, x.dtype)
-    check_tensor("linear_cross_entropy", "weight", weight, weight.shape, x.device, dtypes)
-    ids = (torch.int64,)
-    check_tensor("linear_cross_entropy", "targets", targets, x.shape[:-1], x.device, ids)
+    op, at, dtypes = "linear_cross_entropy", x.device, (torch.float32, x.dtype)
+    check_tensor(op, "x", x, x.shape, at)
+    check_tensor(op, "weight", weight, weight.shape, at, dtypes)
+    check_tensor(op, "targets", targets, x.shape[:-1], at, (torch.int64,))
     rows, ids = x.reshape(-1, C), targets.reshape(-1)
     needs = needs_grad(x), needs_grad(weight)
     return _LinearCrossEntropy.apply(rows, weight, ids, V, ignore_index, *needs)

@@ -1,11 +1,11 @@
 """Every op in plain PyTorch: the `eager` backend. Tests compare with formulas of their own.
 
-Same names and signatures as the Triton ops; the math stands in their files. Nothing here may
-import triton. Under autocast each op returns what the Triton op returns: activations in the
-autocast dtype, residual stream and loss in fp32.
+Names and signatures are those of the Triton ops, whose files have the math. Nothing here may import
+triton. Under autocast each op returns what the Triton op returns: activations in the autocast
+dtype, residual stream and loss in fp32.
 
-All but one are what a reader would write. `linear_cross_entropy` must be fast, compiled or not,
-because a machine without a GPU trains on it.
+A machine without a GPU trains on these, so `linear_cross_entropy` must be fast, compiled or not.
+The others are what a reader would write.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_TOKENS = 1024  # rows of logits alive at once: 1024 x 50304 fp32 is 206 MB
-# Up to this T a CPU computes bf16 attention as one product after the other. SDPA's backward takes
-# three to six times as long. The probabilities kept for it take, at 256 and 64 wide, what qkv and y
-# do.
+# Up to this T a CPU computes bf16 attention as one product after the other: SDPA's backward takes
+# three to six times as long. At T = 256 and D = 64 the probabilities take as much memory as qkv and
+# y.
 MAX_T_OF_PRODUCTS = 256
 
 
@@ -47,7 +47,7 @@ def add_layer_norm(
 
 
 def check_ids(what: str, ids: Tensor, V: int, ignore_index: int | None = None) -> None:
-    """Refuse an id outside [0, V) other than `ignore_index`, on a CPU: on CUDA it costs a sync."""
+    """Refuse an id outside [0, V) other than `ignore_index`, on a CPU; on CUDA it costs a sync."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     outside = ids[(ids < 0) | (ids >= V)]
@@ -118,9 +118,9 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
 def _turn_into_dz(z: Tensor, V: int, ids: Tensor, needs_dz: bool) -> tuple[Tensor, Tensor]:
     """log p of `ids` (R, 1) under softmax(z), and the softmax less onehot(ids); z (R, Vp) is lost.
 
-    Compiled it is pointwise from z to dz, with a comparison where one would index, and the
-    exponential spelled twice, so that it is computed again and not stored. Else a few rows take all
-    passes before the next do, so that a cache holds their fp32 form and memory never does.
+    Compiled, it is pointwise from z to dz: it compares where one would index, and writes the
+    exponential twice, so that it is computed again and not stored. Otherwise a few rows go through
+    all passes before the next begin, so that their fp32 form stays in a cache.
     """
     if torch.compiler.is_compiling():
         logits, cols = z[:, :V].float(), torch.arange(V, device=z.device)
@@ -145,7 +145,7 @@ def _turn_into_dz(z: Tensor, V: int, ids: Tensor, needs_dz: bool) -> tuple[Tenso
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and, while the logits of a chunk are at hand, the gradients of x and weight."""
+    """The loss, and the gradients of x and weight, made while the logits of a chunk exist."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, ignore_index, needs_dx, needs_dweight):
