@@ -16,7 +16,6 @@ class Piece(NamedTuple):
     row: int
     text: str
     num_tokens: int  # of this row so far
-    done: bool
 
 
 class _RowText:
@@ -36,9 +35,8 @@ class _RowText:
             return text[: min(ends)]
         keep = 0
         if not final:
-            for s in self.stop:
-                sizes = range(min(len(s) - 1, len(text)), 0, -1)
-                keep = max(keep, next((n for n in sizes if text.endswith(s[:n])), 0))
+            starts = (s[:n] for s in self.stop for n in range(1, min(len(s), len(text) + 1)))
+            keep = max((len(start) for start in starts if text.endswith(start)), default=0)
         self.held, self.done = text[len(text) - keep :], final
         return text[: len(text) - keep]
 
@@ -55,7 +53,7 @@ def stream_text(
     """Generate text and hand it out as it comes; row = prompt * num_samples + sample.
 
     An empty prompt starts from <|endoftext|>. A row ends at <|endoftext|>, before a stop string, or
-    after max_new_tokens; its last piece has done=True.
+    after max_new_tokens.
 
     Args:
         notify: Gets a line for each prompt that was cropped to the window.
@@ -87,7 +85,7 @@ def _pieces(decoder: Decoder, rows: list[_RowText]) -> Iterator[Piece]:
                 end = token == tokenizer.EOT
                 text = rows[r].feed(b"" if end else spell(token), end)
                 if text or rows[r].done:
-                    yield Piece(r, text, num, rows[r].done)
+                    yield Piece(r, text, num)
     for r, row in enumerate(rows):
         if not row.done:
-            yield Piece(r, row.feed(b"", final=True), num, True)
+            yield Piece(r, row.feed(b"", final=True), num)

@@ -76,7 +76,7 @@ def test_end_of_text_ends_a_row_and_gives_out_what_was_held():
     tokens = [*get_encoding().encode_ordinary("x"), get_encoding().eot_token]
     decoder = Mock(sampling=GREEDY, step=Mock(side_effect=[[token] for token in tokens]))
     pieces = _pieces(decoder, [_RowText(("xyz",))])  # x might become the stop string
-    assert [*pieces] == [Piece(0, "x", 2, True)]
+    assert [*pieces] == [Piece(0, "x", 2)]
 
 
 def test_text_is_the_decoded_tokens(text_model: GPT):
@@ -93,7 +93,6 @@ def test_text_is_the_decoded_tokens(text_model: GPT):
     pieces = [*stream_text(text_model, prompts[:1], sampling)]
     assert "".join(p.text for p in pieces) == texts[0]
     assert len(pieces) > 50
-    assert [p.done for p in pieces] == [False] * (len(pieces) - 1) + [True]
     assert pieces[-1].num_tokens == len(tokens[0])
 
 
