@@ -4,7 +4,6 @@ python -m bench.generate --model small --rounds 5
 python -m bench.generate --model 124m --device cuda --dtype bf16 --batch 16
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ import torch
 
 from bench import cli, record
 from bench.record import StepRow
-from bench.tables import Columns, rows_table, spread
+from bench.tables import rows_table, spread
 from model import GPT, MODELS
 from model.decoder import generate_tokens
 from model.sampling import Sampling
@@ -20,26 +19,6 @@ from training import timing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT_TOKENS = 16
-
-
-def measure(options: argparse.Namespace) -> StepRow:
-    num, config = options.tokens, MODELS[options.model]
-    torch.manual_seed(0)
-    # Enough positions for all tokens: sliding the window would be timed, too.
-    model = GPT(replace(config, block_size=max(config.block_size, PROMPT_TOKENS + num)))
-    model = model.to(options.device, DTYPES[options.dtype]).eval()
-    prompts = torch.randint(config.vocab_size, (options.batch, PROMPT_TOKENS)).tolist()
-
-    def generate(num: int = num) -> None:
-        generate_tokens(model, prompts, Sampling(max_new_tokens=num, temperature=0.0))
-        torch.get_device_module(options.device).synchronize()
-
-    generate(4)  # a short warm-up: a whole run may take a minute
-    replays = {"cached": timing.host_replay(generate)}
-    timed = timing.interleave(replays, rounds=options.rounds, seconds=1e9, warmup=0)
-    shape = f"{options.batch} x {num} new tokens, {options.dtype}"
-    row = StepRow(model=options.model, shape=shape, provider="cached", tokens=options.batch * num)
-    return replace(row, **timed["cached"].figures)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,11 +31,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--rounds", type=cli.count, default=5, help="samples")
     add("--device", default="cpu", choices=cli.devices())
     cli.add_output(parser, None)
-    options = parser.parse_args(argv)
-    device = torch.device(options.device)
-    results = record.open_result(device, options.out, options.commit) if options.out else None
-    row = measure(options)
-    columns: Columns = {
+    args = parser.parse_args(argv)
+    device, config, num = torch.device(args.device), MODELS[args.model], args.tokens
+    results = record.open_result(device, args.out, args.commit) if args.out else None
+    torch.manual_seed(0)
+    # Enough positions for all tokens: sliding the window would be timed, too.
+    model = GPT(replace(config, block_size=max(config.block_size, PROMPT_TOKENS + num)))
+    model = model.to(device, DTYPES[args.dtype]).eval()
+    prompts = torch.randint(config.vocab_size, (args.batch, PROMPT_TOKENS)).tolist()
+
+    def generate(num: int = num) -> None:
+        generate_tokens(model, prompts, Sampling(max_new_tokens=num, temperature=0.0))
+        torch.get_device_module(device).synchronize()
+
+    generate(4)  # a short warm-up: a whole run may take a minute
+    replays = {"cached": timing.host_replay(generate)}
+    timed = timing.interleave(replays, rounds=args.rounds, seconds=1e9, warmup=0)
+    shape = f"{args.batch} x {num} new tokens, {args.dtype}"
+    row = StepRow(model=args.model, shape=shape, provider="cached", tokens=args.batch * num)
+    row = replace(row, **timed["cached"].figures)
+    columns = {
         "ms": lambda row: f"{row.ms:,.0f}",
         "spread": spread,
         "tokens/s": lambda row: f"{row.tokens_per_s:,.1f}",
