@@ -9,7 +9,7 @@ Three commands:
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Until there is a run to save, Ctrl-C ends the process in silence, the imports below included.
+    # Until there is a run to save, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
@@ -47,21 +47,19 @@ from training.watch import Watch
 
 
 def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
-    """What training and --explain begin with: this machine, the plan for it, the text."""
-    cfg.check()
+    """Describe this machine, make a first plan for it and load the text."""
     machine = detect(cfg.device)
-    # Who shares its GPU with others has the rest do as little at once.
-    least = min(world.gather("memory", machine.memory_bytes))
-    machine = replace(machine, memory_bytes=least)
+    # Others may use some of the GPUs: the rank with the least free memory decides for all.
+    machine = replace(machine, memory_bytes=min(world.gather("memory", machine.memory_bytes)))
     plan = share(make_plan(cfg.recipe, machine, cfg.choices, world.size), cfg.recipe, world)
-    texts = (cfg.text_column, cfg.val)
-    return machine, plan, world.in_turn("tokens", lambda: load_corpus(cfg.data, world.say, *texts))
+    load = partial(load_corpus, cfg.data, world.say, cfg.text_column, cfg.val)
+    return machine, plan, world.in_turn("tokens", load)
 
 
 def settled(cfg: Config, machine: Machine, world: World, kept: Mapping[str, Any]) -> Plan:
-    """What this rank does: on a GPU with kernels that were checked, of what is fastest there.
+    """The plan of this rank; on a GPU with checked kernels and the fastest ops.
 
-    `kept` are choices of the checkpoint that the run goes on from.
+    `kept` are the choices of the checkpoint that the run resumes from.
     """
 
     def make(choices: Choices) -> Plan:
@@ -74,45 +72,57 @@ def settled(cfg: Config, machine: Machine, world: World, kept: Mapping[str, Any]
 
 
 def prepare(cfg: Config, world: World = ALONE) -> Run:
-    """Check everything a person can get wrong; the run folder comes last.
+    """Check everything that a user can get wrong, and then make the run folder.
 
     Raises:
-        ValueError, OSError: with a line that names the value and the way out.
+        ValueError, OSError: one line that names the value and the way out.
     """
     loggers.check_loggers(cfg.loggers)
-    recipe, (machine, plan, corpus) = cfg.recipe, look(cfg, world)
+    machine, plan, corpus = look(cfg, world)
     items = hellaswag.read_items(cfg.hellaswag) if cfg.hellaswag else []
-    parts = corpus.split(recipe.val_fraction)
-    recipe = recipe.reading(len(parts[0]))
+    train_tokens, val_tokens = corpus.split(cfg.recipe.val_fraction)
+    recipe = cfg.recipe.reading(len(train_tokens))
     cfg = replace(cfg, recipe=recipe)
-    data_loader(recipe, plan, parts[0], world)  # raises where the text is too short for a batch
+    data_loader(recipe, plan, train_tokens, world)  # raises if the text is too short for a step
     out = Path(world.first("out", lambda: str(folder.name(cfg.out, cfg.preset, corpus))))
-    how = (recipe, corpus.sha256, cfg.override, cfg.cooldown)
-    saved = resume.find(cfg.resume, out, world, *how)
+    expected = (recipe, corpus.sha256, cfg.override, cfg.cooldown)
+    saved = resume.find(cfg.resume, out, world, *expected)
     kept, notes = resume.adopt(saved, cfg.choices, recipe, machine)
     plan = settled(cfg, machine, world, kept)
     same = {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()}, "data": corpus.sha256}
     refuse_mismatch(world, "facts", same | {"torch": torch.__version__})
     source = hf.find_model(cfg.init) if cfg.init else ""
     initial = GPT.from_pretrained(source) if source else None
-    if initial and world.size > 1:  # rank 0's would be taken by all, in silence
+    if initial and world.size > 1:  # every rank would silently take rank 0's weights
         refuse_mismatch(world, "weights", {f"--init {cfg.init}": hash_weights(initial)})
-    if saved is not None:
-        notes = resume.check_recipe(saved, *how) + notes
-        notes += resume.check_plan(saved, plan)
+    if saved:
+        notes = resume.check_recipe(saved, *expected) + notes + resume.check_plan(saved, plan)
         world.say("\n".join([f"resume: {saved.path}, {saved.step} steps done", *notes]))
     world.first("folder", lambda: folder.make(out, recipe))
-    if cfg.cooldown and saved:
-        recipe = resume.cool_down(saved, recipe)
-    counts = {"train_tokens": len(parts[0]), "val_tokens": len(parts[1])}
-    facts = {"name": corpus.name, "sha256": corpus.sha256, **counts}
-    flags = {k: v for k, v in asdict(cfg).items() if k != "recipe"}
-    weights = initial, str(source)
-    return Run(cfg.preset, recipe, plan, world, out, flags, *parts, facts, saved, *weights, items)
+    return Run(
+        preset=cfg.preset,
+        recipe=resume.cool_down(saved, recipe) if cfg.cooldown and saved else recipe,
+        plan=plan,
+        world=world,
+        out=out,
+        flags={name: value for name, value in asdict(cfg).items() if name != "recipe"},
+        train_tokens=train_tokens,
+        val_tokens=val_tokens,
+        corpus={
+            "name": corpus.name,
+            "sha256": corpus.sha256,
+            "train_tokens": len(train_tokens),
+            "val_tokens": len(val_tokens),
+        },
+        saved=saved,
+        initial=initial,
+        source=str(source),
+        items=items,
+    )
 
 
 def train(cfg: Config, run: Run, stop: StopRequest) -> int:
-    """Train, evaluate, sample, save. Returns the exit code."""
+    """Train, evaluate, sample and save. Returns the exit code."""
     recipe, plan, world = run.recipe, run.plan, run.world
     start_process(plan, recipe.seed)
     model = run.build_model()
@@ -120,22 +130,23 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     share_out(optimizer, model, plan, world)
     guard = Guard(plan.device) if recipe.guard else None
     progress = restore(run.saved, model, optimizer, guard) if run.saved else Progress()
-    rows = partial(run.first_rows, progress)
-    plan = run.plan = compare_first_batch(model, plan, rows, cfg.choices.ops, world)
+    first_rows = partial(run.first_rows, progress)
+    plan = run.plan = compare_first_batch(model, plan, first_rows, cfg.choices.ops, world)
     log = run.open_log(progress, cfg.log_every, cfg.loggers)
     take_step = TrainStep(model, optimizer, recipe, plan, world, log.say)
     batches = run.open_batches(progress)
     run.write_config(model)
     writer = Writer(run.out / "checkpoints", cfg.keep_last, log.say)
-    saves_at_end = cfg.saves or plan.shard != "none"  # which all ranks are needed for
+    # With shared-out state all ranks must take part in saving, so it cannot wait for a signal.
+    saves_at_end = cfg.saves or plan.shard != "none"
     watch = Watch(log, guard, stop, recipe.target_loss, alone=world.size == 1)
 
     def save_checkpoint() -> None:
-        if progress.step > recipe.max_steps:  # beyond: nothing was done
+        if progress.step > recipe.max_steps:  # resumed with fewer steps: nothing was done
             return
         take_step.gather()
         if not world.is_main:
-            optimizer_tensors(model, optimizer)  # what this rank alone has, it sends
+            optimizer_tensors(model, optimizer)  # sends this rank's part to rank 0
             return
         with log.aside():
             progress.position, progress.metrics_bytes = batches.position, log.num_bytes
@@ -147,17 +158,17 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         take_step.gather()
         with log.aside():
             val_loss = run.validate(model, run.val_tokens, plan.eval_tokens)
-        if math.isfinite(val_loss):  # else the next step's loss tells
+        if math.isfinite(val_loss):  # if not, the next step's loss shows it
             progress.evaluations.append((progress.step, val_loss))
         log.event("eval", step=progress.step, val_loss=val_loss)
         given = f" of {cfg.init} as it came" if cfg.init and progress.step == 0 else ""
         log.say(f"step {progress.step:5d} | validation loss {val_loss:.4f}{given}")
 
-    def step() -> Outcome:  # called launch by launch at first; on a GPU then a captured graph
+    def step() -> Outcome:  # on a GPU captured as one graph after some steps, and replayed
         loss = take_step.accumulate()  # forward and backward of each micro-batch
         grad_norm = optimizer.clip(recipe.grad_clip)
         bad = guard.judge(loss, grad_norm) if guard else None
-        optimizer.step(skip=take_step.skip(bad))  # nothing changes where the step is bad
+        optimizer.step(skip=take_step.skip(bad))  # a bad step changes nothing
         optimizer.zero_grad()
         return Outcome(loss, grad_norm, bad, take_step.asked_to_stop)
 
@@ -181,20 +192,19 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 save |= progress.best == progress.step and cfg.saves
                 done |= 0 < recipe.patience <= progress.stale
             if save or watch.stopping or (done and saves_at_end):
-                save_checkpoint()  # before what a resumed run does again
-            if is_due(cfg.hellaswag_every, progress.step) and not (watch.stopping or done):
-                take_step.gather()
-                run.score_hellaswag(model, log, progress.step, stop)
-            if is_due(cfg.sample_every, progress.step) and not (watch.stopping or done):
-                take_step.gather()
-                sample(run, model, log, progress.step)
-
+                save_checkpoint()
             if watch.stopping:
                 writer.finish()
                 world.barrier()
                 return leave(run, progress.step, writer, log, stop)
             if done:
                 break
+            if is_due(cfg.hellaswag_every, progress.step):
+                take_step.gather()
+                run.score_hellaswag(model, log, progress.step, stop)
+            if is_due(cfg.sample_every, progress.step):
+                take_step.gather()
+                sample(run, model, log, progress.step)
 
             lr = recipe.learning_rate(progress.step)
             outcome = take_step.run(step, batches.next_batch(), lr, bool(stop))
@@ -202,21 +212,21 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             progress.step += 1
         log.finish()
         take_step.gather()
-        writer.wait()  # the weights to keep may be on their way to the disk
+        writer.wait()  # it may be writing the best weights, which `finish` reads
         try:
             finish(run, model, log, progress, watch.reached, stop)
-        except Stopped:  # on this rank; each leaves by itself
+        except Stopped:  # other ranks may not have seen a signal yet
             if not saves_at_end:
                 save_checkpoint()
             return leave(run, progress.step, writer, log, stop)
         writer.finish()
-    if stop:  # it came after the last step; everything is written
+    if stop:  # it came too late: everything is written
         world.say(f"{stop.signal}: the run is complete")
     return 0
 
 
 def explain_plan(cfg: Config) -> int:
-    """What this machine can do with the recipe, and what would make it faster."""
+    """Say what this machine can do with the recipe, and what would make it faster."""
     machine, plan, corpus = look(cfg)
     tokens, _ = corpus.split(cfg.recipe.val_fraction)
     cfg = replace(cfg, recipe=cfg.recipe.reading(len(tokens)))
@@ -229,7 +239,7 @@ def explain_plan(cfg: Config) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 2 for what was asked wrongly, 1 for a run that failed, 75 for one to go on with."""
+    """Returns 0, or 1 if the run failed, 2 for bad input, 75 if a signal stopped the run."""
     world, stop = ALONE, StopRequest()
     with contextlib.ExitStack() as held:
         left = "the run goes on without its printed log, metrics.jsonl has every step"
@@ -243,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if cfg.explain or cfg.choices.tune == "only":
                 return explain_plan(cfg)
             run = prepare(cfg, world)
-            cfg = replace(cfg, recipe=run.recipe)  # epochs and a cool-down decide its steps
+            cfg = replace(cfg, recipe=run.recipe)  # with the steps that epochs or a cool-down make
             restarted = any(world.gather("restarted", distributed.is_restart()))
             opened = folder.opened(run.out, run.saved, world.say, restarted)
             if world.first("stopped", lambda: held.enter_context(opened)):

@@ -1,4 +1,4 @@
-"""A run: what was checked before it began, and what is made of that; training/ending.py ends it.
+"""A run: what was checked before it began, and what is made of that.
 
 Its folder holds config.json, metrics.jsonl, checkpoints/, and at the end model/, samples.txt,
 loss.png, summary.json and report.html.
@@ -32,26 +32,25 @@ from training.step import autocast
 
 @dataclass
 class Run:
-    """What a run is made of; nothing in it changes once training has begun."""
+    """What a run is made of."""
 
     preset: str  # name of the recipe
     recipe: Recipe
     plan: Plan
     world: World
-    out: Path  # run folder; it exists and can be written
-    flags: dict[str, Any]  # as given, for config.json
+    out: Path  # the run folder
+    flags: dict[str, Any]  # for config.json
     train_tokens: Tokens
     val_tokens: Tokens
     corpus: dict[str, Any]  # its name, hash and counts
-    saved: Checkpoint | None = None  # to go on from; None starts afresh
-    # Whose weights to start afresh from; None draws them. Let go of once `build_model` has them.
-    initial: GPT | None = None
-    source: str = ""  # where it was found
+    saved: Checkpoint | None = None  # the checkpoint to resume from
+    initial: GPT | None = None  # the model to start from, until `build_model` has its weights
+    source: str = ""  # where that was found
     items: Sequence[hellaswag.Item] = ()  # to score the model on
-    contexts: tuple[int, int | None] | None = None  # of `initial`, see `GPT`
+    contexts: tuple[int, int | None] | None = None  # trained and fine-tuned context of `initial`
 
     def introduce(self) -> str:
-        """The first lines of a run: what is trained, from which weights, and how."""
+        """The first lines that a run prints: what is trained, from which weights, and how."""
         recipe, model = self.recipe, self.initial
         lines = [
             f"recipe: {self.preset}, model {recipe.model}, {recipe.tokens_per_step:,} tokens per "
@@ -71,7 +70,7 @@ class Run:
         return "\n".join([*lines, "\n  ".join([self.plan.describe(recipe.muon), *self.plan.notes])])
 
     def build_model(self) -> GPT:
-        """The model to start with, on the plan's device; a checkpoint is put into it later."""
+        """The model before any step, on the plan's device."""
         recipe, plan = self.recipe, self.plan
         residual_dtype = torch.bfloat16 if plan.residual == "bf16" else None
         model = GPT(recipe.model_config, plan.op_set, residual_dtype)
@@ -85,7 +84,7 @@ class Run:
         return model.to(plan.device)
 
     def open_batches(self, progress: Progress) -> Prefetcher:
-        """The rows of each step from `progress` on, (rows of a step on this rank, T)."""
+        """This rank's rows of each step after `progress`."""
         loader = data_loader(self.recipe, self.plan, self.train_tokens, self.world, progress)
         return Prefetcher(loader, self.plan.device)
 
@@ -96,7 +95,7 @@ class Run:
         return idx[: self.plan.micro_batch_size], targets[: self.plan.micro_batch_size]
 
     def open_log(self, progress: Progress, log_every: int, loggers: Sequence[str]) -> RunLog:
-        """The run's log, cut back to where `progress` stands."""
+        """The run's log, cut back to the steps of `progress`."""
         recipe, plan = self.recipe, self.plan
 
         def utilisation(tokens_per_s: float) -> float | None:
@@ -109,7 +108,7 @@ class Run:
         return RunLog(self.out, *how, every, loggers, *done, not self.world.is_main, config)
 
     def write_config(self, model: GPT) -> None:
-        """config.json: the resolved recipe and plan, and what they ran on. Rank 0 writes."""
+        """Write config.json on rank 0: recipe, plan and flags, and what they run on."""
         if not self.world.is_main:
             return
         values = {
@@ -127,32 +126,31 @@ class Run:
     def validate(
         self, model: GPT, scored: Tokens, max_tokens: int, poll: Callable[[], None] = lambda: None
     ) -> float:
-        """Loss in nats per token; the ranks share the work.
+        """Loss in nats per token, by all ranks together.
 
         Args:
             model: The model.
-            scored: What it is to predict, 2 tokens at least.
-            max_tokens: Of longer texts as many, from all over them.
+            scored: The tokens to predict, at least 2.
+            max_tokens: Of a longer text so many are scored, from all over it.
             poll: Called between batches; may raise to end it.
         """
-        world, total, weight = self.world, 0.0, 0
-        pieces = eval_pieces(len(scored), max_tokens, self.recipe.block_size, world.size)
-        # The blocks of a plan may be compiled for training; a graph without gradients is another.
+        total, weight, T = 0.0, 0, self.recipe.block_size
+        pieces = eval_pieces(len(scored), max_tokens, T, self.world.size)
+        # Compiled blocks are for training; without gradients they would be compiled once more.
         with autocast(self.plan), torch.compiler.set_stance("force_eager"):
-            for first, last in pieces[world.rank :: world.size]:
+            for first, last in pieces[self.world.rank :: self.world.size]:
                 tokens = np.asarray(scored[first:last])
-                loss = evaluate_tokens(model, tokens, window=self.recipe.block_size, poll=poll)
-                total += loss * (len(tokens) - 1)
+                total += evaluate_tokens(model, tokens, window=T, poll=poll) * (len(tokens) - 1)
                 weight += len(tokens) - 1
-        return world.mean(total, weight, self.plan.device)
+        return self.world.mean(total, weight, self.plan.device)
 
     def score_hellaswag(self, model: GPT, log: RunLog, done: int, stop: StopRequest) -> None:
-        """Log the share of `items` answered rightly after `done` steps; the ranks share them."""
+        """Log the share of `items` answered rightly after `done` steps, by all ranks together."""
         mine, T = self.items[self.world.rank :: self.world.size], self.recipe.block_size
         with log.aside(), autocast(self.plan), torch.compiler.set_stance("force_eager"):
             right, seen = hellaswag.count_right(model, mine, T, lambda: bool(stop))
             share = self.world.mean(right, seen or 1e-9, self.plan.device)
-        if not stop:  # else it has seen a part of them
+        if not stop:  # otherwise some items were left out
             log.event("hellaswag", step=done, hellaswag=share)
             answered = round(share * len(self.items))
             log.say(f"step {done:5d} | {hellaswag.line(answered, len(self.items))}")
@@ -161,7 +159,11 @@ class Run:
 def data_loader(
     recipe: Recipe, plan: Plan, tokens: Tokens, world: World, progress: Progress | None = None
 ) -> DataLoaderLite:
-    """A step's rows at a time; the step cuts them into micro-batches."""
+    """Hands out this rank's rows of a step, which the step cuts into micro-batches.
+
+    Raises:
+        ValueError: the text is too short for them.
+    """
     progress = progress or Progress()
     rows = plan.micro_batch_size * plan.num_micro_batches
     shape = rows, recipe.block_size, recipe.order, recipe.seed, recipe.batch_size

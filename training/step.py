@@ -1,16 +1,16 @@
-"""What a training step stands on: rows, weights and copies, at the same addresses every time.
+"""What a training step needs: rows, weights and copies, at the same addresses every time.
 
-The step itself is a function of the caller's (train.py): accumulate, clip, judge, optimizer.step.
-All it touches stays on the device: learning rate, step count, clip factor and the guard's verdict
-are device scalars. So on a GPU the whole function is recorded as one CUDA graph, which the later
-steps replay. Warm-up steps and a step that could not be captured call it, launch by launch.
+The step itself is a function of the caller (train.py): accumulate, clip, judge, optimizer.step. All
+it touches stays on the device: learning rate, step count, clip factor and the guard's verdict are
+device scalars. So on a GPU the whole function is recorded as one CUDA graph, which later steps
+replay. Warm-up steps, and steps that could not be captured, call the function itself.
 
 On several ranks the graph holds the collectives, as torch documents it for NCCL. Where they cannot
-be captured they run between graphs of the rest, and gradients travel after the backward.
+be captured, they run between graphs of the rest, and gradients travel after the backward.
 
-Under bf16 the model can be called with bf16 copies in place of the fp32 weights that autocast would
-cast in every micro-batch; the optimizer writes the copies. A copy's gradient is what autocast would
-have computed before casting it up, so the numerics stay those of plain autocast.
+Under bf16 the model can be called with bf16 copies of the fp32 weights, which autocast would
+otherwise cast in every micro-batch; the optimizer writes the copies. A copy's gradient is what
+autocast would have computed before casting it up, so the numerics are those of plain autocast.
 """
 
 import contextlib
@@ -34,28 +34,20 @@ from training.optim import AdamW, is_hidden_matrix
 from training.plan import Plan
 from training.recipes import Recipe
 
-# Steps before the capture: kernels get compiled, cuBLAS takes its workspaces, AdamW its moments.
-# They are steps of the run like any other.
+# Steps of the run before the capture, in which kernels are compiled and memory is allocated.
 NUM_WARMUP = 3
-# Of the loss under fp16, as torch.amp.GradScaler has it: halved where gradients overflow, doubled
-# after so many steps without, up to fp32's largest power of two: gradients of 0 never overflow.
+# fp16's loss scale, as in torch.amp.GradScaler: halved where gradients overflow, doubled after so
+# many steps without overflow. The limit, fp32's largest power of two, is for gradients of 0.
 FIRST_SCALE, GROWTH_STEPS, MOST_SCALE = 2.0**16, 2000, 2.0**127
 
 
 class Outcome(NamedTuple):
-    """Device values of one step, each (); read them after the next step has been queued.
+    """Device values of one step, each (); read them after the next step has been queued."""
 
-    Args:
-        loss: Mean over the step's rows, before the update.
-        grad_norm: Before clipping.
-        bad: 1 where the guard skipped the update; None without a guard.
-        asked_to_stop: Above 0 where a rank was asked to stop.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor
-    bad: Tensor | None = None
-    asked_to_stop: Tensor | None = None
+    loss: Tensor  # mean over the step's rows, before the update
+    grad_norm: Tensor  # before clipping
+    bad: Tensor | None = None  # 1 if the guard skipped the update; None without a guard
+    asked_to_stop: Tensor | None = None  # above 0 if a rank was asked to stop
 
 
 Step = Callable[[], Outcome]
@@ -66,9 +58,10 @@ class TrainStep:
 
     Args:
         model: On the plan's device.
-        optimizer: Of `configure_adamw`, for the model's parameters.
-        recipe, plan: What and how. `self.plan` has smaller micro-batches once memory ran out.
-        world: The ranks; halving is for one alone, but for memory that a capture lacks.
+        optimizer: Made by `configure_adamw` for the model.
+        recipe, plan: What to train, and how. `self.plan` has smaller micro-batches once memory
+            has run out, and no graph once a capture has failed.
+        world: The ranks. Several of them do not take smaller micro-batches, except for a capture.
         say: Receives a line when the step does not run as planned.
     """
 
@@ -91,31 +84,29 @@ class TrainStep:
         for group in optimizer.param_groups:
             group["lr"] = self.lr
         self.copies = working_copies(model) if plan.working_copies else {}
-        copies = {p: self.copies[n] for n, p in model.named_parameters() if n in self.copies}
-        self.averaging = self.asked_to_stop = None
+        parameters = dict(model.named_parameters())
+        optimizer.attach_working({parameters[name]: copy for name, copy in self.copies.items()})
+        self.averaging = self.asked_to_stop = self.overflow = self.outcome = None
         self.stop = torch.zeros((), device=device)
         self.share = torch.tensor(1 / world.size, device=device)  # of the mean over all ranks
-        optimizer.attach_working(copies)
         if world.size > 1:
             dtype = DTYPES[plan.reduce_dtype]
             self.averaging = Averaging(model.parameters(), optimizer, dtype)
             self.averaging.outside = optimizer.shard.outside = lambda work: self.cut(work)
-        self.worker = getattr(optimizer.shard, "twin", model)  # what computes the steps
+        self.worker = getattr(optimizer.shard, "twin", model)  # the module that computes
         self.worker.use(model.ops)
         self.worker.transformer.recompute = plan.recompute
         if plan.dtype != "fp16":
             optimizer.loss_scale = None
         elif optimizer.loss_scale is None:
             optimizer.loss_scale = torch.tensor([FIRST_SCALE, 0.0], device=device)
-        self.overflow: Tensor | None = None
         self.forward = self._build_forward()
         # The captured step: one graph, or several and what runs between them.
         self.graph: list[Callable[[], None]] = []
-        self.cut: Callable[[Callable[[], None]], None] = _call  # what is between, does so
+        self.cut: Callable[[Callable[[], None]], None] = _call  # runs what goes between graphs
         self.num_captures = 0
         self.stream = torch.cuda.Stream() if plan.cuda_graph else None
-        self.outcome: Outcome | None = None
-        self.warm_steps = 0  # since the start or a halving, whose shapes are new
+        self.warm_steps = 0  # since the start, or since the micro-batches were halved
 
     def run(
         self, step: Step, rows: tuple[Tensor, Tensor], lr: float, stop: bool = False
@@ -123,42 +114,44 @@ class TrainStep:
         """Take one step.
 
         Args:
-            step: `accumulate`, and what follows from it; no host read of a device value, and no
-                tensor that outlives it moves.
-            rows: The step's, and their targets, (rows, T) int64 each.
+            step: Calls `accumulate` and updates the weights. It reads no device value on the host
+                and moves no tensor that outlives it.
+            rows: Inputs and targets of the step, (rows, T) int64 each.
             lr: Learning rate of the update.
-            stop: This rank was asked to stop, which all learn in `asked_to_stop`.
+            stop: This rank was asked to stop, which all ranks learn in `asked_to_stop`.
 
         Raises:
             torch.OutOfMemoryError: not even one row fits.
         """
-        for buffer, values in zip((self.idx, self.targets), rows, strict=True):
-            buffer.copy_(values, non_blocking=True)
+        self.idx.copy_(rows[0], non_blocking=True)
+        self.targets.copy_(rows[1], non_blocking=True)
         self.lr.fill_(lr)
         self.stop.fill_(float(stop))
         self.optimizer.shard.release(self.optimizer.copies)
         if self.plan.cuda_graph and not self.graph and self.warm_steps >= NUM_WARMUP:
             self._capture(step)
-        for part in self.graph:
-            part()
-        if self.graph and self.averaging:
-            # NCCL's watchdog, which ends a rank that waits for too long, sees nothing in a graph.
-            torch.distributed.all_reduce(self.stop)
-        if not self.graph and self.stream:  # autograd remembers where a gradient was first made
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+        if self.graph:
+            for part in self.graph:
+                part()
+            if self.averaging:
+                # NCCL's watchdog ends a rank that waits too long, but cannot see into a graph.
+                torch.distributed.all_reduce(self.stop)
+        else:
+            self.warm_steps += 1
+            if self.stream:  # on the capture's stream: autograd keeps the one of the first gradient
+                self.stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.stream):
+                    self.outcome = step()
+                torch.cuda.current_stream().wait_stream(self.stream)
+            else:
                 self.outcome = step()
-            torch.cuda.current_stream().wait_stream(self.stream)
-        elif not self.graph:
-            self.outcome = step()
-        self.warm_steps += not self.graph
         assert self.outcome is not None
         return self.outcome
 
     def gather(self) -> None:
-        """Before anyone looks at the weights: all of them, where ranks share them out.
+        """Bring all weights to each rank that holds a part, before anyone looks at the model.
 
-        In memory they take the place of a captured step, which the next steps make again.
+        They need the memory of a captured step, which the next steps make again.
         """
         if self.optimizer.shard.released:
             self.graph, self.warm_steps = [], min(self.warm_steps, NUM_WARMUP - 1)
@@ -166,16 +159,16 @@ class TrainStep:
             self.optimizer.shard.gather(self.optimizer.copies)
 
     def accumulate(self) -> Tensor:
-        """Forward and backward of each micro-batch: mean gradients of the step's rows into `.grad`.
+        """Run forward and backward of each micro-batch, so that `.grad` is the mean over the step.
 
         Returns:
-            Their mean loss over all ranks, (), fp32.
+            The mean loss over the rows of all ranks, (), fp32.
         """
         while True:
             try:
                 loss = self._micro_batches()
                 self._unscale()
-                self.optimizer.make_state()  # before a weight moves, and where halving may help
+                self.optimizer.make_state()  # here, because halving makes room for it
                 return loss
             except torch.OutOfMemoryError as error:
                 capturing = self.stream is not None and torch.cuda.is_current_stream_capturing()
@@ -212,10 +205,10 @@ class TrainStep:
         return loss
 
     def _unscale(self) -> None:
-        """Take fp16's loss scale out of the gradients again, and let it fall or grow.
+        """Divide the gradients by fp16's loss scale, and let the scale fall or grow.
 
-        Gradients that overflow at this scale become 0, and `skip` has the update left out: that is
-        no bad step. Under a scale of 1 it is, and they stay as they are for the guard.
+        Gradients that overflow at a scale of 1 or more become 0, and `skip` leaves the update out;
+        this is not a bad step. Below a scale of 1 it is, and the guard sees the gradients.
         """
         if (state := self.optimizer.loss_scale) is None:
             return
@@ -232,13 +225,13 @@ class TrainStep:
         self.overflow = lost.float()
 
     def skip(self, bad: Tensor | None) -> Tensor | None:
-        """1 where the update is to be left out: for a bad step, or gradients that overflowed."""
+        """1 if the update is to be left out: for a bad step, or for gradients that overflowed."""
         if bad is None or self.overflow is None:
             return self.overflow if bad is None else bad
         return torch.maximum(bad, self.overflow)
 
     def _halve(self) -> None:
-        """Smaller physical batches of the same rows."""
+        """Take half as many rows at once, or the next smaller number that divides the step's."""
         gc.collect()
         if self.idx.is_cuda:
             torch.cuda.empty_cache()
@@ -263,7 +256,7 @@ class TrainStep:
         return forward
 
     def _capture(self, step: Step) -> None:
-        """Record the step as a graph; it is not executed. Falls back aloud, on all ranks alike."""
+        """Record the step as a graph without executing it, or say why not, on all ranks alike."""
         while True:
             self.num_captures += 1
             answers = self.world.gather(f"capture {self.num_captures}", self._record(step))
@@ -271,20 +264,19 @@ class TrainStep:
                 return
             self.graph, reason = [], failed[0]["reason"]
             if any(failure["short"] for failure in failed) and self.plan.micro_batch_size > 1:
-                self._halve()  # a graph's pool is its own: warm-up may have fitted
+                self._halve()  # the warm-up may have fitted: a graph has a memory pool of its own
                 return
-            if self.averaging and self.averaging.overlaps:
-                self.averaging.overlaps = False
-                self.say(f"cuda graph: not with the collectives ({reason}); trying all but them")
-                continue
-            if self.averaging:
-                self.averaging.overlaps = True
-            self.say(f"cuda graph: the step cannot be captured ({reason}); going on without")
-            self.plan = replace(self.plan, cuda_graph=False)
-            return
+            if not (self.averaging and self.averaging.overlaps):
+                break
+            self.averaging.overlaps = False
+            self.say(f"cuda graph: not with the collectives ({reason}); trying all but them")
+        if self.averaging:
+            self.averaging.overlaps = True
+        self.say(f"cuda graph: the step cannot be captured ({reason}); going on without")
+        self.plan = replace(self.plan, cuda_graph=False)
 
     def _record(self, step: Step) -> dict[str, Any] | None:
-        """Capture the step, or say what failed, and whether it was memory."""
+        """Capture the step. Returns what failed, if anything, and whether it was memory."""
         before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
         parts: list[Callable[[], None]] = []
         try:
@@ -293,7 +285,7 @@ class TrainStep:
                 def begin() -> None:
                     graph = torch.cuda.CUDAGraph()
                     parts.append(graph.replay)
-                    # The thread that reads ahead may pin memory meanwhile.
+                    # The thread that reads ahead may pin memory meanwhile, hence thread_local.
                     recording = torch.cuda.graph(graph, pool, self.stream, "thread_local")
                     capture.enter_context(recording)
 
@@ -309,9 +301,9 @@ class TrainStep:
             self.graph = parts
             return None
         except RuntimeError as error:
-            torch.cuda.set_stream(before)  # the context leaves it where the capture's end raises
-            # The capture's end hides what went wrong in it. Text alone: a name for the exception
-            # here would keep its frames, and with them the activations, through `_halve`.
+            torch.cuda.set_stream(before)  # torch does not do so if the end of a capture raises
+            # That error hides the one inside the capture. Keep its text alone: the exception would
+            # keep its frames alive, and with them the activations, until after `_halve`.
             reason = str(error.__context__ or error).strip().splitlines()[0]
             short = any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
         finally:
@@ -327,47 +319,48 @@ def _call(work: Callable[[], None]) -> None:
 
 
 def _abandon(pool: Any) -> None:
-    """Close the pool of a capture that failed, which torch up to 2.11 leaves open for good.
+    """Close the memory pool of a failed capture, which torch 2.11 leaves open.
 
-    Until then freed memory is not given back, running out of memory is not retried, and the default
-    generator refuses to draw.
+    While it is open, freed memory is not given back, running out of memory is not retried, and the
+    default generator refuses to draw.
     """
     device = torch.cuda.current_device()
     try:
         torch._C._cuda_endAllocateToPool(device, pool)
-    except (AttributeError, RuntimeError):  # private; or the end of the capture has closed it
+    except (AttributeError, RuntimeError):  # a torch without this function, or one that closed it
         return
     torch._C._cuda_releasePool(device, pool)
     with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        torch.zeros((), device="cuda")  # a capture that ends well frees the generator
+        torch.zeros((), device="cuda")  # a capture that succeeds frees the generator
 
 
 def autocast(plan: Plan) -> AbstractContextManager[Any]:
-    """Context of every forward of a plan, evaluation included."""
+    """Context for a forward in the plan's dtype."""
     if plan.dtype == "fp32":
         return nullcontext()
     return torch.autocast(plan.device, DTYPES[plan.dtype])
 
 
 def start_process(plan: Plan, seed: int) -> None:
-    """Seeds, launch rows, matmul precision, and on the CPU runs that repeat to the last bit."""
+    """Set seeds, launch rows and matmul precision; make CPU runs repeat to the last bit."""
     torch.manual_seed(seed)
     lay_over(plan.launches)
     if plan.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
     else:
-        # The compiled embedding backward adds its rows in any order at two threads and more.
+        # With several threads, the compiled embedding's backward adds its rows in any order.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
         keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next tensor of the process: mallopt(3).
+    """Have glibc keep freed memory for the next tensor, by mallopt(3).
 
-    It maps anything over 32 MB afresh and unmaps it when freed, so that logits and gradients fault
-    in page by page, zeroed, in every step: on two cores of a Zen 3, 44,000 faults and 6% of the CPU
-    time of a compiled step of shakespeare-cpu, 299,000 and 44% of an eager one; 16 and 3,100 kept.
+    Otherwise it unmaps anything over 32 MB when freed, and in each step logits and gradients are
+    zeroed page by page again. On two cores of a Zen 3 that is 44,000 page faults and 6% of the CPU
+    time of a compiled step of shakespeare-cpu, 299,000 and 44% of an eager one; with this, 16 and
+    3,100 faults.
     """
     m_mmap_max, m_trim_threshold = -4, -1
     with contextlib.suppress(AttributeError, OSError, TypeError):  # musl, macOS, Windows
@@ -377,10 +370,9 @@ def keep_freed_memory() -> None:
 
 
 def working_copies(model: nn.Module) -> dict[str, Tensor]:
-    """bf16 leaves for the weights autocast casts: the GEMM weights of the blocks, by name.
+    """bf16 leaves, by name, for the weights that autocast casts: the matrices of the blocks.
 
-    Not the embedding: the sum of token and position embeddings is taken in fp32, and the head's
-    cast is part of linear_cross_entropy.
+    Not for the embedding: it is read in fp32, and linear_cross_entropy casts it for the head.
     """
     return {
         name: parameter.detach().to(torch.bfloat16).requires_grad_()
