@@ -1,4 +1,4 @@
-"""What a process runs in: commit, versions, machine, and since when."""
+"""The environment of this process: commit, versions, machine and starting time."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
 
 
 def seconds_since_start() -> float:
-    """Wall time since the process began, imports included; since this import off Linux."""
+    """Wall time since the process began; on systems other than Linux, since this import."""
     try:
         # Field 22 counts from boot in clock ticks; the name in field 2 may hold spaces.
         fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -41,7 +41,7 @@ _IMPORTED = time.perf_counter()
 
 
 def git(folder: Path, *arguments: str) -> str | None:
-    """What it says, in a line or several; None where there is no git, no checkout or no answer."""
+    """The output of a git command; None without git, without a checkout or without an answer."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
@@ -52,7 +52,7 @@ def git(folder: Path, *arguments: str) -> str | None:
 
 
 def package_version(package: str) -> str | None:
-    """Its version; None where it is not installed."""
+    """Its version, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -60,7 +60,7 @@ def package_version(package: str) -> str | None:
 
 
 def assembler() -> str | None:
-    """What makes machine code of the kernels for the GPU, with its version; None without one."""
+    """The ptxas that assembles kernels for this GPU, with its version; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     new = torch.cuda.get_device_capability()[0] >= 10

@@ -1,4 +1,4 @@
-"""Bad steps found on the device, skipped, and after too many of them undone.
+"""Bad steps are found on the device and skipped; after too many of them the run goes back.
 
 A step is bad when its loss or gradient norm is not finite, or when the loss stands further above
 the median of the last accepted losses than chance allows:
@@ -6,9 +6,9 @@ the median of the last accepted losses than chance allows:
     z = 0.6745 * (loss - median) / MAD          bad if z > THRESHOLD and the window is half full
 
 with MAD the median absolute deviation; 0.6745 makes it comparable to a standard deviation
-(Iglewicz and Hoaglin 1993, who flag 3.5 for samples; one false alarm in 20,000 steps needs more).
+(Iglewicz and Hoaglin 1993, who use 3.5 for samples; one false alarm in 20,000 steps needs more).
 The verdict is a device tensor that the optimizer reads, so no step waits for the host. The host
-sees it one step late and decides about rolling back.
+sees it one step late and decides about going back.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ WINDOW = 128  # accepted losses that a new one is compared with
 THRESHOLD = 8.0  # z above which a loss is a spike
 PATIENCE = 3  # bad steps in a row before the run rolls back
 MAX_ROLLBACKS = 3  # before it gives up
-# Relative floor of the MAD: the losses of a converged run differ by less than a spike matters.
+# Relative floor of the MAD, because the losses of a converged run hardly differ.
 _MAD_FLOOR = 0.01
 _ROWS = Must(
     f"the rows of at most {PATIENCE} bad steps",
@@ -32,46 +32,46 @@ _ROWS = Must(
 
 
 def _nanmedian(x: Tensor) -> Tensor:
-    """() of (N,): as `x.nanmedian()`, whose CUDA kernel reads a count on the host in some releases.
+    """`x.nanmedian()` of (N,) without reading a value on the host, as some releases of torch do.
 
-    Such a read waits for the step, and no CUDA graph can hold it.
+    A CUDA graph cannot hold such a read.
     """
-    middle = ((~x.isnan()).sum() - 1).clamp_min(0) // 2  # of two the lower; NaN sorts last
+    middle = ((~x.isnan()).sum() - 1).clamp_min(0) // 2  # the lower of two; NaN sorts last
     return x.sort().values.gather(0, middle[None])[0]
 
 
 @dataclass
 class Counts:
-    """What the host counts; a checkpoint holds it as JSON."""
+    """What the host counts; part of a checkpoint's JSON."""
 
     in_a_row: Annotated[int, count(PATIENCE)] = 0
     skipped: int = 0
     rollbacks: Annotated[int, count(MAX_ROLLBACKS)] = 0
-    # Rows drawn after each bad step of the row.
+    # How many rows had been drawn after each of the bad steps in a row.
     positions: Annotated[list[int], _ROWS] = field(default_factory=list)
 
 
 class Guard(Counts):
-    """The window on the device and the counters on the host."""
+    """Judges the steps of a run: a window of losses on the device, counters on the host."""
 
     def __init__(self, device: torch.device | str, window: int = WINDOW):
         super().__init__()
-        # (window,), fp32, accepted losses, oldest overwritten; (), int64, how many there were.
+        # Accepted losses, (window,), fp32, the oldest overwritten; and their number, (), int64.
         self.losses = torch.full((window,), float("nan"), device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether a step of this mean loss and gradient norm, each (), is bad; inside the step.
+        """Whether a step with this mean loss and gradient norm, each (), is bad; part of the step.
 
         Returns:
-            (), fp32, 1 for a bad step and 0 otherwise: what fused AdamW takes as `found_inf`.
+            (), fp32, 1 for a bad step and 0 otherwise, as fused AdamW takes `found_inf`.
         """
         loss, window = loss.detach().float(), len(self.losses)
         median = _nanmedian(self.losses)
         mad = _nanmedian((self.losses - median).abs())
         z = 0.6745 * (loss - median) / mad.clamp_min(_MAD_FLOOR * median.abs())
-        # NaN compares false: an empty window never calls a spike.
+        # An empty window gives NaN, which compares false.
         spike = (z > THRESHOLD) & (self.count >= (window + 1) // 2)
         bad = spike | ~loss.isfinite() | ~grad_norm.isfinite()
         slot = torch.arange(window, device=self.losses.device)
@@ -81,7 +81,7 @@ class Guard(Counts):
         return bad.float()
 
     def observe(self, bad: bool, position: int) -> str:
-        """Count one step on the host, from the late value of `judge` and the rows drawn after it.
+        """Count a step on the host: the value of `judge`, and the rows drawn up to and with it.
 
         Returns:
             "ok", "skipped", "rollback" (patience is used up) or "give_up" (so are the rollbacks).
@@ -97,5 +97,5 @@ class Guard(Counts):
         return "rollback" if self.rollbacks < MAX_ROLLBACKS else "give_up"
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the device."""
+        """The device's part of a checkpoint."""
         return {"losses": self.losses, "count": self.count}

@@ -1,32 +1,32 @@
-"""Device memory of one training step, counted from what the ops save and what their code creates.
+"""Device memory of one training step, counted from what the ops save and allocate.
 
 Bytes, with M = rows * T tokens of a micro-batch, C, H, L, Vp as in the model, e the bytes of an
 activation (4 in fp32, 2 in bf16) and r those of the residual stream (4 unless it is bf16 too).
 
-Alive through the step: 4 bytes of master weight and 8 of AdamW moments a parameter, padding rows
-included; with working copies 2 more for each of the blocks' matrices. Ranks that share these out
-have a part of the moments each, and of the masters that a copy stands for. Where they share out the
-matrices altogether, two blocks' are whole at a time, with one's gradients. Gradients, 4 bytes a
-parameter, come as the backward of the first micro-batch goes; those of working copies are bf16 in a
-step of one micro-batch, and in a longer one are folded into fp32 after each.
+Alive through the step: for each parameter, padding rows included, 4 bytes of master weight and 8 of
+AdamW's moments; with working copies 2 more for the blocks' matrices. With `shard` "optimizer" a
+rank has a part of the moments, and of the masters that have a copy. With "full" it also has a part
+of the matrices alone, and two blocks' matrices are whole at a time, with one block's gradients.
+Gradients take 4 bytes a parameter. They appear during the first backward; those of working copies
+are bf16, and are added into fp32 ones after each micro-batch if a step has several.
 
 Saved for backward, per layer:
 
     c_attn              y of ln_1                  e M C
-    causal_attention    qkv, its output, lse       e 3 M C + e M C + 4 M H     (c_proj's input too;
+    causal_attention    qkv, its output, lse       e 3 M C + e M C + 4 M H     (also c_proj's input;
                         PyTorch, bf16 on a CPU: probabilities, e M H T, not lse)
     add_layer_norm      sum of the residual        r M C + 8 M   (twice a layer)
     gelu_mlp            x, and two of width 4C     e M C + 2 * e 4 M C     (eager h, g; triton g, d)
-    bf16                casts of the 4 matrices    2 * 12 C^2          (unless they are kept copies)
+    bf16                casts of the 4 matrices    2 * 12 C^2          (unless there are copies)
 
-With `recompute` a block keeps its two inputs alone, e M C + r M C, and all of the above exists for
-one block at a time, in the backward.
+With `recompute` a block keeps only its two inputs, e M C + r M C; all of the above exists for one
+block at a time, in the backward.
 
 And once: ids 8 M, the first norm's input and statistics, and what linear_cross_entropy computes
-ahead of its backward, dx (e M C) and dweight (4 Vp C). Dropout adds a mask byte an element, as on
-CUDA. A compiled model saves the same: there is no matmul-free way back to these tensors.
+ahead of its backward, dx (e M C) and dweight (4 Vp C). Dropout adds a mask of a byte per element,
+as on CUDA. A compiled model saves the same.
 
-The peak is at one of these moments; `MemoryEstimate.moments` has them with what they add:
+The peak is at one of these moments, the keys of `MemoryEstimate.moments`:
 
     loss      a chunk of logits in e: of 1024 rows eager, larger triton; and eager dweight once more
     turn      the loss's backward scales dx and dweight: both exist twice
@@ -35,11 +35,11 @@ The peak is at one of these moments; `MemoryEstimate.moments` has them with what
     bottom    the embedding's gradient three times: the head's, the table's and their sum; where
               the op is ours twice, the head's and what it is added into
     update    all gradients in fp32, which is what torch's clipping wants
-    gather    of several ranks: before an evaluation or a checkpoint, the weights that others have
+    gather    on several ranks, before an evaluation or a checkpoint: the weights of other ranks
 
-Gradients are part of the first three moments only where an earlier micro-batch left some. What the
-allocator rounds and fragments, the CUDA context (0.5 GB) and cuBLAS's workspace are not counted:
-leave room for them in the budget.
+The first three include gradients only if an earlier micro-batch left some. Not counted, so leave
+room for them: what the allocator rounds and fragments, the CUDA context (0.5 GB) and cuBLAS's
+workspace.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -53,17 +53,17 @@ if TYPE_CHECKING:
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes of one step on one rank; `moments` are beside weights, optimizer and working."""
+    """Bytes of one step on one rank."""
 
     weights: int  # fp32 masters, padding rows included
     optimizer: int  # AdamW's two moments, fp32
-    working: int  # what lives from step to step in bf16
+    working: int  # bf16 copies of weights
     activations: int  # saved for backward by one micro-batch
-    moments: dict[str, int]
+    moments: dict[str, int]  # at each moment, beside weights, optimizer and working
 
     @property
     def total(self) -> int:
-        """Peak bytes: not the sum, because gradients and activations take turns."""
+        """Peak bytes. This is less than a sum: gradients and activations take turns."""
         return self.weights + self.optimizer + self.working + max(self.moments.values())
 
 
@@ -87,14 +87,14 @@ def estimate(config: GPTConfig, T: int, plan: "Plan", ranks: int = 1) -> MemoryE
         once, layer = once + M * C, layer + 2 * M * C  # masks
     if plan.dtype != "fp32" and not working and not full:
         layer += 2 * matrices // L  # casts
-    # A block's inputs; the first one's residual is the first norm's input.
+    # A block's two inputs, but the first block's residual is the first norm's input.
     kept = L * (e + r) * M * C - r * M * C
     activations = once + (kept if plan.recompute else L * layer)
     again = layer if plan.recompute else 0
 
     loss = e * M * C + (head // 2 if plan.dtype != "fp32" else 0)
     if backends["linear_cross_entropy"] == "triton":
-        from kernels.linear_cross_entropy import chunk_rows  # needs triton, as these ops do
+        from kernels.linear_cross_entropy import chunk_rows  # needs triton
 
         loss += e * chunk_rows(M, config.padded_vocab_size, e) * config.padded_vocab_size
     else:
@@ -102,7 +102,7 @@ def estimate(config: GPTConfig, T: int, plan: "Plan", ranks: int = 1) -> MemoryE
         loss += e * R * config.padded_vocab_size  # dz takes the place of z
         whole_model = plan.compile and plan.compile_scope == "model"
         if whole_model or backends["linear_cross_entropy"] == "compiled":
-            loss += head if M > R else 0  # chunks are added up out of place
+            loss += head if M > R else 0  # compiled code adds chunks up out of place
         elif plan.dtype != "fp32":
             loss += head // 2  # a product on its way into the sum
     whole = weights = 4 * num_parameters

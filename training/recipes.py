@@ -19,12 +19,11 @@ Order = Literal["sequential", "shuffled"]
 Keep = Literal["best", "last"]
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 MAX = 1e30  # the optimizer computes in fp32, which ends at 3e38
-# The least and the most of each field: what a checkpoint may hold, and a generator take. With a
-# smaller eps a weight without a gradient would become 0 / 0.
 _AMOUNTS = ("max_lr", "min_lr", "epochs", "weight_decay", "grad_clip", "target_loss")
+# Least and largest value of a field.
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_AMOUNTS, (0, MAX)),
-    "eps": (1e-30, MAX),
+    "eps": (1e-30, MAX),  # with 0 a weight without a gradient would become 0 / 0
     **dict.fromkeys(("warmup_steps", "horizon_steps", "patience"), (0, MOST)),
     **dict.fromkeys(("max_steps", "batch_size", "block_size", "grad_accum_steps"), (1, MOST)),
     "seed": (0, 2**63),
@@ -56,10 +55,10 @@ def parse_model(spec: str) -> GPTConfig:
 
 
 def spell_model(config: GPTConfig) -> str:
-    """What `parse_model` reads as `config`: a size, or the first with all that differs.
+    """The words that `parse_model` reads as `config`.
 
     Raises:
-        ValueError: it differs in what a recipe cannot change, as in the vocabulary.
+        ValueError: a recipe cannot say it, for example because of its vocabulary.
     """
     values, default = asdict(config), asdict(GPTConfig())
     for name in values.keys() - _CHANGEABLE.keys():
@@ -81,11 +80,7 @@ def _nearest(name: str, names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained.
-
-    Raises:
-        ValueError: a field is out of range; the message names it, its value and the bound.
-    """
+    """What is trained. Raises ValueError, with value and bound, for a field out of range."""
 
     model: str = "124m"
     """Model size, or a size with changes: small,n_embd=320,n_layer=4."""
@@ -176,7 +171,7 @@ class Recipe:
         return self.rows_per_step * self.block_size
 
     def reading(self, num_tokens: int) -> "Recipe":
-        """This recipe with the steps that its epochs are of a text of so many tokens."""
+        """This recipe with `max_steps` computed from `epochs`, for a text of so many tokens."""
         if not self.epochs:
             return self
         rows = (num_tokens - 1) // self.block_size
@@ -201,21 +196,21 @@ class Recipe:
 
     @property
     def decay_steps(self) -> int:
-        """Last steps before the horizon, in which wsd falls."""
+        """Number of steps before the horizon in which wsd falls."""
         return max(1, round(self.decay_fraction * (self.horizon_steps or self.max_steps)))
 
     def cooled_down_from(self, step: int) -> "Recipe":
-        """This wsd recipe with its decay begun at `step`, and its share of all steps the same."""
+        """This wsd recipe with its decay begun at `step` and as long a share of all steps."""
         share = self.decay_fraction
         steps = step + max(1, round(step * share / (1.0 - share)))
         return replace(self, max_steps=steps, horizon_steps=0, epochs=0.0)
 
 
-FINETUNE = "finetune"  # of a run that starts from weights
+FINETUNE = "finetune"  # the preset for a run that starts from given weights
 
 PRESETS: dict[str, Recipe] = {
-    # A plain-PyTorch run that memorises tiny Shakespeare. Its table prints 6.00e-04 at step 4175,
-    # so its cosine ran over at least 164,874 steps; 200,000 is taken. It stopped by its loss.
+    # A published run in plain PyTorch that memorises tiny Shakespeare. Its table prints a learning
+    # rate of 6.00e-04 at step 4175, so its cosine ran over at least 164,874 steps.
     "shakespeare-124m": Recipe(
         model="124m",
         warmup_steps=1000,
@@ -230,9 +225,8 @@ PRESETS: dict[str, Recipe] = {
         guard=False,
     ),
     # 589k tokens, 1.9 epochs of tiny Shakespeare; bench/LOG.md has the search. Muon gains most,
-    # then its rate. Of the vocabulary 38,500 ids never occur: eps keeps AdamW from pushing them all
-    # the same way at full rate. The width is what AVX2 has time for; dropout and twice the decay
-    # cost.
+    # then its learning rate. 38,500 ids of the vocabulary never occur: the large eps keeps AdamW
+    # from pushing them all the same way at full rate. The width suits the speed of AVX2.
     "shakespeare-cpu": Recipe(
         model="tiny,n_layer=2,n_embd=160,n_head=5",
         max_lr=6e-3,
@@ -257,8 +251,7 @@ PRESETS: dict[str, Recipe] = {
         grad_accum_steps=8,
         val_fraction=0.01,
     ),
-    # The rate that fine-tuning of GPT-2 commonly takes, a tenth of what training it takes. Single
-    # rows, of which as many as fit are put together on a GPU; validation decides when it is over.
+    # A tenth of the learning rate of training, as is common for fine-tuning GPT-2.
     FINETUNE: Recipe(
         model="124m,dropout=0.1",
         max_lr=5e-5,
@@ -282,7 +275,6 @@ PRESETS: dict[str, Recipe] = {
     ),
 }
 
-# What each is for, on a line.
 ABOUT = {
     "shakespeare-cpu": "a small GPT-2 on a text, 2 to 5 minutes on 2 cores; the default on a CPU",
     "shakespeare-124m": "GPT-2 124M until it knows tiny Shakespeare by heart; the default on a GPU",
@@ -291,7 +283,7 @@ ABOUT = {
     "smoke": "20 steps of a toy, to try a flag",
 }
 
-# (step, loss) of the published run of the recipe shakespeare-124m, which is drawn beside ours.
+# (step, loss) of the published run of shakespeare-124m, which is drawn beside ours.
 PUBLISHED_LOSS = [
     *[(0, 10.97), (100, 6.61), (500, 3.62), (1000, 2.47), (1500, 0.71)],
     *[(2000, 0.24), (2500, 0.17), (3000, 0.15), (4000, 0.12), (4175, 0.082)],

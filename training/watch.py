@@ -1,7 +1,7 @@
-"""What the late values of the steps done mean for the next one: go on, stop, be done, go back.
+"""What the values of finished steps lead to: go on, stop, be done, go back.
 
-A step's values are read after the next has been queued (training/metrics.py), so what is decided
-here comes one step late, and on all ranks at the same step.
+A step's values are read after the next step has been queued (training/metrics.py), so a decision
+comes one step late, and on all ranks at the same step.
 """
 
 from training.guard import Guard
@@ -11,15 +11,15 @@ from training.signals import StopRequest
 
 
 class Watch:
-    """Reads the log's records in order and keeps what follows from them.
+    """Reads the log's records in order and decides.
 
     Args:
         log: Gives the records, and takes the guard's verdicts as events.
-        guard: None where every step counts, and one that is not finite ends the run.
-        stop: Of this process.
-        target_loss: A training loss below it is the end; 0 is off.
-        alone: There are no other ranks. With others a stop request travels with the loss, so that
-            all leave at the same step.
+        guard: Without one, a loss that is not finite ends the run.
+        stop: The stop request of this process.
+        target_loss: The run is done after a training loss below it; 0 is off.
+        alone: There are no other ranks. Otherwise stop requests travel with the loss, so that all
+            ranks leave at the same step.
     """
 
     def __init__(
@@ -27,14 +27,14 @@ class Watch:
     ):
         self.log, self.guard, self.stop = log, guard, stop
         self.target_loss, self.alone = target_loss, alone
-        self.stopping = bool(stop)  # the run is to save and leave
-        self.reached: int | None = None  # first step whose loss was below the target
+        self.stopping = bool(stop)  # the run must save and leave
+        self.reached: int | None = None  # first step with a loss below the target
 
     def catch_up(self, wait: bool) -> str | None:
-        """Read what is known of the steps done; with `wait` of the newest too, which may still run.
+        """Read the records of finished steps; with `wait` also of the one that still runs.
 
         Returns:
-            "rollback" or "give_up" where the guard says so; the caller goes back then.
+            "rollback" or "give_up" if the guard says so, and the caller must go back; else None.
 
         Raises:
             RunFailed: a loss or gradient norm is not finite and there is no guard.
@@ -52,8 +52,8 @@ class Watch:
                 self.reached = record.step
             action = self.guard.observe(record.bad, record.position) if self.guard else "ok"
             if action != "ok":
-                late = {"loss": record.loss, "grad_norm": record.grad_norm}
-                self.log.event(action, step=record.step, **late)
+                values = {"loss": record.loss, "grad_norm": record.grad_norm}
+                self.log.event(action, step=record.step, **values)
             if action in ("rollback", "give_up"):
                 return action
         return None
