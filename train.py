@@ -192,7 +192,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 save |= progress.best == progress.step and cfg.saves
                 done |= 0 < recipe.patience <= progress.stale
             if save or watch.stopping or (done and saves_at_end):
-                save_checkpoint()
+                save_checkpoint()  # before scores and samples, which a resumed run makes again
             if watch.stopping:
                 writer.finish()
                 world.barrier()
