@@ -82,12 +82,12 @@ class Averaging:
         assert len(self.sent) == len(self.matrices), "a matrix without a gradient"
         gradients = [p.grad for p in self.vectors if p.grad is not None]
         flat = torch.cat([*(gradient.flatten() for gradient in gradients), values])
-        late = [flat] if self.overlaps else [*(sum for _, sum in self.sent), flat]
-        self.outside(lambda: wait(dist.all_reduce(sum, async_op=True) for sum in late))
+        late = [flat] if self.overlaps else [*(total for _, total in self.sent), flat]
+        self.outside(lambda: wait(dist.all_reduce(total, async_op=True) for total in late))
         wait(self.under_way)
-        parts = flat.split([gradient.numel() for gradient in gradients] + [len(values)])
-        pairs = [(g, part.view_as(g)) for g, part in zip(gradients, parts, strict=False)]
-        pairs += [(g, sum) for g, sum in self.sent if sum is not g]
-        torch._foreach_copy_([g for g, _ in pairs], [sum for _, sum in pairs])
+        *parts, sums = flat.split([gradient.numel() for gradient in gradients] + [len(values)])
+        pairs = [(g, part.view_as(g)) for g, part in zip(gradients, parts, strict=True)]
+        pairs += [(g, total) for g, total in self.sent if total is not g]
+        torch._foreach_copy_([g for g, _ in pairs], [total for _, total in pairs])
         self.begin(last=False)
-        return parts[-1]
+        return sums
