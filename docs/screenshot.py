@@ -1,4 +1,4 @@
-"""The picture of the demo's page that stands in the README, in headless Chromium.
+"""Makes the README's picture of the demo page, with headless Chromium.
 
 python -m docs.screenshot runs/shakespeare-cpu docs/demo.png
 """
@@ -7,7 +7,7 @@ import shutil
 import sys
 from typing import Any
 
-# As root there is no sandbox; the rest keeps a fresh profile from calling home.
+# Root has no sandbox. The other flags stop requests to Google.
 FLAGS = (
     "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
     "disable-component-update disable-sync"
@@ -15,11 +15,7 @@ FLAGS = (
 
 
 def start_chromium(playwright: Any) -> Any:
-    """The system's Chromium; playwright brings none.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Start the system's Chromium, since playwright brings none; FileNotFoundError without one."""
     found = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
     path = next(found, None)
     if path is None:
@@ -47,7 +43,7 @@ def take(model: str, out: str) -> None:
         page.locator("#prompt textarea").fill("ROMEO:\n")
         page.locator("#go").click()
         page.locator("#status .done").wait_for(timeout=300_000)
-        page.wait_for_timeout(1000)  # a border fades
+        page.wait_for_timeout(1000)  # until a border has faded
         page.screenshot(path=out)
 
 

@@ -1,4 +1,4 @@
-"""A picture of what a command prints; the middle of a long output is left out.
+"""Makes a picture of what a command prints, without the middle of a long output.
 
 make train | python -m docs.terminal "make train" docs/train.svg
 """

@@ -1,4 +1,4 @@
-"""The bench measures what it says: timer, floors, baseline, gate of an op, profile, commands."""
+"""Cases, baseline, check of an op before it is timed, profile, generation, command lines."""
 
 import importlib
 import json
@@ -94,7 +94,7 @@ def test_wrong_or_unchecked_numerics_hide_the_speed(monkeypatch):
             ops, "parse_ops", lambda spec, f=layer_norm: replace(EAGER, layer_norm=f)
         )
         rows, _ = ops.measure("layer_norm", TINY, torch.float32, "both", CPU, **how)
-        assert {*rows} == {"eager", "ours"}  # who has no such op has no row
+        assert {*rows} == {"eager", "ours"}  # a provider without this op has no row
         assert doubt in rows["ours"].doubt
         assert bool(rows["ours"].doubt) == bool(doubt)
         text = tables.ops_table([*rows.values()])
@@ -147,7 +147,7 @@ def test_generation_is_timed(capsys):
 
 @pytest.mark.filterwarnings("ignore:Not saving anything")
 def test_ops_are_written_as_they_come_and_ours_in_doubt_fails(monkeypatch, tmp_path, capsys):
-    """The plugin that pytest-benchmark runs; what is measured is made up here."""
+    """The job that pytest-benchmark runs, with made-up measurements."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr(record, "limits", lambda device: {"copy_gbs": 1.0})
     doubt: dict[str, str] = {}
@@ -166,7 +166,7 @@ def test_ops_are_written_as_they_come_and_ours_in_doubt_fails(monkeypatch, tmp_p
     job = ops.Job([*argv, f"--benchmark-storage=file://{tmp_path}/kept"])
     results = record.open_result(CPU, tmp_path, commit="c" * 40)
     assert job.run(results) == 0
-    assert written == [0, 2, 4]  # once for both providers, of three modes
+    assert written == [0, 2, 4]  # one call for both providers, in each of three modes
     assert "| layer_norm |    1.5 ! |   1.5 ! |" in capsys.readouterr().out
     doubt["ours"] = RED = "wrong"
     assert job.run(results) == 1
@@ -175,13 +175,16 @@ def test_ops_are_written_as_they_come_and_ours_in_doubt_fails(monkeypatch, tmp_p
     assert "layer_norm ours: not shown: wrong" in capsys.readouterr().out
     job.options.minutes = -1.0
     assert job.run(results) == 0
-    assert len(written) == 6  # nothing begins after its time
+    assert len(written) == 6  # nothing starts when the time is up
 
 
 @pytest.mark.slow  # imports torch again and measures the machine's limits
 def test_pytest_benchmark_keeps_and_compares_the_measured_samples(tmp_path):
     """`make bench OP=layer_norm` end to end, on a tiny shape."""
-    unset = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")  # no worker may measure
+    unset = (
+        "TRITON_INTERPRET",
+        "PYTEST_XDIST_WORKER",
+    )  # pytest-benchmark does not measure in a worker
     env = {k: v for k, v in os.environ.items() if k not in unset}
     command = [sys.executable, "-m", "bench.ops", "--op", "layer_norm", "--shape", "b1t8"]
     command += ["--seconds", "0.2", "--provider", "eager", "--provider", "ours"]
@@ -204,7 +207,7 @@ def test_pytest_benchmark_keeps_and_compares_the_measured_samples(tmp_path):
         assert entry["stats"]["rounds"] == row.rounds
 
 
-# Every command with what it cannot take; an empty list is what needs a GPU.
+# Wrong arguments of every command, and a part of the answer.
 HUGE = "b999999t999999"
 EPYC = "bench/results/amd-epyc-2-cores-60eee570.json"
 WRONG = [

@@ -1,4 +1,4 @@
-"""What the bench does on a GPU, run to its end on a pretended one; see tests/pretend_cuda.py."""
+"""What the bench does on a GPU, on a pretended one; see tests/pretend_cuda.py."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +51,7 @@ def test_every_provider_of_every_op_has_a_row(op: str, pretended: Pretended) -> 
         assert (row.timed, row.peak_gib) == ("graph", 1.0)
         assert row.ms > 0
         assert {*row.over} == {"eager", "compile"} - {name}
-    assert "liger" not in rows or rows["liger"].doubt  # its kernels are not for the interpreter
+    assert "liger" not in rows or rows["liger"].doubt  # the interpreter cannot run its kernels
     assert bool(rows["compile"].backend) == (op == "causal_attention")
 
 
@@ -76,7 +76,7 @@ def test_one_provider_s_failure_leaves_the_others(
         )
         return measure("layer_norm", "fwd")
 
-    for first in (1, 5):  # when its calls are made, and when they are captured
+    for first in (1, 5):  # while calls are made, and while they are captured
         rows = measure_with(AssertionError("no such layout\nat line 5"), first)
         assert rows["eager"].doubt == "AssertionError: no such layout"
         assert rows["ours"].over["compile"] > 0
@@ -129,7 +129,7 @@ def test_a_contestant_that_fails_is_a_row(known: dict[str, contestants.Build]) -
         row.provider: row for row in step.measure_cuda(names, SETUP, CUDA, 0.0)
     }
     assert rows["compile bf16"].doubt == "AssertionError: inductor: no"
-    # Nothing came before it that it could agree with; what was measured is in the file.
+    # There is nothing to compare them with; the file keeps what was measured.
     assert rows["ours bf16"].doubt == rows["eager bf16"].doubt == step.NO_REFERENCE
     assert rows["ours bf16"].ms > 0
     text = step_table([*rows.values()])

@@ -1,4 +1,4 @@
-"""Result files, and tables, figures and README from them; the GPU parts from one made up here."""
+"""Result files, and the tables, plots and README blocks made of them; GPU results are made up."""
 
 import math
 import re
@@ -17,7 +17,7 @@ from training.recipes import PUBLISHED_LOSS
 
 CPU = torch.device("cpu")
 RED = "gradient norm 9.0000, reference 4.2000, tolerance 0.21"
-SECRET = 87654.3  # ms that a row in doubt has: neither it nor its tokens/s may stand anywhere
+SECRET = 87654.3  # ms of rows in doubt: neither it nor its tokens/s may be shown
 RIVALS = {"eager": 1.0, "compile": 1 / 1.13}
 OURS: Any = {**LARGE, "provider": "ours bf16"}
 ON = "aaaaaaaa"  # the commit of `cuda_result`
@@ -93,7 +93,7 @@ def checks(check: str = "numerics bf16", **doubts: str) -> list[CheckRow]:
 def cuda_result(
     date: str = "2027-01-02 10:00 UTC", commit: str = "a" * 40, name: str = "H200", **sections: Any
 ) -> Result:
-    """A result of a GPU with every section and shape of row."""
+    """A GPU's result with every section and kind of row."""
     twins = (("compile bf16", 30.0), ("ours bf16", 25.0))
     step = [
         step_row("compile bf16", 120.0, over={"compile bf16": 1.0}),
@@ -155,7 +155,7 @@ def test_every_section_says_what_a_gpu_measured():
     for heading, block in sections.items():
         assert heading == "Plots" or ON in block  # where its figures come from
         for lines in re.findall(r"(?:^\|.*\n?)+", block, re.MULTILINE):
-            # A text of others can make no cell of its own.
+            # Text from elsewhere cannot add a cell.
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines.splitlines()}) == 1
     assert "\n\n\n" not in text
     assert f"\n- NVIDIA H200, {ON}: driver 570.1, torch 2.13.0+cu130" in text
@@ -203,7 +203,7 @@ def test_evidence_is_the_newest_of_each_thing_that_was_checked():
     text = report.evidence_block([old, new])
     assert re.search(rf"numerics bf16 +\| +2 of 5 hold \| +{ON}, bbbbbbbb \|", text)
     assert re.search(r"tests +\| +1 of 1 hold: 3 passed in 40 s \| +bbbbbbbb \|", text)
-    # A line for an op and a commit, however much of it does not hold.
+    # One line for an op and a commit, however many of its checks fail.
     assert [line for line in text.splitlines() if line.startswith("RED")] == [
         f"RED numerics bf16 op x: {RED}, {ON} (and 1 more of it)",
         f"RED numerics bf16 op z: {RED}, bbbbbbbb",
@@ -223,8 +223,8 @@ def test_limits_hold_ours_beside_the_baseline():
     ]
 
 
-# Goal, section, row, field, the last figure that meets it and the first that does not, and how that
-# one reads: rounded against us.
+# Goal, section, row, field, a value that just meets the goal, one that just does not, and how the
+# latter is printed: rounded against us.
 SEED: Any = {"provider": "ours bf16", **report.SEED}
 OVER = "compile bf16"
 BOUNDS = [
@@ -248,7 +248,7 @@ def test_goals_turn_at_their_bounds(goal, section, want, name, good, bad, reads)
     assert goals(result)[goal] == [reads, ON, "short"]
     change(result, section, want, doubt=RED)
     assert goals(result)[goal] == ["not shown: in doubt", ON, "open"]
-    # Doubt about the newest is not made up for by an older figure; a row that is missing is.
+    # An older figure does not replace a newer one that is in doubt, only one that is missing.
     older = cuda_result(commit="b" * 40)
     assert goals(older, result)[goal][0] == "not shown: in doubt"
     result.sections[section] = [r for r in result.rows(section) if not r.has(**want)]
@@ -262,11 +262,11 @@ def test_goals_take_what_else_there_is_and_need_what_belongs_to_it():
     result = cuda_result()
     change(result, "seed", {"cache": "warm"}, reached=False)
     assert goals(result)[3] == ["not reached", ON, "short"]
-    assert goals(result)[7][2] == "met"  # its first step was taken all the same
+    assert goals(result)[7][2] == "met"  # the time to its first step counts all the same
     result.sections["seed"] = [replace(r, text="this project's source") for r in seeds()]
     assert goals(result)[3] == ["", "", "open"]
     assert drawn("curve-gpu", result) == []
-    # A failure stands under its own key, in front of what was measured again.
+    # A failure has another key, so it stays in front of the new measurement.
     failed = replace(seeds()[1], plan="not said", doubt="exit 1")
     result.sections["seed"] = [failed, replace(seeds()[1], seconds=59.0)]
     assert goals(result)[3][0] == "59.0 s"
@@ -293,7 +293,7 @@ def test_without_a_gpu_one_line_and_open_goals():
     goals = report.goals_block([result])
     assert goals.count("|  open |") == goals.count("open") == len(report.GOALS)
     assert "measured" not in goals
-    # A first call without steps: then the line would be wrong.
+    # The result of a GPU that timed no steps does not change this.
     checked = cuda_result(step=[], ops=[], ablation=[])
     assert report.step_block([checked], "cuda") == report.NO_GPU_STEP
 
@@ -348,7 +348,7 @@ def test_figures_leave_out_what_is_in_doubt():
     axes = figures.draw_curve(result, [curve])
     lines = {line.get_label(): len(line.get_xdata()) for line in axes.lines}  # type: ignore[arg-type]
     assert lines["published run"] == len([step for step, _ in PUBLISHED_LOSS if step < 3600])
-    # Whichever was measured last, the size of the goals is drawn.
+    # The size of the goals is drawn, whichever was measured last.
     result.sections["step"].reverse()
     assert drawn("step-gpu", result)[0].shape == "B=64 T=1024"
     change(result, "seed", {"cache": "warm"}, doubt=RED)
@@ -386,7 +386,7 @@ def test_files_of_several_calls_count_as_one(tmp_path):
         Result(whole.about | about, sections, tmp_path / name).write()
 
     step = cuda_result().rows("step")
-    # Later is by date, whatever the names.
+    # The date says which is later, not the name.
     part("b.json", 10, {"step": step[:2], "checks": checks()}, command="python a")
     later = [replace(step[1], ms=99.0), step[2]]
     part("a.json", 11, {"step": later}, command="python b", dirty=None)
@@ -426,7 +426,7 @@ def test_report_fills_blocks_and_nothing_else():
 
 
 def test_what_the_report_writes_is_no_uncommitted_change(tmp_path, monkeypatch):
-    """Else all that is measured after `make report` is marked as of changed code."""
+    """Otherwise all results after `make report` would be marked as made by changed code."""
     monkeypatch.setattr(record, "ROOT", tmp_path)
     written = ["README.md", "docs/results.md", "bench/plots/x.svg", "bench/results/x.json"]
     for name in ("train.py", *written):

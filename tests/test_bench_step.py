@@ -1,4 +1,4 @@
-"""Whole steps: who is held against whom, who takes turns with whom, and what memory allows."""
+"""Whole steps: which contestants are compared, which take turns, and what memory allows."""
 
 import os
 from dataclasses import replace
@@ -26,7 +26,7 @@ RIGHT = replace(RIGHT, tokens=SETUP.tokens)
 
 
 class Machine:
-    """Contestants that only say how long they take, on a machine of so many bytes."""
+    """Contestants that only report a time, on a machine with `total_gib` of memory."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, total_gib: float, seconds: float = 0.0):
         self.total, self.seconds = total_gib * GIB, seconds
@@ -77,7 +77,7 @@ def rivals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_takes_turns_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, 5)  # of 2 GiB each, and 1.15 times as much for one more
+    machine = Machine(monkeypatch, 5)  # each takes 2 GiB, and one more needs 1.15 times that
     rows = machine.measure("abcd")
     assert machine.events == [
         *("+a", "row a", "+b", "-b", "row b", "+c", "-c", "row c", "+d", "-d", "row d", "-a")

@@ -1,4 +1,4 @@
-"""The model of a step: it has every part, adds them up, and stands beside what was measured."""
+"""The prediction of a step: it has every part, adds them up, and is near what was measured."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def test_every_part_is_there_and_the_step_is_their_sum() -> None:
 
 
 def test_it_stands_beside_what_an_h100_took() -> None:
-    """And no part is off by more than a sixth there, though nothing is fitted."""
+    """No part is off by more than a sixth, though nothing is fitted."""
     found = {line[0]: line for line in budget.lines("H100", LARGE, {})}
     assert found["step"][8] == "122.1"
     compared = [line for line in found.values() if line[8]]
@@ -35,7 +35,7 @@ def test_it_stands_beside_what_an_h100_took() -> None:
 
 
 def test_a_card_without_results_has_its_data_sheet() -> None:
-    assert len(PAPER) == 9  # that the documentation speaks of
+    assert len(PAPER) == 9  # as docs/performance.md says
     for card in PAPER.keys() - {"H100"}:
         assert "of the data sheet" in budget.rates_of(card)[1]
         assert not any(line[8] for line in budget.lines(card, Shape(16, 64), {}))

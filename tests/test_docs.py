@@ -1,4 +1,4 @@
-"""What the pages in docs/ quote and show is there: code, files, figures."""
+"""The code, files and figures that the pages in docs/ quote exist."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ QUOTES = QUOTE.findall((ROOT / "docs/kernels.md").read_text())
 
 
 def source_of(path: str, name: str) -> str:
-    """The function `name` of a file, one line."""
+    """The source of the function `name`, as one line."""
     text = (ROOT / path).read_text()
     [found] = [
         node
@@ -27,7 +27,7 @@ def source_of(path: str, name: str) -> str:
 
 @pytest.mark.parametrize(("path", "name", "code"), QUOTES, ids=[name for _, name, _ in QUOTES])
 def test_quoted_code_is_the_kernels(path, name, code):
-    """In this order, with no change: a page must not teach what the kernel no longer does."""
+    """Unchanged and in this order: a page must not teach what the kernel no longer does."""
     source = source_of(path, name)
     for part in code.split("...\n"):
         quoted = " ".join(part.split())

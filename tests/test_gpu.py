@@ -1,4 +1,4 @@
-"""bench.gpu: its commands exist and are understood, its processes are real, its verdicts fair."""
+"""bench.gpu: its commands parse, their rows are kept, and their output is judged rightly."""
 
 import importlib
 import json
@@ -31,7 +31,7 @@ def job(tmp_path: Path) -> gpu.Job:
 
 
 class Parsed(Exception):
-    """What a command's parser understood, instead of running it."""
+    """Carries what a command's parser understood, in place of running the command."""
 
 
 def parse(self: cli.Parser, argv: Sequence[str], *_: Any) -> Any:
@@ -56,7 +56,7 @@ def test_every_command_is_understood(job: gpu.Job, monkeypatch: pytest.MonkeyPat
         if module == "tests.sanitize":
             assert rest[0] in (sanitize.PLANTED, *CASES, "adamw")
             continue
-        if "cuda" in rest:  # no choice where there is no GPU
+        if "cuda" in rest:  # which is no choice without a GPU
             rest[rest.index("cuda")] = "cpu"
         with pytest.raises(Parsed) as parsed:
             importlib.import_module(module).main(rest)
@@ -186,7 +186,7 @@ text = "[prompt] To be\\n[model], or\\nnot\\n\\n[prompt] B\\n[model]c\\n\\n"
 def test_the_recipe_reads_what_train_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trainer is stood in for; the cold run fails after its steps, the warm one ends well."""
+    """With a stand-in for the trainer, whose cold run fails after its steps."""
     (tmp_path / "stand_in.py").write_text(RUN_TRAIN)
     run = child.run
     monkeypatch.setattr(
@@ -236,7 +236,7 @@ def test_train_understands_its_flags(name: tuple[str, str]) -> None:
 
 @pytest.mark.slow
 def test_the_recipe_on_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run folder is the one that is read."""
+    """With the real trainer, whose run folder is read."""
     run = child.run
     (tmp_path / "text.txt").write_text("all the world's a stage and all the men and women " * 99)
 

@@ -1,5 +1,5 @@
-"""Every build of every kernel is compiled for its arch. In processes of their own: one that
-interprets kernels cannot compile them."""
+"""Every build of every kernel compiles and fits. Separate processes compile them, because one that
+interprets kernels cannot."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def run_table(*args: str) -> subprocess.CompletedProcess[str]:
     return run("-m", "bench.resources", *args)
 
 
-# With cold caches all builds of one arch take a minute of two cores, and CI has them all.
+# With cold caches the builds of one arch take two cores a minute; CI runs them all.
 @pytest.mark.parametrize(
     "flags",
     [
