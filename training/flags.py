@@ -1,4 +1,4 @@
-"""What a person can ask of train.py: its flags, their checks, and a config.json as flags again."""
+"""The flags of train.py: what they are, their checks, and how a config.json gives them again."""
 
 import argparse
 import json
@@ -151,7 +151,11 @@ class Config:
         return self.save_interval > 0 or self.recipe.keep == "best"
 
     def evaluates_before(self, step: int, last: bool) -> bool:
-        """Given weights as they come, too; the last ones here only to be compared with the best."""
+        """Whether to evaluate after `step` steps; `last` says that no step follows.
+
+        Weights given by --init are evaluated before the first step. After the last one `finish`
+        evaluates, so here it is done only to compare those weights with the best.
+        """
         due = is_due(self.eval_interval, step) or (step == 0 and self.init is not None)
         validates = bool(self.val) or self.recipe.val_fraction > 0
         return validates and (self.recipe.keep == "best" if last else due)

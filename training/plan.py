@@ -36,17 +36,11 @@ _SHARED = {"optimizer": "AdamW's state", "full": "the blocks' matrices and AdamW
 _STATES = {"auto": None, "on": True, "off": False}
 
 
-def _read_switch(words: list[str]) -> bool | None:
-    word = words[0] if words else "on"  # the bare flag
-    if word not in _STATES:
-        raise ValueError(f"expected auto, on or off, got {word!r}")
-    return _STATES[word]
-
-
 _THREE_STATES = tyro.constructors.PrimitiveConstructorSpec(
     nargs=(0, 1),
     metavar="{auto,on,off}",
-    instance_from_str=_read_switch,
+    choices=tuple(_STATES),
+    instance_from_str=lambda words: _STATES[words[0] if words else "on"],  # a bare flag is "on"
     is_instance=lambda value: value is None or isinstance(value, bool),
     str_from_instance=lambda value: [word for word, is_ in _STATES.items() if is_ is value],
 )

@@ -37,7 +37,7 @@ from training.recipes import Recipe
 # Steps of the run before the capture, in which kernels are compiled and memory is allocated.
 NUM_WARMUP = 3
 # fp16's loss scale, as in torch.amp.GradScaler: halved where gradients overflow, doubled after so
-# many steps without overflow. The limit, fp32's largest power of two, is for gradients of 0.
+# many steps without overflow. Gradients of 0 never overflow, so there is an upper limit too.
 FIRST_SCALE, GROWTH_STEPS, MOST_SCALE = 2.0**16, 2000, 2.0**127
 
 
@@ -138,7 +138,7 @@ class TrainStep:
                 torch.distributed.all_reduce(self.stop)
         else:
             self.warm_steps += 1
-            if self.stream:  # on the capture's stream: autograd keeps the one of the first gradient
+            if self.stream:  # the capture's, as autograd remembers where a gradient was first made
                 self.stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(self.stream):
                     self.outcome = step()
