@@ -77,19 +77,17 @@ def parts(s: Shape) -> list[Part]:
     ]
 
 
-def measured_on(name: str, section: str) -> list[record.Result]:
-    """The result files of a card that have rows in a section, newest last."""
-    card = find_card(name)
-    found = [result for result in record.load_all() if result.rows(section)]
-    return [result for result in found if card and find_card(result.device["name"]) == card]
+def results_of(card: str) -> list[record.Result]:
+    """The result files of a card, newest last."""
+    return [r for r in record.load_all() if find_card(r.device["name"]) == PAPER[card]]
 
 
 def rates_of(card: str) -> tuple[Work, str]:
     """The card's work per second, and where that is from: a result file or the data sheet."""
     sheet = PAPER[card]
     exps = EXPS_PER_CLOCK * sheet.sms * sheet.ghz * 1e9
-    for result in reversed(measured_on(card, "ops")):
-        if limits := result.about.get("limits"):
+    for result in reversed(results_of(card)):
+        if result.rows("ops") and (limits := result.about.get("limits")):
             rates = (limits["copy_gbs"] * 1e9, limits["matmul_tflops"] * 1e12, exps)
             return rates, f"measured, {result.commit}"
     rates = (sheet.gbs * COPY_SHARE * 1e9, sheet.tflops * MATMUL_SHARE * 1e12, exps)
@@ -104,7 +102,7 @@ def measured_ms(card: str, s: Shape) -> dict[str, float]:
         ("profile", "adamw", {"provider": "ours bf16", "kind": "optimizer"}),
         ("step", "step", {"provider": "ours bf16", "model": MODEL}),
     ):
-        for result in measured_on(card, section):
+        for result in results_of(card):
             rows = shown(result.rows(section, shape=s.label, **want))
             found |= {name or row.op: row.ms for row in rows}
     return found
