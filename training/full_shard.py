@@ -98,10 +98,9 @@ class FullShard(Replicas):
 
     @torch.no_grad()
     def gather(self, copies: Copies) -> None:
-        if self.released:
-            for p, rows in self.rows.items():
-                p.data = rows.full_tensor()
-            self.released = False
+        for p, rows in self.rows.items():
+            p.data = rows.full_tensor()
+        self.released = False
 
     def to_first(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> dict[str, Tensor]:
         if parameter in self.rows:

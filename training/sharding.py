@@ -64,7 +64,7 @@ class Replicas:
         """Before a step: free the weights that this rank can do without."""
 
     def gather(self, copies: Copies) -> None:
-        """Bring the released weights back, so whoever looks at the model finds them all."""
+        """Bring released weights back, so whoever looks at the model finds them all."""
 
     def to_first(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> dict[str, Tensor]:
         """The whole moments on rank 0. All ranks must call it."""
@@ -102,8 +102,6 @@ class Shard(Replicas):
                 p.untyped_storage().resize_(0)
 
     def gather(self, copies: Copies) -> None:
-        if not self.released:
-            return
         for p in copies:
             p.untyped_storage().resize_(p.nbytes)
         wait(dist.broadcast(p.detach(), self.owner[p], async_op=True) for p in copies)
@@ -127,8 +125,9 @@ class Shard(Replicas):
 
 def share_out(optimizer: "AdamW", model: GPT, plan: Plan, world: World) -> None:
     """Give each rank the weights of rank 0, and its part of what the plan shares out."""
-    for p in model.parameters() if world.size > 1 else ():
-        dist.broadcast(p.detach(), 0)
+    if world.size > 1:
+        for p in model.parameters():
+            dist.broadcast(p.detach(), 0)
     if plan.shard == "full":
         from training.full_shard import FullShard  # FSDP2 takes a while to import
 
