@@ -138,14 +138,17 @@ class World:
         """Rank 0's groups of named tensors, on every rank; they are on the CPU there and here."""
         if self.size == 1:
             return groups
-        mine = [(group, name, t) for group, named in groups.items() for name, t in named.items()]
-        forms = [(g, name, str(t.dtype).removeprefix("torch."), [*t.shape]) for g, name, t in mine]
+        forms = [
+            (group, name, str(tensor.dtype).removeprefix("torch."), [*tensor.shape])
+            for group, named in groups.items()
+            for name, tensor in named.items()
+        ]
         received: dict[str, dict[str, Tensor]] = {}
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        for i, (group, name, dtype, shape) in enumerate(self.first(key, lambda: forms)):
+        for group, name, dtype, shape in self.first(key, lambda: forms):
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
             if self.is_main:
-                tensor.copy_(mine[i][2])
+                tensor.copy_(groups[group][name])
             dist.broadcast(tensor, 0)
             received.setdefault(group, {})[name] = tensor.cpu()
         return received
