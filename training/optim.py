@@ -26,7 +26,7 @@ class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW(fused=True) that also clips, and keeps bf16 working copies up to date.
 
     A step is `clip` (which may be left out), `step`, `zero_grad`. As in torch, a parameter without
-    a gradient is left alone and its own step count does not advance.
+    a gradient is left alone, its step count too.
 
     Args:
         params: Parameters or groups of them, dense and fp32.

@@ -198,11 +198,14 @@ def make_plan(
 
     memory_bytes = machine.memory_bytes or UNKNOWN_BYTES
     budget, recompute = MEMORY_SHARE * memory_bytes, asked.recompute is True
-    kinds = ["none", "optimizer", "full"][: 2 if _not_with_full(asked, dtype) else 3]
     if ranks == 1 or recipe.muon:
         kinds = ["none"]
     elif asked.shard != "auto":
         kinds = [asked.shard]
+    elif _not_with_full(asked, dtype):
+        kinds = ["none", "optimizer"]
+    else:
+        kinds = ["none", "optimizer", "full"]
     fitting = (kind for kind in kinds if tried(1, recompute, kind).memory_bytes <= budget)
     shard = next(fitting, kinds[-1])
     if asked.recompute is None and not (asked.working_copies or asked.micro_batch_size):

@@ -357,10 +357,9 @@ def start_process(plan: Plan, seed: int) -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next tensor, by mallopt(3).
 
-    Otherwise it unmaps anything over 32 MB when freed, and in each step logits and gradients are
-    zeroed page by page again. On two cores of a Zen 3 that is 44,000 page faults and 6% of the CPU
-    time of a compiled step of shakespeare-cpu, 299,000 and 44% of an eager one; with this, 16 and
-    3,100 faults.
+    Otherwise it unmaps all over 32 MB, and each step faults its logits and gradients in again. On
+    two cores of a Zen 3 that is 6% of the CPU time of a compiled step of shakespeare-cpu (44,000
+    page faults, 16 with this) and 44% of an eager one (299,000; 3,100).
     """
     m_mmap_max, m_trim_threshold = -4, -1
     with contextlib.suppress(AttributeError, OSError, TypeError):  # musl, macOS, Windows
