@@ -77,6 +77,14 @@ def test_among_ranks_the_late_value_stops_all_at_one_step():
     assert seen.stopping
 
 
+def test_among_ranks_a_signal_before_the_first_step_waits_for_it():
+    stop = StopRequest()
+    stop.signal = "SIGTERM"  # other ranks may not have it yet, and begin the step
+    seen = Watch(Log(), None, stop, 0.0, alone=False)  # pyright: ignore
+    seen.catch_up(False)
+    assert not seen.stopping
+
+
 def test_a_name_that_is_not_utf_8_ends_no_report(tmp_path):
     write_atomically(tmp_path / "report.html", "runs/caf\udce9")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == r"runs/caf\udce9"

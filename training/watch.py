@@ -27,7 +27,7 @@ class Watch:
     ):
         self.log, self.guard, self.stop = log, guard, stop
         self.target_loss, self.alone = target_loss, alone
-        self.stopping = bool(stop)  # the run must save and leave
+        self.stopping = False  # the run must save and leave
         self.reached: int | None = None  # first step with a loss below the target
 
     def catch_up(self, wait: bool) -> str | None:
