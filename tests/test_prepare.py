@@ -317,8 +317,10 @@ def test_a_folder_in_the_place_of_a_shard_loses_nothing(prepared: Config):
     (out / "train-000001.bin").unlink()
     (out / "train-000001.bin").mkdir()
     (out / "train-000001.bin" / "kept").write_text("a person's")
-    with pytest.raises(OSError, match=r"train-000001.bin"):
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=r"train-000001.bin is a folder in the place of a shard"):
         prepare(prepared)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     (out / "train-000001.bin").rename(out / "moved")
     prepare(prepared)
     assert (out / "moved" / "kept").read_text() == "a person's"

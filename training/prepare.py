@@ -108,6 +108,12 @@ class ShardWriter:
                 f"prepare: {self.out} holds shards of another command ({', '.join(changed)} "
                 "differ); choose another --out"
             )
+        for path in (self.out / shard["file"] for shard in old["shards"]):
+            if path.is_dir():  # before a shard is deleted
+                raise ValueError(
+                    f"prepare: {path} is a folder in the place of a shard; move it away and run "
+                    "the same command again"
+                )
         what = "the inputs" if old.get("sha256") != self.index["sha256"] else ""
         for shard in old["shards"]:
             try:
