@@ -237,6 +237,9 @@ def test_hellaswag_command(model: GPT, items_file: Path, capsys: pytest.CaptureF
         ([*args, "--text", "a.txt"], "either --text FILE or --hellaswag FILE"),
         ([*args, "--max-items", "0"], "max_items must be a whole number from 1"),
         ([*args[:3], "none.jsonl"], "hellaswag: no such file: none.jsonl"),
+        # The model is read last: it may be large, or be fetched.
+        (["--model", "none", "--hellaswag", "none.jsonl"], "hellaswag: no such file: none.jsonl"),
+        (["--model", "none", "--text", "none.txt"], "data: no such file: none.txt"),
     ):
         with pytest.raises(SystemExit) as stop:
             evaluate.main(bad)

@@ -141,9 +141,9 @@ def _run(options: Options) -> dict[str, Any]:
         check_int("evaluate", "max_items", options.max_items, 1, 10**9)
     device = usable_device("evaluate", options.device)
     path = latest_model() if options.model is None else options.model
-    model = GPT.from_pretrained(path).to(device)
     if options.hellaswag is not None:
         items = hellaswag.read_items(options.hellaswag, options.max_items)
+        model = GPT.from_pretrained(path).to(device)
         right, seen = hellaswag.count_right(model, items, options.window)
         return {"model": str(path), "hellaswag": right / seen, "right": right, "items": seen}
     if options.text == "-":
@@ -154,6 +154,7 @@ def _run(options: Options) -> dict[str, Any]:
             raise ValueError(f"evaluate: --text must be one file of plain text, got {options.text}")
         with opened(files[0]) as (unpacked, _):
             text = unpacked.read()
+    model = GPT.from_pretrained(path).to(device)
     result = evaluate_text(model, text, window=options.window, max_tokens=options.max_tokens)
     return {"model": str(path), "text": options.text, **result}
 
