@@ -63,6 +63,17 @@ def test_damaged_lines_are_left_out(tmp_path: Path):
     assert read_metrics(tmp_path / "none") == ([], [], [])
 
 
+def test_a_log_that_is_too_long_is_moved_away(tmp_path: Path, capsys):
+    """A stranger's may be larger than the memory, and takes no room on the disk."""
+    with (tmp_path / "metrics.jsonl").open("wb") as file:
+        file.truncate(metrics.MAX_LOG_BYTES + 1)
+    with RunLog(tmp_path, 9, 1, lambda _: None, steps_done=1, keep_bytes=7) as log:
+        assert log.records == []
+        assert log.num_bytes == 0
+    assert "1 of the 1 steps done are missing" in capsys.readouterr().out
+    assert (tmp_path / "metrics-too-long.jsonl").exists()
+
+
 def test_values_are_read_a_step_late(tmp_path: Path) -> None:
     with RunLog(tmp_path, 3, 100, lambda tokens_per_s: tokens_per_s / 1e9) as log:
         one = torch.tensor(1.0)

@@ -26,6 +26,7 @@ from training.environment import seconds_since_start
 from training.loggers import Loggers
 from training.schema import Mismatch, check, of
 
+MAX_LOG_BYTES = 1 << 30  # some 5 million steps
 NOT_WRITTEN = ("bad", "position", "stop")  # fields of a record that metrics.jsonl leaves out
 
 
@@ -227,11 +228,12 @@ class RunLog:
 
 def _cut_back(path: Path, keep_bytes: int) -> None:
     """Drop what follows `keep_bytes` if a line ends there; if none does, it is another file."""
+    if path.is_file() and path.stat().st_size > MAX_LOG_BYTES:
+        path.rename(path.with_name("metrics-too-long.jsonl"))  # it may not fit into memory
     if not path.is_file():
         return
     data = path.read_bytes()
-    kept = data[:keep_bytes]
-    if len(kept) == keep_bytes and (not kept or kept.endswith(b"\n")):
+    if keep_bytes == 0 or data[keep_bytes - 1 : keep_bytes] == b"\n":
         os.truncate(path, keep_bytes)
     elif data and not data.endswith(b"\n"):
         with path.open("ab") as file:
