@@ -141,7 +141,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     saves_at_end = cfg.saves or plan.shard != "none"
     watch = Watch(log, guard, stop, recipe.target_loss, alone=world.size == 1)
 
-    def save_checkpoint() -> None:
+    def save_checkpoint(metrics_bytes: int | None = None) -> None:
         if progress.step > recipe.max_steps:  # resumed with fewer steps: nothing was done
             return
         take_step.gather()
@@ -149,7 +149,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
             optimizer_tensors(model, optimizer)  # sends this rank's part to rank 0
             return
         with log.aside():
-            progress.position, progress.metrics_bytes = batches.position, log.num_bytes
+            progress.position = batches.position
+            progress.metrics_bytes = metrics_bytes or log.num_bytes
             how = recipe, take_step.plan, run.corpus["sha256"]
             writer.submit(capture, progress, model, optimizer, guard, *how)
         log.event("checkpoint", step=progress.step)
@@ -213,11 +214,12 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         log.finish()
         take_step.gather()
         writer.wait()  # it may be writing the best weights, which `finish` reads
+        metrics_bytes = log.num_bytes  # a resumed run logs again what follows
         try:
             finish(run, model, log, progress, watch.reached, stop)
         except Stopped:  # other ranks may not have seen a signal yet
             if not saves_at_end:
-                save_checkpoint()
+                save_checkpoint(metrics_bytes)
             return leave(run, progress.step, writer, log, stop)
         writer.finish()
     if stop:  # it came too late: everything is written

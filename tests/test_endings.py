@@ -74,10 +74,14 @@ def test_each_signal_saves_and_leaves(name, start, tmp_path, monkeypatch, capsys
     assert [s["step"] for s in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]] == [*range(6)]
 
 
-@pytest.mark.parametrize(("where", "saving"), [("evaluation", "0"), ("samples", "4")])
+@pytest.mark.parametrize(
+    ("where", "saving"), [("evaluation", "0"), ("samples", "4"), ("samples", "0")]
+)
 def test_the_end_of_a_run_answers_too(where, saving, start, tmp_path, monkeypatch):
-    """Within a batch or a token, and the same command does the rest."""
-    count = [0]
+    """Within a batch or a token, and the same command does the rest, and logs it once."""
+    count, items = [0], tmp_path / "items.jsonl"
+    items.write_text('{"ctx": "To be", "endings": ["or", "not"], "label": 0}')
+    arguments = "--save-every", saving, "--hellaswag", str(items)
     if where == "evaluation":
         real = run.evaluate_tokens
 
@@ -103,15 +107,16 @@ def test_the_end_of_a_run_answers_too(where, saving, start, tmp_path, monkeypatc
                 yield piece
 
         monkeypatch.setattr(ending, "stream_text", stream)
-    assert start("--save-every", saving) == EXIT_RESUMABLE
+    assert start(*arguments) == EXIT_RESUMABLE
     assert count[0] == 2
     out = tmp_path / "run"
     assert (out / "checkpoints" / "step-00000006").is_dir()
     assert not (out / "summary.json").exists()
     monkeypatch.undo()
-    assert start("--save-every", saving) == 0
-    steps, evaluations, _ = read_metrics(out / "metrics.jsonl")
+    assert start(*arguments) == 0
+    steps, evaluations, events = read_metrics(out / "metrics.jsonl")
     assert ([s["step"] for s in steps], len(evaluations)) == ([*range(6)], 1)
+    assert [event["event"] for event in events].count("hellaswag") == 1
 
 
 @pytest.mark.slow  # in short: test_console.py, test_nobody_reads_and_the_run_is_to_stop
