@@ -280,6 +280,16 @@ def test_bad_jsonl_names_the_line(tmp_path: Path, monkeypatch, line: str | bytes
 # ---- patterns
 
 
+def test_a_jsonl_line_that_is_too_long_is_not_read_to_its_end(tmp_path: Path, monkeypatch) -> None:
+    """One array on one line, gigabytes long, would fill the memory of each process."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", 16)
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 64)
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'[{{"text": "{"x" * 200}"}}]')
+    with pytest.raises(ValueError, match=r"a\.jsonl: a line is longer than 64 bytes; JSONL has"):
+        next(documents.cut(path))
+
+
 def test_patterns_and_code(tmp_path: Path) -> None:
     for name in ("b.py", "sub/a.py", "sub/deep/c.PY", "sub/x.png", "d.txt.gz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

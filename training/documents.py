@@ -42,7 +42,7 @@ TAKEN = (JSONL, *TABLES, *(f".{name}" for name in f"txt md rst tex tsx {_CODE}".
 TAKEN_WORDS = ".txt, .md, code, .jsonl, .parquet or .arrow"
 PIECE_BYTES = 4 << 20  # large enough for tiktoken's full speed, small enough for a flat memory
 BATCH_ROWS = 64  # rows of a table read at once; a row may be a book
-MAX_LINE_BYTES = 256 << 20  # of JSONL; a longer line is cut, and refused as no JSON
+MAX_LINE_BYTES = 256 << 20  # of JSONL; a line is read whole
 _BOM = codecs.BOM_UTF8
 _EOT = np.array([tokenizer.EOT], dtype=TOKEN_DTYPE).tobytes()
 _CONTINUATION = bytes(range(0x80, 0xC0))  # all bytes of a UTF-8 character but its first
@@ -265,7 +265,7 @@ def cut(path: Path, key: str = KEY) -> Iterator[Piece]:
     character is so long that `tokenizer.cuts` finds no place in it.
 
     Raises:
-        ValueError: a table cannot be read or lacks the column.
+        ValueError: a table cannot be read or lacks the column, or a JSONL line is too long.
     """
     before = 0
     for start, data, read in _cut_table(path, key) if is_table(path) else _cut_text(path):
@@ -285,7 +285,13 @@ def _cut_text(path: Path) -> Iterator[tuple[int, bytes, int]]:
             if start == 0 and held.startswith(_BOM):  # in JSONL, encode_piece leaves it out
                 start, held = len(_BOM), held[len(_BOM) :]
             if jsonl and not ended and not held.endswith(b"\n"):
-                held += text.readline(MAX_LINE_BYTES)
+                rest = text.readline(MAX_LINE_BYTES)
+                if len(rest) == MAX_LINE_BYTES:
+                    raise ValueError(
+                        f"data: {path}: a line is longer than {MAX_LINE_BYTES:,} bytes; JSONL has "
+                        "one document per line"
+                    )
+                held += rest
             end = len(held) if jsonl or ended else _text_end(held)
             if end or ended:
                 yield start, held[:end], file.tell()
