@@ -128,8 +128,8 @@ class Options:
     hellaswag: str | None = None  # hellaswag_val.jsonl instead of a text.
     model: str | None = None  # Run, model folder or .safetensors file. Default: newest under runs/.
     window: int | None = None  # Tokens the model sees at once. Default: as many as in training.
-    max_tokens: int | None = None  # Score only the first tokens.
-    max_items: int | None = None  # Score only the first items of HellaSwag.
+    max_tokens: int | None = None  # Score at most this many tokens.
+    max_items: int | None = None  # Score at most this many items of HellaSwag.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Where to run.
     json: bool = False  # Print one JSON object.
 
