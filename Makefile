@@ -62,7 +62,7 @@ sample: setup ## continue a prompt with the newest model, or another (PROMPT= MO
 	@$(PY) -m model.generate $(MODEL_FLAG) --prompt "$$PROMPT" $(ARGS)
 
 eval: setup-dev ## EleutherAI's harness on a model folder (MODEL=runs/NAME/model TASKS=hellaswag ARGS=)
-	@: "$${MODEL:?names a model folder, as MODEL=runs/smoke/model}"
+	@: "$${MODEL:?must name a model folder, such as runs/smoke/model}"
 	@$(PY) -c "import lm_eval" 2>/dev/null || $(PIP) "lm-eval[hf]==0.4.13"
 	@$(PY) -m lm_eval --model hf --model_args "pretrained=$$MODEL" \
 		--tasks "$${TASKS:-hellaswag}" $(ARGS)

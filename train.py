@@ -57,7 +57,7 @@ def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
 
 
 def settled(cfg: Config, machine: Machine, world: World, kept: Mapping[str, Any]) -> Plan:
-    """The plan of this rank; on a GPU with checked kernels and the fastest ops.
+    """This rank's plan. On a GPU its kernels have been checked and its ops are the fastest.
 
     `kept` are the choices of the checkpoint that the run resumes from.
     """
@@ -93,7 +93,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     refuse_mismatch(world, "facts", same | {"torch": torch.__version__})
     source = hf.find_model(cfg.init) if cfg.init else ""
     initial = GPT.from_pretrained(source) if source else None
-    if initial and world.size > 1:  # every rank would silently take rank 0's weights
+    if initial and world.size > 1:  # else all would silently take rank 0's weights
         refuse_mismatch(world, "weights", {f"--init {cfg.init}": hash_weights(initial)})
     if saved:
         notes = resume.check_recipe(saved, *expected) + notes + resume.check_plan(saved, plan)
@@ -162,10 +162,10 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         if math.isfinite(val_loss):  # if not, the next step's loss shows it
             progress.evaluations.append((progress.step, val_loss))
         log.event("eval", step=progress.step, val_loss=val_loss)
-        given = f" of {cfg.init} as it came" if cfg.init and progress.step == 0 else ""
+        given = f" of {cfg.init} before training" if cfg.init and progress.step == 0 else ""
         log.say(f"step {progress.step:5d} | validation loss {val_loss:.4f}{given}")
 
-    def step() -> Outcome:  # on a GPU captured as one graph after some steps, and replayed
+    def step() -> Outcome:  # a GPU captures it as one graph after a few steps
         loss = take_step.accumulate()  # forward and backward of each micro-batch
         grad_norm = optimizer.clip(recipe.grad_clip)
         bad = guard.judge(loss, grad_norm) if guard else None
@@ -177,7 +177,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         while True:
             done = progress.step >= recipe.max_steps or 0 < recipe.patience <= progress.stale
             save, due = cfg.saves_before(progress.step), cfg.evaluates_before(progress.step, done)
-            action = watch.catch_up(wait=due or save or done)  # the values of the step before
+            action = watch.catch_up(wait=due or save or done)  # on the step before
             if guard and action:
                 writer.wait()
                 world.barrier()
@@ -241,7 +241,7 @@ def explain_plan(cfg: Config) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, or 1 if the run failed, 2 for bad input, 75 if a signal stopped the run."""
+    """Return 0, 1 if the run failed, 2 for bad input, or 75 if a signal stopped the run."""
     world, stop = ALONE, StopRequest()
     with contextlib.ExitStack() as held:
         left = "the run goes on without its printed log, metrics.jsonl has every step"
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if cfg.explain or cfg.choices.tune == "only":
                 return explain_plan(cfg)
             run = prepare(cfg, world)
-            cfg = replace(cfg, recipe=run.recipe)  # with the steps that epochs or a cool-down make
+            cfg = replace(cfg, recipe=run.recipe)  # its steps may come from --epochs or --cooldown
             restarted = any(world.gather("restarted", distributed.is_restart()))
             opened = folder.opened(run.out, run.saved, world.say, restarted)
             if world.first("stopped", lambda: held.enter_context(opened)):

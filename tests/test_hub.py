@@ -176,7 +176,7 @@ def test_a_fine_tuning_starts_from_a_name(
     assert "recipe: finetune, model 124m,block_size=48,n_layer=1" in said
     assert f"init: org/tiny@v1, {parameters:,} parameters, trained at 48 positions, from " in said
     assert COMMIT in said
-    (start,) = [line for line in said.splitlines() if "of org/tiny@v1 as it came" in line]
+    (start,) = [line for line in said.splitlines() if "of org/tiny@v1 before training" in line]
     assert start.startswith("step     0 | validation loss 10.8")
     config = json.loads((out / "config.json").read_text())
     assert config["init"].endswith(COMMIT)

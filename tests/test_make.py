@@ -130,7 +130,7 @@ def test_a_missing_model_is_said_before_anything_is_installed(checkout: Path) ->
     python.write_text('#!/bin/sh\necho "$@" >> called\nexit 1\n', encoding="utf-8")
     done = run(checkout, "eval")
     assert done.returncode != 0
-    assert "MODEL: names a model folder" in done.stderr
+    assert "MODEL: must name a model folder" in done.stderr
     assert not (checkout / "called").exists()
 
 

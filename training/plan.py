@@ -15,19 +15,19 @@ from kernels import SDPA, Ops, parse_ops, read_ops, unfit
 from model.flops import flops_per_token
 from training import memory
 from training.machines import Machine
-from training.machines import detect as detect  # a plan needs a machine
+from training.machines import detect as detect  # for whoever makes a plan
 from training.recipes import Recipe
 
 # Compiling the blocks takes 20 to 30 s of CPU time with a cold cache and saves 1.5 to 4% of a step
 # (bench/LOG.md), so it pays for runs over a quarter of an hour: 2 cores do 1e11 to 4e11 flop/s.
 MIN_COMPILE_FLOPS = 2e14
-CPU_TOKENS = 4096  # at once: with 1,024 rows, products spend 4 to 14% on packing weights again
-EVAL_TOKENS = {"cpu": 8192, "cuda": 1 << 20}  # of an evaluation during the run: about a second
+CPU_TOKENS = 4096  # at once; with 1,024, products spend 4 to 14% on packing weights again
+EVAL_TOKENS = {"cpu": 8192, "cuda": 1 << 20}  # read by an evaluation during the run, in about 1 s
 # Share of a GPU's memory for what training/memory.py counts. The rest is for the CUDA context,
 # cuBLAS workspaces, the allocator's fragments and what a desktop holds.
 MEMORY_SHARE = 0.85
 ID_BYTES = 32  # per token of a step: ids and targets, in the step's buffers and read ahead
-UNKNOWN_BYTES = 1 << 40  # stands for a memory size that the system does not tell
+UNKNOWN_BYTES = 1 << 40  # assumed where the system does not tell its memory size
 MIN_TRITON_ARCH = 80  # the oldest the kernels are built and checked for; see kernels/_op.py
 MIN_FP16_ARCH = 70  # the oldest with fast fp16 products
 MIN_SDPA_ARCH = 80  # the oldest that PyTorch's flash attention and cuDNN's run on, in 16 bits
@@ -58,7 +58,7 @@ class Choices:
     """bf16 and fp16 are autocast with fp32 weights, fp16 with loss scaling; auto takes bf16 where
     the hardware is fast in it, else fp16 on a GPU that is fast in that (T4, V100, 20xx)."""
     compile: Switch = None
-    """torch.compile the model; auto does where it can and where it pays."""
+    """torch.compile the model; auto does so where it can and where it pays."""
     compile_scope: Literal["auto", "model", "blocks"] = "auto"
     """Compile the model as one graph, or one block that all layers share: starts sooner."""
     micro_batch_size: int = 0
@@ -68,9 +68,9 @@ class Choices:
     """Whose fused AdamW: PyTorch's or ours."""
     working_copies: Switch = None
     """bf16 copies of the fp32 weights, written by the optimizer, so that no micro-batch casts
-    them; auto has them with bf16."""
+    them; auto makes them with bf16."""
     cuda_graph: Switch = None
-    """Replay the whole step as one CUDA graph; auto does on a GPU."""
+    """Replay the whole step as one CUDA graph; auto does so on a GPU."""
     shard: Literal["auto", "none", "optimizer", "full"] = "auto"
     """optimizer: several ranks share out AdamW's state; full: the blocks' matrices and their
     gradients too; auto takes the first of none, optimizer and full that fits."""
@@ -89,7 +89,7 @@ class Choices:
     """File that keeps the answer of --tune. Default: one in the user's cache directory."""
 
     def or_else(self, values: Mapping[str, Any]) -> "Choices":
-        """Take these values for choices that are left open. Names of no choice are ignored."""
+        """Fill the choices that are left open with these values. Ignores other names."""
         ours = {k: v for k, v in values.items() if k in _OPEN and getattr(self, k) == _OPEN[k]}
         return replace(self, **ours)
 
@@ -112,7 +112,7 @@ class Plan:
     compile: bool
     micro_batch_size: int  # times num_micro_batches: the recipe's rows per step
     num_micro_batches: int
-    eval_tokens: int  # of an evaluation during the run; the last one takes all
+    eval_tokens: int  # read by an evaluation during the run; the final one reads all
     compile_scope: str = "model"
     optimizer: str = "torch"
     working_copies: bool = False
@@ -215,7 +215,7 @@ def make_plan(
             recompute = twice < once
             notes.append(
                 f"blocks computed again in the backward: {least} x {recipe.block_size} tokens take "
-                f"{twice / 2**30:,.1f} GiB so, else {once / 2**30:,.1f}"
+                f"{twice / 2**30:,.1f} GiB with it, {once / 2**30:,.1f} without"
             )
 
     def needs(micro: int) -> int:
@@ -281,9 +281,9 @@ def _merge_micro_batches(
     needs: Callable[[int], int],
     notes: list[str],
 ) -> int:
-    """The most rows at once that fit, or 0: fewer launches and larger products, the same rows.
+    """The most rows at once that fit, or 0. More at once means fewer launches and larger products.
 
-    On a CPU no more than CPU_TOKENS or half of the memory, but never fewer rows than the recipe's.
+    A CPU takes at most CPU_TOKENS and half of the memory, but never fewer than the recipe's batch.
     """
     rows, batch = recipe.rows_per_step, recipe.batch_size
     small = [d for d in range(1, math.isqrt(rows) + 1) if rows % d == 0]
@@ -294,9 +294,9 @@ def _merge_micro_batches(
         budget = max(budget, needs(batch))
     micro = next((d for d in divisors if needs(d) <= budget), 0)
     if micro > batch:
-        notes.append(f"micro-batches of {batch} rows merged into {micro}: same rows")
+        notes.append(f"{micro} rows at once where the recipe has {batch}: fewer micro-batches")
     elif micro < batch:
-        notes.append(f"micro-batches of {batch} rows cut to {micro}: memory")
+        notes.append(f"{micro} rows at once where the recipe has {batch}: more do not fit")
     return micro
 
 
@@ -389,8 +389,8 @@ def _choose_compile(
     )
     if machine.device == "cpu" and total < MIN_COMPILE_FLOPS:
         notes.append(
-            f"not compiled: this run is too short for it to pay, {total:.1e} flops where it takes "
-            f"{MIN_COMPILE_FLOPS:.0e}; --compile does it all the same"
+            f"not compiled: this run is too short for it to pay, {total:.1e} flops where "
+            f"{MIN_COMPILE_FLOPS:.0e} would; --compile compiles all the same"
         )
         return False
     return True

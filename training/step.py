@@ -34,7 +34,7 @@ from training.optim import AdamW, is_hidden_matrix
 from training.plan import Plan
 from training.recipes import Recipe
 
-# Steps of the run before the capture, in which kernels are compiled and memory is allocated.
+# Steps taken before the capture. They compile the kernels and allocate memory.
 NUM_WARMUP = 3
 # fp16's loss scale, as in torch.amp.GradScaler: halved where gradients overflow, doubled after so
 # many steps without overflow. Gradients of 0 never overflow, so there is an upper limit too.
@@ -61,7 +61,8 @@ class TrainStep:
         optimizer: Made by `configure_adamw` for the model.
         recipe, plan: What to train, and how. `self.plan` has smaller micro-batches once memory
             has run out, and no graph once a capture has failed.
-        world: The ranks. Several of them do not take smaller micro-batches, except for a capture.
+        world: The ranks. If there are several, only a capture that runs out of memory halves the
+            micro-batches.
         say: Receives a line when the step does not run as planned.
     """
 
@@ -88,7 +89,7 @@ class TrainStep:
         optimizer.attach_working({parameters[name]: copy for name, copy in self.copies.items()})
         self.averaging = self.asked_to_stop = self.overflow = self.outcome = None
         self.stop = torch.zeros((), device=device)
-        self.share = torch.tensor(1 / world.size, device=device)  # of the mean over all ranks
+        self.share = torch.tensor(1 / world.size, device=device)  # this rank's part of the mean
         if world.size > 1:
             dtype = DTYPES[plan.reduce_dtype]
             self.averaging = Averaging(model.parameters(), optimizer, dtype)
@@ -134,11 +135,12 @@ class TrainStep:
             for part in self.graph:
                 part()
             if self.averaging:
-                # NCCL's watchdog ends a rank that waits too long, but cannot see into a graph.
+                # NCCL's watchdog ends a rank that waits too long for the others, but it cannot see
+                # into a graph. So one collective runs outside.
                 torch.distributed.all_reduce(self.stop)
         else:
             self.warm_steps += 1
-            if self.stream:  # the capture's, as autograd remembers where a gradient was first made
+            if self.stream:  # the capture's: autograd remembers the stream of the first backward
                 self.stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(self.stream):
                     self.outcome = step()
@@ -149,9 +151,9 @@ class TrainStep:
         return self.outcome
 
     def gather(self) -> None:
-        """Bring all weights to each rank that holds a part, before anyone looks at the model.
+        """Give each rank all weights if it holds only a part. Call this before reading the model.
 
-        They need the memory of a captured step, which the next steps make again.
+        The weights take the memory of the captured step, so a later step is captured anew.
         """
         if self.optimizer.shard.released:
             self.graph, self.warm_steps = [], min(self.warm_steps, NUM_WARMUP - 1)
@@ -208,7 +210,8 @@ class TrainStep:
         """Divide the gradients by fp16's loss scale, and let the scale fall or grow.
 
         Gradients that overflow at a scale of 1 or more become 0, and `skip` leaves the update out;
-        this is not a bad step. Below a scale of 1 it is, and the guard sees the gradients.
+        the guard does not count this as a bad step. Below a scale of 1 it does: there the gradients
+        stay as they are.
         """
         if (state := self.optimizer.loss_scale) is None:
             return
@@ -264,7 +267,7 @@ class TrainStep:
                 return
             self.graph, reason = [], failed[0]["reason"]
             if any(failure["short"] for failure in failed) and self.plan.micro_batch_size > 1:
-                self._halve()  # the warm-up may have fitted: a graph has a memory pool of its own
+                self._halve()  # a graph has its own memory pool, so the warm-up may have fitted
                 return
             if not (self.averaging and self.averaging.overlaps):
                 break
@@ -301,7 +304,7 @@ class TrainStep:
             self.graph = parts
             return None
         except RuntimeError as error:
-            torch.cuda.set_stream(before)  # torch does not do so if the end of a capture raises
+            torch.cuda.set_stream(before)  # torch does not if ending the capture raises
             # That error hides the one inside the capture. Keep its text alone: the exception would
             # keep its frames alive, and with them the activations, until after `_halve`.
             reason = str(error.__context__ or error).strip().splitlines()[0]
@@ -357,9 +360,10 @@ def start_process(plan: Plan, seed: int) -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next tensor, by mallopt(3).
 
-    Otherwise it unmaps all over 32 MB, and each step faults its logits and gradients in again. On
-    two cores of a Zen 3 that is 6% of the CPU time of a compiled step of shakespeare-cpu (44,000
-    page faults, 16 with this) and 44% of an eager one (299,000; 3,100).
+    Otherwise glibc returns every block over 32 MB to the system, and each step takes page faults to
+    get its logits and gradients back. On two cores of a Zen 3 these cost 6% of the CPU time of a
+    compiled step of shakespeare-cpu (44,000 faults, 16 with this) and 44% of an eager one (299,000
+    faults, 3,100 with this).
     """
     m_mmap_max, m_trim_threshold = -4, -1
     with contextlib.suppress(AttributeError, OSError, TypeError):  # musl, macOS, Windows
@@ -369,9 +373,9 @@ def keep_freed_memory() -> None:
 
 
 def working_copies(model: nn.Module) -> dict[str, Tensor]:
-    """bf16 leaves, by name, for the weights that autocast casts: the matrices of the blocks.
+    """bf16 leaves, by name, that copy the weights autocast would cast: the matrices of the blocks.
 
-    Not for the embedding: it is read in fp32, and linear_cross_entropy casts it for the head.
+    The embedding has no copy: it is read in fp32, and linear_cross_entropy casts it for the head.
     """
     return {
         name: parameter.detach().to(torch.bfloat16).requires_grad_()
