@@ -64,7 +64,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is saved; `best` and `path` are not."""
+    """What is saved of a run. `best` and `path` are not written."""
 
     step: int  # optimizer steps done
     tensors: dict[str, dict[str, Tensor]]  # named, on the CPU; one safetensors file per group

@@ -94,7 +94,7 @@ def finish(
         log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
     stop.check()
     model.save_pretrained(out / "model")
-    model.residual_dtype = None  # what a loaded model has
+    model.residual_dtype = None  # as in a model that is loaded from model/
     write_samples(run, model, log.say, stop.check)
     losses = (r.loss for r in reversed(log.records) if r.finite and r.step < kept)
     summary = {

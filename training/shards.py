@@ -196,8 +196,10 @@ def read_index(folder: Path) -> dict[str, Any]:
         ValueError: training.prepare did not write it, or it is damaged.
     """
     path = folder / INDEX
+    if not path.is_file():
+        raise ValueError(f"data: {path} is not a regular file; training.prepare writes one")
     try:  # with a folder of many files it is larger than what read_object takes
-        index: Any = json.loads(path.read_bytes()) if path.is_file() else None
+        index: Any = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"data: {path} is not valid JSON: {error}") from None
     schema.check(f"data: {path}", index, schema.OBJECT)

@@ -1,4 +1,4 @@
-"""The state of a run, into a checkpoint and back, so that N + M steps equal N, a kill, M.
+"""The state of a run, into a checkpoint and back, so that N steps, a kill and M steps equal N + M.
 
 At the top of a step a run's state is its weights, optimizer moments, random generators, the guard's
 window, the number of rows drawn, and how much of metrics.jsonl belongs to the steps done.
