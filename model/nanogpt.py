@@ -77,7 +77,8 @@ def load_nanogpt(path: str | Path) -> GPT:
             )
         if name := canonical(key):
             tensors[name] = value.t() if name.endswith(TRANSPOSED) and value.ndim == 2 else value
-    if args.get("bias") is False:
+    bias = args.get("bias", True)
+    if not (isinstance(bias, Tensor) or bias):  # a config file may say 0
         for name, shape in file_shapes(config).items():
             if name.endswith(".bias"):
                 tensors.setdefault(name, torch.zeros(shape))

@@ -314,6 +314,8 @@ def test_where_an_answer_is_kept(measured: list[Any], tmp_path: Path) -> None:
     asked = Choices(tune_file=str(tmp_path / "a.json"))
     assert f"kept in {tmp_path / 'a.json'}; " in taken(asked).notes[-1]
     assert f"measured before, see {tmp_path / 'a.json'}: " in taken(asked).notes[-1]
+    with pytest.raises(ValueError, match="version, shape or choice of flags; name another"):
+        taken(replace(asked, compile=True))
     assert len(measured) == 1
     (tmp_path / "cache").write_text(
         "a file"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_other_formats_are_refused_by_what_they_are(
 # ---- nanoGPT
 
 
-def nanogpt_checkpoint(file: Path, model: GPT, bias: bool = True, padded: int = 0) -> None:
+def nanogpt_checkpoint(file: Path, model: GPT, bias: Any = True, padded: int = 0) -> None:
     """What nanoGPT's train.py saves of a compiled model, buffers of its old attention included."""
     config = model.config
     state = {}
@@ -208,13 +209,14 @@ def test_import_nanogpt(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert_same_weights(model, again)
 
 
-def test_import_nanogpt_without_biases(tmp_path: Path):
+@pytest.mark.parametrize("bias", [False, 0, None])
+def test_import_nanogpt_without_biases(tmp_path: Path, bias: Any):
     model = random_model(SMALL)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(".bias"):
                 p.zero_()
-    nanogpt_checkpoint(tmp_path / "ckpt.pt", model, bias=False)
+    nanogpt_checkpoint(tmp_path / "ckpt.pt", model, bias=bias)
     assert_same_weights(model, load_nanogpt(tmp_path / "ckpt.pt"))
 
 

@@ -175,7 +175,7 @@ def read_kept(
         check(values)
         if values["key"] == key:
             return values, ""
-        why = "it is for another card, version or shape"
+        why = "it is for another card, version, shape or choice of flags"
     except FileNotFoundError:
         return None, ""
     except (OSError, ValueError, RecursionError) as error:
