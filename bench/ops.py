@@ -5,10 +5,10 @@
     python -m bench.ops --benchmark-compare   # beside the run before this one
 
 It runs under pytest-benchmark, whose options it also takes, and which keeps each run under
-.benchmarks/. Our own timer samples all providers of an op in turns; pytest-benchmark then reads
-those samples through a clock that each of them moves. Ours is first compared with float64; if it
-fails, no speed is printed. "of limit" is the time that the measured copy and matmul rates allow
-for the bytes and flops of `bench.cases`, over the time taken.
+.benchmarks/. Our own timer samples all providers of an op in turns. pytest-benchmark then reads
+these samples from a clock that only they move. Ours is first compared with float64; if it fails, no
+speed is printed. "of limit" is the time that the measured copy and matmul rates allow for the bytes
+and flops of `bench.cases`, over the time taken.
 """
 
 import gc
@@ -35,7 +35,7 @@ from training.machines import free_bytes
 
 Fn = Callable[..., Any]
 
-PROVIDERS: dict[str, tuple[str, ...]] = {  # and the ops that each can do
+PROVIDERS: dict[str, tuple[str, ...]] = {  # and the ops that each one has
     "eager": (*CASES,),
     "compile": (*CASES,),
     "ours": (*CASES,),
@@ -43,8 +43,8 @@ PROVIDERS: dict[str, tuple[str, ...]] = {  # and the ops that each can do
     **dict.fromkeys(SDPA, ("causal_attention",)),
     "linear-ce": ("linear_cross_entropy",),
 }
-RIVALS = ("eager", "compile")  # that ratios are to
-# F.linear_cross_entropy takes 20 times the time of the rest on a CPU: only when asked for.
+RIVALS = ("eager", "compile")  # the ratios compare with these
+# On a CPU F.linear_cross_entropy takes 20 times as long as the rest, so it must be asked for.
 CPU_PROVIDERS = (*RIVALS, "ours")
 PYTEST = (
     "-q --no-header --disable-warnings -p no:cacheprovider -p no:xdist --benchmark-only "
@@ -79,7 +79,7 @@ def find_provider(name: str, op: str, device: torch.device) -> Fn:
 
 
 def _flat(call: Fn) -> Fn:
-    """A loss that knows no padding, behind our signature."""
+    """Give our signature to a loss that knows no padded vocabulary."""
     return lambda x, weight, targets, vocab_size: call(
         x.flatten(0, -2), weight[:vocab_size], targets.flatten()
     )
@@ -95,11 +95,11 @@ def make_call(fn: Fn, case: Case, mode: str, inputs: Inputs) -> timing.Call:
 
     if mode == "fwd":
         if "bwd" in case.modes:
-            return forward  # with what it saves for the backward
+            return forward  # saves what the backward needs, as in training
         return torch.no_grad()(forward)
     outs = forward()
     douts = [torch.ones_like(y) if y.dim() == 0 else torch.randn_like(y) for y in outs]
-    if mode == "both":  # each call makes a graph of its own, so this one can go
+    if mode == "both":  # each call makes its own graph, so `outs` can go
         return lambda: torch.autograd.grad(forward(), leaves, douts)
     return lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True)
 
@@ -138,7 +138,7 @@ def measure(
     import torch._functorch.config as functorch
 
     functorch.donated_buffer = False  # a compiled backward frees its inputs, and is run again here
-    torch.compiler.reset()  # or a second shape meets the first one's graph and its recompile limit
+    torch.compiler.reset()  # a new shape must not count as a recompile of the last
     case, cuda = CASES[op], device.type == "cuda"
     providers = [name for name in providers if op in PROVIDERS[name]]
     doubt = doubt_of(op, shape, dtype, device) if "ours" in providers else ""
@@ -161,7 +161,7 @@ def measure(
             except Exception as error:  # out of memory, a backend that refuses the shape, ...
                 timing.note_failure(failed, name, error)
             if name in failed:
-                fn = calls = None  # what it made before it failed
+                fn = calls = None  # free what it made before it failed
                 _free(device)
     how: Any = {"needs": needs, "failed": failed, "rounds": rounds, "seconds": seconds}
     timed = timing.time_calls(contestants, device, set_bytes, **how)
@@ -171,7 +171,7 @@ def measure(
     rows: dict[str, OpRow] = {}
     for name in providers:
         why = failed.get(name, "")
-        if name == "ours":  # its numerics matter more than why it has no time
+        if name == "ours":  # wrong numbers come first, then why it has no time
             why = "; not timed: ".join(filter(None, [doubt, why]))
         row = OpRow(op=op, shape=shape.label, dtype=kind, mode=mode, provider=name, doubt=why)
         if found := timed.get(name):
@@ -197,7 +197,7 @@ def _free(device: torch.device) -> None:
 
 
 def _peak_bytes(call: timing.Call, device: torch.device) -> tuple[int, int]:
-    """Memory that a call takes above its inputs, and that of its results. It also warms up."""
+    """Bytes that a call takes at most above its inputs, and bytes of its results. Also warms up."""
     call()
     if device.type != "cuda":
         return 0, 0
@@ -216,7 +216,7 @@ class Job:
 
     Raises:
         ValueError: a shape whose tensors cannot fit. On a GPU only the op's arguments and results
-            count, since there each provider's row says that it ran out of memory.
+            count, because a provider that runs out of memory there gets a row that says so.
     """
 
     def __init__(
@@ -285,12 +285,12 @@ class Job:
         metafunc.parametrize(("measured", "provider"), calls, ids=ids)
 
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
-        """pytest-benchmark compares runs of which this is equal; it names no host."""
+        """What must be equal for pytest-benchmark to compare two runs. The host is not in it."""
         return {name: self.results.about[name] for name in ("device", "torch", "triton", "python")}
 
 
 class Clock:
-    """The time that pytest-benchmark sees, in seconds; only replayed samples move it."""
+    """The time that pytest-benchmark reads, in seconds. Each replayed sample adds to it."""
 
     now = 0.0
 

@@ -72,8 +72,8 @@ class TimedRow(Row):
     q3_ms: float = 0.0
     cov: float = 0.0
     rounds: int = 0
-    over: dict[str, float] = field(default_factory=dict)  # times faster than others, by name
-    gpu: dict[str, float] = field(default_factory=dict)  # clocks, power, temperature right after
+    over: dict[str, float] = field(default_factory=dict)  # times as fast as each of these
+    gpu: dict[str, float] = field(default_factory=dict)  # clocks, power, temperature just after
 
     @property
     def noisy(self) -> bool:
@@ -91,7 +91,7 @@ class OpRow(TimedRow):
     mode: str
     timed: str = ""  # "graph", "launches" or "host", as in training/timing.py
     gbs: float = 0.0
-    tflops: float | None = None  # None: bound by memory
+    tflops: float | None = None  # None for an op bound by memory
     of_limit: float = 0.0  # the time that the measured limits allow, over the time taken
     peak_gib: float | None = None
     backend: str = ""  # the one of SDPA that torch chose
@@ -154,7 +154,7 @@ class SeedRow(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRow(Row):
-    """Whether the kernels passed one check on one thing; `doubt` if they did not."""
+    """One check of the kernels on one thing; `doubt` is set if they failed it."""
 
     KEY = "check what"
     check: str
@@ -202,7 +202,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 @cache
 def limits(device: torch.device) -> dict[str, float]:
-    """What this machine reaches, measured as `train.py --explain` does; rows are compared with it.
+    """The rates this machine reaches, measured like those of `train.py --explain`.
 
     Returns:
         copy_gbs: GB/s of a copy larger than any cache, bytes read plus bytes written.
@@ -229,7 +229,7 @@ def gpu_state() -> dict[str, float]:
 def git_state() -> tuple[str, bool]:
     """The commit, and whether tracked files other than MADE differ from it.
 
-    ("unknown", True) without git.
+    Without git it is ("unknown", True).
     """
     status = ["status", "--porcelain", "--untracked-files=no", "--", "."]
     changed = git(ROOT, *status, *(f":!{path}" for path in MADE))
@@ -238,7 +238,7 @@ def git_state() -> tuple[str, bool]:
 
 @dataclass
 class Result:
-    """What is known of one device at one commit."""
+    """All results of one device at one commit."""
 
     about: dict[str, Any]  # device, versions, commit, date, command, limits
     sections: dict[str, list[Any]] = field(default_factory=dict)  # rows, of the types of SECTIONS
@@ -296,7 +296,7 @@ def open_result(device: torch.device, path: Path = RESULTS, commit: str | None =
 
     Args:
         path: A file; in a folder, the file is named after device and commit.
-        commit: What is measured, where git is not at hand.
+        commit: The commit that is measured; needed where git does not tell.
 
     Raises:
         ValueError: the file exists and has another schema, device or commit.
@@ -328,7 +328,7 @@ def open_result(device: torch.device, path: Path = RESULTS, commit: str | None =
 
 
 def rounded(value: Any) -> Any:
-    """The value as JSON: floats with 5 significant digits, since the rest is noise; NaN as null."""
+    """The value for JSON: floats with 5 digits, since the rest is noise, and None for NaN."""
     near = lambda text: float(f"{float(text):.5g}")  # noqa: E731
     return json.loads(json.dumps(value), parse_float=near, parse_constant=lambda _: None)
 

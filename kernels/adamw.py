@@ -21,7 +21,7 @@ The norm takes two launches and the step two, however many tensors there are. Th
 tensors through a table of addresses (one row per tensor) and their share of the work through a list
 of chunks (row, number of the chunk in the tensor). The host sends both only when they change: most
 steps find every tensor where the step before had it. Learning rate, step counts, clip coefficient
-and the verdict `found_inf` are read on the device; where that is not 0 nothing is written.
+and the verdict `found_inf` are read on the device. If `found_inf` is not 0, nothing is written.
 
 Deterministic: each chunk leaves one fp32 sum of squares, and one program adds those in a fixed
 order. No atomics; reruns are bitwise equal on one device. No host read.
@@ -46,8 +46,8 @@ from ._aot import AotCase, jit
 from ._launch import Key, arch, cdiv, launch_for
 from ._op import INTERPRETED, check_device, check_tensor, register
 
-# A program's share: large enough that the loads of its table row are lost in it, small enough that
-# 124 M parameters are 29 rounds of 4 programs on each of 132 SMs, so a half-empty last one is 2 %.
+# Elements per program. Beside so many, reading the row of the table costs next to nothing. With 4
+# programs on each of 132 SMs, 124M parameters take 29 rounds, so a half-empty last one costs 2%.
 CHUNK = tl.constexpr(8192)
 ALIGNMENT = 16  # bytes of the widest load; torch's allocations have it, views into them need not
 
@@ -59,7 +59,7 @@ PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WORKING, STEP, LR_ADDRESS = map(tl.constexpr, 
 NUMEL, FLAGS, NUMBERS, FIELDS = map(tl.constexpr, (7, 8, 9, 16))
 ROW = struct.Struct("9q7d")
 BF16_GRAD, ALIGNED = tl.constexpr(1), tl.constexpr(2)  # FLAGS
-SCALARS = tl.constexpr(8)  # that `_adamw_advance_kernel` leaves of each tensor, the last one unused
+SCALARS = tl.constexpr(8)  # per tensor, from `_adamw_advance_kernel`; the last is unused
 
 
 @jit
@@ -109,8 +109,8 @@ def _adamw_advance_kernel(
 
 @jit
 def _update_chunk(
-    row_ptr,  # (FIELDS,) int64: the row of the table
-    scalars_ptr,  # (SCALARS,) fp32: of the same tensor
+    row_ptr,  # (FIELDS,) int64, the tensor's row of the table
+    scalars_ptr,  # (SCALARS,) fp32, of the same tensor
     clip,
     first,  # element the chunk begins at
     GRAD_DTYPE: tl.constexpr,
@@ -179,8 +179,8 @@ def _adamw_kernel(
         row_ptr = table_ptr + row * FIELDS
         scalars_ptr += row * SCALARS
         clip = tl.load(clip_ptr)
-        # The same for all of a program. Four builds of one body: no value leaves a branch, so
-        # none has to change its layout for the other.
+        # A whole program takes one branch. The body is built four times, once per branch, so that
+        # no value leaves a branch: it might have to change its layout for that.
         if bf16_grad:
             if whole:
                 _update_chunk(row_ptr, scalars_ptr, clip, first, tl.bfloat16, True, BLOCK)
@@ -333,7 +333,7 @@ class Slot(NamedTuple):
                 check_tensor("adamw", f"{what} of {self.name}", tensor, size, device, dtypes)
 
     def row(self) -> bytes:
-        """Its row of the table; ValueError for a gradient, new in each step, that does not fit."""
+        """Its row of the table. Raises ValueError if the gradient does not fit; it may be new."""
         dtypes, shape, name = (*FP32, torch.bfloat16), self.param.shape, f"gradient of {self.name}"
         check_tensor("adamw", name, self.grad, shape, self.param.device, dtypes)
         tensors = self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.working
@@ -352,18 +352,18 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 class Upload:
-    """A small host tensor on the device, sent only when its content is not what was sent last.
+    """Copies a small host tensor to the device, but only when its content has changed.
 
     A CUDA graph that holds the copy reads the pinned buffer at every replay. So the host buffer and
     the device tensor of a capture are kept and never written again. Pinned memory cannot safely be
-    allocated during a capture, so one spare buffer waits for it.
+    allocated during a capture, so a spare buffer is always ready.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.key: Any = None
         self.sent = torch.empty(0)
-        self.captured: dict[Any, Tensor] = {}  # of the capture that is running
+        self.captured: dict[Any, Tensor] = {}  # sent in the capture that is running
         self.kept: list[Tensor] = []
         self.spare = torch.empty(0)
 
@@ -387,12 +387,12 @@ class Upload:
             self.kept += [host, sent]
         else:  # `host` goes back to torch's pool, which waits for the copy by an event
             self.spare = torch.empty_like(content, pin_memory=pin)
-            self.captured.clear()  # of a capture that failed, if at all
+            self.captured.clear()  # left over if a capture failed
             self.key, self.sent = key, sent
         return sent
 
     def end(self) -> None:
-        """The step is over: another capture must send for itself."""
+        """Call this after each step, because the next capture must send its own copies."""
         self.captured.clear()
 
 
@@ -440,7 +440,7 @@ class Tables:
         Args:
             slots: The parameters that have a gradient.
             clip: (), fp32, factor of every gradient; None is 1.
-            found_inf: (), fp32; where it is not 0 nothing is written. None is 0.
+            found_inf: (), fp32; if it is not 0, nothing is written. None is 0.
 
         Raises:
             ValueError: a tensor is not as said here or in `Slot`.

@@ -42,8 +42,9 @@ from ._op import check_device, check_tensor, refuse_double_backward, register
 from .reference import autocast_dtype
 
 MAX_C = 8192  # a program holds a whole row in registers
-# Elements of a row that one warp may hold. The backward keeps six values of each in registers: 168
-# per thread at 768. At 1024 of fp32, 221, only 8 warps would fit on an SM (compiled only).
+# The elements of a row that one warp may hold. The backward keeps six values of each in registers,
+# which at 768 elements takes 168 registers per thread. At 1024 in fp32 it would take 221, and only
+# 8 warps would fit on an SM. Both are read off compiled code.
 WARP_C = {"fwd": 1024, "bwd": 768}
 MAX_WARPS_PER_ROW = 8  # with 16 a thread has at most 128 registers, too few for the backward
 BWD_WARPS_PER_SM = 12  # at 768 elements a warp
@@ -61,8 +62,8 @@ def safe_launch(kernel: str, C: int, itemsize: int) -> Launch:
     """One warp per row if the row fits: no barrier, and no idle lane at 768.
 
     A chunk is what a warp loads of h with 16 bytes per lane: 128 elements in fp32, 256 in 16 bits.
-    With 256, an fp32 h and a bf16 x would meet in shared memory, at two barriers per chunk. Wider
-    rows take several warps, narrow ones share one.
+    With chunks of 256, adding a bf16 x to an fp32 h would go through shared memory, at two barriers
+    per chunk. Wider rows take several warps, narrow ones share one.
     """
     chunk = 512 // itemsize
     if chunk >= C:
@@ -123,8 +124,8 @@ def _normalise(
     total = h[0]
     for i in tl.static_range(1, CHUNKS):
         total += h[i]
-    # Rounded here: ptxas makes `/ C` part of the subtractions below, and these would then be of
-    # another mean than the one that is stored for the backward.
+    # div_rn rounds the mean here. ptxas would fuse `/ C` into the subtractions below, which would
+    # then use another mean than the one stored for the backward.
     mean = tl.div_rn(tl.sum(total, axis=1, keep_dims=True), C * 1.0)
 
     centered = ()
@@ -193,7 +194,7 @@ def _layer_norm_bwd_kernel(
     weight_ptr,  # (C,)
     stats_ptr,  # (2, M) fp32
     dh_ptr,  # (M, C) out, dtype of h
-    dx_ptr,  # (M, C) out, dtype of x; or None: dh serves
+    dx_ptr,  # (M, C) out, dtype of x; or None: it would equal dh
     partial_ptr,  # (2, programs, C) out, fp32: sums for dweight, dbias
     M,
     C: tl.constexpr,
@@ -214,7 +215,7 @@ def _layer_norm_bwd_kernel(
         rows = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
         h = _load_rows(h_ptr, rows, M, C, BLOCK_C, CHUNKS)
         dy = _load_rows(dy_ptr, rows, M, C, BLOCK_C, CHUNKS)
-        if dh_out_ptr is not None:  # here, not where it is added: one wait for DRAM a row
+        if dh_out_ptr is not None:  # loaded with the others: one wait for DRAM per row
             dh_out = _load_rows(dh_out_ptr, rows, M, C, BLOCK_C, CHUNKS)
         mean = tl.load(stats_ptr + rows, mask=rows < M, other=0.0)
         rstd = tl.load(stats_ptr + M + rows, mask=rows < M, other=0.0)
@@ -293,7 +294,7 @@ def layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, residual (..., C) -> y (..., C) in `dtype`, h (..., C), stats (2, ...) fp32.
 
-    Without a residual h is (0,): x serves, and an op may not return what it was given.
+    Without a residual h is empty, (0,): it would be x, and an op may not return its own input.
     """
     y, h, stats = _fwd_fake(x, residual, weight, bias, eps, dtype)
     M, C = stats[0].numel(), x.shape[-1]
@@ -322,7 +323,7 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dh (..., C), dx (..., C) in `dtype`, dweight (C,), dbias (C,).
 
-    dx is (0,) where `dtype` is that of h: dh serves, and an op may not return it twice.
+    If `dtype` is that of h, dx is empty, (0,): it would be dh, and an op may not return that twice.
     """
     dh, dx, dweight, dbias = _bwd_fake(dy, dh_out, h, weight, stats, dtype)
     M, C = stats[0].numel(), h.shape[-1]
@@ -339,15 +340,15 @@ def layer_norm_bwd(
 
 
 class _LayerNorm(torch.autograd.Function):
-    """y without a residual, with one y and the sum."""
+    """Returns y, and with a residual the sum too."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, dtype):
         y, h, stats = layer_norm_fwd(x, residual, weight, bias, eps, dtype)
         ctx.save_for_backward(x if residual is None else h, weight, stats)
         ctx.x_dtype, ctx.op = x.dtype, "layer_norm" if residual is None else "add_layer_norm"
-        if not torch.compiler.is_compiling():  # which cannot trace it, and fills in zeros
-            ctx.set_materialize_grads(False)  # the last sum of a model has no gradient
+        if not torch.compiler.is_compiling():  # it cannot trace this, and passes zeros
+            ctx.set_materialize_grads(False)  # no zeros for the last sum, which has none
         return y if residual is None else (y, h)
 
     @staticmethod
@@ -366,7 +367,7 @@ class _LayerNorm(torch.autograd.Function):
 def _norm(
     op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> Any:
-    """Either op, with its checks."""
+    """Check the arguments, then run either op."""
     check_device(op, x)
     C = x.shape[-1] if x.dim() else 0
     if not 1 <= C <= MAX_C:
@@ -406,8 +407,8 @@ def add_layer_norm(
     """Add `x` to the residual stream and normalise the sum, in one pass over both.
 
     Args:
-        x, weight, bias, eps: As those of `layer_norm`.
-        residual: (..., C), contiguous; its dtype, which may differ, is that of the stream.
+        x, weight, bias, eps: As for `layer_norm`.
+        residual: (..., C), contiguous; any of the three dtypes, also another than that of `x`.
 
     Returns:
         y = LayerNorm(residual_out), (..., C), in the autocast dtype under autocast, else the dtype
@@ -420,7 +421,7 @@ def add_layer_norm(
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Each build the launches above can choose on `arch`, at the widths and dtypes that matter."""
+    """The builds that a launch on `arch` can choose, at the widths and dtypes that matter."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     of_stream = "residual_ptr", "h_ptr", "dh_out_ptr", "dh_ptr"
     for op, C, x, h in (

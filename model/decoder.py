@@ -59,11 +59,11 @@ class Cache:
         self.kv: Tensor | None = None  # (layer, k or v, R, H, window, D)
 
     def start_prefill(self, rows: list[int]) -> None:
-        """Before a pass over all positions of these rows."""
+        """Call this before a pass over all positions of these rows."""
         self.layer, self.rows = 0, rows
 
     def start_decode(self, positions: Tensor | int, span: int) -> None:
-        """Before a pass over one position of every row.
+        """Call this before a pass over one position of every row.
 
         Args:
             positions: (R,) int64, or the one position that all rows share (needs no mask).
@@ -111,8 +111,9 @@ class Cache:
 class _RowLinear(nn.Linear):
     """nn.Linear of one row as a matrix-vector product.
 
-    In bf16 that reads the weight as it is, where a product of matrices packs it first: 15 instead
-    of 22 ms for 113 MB of (3072, 768), one core of a Xeon with AMX; reading them takes 10.
+    In bf16 this reads the weight as it is; a matrix product would pack it first. For 24 weights of
+    (3072, 768), 113 MB, it takes 15 ms instead of 22 on one core of a Xeon with AMX. Reading them
+    alone takes 10.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -151,10 +152,10 @@ class Decoder:
     generates without dropout.
 
     Args:
-        prompts: Token ids, at least one each. Of a longer prompt only the last `window` are read.
+        prompts: Token ids, at least one each. Only the last `window` ids of a prompt are read.
         num_samples: Rows for each prompt.
         window: See the top of this file; None is the trained context.
-        vocab_size: Tokens at and above are never chosen; None: the model's vocabulary.
+        vocab_size: Tokens from this id on are never chosen; None is the model's vocabulary.
 
     Raises:
         ValueError: an empty prompt, an id outside the vocabulary, too many rows, a bad window.
@@ -221,7 +222,7 @@ class Decoder:
             logits = self._prefill(rows)
         else:
             logits = self._decode()
-            if rows:  # decode gave them logits too, from keys of where they stood before they slid
+            if rows:  # decode gave them logits too, but from the keys of before the slide
                 logits[rows] = self._prefill(rows)
         logits = logits[:, : self.vocab_size]
         draws = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float64)
@@ -301,7 +302,7 @@ class Decoder:
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    """One for all decoders: cuBLAS keeps a workspace of 32 MB for each stream it has seen."""
+    """All decoders share one, because cuBLAS keeps a workspace of 32 MB for each stream it saw."""
     return torch.cuda.Stream()
 
 
@@ -309,12 +310,12 @@ _turned: WeakKeyDictionary[GPT, tuple[list, Tensor, dict[Tensor, Tensor]]] = Wea
 
 
 def _turned_weights(model: GPT) -> tuple[Tensor, dict[Tensor, Tensor]]:
-    """The head as (C, Vp), and views of copies of some weights, stored as (in, out).
+    """The head as (C, Vp), and copies of some weights stored as (in, out), as views of them turned.
 
-    A CPU multiplies a single row faster by weights that lie so, if they widen it: one row of
-    C = 768 takes 4.2 instead of 5.5 ms for 57 MB of c_attn weights, 3.0 for 4.2 of c_fc, 10.2 for
-    14.2 for the head (2 Zen 3 cores, fp32, MKL); the other two gain nothing. The copies are kept
-    per model, and made again when training has changed a weight.
+    A CPU multiplies one row faster by a weight stored like this, if the result is wider than the
+    row. For a row of C = 768 the c_attn weights (57 MB) take 4.2 ms instead of 5.5, c_fc 3.0
+    instead of 4.2, the head 10.2 instead of 14.2 (2 Zen 3 cores, fp32, MKL). The other two gain
+    nothing. The copies are kept per model, and made again when training has changed a weight.
     """
     widening = ("wte.weight", "c_attn.weight", "c_fc.weight")
     wte, *weights = (p for name, p in model.named_parameters() if name.endswith(widening))
