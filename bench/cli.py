@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 def add_output(parser: Parser, default: Path | None = RESULTS) -> None:
     """Add the options that `record.open_result` takes."""
     parser.add_argument("--out", type=path, default=default, help="result file or folder")
-    parser.add_argument("--commit", help="what is measured, where git is not at hand")
+    parser.add_argument("--commit", help="the commit that is measured, where git cannot tell")
 
 
 def devices() -> list[str]:

@@ -225,14 +225,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts or groups, comma-separated")
     parser.add_argument("--minutes", type=cli.amount, default=8.5)
     parser.add_argument("--data", type=cli.file, help="text or uint16 token file to train on")
-    parser.add_argument("--commit", help="what is measured, where git is not at hand")
+    parser.add_argument("--commit", help="the commit that is measured, where git cannot tell")
     args = parser.parse_args(argv)
     names = parse_only(args.only)
     if not torch.cuda.is_available():
         raise ValueError("gpu: torch sees no GPU; `make bench` is what runs without one")
     commit = args.commit or record.git_state()[0]
     if commit == "unknown":
-        raise ValueError("gpu: git is not at hand here; say what is measured with --commit")
+        raise ValueError("gpu: git does not tell which commit this is; name it with --commit")
     out = args.out.resolve()
     results = record.open_result(torch.device("cuda"), out / "result.json", commit)
     results.write()

@@ -296,7 +296,7 @@ def open_result(device: torch.device, path: Path = RESULTS, commit: str | None =
 
     Args:
         path: A file; in a folder, the file is named after device and commit.
-        commit: The commit that is measured; needed where git does not tell.
+        commit: The commit that is measured; needed where git cannot tell.
 
     Raises:
         ValueError: the file exists and has another schema, device or commit.

@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():  # as tests/conftest.py has it, which here comes too late
         os.environ["TRITON_INTERPRET"] = "1"
     failures = judge(mutants, args.workers)
-    print(f"mutants: {len(mutants)} tried, {failures} trials not as they must be")
+    print(f"mutants: {len(mutants)} faults planted, {failures} test runs above ended wrongly")
     return 1 if failures else 0
 
 

@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", action="append", choices=[*CASES], help="default: all")
     parser.add_argument("--dtype", action="append", choices=[*DTYPES], help="default: all")
     parser.add_argument("--out", type=cli.path, help="also add the rows to this result file")
-    parser.add_argument("--commit", help="what is checked, where git is not at hand")
+    parser.add_argument("--commit", help="the commit that is checked, where git cannot tell")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtypes = args.dtype or [*DTYPES]

@@ -85,9 +85,9 @@ class Piece(NamedTuple):
     """A part of one input file."""
 
     path: Path
-    start: int  # of text, the offset of its first byte; of JSONL or a table, its first line or row
-    data: bytes | list[Any]  # text or lines of JSONL, or the values of a table's rows
-    key: str  # the field of JSONL objects, or the column of a table, that holds the text
+    start: int  # offset of its first byte; in JSONL or a table, number of its first line or row
+    data: bytes | list[Any]  # bytes of text or of JSONL lines; the values of a table's rows
+    key: str  # JSONL field or table column that holds the text
     advance: int  # bytes of the file that were read for this piece
 
 
@@ -135,12 +135,12 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def find_inputs(paths: Sequence[str | Path], key: str = KEY) -> list[Path]:
-    """The text files that `paths` name, in the order of reading, or a single holder of tokens.
+    """The text files that `paths` name, in the order of reading, or one file or folder of tokens.
 
     Args:
         paths: Files, folders, and patterns such as `src/**/*.py`. A file that is named is read if
-            it holds text. A folder must hold only files that end as in `TAKEN`, and hidden ones,
-            which are not read. A token file or a folder of token files must be the only path.
+            it holds text. In a folder, each file must end as in `TAKEN`; hidden ones are skipped.
+            A token file or a folder of token files must be the only path.
         key: Column that a table must have.
 
     Raises:
@@ -188,7 +188,7 @@ def _expand(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith(".") and not part.startswith("."):
             continue
-        if part == "**":  # a link to a folder may lead back to where it stands
+        if part == "**":  # a link may lead back to a folder that holds it
             if entry.is_dir() and not entry.is_symlink():
                 yield from _expand(entry, parts)
         elif fnmatch.fnmatch(entry.name, part) and (not rest or entry.is_dir()):
@@ -197,7 +197,7 @@ def _expand(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
 
 def _inside(folder: Path) -> list[Path]:
     """The files of a folder and its subfolders, in order, without hidden ones."""
-    if (state := folder / "state.json").is_file():  # a Hugging Face dataset; it lists its files
+    if (state := folder / "state.json").is_file():  # a Hugging Face dataset, which lists its files
         files: Any = read_object(state).get("_data_files")
         schema.check(f"data: {state}: _data_files", files, [{"filename": schema.TEXT}])
         return [folder / Path(file["filename"]).name for file in files]
@@ -217,7 +217,7 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _has_text(path: Path, key: str) -> bool:
-    """False for an empty file; refuses a file that cannot hold text, and says what it is."""
+    """False for an empty file. Raises ValueError that names what the file is, if not text."""
     if not path.exists():
         raise FileNotFoundError(f"data: no such file: {path}")
     if not path.is_file():
@@ -261,8 +261,8 @@ def hash_files(files: Sequence[Path], key: str = KEY) -> str:
 def cut(path: Path, key: str = KEY) -> Iterator[Piece]:
     """The pieces of a file, cut where a cut does not change the tokens; at least one.
 
-    A piece is longer than PIECE_BYTES where a row or a JSONL line is, and where a run of one
-    character is so long that `tokenizer.cuts` finds no place in it.
+    A piece is longer than PIECE_BYTES if one row or JSONL line is, or if a run of one character is
+    so long that `tokenizer.cuts` finds no place in it.
 
     Raises:
         ValueError: a table cannot be read or lacks the column, or a JSONL line is too long.
@@ -274,7 +274,7 @@ def cut(path: Path, key: str = KEY) -> Iterator[Piece]:
 
 
 def _cut_text(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """Start, data and bytes of the file read so far; JSONL is cut between lines."""
+    """Yields start, data, and the bytes of the file read so far; JSONL is cut between lines."""
     jsonl, held, ended = is_jsonl(path), b"", False
     start = int(jsonl)  # lines are counted from 1
     with opened(path) as (text, file):
@@ -300,9 +300,9 @@ def _cut_text(path: Path) -> Iterator[tuple[int, bytes, int]]:
 
 
 def _text_end(data: bytes) -> int:
-    """The last place where `data` can be cut; 0 where there is none."""
+    """The last place where `data` can be cut, or 0 if there is none."""
     near = max(0, len(data) - 4 * tokenizer.PATIENCE)
-    # Nearly always there is a sure place near the end; else all of it must be looked through.
+    # Nearly always there is a safe place near the end. If not, look through all of the data.
     for first in (near, 0):
         part = data[first:].lstrip(_CONTINUATION)
         try:
@@ -315,7 +315,7 @@ def _text_end(data: bytes) -> int:
 
 
 def _cut_table(path: Path, key: str) -> Iterator[tuple[int, list[Any], int]]:
-    """First row, values and bytes of the file read so far."""
+    """Yields first row, values, and the bytes of the file read so far."""
     arrow = _pyarrow(path)
     held: list[Any] = []
     start = size = 0
@@ -369,7 +369,7 @@ def encode_piece(piece: Piece) -> bytes:
     for number, value in enumerate(values, piece.start):
         try:
             if lines:
-                line = value.removeprefix(_BOM)  # files may have been joined with their marks
+                line = value.removeprefix(_BOM)  # joined files keep their marks
                 if not line.strip():
                     continue
                 content = json.loads(line.decode())

@@ -389,8 +389,8 @@ def _choose_compile(
     )
     if machine.device == "cpu" and total < MIN_COMPILE_FLOPS:
         notes.append(
-            f"not compiled: this run is too short for it to pay, {total:.1e} flops where "
-            f"{MIN_COMPILE_FLOPS:.0e} would; --compile compiles all the same"
+            f"not compiled: this run is too short for it to pay, {total:.1e} flops where it takes "
+            f"{MIN_COMPILE_FLOPS:.0e}; --compile does it all the same"
         )
         return False
     return True
