@@ -19,7 +19,7 @@ from . import reference
 
 __all__ = ["EAGER", "TRITON", "Ops", "parse_ops", "read_ops", "spell_ops", "unfit"]
 
-WIDTH = 64  # what gelu_mlp's C must be a multiple of, as that of every GPT-2 is
+WIDTH = 64  # gelu_mlp's C must be a multiple of it; every GPT-2's is
 HEAD_DIMS = (16, 32, 64, 128)
 
 

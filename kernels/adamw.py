@@ -443,7 +443,7 @@ class Tables:
             found_inf: (), fp32; if it is not 0, nothing is written. None is 0.
 
         Raises:
-            ValueError: a tensor is not as said here or in `Slot`.
+            ValueError: a tensor is not as described here or in `Slot`.
         """
         table, chunks = self._load(slots)
         self._addresses.end()

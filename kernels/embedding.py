@@ -74,7 +74,7 @@ def _embedding_fwd_kernel(
     position = (rows % T).to(tl.int64)
     rows = rows.to(tl.int64)  # M * C may pass 2^31
     token = tl.load(idx_ptr + rows, mask=rows < M, other=0)
-    known = (token >= 0) & (token < Vp)  # others make their row NaN: seen, and never read with
+    known = (token >= 0) & (token < Vp)  # other ids are not read with; their rows become NaN
     h = ()
     for i in tl.static_range(CHUNKS):
         at, mask = _tile(rows, M, i, C, BLOCK_C)
@@ -205,16 +205,16 @@ def embedding(
         wpe: (T, C), contiguous, dtype of `wte`: the rows of the tokens' positions.
         weight, bias: (C,), one dtype, any of the three.
         eps: Added to the variance.
-        residual_dtype: Of the stream, any of the three; None is that of `wte`.
+        residual_dtype: Dtype of the stream, any of the three; None is the dtype of `wte`.
 
     Returns:
         y = LayerNorm(residual), (B, T, C), in the autocast dtype under autocast, else that of
-        residual; residual = wte[idx] + wpe, (B, T, C); `wte`, whose gradient the head's use of it
-        goes into without a sum of its own. On CUDA, where looking would cost a sync, an id that is
-        none makes its row NaN.
+        residual; residual = wte[idx] + wpe, (B, T, C); and `wte` for the head, so that the head's
+        gradient of it arrives here and is added to. On CUDA, where a check would cost a sync, an
+        id outside [0, Vp) makes its row NaN.
 
     Raises:
-        ValueError: wrong shape, dtype, device or strides, or, on the CPU, an id that is none.
+        ValueError: wrong shape, dtype, device or strides, or, on the CPU, an id outside [0, Vp).
     """
     check_device("embedding", wte)
     (Vp, C), op, at = (wte.shape if wte.dim() == 2 else (0, 0)), "embedding", wte.device

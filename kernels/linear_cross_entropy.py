@@ -75,7 +75,7 @@ def _linear_cross_entropy_rows_kernel(
     row_ptrs = z_ptr + rows.to(tl.int64) * stride
     target = tl.load(targets_ptr + rows, mask=rows < M, other=ignore_index)
     counted = target != ignore_index
-    # An id outside the vocabulary makes loss and gradients NaN: seen, and never read with.
+    # An id outside the vocabulary is not read with; loss and gradients become NaN.
     known = (target >= 0) & (target < V)
     nan = float("nan")
     z_t = tl.load(row_ptrs + target, mask=counted & known, other=nan).to(tl.float32)
@@ -113,7 +113,7 @@ def _linear_cross_entropy_rows_kernel(
                 dz = dz if uncut else tl.where(at < V, dz, 0.0)  # `scale` may be NaN
                 mask = inside if uncut else inside & (at < stride)
                 tl.store(z_ptrs + at, dz.to(z_ptr.dtype.element_ty), mask=mask)
-        tl.debug_barrier()  # all of dz stands there but for the target's -1
+        tl.debug_barrier()  # all of dz is stored but for the target's -1
         dz_t = tl.exp2((z_t - row_max) * LOG2E) * scale - 1.0
         tl.store(row_ptrs + target, dz_t.to(z_ptr.dtype.element_ty), mask=counted & known)
 
@@ -280,7 +280,7 @@ def linear_cross_entropy(
 
     Returns:
         () fp32. NaN when every row is ignored, with gradients of 0, as F.cross_entropy. On CUDA,
-        where looking would cost a sync, a target that is no id makes loss and gradients NaN.
+        where a check would cost a sync, a target that is no id makes loss and gradients NaN.
 
     Raises:
         ValueError: a shape, dtype or layout that does not match, or, on the CPU, a target that is

@@ -36,7 +36,7 @@ class FullShard(Replicas):
 
     Attributes:
         twin: What a step calls in place of the model.
-        rows: The twin's parameter by that of the model.
+        rows: By parameter of the model, that of the twin, which holds this rank's rows.
     """
 
     def __init__(self, model: GPT, plan: Plan, world: World):
