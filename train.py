@@ -93,7 +93,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     refuse_mismatch(world, "facts", same | {"torch": torch.__version__})
     source = hf.find_model(cfg.init) if cfg.init else ""
     initial = GPT.from_pretrained(source) if source else None
-    if initial and world.size > 1:  # else all would silently take rank 0's weights
+    if initial and world.size > 1:  # otherwise all would silently take rank 0's
         refuse_mismatch(world, "weights", {f"--init {cfg.init}": hash_weights(initial)})
     if saved:
         notes = resume.check_recipe(saved, *expected) + notes + resume.check_plan(saved, plan)

@@ -15,7 +15,7 @@ from bench.record import RESULTS
 from model.edge import exits
 from training.console import surviving
 
-MAX_COUNT = 10**6  # of anything one counts: micro-batches, rounds, steps
+MAX_COUNT = 10**6  # the most micro-batches, rounds or steps to ask for
 
 
 class Parser(argparse.ArgumentParser):

@@ -29,7 +29,7 @@ from training.step import Outcome, TrainStep
 
 NUM_BATCHES = 8
 WARMUP_STEPS = 3
-PROCESS_BYTES = 700 << 20  # that a process takes beside its step: torch and the compiler
+PROCESS_BYTES = 700 << 20  # torch and the compiler in a process, without the step
 
 Batch = tuple[Tensor, Tensor]
 

@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             todo = [command for command in commands(job) if command.part in names]
             run_all(job, todo, args.minutes, results)
             trace = Path(scratch) / "trace.json"
-            if trace.exists():  # of the last profile, which is ours
+            if trace.exists():  # written by the last profile, which is ours
                 (out / "trace.json.gz").write_bytes(gzip.compress(trace.read_bytes()))
     finally:
         print("\n" + report.page([results]), flush=True)

@@ -57,7 +57,7 @@ class Goal(NamedTuple):
     bound: float
     digits: int = 0  # after the point; rounded against us: no figure looks better than it is
     unit: str = ""
-    at_least: bool = False  # else it must not exceed the bound
+    at_least: bool = False  # False: the figure must not exceed the bound
 
     def text(self, figure: float) -> str:
         units = round(figure * 10**self.digits, 4)  # 1.15 * 100 is 114.99999999999999

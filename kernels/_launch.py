@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 ROWS = Path(__file__).with_name("launches.toml")
-LAYERS = ("measured", "compiled", "candidates")  # of that file; the last serves no call
+LAYERS = ("measured", "compiled", "candidates")  # its sections; no call uses the last
 ANY = "any"
 # Chips that share instructions and sizes share rows, under the name of the first.
 FAMILY = {103: 100, 121: 120}
@@ -38,7 +38,7 @@ def triton_version() -> str:
 
 @dataclass(frozen=True)
 class Key:
-    """All that a launch may depend on. A row has one too, where ANY serves every value."""
+    """All that a launch may depend on. In the key of a row, ANY stands for every value."""
 
     kernel: str  # "<op>.<kernel>", e.g. "gelu_mlp.up"
     math: str  # "16-bit" operands, or how those of fp32 are multiplied, "tf32" or "ieee"
@@ -77,7 +77,7 @@ class Launch:
     num_warps: int
     num_stages: int = 1
     maxnreg: int | None = None  # a limit per thread, where it buys another program per SM
-    programs_per_sm: int = 1  # that are to run side by side; a persistent grid has so many
+    programs_per_sm: int = 1  # how many run side by side; a persistent grid has as many
     # The result file and date that chose the row, or what compiling it has shown.
     source: str = field(default="", compare=False)
 
@@ -207,7 +207,7 @@ def launch_for(key: Key, safe: Launch | None = None) -> Launch:
 
 @contextmanager
 def replaced(kernel: str, launch: Launch | None) -> Iterator[list[tuple[Key, Launch]]]:
-    """Inside, `kernel`, or each if ANY, runs with `launch` whatever its key; None changes nothing.
+    """In this context `kernel` (ANY: each) runs with `launch` for any key; None changes nothing.
 
     Yields the list of the keys asked for, each with the launch that serves it otherwise.
     """
@@ -227,7 +227,7 @@ def math_of(dtype: torch.dtype) -> str:
 
 
 def precision_of(math: str) -> str:
-    """What `tl.dot` is told; of 16-bit operands the product is exact either way."""
+    """The precision to pass to `tl.dot`; products of 16-bit operands are exact either way."""
     return "tf32" if math == "tf32" else "ieee"
 
 

@@ -446,7 +446,7 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
     """Builds that launches choose on `arch`, and candidates: not all, as each takes long."""
     builds = [("bf16", 2, "16-bit", D) for D in HEAD_DIMS]
     builds += [("fp32", 4, "tf32", 64), ("fp32", 4, "ieee", 64)]
-    if arch not in (80, 90, 100):  # which have rows of their own
+    if arch not in (80, 90, 100):  # these three have their own rows
         builds = builds[2:4]
     for (name, (kernel, block)), (dtype, itemsize, math, D) in product(KERNELS.items(), builds):
         longest = short_t(itemsize, D, arch) if name == "short" else 1024

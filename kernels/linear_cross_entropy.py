@@ -129,7 +129,7 @@ def _linear_cross_entropy_scale_kernel(
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask = offs < numel
-    N = tl.maximum(tl.load(count_ptr), 1).to(tl.float32)  # of no rows dx and dweight are 0 already
+    N = tl.maximum(tl.load(count_ptr), 1).to(tl.float32)  # without rows both gradients are 0
     scale = tl.div_rn(tl.load(dloss_ptr), N)
     grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs, (grad * scale).to(out_ptr.dtype.element_ty), mask=mask)

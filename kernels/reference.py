@@ -89,7 +89,7 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
 
 
 def by_products(device: str, bf16: bool, T: int, dropout_p: float) -> bool:
-    """Whether `causal_attention` computes one product after the other here, and keeps (H, T, T)."""
+    """Whether `causal_attention` here computes product by product, and so keeps (H, T, T)."""
     return device == "cpu" and bf16 and T <= MAX_T_OF_PRODUCTS and dropout_p == 0
 
 
@@ -139,7 +139,7 @@ def _turn_into_dz(z: Tensor, V: int, ids: Tensor, needs_dz: bool) -> tuple[Tenso
         out.copy_(p.gather(1, at))
         if needs_dz:
             rows.copy_(p.exp_())
-    if needs_dz:  # of a slice, scatter_ would copy all of it where algorithms are deterministic
+    if needs_dz:  # in deterministic mode, scatter_ would copy a whole slice
         z[torch.arange(len(z), device=z.device), ids[:, 0]] = torch.expm1(log_p[:, 0]).to(z.dtype)
     return log_p, z
 
@@ -184,7 +184,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():  # the gradients were computed in forward, out of its sight
             raise RuntimeError("linear_cross_entropy: double backward is not supported")
         count, dx, dweight = ctx.saved_tensors
-        scale = dloss / count.clamp(min=1)  # of an all-ignored batch: 0 * dloss
+        scale = dloss / count.clamp(min=1)  # if every target is ignored: 0 * dloss
         dx = (dx.float() * scale).to(dx.dtype) if dx is not None else None
         if dweight is not None:
             turned = dweight.new_empty(dweight.T.shape)

@@ -198,7 +198,7 @@ def save_pretrained(model: GPT, path: str | Path, dtype: torch.dtype = torch.flo
         except SafetensorError as error:  # for instance no space
             raise OSError(f"export: {folder}: {error}") from None
         folder.mkdir(parents=True, exist_ok=True)
-        for file in EXPORTED:  # else the folder could hold weights of one model, config of another
+        for file in EXPORTED:  # so that weights and config are never of two models
             (folder / file).unlink(missing_ok=True)
         for file in (*texts, WEIGHTS):
             os.replace(partial / file, folder / file)

@@ -17,7 +17,7 @@ from model.gpt import GPT
 from model.sampling import Sampling
 from model.text import stream_text
 
-MAX_PROMPT_BYTES = 16 << 20  # of standard input; a window holds only its end
+MAX_PROMPT_BYTES = 16 << 20  # read from standard input; only its end fits into a window
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,7 @@ def _look_at(path: str | Path) -> tuple[dict[str, Tensor], GPTConfig, dict[str, 
 def main(args: list[str] | None = None) -> None:
     import tyro  # loading a model does not need it
 
-    from model.nanogpt import load_nanogpt  # which imports this module
+    from model.nanogpt import load_nanogpt  # here, because it imports this module
 
     app = tyro.extras.SubcommandApp()
 

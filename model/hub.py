@@ -47,7 +47,7 @@ def download(name: str) -> Path:
         raise FileNotFoundError(
             f"{here}; to take it from the hub, pip install huggingface_hub, or {_FOLDER}"
         ) from None
-    logging.set_verbosity_error()  # else it prints a line for each of five retries
+    logging.set_verbosity_error()  # otherwise it prints a line for each of five retries
     print(f"init: {name} of {constants.ENDPOINT}, or its copy in the cache", file=sys.stderr)
     try:
         folder = Path(hf_hub_download(repo, CONFIG, revision=revision)).parent

@@ -173,7 +173,7 @@ MUTANTS = (
     Mutant(_LCE, "_linear_cross_entropy_rows_kernel", "race",
            "        tl.debug_barrier()  # all lanes have read z_t\n", ""),
     Mutant(_LCE, "_linear_cross_entropy_rows_kernel", "order",
-           "        tl.debug_barrier()  # all of dz stands there but for the target's -1\n", ""),
+           "        tl.debug_barrier()  # all of dz is stored but for the target's -1\n", ""),
     Mutant(_LCE, "_linear_cross_entropy_rows_kernel", "target",
            "* LOG2E) * scale - 1.0", "* LOG2E) * scale"),
     Mutant(_LCE, "_linear_cross_entropy_scale_kernel", "mask",

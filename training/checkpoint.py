@@ -47,7 +47,7 @@ MANIFEST = {
     "sha256": TEXT,
 }
 MAX_JSON_BYTES = 16 << 20
-MAX_HEADER_BYTES = 16 << 20  # of a safetensors file, beside its tensors
+MAX_HEADER_BYTES = 16 << 20  # in a safetensors file, the bytes before its tensors
 _NAME = re.compile(r"step-\d{8}")
 _TEMPORARY = ".writing-"
 _REPLACED = f"{_TEMPORARY}replaced-"
@@ -154,7 +154,7 @@ def write(folder: Path, checkpoint: Checkpoint, say: Callable[[str], None] = pri
         manifest["sha256"] = hashlib.sha256(_canonical(manifest)).hexdigest()
         _write_file(temporary / "manifest.json", _canonical(manifest), say)
         _fsync(temporary, say)
-        if final.exists():  # as after a rollback; the older one stays until this is in place
+        if final.exists():  # after a rollback; the older one stays until this is in place
             _move(final, aside, say)
         _move(temporary, final, say)
         shutil.rmtree(aside, ignore_errors=True)
@@ -236,7 +236,7 @@ def _read(path: Path, expected: Expected | None) -> Checkpoint:
         data = verified(name, MAX_HEADER_BYTES + most)
         try:
             saved.tensors[group] = load_tensors(data)
-        except Exception as error:  # of many types: another program may have written it
+        except Exception as error:  # any type: another program may have written the file
             raise Mismatch(f"{name} is unreadable: {one_line(error, 160)}") from None
         if kinds:
             schema.check(group, saved.tensors[group], kinds[group])
@@ -292,7 +292,7 @@ class Writer(contextlib.AbstractContextManager):
         self.folder, self.keep_last = folder, keep_last
         self.say = functools.cache(say)  # so that what the file system lacks is said once
         self.last_good = max(map(step_of, paths(folder)), default=None)
-        self.failure = ""  # of the last write
+        self.failure = ""  # why the last write failed, or ""
         self._thread = threading.Thread()
 
     def __exit__(self, *_: object) -> None:

@@ -34,7 +34,7 @@ class Ended:
 
     @property
     def why(self) -> str:
-        """How it failed, in words; empty where it did not."""
+        """How it failed, in words; "" if it did not."""
         if self.code is None:
             return "cut off"
         return f"exit {self.code}: {last_line(self.text)}" if self.code else ""
@@ -52,7 +52,7 @@ def _start(
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**env, "PYTHONUNBUFFERED": "1"},  # what it printed last must really stand last
+        env={**env, "PYTHONUNBUFFERED": "1"},  # so that its last words are not lost in a buffer
         start_new_session=True,
         stdin=subprocess.DEVNULL,
         stdout=said,
@@ -84,7 +84,7 @@ def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = 
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Inside, SIGTERM and Ctrl-C end what `run` has started, in all threads, and this process."""
+    """In this context SIGTERM and Ctrl-C end this process and all that `run` has started."""
 
     def stop(signum: int, frame: object) -> None:
         for pid in [*_running]:
@@ -137,7 +137,7 @@ class Child:
         raise ChildDied(self.end(why))
 
     def end(self, why: str = "") -> str:
-        """End it; returns why it is gone, its exit code or what is given, and its last words."""
+        """End it. Returns why it is gone (its exit code, or `why`) and its last words."""
         if self._pipe.closed:
             return why
         self._pipe.close()
@@ -152,7 +152,7 @@ class Child:
 
 
 class Crew(contextlib.AbstractContextManager):
-    """`count` children side by side. Each is started when it is first asked, and after it died."""
+    """`count` children side by side. Each starts when first asked, and again if it has died."""
 
     def __init__(self, command: Sequence[str], count: int) -> None:
         self.command = command
@@ -192,7 +192,7 @@ class Crew(contextlib.AbstractContextManager):
 
 
 def serve(answer: Callable[[Any], Any]) -> None:
-    """A child's side: an answer to each task, until nobody asks any more."""
+    """The child's side: answer each task until no more come."""
     pipe = Connection(int(os.environ[PIPE]))
     with contextlib.suppress(EOFError):
         while True:

@@ -29,11 +29,11 @@ from training.timing import Timing, gains, ratio
 from training.trials import COMMAND, time_op, time_step
 from training.verify import cache_path, find_wrong, keep, key_of, read_kept
 
-# For timing all ops; and, in `make tune`, all steps and all launch rows.
+# Seconds for timing all ops; in `make tune`, also for all steps and for all launch rows.
 OPS_S, STEPS_S, ROWS_S = 50.0, 100.0, 80.0
 BUILD = 0.7  # share of OPS_S that compiling may take
-TIME_S = 15.0  # of one op, which may hang
-MAX_GAIN = 100.0  # more is a mistake of the clock: an empty graph takes no time
+TIME_S = 15.0  # for timing one op, which may hang
+MAX_GAIN = 100.0  # a larger gain is a fault of the clock: an empty graph takes no time
 STEP, AS_CHOSEN, COMMITTED = "step", "as chosen", "committed launch rows"
 Samples = Mapping[str, Sequence[float]]  # ms, by what was timed, in turns
 TIMES = schema.Every([schema.of(float)], ".*")
@@ -56,7 +56,7 @@ def rivals(plan: Plan, machine: Machine) -> dict[str, list[str]]:
 
 
 def choose(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> dict[str, str]:
-    """What to take for each op and kernel, and for the step; from numbers alone.
+    """Choose a backend per op, a row per kernel and a plan for the step, from numbers alone.
 
     Args:
         plan: What is taken where nothing better is known.
@@ -163,7 +163,7 @@ def take_fastest(
             raise ValueError(f"tune_file{trouble}; name another, or remove it")
         if kept and asked.tune == "auto":
             return kept["ms"], f"measured before, see {path}"
-        if not (names or long):  # all was asked for by name, so there is nothing to choose
+        if not (names or long):  # flags name everything, so nothing is left to choose
             return None
         takes = "up to four minutes" if long else "up to a minute, --tune off leaves it out"
         line = f"tune: timing what a step can be made of on {machine.name}; takes {takes}{trouble}"

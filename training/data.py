@@ -45,7 +45,7 @@ Tokens = np.ndarray | TokenShards
 class Corpus:
     tokens: TokenShards  # (N,) uint16
     name: str  # in messages and in config.json
-    sha256: str  # of the text, see `hash_files`, or of the token files
+    sha256: str  # by `hash_files` for text, else of the token files
     val: TokenShards | None = None  # the source's own validation part
     val_named: bool = False  # --val names it, so it is used even with --val-fraction 0
 

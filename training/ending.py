@@ -27,7 +27,7 @@ from training.state import Progress
 NUM_SAMPLES = 4
 PROMPT_TOKENS = 8
 SAMPLE_TOKENS = 120
-MAX_VAL_TOKENS = 10_485_760  # of the last evaluation; more would not change the digits shown
+MAX_VAL_TOKENS = 10_485_760  # for the last evaluation; more would not change the digits shown
 
 
 def _take_best(run: Run, model: GPT, say: Callable[[str], None], progress: Progress) -> int:

@@ -57,7 +57,7 @@ class FullShard(Replicas):
             module = fully_shard(unit, **how)
             assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)  # a rank's loss is scaled already
-            module.set_force_sum_reduction_for_comms(True)  # as gloo wants it
+            module.set_force_sum_reduction_for_comms(True)  # gloo needs it
         self.twin.to_empty(device=plan.device)
         self.rows = rows = dict[nn.Parameter, DTensor]()
         for name, parameter in model.named_parameters():

@@ -62,7 +62,7 @@ class Guard(Counts):
 
     @torch.no_grad()
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether a step with this mean loss and gradient norm, each (), is bad; part of the step.
+        """Judge, as part of the step, whether this mean loss and gradient norm, each (), are bad.
 
         Returns:
             (), fp32, 1 for a bad step and 0 otherwise, as fused AdamW takes `found_inf`.

@@ -28,11 +28,11 @@ FREE_SHARE = 0.9  # where less of a GPU's memory is free, another process uses i
 class Card:
     """The vendor's figures for a GPU, without sparsity."""
 
-    tflops: float  # of dense products in `dtype`
+    tflops: float  # dense products in `dtype`
     gbs: float  # GB/s of the memory
     dtype: str = "bf16"  # in which it trains
     arch: int = 0  # compute capability; 0: the rest is not entered
-    gib: int = 0  # of memory
+    gib: int = 0  # memory size
     sms: int = 0
     ghz: float = 0.0  # boost clock
 
@@ -73,12 +73,12 @@ class Machine:
     device: str  # "cpu" or "cuda"
     name: str  # as the vendor writes it
     arch: int = 0  # compute capability, 90 for an H100; 0 on a CPU
-    num_threads: int = 1  # that torch uses on the CPU
+    num_threads: int = 1  # what torch uses on the CPU
     has_bf16: bool = False  # products are faster in bf16 than in fp32
-    missing_tools: tuple[str, ...] = ()  # that torch.compile needs
+    missing_tools: tuple[str, ...] = ()  # what torch.compile needs and does not find
     interpreted: bool = False  # triton's kernels run on the CPU: TRITON_INTERPRET=1
     has_triton: bool = True  # it can be imported
-    memory_bytes: int = 0  # of the GPU (if others use it, what is free) or the RAM; 0 is unknown
+    memory_bytes: int = 0  # the GPU's (what is free, if others use it) or the RAM; 0: unknown
     launcher_lacks: tuple[str, ...] = ()  # what triton needs to launch a kernel and does not find
     rocm: bool = False  # the GPU is AMD's
     notes: tuple[str, ...] = ()  # lines for the plan about what a user might not expect

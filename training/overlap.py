@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SEED_BYTES = 16  # shorter matches are ordinary language: four words
-SPAN_BYTES = 32  # of the shortest span: a power of two times SEED_BYTES
+SPAN_BYTES = 32  # length of the shortest span: a power of two times SEED_BYTES
 CHUNK_BYTES = 1 << 19  # temporaries of 8 bytes per position stay in a second-level cache or near it
 TABLE_BITS = 20
 # Odd 64-bit constants of splitmix64; the top bits of a * K1 + b * K2 are the hash.

@@ -106,8 +106,8 @@ class Plan:
 
     device: str
     device_name: str
-    num_threads: int  # of the CPU
-    ops: str  # as `kernels.parse_ops` reads it
+    num_threads: int  # what torch uses on the CPU
+    ops: str  # in the form that `kernels.parse_ops` reads
     dtype: str
     compile: bool
     micro_batch_size: int  # times num_micro_batches: the recipe's rows per step

@@ -136,7 +136,7 @@ class ShardWriter:
     def add(self, piece: int, tokens: np.ndarray) -> None:
         """Append the tokens of piece number `piece`."""
         used = self.index["skip_tokens"] if piece == self.index["next_piece"] else 0
-        if used == 0:  # else its documents have been counted
+        if used == 0:  # the first time, so its documents are not yet counted
             self._documents += int(np.count_nonzero(tokens == tokenizer.EOT))
         while used < len(tokens):
             part = tokens[used : used + self._target()[1] - self._count]

@@ -31,7 +31,7 @@ from training.step import NUM_WARMUP, Outcome, TrainStep
 
 MAX_STEPS = 10
 PROBE_S = 20.0  # so that --explain takes less than a minute for GPT-2 124M on two cores
-# Of a step; with more, compiling and ten compiled steps take over a minute on two cores.
+# For a step; with more, compiling and ten compiled steps take over a minute on two cores.
 MAX_COMPILED_FLOPS = 2e11
 RATE_S = 0.8  # for each rate that is measured
 COMPILE_S, MAX_COMPILE_S = 20.0, 40.0  # on two idle cores; the most it may take here
@@ -42,10 +42,10 @@ PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer")
 class Rates:
     """What this machine reaches, measured; 0 where it does not say."""
 
-    copy_gbs: float  # of a copy larger than the caches, bytes read plus bytes written
+    copy_gbs: float  # for a copy larger than the caches, bytes read plus bytes written
     matmul_gflops: dict[str, float]  # large square products in "fp32", "tf32", "bf16" and "fp16"
     shape_gflops: float = 0.0  # in the plan's dtype for (tokens of a micro-batch, C, 4C)
-    cores: int = 1  # that this process may use
+    cores: int = 1  # what this process may use
     power_limit_w: float = 0.0
     power_max_w: float = 0.0
     sm_mhz: float = 0.0  # right after the products
@@ -63,11 +63,11 @@ class Probe:
     """A few steps, timed."""
 
     phases: dict[str, float]  # median seconds of a step in each of PHASES, launch by launch
-    seconds: tuple[float, ...]  # of each step as training takes it: replayed where it captures
+    seconds: tuple[float, ...]  # for each step, taken as in training: replayed if it is captured
     tokens_per_step: int
     host_s: float = 0.0  # median time in which the host queues a step on CUDA; 0 on a CPU
-    peak_bytes: int = 0  # of the GPU's allocator; 0 on a CPU
-    note: str = ""  # what was done otherwise than in training
+    peak_bytes: int = 0  # by the GPU's allocator; 0 on a CPU
+    note: str = ""  # what differed from training
 
     @property
     def step_s(self) -> float:
@@ -79,7 +79,7 @@ class Probe:
 
 
 def _mark(cuda: bool) -> Any:
-    """This moment, on the device."""
+    """Mark this moment on the device."""
     if not cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -283,7 +283,7 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
 
 
 def slowdown(sample_s: float = 0.3) -> float:
-    """How many times longer than alone a thread takes now: 1 on an idle machine."""
+    """How many times as long as on an idle machine a thread takes now."""
     started, busy = time.perf_counter(), time.thread_time()
     while (wall := time.perf_counter() - started) < sample_s:
         pass

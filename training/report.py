@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CORPUS_FILE = "corpus.txt"  # a copy of the training text, in which the demo finds what to highlight
 KEEP_CORPUS_BYTES = 32 << 20  # a larger text is not copied
-MAX_CORPUS_BYTES = 128 << 20  # of a larger text only the beginning is searched
+MAX_CORPUS_BYTES = 128 << 20  # in a larger text only the beginning is searched
 DECODE_TOKENS = 1 << 20  # at once: as Python integers they take 30 times their size
 
 # Transparent colours suit a light page and a dark one; the demo shares them.

@@ -46,7 +46,7 @@ class Run:
     saved: Checkpoint | None = None  # the checkpoint to resume from
     initial: GPT | None = None  # the model to start from, until `build_model` has its weights
     source: str = ""  # where that was found
-    items: Sequence[hellaswag.Item] = ()  # to score the model on
+    items: Sequence[hellaswag.Item] = ()  # HellaSwag items to score the model on
     contexts: tuple[int, int | None] | None = None  # trained and fine-tuned context of `initial`
 
     def introduce(self) -> str:

@@ -80,7 +80,7 @@ def of(hint: Any) -> Any:
         return [of(args[0])] if kind is list or ... in args else tuple(map(of, args))
     if kind is dict:
         return Every(of(args[1]))
-    if kind in (Union, UnionType):  # of single values
+    if kind in (Union, UnionType):  # a union of single values
         each = [of(arg) for arg in args]
         words = " or ".join(one.words for one in each)
         return Must(words, lambda v: any(one.holds(v) for one in each))

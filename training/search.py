@@ -28,11 +28,11 @@ from training.timing import Timing
 from training.trials import COMMAND, list_launches, try_launches
 
 FINALISTS = 3
-FINAL = {"rounds": 20, "seconds": 5.0}  # of the last turns; four launches rarely need the time
+FINAL = {"rounds": 20, "seconds": 5.0}  # for the last turns; four launches rarely need all the time
 QUICK = {"rounds": 5, "seconds": 0.3, "warmup": 1}
-MAX_CANDIDATES = 200  # of a kernel
+MAX_CANDIDATES = 200  # for one kernel
 BATCH = 4  # candidates that each child builds before those are timed
-TASK_LIMIT_S = 90.0  # of one candidate and perhaps a start; a build takes 1 to 3 s, several longer
+TASK_LIMIT_S = 90.0  # for one candidate, perhaps with a start; a build takes 1 to 3 s, or more
 SMALL_T = 256  # tokens per sequence in a build: more than the short attention kernels take
 BRIEF = ("layer_norm.sum", "linear_cross_entropy.scale")  # too short to matter
 # Kernels with a grid of programs_per_sm programs on each SM.

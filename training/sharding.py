@@ -64,7 +64,7 @@ class Replicas:
         """Before a step: free the weights that this rank can do without."""
 
     def gather(self, copies: Copies) -> None:
-        """Bring released weights back, so whoever looks at the model finds them all."""
+        """Bring released weights back, so that the model is whole for its readers."""
 
     def to_first(self, parameter: nn.Parameter, moments: dict[str, Tensor]) -> dict[str, Tensor]:
         """The whole moments on rank 0. All ranks must call it."""

@@ -54,7 +54,7 @@ _SCALE = Must(
 
 @dataclass
 class Progress:
-    """What changes with the steps on the host; all JSON."""
+    """What changes with the steps on the host, all of it JSON."""
 
     step: int = 0  # steps done
     position: int = 0  # rows drawn, see training/data.py
@@ -94,7 +94,7 @@ def saved_recipe(saved: Checkpoint) -> dict[str, Any]:
 
 
 def made_on(card: str) -> dict[str, str | None]:
-    """What measured times, and so the choices they led to, depend on."""
+    """What measured times depend on, and with them the choices that they led to."""
     return {"card": card, "torch": torch.__version__, "triton": package_version("triton")}
 
 

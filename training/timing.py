@@ -25,9 +25,9 @@ L2_MULTIPLE = 4  # data of one rotation over the L2 size, so that a call finds n
 CPU_CACHE_BYTES = 32 << 20  # last-level cache of one group of cores, on most machines of today
 MAX_SETS = 64
 MIN_GAIN = 1.02  # a smaller gain may be a loss on another day, and changes nothing
-MIN_GRAPH_CALLS = 100  # of short calls in a graph: they share its start of some microseconds
+MIN_GRAPH_CALLS = 100  # for short calls: they share a graph's start of some microseconds
 SHORT_CALL_BYTES = 16 << 20
-SPIN_SECONDS = 0.2  # of work before a measurement: an idle GPU's clock rises about that slowly
+SPIN_SECONDS = 0.2  # work before measuring: an idle GPU's clock takes that long to rise
 SPIN_SIZE = 2048
 # What CUDA says when its context is lost, after which every later call of the process fails.
 FATAL = (

@@ -37,17 +37,17 @@ from training.step import autocast, start_process, working_copies
 
 SERVE = "from training import child, trials; child.serve(trials.answer)"
 COMMAND = (sys.executable, "-c", SERVE)
-LIMIT_S = 600  # of a task; nobody waits so long, so the child ends then
-ROUNDS = {"rounds": 15, "seconds": 1.5}  # of an op's backends, in turns
+LIMIT_S = 600  # for a task; nobody waits that long, so the child then ends itself
+ROUNDS = {"rounds": 15, "seconds": 1.5}  # for an op's backends, in turns
 STEPS_S = 3.0  # for the steps launch by launch, which follow the replayed ones
 NUM_RERUNS = {"cuda": 20, "cpu": 0}  # the interpreter is slow, and runs programs one by one
-NUM_LAYERS = 2  # of the model whose tensors are taken; further layers have the same shapes
-EXACT_BYTES = 1 << 30  # of float64 at once: a batch that needs more is cut into parts
+NUM_LAYERS = 2  # layers of the model that gives the tensors; more would have the same shapes
+EXACT_BYTES = 1 << 30  # float64 at once; a batch that needs more is cut into parts
 Runs = tuple[Callable[[], Values], ...]  # by our kernels, by plain PyTorch, in float64
 
 
 def check(name: str, recipe: Recipe, plan: Plan) -> str:
-    """What is wrong with an op, or "adamw", here: its first bad result; "" if there is none."""
+    """The first bad result of an op, or of "adamw", on this device; "" if there is none."""
     make = _updates if name == "adamw" else partial(_runs_of, name)
     run_ours, run_eager, run_exact = make(recipe, plan)
     with poisoned():
@@ -61,7 +61,7 @@ def check(name: str, recipe: Recipe, plan: Plan) -> str:
         "gelu_mlp": 4 * C,
         "causal_attention": recipe.block_size,
         "linear_cross_entropy": recipe.model_config.vocab_size,
-        "adamw": 64,  # of the norm's partial sums; all other results follow from the norm
+        "adamw": 64,  # the norm's partial sums; all other results follow from the norm
     }
     found = numerics.compare(
         ours,
@@ -90,7 +90,7 @@ def _in_tf32(plan: Plan) -> bool:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, what torch.empty and its relatives return reads as NaN until it is written to."""
+    """In this context, memory from torch.empty and the like reads as NaN until it is written."""
     before = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore
     torch.set_deterministic_debug_mode("warn")
@@ -245,7 +245,7 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def check_op(name: str, recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """Why an op of ours, or AdamW, is wrong here."""
+    """Check an op of ours, or AdamW, and say why it is wrong here, if it is."""
     return {"why": check(name, recipe, plan)}
 
 

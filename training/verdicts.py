@@ -28,7 +28,7 @@ GAP_NATS = 0.5  # validation minus training loss: training text is e^0.5 = 1.6 t
 EASIER_NATS = 0.1  # validation loss below training loss
 RISE_NATS = 0.1  # validation loss above its own minimum
 WINDOW = 32  # bytes; shorter stretches in common are ordinary language
-RECITED_SHARE = 0.5  # of the samples' windows
+RECITED_SHARE = 0.5  # share of the samples' windows
 RECITED_BYTES = 128  # two lines of verse
 OWN_SHARE = 0.05
 MANY_EPOCHS = 10.0

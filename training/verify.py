@@ -42,7 +42,7 @@ SOURCES = """
     kernels/*.py kernels/*.toml model/gpt.py training/trials.py
     training/numerics.py training/optim.py training/choose.py training/search.py training/timing.py
 """
-LIMIT_S = 300.0  # of one check with its start and compiling, on a machine that may be busy
+LIMIT_S = 300.0  # for one check, its start and compiling included, on a machine that may be busy
 # Failures that may be gone at the next start, so they are not kept.
 PASSING = ("no answer", "ended with -9", "allocate memory", "out of memory")
 ADAMW = "adamw"
@@ -87,7 +87,7 @@ def settle(
 def find_wrong(
     recipe: Recipe, plan: Plan, machine: Machine, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """By name, what is wrong with each kernel of the plan; from the cache, or by children."""
+    """What is wrong with the plan's kernels, by name; read from the cache, or found by children."""
     if plan.device == "cpu" and plan.dtype == "bf16":
         say("kernels: not checked, triton's interpreter does not round bf16 as hardware does")
         return {}
@@ -151,7 +151,7 @@ def cache_path(key: Mapping[str, Any], kind: str = "kernels") -> Path:
 
 def keep(path: Path, values: Mapping[str, Any]) -> str:
     """Write a file for `read_kept`; returns where it is, or why it could not be written."""
-    lists = re.compile(r"\[[^\[\]{}\"]*\]")  # of samples; each goes on one line
+    lists = re.compile(r"\[[^\[\]{}\"]*\]")  # lists of samples; each goes on one line
     text = lists.sub(lambda found: " ".join(found[0].split()), json.dumps(values, indent=2))
     try:
         if str(path).startswith("~"):
@@ -190,7 +190,7 @@ def ask_children(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str
     with child.Crew(COMMAND, side_by_side) as crew:
         answers = crew.share(tasks, LIMIT_S)
         for i, answer in enumerate(answers):
-            if answer.get("short"):  # of memory; now it has the device to itself
+            if answer.get("short"):  # short of memory: again, with the device to itself
                 answers[i] = crew.ask(tasks[i], LIMIT_S)
     why = [one_line(each.get("why", f"its process: {each.get('error')}")) for each in answers]
     return dict(zip(names, why, strict=True))
