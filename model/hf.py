@@ -244,7 +244,7 @@ def from_pretrained(path: str | Path) -> GPT:
             tensor, one of integers, or one with values that are not finite.
     """
     tensors, config, contexts = _look_at(path)
-    model = build(path, config, tensors)
+    model = build(find_model(path), config, tensors)
     for key, value in contexts.items():
         setattr(model, key, value)
     return model

@@ -132,6 +132,14 @@ def test_a_strangers_folder_is_refused_with_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_error_names_the_folder_that_holds_the_weights(tmp_path: Path):
+    _, saved = save(tmp_path)
+    folder = saved.rename(tmp_path / "model")
+    edit_tensor(folder, FC, torch.full((32, 128), torch.nan))
+    with pytest.raises(ValueError, match=f"^model: {folder}: h.0.mlp.c_fc.weight holds"):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_a_folder_of_the_hubs_cache_is_read(tmp_path: Path):
     """Its snapshots are links into a folder of blobs. These links lead out and are followed."""
     model, folder = save(tmp_path)
