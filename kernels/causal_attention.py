@@ -443,14 +443,14 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
 
 
 def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Builds that launches choose on `arch`, and candidates: not all, as each takes long."""
+    """Builds that launches on `arch` choose, and some candidates; each build takes long."""
     builds = [("bf16", 2, "16-bit", D) for D in HEAD_DIMS]
     builds += [("fp32", 4, "tf32", 64), ("fp32", 4, "ieee", 64)]
     if arch not in (80, 90, 100):  # these three have their own rows
         builds = builds[2:4]
     for (name, (kernel, block)), (dtype, itemsize, math, D) in product(KERNELS.items(), builds):
         longest = short_t(itemsize, D, arch) if name == "short" else 1024
-        launches: dict[Launch, int] = {}  # each with the longest sequence that it serves
+        launches: dict[Launch, int] = {}  # launch: the longest sequence that takes it
         for T in (min(64, longest), longest) if name in ("fwd", "short") else (longest,):
             key = launch_key(name, math, D, T, arch)
             launches |= dict.fromkeys((launch_for(key), *candidates_for(key)), T)

@@ -426,7 +426,7 @@ def aot_cases(arch: int) -> Iterator[AotCase]:
     of_stream = "residual_ptr", "h_ptr", "dh_out_ptr", "dh_ptr"
     for op, C, x, h in (
         ("add_layer_norm", 768, "bf16", "fp32"),  # GPT-2, residual stream fp32
-        ("add_layer_norm", 768, "bf16", "bf16"),  # and bf16
+        ("add_layer_norm", 768, "bf16", "bf16"),  # the same with the stream in bf16
         ("add_layer_norm", 1024, "fp32", "fp32"),  # one warp per row forward, two backward
         ("add_layer_norm", 6400, "bf16", "fp32"),
         ("add_layer_norm", MAX_C, "bf16", "fp32"),

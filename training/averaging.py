@@ -26,7 +26,7 @@ class Averaging:
         parameters: All that have gradients, in the model's order.
         optimizer: Has its working copies, and adds their gradients to those of the parameters.
             FSDP2 averages the matrices that the optimizer's shard has cut.
-        dtype: In which the matrices' gradients travel and are added up.
+        dtype: The matrices' gradients travel and are added up in it.
 
     Attributes:
         overlaps: Whether gradients travel before the backward has ended.

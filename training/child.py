@@ -106,7 +106,7 @@ def end_session(pid: int) -> None:
 
 
 class ChildDied(Exception):
-    """There is no answer; the message says why, in one line."""
+    """A child gave no answer; the message says why in one line."""
 
 
 class Child:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from model.edge import hold_streams
 
-PATIENCE_S = 5.0  # for a reader that does not read, once the run has been asked to stop
+PATIENCE_S = 5.0  # to wait for a reader that does not read, once the run must stop
 
 
 class _Survivor(io.FileIO):

@@ -34,7 +34,7 @@ from training.recipes import Recipe
 # Before the first step a rank that hangs ends the job after this long. torchrun sees at once when a
 # rank dies.
 TIMEOUT = timedelta(minutes=10)
-CONNECT = timedelta(minutes=1)  # in which the ranks must find each other
+CONNECT = timedelta(minutes=1)  # for the ranks to find each other
 POLL_S = 0.1
 FAILED = "failed"  # key in the store: a rank has said why the job ends
 T = TypeVar("T")
@@ -154,7 +154,7 @@ class World:
         return received
 
     def in_turn(self, key: str, work: Callable[[], T]) -> T:
-        """Do `work` on rank 0, then on the others; each may take as long as it takes."""
+        """Do `work` on rank 0, then on the others, without a limit of time."""
         if not self.is_main:
             self._await(f"{key}/0", patient=True)
         result = work()

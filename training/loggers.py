@@ -52,7 +52,7 @@ def _wandb(folder: Path, ident: str, config: dict[str, Any], steps_done: int) ->
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     how = {"dir": folder, "mode": mode, "settings": wandb.Settings(console="off")}
     run = wandb.init(project=project, name=name, id=ident, resume="allow", config=config, **how)
-    run.define_metric("*", step_metric="step")  # its own counter never goes back, as a run may
+    run.define_metric("*", step_metric="step")  # wandb's own counter never goes back; a run may
     return run.log, run.finish
 
 

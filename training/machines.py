@@ -21,7 +21,7 @@ from training.torch_build import DRIVERS, WAY_OUT
 # torch.compile on a CPU calls these; openssl hashes its precompiled headers.
 COMPILE_TOOLS = ("g++", "as", "ld", "openssl")
 NO_SPACE = "a torch in a folder without spaces"  # torch 2.13 does not quote its path
-FREE_SHARE = 0.9  # where less of a GPU's memory is free, another process uses it
+FREE_SHARE = 0.9  # if less of a GPU's memory is free, another process uses it
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Card:
 
     tflops: float  # dense products in `dtype`
     gbs: float  # GB/s of the memory
-    dtype: str = "bf16"  # in which it trains
+    dtype: str = "bf16"  # the one that it trains in
     arch: int = 0  # compute capability; 0: the rest is not entered
     gib: int = 0  # memory size
     sms: int = 0

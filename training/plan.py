@@ -15,7 +15,7 @@ from kernels import SDPA, Ops, parse_ops, read_ops, unfit
 from model.flops import flops_per_token
 from training import memory
 from training.machines import Machine
-from training.machines import detect as detect  # for whoever makes a plan
+from training.machines import detect as detect  # for those who make a plan
 from training.recipes import Recipe
 
 # Compiling the blocks takes 20 to 30 s of CPU time with a cold cache and saves 1.5 to 4% of a step

@@ -179,7 +179,7 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
         elif (compile_s := COMPILE_S * slowdown()) > MAX_COMPILE_S:
             notes.append(f"not compiled: this machine is busy, it would take {compile_s:.0f} s")
         plan = replace(plan, compile=not notes)
-    if cuda:  # what `measure_rates` took is not the step's
+    if cuda:  # memory that `measure_rates` took does not count
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(recipe.seed)

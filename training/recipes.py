@@ -171,7 +171,7 @@ class Recipe:
         return self.rows_per_step * self.block_size
 
     def reading(self, num_tokens: int) -> "Recipe":
-        """This recipe with `max_steps` computed from `epochs`, for a text of so many tokens."""
+        """This recipe with `max_steps` computed from `epochs` for a text of this length."""
         if not self.epochs:
             return self
         rows = (num_tokens - 1) // self.block_size
@@ -200,7 +200,7 @@ class Recipe:
         return max(1, round(self.decay_fraction * (self.horizon_steps or self.max_steps)))
 
     def cooled_down_from(self, step: int) -> "Recipe":
-        """This wsd recipe with its decay begun at `step` and as long a share of all steps."""
+        """This wsd recipe, decaying from `step` on for the same share of all steps."""
         share = self.decay_fraction
         steps = step + max(1, round(step * share / (1.0 - share)))
         return replace(self, max_steps=steps, horizon_steps=0, epochs=0.0)

@@ -161,7 +161,7 @@ def capture(
         group: {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in named.items()}
         for group, named in tensors.items()
     }
-    state = json.loads(json.dumps(state, allow_nan=False))  # a copy, which later steps leave alone
+    state = json.loads(json.dumps(state, allow_nan=False))  # later steps must not change it
     config = export.hf_config(model, torch.float32)
     return Checkpoint(progress.step, copies, state, config, progress.best)
 

@@ -228,7 +228,7 @@ class TrainStep:
         self.overflow = lost.float()
 
     def skip(self, bad: Tensor | None) -> Tensor | None:
-        """1 if the update is to be left out: for a bad step, or for gradients that overflowed."""
+        """1 if the update is left out, because the step is bad or its gradients overflowed."""
         if bad is None or self.overflow is None:
             return self.overflow if bad is None else bad
         return torch.maximum(bad, self.overflow)

@@ -21,7 +21,7 @@ import torch
 
 Call = Callable[[], Any]
 
-L2_MULTIPLE = 4  # data of one rotation over the L2 size, so that a call finds none of its own there
+L2_MULTIPLE = 4  # size of one rotation's data over L2's, so that no call finds its own data there
 CPU_CACHE_BYTES = 32 << 20  # last-level cache of one group of cores, on most machines of today
 MAX_SETS = 64
 MIN_GAIN = 1.02  # a smaller gain may be a loss on another day, and changes nothing

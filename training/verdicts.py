@@ -175,7 +175,7 @@ def read_run(folder: Path) -> Run:
     steps, evaluations, events = read_metrics(folder / "metrics.jsonl")
     summary = read_object(folder / "summary.json")
     if steps and (number(summary, "final_step") or math.inf) <= steps[-1]["step"]:
-        summary = {}  # it is of an earlier end: the run was extended and has not ended again
+        summary = {}  # written at an earlier end; the run was extended and has not ended again
     return Run(summary, read_object(folder / "config.json"), steps, evaluations, events)
 
 
