@@ -113,7 +113,7 @@ def _head(s: Shape, draw: Draw) -> Inputs:
 
 
 def _rows(s: Shape, fwd: float, bwd: float) -> tuple[float, float]:
-    """Bytes or flops of both directions, from those per activation element."""
+    """Bytes or flops of forward and backward, from those per element of an activation."""
     return s.M * s.C * fwd, s.M * s.C * bwd
 
 

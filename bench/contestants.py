@@ -225,7 +225,7 @@ def default_providers(device: torch.device, nanogpt: bool = False) -> list[str]:
 
 
 def make_batches(setup: Setup, device: torch.device) -> list[list[Batch]]:
-    """NUM_BATCHES steps of random tokens, so that no contestant profits from what text repeats."""
+    """NUM_BATCHES steps of random tokens: text repeats itself, and a contestant might profit."""
     generator = torch.Generator().manual_seed(0)
     size = (setup.shape.B, setup.shape.T + 1)
 

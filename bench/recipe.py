@@ -106,7 +106,7 @@ def drift(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def drift_row(runs: Mapping[str, Trained], text: str) -> CheckRow:
-    """Ours against eager. If the compiled run exists, the bound is a multiple of its drift."""
+    """Compare ours with eager. If there is a compiled run, the bound is a multiple of its drift."""
     losses = {name: losses_of(run) for name, (run, _) in runs.items()}
     why = {name: ended.why or "no step" * (not losses[name]) for name, (_, ended) in runs.items()}
     doubt = next((f"{name}: {why[name]}" for name in ("eager", "ours") if why[name]), "")

@@ -30,7 +30,7 @@ Block = Callable[[Sequence[Result]], str]
 
 
 def of(section: str, get: Callable[[Any], float | None], **want: Any) -> Figure:
-    """A figure of the last such row: a new measurement stands behind an old failure."""
+    """A figure of the last row with these values: a new measurement outranks an old failure."""
 
     def figure(result: Result) -> float | None:
         rows = result.rows(section, **want)
@@ -55,7 +55,7 @@ class Goal(NamedTuple):
     must: str  # the bound in words
     figure: Figure
     bound: float
-    digits: int = 0  # after the point; rounded against us: no figure looks better than it is
+    digits: int = 0  # after the point; rounding never makes a figure look better
     unit: str = ""
     at_least: bool = False  # False: the figure must not exceed the bound
 
@@ -65,7 +65,7 @@ class Goal(NamedTuple):
         return f"{units / 10**self.digits:,.{self.digits}f}{self.unit}"
 
     def cells(self, results: Sequence[Result]) -> tuple[list[str], Result | None]:
-        """Figure, commit and verdict by the newest GPU result that has the figure; that result."""
+        """Figure, commit and verdict of the newest GPU result with the figure, and that result."""
         for result in reversed(results):
             figure = self.figure(result) if result.device["type"] == "cuda" else None
             if figure is None:
@@ -148,7 +148,7 @@ def ablation_block(results: Sequence[Result]) -> str:
 
 
 def ops_block(results: Sequence[Result], device_type: str) -> str:
-    """Both directions together; the size of the goals in sight, the others folded."""
+    """Forward and backward together. The size of the goals is in sight, the others are folded."""
     result, rows = newest(results, device_type, "ops", mode="both")
     if result is None:
         return ""

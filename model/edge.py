@@ -113,10 +113,10 @@ def hold_streams() -> None:
 
 @contextmanager
 def exits() -> Iterator[None]:
-    """Bad input is one line and exit code 2, Ctrl-C is 130. A reader that goes away is no error."""
+    """Bad input becomes one line and exit code 2, Ctrl-C becomes 130. A lost reader is no error."""
     hold_streams()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # for a console that lacks a character
+        if isinstance(stream, io.TextIOWrapper):  # the console may lack a character
             stream.reconfigure(errors="backslashreplace")
     try:
         yield

@@ -64,7 +64,7 @@ def make_config(where: str, sizes: Mapping[str, Any], **others: Any) -> GPTConfi
 
 
 def _read_config(path: Path) -> tuple[GPTConfig, dict[str, int]]:
-    """GPT-2's config.json -> our config, and those of CONTEXTS that it has."""
+    """GPT-2's config.json -> our config, and the values of CONTEXTS that it has."""
     raw = read_json(path)
     if raw.get("model_type", "gpt2") != "gpt2":
         raise ValueError(f"model: {path} is a {quoted(raw['model_type'])}, not a 'gpt2'")
@@ -95,7 +95,7 @@ def _read_config(path: Path) -> tuple[GPTConfig, dict[str, int]]:
 
 
 def read_contexts(raw: Mapping[str, Any], where: str, block_size: int) -> dict[str, int]:
-    """Those of CONTEXTS that a config.json has, limited to the positions of the model."""
+    """The values of CONTEXTS that a config.json has, limited to the positions of the model."""
     contexts = {key: raw[key] for key in CONTEXTS if raw.get(key) is not None}
     for key, value in contexts.items():
         check_int(where, key, value, 1, LARGEST["block_size"])
@@ -103,7 +103,7 @@ def read_contexts(raw: Mapping[str, Any], where: str, block_size: int) -> dict[s
 
 
 def _guess_config(path: Path, tensors: Mapping[str, Tensor]) -> GPTConfig:
-    """A config from shapes alone. They do not show the number of heads, which is a convention."""
+    """A config from shapes alone. They do not show the heads, so these get GPT-2's width."""
     try:
         V, C = tensors[WTE].shape
         T, _ = tensors["wpe.weight"].shape
@@ -179,7 +179,7 @@ def file_shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 
 def _check_shapes(where: object, config: GPTConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Every tensor there, of the right shape in the file, and none that nobody would read."""
+    """Raise ValueError unless all tensors are there, in the right shapes, and no unknown ones."""
     expected = file_shapes(config)
     missing = sorted(expected.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - expected.keys() - {HEAD})
