@@ -67,6 +67,17 @@ def test_a_child_that_dies_or_hangs_says_why() -> None:
         child.Child([sys.executable, "-c", "raise SystemExit(3)"]).ask("a", 60)
 
 
+def test_ctrl_c_ends_the_child_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(limit_s: float) -> bool:
+        raise KeyboardInterrupt
+
+    process = child.Child(COMMAND)
+    monkeypatch.setattr(process._pipe, "poll", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        process.ask("hang", 60)
+    assert not is_alive(process.process.pid)
+
+
 def test_a_process_that_outlasts_its_time_ends_with_what_it_started() -> None:
     script = (
         "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', "

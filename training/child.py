@@ -129,11 +129,16 @@ class Child:
         if self._pipe.closed:
             raise ChildDied("it has ended before")
         why = ""
-        with contextlib.suppress(EOFError, ConnectionError):
+        try:
             self._pipe.send(task)
             if self._pipe.poll(limit_s):
                 return self._pipe.recv()
             why = f"no answer in {limit_s:.0f} s"
+        except KeyboardInterrupt:  # the child has a session of its own, so it got no signal
+            self.end("interrupted")
+            raise
+        except (EOFError, ConnectionError):
+            pass  # it ended
         raise ChildDied(self.end(why))
 
     def end(self, why: str = "") -> str:
