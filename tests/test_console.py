@@ -136,6 +136,18 @@ def test_a_signal_in_the_middle_of_a_print(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_at_the_end_is_said_before_the_end():
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        time.sleep(0.2)
+        said.append(line)
+
+    with StopRequest(say):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert said == ["SIGTERM: stopping as soon as the run is saved"]
+
+
 def test_nohup_is_obeyed(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -9,6 +9,7 @@ at the start, compiling. A second SIGINT stops at once.
 import _thread
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -18,6 +19,7 @@ from typing import Any
 EXIT_RESUMABLE = 75
 EXIT_AT_ONCE = 130  # 128 + SIGINT, what a shell reports for an interrupted program
 
+PATIENCE_S = 1.0  # for a line that is not said yet when the run is at its end
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -35,6 +37,7 @@ class StopRequest:
         self.say = say
         self.signal: str | None = None
         self._previous: dict[int, Any] = {}
+        self._unsaid: list[str] = []
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -54,6 +57,9 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        deadline = time.monotonic() + PATIENCE_S
+        while self._unsaid and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == "SIGINT":
@@ -65,7 +71,14 @@ class StopRequest:
         # The handler may have interrupted a print, or the start of a thread. So it neither prints
         # nor starts a threading.Thread, which would wait for a lock held by what it interrupted.
         with suppress(RuntimeError):  # there are too many threads
-            _thread.start_new_thread(self.say, (line,))
+            self._unsaid.append(line)
+            _thread.start_new_thread(self._announce, (line,))
+
+    def _announce(self, line: str) -> None:
+        try:
+            self.say(line)
+        finally:
+            self._unsaid.remove(line)
 
 
 def ignore() -> None:
