@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 import train
@@ -235,6 +236,17 @@ def test_ranks_that_start_from_other_weights_are_refused(text, tmp_path, monkeyp
     monkeypatch.setattr(train.GPT, "from_pretrained", lambda _: same)
     runs = in_threads(2, lambda world: train.prepare(cfg, world))
     assert [run.initial for run in runs] == [same, same]
+
+
+def test_a_group_without_tensors_is_sent_too(monkeypatch):
+    """Such as the moments of a checkpoint from before the first step."""
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: tensor.fill_(3.0))
+    groups = {"model": {"bias": torch.full((2,), 3.0)}, "optimizer": {}}
+    for received in in_threads(2, lambda w: w.send("saved", groups if w.is_main else {})):
+        assert received.keys() == groups.keys()
+        assert received["optimizer"] == {}
+        assert torch.equal(received["model"]["bias"], groups["model"]["bias"])
 
 
 def test_ranks_wait_for_the_first_to_tokenise_but_not_for_one_that_hangs(monkeypatch):

@@ -138,19 +138,20 @@ class World:
         """Rank 0's groups of named tensors, on every rank; they are on the CPU there and here."""
         if self.size == 1:
             return groups
-        forms = [
+        mine = [
             (group, name, str(tensor.dtype).removeprefix("torch."), [*tensor.shape])
             for group, named in groups.items()
             for name, tensor in named.items()
         ]
-        received: dict[str, dict[str, Tensor]] = {}
+        names, forms = self.first(key, lambda: ([*groups], mine))
+        received: dict[str, dict[str, Tensor]] = {group: {} for group in names}
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        for group, name, dtype, shape in self.first(key, lambda: forms):
+        for group, name, dtype, shape in forms:
             tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
             if self.is_main:
                 tensor.copy_(groups[group][name])
             dist.broadcast(tensor, 0)
-            received.setdefault(group, {})[name] = tensor.cpu()
+            received[group][name] = tensor.cpu()
         return received
 
     def in_turn(self, key: str, work: Callable[[], T]) -> T:
