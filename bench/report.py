@@ -106,9 +106,8 @@ def goals_block(results: Sequence[Result]) -> str:
     for goal in GOALS:
         cells, result = goal.cells(results)
         lines.append([goal.what, goal.must, *cells])
-        if result and not re.search(
-            rf"\b{GOAL_GPU}\b", result.device["name"]
-        ):  # a GH200 is another
+        # Whole words: a GH200 is another GPU.
+        if result and not re.search(rf"\b{GOAL_GPU}\b", result.device["name"]):
             others.append(
                 f"{result.commit} is of an {tables.device_line(result)}, not an {GOAL_GPU}."
             )

@@ -9,7 +9,7 @@ from torch import Tensor
 from model.edge import check_int, is_real, quoted
 
 MAX_NEW_TOKENS = 1_000_000  # per text; a typing error must not run for years
-GREEDY_BELOW = 1e-6  # below this temperature fp32 logits that differ at all decide: it is greedy
+GREEDY_BELOW = 1e-6  # of the temperature; so low, the largest fp32 logit always wins
 
 
 @dataclass(frozen=True)

@@ -181,10 +181,8 @@ def test_ops_are_written_as_they_come_and_ours_in_doubt_fails(monkeypatch, tmp_p
 @pytest.mark.slow  # imports torch again and measures the machine's limits
 def test_pytest_benchmark_keeps_and_compares_the_measured_samples(tmp_path):
     """`make bench OP=layer_norm` end to end, on a tiny shape."""
-    unset = (
-        "TRITON_INTERPRET",
-        "PYTEST_XDIST_WORKER",
-    )  # pytest-benchmark does not measure in a worker
+    # pytest-benchmark does not measure in a worker.
+    unset = ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER")
     env = {k: v for k, v in os.environ.items() if k not in unset}
     command = [sys.executable, "-m", "bench.ops", "--op", "layer_norm", "--shape", "b1t8"]
     command += ["--seconds", "0.2", "--provider", "eager", "--provider", "ours"]

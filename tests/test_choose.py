@@ -317,9 +317,8 @@ def test_where_an_answer_is_kept(measured: list[Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="version, shape or choice of flags; name another"):
         taken(replace(asked, compile=True))
     assert len(measured) == 1
-    (tmp_path / "cache").write_text(
-        "a file"
-    )  # like a read-only folder, but root cannot write to it either
+    # Like a read-only folder, but root cannot write to it either.
+    (tmp_path / "cache").write_text("a file")
     for _ in range(2):
         made = taken()
         assert read_ops(made.ops) == NEW

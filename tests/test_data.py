@@ -184,9 +184,8 @@ def test_token_files(tmp_path: Path) -> None:
     path.write_bytes((np.arange(100, dtype="<u4") + 127_900).tobytes())  # as Llama 3 has them
     with pytest.raises(ValueError, match="every other one is 1 or the like; are they uint32"):
         load_corpus([path])
-    path.write_bytes(
-        np.array([20240801, 1, 9], dtype="<i4").tobytes()
-    )  # llm.c's header for Llama 3
+    # llm.c's header for Llama 3.
+    path.write_bytes(np.array([20240801, 1, 9], dtype="<i4").tobytes())
     with pytest.raises(ValueError, match=r"tokens.bin holds token 55713, .*another vocabulary"):
         load_corpus([path])
     path.write_bytes(b"\0\0\0")

@@ -270,10 +270,8 @@ def test_make_tune_finds_checks_keeps_and_lays_over_a_row_on_a_pretended_gpu(
     start_process(make(asked), 0)
     assert launch_for(key, now) == now  # no row serves it
     said = capsys.readouterr().out
-    rows = {
-        key: best,
-        replace(key, kernel="layer_norm.bwd"): best,
-    }  # the two kernels have the same present row
+    # The two kernels have the same present row.
+    rows = {key: best, replace(key, kernel="layer_norm.bwd"): best}
     assert read_rows(found.launches)[0] == rows
     assert found.launches in said
     assert "kernels: 1 ops checked on NVIDIA H100 80GB HBM3 in " in said

@@ -127,9 +127,8 @@ def test_calls_that_cannot_be_captured_are_launched(
     assert torch.cuda.current_stream() is before
     assert found.mode == "launches"
     assert found.once() > 0
-    with pytest.raises(
-        torch.OutOfMemoryError
-    ):  # timing launches instead would measure something else
+    # Timing launches instead would measure something else.
+    with pytest.raises(torch.OutOfMemoryError):
         timing.device_replay([short])
     assert torch.cuda.current_stream() is before
     # A call that is known to wait for the device is not captured at all.

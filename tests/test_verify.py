@@ -159,9 +159,8 @@ def test_a_file_that_cannot_be_used_is_made_anew(spoil: Any, asked: list[Any]) -
 def test_a_cache_that_cannot_be_written_costs_a_line(
     asked: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "cache").write_text(
-        "a file"
-    )  # like a read-only folder, but root cannot write to it either
+    # Like a read-only folder, but root cannot write to it either.
+    (tmp_path / "cache").write_text("a file")
     said: list[str] = []
     for _ in range(2):
         verify.find_wrong(RECIPE, plan_of(H100, dtype="auto"), H100, said.append)
