@@ -287,9 +287,9 @@ def pretend_cuda() -> Iterator[Pretended]:
         (torch.Tensor, "pin_memory", lambda self, *_: self),
         (torch.nn.Module, "compile", lambda self, *_, **__: None),
     ]
-    from kernels import adamw
+    from kernels import adamw_tables
 
-    replaced.append((adamw, "_is_capturing", lambda _: pretended.capturing))
+    replaced.append((adamw_tables, "_is_capturing", lambda _: pretended.capturing))
     with contextlib.ExitStack() as held:
         for owner, name, value in replaced:
             held.enter_context(mock.patch.object(owner, name, value))

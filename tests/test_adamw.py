@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import adamw
+from kernels import adamw, adamw_tables
 from kernels._op import INTERPRETED
-from kernels.adamw import Slot, Tables
+from kernels.adamw_tables import Slot, Tables
 from model import GPTConfig
 from training import state as saving
 from training.optim import AdamW, TritonAdamW
@@ -365,10 +365,10 @@ def test_tables_are_sent_once_per_content(device):
 
 def test_what_a_graph_reads_is_never_written_again(monkeypatch):
     """A replayed copy reads the buffer it was captured with: each capture has its own, for good."""
-    upload = adamw.Upload(torch.device("cpu"))
+    upload = adamw_tables.Upload(torch.device("cpu"))
 
     def put(number: int, capturing: bool) -> Tensor:
-        monkeypatch.setattr(adamw, "_is_capturing", lambda device: capturing)
+        monkeypatch.setattr(adamw_tables, "_is_capturing", lambda device: capturing)
         return upload.put(number, lambda: torch.full((3,), number))
 
     eager = put(1, False)

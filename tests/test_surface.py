@@ -103,7 +103,7 @@ def test_every_kernel_file_is_checked_by_compiling():
 
 def test_optimizer_kernel_has_every_part():
     """It is no member of `Ops`: a model never calls it, and its reference is torch's own."""
-    from kernels.adamw import Tables
+    from kernels.adamw_tables import Tables
 
     assert "adamw" not in OPS
     for public in (Tables, Tables.grad_norm, Tables.adamw):

@@ -164,7 +164,7 @@ class TritonAdamW(AdamW):
     """
 
     def set_up(self) -> None:
-        from kernels.adamw import Tables  # triton is not there on every machine
+        from kernels.adamw_tables import Tables  # triton is not there on every machine
 
         self._step_supports_amp_scaling = False  # so a GradScaler unscales by itself
         device = self.param_groups[0]["params"][0].device
@@ -196,7 +196,7 @@ class TritonAdamW(AdamW):
 
     def _slots(self) -> list[Any]:
         """What the kernels need to know about each parameter that has a gradient."""
-        from kernels.adamw import Slot
+        from kernels.adamw_tables import Slot
 
         # A kernel reads one gradient: where a weight and its copy both have one, their sum.
         self.fold_working_gradients([p for p in self.copies if p.grad is not None])
