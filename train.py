@@ -137,8 +137,8 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
     batches = run.open_batches(progress)
     run.write_config(model)
     writer = Writer(run.out / "checkpoints", cfg.keep_last, log.say)
-    # With shared-out state all ranks must take part in saving, so it cannot wait for a signal.
-    saves_at_end = cfg.saves or plan.shard != "none"
+    # Of several ranks a signal may reach one, which cannot save alone: saving does not wait for it.
+    saves_at_end = cfg.saves or world.size > 1
     watch = Watch(log, guard, stop, recipe.target_loss, alone=world.size == 1)
 
     def save_checkpoint(metrics_bytes: int | None = None) -> None:

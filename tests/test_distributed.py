@@ -152,6 +152,38 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(text, alone, shard):
     assert_equal_runs(metrics(text, out), alone)
 
 
+ASKED_AT_THE_END = """
+import os, signal, sys
+import train
+from training import distributed, run
+
+evaluate_tokens = run.evaluate_tokens
+
+def evaluate(*arguments, **keywords):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate_tokens(*arguments, **keywords)
+
+run.evaluate_tokens = evaluate
+distributed.end_process(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_in_the_last_evaluation_loses_no_step(text, tmp_path):
+    """That rank cannot save, and the other one cannot go on."""
+    (tmp_path / "asked.py").write_text(ASKED_AT_THE_END)
+    flags = ("--save-every", "0", "--eval-every", "0")
+    command = job(text, "end", 2, *flags)
+    command[5] = str(tmp_path / "asked.py")
+    process = start(command, {"PYTHONPATH": str(ROOT)})
+    process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode != 0
+    code, output = finish(job(text, "end", 1, *flags))
+    assert code == 0, output
+    assert "step-00000008, 8 steps done" in output
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_cut_matrices_goes_on_with_any_number_of_ranks(text, alone):
     """Each job resumes from the last one's checkpoint; later checkpoints are deleted first."""

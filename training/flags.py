@@ -74,8 +74,8 @@ class Config:
     hellaswag_every: int = 0
     """Steps between scores on --hellaswag during the run; 0 is only at the end."""
     save_every: int = -1
-    """Steps between checkpoints; 0 is only at the end, -1 four times per run. --keep best
-    also saves what it needs."""
+    """Steps between checkpoints; 0 is only when a signal comes, and at the end of a run of several
+    ranks; -1 four times per run. --keep best also saves what it needs."""
     keep_last: int = 2
     """Checkpoints to keep, beside the one with the best validation loss."""
     resume: str = "auto"
