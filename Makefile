@@ -5,8 +5,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 # `make train DATA="my text.txt" PRESET=smoke STEPS=100 ARGS="--seed 2"`
-# What a person passes reaches the shell through the environment, as it was written: a space, a quote
-# and a dollar sign are part of a path or a prompt. ARGS alone is shell text, so that it can be several.
+# These variables reach the shell through the environment exactly as written: a space, a quote or a
+# dollar sign is part of the path or prompt. Only ARGS is shell text, so it can hold several arguments.
 define as_written
 override $(1) := $$(value $(1))
 export $(1)
@@ -19,7 +19,7 @@ TRAIN_FLAGS = $${PRESET:+--preset "$$PRESET"} $${DATA:+--data "$$DATA"} \
 # `make sample PROMPT="ROMEO:" MODEL=runs/smoke ARGS="--temperature 0 --num-samples 3"`
 MODEL_FLAG = $${MODEL:+--model "$$MODEL"}
 OP_FLAG = $${OP:+--op "$$OP"}
-# One process per core; benchmarks are no tests and cannot be timed beside others.
+# One process per core. pytest-benchmark is off, as timings beside other processes mean nothing.
 PYTEST = $(PY) -m pytest -p no:benchmark --numprocesses auto --dist loadfile \
 	$${MACHINE:+--machine "$$MACHINE"} $${OP:+"tests/test_$$OP.py"} $(ARGS)
 
@@ -49,13 +49,13 @@ $(VENV)/.setup-dev: requirements-dev.txt $(VENV)/.setup
 train: setup ## train, sample, draw the loss curve, save the model (DATA= PRESET= STEPS= OUT= ARGS=)
 	@$(PY) train.py $(TRAIN_FLAGS)
 
-finetune: setup ## train GPT-2 from the Hugging Face hub further, or INIT= (DATA= INIT= STEPS= OUT= ARGS=)
+finetune: setup ## continue training GPT-2 from the hub, or INIT= (DATA= INIT= STEPS= OUT= ARGS=)
 	@$(PY) train.py --preset finetune --init "$${INIT:-gpt2}" $(TRAIN_FLAGS)
 
-doctor: setup ## what limits training on this machine and what to change; half a minute (PRESET= ARGS=)
+doctor: setup ## measure for half a minute what limits training here, and say what to change (PRESET= ARGS=)
 	@$(PY) train.py --explain $(TRAIN_FLAGS)
 
-tune: setup ## time the ways to compute a step here, launch rows too; keep the fastest (PRESET= ARGS=)
+tune: setup ## find the fastest backends and launch rows on this GPU (PRESET= ARGS=)
 	@$(PY) train.py --tune only $(TRAIN_FLAGS)
 
 sample: setup ## continue a prompt with the newest model, or another (PROMPT= MODEL= ARGS=)
@@ -67,21 +67,21 @@ eval: setup-dev ## EleutherAI's harness on a model folder (MODEL=runs/NAME/model
 	@$(PY) -m lm_eval --model hf --model_args "pretrained=$$MODEL" \
 		--tasks "$${TASKS:-hellaswag}" $(ARGS)
 
-demo: setup-dev ## try it in the browser (MODEL= ARGS=)
+demo: setup-dev ## try a model in the browser (MODEL= ARGS=)
 	@$(PY) -m demo.app $(MODEL_FLAG) $(ARGS)
 
 ##@ test
 test: setup-dev ## everything that can run on this machine (OP=layer_norm MACHINE=fp32 ARGS=)
 	$(PYTEST) -m "not slow"
 
-test-slow: setup-dev ## longer sweeps
+test-slow: setup-dev ## the longer sweeps
 	$(PYTEST) -m slow
 
-test-gpu: setup-dev ## what only a GPU can show, and fails without one
+test-gpu: setup-dev ## the tests that need a GPU; fails without one
 	$(PYTEST) -m gpu
 
 ##@ measure
-bench: setup-dev ## time each op and the whole step, beside plain PyTorch's (OP= ARGS=)
+bench: setup-dev ## time each op and the whole step against plain PyTorch (OP= ARGS=)
 	$(PY) -m bench $(OP_FLAG) $(ARGS)
 
 bench-step: setup-dev ## the training step alone; ARGS="--against nanogpt PATH" adds nanoGPT
@@ -90,11 +90,11 @@ bench-step: setup-dev ## the training step alone; ARGS="--against nanogpt PATH" 
 profile: setup ## where the time of a step goes; writes runs/profile/trace.json (ARGS=)
 	$(PY) -m bench.profile $(ARGS)
 
-report: setup ## docs/results.md, README's tables and the plots from bench/results/
+report: setup ## make docs/results.md, README's tables and the plots from bench/results/
 	$(PY) -m bench.report $(ARGS)
 
-##@ whether the kernels and runs can be trusted
-numerics: setup-dev ## error of our ops and of plain PyTorch against float64 (OP= ARGS=)
+##@ verify kernels and runs
+numerics: setup-dev ## errors of our ops and of plain PyTorch against float64 (OP= ARGS=)
 	$(PY) -m tests.numerics $(OP_FLAG) $(ARGS)
 
 resources: setup-dev ## compile every kernel for every arch, no GPU needed (OP= ARGS=)
@@ -103,19 +103,19 @@ resources: setup-dev ## compile every kernel for every arch, no GPU needed (OP= 
 torture: setup-dev ## kill runs 50 times, flip bytes, fill a disk: about ten minutes
 	$(PY) -m tests.faults
 
-matrix: setup ## imports, builds and interpreter tests under older and newer torch and triton (ARGS=)
+matrix: setup ## run imports, builds and interpreter tests with other torch and triton versions (ARGS=)
 	$(PY) -m tests.matrix $(ARGS)
 
-mutants: setup-dev ## plant faults in the kernels; the tests must notice (OP= ARGS=)
+mutants: setup-dev ## plant faults in the kernels, which the tests must notice (OP= ARGS=)
 	$(PY) -m tests.mutants $(OP_FLAG) $(ARGS)
 
 ##@ edit
-check: setup-dev ## ruff and pyright; edits nothing
+check: setup-dev ## run ruff and pyright; edits nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-fix: setup-dev ## let ruff edit
+fix: setup-dev ## let ruff fix and format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
