@@ -47,6 +47,17 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         )
 
 
+def read_regular(path: Path) -> str:
+    """The text of a regular file; to read a pipe or a device might take for ever.
+
+    Raises:
+        OSError: it is another kind of file, or cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
+    return path.read_text(encoding="utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a regular file of a model folder.
 

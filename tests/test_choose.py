@@ -305,7 +305,7 @@ def test_an_answer_that_cannot_be_used_is_made_anew(
     # A file that the user names is not overwritten.
     mine = tmp_path / "mine.json"
     mine.write_bytes(spoil)
-    with pytest.raises(ValueError, match=f"^tune_file; {mine} cannot be used: .*; name another"):
+    with pytest.raises(ValueError, match=f"^tune_file: {mine} cannot be used: .*; name another"):
         taken(Choices(tune_file=str(mine)))
     assert mine.read_bytes() == spoil
 

@@ -136,6 +136,7 @@ BAD = """
 --dropout 1 => model: dropout must be in [0, 1), got 1.0
 --config {tmp}/folder => folder must be a run folder or its config.json:
 --log-to csv,nothing => log: must be of tensorboard, wandb, trackio, csv, got 'nothing'
+--config {tmp}/pipe => pipe must be a run folder or its config.json: not a regular file
 --config {tmp}/foreign.json => foreign.json must be the config.json of
 --epochs 2 --steps 3 => --steps 3 and --epochs 2 both say when
 --epochs 1e20 => max_steps must be at most
@@ -147,6 +148,14 @@ BAD = """
 --patience -1 => patience must be at least 0, got -1
 --data {tmp}/absent.txt => data: no such file: {tmp}/absent.txt
 --data '\x1b[31mred' => no such file: \\x1b[31mred
+--data '/**' => data: /** would read the whole disk
+--data '/**/*.txt' => data: /**/*.txt would read the whole disk
+--data {tmp}/pipe => data: {tmp}/pipe must be a file or a folder, not a pipe
+--val {tmp}/pipe => data: {tmp}/pipe must be a file or a folder, not a pipe
+--init {tmp}/pipe => pipe: not a regular file
+--hellaswag {tmp}/pipe => hellaswag: no such file: {tmp}/pipe
+--resume {tmp}/pipe => pipe
+--tune on --tune-file {tmp}/pipe => pipe cannot be used: not a regular file; name another
 --data {tmp}/empty.txt => data: {tmp}/empty.txt is empty
 --data {tmp}/latin.txt => byte 0xe9 at offset 3
 --data {tmp}/short.txt => validation needs at least 2 tokens, got 0
@@ -213,6 +222,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "foreign.bin").write_bytes(b"\0\0" * 1000)
     (tmp_path / "foreign.json").write_text('{"encoding": "cl100k_base"}')
     for name, given in (("sly", {"data": [{"a": "b"}]}), ("help", {"help": True})):

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import os
 import re
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -37,6 +38,9 @@ def test_samples_are_read(tmp_path: Path):
     for content, samples in wanted.items():
         (tmp_path / "samples.txt").write_text(content)
         assert read_samples(tmp_path) == samples
+    (tmp_path / "samples.txt").unlink()
+    os.mkfifo(tmp_path / "samples.txt")
+    assert read_samples(tmp_path) == []
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
@@ -272,8 +276,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     report.main([str(run), "--corpus", str(tmp_path / "text.txt")])
     assert "warning: Memorisation" in capsys.readouterr().out
-    bad = [[tmp_path / "none"], [], [run, "--corpus", "none.txt"], [run, "--corpus", tmp_path]]
-    for args in (*bad, [tmp_path / "text.txt"]):
+    os.mkfifo(tmp_path / "pipe")
+    bad = [[run, "--corpus", name] for name in ("none.txt", tmp_path, tmp_path / "pipe")]
+    for args in (*bad, [], [tmp_path / "none"], [tmp_path / "text.txt"]):
         with pytest.raises(SystemExit) as stop:
             report.main([*map(str, args)])
         assert stop.value.code == 2

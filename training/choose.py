@@ -160,7 +160,7 @@ def take_fastest(
         path = Path(asked.tune_file) if asked.tune_file else cache_path(key, "choice")
         kept, trouble = read_kept(path, key, KEPT, check_rows)
         if trouble and asked.tune_file:
-            raise ValueError(f"tune_file{trouble}; name another, or remove it")
+            raise ValueError(f"tune_file: {trouble.removeprefix('; ')}; name another, or remove it")
         if kept and asked.tune == "auto":
             return kept["ms"], f"measured before, see {path}"
         if not (names or long):  # flags name everything, so nothing is left to choose

@@ -145,7 +145,8 @@ def find_inputs(paths: Sequence[str | Path], key: str = KEY) -> list[Path]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an empty path, tokens beside something else, or a file that holds no text.
+        ValueError: an empty path, a pattern for the whole disk, tokens beside something else, or a
+            file that holds no text.
     """
     if "" in map(str, paths):
         raise ValueError("data: a path must name a file or a folder, got nothing")
@@ -168,6 +169,8 @@ def _matches(path: str) -> list[Path]:
     """The files and folders that a pattern names; [path] where it exists or is no pattern."""
     if Path(path).exists() or not glob.has_magic(path):
         return [Path(path)]
+    if Path(path).parts[:2] == ("/", "**"):
+        raise ValueError(f"data: {path} would read the whole disk; begin it with a folder")
     found = set(_expand(Path(), Path(path).parts))
     # ** matches a folder and all that is in it.
     return sorted(m for m in found if found.isdisjoint(m.parents)) or [Path(path)]

@@ -12,6 +12,7 @@ import tyro
 
 from model import hf
 from model.edge import is_int, quoted
+from model.files import read_regular
 from training import documents, schema
 from training.machines import has_gpu
 from training.plan import Choices, Switch
@@ -235,13 +236,13 @@ def read_config(path: str) -> Config:
         raise ValueError("config: --config is empty; give a value, or leave it out")
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_regular(file))
         recipe, flags = dict(values["recipe"]), dict(values["flags"])
         preset, choices = recipe.pop("name"), flags.pop("choices", {})
         given = {**flags, **choices, **recipe, "preset": preset}
     except OSError as error:
         raise OSError(
-            f"config: {path} must be a run folder or its config.json: {error.strerror}"
+            f"config: {path} must be a run folder or its config.json: {error.strerror or error}"
         ) from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(

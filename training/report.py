@@ -177,7 +177,9 @@ def main(args: list[str] | None = None) -> None:
         if not run.is_dir():
             raise FileNotFoundError(f"report: no such run folder: {run}")
         text, path = b"", corpus or run / CORPUS_FILE
-        if corpus or path.is_file():
+        if corpus and not path.is_file():
+            raise FileNotFoundError(f"report: no such file: {path}")
+        if path.is_file():
             with path.open("rb") as file:
                 text = file.read(MAX_CORPUS_BYTES + 1)
         for kind, line in write_report(run, text):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.edge import is_real
-from model.files import read_object
+from model.files import read_object, read_regular
 from training.data import SHAKESPEARE_SHA256
 from training.metrics import read_metrics
 from training.overlap import Overlap
@@ -182,7 +182,7 @@ def read_run(folder: Path) -> Run:
 def read_samples(run: Path) -> list[tuple[str, str]]:
     """(prompt, what the model wrote) in samples.txt; a file in another form is one sample."""
     try:
-        text = (run / "samples.txt").read_text(encoding="utf-8")
+        text = read_regular(run / "samples.txt")
     except (OSError, ValueError):
         return []
     pattern = r"^\[prompt\] (.*?)\n\[model\](.*?)(?=\n+\[prompt\] |\s*\Z)"

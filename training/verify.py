@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels import EAGER, Ops, read_ops, spell_ops
 from model import GPT
 from model.edge import one_line
-from model.files import write_atomically
+from model.files import read_regular, write_atomically
 from training import child, schema
 from training.distributed import World
 from training.environment import assembler, package_version
@@ -170,7 +170,7 @@ def read_kept(
     It must be as the schema `like` says, and `check` must not raise ValueError.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_regular(path))
         schema.check("it", values, like)
         check(values)
         if values["key"] == key:
