@@ -20,7 +20,7 @@ from training import report
 from training.data import SHAKESPEARE_SHA256
 from training.overlap import find_overlap
 from training.recipes import PRESETS
-from training.report import mark_spans, write_report
+from training.report import facts, mark_spans, write_report
 from training.verdicts import SEED_RECIPE, read_run, read_samples, verdicts
 
 
@@ -148,6 +148,9 @@ def test_numbers_in_verdicts(tmp_path: Path):
     run = write_run(tmp_path / "heart", vals=[], loss=0.08, epochs=50.6, corpus_tokens=338_025)
     ((_, heart),) = verdicts(read_run(run))
     assert "A loss of 0.08 after 50.6 epochs over 338,025 tokens is recitation" in heart
+    run = read_run(write_run(tmp_path / "short", vals=[], loss=3.5, epochs=0.003))
+    assert "loss of 3.50 after less than 0.1 epochs over 60,000 tokens" in verdicts(run)[0][1]
+    assert facts(run)["epochs (times the text was read)"] == "0.003"
 
 
 def test_facts(tmp_path: Path):

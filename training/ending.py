@@ -23,6 +23,7 @@ from training.resume import RunFailed
 from training.run import Run
 from training.signals import EXIT_RESUMABLE, StopRequest
 from training.state import Progress
+from training.verdicts import spell_epochs
 
 NUM_SAMPLES = 4
 PROMPT_TOKENS = 8
@@ -119,7 +120,7 @@ def finish(
     metrics.write_json(out / "summary.json", summary)
     report_run(out, run.train_tokens, log.say)
     log.say(
-        f"done: {num_steps} steps, {tokens_seen:,} tokens, {summary['epochs']:.1f} epochs, "
+        f"done: {num_steps} steps, {tokens_seen:,} tokens, {spell_epochs(summary['epochs'])}, "
         f"{summary['tokens_per_s']:,.0f} tok/s, {summary['wall_s']:.0f} s in all; "
         f"try it: make sample MODEL={shlex.quote(str(out))}"
     )

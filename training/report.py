@@ -43,7 +43,7 @@ FACTS = """
 training text | corpus_bytes | {:,.0f} bytes
 training tokens | corpus_tokens | {:,.0f}
 tokens seen | tokens_seen | {:,.0f}
-epochs (times the text was read) | epochs | {:.2f}
+epochs (times the text was read) | epochs | {:.4g}
 steps | steps | {:,.0f}
 trained context | trained_context | {:,.0f} tokens
 training loss, last 5% of steps | train_loss | {:.4f} nats per token

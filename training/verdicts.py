@@ -87,6 +87,10 @@ def number(values: Mapping[str, Any], key: str) -> float | None:
     return float(value) if is_real(value) and abs(value) < 1e300 else None
 
 
+def spell_epochs(epochs: float) -> str:
+    return f"{epochs:.1f} epochs" if epochs >= 0.1 else "less than 0.1 epochs"
+
+
 def points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, value) of each row that has the key; NaN for a value that is no finite number."""
     found = [(row["step"], number(row, key)) for row in rows if key in row]
@@ -224,7 +228,7 @@ def verdicts(run: Run, overlap: Overlap | None = None, whole: bool = True) -> li
         "partly": share > OWN_SHARE and not recited,
     }
     tokens = number(run.summary, "corpus_tokens") or 0
-    after = f" after {epochs:.1f} epochs" if epochs > 0 else ""
+    after = f" after {spell_epochs(epochs)}" if epochs > 0 else ""
     after += f" over {tokens:,.0f} tokens" if after and tokens else ""
     where = "the training text" if whole else "the part of the training text searched"
     facts = {"failure": run.failure, "steps": run.num_steps, "val": val, "train": train, "gap": gap,
