@@ -89,7 +89,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     saved = resume.find(cfg.resume, out, world, *expected)
     kept, notes = resume.adopt(saved, cfg.choices, recipe, machine)
     plan = settled(cfg, machine, world, kept)
-    same = {"recipe": asdict(recipe), "plan": asdict(plan) | {"notes": ()}, "data": corpus.sha256}
+    same = asdict(recipe) | asdict(plan) | {"notes": (), "data": corpus.sha256}
     refuse_mismatch(world, "facts", same | {"torch": torch.__version__})
     source = hf.find_model(cfg.init) if cfg.init else ""
     initial = GPT.from_pretrained(source) if source else None

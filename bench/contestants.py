@@ -174,7 +174,7 @@ def load_nanogpt(path: Path | None) -> Any:
         raise ValueError(f"bench: {path} cannot be imported: {error}") from error
     missing = [name for name in ("GPT", "GPTConfig") if not hasattr(module, name)]
     if missing:
-        raise ValueError(f"bench: {path} must define GPT and GPTConfig, lacks {missing}")
+        raise ValueError(f"bench: {path} does not define {' and '.join(missing)}")
     return module
 
 

@@ -103,13 +103,16 @@ def read_ops(spec: str) -> dict[str, str]:
     """
     base, *exceptions = (part.strip() for part in spec.split(","))
     if base not in BACKENDS:
-        raise ValueError(f"ops: unknown backend {base!r}; expected one of {[*BACKENDS]}")
+        raise ValueError(f"ops: unknown backend {base!r}; the backends are {', '.join(BACKENDS)}")
     chosen = dict.fromkeys(OPS, base)
     for item in exceptions:
         op, _, backend = item.partition("=")
         known = [*BACKENDS, *(SDPA if op == "causal_attention" else ())]
         if op not in chosen or backend not in known:
-            raise ValueError(f"ops: cannot read {item!r}; ops are {[*OPS]}, backends {known}")
+            raise ValueError(
+                f"ops: cannot read {item!r}; the ops are {', '.join(OPS)}, the backends "
+                f"{', '.join(known)}"
+            )
         chosen[op] = backend
     return chosen
 
@@ -134,7 +137,7 @@ def unfit(n_embd: int, n_head: int, dropout: float) -> dict[str, str]:
     """Ops whose kernels do not take a model of this shape, and what they take; needs no triton."""
     attention = []
     if (D := n_embd // n_head) not in HEAD_DIMS:
-        attention.append(f"a head dim of {HEAD_DIMS}, got {D}")
+        attention.append(f"a head dim of {' or '.join(map(str, HEAD_DIMS))}, got {D}")
     if dropout != 0:
         attention.append(f"dropout 0, got {dropout}")
     wanted = {"causal_attention": " and ".join(attention)}

@@ -232,7 +232,8 @@ def embedding(
     check_tensor(op, "bias", bias, (C,), at, (weight.dtype,))
     h_dtype = residual_dtype or wte.dtype
     if h_dtype not in FLOATS:
-        raise ValueError(f"embedding: residual_dtype must be one of {FLOATS}, got {h_dtype}")
+        known = ", ".join(map(str, FLOATS))
+        raise ValueError(f"embedding: residual_dtype must be one of {known}, got {h_dtype}")
     dtype = torch.get_autocast_dtype(at.type) if torch.is_autocast_enabled(at.type) else h_dtype
     return _Embedding.apply(idx, wte, wpe, weight, bias, eps, dtype, h_dtype)
 

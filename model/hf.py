@@ -87,7 +87,8 @@ def _read_config(path: Path) -> tuple[GPTConfig, dict[str, int]]:
     for key, accepted in fixed.items():
         if key in raw and raw[key] not in accepted:
             raise ValueError(
-                f"model: {path}: {key} must be one of {list(accepted)}, got {quoted(raw[key])}"
+                f"model: {path}: {key} must be {' or '.join(map(repr, accepted))}, got "
+                f"{quoted(raw[key])}"
             )
     if raw.get("activation_function") == "gelu":
         print(ERF_NOTE, file=sys.stderr)

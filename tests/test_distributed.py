@@ -244,13 +244,12 @@ def in_threads(size: int, work: Callable[[World], Any]) -> list[Any]:
 
 def test_ranks_that_differ_are_refused_on_every_rank():
     def compare(world: World) -> None:
-        facts = {"recipe": {"max_lr": 0.001 * (1 + world.rank // 2)}, "torch": "2"}
+        facts = {"max_lr": 0.001 * (1 + world.rank // 2), "torch": "2"}
         refuse_mismatch(world, "facts", facts)
 
     answers = in_threads(3, compare)
     assert {str(a) for a in answers} == {
-        "distributed: the ranks differ: rank 2 has recipe {'max_lr': 0.002}, rank 0 "
-        "{'max_lr': 0.001}"
+        "distributed: the ranks differ: rank 2 has max_lr 0.002, rank 0 0.001"
     }
 
 

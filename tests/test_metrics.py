@@ -226,7 +226,7 @@ def test_loggers_that_are_not_known(monkeypatch):
     for flag in ("--log", "--log-to"):
         asked = train.parse(["--preset", "smoke", flag, "csv,wandb", "--tensorboard"])
         assert asked.loggers == ["csv", "wandb", "tensorboard"]
-    with pytest.raises(ValueError, match=r"log: must be of tensorboard, .*, csv, got 'wandbb'"):
+    with pytest.raises(ValueError, match=r"log: must be one of tensorboard, .*, csv, got 'wandbb'"):
         check_loggers(["csv", "wandbb"])
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="log: trackio is not installed; pip install trackio"):

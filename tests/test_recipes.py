@@ -103,9 +103,9 @@ def test_a_cool_down_falls_from_its_step_on(share: float) -> None:
         ({"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\), got 1.0"),
         ({"val_fraction": -0.1}, r"val_fraction must be in \[0, 1\), got -0.1"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
-        ({"order": "random"}, "order must be of sequential, shuffled, got 'random'"),
-        ({"schedule": "step"}, "schedule must be of cosine, wsd, linear, constant, got 'step'"),
-        ({"keep": "first"}, "keep must be of best, last, got 'first'"),
+        ({"order": "random"}, "order must be one of sequential, shuffled, got 'random'"),
+        ({"schedule": "step"}, "schedule must be one of cosine, wsd, linear, constant, got 'step'"),
+        ({"keep": "first"}, "keep must be one of best, last, got 'first'"),
         ({"decay_fraction": 1.0}, r"decay_fraction must be in \[0, 1\), got 1.0"),
         ({"eps": 0.0}, "eps must be at least 1e-30, got 0.0"),
         ({"seed": 2**64}, f"seed must be at most {2**63}, got {2**64}"),
@@ -113,8 +113,8 @@ def test_a_cool_down_falls_from_its_step_on(share: float) -> None:
         ({"block_size": 2048}, "block_size must be at most the model's 1024 positions, got 2048"),
         ({"model": "124x"}, "unknown size '124x'; did you mean '124m'?"),
         ({"model": "124m,n_head=7"}, "n_embd must be divisible by n_head"),
-        ({"model": "124m,n_head=x"}, "n_head must be of type int, got 'x'"),
-        ({"model": "124m,vocab_size=9"}, "cannot change 'vocab_size=9'"),
+        ({"model": "124m,n_head=x"}, "n_head must be a whole number, got 'x'"),
+        ({"model": "124m,vocab_size=9"}, "cannot change 'vocab_size=9', only block_size,"),
     ],
 )
 def test_a_recipe_refuses(fields: dict, message: str) -> None:

@@ -298,10 +298,12 @@ def test_one_bad_gradient_is_skipped(small, monkeypatch):
     assert all(t.isfinite().all() for t in weights.values())
 
 
-def test_bad_steps_in_a_row_roll_back_and_their_data_is_left_out(small, monkeypatch):
+def test_bad_steps_in_a_row_roll_back_and_their_data_is_left_out(small, monkeypatch, capsys):
     run, _ = small
     plant_nan(monkeypatch, {5, 6, 7})
     assert in_process(run, "roll", "--steps", "10", "--save-every", "4") == 0
+    line = ", leaving out the rows 40 to 47, 48 to 55, 56 to 63\n"
+    assert line in capsys.readouterr().out
     assert events(run, "roll") == ["skipped", "skipped", "rollback", "rolled_back"]
     saved = checkpoint.read(run.checkpoints("roll") / "step-00000010")
     rows = 8

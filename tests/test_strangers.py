@@ -110,7 +110,7 @@ STRANGERS: dict[str, Spoiled] = {
             ("fine_tuned_context", 1e9, "fine_tuned_context must be a whole number"),
             ("model_type", "\x1b[2J", r"is a '\\x1b\[2J', not a 'gpt2'"),
             ("model_type", "llama", "'llama', not a 'gpt2'"),
-            ("n_inner", [], r"n_inner must be one of .* got \[\]"),
+            ("n_inner", [], r"n_inner must be None or 128, got \[\]"),
             ("n_inner", 64, "n_inner.*128.*64"),
             ("activation_function", "relu", "activation_function.*'relu'"),
             ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx"),

@@ -210,14 +210,14 @@ def test_ops_are_read_from_a_string():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("cuda", r"unknown backend 'cuda'; expected one of \['eager', 'triton', 'c"),
+        ("cuda", r"unknown backend 'cuda'; the backends are eager, triton, compiled$"),
         ("sdpa-flash", "unknown backend 'sdpa-flash'"),
         ("eager,gelu_mlp=sdpa-flash", "cannot read 'gelu_mlp=sdpa-flash'"),
         ("", "unknown backend ''"),
-        ("triton,layernorm=eager", r"cannot read 'layernorm=eager'; ops are \['layer_norm'"),
+        ("triton,layernorm=eager", r"cannot read 'layernorm=eager'; the ops are layer_norm, "),
         (
             "triton,layer_norm=fast",
-            r"cannot read 'layer_norm=fast'.*backends \['eager', 'triton', 'compiled'\]",
+            r"cannot read 'layer_norm=fast'.*the backends eager, triton, compiled$",
         ),
         ("triton,layer_norm", "cannot read 'layer_norm'"),
     ],

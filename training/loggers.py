@@ -82,7 +82,7 @@ def check_loggers(names: Sequence[str]) -> None:
     """Raise ValueError for a logger that is not known or not installed."""
     for name in names:
         if name not in ADAPTERS:
-            raise ValueError(f"log: must be of {', '.join(ADAPTERS)}, got {name!r}")
+            raise ValueError(f"log: must be one of {', '.join(ADAPTERS)}, got {name!r}")
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"log: {name} is not installed; pip install {name}, or leave it out")
 

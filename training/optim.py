@@ -290,7 +290,7 @@ def configure_adamw(model: nn.Module, recipe: Recipe, fused: str = "torch") -> A
     """
     classes = {"torch": AdamW, "triton": TritonAdamW}
     if fused not in classes:
-        raise ValueError(f"adamw: fused must be one of {[*classes]}, got {fused!r}")
+        raise ValueError(f"adamw: fused must be one of {', '.join(classes)}, got {fused!r}")
     make: Any = classes[fused]
     if recipe.muon:
         matrices = [p for name, p in model.named_parameters() if is_hidden_matrix(name, p)]

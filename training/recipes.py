@@ -44,12 +44,13 @@ def parse_model(spec: str) -> GPTConfig:
     for change in changes:
         name, _, value = change.partition("=")
         if name not in _CHANGEABLE:
-            raise ValueError(f"model: cannot change {change!r}; the fields are {[*_CHANGEABLE]}")
+            raise ValueError(f"model: cannot change {change!r}, only {', '.join(_CHANGEABLE)}")
         try:
             changed[name] = _CHANGEABLE[name](value)
         except ValueError:
             raise ValueError(
-                f"model: {name} must be of type {_CHANGEABLE[name].__name__}, got {value!r}"
+                f"model: {name} must be a {'' if name == 'dropout' else 'whole '}number, "
+                f"got {value!r}"
             ) from None
     return replace(MODELS[size], **changed)
 

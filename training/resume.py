@@ -80,7 +80,8 @@ def roll_back(
     progress.skips += [r for r in ranges if r not in progress.skips]
     log.rewind(progress.step)
     log.event("rolled_back", to_step=progress.step, skips=ranges, rollbacks=rollbacks)
-    log.say(f"guard: back to step {progress.step}, leaving out the rows {ranges}")
+    rows = ", ".join(f"{first:,} to {end - 1:,}" for first, end in ranges)
+    log.say(f"guard: back to step {progress.step}, leaving out the rows {rows}")
     return progress
 
 

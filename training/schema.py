@@ -75,7 +75,7 @@ def of(hint: Any) -> Any:
     if kind in (Annotated, NotRequired):
         return next((extra for extra in args if isinstance(extra, Must)), None) or of(args[0])
     if kind is Literal:
-        return Must(f"of {', '.join(map(str, args))}", lambda v: isinstance(v, str) and v in args)
+        return Must(f"one of {', '.join(args)}", lambda v: isinstance(v, str) and v in args)
     if kind in (list, tuple):
         return [of(args[0])] if kind is list or ... in args else tuple(map(of, args))
     if kind is dict:
