@@ -88,6 +88,8 @@ class Upload:
     def put(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """The device tensor of `make()`, which is a function of `key`; never waits."""
         capturing = _is_capturing(self.device)
+        if not capturing:
+            self.captured.clear()  # left over if a capture failed
         if key == self.key:
             if capturing:
                 self.kept.append(self.sent)
@@ -105,7 +107,6 @@ class Upload:
             self.kept += [host, sent]
         else:  # `host` goes back to torch's pool, which waits for the copy by an event
             self.spare = torch.empty_like(content, pin_memory=pin)
-            self.captured.clear()  # left over if a capture failed
             self.key, self.sent = key, sent
         return sent
 

@@ -384,8 +384,11 @@ def test_what_a_graph_reads_is_never_written_again(monkeypatch):
     upload.end()
     assert put(3, True) is not again
     put(4, False)
+    failed = put(5, True)  # no `end`: the step broke off
+    assert put(4, False) is upload.sent
+    assert put(5, True) is not failed
     held = [int(kept[0]) for kept in upload.kept]
-    assert sorted(set(held)) == [1, 2, 3]
+    assert sorted(set(held)) == [1, 2, 3, 5]
     assert torch.equal(captured, torch.full((3,), 2))
     assert torch.equal(again, torch.full((3,), 3))
 

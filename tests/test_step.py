@@ -275,6 +275,26 @@ def test_what_cannot_be_captured_runs_without_a_graph(
     ) in capsys.readouterr().out
 
 
+def test_another_capture_comes_after_a_step_without_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Only such a step can pin the memory that an upload needs."""
+    step = make_step(choices(dtype="fp32", ops="eager"))
+    averaging = Mock(overlaps=True, finish=lambda values: values.unbind())
+    step.averaging = averaging
+    step = captured_by(RuntimeError("refused"), step, monkeypatch)
+    captures = []
+    with contextlib.closing(open_batches(step)) as batches:
+        for _ in range(NUM_WARMUP + 3):
+            step(batches, 1e-3)
+            captures.append(step.num_captures)
+    assert captures == [0] * NUM_WARMUP + [1, 2, 2]
+    assert averaging.overlaps
+    said = capsys.readouterr().out
+    assert "cuda graph: not with the collectives (refused); trying all but them" in said
+    assert "the step cannot be captured (refused); going on without" in said
+
+
 @interpreted_only
 def test_a_failed_capture_leaves_its_pool_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []

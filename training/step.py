@@ -260,23 +260,23 @@ class TrainStep:
 
     def _capture(self, step: Step) -> None:
         """Record the step as a graph without executing it, or say why not, on all ranks alike."""
-        while True:
-            self.num_captures += 1
-            answers = self.world.gather(f"capture {self.num_captures}", self._record(step))
-            if not (failed := [answer for answer in answers if answer]):
-                return
-            self.graph, reason = [], failed[0]["reason"]
-            if any(failure["short"] for failure in failed) and self.plan.micro_batch_size > 1:
-                self._halve()  # a graph has its own memory pool, so the warm-up may have fitted
-                return
-            if not (self.averaging and self.averaging.overlaps):
-                break
+        self.num_captures += 1
+        answers = self.world.gather(f"capture {self.num_captures}", self._record(step))
+        if not (failed := [answer for answer in answers if answer]):
+            return
+        self.graph, reason = [], failed[0]["reason"]
+        self.optimizer.set_up()  # so another try comes after a step without capture
+        self.warm_steps = NUM_WARMUP - 1
+        if any(failure["short"] for failure in failed) and self.plan.micro_batch_size > 1:
+            self._halve()  # a graph has its own memory pool, so the warm-up may have fitted
+        elif self.averaging and self.averaging.overlaps:
             self.averaging.overlaps = False
             self.say(f"cuda graph: not with the collectives ({reason}); trying all but them")
-        if self.averaging:
-            self.averaging.overlaps = True
-        self.say(f"cuda graph: the step cannot be captured ({reason}); going on without")
-        self.plan = replace(self.plan, cuda_graph=False)
+        else:
+            if self.averaging:
+                self.averaging.overlaps = True
+            self.say(f"cuda graph: the step cannot be captured ({reason}); going on without")
+            self.plan = replace(self.plan, cuda_graph=False)
 
     def _record(self, step: Step) -> dict[str, Any] | None:
         """Capture the step. Returns what failed, if anything, and whether it was memory."""
