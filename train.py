@@ -1,9 +1,9 @@
-"""Train a GPT-2 from a text file. The only trainer; it reads top to bottom.
+"""Train a GPT-2 from a text file. This is the only trainer; it reads top to bottom.
 
 Three commands:
     python train.py                                  the recipe for this machine
-    python train.py --preset smoke --data my.txt     seconds, to try a flag
-    python train.py --preset shakespeare-124m        GPT-2 124M until it knows its text by heart
+    python train.py --preset smoke --data my.txt     takes seconds, to try out a flag
+    python train.py --preset shakespeare-124m        GPT-2 124M until it has memorised its text
 """
 
 import signal
@@ -57,9 +57,9 @@ def look(cfg: Config, world: World = ALONE) -> tuple[Machine, Plan, Corpus]:
 
 
 def settled(cfg: Config, machine: Machine, world: World, kept: Mapping[str, Any]) -> Plan:
-    """This rank's plan. On a GPU its kernels have been checked and its ops are the fastest.
+    """This rank's plan. On a GPU its kernels are checked and its ops are the fastest.
 
-    `kept` are the choices of the checkpoint that the run resumes from.
+    `kept` has the choices of the checkpoint that the run resumes from.
     """
 
     def make(choices: Choices) -> Plan:
@@ -72,7 +72,7 @@ def settled(cfg: Config, machine: Machine, world: World, kept: Mapping[str, Any]
 
 
 def prepare(cfg: Config, world: World = ALONE) -> Run:
-    """Check everything that a user can get wrong, and then make the run folder.
+    """Check everything that a user can get wrong, then make the run folder.
 
     Raises:
         ValueError, OSError: one line that names the value and the way out.
@@ -93,7 +93,7 @@ def prepare(cfg: Config, world: World = ALONE) -> Run:
     refuse_mismatch(world, "facts", same | {"torch": torch.__version__})
     source = hf.find_model(cfg.init) if cfg.init else ""
     initial = GPT.from_pretrained(source) if source else None
-    if initial and world.size > 1:  # otherwise all would silently take rank 0's
+    if initial and world.size > 1:  # otherwise all would silently use rank 0's
         refuse_mismatch(world, "weights", {f"--init {cfg.init}": hash_weights(initial)})
     if saved:
         notes = resume.check_recipe(saved, *expected) + notes + resume.check_plan(saved, plan)
@@ -159,7 +159,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         take_step.gather()
         with log.aside():
             val_loss = run.validate(model, run.val_tokens, plan.eval_tokens)
-        if math.isfinite(val_loss):  # if not, the next step's loss shows it
+        if math.isfinite(val_loss):  # otherwise the next step's loss shows it
             progress.evaluations.append((progress.step, val_loss))
         log.event("eval", step=progress.step, val_loss=val_loss)
         given = f" of {cfg.init} before training" if cfg.init and progress.step == 0 else ""
@@ -193,7 +193,7 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
                 save |= progress.best == progress.step and cfg.saves
                 done |= 0 < recipe.patience <= progress.stale
             if save or watch.stopping or (done and saves_at_end):
-                save_checkpoint()  # before scores and samples, which a resumed run makes again
+                save_checkpoint()  # before scores and samples, which a resumed run repeats
             if watch.stopping:
                 writer.finish()
                 world.barrier()
@@ -214,21 +214,21 @@ def train(cfg: Config, run: Run, stop: StopRequest) -> int:
         log.finish()
         take_step.gather()
         writer.wait()  # it may be writing the best weights, which `finish` reads
-        metrics_bytes = log.num_bytes  # a resumed run logs again what follows
+        metrics_bytes = log.num_bytes  # a resumed run logs the rest again
         try:
             finish(run, model, log, progress, watch.reached, stop)
-        except Stopped:  # other ranks may not have seen a signal yet
+        except Stopped:  # other ranks may not know of the signal
             if not saves_at_end:
                 save_checkpoint(metrics_bytes)
             return leave(run, progress.step, writer, log, stop)
         writer.finish()
-    if stop:  # it came too late: everything is written
+    if stop:  # too late: everything is written
         world.say(f"{stop.signal}: the run is complete")
     return 0
 
 
 def explain_plan(cfg: Config) -> int:
-    """Say what this machine can do with the recipe, and what would make it faster."""
+    """Say how fast this machine can train the recipe, and what would make it faster."""
     machine, plan, corpus = look(cfg)
     tokens, _ = corpus.split(cfg.recipe.val_fraction)
     cfg = replace(cfg, recipe=cfg.recipe.reading(len(tokens)))

@@ -1,4 +1,4 @@
-"""The flags of train.py: what they are, their checks, and how a config.json gives them again."""
+"""The flags of train.py, their checks, and how they are read back from a config.json."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from training.machines import has_gpu
 from training.plan import Choices, Switch
 from training.recipes import ABOUT, FINETUNE, Recipe, find_preset, spell_model
 
-# Flags that say where a run was and how it was resumed, not what it is.
+# Flags that say where a run is stored or how it was resumed, not what it trains.
 _OF_ONE_RUN = ("out", "resume", "override", "cooldown", "explain", "config")
 LIST = "list"  # the value of a bare --preset
 DEFAULT_PRESET = {"cpu": "shakespeare-cpu", "cuda": "shakespeare-124m"}
@@ -34,73 +34,73 @@ _OFF = {f"--no-{name}": f"--{name}=off" for name in _SWITCHES}
 class Config:
     """Train a GPT-2 from a text file.
 
-    The recipe (--preset) says what is trained; each of its fields is a flag, shown below with the
-    value it has in the chosen preset. The plan (--device, then --ops and all
-    below it) says how it runs.
+    The recipe (--preset) says what is trained. Each of its fields is a flag, shown below with its
+    value in the chosen preset. The plan (--device, and --ops and all flags
+    below it) says how the recipe runs.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     preset: str
-    """Recipe, which says what is trained. --preset without a name lists them all."""
+    """Name of the recipe; --preset without a name lists them."""
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Run folder or its config.json: make that run again; other flags on the line overrule it."""
+    """Run folder or its config.json: repeat that run. Other flags override its settings."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
-    """Text, code, JSONL, Parquet, Arrow, folders and patterns of them, or a token file or folder.
-    Default: input.txt if it is there, else tiny Shakespeare."""
+    """Text, code, JSONL, Parquet or Arrow files, folders or patterns of them, or token shards.
+    Default: input.txt if it exists, else tiny Shakespeare."""
     val: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH ...")] = ()
-    """Validation text, of the same kinds; without it --val-fraction of the text, at its end."""
+    """Validation text, as for --data. Default: the last part of the text (--val-fraction)."""
     text_column: str = documents.KEY
-    """Field of a JSONL object, or column of a table, that holds the text."""
+    """JSONL field or table column that holds the text."""
     out: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """Run folder. Default: runs/PRESET, or runs/TEXT where a Shakespeare recipe has another text,
-    with a number once that one holds a finished run."""
+    """Run folder. Default: runs/PRESET, or runs/TEXT if a Shakespeare recipe has another text,
+    numbered if that one holds a finished run."""
     init: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Fine-tune: start from the weights of a GPT-2 folder, a run folder, a safetensors file, or a
-    model of the Hugging Face hub (gpt2, distilgpt2, owner/name, owner/name@revision). They decide
-    --model too. A checkpoint to resume from comes first."""
+    model on the Hugging Face hub (gpt2, distilgpt2, owner/name, owner/name@revision). This also
+    sets --model. A run that resumes ignores it."""
     dropout: float | None = None
-    """Probability of dropout, instead of the model's own."""
+    """Dropout probability, in place of the model's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes the GPU if there is one."""
+    """auto uses the GPU if there is one."""
     choices: Annotated[Choices, tyro.conf.arg(name="")] = field(default_factory=Choices)
     explain: bool = False
-    """Measure this machine, try ten steps, say what limits them and what to change; no training."""
+    """Do not train: measure this machine, try ten steps, say what limits them and what helps."""
     eval_every: int = -1
-    """Steps between evaluations; 0 is only at the end, -1 ten times per run, at least
+    """Steps between evaluations; 0: only at the end; -1: ten per run, but at least
     100 steps apart unless --keep best or --patience needs them."""
     sample_every: int = 0
-    """Steps between samples during the run, into samples.txt and the log; 0 is only at the end."""
+    """Steps between samples, written to samples.txt and metrics.jsonl; 0: only at the end."""
     hellaswag: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """hellaswag_val.jsonl: score the model on it at the end."""
+    """Path of hellaswag_val.jsonl: score the model on it at the end."""
     hellaswag_every: int = 0
-    """Steps between scores on --hellaswag during the run; 0 is only at the end."""
+    """Steps between HellaSwag scores during the run; 0: only at the end."""
     save_every: int = -1
-    """Steps between checkpoints; 0 is only when a signal comes, and at the end of a run of several
-    ranks; -1 four times per run. --keep best also saves what it needs."""
+    """Steps between checkpoints; 0: only on a signal, and at the end of a run with sharded
+    state; -1: four per run. --keep best also saves each best one."""
     keep_last: int = 2
-    """Checkpoints to keep, beside the one with the best validation loss."""
+    """Newest checkpoints to keep, besides the one with the best validation loss."""
     resume: str = "auto"
-    """auto goes on from the newest good checkpoint of the run folder and starts afresh where there
-    is none; never starts afresh; else the path of a checkpoint or a run folder."""
+    """auto: resume from the run folder's newest good checkpoint, or start afresh if there is
+    none; never: start afresh; or the path of a checkpoint or run folder."""
     cooldown: bool = False
-    """Go on from a checkpoint of a wsd run, the newest or the one of --resume: decay for
-    --decay-fraction of all steps, then end."""
+    """Start the final decay of a wsd run from its newest checkpoint, or from --resume; it lasts
+    --decay-fraction of all steps."""
     override: bool = False
-    """Resume although the recipe or the data is not the one that was saved."""
+    """Resume even if the recipe or the data differs from the saved one."""
     log_every: int = 0
-    """Steps between printed lines; 0 is about a hundred lines per run."""
+    """Steps between printed lines; 0: about a hundred lines per run."""
     log_to: Annotated[str, tyro.conf.arg(aliases=["--log"])] = ""
-    """Where curves go besides metrics.jsonl: any of tensorboard,wandb,trackio,csv; the first three
-    need the package of that name. Under torchrun write --log-to, as torchrun has a --log."""
+    """Where to send curves besides metrics.jsonl: any of tensorboard,wandb,trackio,csv; the first
+    three need the package of that name. Use --log-to under torchrun, which has its own --log."""
     tensorboard: bool = False
     """The same as --log-to tensorboard."""
     rank_timeout: int = 600
-    """Seconds that one of several ranks waits for the others in a step before the job ends."""
+    """Seconds that a rank waits for the others in a step before the job ends."""
 
     def check(self) -> None:
         """Raise ValueError for a value out of range.
 
-        Not in __post_init__: tyro would print what is raised there as a box of several lines.
+        Not in __post_init__, because tyro prints an error raised there in a box of several lines.
         """
         for name, least in _LEAST.items():
             if (value := getattr(self, name)) < least:
@@ -154,8 +154,8 @@ class Config:
     def evaluates_before(self, step: int, last: bool) -> bool:
         """Whether to evaluate after `step` steps; `last` says that no step follows.
 
-        Weights given by --init are evaluated before the first step. After the last one `finish`
-        evaluates, so here it is done only to compare those weights with the best.
+        Weights of --init are evaluated before the first step. `finish` evaluates after the last
+        one, so here the last weights are evaluated only to compare them with the best.
         """
         due = is_due(self.eval_interval, step) or (step == 0 and self.init is not None)
         validates = bool(self.val) or self.recipe.val_fraction > 0
@@ -170,7 +170,7 @@ def is_due(every: int, step: int) -> bool:
 
 
 def _glance(arguments: Sequence[str]) -> argparse.Namespace:
-    """The flags on which defaults of other flags depend, as they are written."""
+    """The flags that decide the defaults of other flags, as they were written."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?", const=LIST)
     for flag in ("--config", "--init", "--model", "--epochs"):
@@ -183,7 +183,7 @@ def _glance(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def parse(arguments: Sequence[str]) -> Config:
-    """Read the flags; the preset, --config and the weights to start from decide the defaults."""
+    """Read the flags. The preset, --config and the initial weights decide the defaults."""
     given = _glance(arguments)
     if given.steps and given.epochs:
         raise ValueError(
@@ -223,14 +223,14 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def read_config(path: str) -> Config:
-    """The flags of an earlier run, for a run like it: without its folder and how it was resumed.
+    """The flags of an earlier run, to repeat it, without its folder and how it was resumed.
 
     Args:
         path: The run's config.json, or the folder that holds it.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: no run wrote it, or a value is of the wrong type or out of range.
+        ValueError: no run wrote it, or a value has the wrong type or is out of range.
     """
     if not path:  # Path("") would be the working directory
         raise ValueError("config: --config is empty; give a value, or leave it out")

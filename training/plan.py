@@ -49,47 +49,46 @@ Switch = Annotated[bool | None, _THREE_STATES]
 
 @dataclass(frozen=True)
 class Choices:
-    """What a person may decide instead of the plan; each field is a flag of train.py."""
+    """What the user may decide instead of the plan; each field is a flag of train.py."""
 
     ops: str = "auto"
-    """auto, triton, eager, compiled, or one with exceptions: triton,layer_norm=eager; for
-    causal_attention sdpa-cudnn and sdpa-flash too."""
+    """auto, triton, eager or compiled, with exceptions as in triton,layer_norm=eager;
+    causal_attention may also be sdpa-cudnn or sdpa-flash."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """bf16 and fp16 are autocast with fp32 weights, fp16 with loss scaling; auto takes bf16 where
-    the hardware is fast in it, else fp16 on a GPU that is fast in that (T4, V100, 20xx)."""
+    """bf16 and fp16 mean autocast with fp32 weights, fp16 with loss scaling. auto: bf16 if the
+    hardware is fast in it, else fp16 on a GPU that is fast in that (T4, V100, 20xx), else fp32."""
     compile: Switch = None
-    """torch.compile the model; auto does so where it can and where it pays."""
+    """torch.compile the model; auto: if it works here and pays."""
     compile_scope: Literal["auto", "model", "blocks"] = "auto"
-    """Compile the model as one graph, or one block that all layers share: starts sooner."""
+    """Compile the whole model as one graph, or one block for all layers, which starts sooner."""
     micro_batch_size: int = 0
-    """Rows computed at once; 0 is as many of a step's rows as fit on a GPU, up to 4,096 tokens on a
-    CPU."""
+    """Rows computed at once; 0: as many of a step's rows as fit, on a CPU up to 4,096 tokens."""
     optimizer: Literal["auto", "torch", "triton"] = "auto"
-    """Whose fused AdamW: PyTorch's or ours."""
+    """Fused AdamW: PyTorch's (torch) or our own (triton)."""
     working_copies: Switch = None
     """bf16 copies of the fp32 weights, written by the optimizer, so that no micro-batch casts
-    them; auto makes them with bf16."""
+    them; auto: with bf16."""
     cuda_graph: Switch = None
-    """Replay the whole step as one CUDA graph; auto does so on a GPU."""
+    """Replay the whole step as one CUDA graph; auto: on a GPU."""
     shard: Literal["auto", "none", "optimizer", "full"] = "auto"
-    """optimizer: several ranks share out AdamW's state; full: the blocks' matrices and their
-    gradients too; auto takes the first of none, optimizer and full that fits."""
+    """What to shard over the ranks. optimizer: AdamW's state; full: also the blocks' matrices
+    and their gradients; auto: the first of none, optimizer and full that fits."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in which ranks add up the gradients of matrices. bf16 sends half as much and rounds the
+    """Dtype in which ranks sum the gradients of matrices. bf16 sends half as much and rounds the
     sums, which changes the numerics."""
     recompute: Switch = None
-    """Compute each block's forward again in the backward instead of keeping what it made: a third
-    more arithmetic, the same bits, a fraction of the memory; auto where nothing else fits."""
+    """Recompute each block's forward in the backward instead of storing its activations: same
+    bits, a fraction of the memory, a third more arithmetic; auto: if nothing else fits."""
     residual: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the residual stream under bf16. bf16 changes the numerics."""
     tune: Literal["auto", "on", "off", "only"] = "auto"
-    """Time the ways to compute each op and take the fastest: auto does so on a GPU, once, and keeps
-    the answer; on measures again, launch rows and whole steps too; only does that and no more."""
+    """Time the backends of each op and use the fastest. auto: once, on a GPU; on: again, with
+    launch rows and whole steps; only: like on, but do not train."""
     tune_file: str | None = None
-    """File that keeps the answer of --tune. Default: one in the user's cache directory."""
+    """File for the results of --tune. Default: one in the user's cache directory."""
 
     def or_else(self, values: Mapping[str, Any]) -> "Choices":
-        """Fill the choices that are left open with these values. Ignores other names."""
+        """Fill the open choices with these values. Ignores other names."""
         ours = {k: v for k, v in values.items() if k in _OPEN and getattr(self, k) == _OPEN[k]}
         return replace(self, **ours)
 
@@ -106,7 +105,7 @@ class Plan:
 
     device: str
     device_name: str
-    num_threads: int  # what torch uses on the CPU
+    num_threads: int  # of torch on the CPU
     ops: str  # in the form that `kernels.parse_ops` reads
     dtype: str
     compile: bool
@@ -154,9 +153,9 @@ class Plan:
 def make_plan(
     recipe: Recipe, machine: Machine, choices: Choices | None = None, ranks: int = 1
 ) -> Plan:
-    """Decide how `recipe` runs on `machine`; choices other than auto, None and 0 are obeyed.
+    """Decide how `recipe` runs on `machine`; choices other than auto, None and 0 are binding.
 
-    The plan is for all rows of a step. `distributed.share` gives each of several ranks its part.
+    The plan covers all rows of a step; `distributed.share` divides them among several ranks.
 
     Raises:
         ValueError: a choice asked for is impossible on this machine.

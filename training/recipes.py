@@ -1,7 +1,7 @@
-"""What is trained: sizes, schedule, data order. How it runs on a machine is a plan (plan.py).
+"""Recipes: what is trained, with sizes, schedule and data order. plan.py decides how it runs.
 
-Two runs of one recipe with one seed see the same samples in the same order and compute the same
-losses, whatever the plan.
+Two runs of one recipe with the same seed see the same samples in the same order and compute the
+same losses, whatever the plan.
 """
 
 import difflib
@@ -35,7 +35,7 @@ def parse_model(spec: str) -> GPTConfig:
     """Read a model shape: a size, or a size with changes as in "small,n_embd=320,dropout=0.1".
 
     Raises:
-        ValueError: unknown size or field, a value that is no number, or a shape that cannot be.
+        ValueError: unknown size or field, a value that is not a number, or an impossible shape.
     """
     size, *changes = (part.strip() for part in spec.split(","))
     if size not in MODELS:
@@ -56,10 +56,10 @@ def parse_model(spec: str) -> GPTConfig:
 
 
 def spell_model(config: GPTConfig) -> str:
-    """The words that `parse_model` reads as `config`.
+    """The text that `parse_model` reads as `config`.
 
     Raises:
-        ValueError: a recipe cannot say it, for example because of its vocabulary.
+        ValueError: a recipe cannot express it, for example because of its vocabulary.
     """
     values, default = asdict(config), asdict(GPTConfig())
     for name in values.keys() - _CHANGEABLE.keys():
@@ -81,59 +81,59 @@ def _nearest(name: str, names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained. Raises ValueError, with value and bound, for a field out of range."""
+    """What is trained. A field out of range raises ValueError with its value and bound."""
 
     model: str = "124m"
-    """Model size, or a size with changes: small,n_embd=320,n_layer=4."""
+    """Model size, or a size with changes, as in small,n_embd=320,n_layer=4."""
     max_lr: float = 6e-4
-    """Learning rate after the warm-up."""
+    """Peak learning rate, after the warm-up."""
     min_lr: float = 6e-5
-    """Learning rate at and after the horizon."""
+    """Final learning rate, from the horizon on."""
     schedule: Schedule = "cosine"
-    """How max_lr falls to min_lr: cosine and linear from the warm-up on; wsd (warm-up, stable,
-    decay) stays at max_lr and falls linearly at the end; constant does not fall."""
+    """How max_lr decays to min_lr: cosine and linear from the warm-up on; wsd (warm-up, stable,
+    decay) only at the end, linearly; constant not at all."""
     decay_fraction: float = 0.2
-    """Share of the steps, up to the horizon, in which wsd falls."""
+    """Fraction of the steps, up to the horizon, over which wsd decays."""
     warmup_steps: int = 0
-    """Steps of linear warm-up; step s uses max_lr * (s + 1) / warmup_steps."""
+    """Linear warm-up: step s uses max_lr * (s + 1) / warmup_steps."""
     horizon_steps: int = 0
-    """Step at which the schedule reaches min_lr; 0 is max_steps."""
+    """Step at which the schedule reaches min_lr; 0: max_steps."""
     max_steps: Annotated[int, tyro.conf.arg(aliases=["--steps"])] = 1000
     """Optimizer steps."""
     epochs: float = 0.0
-    """Times the training text is read, in place of max_steps; 0 is off."""
+    """Passes over the training text, in place of max_steps; 0: off."""
     batch_size: int = 16
-    """Rows (sequences) of a micro-batch."""
+    """Rows (sequences) per micro-batch."""
     block_size: int = 64
-    """Tokens of a row, T; at most the model's positions."""
+    """Tokens per row, T; at most the model's positions."""
     grad_accum_steps: int = 1
-    """Micro-batches whose mean gradient makes a step."""
+    """Micro-batches per step; a step uses their mean gradient."""
     weight_decay: float = 0.1
-    """Weight decay of matrices; other parameters have none."""
+    """Weight decay, for matrices only."""
     beta1: float = 0.9
-    """AdamW's decay rate of the first moment."""
+    """AdamW's decay rate for the first moment."""
     beta2: float = 0.95
-    """AdamW's decay rate of the second moment."""
+    """AdamW's decay rate for the second moment."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     muon: bool = False
-    """Muon updates the blocks' matrices, AdamW the rest; see training/optim.py."""
+    """Update the blocks' matrices with Muon, the rest with AdamW; see training/optim.py."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; 0 is off."""
+    """Clip gradients to this global norm; 0: off."""
     target_loss: float = 0.0
-    """Stop at the first step whose training loss (nats per token) is below this; 0 is off."""
+    """Stop at the first step whose training loss (nats per token) is below this; 0: off."""
     val_fraction: float = 0.1
-    """Share of the text, at its end, kept for validation."""
+    """Fraction of the text, from its end, held out for validation."""
     order: Order = "shuffled"
-    """sequential: rows as they stand in the text; shuffled: a seeded permutation each epoch."""
+    """sequential: rows in the order of the text; shuffled: a seeded permutation per epoch."""
     keep: Keep = "last"
-    """Whose weights model/ holds: those of the best evaluation, or of the last step."""
+    """Weights to export: those of the best evaluation, or of the last step."""
     patience: int = 0
-    """Stop after so many evaluations in a row without a better one; 0 is off."""
+    """Stop after this many evaluations in a row without a better one; 0: off."""
     guard: bool = True
-    """Skip updates whose loss or gradient is not finite or spikes; see training/guard.py."""
+    """Skip updates with a non-finite loss or gradient, or a loss spike; see training/guard.py."""
     seed: int = 1337
-    """Seeds the initial weights and the data order."""
+    """Seed of the initial weights and the data order."""
 
     def __post_init__(self) -> None:
         for name, (least, most) in BOUNDS.items():
@@ -201,13 +201,13 @@ class Recipe:
         return max(1, round(self.decay_fraction * (self.horizon_steps or self.max_steps)))
 
     def cooled_down_from(self, step: int) -> "Recipe":
-        """This wsd recipe, decaying from `step` on for the same share of all steps."""
+        """This wsd recipe, decaying from `step` on for the same fraction of all steps."""
         share = self.decay_fraction
         steps = step + max(1, round(step * share / (1.0 - share)))
         return replace(self, max_steps=steps, horizon_steps=0, epochs=0.0)
 
 
-FINETUNE = "finetune"  # the preset for a run that starts from given weights
+FINETUNE = "finetune"  # the preset for runs that start from pretrained weights
 
 PRESETS: dict[str, Recipe] = {
     # A published run in plain PyTorch that memorises tiny Shakespeare. Its table prints a learning
@@ -278,13 +278,13 @@ PRESETS: dict[str, Recipe] = {
 
 ABOUT = {
     "shakespeare-cpu": "a small GPT-2 on a text, 2 to 5 minutes on 2 cores; the default on a CPU",
-    "shakespeare-124m": "GPT-2 124M until it knows tiny Shakespeare by heart; the default on a GPU",
-    "fineweb-124m": "GPT-2 124M, 19,073 steps of half a million tokens; GPUs, and --data",
-    FINETUNE: "the weights of --init trained further, the best kept; GPT-2 wants a GPU",
-    "smoke": "20 steps of a toy, to try a flag",
+    "shakespeare-124m": "GPT-2 124M until it memorises tiny Shakespeare; the default on a GPU",
+    "fineweb-124m": "GPT-2 124M, 19,073 steps of half a million tokens; needs GPUs and --data",
+    FINETUNE: "fine-tune the weights of --init and keep the best; GPT-2 needs a GPU to be fast",
+    "smoke": "20 steps of a toy model, to try out a flag",
 }
 
-# (step, loss) of the published run of shakespeare-124m, which is drawn beside ours.
+# (step, loss) of the published run of shakespeare-124m, drawn beside ours.
 PUBLISHED_LOSS = [
     *[(0, 10.97), (100, 6.61), (500, 3.62), (1000, 2.47), (1500, 0.71)],
     *[(2000, 0.24), (2500, 0.17), (3000, 0.15), (4000, 0.12), (4175, 0.082)],
