@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 elif "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)  # the tensors are small; more threads only wait for one another
 
-from kernels import _launch
+from kernels import OPS, _launch
 from kernels._op import INTERPRETED
 from tests import pretend_cuda
 from training import timing
@@ -57,6 +57,10 @@ def pytest_configure(config: pytest.Config) -> None:
         machines.install()
     if config.option.markexpr == "gpu" and not torch.cuda.is_available():
         raise pytest.UsageError("-m gpu: torch sees no CUDA device")
+    for file in config.args:  # `make test OP=...` names one
+        if file.endswith(".py") and not Path(file).exists():
+            ops = ", ".join(OPS)
+            raise pytest.UsageError(f"no such file: {file}; the ops are {ops} and adamw")
     config.option.loadscopereorder = False  # xdist would go by the number of tests
 
 

@@ -8,7 +8,6 @@ tests of its op turn red; unmutated they must be green. The exit status is 1 if 
 and 2 if the text it replaces is not there any more.
 """
 
-import argparse
 import concurrent.futures
 import os
 import queue
@@ -24,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import cli
 from tests.forked import Forked
 
 ROOT = Path(__file__).parents[1]
@@ -270,8 +270,7 @@ def judge(mutants: Sequence[Mutant], workers: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser("tests.mutants", __doc__)
     parser.add_argument("--op", action="append", choices=[*TESTS], help="default: all")
     parser.add_argument("--workers", type=int, default=2, help="test runs at a time (default: 2)")
     args = parser.parse_args(argv)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import Forked, python
+
 ROOT = Path(__file__).parents[1]
 STUB = "#!/bin/sh\nprintf '%s\\0' \"$@\"\n"
 # A space, both quotes, what a shell and what make expand, a leading dash, a comment, a line break.
@@ -142,6 +144,10 @@ def test_args_are_several_words_quoted_as_in_a_shell(checkout: Path) -> None:
 def test_tests_of_one_op_and_of_another_machine(checkout: Path) -> None:
     words = make(checkout, "test", "OP=layer_norm", "MACHINE=fp32", "ARGS=-x")
     assert words[-6:] == ["--machine", "fp32", "tests/test_layer_norm.py", "-x", "-m", "not slow"]
+    command = "-m", "pytest", *make(checkout, "test", "OP=foo")[-3:]
+    said, code = Forked(python, *command, cwd=ROOT, environment=os.environ).communicate(300)
+    assert (code, said.strip().count("\n")) == (4, 0)
+    assert "no such file: tests/test_foo.py; the ops are layer_norm, add_layer_norm, " in said
 
 
 def test_help_names_every_target(checkout: Path) -> None:
