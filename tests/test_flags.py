@@ -108,6 +108,10 @@ def test_a_config_is_the_flags_it_was_made_of(tmp_path: Path) -> None:
     file.write_text(json.dumps({"recipe": recipe, "flags": flat}))
     older = train.parse(["--config", str(file)])
     assert (older.recipe.muon, older.choices.optimizer) == (True, "auto")
+    for flag, loggers in ((True, ["csv", "tensorboard"]), (False, ["csv"])):  # a flag it had then
+        then = {"recipe": recipe, "flags": flat | {"log_to": "csv", "tensorboard": flag}}
+        file.write_text(json.dumps(then))
+        assert train.parse(["--config", str(file)]).loggers == loggers
     flat["choices"]["optimizer"] = "auto"
     wrong = {"muon": None, "seed": True, "max_lr": "a", "schedule": "b", "ops": 3, "compile": 1}
     for name, value in {**wrong, "eval_every": None, "keep_last": 2.5}.items():

@@ -92,8 +92,6 @@ class Config:
     log_to: Annotated[str, tyro.conf.arg(aliases=["--log"])] = ""
     """Where to send curves besides metrics.jsonl: any of tensorboard,wandb,trackio,csv; the first
     three need the package of that name. Use --log-to under torchrun, which has its own --log."""
-    tensorboard: bool = False
-    """The same as --log-to tensorboard."""
     rank_timeout: int = 600
     """Seconds that a rank waits for the others in a step before the job ends."""
 
@@ -135,7 +133,7 @@ class Config:
 
     @property
     def loggers(self) -> list[str]:
-        return [*filter(None, self.log_to.split(",")), *["tensorboard"] * self.tensorboard]
+        return [*filter(None, self.log_to.split(","))]
 
     @property
     def eval_interval(self) -> int:
@@ -250,6 +248,8 @@ def read_config(path: str) -> Config:
         ) from None
     if given.get("optimizer") == "muon":  # how older versions spelled it
         given |= {"optimizer": "auto", "muon": True}
+    if given.pop("tensorboard", False):  # an older flag
+        given["log_to"] = f"{given.get('log_to', '')},tensorboard"
     for name in _OF_ONE_RUN:
         given.pop(name, None)
     must_be = schema.of(Config) | schema.of(Choices) | schema.of(Recipe)
