@@ -73,7 +73,7 @@ def elsewhere(recipe: Recipe, plan: Plan) -> list[str]:
 
 
 def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: Probe) -> list[str]:
-    """What holds this run back, each with its number and a way out."""
+    """What holds this run back beside the plan's notes, each with its number and a way out."""
     config, cuda, rate = recipe.model_config, machine.device == "cuda", rates.matmul(plan.dtype)
     tokens, D = plan.micro_batch_size * recipe.block_size, config.head_dim
     fp32, bf16 = rates.matmul("fp32"), rates.matmul_gflops.get("bf16", 0.0)
@@ -88,13 +88,6 @@ def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: 
     used, memory = max(probe.peak_bytes, plan.memory_bytes) / 1e9, machine.memory_bytes / 1e9
     spread = max(probe.seconds) / min(probe.seconds)
     table: list[tuple[bool, str]] = [
-        (cuda and not machine.has_triton,
-         "triton missing, so the ops are eager: `make -B setup` installs the pinned one"),
-        (bool(machine.missing_tools) and not plan.compile,
-         f"{', '.join(machine.missing_tools)} missing, so the model is not compiled: the system's "
-         "C++ compiler brings the tools"),
-        (not machine.has_bf16 and plan.dtype == "fp32",
-         f"fp32: {machine.name} has no fast bf16 products; only other hardware has"),
         (not machine.has_bf16 and plan.dtype == "bf16",
          f"bf16 is slow on {machine.name}, {bf16:,.0f} GFLOP/s for {fp32:,.0f} in fp32: "
          "--dtype fp32"),
