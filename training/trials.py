@@ -386,14 +386,14 @@ def time_step(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 
 
 def answer(task: partial[dict[str, Any]]) -> dict[str, Any]:
-    """The result of a task, or {"error": why there is none}, with "short" where memory ran out."""
+    """The result of a task, or {"error": why there is none}."""
     recipe, plan = task.args[-2:]
     signal.alarm(LIMIT_S)
     try:
         start_process(plan, recipe.seed)
         return task()
     except torch.OutOfMemoryError as error:
-        return {"error": one_line(error, 200), "short": True}
+        return {"error": one_line(error, 200)}
     except Exception as error:
         if task.func is check_op or timing.is_fatal(error):
             # The device's context may be lost: the next task needs a process of its own.

@@ -43,8 +43,10 @@ SOURCES = """
     training/numerics.py training/optim.py training/choose.py training/search.py training/timing.py
 """
 LIMIT_S = 300.0  # for one check, its start and compiling included, on a machine that may be busy
+# What a lack of device memory is called, by others than torch's allocator too.
+SHORT = ("out of memory", "ALLOC_FAILED", "STATUS_NOT_INITIALIZED")
 # Failures that may be gone at the next start, so they are not kept.
-PASSING = ("no answer", "ended with -9", "allocate memory", "out of memory")
+PASSING = ("no answer", "ended with -9", "allocate memory", "busy or unavailable", *SHORT)
 ADAMW = "adamw"
 KEPT = {"key": schema.OBJECT, "wrong": schema.of(dict[str, str]), "seconds": schema.of(float)}
 # How far loss and gradient norm of the first micro-batch may differ. Only gross faults show there;
@@ -190,7 +192,7 @@ def ask_children(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str
     with child.Crew(COMMAND, side_by_side) as crew:
         answers = crew.share(tasks, LIMIT_S)
         for i, answer in enumerate(answers):
-            if answer.get("short"):  # short of memory: again, with the device to itself
+            if any(text in answer.get("error", "") for text in SHORT):  # again, alone
                 answers[i] = crew.ask(tasks[i], LIMIT_S)
     why = [one_line(each.get("why", f"its process: {each.get('error')}")) for each in answers]
     return dict(zip(names, why, strict=True))
