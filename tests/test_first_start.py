@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +158,9 @@ def test_a_first_batch_that_differs_is_trained_by_eager_ops(
     ops = of_triton(causal_attention=narrow)
     assert compared() == plan
     assert tried == [3, 1]
+    plan = replace(plan, recompute=True)  # nor does it keep what the run's steps do not
+    assert compared() == plan
+    assert tried[2:] == [3, 1, 1]
     ops = of_triton(linear_cross_entropy=lambda *args: 1.05 * EAGER.linear_cross_entropy(*args))
     with pytest.raises(RunFailed, match=r"^ops: triton is wrong .*; go on with --ops eager$"):
         compared("triton")

@@ -261,6 +261,7 @@ def _loss_and_norm(
     model: GPT, plan: Plan, ops: Ops, idx: Tensor, targets: Tensor
 ) -> tuple[float, float]:
     model.use(ops)
+    model.transformer.recompute = plan.recompute
     with autocast(plan):
         loss = model(idx, targets)
     grads = torch.autograd.grad(loss, [*model.parameters()])
