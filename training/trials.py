@@ -9,6 +9,7 @@ NaN until it is written to. Then the op runs again several times, and no bit may
 """
 
 import contextlib
+import gc
 import inspect
 import signal
 import sys
@@ -379,6 +380,7 @@ def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
 def time_step(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """Samples of the run's whole step by a plan, in ms."""
     torch.compiler.reset()  # or all plans would share one limit of recompilations
+    gc.collect()  # the plan before is held by cycles, and both may not fit
     vocab, rows = recipe.model_config.vocab_size, 2 * recipe.rows_per_step
     tokens = np.random.default_rng(0).integers(vocab, size=rows * (recipe.block_size + 1))
     found = probe_steps(recipe, plan, tokens.astype(np.uint16), STEPS_S)
