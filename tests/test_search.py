@@ -2,8 +2,10 @@
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,6 +201,27 @@ def test_the_fastest_meet_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     Crew.tried.clear()
     ms = search.time_launches(recipe, plan, CPU, -1.0)  # no time: only the present rows
     assert [[*of.values()] for of in ms.values()] == [[[1.0] * 8]] * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "gib", "count"),
+    [("cpu", 128, 8, 1), ("cuda", 16, 80, 14), ("cuda", 128, 24, 8), ("cuda", 2, 1, 1)],
+)
+def test_a_card_has_room_for_the_children(
+    device: str, cores: int, gib: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a CUDA context; beside all of them one times an op at the run's shapes."""
+    counts: list[int] = []
+
+    def crew(_: Any, count: int) -> Any:
+        counts.append(count)
+        return nullcontext(SimpleNamespace(ask=lambda *_: {}))
+
+    monkeypatch.setattr(search.child, "Crew", crew)
+    monkeypatch.setattr(search, "num_cores", lambda: cores)
+    plan = replace(plan_of(ops="eager,layer_norm=triton"), device=device)
+    search.time_launches(RECIPE, plan, replace(CPU, memory_bytes=gib << 30), 600.0)
+    assert counts == [count]
 
 
 @pytest.mark.parametrize("size", [(64, 1024), (16, 64), (3, 17), (16, 17), (32, 1000)])

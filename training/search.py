@@ -33,6 +33,7 @@ QUICK = {"rounds": 5, "seconds": 0.3, "warmup": 1}
 MAX_CANDIDATES = 200  # for one kernel
 BATCH = 4  # candidates that each child builds before those are timed
 TASK_LIMIT_S = 90.0  # for one candidate, perhaps with a start; a build takes 1 to 3 s, or more
+CHILD_BYTES = 3 << 29  # of the card, for each: its CUDA context, and an op's tensors for few rows
 SMALL_T = 256  # tokens per sequence in a build: more than the short attention kernels take
 BRIEF = ("layer_norm.sum", "linear_cross_entropy.scale")  # too short to matter
 # Kernels with a grid of programs_per_sm programs on each SM.
@@ -110,7 +111,8 @@ def time_launches(
     end = time.monotonic() + seconds
     where = f"{machine.name}, {datetime.now(UTC):%Y-%m-%d}"
     where += f", B={plan.micro_batch_size} T={recipe.block_size}"
-    jobs = max(1, num_cores() - 2) if plan.device == "cuda" else 1
+    room = machine.memory_bytes // 2 // CHILD_BYTES if plan.device == "cuda" else 1
+    jobs = max(1, min(num_cores() - 2, room))
     ops = [op for op, backend in read_ops(plan.ops).items() if backend == "triton"]
     with child.Crew(COMMAND, jobs) as crew:
         todo: dict[str, tuple[str, Key, Launch]] = {}
