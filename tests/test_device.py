@@ -165,6 +165,23 @@ def test_a_card_that_others_use_has_what_they_leave(monkeypatch: pytest.MonkeyPa
 
 
 @pretended
+def test_a_card_without_room_for_a_process_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'")
+
+    with pretend_cuda():
+        monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+        assert train.main(["--preset", "smoke"]) == 2
+        assert detect("cpu").device == "cpu"
+    assert capsys.readouterr().err == (
+        f"train.py: device: {DEVICE.name} takes no process now (CUDA error: out of memory); "
+        "choose another with CUDA_VISIBLE_DEVICES, or --device cpu\n"
+    )
+
+
+@pretended
 def test_nvidia_smi_is_asked_of_the_card_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 

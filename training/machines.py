@@ -194,7 +194,7 @@ def detect(device: str = "auto") -> Machine:
     """Describe this machine; `device` is auto, cpu or cuda.
 
     Raises:
-        ValueError: cuda is asked for and there is none.
+        ValueError: cuda is asked for and there is none, or no process fits on it now.
     """
     has_cuda = device != "cpu" and has_gpu()
     trouble = "" if has_cuda or device == "cpu" else gpu_trouble()
@@ -220,7 +220,14 @@ def detect(device: str = "auto") -> Machine:
     lacks = launcher_lacks() if has_triton and not (rocm or common.interpreted) else ()
     # torch.compile's kernels for a GPU are triton's.
     missing = (*["g++"] * ("g++" in tools), *lacks, *["triton"] * (not has_triton))
-    free, total = torch.cuda.mem_get_info()
+    try:
+        free, total = torch.cuda.mem_get_info()
+    except RuntimeError as error:  # no memory for a CUDA context, or a card for one process alone
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device: {name} takes no process now ({why}); choose another with "
+            "CUDA_VISIBLE_DEVICES, or --device cpu"
+        ) from None
     notes = []
     if free < FREE_SHARE * total:
         notes.append(
