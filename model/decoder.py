@@ -21,6 +21,7 @@ and the prompt. So a prompt gives the same text whatever else is in the batch (u
 matmul over another number of rows may differ in the last bit).
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -283,21 +284,28 @@ class Decoder:
         """`_decode_step` over the whole window as a CUDA graph, captured at the first call."""
         state = torch.tensor([tokens, positions])
         if self.graph is None:
-            self.inputs = state.to(self.device)
-            # Warm up on a side stream, as capture demands. The extra runs store the same keys at
-            # the same place as the real one, so they change nothing.
-            side, graph = _side_stream(), torch.cuda.CUDAGraph()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    self._decode_step(self.inputs[0], self.inputs[1], self.window)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph, stream=side):
-                self.outputs = self._decode_step(self.inputs[0], self.inputs[1], self.window)
-            self.graph = graph
+            with _capturing:
+                self.graph = self._capture(state.to(self.device))
         self.inputs.copy_(state)
         self.graph.replay()
         return self.outputs
+
+    def _capture(self, inputs: Tensor) -> torch.cuda.CUDAGraph:
+        # Warm up on a side stream, as capture demands. The extra runs store the same keys at the
+        # same place as the real one, so they change nothing.
+        self.inputs, side, graph = inputs, _side_stream(), torch.cuda.CUDAGraph()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._decode_step(inputs[0], inputs[1], self.window)
+        torch.cuda.current_stream().wait_stream(side)
+        # Another thread may pin memory meanwhile, hence thread_local.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            self.outputs = self._decode_step(inputs[0], inputs[1], self.window)
+        return graph
+
+
+_capturing = threading.Lock()  # a process captures one graph at a time, and all use one stream
 
 
 @cache

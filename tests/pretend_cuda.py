@@ -183,7 +183,7 @@ class Pretended:
 
     @contextlib.contextmanager
     def graph(
-        self, graph: CUDAGraph, pool: Any = None, stream: Any = None, *_: Any
+        self, graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = ""
     ) -> Iterator[None]:
         """Stands in for torch.cuda.graph; as there, one that is refused leaves its stream on."""
         capture = _Capture()

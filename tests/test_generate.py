@@ -1,7 +1,12 @@
 """Generation: the cache against the whole model, sampling against plain formulas."""
 
 import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,6 +135,39 @@ def test_graph_decode_by_the_rules_of_cuda():
         replayed, one_by_one = ([d.step() for _ in range(24)] for d in decoders)
     assert replayed == one_by_one
     assert len(pretended.graphs) == 1
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="ops on CPU tensors")
+def test_two_threads_do_not_capture_at_once(monkeypatch: pytest.MonkeyPatch):
+    """The page serves two visitors at once; what one runs must not get into the other's graph."""
+    inside: list[int] = []
+    most: list[int] = []
+    modes: list[str] = []
+    model = random_model().eval()
+    decoders = [Decoder(model, [[5, 90, 3]], GREEDY) for _ in range(2)]
+    for decoder in decoders:
+        decoder.step()
+
+    def decode_step(tokens: torch.Tensor, *_: Any) -> torch.Tensor:
+        inside.append(0)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return tokens
+
+    @contextmanager
+    def graph(*_: Any, capture_error_mode: str = "global", **__: Any) -> Iterator[None]:
+        modes.append(capture_error_mode)
+        yield
+
+    with pretend_cuda(), ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda _: None)
+        monkeypatch.setattr(Decoder, "_decode_step", lambda _, *args: decode_step(*args))
+        assert len([*pool.map(lambda decoder: decoder._replay([7], [3]), decoders)]) == 2
+    assert max(most) == 1
+    # And what another thread does meanwhile, such as to pin memory, must not end the capture.
+    assert modes == ["thread_local"] * 2
 
 
 def test_under_autocast_the_cache_has_the_dtype_of_the_keys(model: GPT):
