@@ -104,12 +104,12 @@ def write_space(
 
 
 def _fill(out: Path, loaded: Loaded, title: str, training_text: bool) -> None:
-    def left_out(folder: str, names: list[str]) -> list[str]:
-        links = [name for name in names if os.path.islink(os.path.join(folder, name))]
-        return ["__pycache__", *links]  # a link could lead anywhere
-
-    for name in SOURCES:
-        shutil.copytree(ROOT / name, out / name, ignore=left_out, copy_function=shutil.copyfile)
+    for source in (path for name in SOURCES for path in (ROOT / name).rglob("*")):
+        # A link could lead anywhere.
+        if source.is_file() and not source.is_symlink() and source.parent.name != "__pycache__":
+            target = out / source.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)  # not in its mode: it may be read-only
+            shutil.copyfile(source, target)
     shutil.copyfile(ROOT / "LICENSE", out / "LICENSE")
     # fp32: a free Space has a CPU, where bf16 is slower.
     loaded.model.save_pretrained(out / WEIGHTS / "model", torch.float32)

@@ -521,3 +521,27 @@ def test_an_error_half_way_leaves_nothing_of_a_space_and_no_link_leads_into_one(
     assert sorted(tmp_path.iterdir()) == sorted([secret, out, strange])
     found = [p for p in out.rglob("*") if p.is_file()]
     assert not [p for p in found if p.is_symlink() or SECRET.encode() in p.read_bytes()]
+
+
+def test_a_space_of_read_only_code_can_be_written_to(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Links in the code are left out: one could lead anywhere."""
+    code, out = tmp_path / "code", tmp_path / "space"
+    for name in space.SOURCES:
+        (code / name / "inner" / "__pycache__").mkdir(parents=True)
+        (code / name / "inner" / "__pycache__" / "a.pyc").touch()
+        (code / name / "inner" / "a.py").touch()
+        (code / name / "link").symlink_to(run)
+        (code / name / "link.py").symlink_to(run / "config.json")
+        (code / name / "inner").chmod(0o555)
+        (code / name).chmod(0o555)
+    (code / "LICENSE").touch()
+    shutil.copy(space.ROOT / "requirements.txt", code)
+    monkeypatch.setattr(space, "ROOT", code)
+    space.write_space(out, run)
+    for name in space.SOURCES:
+        assert [*(out / name).rglob("*")] == [out / name / "inner", out / name / "inner" / "a.py"]
+        assert all(p.stat().st_mode & 0o200 for p in (out / name, *(out / name).rglob("*")))
+        for folder in (code / name, code / name / "inner"):  # so that it can be removed
+            folder.chmod(0o755)
