@@ -1,7 +1,7 @@
-"""The web page: a prompt, the usual settings, text as it is generated, and what of it is recited.
+"""The web page: a prompt, the usual settings, text as it is generated, and what of it is copied.
 
-Everything runs on this machine: the server binds to localhost (a Space sets GRADIO_SERVER_NAME to
-open it), sends nothing anywhere and takes no files, and the page loads nothing from elsewhere.
+Everything runs on this machine. The server binds to localhost (a Space sets GRADIO_SERVER_NAME to
+open it), sends nothing and takes no files. The page loads nothing from elsewhere.
 
     python -m demo.app --model runs/shakespeare-cpu
     python -m demo.app --model runs/a --beside runs/a/checkpoints/step-200
@@ -19,7 +19,7 @@ from typing import Any
 try:
     import gradio as gr
 except ModuleNotFoundError:  # `make train` does not install it
-    raise SystemExit("demo: gradio must be installed, and is not; make setup-dev does it") from None
+    raise SystemExit("demo: gradio is not installed; `make setup-dev` installs it") from None
 
 from demo.line import Line
 from demo.models import Loaded, Models, about, error_html
@@ -41,7 +41,7 @@ SLIDERS = {  # lowest, highest, first value, step, label
     "temperature": (0, 2, 0.8, 0.05, "Temperature (0: most likely token)"),
     "top-k": (0, 200, 0, 1, "Top-k (0: off)"),
     "top-p": (0.05, 1, 1, 0.05, "Top-p (1: off)"),
-    "length": (1, MAX_NEW_TOKENS, 200, 1, "Max length, tokens"),
+    "length": (1, MAX_NEW_TOKENS, 200, 1, "Max new tokens"),
 }
 
 CSS = f"""
@@ -65,20 +65,20 @@ def read_settings(
     seed: str | int,
     num_samples: float,
 ) -> tuple[Sampling, int]:
-    """How to sample and how often. All is checked: a request need not come from the page.
+    """How to sample and how often. Everything is checked: a request need not come from the page.
 
     Raises:
-        ValueError: one of them is of another type or outside its range.
+        ValueError: one of them has another type or is outside its range.
     """
     if len(prompt) > MAX_PROMPT_CHARS:
         raise ValueError(
-            f"the prompt has {len(prompt):,} characters, at most {MAX_PROMPT_CHARS:,} are read"
+            f"the prompt has {len(prompt):,} characters, the limit is {MAX_PROMPT_CHARS:,}"
         )
     values = (temperature, top_k, top_p, max_new_tokens, num_samples)
     if not all(map(is_real, values)):
         raise ValueError(f"every setting must be a number, got {values}")
-    limits = ("max length", max_new_tokens, MAX_NEW_TOKENS), ("samples", num_samples, MAX_SAMPLES)
-    for name, value, most in limits:
+    tokens = "max new tokens", max_new_tokens, MAX_NEW_TOKENS
+    for name, value, most in (tokens, ("samples", num_samples, MAX_SAMPLES)):
         if not 1 <= value <= most:
             raise ValueError(f"{name} must be 1 to {most}, got {value}")
     seed = str(seed).strip()
@@ -96,11 +96,11 @@ def generate(
     chances: bool = False,
     ended: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[str, str]]:
-    """(texts, status) as HTML, as text comes; two models answer one after the other.
+    """(texts, status) as HTML, as text is generated; two models answer one after the other.
 
     Args:
         prompt, settings: What `read_settings` takes.
-        chances: Shade each token by its chance at the end.
+        chances: At the end, shade each token by its probability.
         ended: True once nobody wants more.
 
     Raises:
@@ -162,8 +162,8 @@ def _updates(
         bodies = map(mark_spans, texts, overlap.spans)
         where = "the training text" if chances else "the training text (marked)"
         last += (
-            f"; {overlap.covered:.0%} stands verbatim in {where}, "
-            f"longest stretch {len(overlap.longest)} bytes"
+            f"; {overlap.covered:.0%} appears verbatim in {where}, "
+            f"longest match {len(overlap.longest)} bytes"
         )
     if chances:  # shades take the place of marks
         bodies = [shaded(token_chances(loaded.model, prompt, text)) for text in texts]
@@ -171,7 +171,7 @@ def _updates(
 
 
 def build(models: Models) -> gr.Blocks:
-    # analytics_enabled=False: otherwise the server calls two hosts at start.
+    # With analytics the server would contact two hosts at start.
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"# {TITLE}")
         with gr.Row():
@@ -186,7 +186,7 @@ def build(models: Models) -> gr.Blocks:
                 status = gr.HTML(status_html(""), elem_id="status")
                 hidden = [gr.Textbox(visible=False)]
                 examples = gr.Dataset(
-                    components=hidden, visible=False, label="Beginnings", elem_id="examples"
+                    components=hidden, visible=False, label="Examples", elem_id="examples"
                 )
             with gr.Column(scale=2):
                 temperature, top_k, top_p, max_new_tokens = (
@@ -194,19 +194,19 @@ def build(models: Models) -> gr.Blocks:
                     for name, (low, high, value, step, label) in SLIDERS.items()
                 )
                 with gr.Row():
-                    hint = "a new one each time"
+                    hint = "random"
                     seed = gr.Textbox(label="Seed", placeholder=hint, max_lines=1, elem_id="seed")
                     num_samples = gr.Slider(
                         1, MAX_SAMPLES, 1, step=1, label="Samples", elem_id="samples"
                     )
                 chances = gr.Checkbox(
-                    label="Shade each token by its chance (stronger: likelier)", elem_id="chances"
+                    label="Shade tokens by probability (darker: likelier)", elem_id="chances"
                 )
                 with gr.Accordion("Training", open=True):
                     panel = gr.HTML(elem_id="panel")
 
         visit = gr.State({"newest": 0, "stopped": -1})
-        turn = gr.Number(0, visible=False)  # the page counts, so that Stop names what it ends
+        turn = gr.Number(0, visible=False)  # the page counts, so that Stop ends the right one
         line = Line()
 
         async def serve(
@@ -246,7 +246,7 @@ def build(models: Models) -> gr.Blocks:
 
 def launch(page: gr.Blocks, port: int | None = None, **more: Any) -> Any:
     """Serve the page: system fonts, no footer, no files, nothing from another host."""
-    # type: ignore because gradio's own annotation of font is narrower than what it takes
+    # type: ignore because gradio's annotation of font is narrower than what it accepts
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # type: ignore
     off = dict.fromkeys(("run_history", "share", "ssr_mode"), False)
     more |= {"theme": theme, "css": CSS, "footer_links": []}
@@ -262,9 +262,9 @@ def main(args: list[str] | None = None) -> None:
         """Try a model in the browser.
 
         Args:
-            model: Run, model folder or .safetensors file; without it the newest under runs/.
-            beside: A second one to compare with: a checkpoint, another run.
-            port: Port on localhost; without it the first free one from 7860.
+            model: Run, model folder or .safetensors file; by default the newest under runs/.
+            beside: A second model to compare with, such as a checkpoint or another run.
+            port: Port on localhost; by default the first free one from 7860.
         """
         if port is None and "GRADIO_SERVER_PORT" in os.environ:
             port = int(os.environ["GRADIO_SERVER_PORT"])

@@ -1,4 +1,4 @@
-"""Visitors of the page wait in a line, and each sees only the texts of their last press."""
+"""Visitors of the page wait in a queue, and each sees only the texts of their last click."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -8,14 +8,14 @@ import gradio as gr
 
 from demo.texts import status_html
 
-AT_ONCE = 2  # texts that are generated at the same time; further visitors wait in line
-POLL_S = 0.1  # how often they look whether it is their turn
+AT_ONCE = 2  # texts generated at the same time; further visitors wait in the queue
+POLL_S = 0.1  # how often they check whether it is their turn
 
 
 class Line:
-    """Where visitors wait: some are served at once, the others in the order in which they came.
+    """The queue of visitors: some are served at once, the others in order of arrival.
 
-    All of it runs on the server's event loop. gradio's own way to cancel has a race: it ends
+    All of it runs on the server's event loop. gradio's own cancellation has a race: it ends
     whatever the visitor runs when the request arrives, even if that is already the next text.
     """
 
@@ -26,24 +26,24 @@ class Line:
     async def serve(
         self, generate: Callable[..., Iterator[tuple[str, str]]], visit: dict[str, int], turn: int
     ) -> AsyncIterator[tuple[Any, str]]:
-        """One press of Generate: wait, then generate.
+        """One click on Generate: wait, then generate.
 
         Args:
-            generate: Gives (texts, status) until the function passed as `ended` says so.
-            visit: The visitor's newest turn and the last that was stopped. Both are updated here.
-            turn: Counts the presses of this visitor. A later press ends the earlier ones.
+            generate: Yields (texts, status) until the function passed as `ended` returns True.
+            visit: The visitor's newest turn and the last stopped one. Both are updated here.
+            turn: Number of this click. A later click of the visitor ends earlier ones.
         """
         visit["newest"] = max(turn, visit["newest"])
 
         def ended() -> bool:
             return turn < visit["newest"] or turn <= visit["stopped"]
 
-        visitor, told = object(), 0  # the place in line that the page shows
+        visitor, told = object(), 0  # the place in the queue that the page shows
         self._visitors.append(visitor)
         try:
             while (ahead := self._visitors.index(visitor) + 1 - self.at_once) > 0 and not ended():
                 if ahead != told:
-                    yield gr.skip(), status_html(f"place {ahead} in the line")
+                    yield gr.skip(), status_html(f"place {ahead} in the queue")
                 told = ahead
                 await asyncio.sleep(POLL_S)
             if not ended():

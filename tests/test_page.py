@@ -244,4 +244,4 @@ def test_fifty_clients_over_http(server: tuple[str, Path]):
         assert f"Client {i}<" in html.unescape(answer)
         assert "5 tokens," in answer
         assert "error" not in answer
-    assert any("place 20 in the line" in answer for answer in answers)
+    assert any("place 20 in the queue" in answer for answer in answers)

@@ -84,10 +84,10 @@ SEED_CONFIG: dict[str, Any] = {
 }
 # A few words of each verdict.
 FAILED, UNFINISHED, MEMORISED = "failed", "not ended", "Memorisation"
-EASIER, HARDER = "lies below", "text is harder"
-NO_SIGN, OVERFITTED, NOT_LEARNT = "no sign of memorisation", "Overfitting", "not learnt to use"
-HEART, DOUBTFUL = "is recitation", "cannot be told from recitation"
-RECITED, PARTLY, ITS_OWN = "recite:", "partly recited", "the model's own"
+EASIER, HARDER = "is below", "text is harder"
+NO_SIGN, OVERFITTED, NOT_LEARNT = "no sign of memorisation", "Overfitting", "not yet learnt to use"
+HEART, DOUBTFUL = "has memorised", "does not tell learning from"
+RECITED, PARTLY, ITS_OWN = "are copied:", "partly copied", "the model's own"
 BAD = {FAILED, MEMORISED, OVERFITTED, NOT_LEARNT, HEART, RECITED}
 VERDICTS = BAD | {UNFINISHED, EASIER, HARDER, NO_SIGN, DOUBTFUL, PARTLY, ITS_OWN}
 
@@ -107,7 +107,7 @@ VERDICTS = BAD | {UNFINISHED, EASIER, HARDER, NO_SIGN, DOUBTFUL, PARTLY, ITS_OWN
         ({"vals": [], "loss": 3.5, "epochs": 0.5}, {DOUBTFUL}),
         ({"vals": [], "loss": 0.7, "epochs": 40.0}, {DOUBTFUL}),
         ({"vals": [], "loss": 0.08, "epochs": 50.6}, {HEART}),
-        ({"vals": [], "loss": 0.08, "epochs": 3.0}, {DOUBTFUL}),  # too few to learn it by heart
+        ({"vals": [], "loss": 0.08, "epochs": 3.0}, {DOUBTFUL}),  # too few to memorise it
         # The name of the recipe decides nothing.
         ({"config": SEED_CONFIG, "vals": [], "loss": 0.08, "epochs": 50.6}, {HEART}),
         ({"config": SEED_CONFIG, "vals": [], "loss": 6.53, "epochs": 1.2}, {DOUBTFUL}),
@@ -147,10 +147,10 @@ def test_numbers_in_verdicts(tmp_path: Path):
     assert "was 4.30 at step 50" in overfitted
     run = write_run(tmp_path / "heart", vals=[], loss=0.08, epochs=50.6, corpus_tokens=338_025)
     ((_, heart),) = verdicts(read_run(run))
-    assert "A loss of 0.08 after 50.6 epochs over 338,025 tokens is recitation" in heart
+    assert "A loss of 0.08 after 50.6 epochs over 338,025 tokens means" in heart
     run = read_run(write_run(tmp_path / "short", vals=[], loss=3.5, epochs=0.003))
     assert "loss of 3.50 after less than 0.1 epochs over 60,000 tokens" in verdicts(run)[0][1]
-    assert facts(run)["epochs (times the text was read)"] == "0.003"
+    assert facts(run)["epochs (passes over the text)"] == "0.003"
 
 
 def test_facts(tmp_path: Path):
@@ -245,7 +245,7 @@ def test_only_the_models_part_of_a_sample_counts(tmp_path: Path):
     )
     write_report(tmp_path, TEXT.encode())
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "The longest stretch" not in page
+    assert "The longest match" not in page
 
 
 def test_a_strangers_links_are_not_written_through(tmp_path: Path):

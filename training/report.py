@@ -1,6 +1,6 @@
-"""What came of a run: report.html, which needs no other file, and loss.png.
+"""The report of a run: report.html, which needs no other file, and loss.png.
 
-The sentences about the numbers come from training/verdicts.py. This writes a run's report again:
+training/verdicts.py writes the sentences about the numbers. To write a run's report again:
 
     python -m training.report runs/shakespeare-cpu
 """
@@ -25,7 +25,7 @@ from training.verdicts import Run, number, points, read_run, read_samples, verdi
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CORPUS_FILE = "corpus.txt"  # a copy of the training text, in which the demo finds what to highlight
+CORPUS_FILE = "corpus.txt"  # a copy of the training text, so that the demo can mark copied text
 KEEP_CORPUS_BYTES = 32 << 20  # a larger text is not copied
 MAX_CORPUS_BYTES = 128 << 20  # in a larger text only the beginning is searched
 DECODE_TOKENS = 1 << 20  # at once: as Python integers they take 30 times their size
@@ -38,12 +38,12 @@ STYLE = """
 .curve svg{display:block;width:100%;max-width:640px;height:auto}
 """
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-# A run in numbers: name, key, format.
+# The numbers of a run: name, key, format.
 FACTS = """
 training text | corpus_bytes | {:,.0f} bytes
 training tokens | corpus_tokens | {:,.0f}
 tokens seen | tokens_seen | {:,.0f}
-epochs (times the text was read) | epochs | {:.4g}
+epochs (passes over the text) | epochs | {:.4g}
 steps | steps | {:,.0f}
 trained context | trained_context | {:,.0f} tokens
 training loss, last 5% of steps | train_loss | {:.4f} nats per token
@@ -51,7 +51,7 @@ validation loss | val_loss | {:.4f} nats per token
 perplexity, held-out text | perplexity | {:,.2f}
 bits per byte, held-out text | val_bits_per_byte | {:.3f}
 time in steps | train_s | {:,.1f} s
-time in all, start-up included | wall_s | {:,.1f} s
+total time, start-up included | wall_s | {:,.1f} s
 speed | tokens_per_s | {:,.0f} tokens/s
 weights file | model_bytes | {:,.0f} bytes
 """
@@ -78,18 +78,18 @@ def facts(run: Run, corpus_bytes: int = 0) -> dict[str, str]:
         value = number(values, key)
         found[name] = "" if value is None else form.format(value)
     for name, loss in run.baselines.items():
-        found[f"validation loss of counting ({name})"] = f"{loss:.4f} nats per token"
+        found[f"validation loss of a {name} model"] = f"{loss:.4f} nats per token"
     return {name: text for name, text in found.items() if text}
 
 
 def loss_figure(run: Run) -> "Figure":
-    """Training and validation loss over the steps, beside the published run if this repeats it."""
+    """Training and validation loss by step, with the published run if this one repeats it."""
     evaluations = points(run.evaluations, "val_loss")
     return plot.loss_curve(points(run.steps, "loss"), evaluations, run.published, run.baselines)
 
 
 def mark_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """HTML of `text` with its byte ranges `spans` marked, as far as they hold whole characters."""
+    """HTML of `text` with the whole characters of its byte ranges `spans` marked."""
     raw, out, at = text.encode("utf-8", "replace"), [], 0
     for start, end in spans:
         while start < end and raw[start] & 0xC0 == 0x80:  # inside a character
@@ -151,7 +151,7 @@ def write_report(folder: Path, corpus: bytes) -> list[tuple[str, str]]:
 
 
 def report_run(run: Path, train_tokens: Tokens, say: Callable[[str], None]) -> None:
-    """At the end of a run in folder `run`: write the report, say its warnings and where it is."""
+    """At the end of a run in folder `run`: write the report, print its warnings and its path."""
     corpus, at = bytearray(), 0
     while at < len(train_tokens) and len(corpus) <= MAX_CORPUS_BYTES:
         tokens = np.asarray(train_tokens[at : at + DECODE_TOKENS])
@@ -172,7 +172,7 @@ def main(args: list[str] | None = None) -> None:
 
         Args:
             run: Run folder.
-            corpus: Training text; without it the copy in the run folder.
+            corpus: Training text; by default the copy in the run folder.
         """
         if not run.is_dir():
             raise FileNotFoundError(f"report: no such run folder: {run}")

@@ -1,9 +1,9 @@
 """What the numbers of a run folder show about the run, and what they do not, in plain words.
 
 A falling training loss does not say whether a model has learnt the language or the file. Other
-numbers do: the loss on held-out text, how often each token was seen, and how much of what the model
-writes stands verbatim in what it read. Each sentence uses the run's own numbers; nothing is
-concluded from a number that is missing or not finite.
+numbers do: the loss on held-out text, how often each token was seen, and how much of the samples
+appears verbatim in the training text. Each sentence uses the run's own numbers. A number that is
+missing or not finite leads to none.
 """
 
 import math
@@ -27,57 +27,55 @@ SEED_RECIPE = "shakespeare-124m"
 GAP_NATS = 0.5  # validation minus training loss: training text is e^0.5 = 1.6 times as likely
 EASIER_NATS = 0.1  # validation loss below training loss
 RISE_NATS = 0.1  # validation loss above its own minimum
-WINDOW = 32  # bytes; shorter stretches in common are ordinary language
+WINDOW = 32  # bytes; shorter matches are ordinary language
 RECITED_SHARE = 0.5  # share of the samples' windows
 RECITED_BYTES = 128  # two lines of verse
 OWN_SHARE = 0.05
 MANY_EPOCHS = 10.0
 LOW_LOSS = 1.0  # nats per token; GPT-2 1558M reaches 2.5 to 3 on text it has not seen
-RECITED_LOSS = 0.5  # after many epochs, only recitation gets so low
+RECITED_LOSS = 0.5  # after many epochs, only a memorised text gets so low
 WARNINGS = ("failed", "memorised", "overfitted", "unlearnt", "by_heart", "recited")
-# Each after its name; `verdicts` chooses and fills in the run's own numbers.
+# Name: sentence. `verdicts` chooses some and fills in the run's own numbers.
 SENTENCES = """
-failed: This run failed. {failure}: its weights and what they write say nothing, and neither do the
-figures below.
+failed: This run failed. {failure}. Its weights, its samples and the figures below mean nothing.
 
 unfinished: This run has not ended; {steps:,} steps are done.
 
-harder: The validation loss {val:.2f} lies {gap:.2f} nats above the training loss: the held-out text
-is harder. No text was read twice, so none can have been learnt by heart.
+harder: The validation loss {val:.2f} is {gap:.2f} nats above the training loss, because the
+held-out text is harder. No text was read twice, so none can have been memorised.
 
 memorised: Memorisation: the loss is {train:.2f} on the training text and {val:.2f} on held-out
-text. The gap of {gap:.2f} nats means a token of the training text is {times:.3g} times as likely as
-one of new text: the model is learning the file, not the language. Fewer steps, more text or dropout
-help.
+text. The gap of {gap:.2f} nats makes a token of the training text {times:.3g} times as likely as
+one of new text: the model is learning the file, not the language. Use fewer steps, more text or
+dropout.
 
-easier: The validation loss {val:.2f} lies below the training loss {train:.2f}: the held-out text is
-easier than the training text, or dropout weighs on the latter. The two say nothing about
-memorisation then.
+easier: The validation loss {val:.2f} is below the training loss {train:.2f}: the held-out text is
+easier than the training text, or dropout raises the training loss. So the two do not show whether
+the model memorises.
 
-alike: Training loss {train:.2f} and validation loss {val:.2f} lie {gap:+.2f} nats apart: no sign of
-memorisation.
+alike: Training loss {train:.2f} and validation loss {val:.2f} differ by {gap:+.2f} nats, which is
+no sign of memorisation.
 
-kept: model/ holds the weights of step {kept:,}, whose validation loss was the lowest; after step
+kept: model/ holds the weights of step {kept:,}, which had the lowest validation loss; after step
 {steps:,} it was {last:.2f}.
 
 overfitted: Overfitting: the validation loss was {best:.2f} at step {best_step:,} and rose to
 {val:.2f}. model/ holds the last weights, not the best.
 
-unlearnt: The validation loss {val:.2f} is not below the {bigram:.2f} that counting pairs of tokens
-gives: the model has not learnt to use context yet.
+unlearnt: The validation loss {val:.2f} is not below the {bigram:.2f} of a bigram model: the model
+has not yet learnt to use context.
 
-by_heart: A loss of {train:.2g}{after} is recitation: the model has learnt this text by heart. It
-says nothing about text the model has not seen. Run it with --val-fraction 0.1 to get a number that
-says more.
+by_heart: A loss of {train:.2g}{after} means that the model has memorised this text. It says nothing
+about other text; --val-fraction 0.1 holds some out to measure that.
 
-unsplit: No validation split: a training loss of {train:.2f}{after} cannot be told from recitation
-by itself. Run it with --val-fraction 0.1 to get a number that says more.
+unsplit: No validation split: a training loss of {train:.2f}{after} does not tell learning from
+memorisation; --val-fraction 0.1 holds out text to tell them apart.
 
-recited: The samples recite: {seen}
+recited: The samples are copied: {seen}
 
 own: The samples are the model's own: {seen}
 
-partly: The samples are partly recited: {seen}
+partly: The samples are partly copied: {seen}
 """
 
 
@@ -92,7 +90,7 @@ def spell_epochs(epochs: float) -> str:
 
 
 def points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of each row that has the key; NaN for a value that is no finite number."""
+    """(step, value) of each row that has the key; NaN for a value that is not a finite number."""
     found = [(row["step"], number(row, key)) for row in rows if key in row]
     return [(step, math.nan if value is None else value) for step, value in found]
 
@@ -141,14 +139,14 @@ class Run:
 
     @property
     def baselines(self) -> dict[str, float]:
-        """Validation losses that counting tokens gives, by name."""
+        """Validation losses of the unigram and bigram models, by name."""
         values = self.summary.get("baselines")
         values = values if isinstance(values, dict) else {}
         return {name: loss for name in values if (loss := number(values, name)) is not None}
 
     @property
     def failure(self) -> str | None:
-        """A sentence about why this run's weights prove nothing; None if they may."""
+        """A sentence that says why this run's weights are useless; None if they may be good."""
         told = [(event.get("event"), event.get("step")) for event in self.events]
         losses = points(self.steps, "loss")[::-1]
         lost = [*takewhile(lambda p: not (isfinite(p[1]) or ("skipped", p[0]) in told), losses)]
@@ -157,11 +155,11 @@ class Run:
         if losses and ("give_up", losses[0][0]) in told:
             return f"The guard gave up at step {losses[0][0]:,}"
         if self.events and self.events[-1].get("event") == "failed" and not self.summary:
-            return str(self.events[-1].get("reason") or "It was broken off")
+            return str(self.events[-1].get("reason") or "It was stopped")
         for values in (self.summary, *self.evaluations[-1:]):
             value = values.get("val_loss")
             if value is not None and number(values, "val_loss") is None:
-                return f"The validation loss is no finite number but {value}"
+                return f"The validation loss is not finite but {value}"
         return None
 
     @property
@@ -179,7 +177,7 @@ def read_run(folder: Path) -> Run:
     steps, evaluations, events = read_metrics(folder / "metrics.jsonl")
     summary = read_object(folder / "summary.json")
     if steps and (number(summary, "final_step") or math.inf) <= steps[-1]["step"]:
-        summary = {}  # written at an earlier end; the run was extended and has not ended again
+        summary = {}  # from an earlier end; the run was extended and has not ended again
     return Run(summary, read_object(folder / "config.json"), steps, evaluations, events)
 
 
@@ -195,7 +193,7 @@ def read_samples(run: Path) -> list[tuple[str, str]]:
 
 
 def verdicts(run: Run, overlap: Overlap | None = None, whole: bool = True) -> list[tuple[str, str]]:
-    """("warning" or "note", sentence) for everything that the numbers show.
+    """("warning" or "note", sentence) for each thing that the numbers show.
 
     Args:
         run: The run.
@@ -234,8 +232,8 @@ def verdicts(run: Run, overlap: Overlap | None = None, whole: bool = True) -> li
     facts = {"failure": run.failure, "steps": run.num_steps, "val": val, "train": train, "gap": gap,
              "times": math.exp(min(gap, 99)), "bigram": bigram, "kept": run.kept, "best": best,
              "best_step": best_step, "last": losses[-1][0] if losses else math.nan, "after": after,
-             "seen": f"{share:.0%} of their {WINDOW}-byte windows stand verbatim in {where}, the "
-                     f"longest stretch has {longest} bytes."}  # fmt: skip
+             "seen": f"{share:.0%} of their {WINDOW}-byte windows appear verbatim in {where}; the "
+                     f"longest match has {longest} bytes."}  # fmt: skip
     doubtful = train < LOW_LOSS or epochs > MANY_EPOCHS
     warnings = (*WARNINGS, "unsplit") if doubtful else WARNINGS
     found = []
