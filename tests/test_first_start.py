@@ -89,6 +89,11 @@ def test_a_first_and_a_second_start_on_a_pretended_gpu(
     monkeypatch.setattr(choose, "ThreadPoolExecutor", lambda _: here_alone)
     flags = ["--batch-size", "2", "--save-every", "1", "--steps"]
     run, said = ["--out", str(tmp_path / "run")], []
+
+    def get_ptxas(arch: int) -> Any:  # each triton has a rule of its own
+        return SimpleNamespace(path=f"/bin/the one for sm_{arch}", version="13.1.80")
+
+    monkeypatch.setattr("triton.backends.nvidia.compiler.get_ptxas", get_ptxas)
     with monkeypatch.context() as here:
         here.setattr(torch.cuda, "get_rng_state_all", list)  # the pretended device has none
         for steps_, *more in (["2", *run], ["1"], ["3", *run, "--override"]):
@@ -115,7 +120,7 @@ def test_a_first_and_a_second_start_on_a_pretended_gpu(
     assert failed.endswith("; go on with --ops auto\n")
     assert not (tmp_path / "run5").exists()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["versions"]["assembler"].startswith("ptxas 1")
+    assert config["versions"]["assembler"] == "the one for sm_90 13.1.80"
     # Every backend that can run was timed, once; the answer holds for this card and versions.
     assert {*replayed, "sdpa-cudnn"} == {*ms}  # the CPU may refuse it
     assert f"tune: timing what a step can be made of on {name}; takes up to a minute" in first

@@ -63,11 +63,11 @@ def assembler() -> str | None:
     """The ptxas that assembles kernels for this GPU, with its version; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    new = torch.cuda.get_device_capability()[0] >= 10
+    major, minor = torch.cuda.get_device_capability()
     try:
-        from triton import knobs
+        from triton.backends.nvidia.compiler import get_ptxas
 
-        tool = knobs.nvidia.ptxas_blackwell if new else knobs.nvidia.ptxas  # as triton chooses
+        tool = get_ptxas(10 * major + minor)
         return f"{Path(tool.path).name} {tool.version}"
     except (ImportError, AttributeError, RuntimeError):  # no triton, another one, or no such file
         return None
