@@ -78,6 +78,37 @@ def test_ctrl_c_ends_the_child_that_is_asked(monkeypatch: pytest.MonkeyPatch) ->
     assert not is_alive(process.process.pid)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_crew_ends_with_its_process(number: int) -> None:
+    """Ctrl-C and a kill, while each of two children has a task that never ends, and one waits."""
+    code = (
+        "import sys\nfrom training import child\n"
+        "with child.Crew([sys.executable, '-c', sys.argv[1]], 2) as crew:\n"
+        "    print('ready', flush=True)\n    crew.share(['hang'] * 3, 500)\n"
+    )
+    command = [sys.executable, "-c", code, CHILD]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=child.ROOT) as process:
+        children = started_by(process)
+        process.send_signal(number)
+        assert process.wait(60) != 0
+    for pid in children:
+        wait_until_gone(int(pid))
+
+
+def started_by(process: subprocess.Popen[str]) -> list[str]:
+    """The ids of two processes that a process has started."""
+    assert process.stdout
+    process.stdout.readline()
+    children: list[str] = []
+    listed = Path(f"/proc/{process.pid}/task")
+    deadline = time.monotonic() + 300
+    while len(children) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        children = " ".join(path.read_text() for path in listed.glob("*/children")).split()
+    assert len(children) == 2
+    return children
+
+
 def test_a_process_that_outlasts_its_time_ends_with_what_it_started() -> None:
     script = (
         "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', "
@@ -105,16 +136,8 @@ def test_what_a_signal_ends() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=child.ROOT
     ) as process:
-        assert process.stdout
-        process.stdout.readline()
-        children: list[str] = []
-        listed = Path(f"/proc/{process.pid}/task")
-        deadline = time.monotonic() + 300
-        while len(children) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
-            children = " ".join(path.read_text() for path in listed.glob("*/children")).split()
+        children = started_by(process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
-    assert len(children) == 2
     for pid in children:
         wait_until_gone(int(pid))

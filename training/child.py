@@ -8,9 +8,11 @@ it started ends with it. A process that is gone has a reason: what it printed la
 import contextlib
 import math
 import os
+import select
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 PIPE = "CHILD_PIPE"  # names the file descriptor of a child's end
+END_S = 5.0  # for a child to end by itself once its pipe is closed
 _running: set[int] = set()  # sessions of `run`
 
 
@@ -148,7 +151,7 @@ class Child:
         self._pipe.close()
         if not why:  # an idle child now ends by itself, and a dead one has its exit code soon
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(5)
+                self.process.wait(END_S)
         code = self.process.poll()
         end_session(self.process.pid)
         self.process.wait()
@@ -193,12 +196,30 @@ class Crew(contextlib.AbstractContextManager):
             return answer
 
         with ThreadPoolExecutor(len(self.children)) as pool:
-            return [*pool.map(one, tasks)]
+            answers = [pool.submit(one, task) for task in tasks]
+            try:
+                return [each.result() for each in answers]
+            except BaseException:  # Ctrl-C; the threads end once the children are gone
+                pool.shutdown(wait=False, cancel_futures=True)
+                while not all(each.done() for each in answers):
+                    for child in filter(None, self.children):
+                        end_session(child.process.pid)
+                    time.sleep(0.01)
+                raise
 
 
 def serve(answer: Callable[[Any], Any]) -> None:
     """The child's side: answer each task until no more come."""
     pipe = Connection(int(os.environ[PIPE]))
+
+    def end_with_parent() -> None:
+        hang_up = select.poll()
+        hang_up.register(pipe.fileno(), 0)
+        hang_up.poll()
+        time.sleep(END_S)
+        end_session(os.getpid())  # it has not ended by itself, so it is at a task
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError):
         while True:
             pipe.send(answer(pipe.recv()))
