@@ -43,6 +43,7 @@ from bench.cases import CASES
 from bench.record import CheckRow, Row
 from tests import numerics
 from training import child
+from training.machines import num_cores
 
 GROUPS = {
     "check": ("numerics", "tests", "sanitizer", "resume", "profile", "generate"),
@@ -53,6 +54,7 @@ PARTS = [name for group in GROUPS.values() for name in group]
 # These time nothing, so they run at once, before the rest.
 BESIDE = ("numerics", "tests", "sanitizer", "resume")
 MIN_S = 15.0
+GIB_EACH = 5  # of the card for a process, which is small, or for the test workers that it starts
 SANITIZER_ERROR = 99  # exit code compute-sanitizer is told to use
 OP_TESTS = " ".join(f"tests/test_{name}.py" for name in (*CASES, "adamw", "backends"))
 GPU_TESTS = "tests/test_step.py tests/test_generate.py tests/test_timing.py"
@@ -74,6 +76,7 @@ class Job(NamedTuple):
     data: Path | None
     commit: str
     scratch: Path  # a temporary folder
+    at_once: int = 2  # processes
 
 
 def commands(job: Job) -> Iterator[Command]:
@@ -89,14 +92,15 @@ def commands(job: Job) -> Iterator[Command]:
         for dtypes in [[*numerics.DTYPES]] if op == alone else [[d] for d in numerics.DTYPES]:
             flags = "".join(f" --dtype {dtype}" for dtype in dtypes)
             yield rows("numerics", 120, f"tests.numerics --op {op}{flags}")
-    yield tests("tests", 240, "not slow", OP_TESTS, "of the ops")
-    yield tests("tests", 240, "gpu", GPU_TESTS, "of the rest")
+    workers = max(2, job.at_once - 2)
+    yield tests("tests", 240, "not slow", OP_TESTS, "of the ops", workers)
+    yield tests("tests", 240, "gpu", GPU_TESTS, "of the rest", workers)
     sanitize = f"compute-sanitizer --error-exitcode {SANITIZER_ERROR} --target-processes all --tool"
     checks = [(tool, op) for tool in ("memcheck", "racecheck") for op in (*CASES, "adamw")]
     for tool, op in [("memcheck", "planted"), *checks]:
         argv = [*sanitize.split(), tool, sys.executable, "-m", "tests.sanitize", op]
         yield Command("sanitizer", 240, argv, partial(read_sanitizer, tool, op))
-    yield tests("resume", 150, "gpu", "tests/test_resume.py", "exact resume")
+    yield tests("resume", 150, "gpu", "tests/test_resume.py", "exact resume", workers)
     for name in ("compile bf16", "ours bf16"):
         trace = str(job.scratch / "trace.json")
         yield rows("profile", 50, "bench.profile --steps 2", "--provider", name, "--trace", trace)
@@ -126,8 +130,8 @@ def commands(job: Job) -> Iterator[Command]:
         yield rows(name, seconds, f"bench.recipe {name} --minutes", "{minutes}", *text)
 
 
-def tests(part: str, seconds: float, marked: str, files: str, what: str) -> Command:
-    beside = ["-n", str(max(2, (os.cpu_count() or 2) - 4))] if find_spec("xdist") else []
+def tests(part: str, seconds: float, marked: str, files: str, what: str, workers: int) -> Command:
+    beside = ["-n", str(workers)] if find_spec("xdist") else []
     pytest = "-m pytest -v --tb=short -o addopts= -p no:cacheprovider -m"
     argv = [sys.executable, *pytest.split(), marked, *beside, *files.split()]
     return Command(part, seconds, argv, partial(read_tests, what))
@@ -153,6 +157,12 @@ def read_sanitizer(tool: str, op: str, ended: child.Ended) -> CheckRow:
     elif op == "planted" and not doubt:
         doubt = "NOT FOUND"
     return CheckRow(check=tool, what=op, doubt=doubt)
+
+
+def at_once() -> int:
+    """How many processes the cores and the card's memory have room for."""
+    free, _ = torch.cuda.mem_get_info()
+    return max(2, min(num_cores() - 2, (free >> 30) // GIB_EACH))
 
 
 def run_command(command: Command, path: Path, until: float) -> child.Ended:
@@ -191,7 +201,7 @@ def run_all(job: Job, todo: Sequence[Command], minutes: float, results: record.R
     slots += [[command] for command in todo if command.part not in BESIDE]
     weights = [max((command.seconds for command in slot), default=0.0) for slot in slots]
     log = (job.out / "log.txt").open("a", encoding="utf-8")
-    with log, ThreadPoolExecutor(max(2, (os.cpu_count() or 2) - 2)) as pool:
+    with log, ThreadPoolExecutor(job.at_once) as pool:
         for i, slot in enumerate(slots):
             began = time.monotonic()
             share = weights[i] / max(sum(weights[i:]), 1e-9)
@@ -238,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results.write()
     try:
         with tempfile.TemporaryDirectory() as scratch, child.ended_by_signals():
-            job = Job(out, args.data, commit, Path(scratch))
+            job = Job(out, args.data, commit, Path(scratch), at_once())
             todo = [command for command in commands(job) if command.part in names]
             run_all(job, todo, args.minutes, results)
             trace = Path(scratch) / "trace.json"

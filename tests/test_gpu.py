@@ -80,6 +80,21 @@ def test_each_call_holds_what_it_is_meant_to_hold(job: gpu.Job) -> None:
     assert gpu.parse_only("seed,check") == [*gpu.GROUPS["check"], "seed"]
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="pretends a GPU")
+@pytest.mark.parametrize(
+    ("cores", "gib", "count"), [(16, 79, 14), (32, 24, 4), (128, 32, 6), (2, 79, 2)]
+)
+def test_no_more_processes_than_the_card_has_room_for(
+    cores: int, gib: int, count: int, job: gpu.Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretend_cuda():
+        monkeypatch.setattr(gpu, "num_cores", lambda: cores)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (gib << 30, 80 << 30))
+        assert gpu.at_once() == count
+    found = [c.argv for c in gpu.commands(job._replace(at_once=count)) if "-n" in c.argv]
+    assert {argv[argv.index("-n") + 1] for argv in found} == {str(max(2, count - 2))}
+
+
 WRITES = """
 import sys, torch
 from pathlib import Path
