@@ -1,9 +1,10 @@
 """Which parts of a text stand verbatim in a corpus: exact, in seconds on 100 MB.
 
 One pass over the corpus finds where a 16-byte window of the text begins: it hashes each window with
-a few numpy operations and looks it up in a bitmap of the text's hashes. A longer match is a run of
-such windows, so the runs, a few kilobytes, then take the place of the corpus. The pass is bound by
-memory traffic; an index over the corpus would cost more than it saves for so short a text.
+a few numpy operations and looks it up in two bitmaps of the text's hashes, one of their top bits
+and one of the bits below. A longer match is a run of such windows, so the runs, a few kilobytes,
+then take the place of the corpus. The pass is bound by memory traffic; an index over the corpus
+would cost more than it saves for so short a text.
 """
 
 from collections.abc import Sequence
@@ -53,18 +54,17 @@ def _candidates(corpus: bytes, texts: Sequence[bytes]) -> str:
     long = [text for text in texts if len(text) >= SEED_BYTES]
     if not long:
         return ""
-    wanted = np.unique(np.concatenate([_hashes(np.frombuffer(t, dtype=np.uint8)) for t in long]))
-    table, shift = np.zeros(1 << TABLE_BITS, dtype=bool), np.uint64(64 - TABLE_BITS)
-    table[wanted >> shift] = True
-    found, data = [np.empty(0, dtype=np.int64)], np.frombuffer(corpus, dtype=np.uint8)
+    wanted = np.concatenate([_hashes(np.frombuffer(text, dtype=np.uint8)) for text in long])
+    shift, below = np.uint64(64 - TABLE_BITS), np.uint64(TABLE_BITS)
+    tables = np.zeros((2, 1 << TABLE_BITS), dtype=bool)
+    tables[0, wanted >> shift] = tables[1, wanted << below >> shift] = True
+    data, inside = np.frombuffer(corpus, dtype=np.uint8), np.zeros(len(corpus), dtype=bool)
     for start in range(0, len(data) - SEED_BYTES + 1, CHUNK_BYTES):
         hashes = _hashes(data[start : start + CHUNK_BYTES + SEED_BYTES - 1])
-        near = np.flatnonzero(table[hashes >> shift])
-        found.append(near[np.isin(hashes[near], wanted)] + start)
-    positions = np.concatenate(found)
-    first = positions[np.diff(positions, prepend=-2) > 1].tolist()
-    last = positions[np.diff(positions, append=len(corpus) + 1) > 1].tolist()
-    runs = [corpus[start : end + SEED_BYTES] for start, end in zip(first, last, strict=True)]
+        near = np.flatnonzero(tables[0, hashes >> shift])
+        inside[start + near[tables[1, hashes[near] << below >> shift]]] = True
+    edges = np.flatnonzero(np.diff(inside, prepend=False)).reshape(-1, 2).tolist()
+    runs = [corpus[first : end + SEED_BYTES - 1] for first, end in edges]
     # A character that is no byte stands between them, so no match reaches from one into the next.
     return "\u0100".join(run.decode("latin-1") for run in dict.fromkeys(runs))
 
