@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from model import GPT, GPTConfig
+from model.tokenizer import END_OF_TEXT, decode
 from tests.forked import Forked, python
 from training import checkpoint, ending
 from training.distributed import ALONE
@@ -284,6 +285,22 @@ def test_samples_while_training_change_no_step(text: Path, tmp_path: Path, brief
     repeated, others = events(tmp_path / "b")
     assert [s["loss"] for s in repeated] == [s["loss"] for s in steps]
     assert not [e for e in others if e["event"] == "samples"]
+
+
+def test_marks_between_documents_are_no_text(tmp_path: Path, brief) -> None:
+    """A model sees <|endoftext|> as one token, not as the characters that spell it."""
+    documents = [f"Cat {i} sat." for i in range(1000)]
+    lines = (json.dumps({"text": document}) + "\n" for document in documents)
+    (tmp_path / "cats.jsonl").write_text("".join(lines))
+    summary = run_here(tmp_path / "cats.jsonl", tmp_path / "run", "--steps 1 --log-every 9")
+    samples = (tmp_path / "run" / "samples.txt").read_text(encoding="utf-8")
+    prompts = re.findall(r"^\[prompt\] (.*)", samples, re.MULTILINE)
+    assert len(prompts) == ending.NUM_SAMPLES
+    assert not any("endoftext" in prompt for prompt in prompts)
+    _, val = train.load_corpus([tmp_path / "cats.jsonl"]).split(0.1)
+    num_bytes = len(decode(np.asarray(val)).replace(END_OF_TEXT, ""))
+    bits = summary["val_loss"] * len(val) / math.log(2)
+    assert summary["val_bits_per_byte"] == pytest.approx(bits / num_bytes)
 
 
 def test_muon_resumes_exactly_and_no_other_goes_on_from_it(

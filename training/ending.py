@@ -11,7 +11,7 @@ from model import GPT
 from model.edge import one_line
 from model.sampling import Sampling
 from model.text import stream_text
-from model.tokenizer import decode, get_encoding
+from model.tokenizer import END_OF_TEXT, EOT, decode, get_encoding
 from training import metrics
 from training.checkpoint import Writer
 from training.environment import seconds_since_start
@@ -89,8 +89,9 @@ def finish(
         scored = np.asarray(scored[:MAX_VAL_TOKENS])
         counted = np.asarray(run.train_tokens[:MAX_VAL_TOKENS])
         baselines = ngram_losses(counted, scored, model.config.vocab_size)
-        num_bytes = len(get_encoding().decode_bytes(scored[:DECODE_TOKENS].tolist()))
-        bits_per_byte = val_loss * len(scored[:DECODE_TOKENS]) / (math.log(2) * num_bytes)
+        part = scored[:DECODE_TOKENS]
+        num_bytes = len(get_encoding().decode_bytes(part[part != EOT].tolist()))
+        bits_per_byte = val_loss * len(part) / (math.log(2) * (num_bytes or math.inf))
         beside = ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items())
         log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
     stop.check()
@@ -141,7 +142,8 @@ def write_samples(
     if len(text) <= PROMPT_TOKENS * NUM_SAMPLES:
         text = run.train_tokens
     starts = np.linspace(0, len(text) - PROMPT_TOKENS, NUM_SAMPLES + 1, dtype=int)[:-1]
-    prompts = [decode(np.asarray(text[i : i + PROMPT_TOKENS])) for i in starts]
+    words = (decode(np.asarray(text[i : i + PROMPT_TOKENS])) for i in starts)
+    prompts = [each.rpartition(END_OF_TEXT)[2] for each in words]  # all of one document
     sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=run.recipe.seed)
     answers = [""] * len(prompts)
     for piece in stream_text(model, prompts, sampling):
