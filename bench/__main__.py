@@ -1,8 +1,8 @@
-"""What the bench measures of this machine in under ten minutes: `make bench`.
+"""What the bench measures on this machine in under ten minutes: `make bench`.
 
 python -m bench                         limits, step table, op tables
-python -m bench --op layer_norm         that op alone; other flags are those of bench.ops
-python -m bench --benchmark-compare     the ops beside those of the run before this one
+python -m bench --op layer_norm         that op alone; takes the other flags of bench.ops too
+python -m bench --benchmark-compare     the ops, compared with the previous run
 """
 
 import os
@@ -32,17 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"copy {limits['copy_gbs']:,.4g} GB/s, {'bf16' if cuda else 'fp32'} matmul "
         f"{limits['matmul_tflops']:,.3g} TFLOP/s, with K=768 {limits['matmul_k768_tflops']:,.3g}: "
-        "the rows are compared with these"
+        "the limits of the rows below"
     )
     if not options.op:
         heading("Whole training step")
-        print("forward, backward, clip, AdamW; tokens/s is what a user sees. ! : noisy samples")
+        print("forward, backward, clip, AdamW; ! marks noisy samples")
         for setup in setups:
             names = default_providers(device)
             step.run(names, setup, device, results, seconds=8.0, minutes=4.0)
     heading("Each op alone")
     if not cuda:
-        print("Triton has no CPU target: `ours` is our plain-PyTorch op here, of `--ops eager`.")
+        print("Triton has no CPU target, so `ours` is our plain-PyTorch op (`--ops eager`) here.")
     code = job.run(results)
     print(f"\nwrote {os.path.relpath(results.path)}; docs/results.md has what a GPU measured")
     return code

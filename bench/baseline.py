@@ -1,4 +1,4 @@
-"""GPT-2 as a good PyTorch engineer writes it without this project: what the bench compares with.
+"""GPT-2 as a good PyTorch engineer would write it: the baseline of the bench.
 
 It uses none of our ops, but nn.Linear, F.layer_norm, F.scaled_dot_product_attention,
 F.cross_entropy, AdamW(fused=True), bf16 autocast, a vocabulary padded to 50304, and torch.compile

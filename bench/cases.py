@@ -1,9 +1,9 @@
-"""What is timed: shapes, inputs, and the bytes and flops that each op needs at least.
+"""What is timed: shapes, inputs, and the minimum bytes and flops of each op.
 
 Bytes count every argument and result once per direction, without saved statistics. Flops count the
-matrix products, for attention only the causal half of T^2. `bench.ops` compares the time that they
-allow with the measured time. Sizes are named as everywhere: M = B * T rows, C width, H heads, V
-vocabulary, Vp the same padded to a multiple of 128.
+matrix products, for attention only the causal half of T^2. `bench.ops` compares the measured time
+with the minimum that these allow. Sizes are named as everywhere: M = B * T rows, C width, H heads,
+V vocabulary, Vp the same padded to a multiple of 128.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Shape:
 
 # 65,536 tokens for throughput; 1,024, a micro-batch of the Shakespeare recipe; and one between.
 GPU_SHAPES = (Shape(64, 1024), Shape(16, 64), Shape(8, 1024))
-CPU_SHAPES = (Shape(4, 64),)  # what a CPU can time
+CPU_SHAPES = (Shape(4, 64),)  # small enough for a CPU
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Case:
         return sum(self.multiplied(shape)[PARTS[mode]])
 
     def floor_ms(self, shape: Shape, itemsize: int, mode: str, limits: dict[str, float]) -> float:
-        """The time that measured limits allow: the longer one of the bytes' and the flops'."""
+        """The minimum time by the measured limits: the longer of those for bytes and flops."""
         bytes_ms = self.bytes(shape, itemsize, mode) / limits["copy_gbs"] / 1e6
         flops = self.flops(shape, mode)
         return max(bytes_ms, flops / limits[self.limit] / 1e9) if flops else bytes_ms
@@ -87,7 +87,7 @@ def _ids(s: Shape, draw: Draw) -> Tensor:
 
 
 def _tokens(s: Shape, draw: Draw) -> Inputs:
-    """The tables have the activations' dtype; otherwise y would not have it without autocast."""
+    """The tables have the activations' dtype, so that y has it without autocast."""
     ids, norm = _ids(s, draw), _norm(s, draw)
     norm.pop("x")
     tables = {"wte": draw(s.Vp, s.C, scale=0.02), "wpe": draw(s.T, s.C, scale=0.02)}
@@ -113,7 +113,7 @@ def _head(s: Shape, draw: Draw) -> Inputs:
 
 
 def _rows(s: Shape, fwd: float, bwd: float) -> tuple[float, float]:
-    """Bytes or flops of forward and backward, from those per element of an activation."""
+    """Bytes or flops of forward and backward, from those per activation element."""
     return s.M * s.C * fwd, s.M * s.C * bwd
 
 
@@ -150,7 +150,7 @@ CASES: dict[str, Case] = {  # by name in `kernels.Ops`
         lambda s: _rows(s, 2 * s.T, 5 * s.T),
         "matmul_tflops",
     ),
-    # x, weight -> loss; then dx, dweight. Logits do not count: they need not exist.
+    # x, weight -> loss; then dx, dweight. Logits do not count, as they need not exist.
     "linear_cross_entropy": Case(
         _head,
         lambda s, e: (e * s.C * (s.M + s.Vp), e * s.C * (s.M + s.Vp)),

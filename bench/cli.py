@@ -1,4 +1,4 @@
-"""Command lines of the bench. A wrong argument is answered by one line and exit code 2."""
+"""Command lines of the bench. A wrong argument gives one line and exit code 2."""
 
 import argparse
 import math
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 def add_output(parser: Parser, default: Path | None = RESULTS) -> None:
     """Add the options that `record.open_result` takes."""
     parser.add_argument("--out", type=path, default=default, help="result file or folder")
-    parser.add_argument("--commit", help="the commit that is measured, where git cannot tell")
+    parser.add_argument("--commit", help="the measured commit, if git does not know it")
 
 
 def devices() -> list[str]:
@@ -75,6 +75,6 @@ def file(text: str) -> Path:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command and exit with its code, even if nobody reads what it prints."""
+    """Run a command and exit with its code, even if nobody reads its output."""
     with exits(), surviving():
         sys.exit(main() or 0)

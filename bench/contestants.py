@@ -1,6 +1,6 @@
 """The contestants of `bench.step`: ours, plain PyTorch and nanoGPT, all from the same weights.
 
-Ours takes the step that train.py takes, by the plan that train.py would make for this machine.
+Ours takes train.py's own step, with the plan that train.py would make for this machine.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from training.step import Outcome, TrainStep
 
 NUM_BATCHES = 8
 WARMUP_STEPS = 3
-PROCESS_BYTES = 700 << 20  # torch and the compiler in a process, without the step
+PROCESS_BYTES = 700 << 20  # torch and the compiler in a process, not counting the step
 
 Batch = tuple[Tensor, Tensor]
 
@@ -111,7 +111,7 @@ class Plain:
 
 
 class Ours:
-    """The trainer's own step, by its own plan except for `choices`."""
+    """The trainer's own step, with its own plan except for `choices`."""
 
     def __init__(self, setup: Setup, device: torch.device, choices: Choices):
         B, T, lr = setup.shape.B, setup.shape.T, baseline.LEARNING_RATE
@@ -157,7 +157,7 @@ def load_nanogpt(path: Path | None) -> Any:
     """Import a nanoGPT model.py by path.
 
     Raises:
-        ValueError: the file is missing, is no Python or does not define GPT and GPTConfig.
+        ValueError: the file is missing, is not Python or does not define GPT and GPTConfig.
     """
     assert path is not None
     path = path / "model.py" if path.is_dir() else path
@@ -183,7 +183,7 @@ def _ours(**choices: Any) -> Build:
 
 
 def known_providers(device: torch.device, nanogpt: bool = False) -> dict[str, Build]:
-    """Every contestant by its name, in the order of the tables.
+    """Every contestant by name, in the order of the tables.
 
     On a CPU ours runs the eager ops: Triton has no CPU target.
     """
@@ -225,7 +225,7 @@ def default_providers(device: torch.device, nanogpt: bool = False) -> list[str]:
 
 
 def make_batches(setup: Setup, device: torch.device) -> list[list[Batch]]:
-    """NUM_BATCHES steps of random tokens: text repeats itself, and a contestant might profit."""
+    """NUM_BATCHES steps of random tokens, because a contestant might profit from repeated text."""
     generator = torch.Generator().manual_seed(0)
     size = (setup.shape.B, setup.shape.T + 1)
 

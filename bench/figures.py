@@ -44,7 +44,7 @@ def draw_step(result: Result, rows: list[StepRow]) -> "Axes":
 
 
 def warmest(rows: Iterable[SeedRow]) -> list[SeedRow]:
-    """The last run with warm caches, which goes on to the target loss; else the last run."""
+    """The last run with warm caches, which trains to the target loss; else the last run."""
     return sorted(rows, key=lambda row: row.cache == "warm")[-1:]
 
 
@@ -72,7 +72,7 @@ class Plot(NamedTuple):
 
     @property
     def mark(self) -> str:
-        """A hash of the rows; it stands in the SVG, so a stale plot is found."""
+        """A hash of the rows; the SVG contains it, so a stale plot is found."""
         values = json.dumps([row.values() for row in self.rows], sort_keys=True)
         return f"rows {hashlib.sha256(values.encode()).hexdigest()[:16]}"
 
@@ -82,7 +82,7 @@ class Plot(NamedTuple):
 
 
 def to_draw(results: Sequence[Result]) -> list[Plot]:
-    """The plots that have data."""
+    """All plots that have data."""
     found = []
     for kind, title, find, draw in (
         ("step", "Tokens per second of a training step", step_rows, draw_step),

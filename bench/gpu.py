@@ -1,24 +1,24 @@
-"""Everything that only a GPU can answer, in three commands. What one has found survives its end.
+"""Everything that only a GPU can answer, in three commands, each of which keeps its results.
 
-    python -m bench.gpu --out DIR --only check     are the kernels right, does every part run
-    python -m bench.gpu --out DIR --only tune      each op beside its rivals; better launch rows
+    python -m bench.gpu --out DIR --only check     whether kernels are right and every part runs
+    python -m bench.gpu --out DIR --only tune      each op against its rivals; better launch rows
     python -m bench.gpu --out DIR --only final     the whole step, the recipe, the comparisons
     python -m bench.gpu --out DIR --only numerics,seed --data input.txt --minutes 4
 
 Each command of a part is a process with a time limit, so an illegal access or a hang costs only
-that one; time that it leaves is shared among those after it. Its rows go to DIR/result.json as soon
-as it ends, its output to DIR/log.txt. The tables of the report come last. Nothing is downloaded.
+that one; its unused time goes to those after it. When it ends, its rows go to DIR/result.json and
+its output to DIR/log.txt. The tables of the report come last. Nothing is downloaded.
 Without `--data` the training parts read this project's own source.
 
-    numerics   every op in fp32, TF32, fp16, bf16 against float64, and 50 times the same bits
+    numerics   every op in fp32, TF32, fp16, bf16 against float64, and 50 reruns for equal bits
     tests      the tests of the ops, the optimizer and the step, natively
     sanitizer  compute-sanitizer on every op, and on a planted overrun that it must find
-    resume     runs killed and resumed on the device, bitwise
+    resume     runs killed and resumed on the device, compared bitwise
     profile    where a step's time goes; writes DIR/trace.json.gz
     generate   tokens per second of the 124M model
-    ops        each op beside its rivals, with the machine's limits
+    ops        each op against its rivals, with the machine's limits
     tune       `make tune`; the answer is DIR/tune.json, its launch rows are in DIR/log.txt
-    step       the whole step beside plain PyTorch, and with one thing at a time switched back
+    step       the whole step against plain PyTorch, and an ablation
     seed       train.py on the Shakespeare recipe until its loss is below 0.09, cold and warm caches
     drift      500 steps, Triton ops against eager ops, same seed
 """
@@ -80,7 +80,7 @@ class Job(NamedTuple):
 
 
 def commands(job: Job) -> Iterator[Command]:
-    """All commands in the order of running; in each group what matters most comes first."""
+    """All commands in running order; in each group the most important come first."""
 
     def rows(part: str, seconds: float, line: str, *more: str) -> Command:
         """A module that writes rows itself."""
@@ -195,7 +195,7 @@ def take_rows(command: Command, ended: child.Ended, path: Path, results: record.
 
 
 def run_all(job: Job, todo: Sequence[Command], minutes: float, results: record.Result) -> None:
-    """Run every command within its share of the time: those of BESIDE at once, then one by one."""
+    """Run every command within its share of the time: BESIDE at once, then one by one."""
     end = time.monotonic() + 60 * minutes
     slots = [[command for command in todo if command.part in BESIDE]]
     slots += [[command] for command in todo if command.part not in BESIDE]
@@ -235,14 +235,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts or groups, comma-separated")
     parser.add_argument("--minutes", type=cli.amount, default=8.5)
     parser.add_argument("--data", type=cli.file, help="text or uint16 token file to train on")
-    parser.add_argument("--commit", help="the commit that is measured, where git cannot tell")
+    parser.add_argument("--commit", help="the measured commit, if git does not know it")
     args = parser.parse_args(argv)
     names = parse_only(args.only)
     if not torch.cuda.is_available():
-        raise ValueError("gpu: torch sees no GPU; `make bench` is what runs without one")
+        raise ValueError("gpu: torch sees no GPU; `make bench` runs without one")
     commit = args.commit or record.git_state()[0]
     if commit == "unknown":
-        raise ValueError("gpu: git does not tell which commit this is; name it with --commit")
+        raise ValueError("gpu: git does not know which commit this is; name it with --commit")
     out = args.out.resolve()
     results = record.open_result(torch.device("cuda"), out / "result.json", commit)
     results.write()

@@ -1,14 +1,14 @@
-"""Each op alone: ours beside plain PyTorch, torch.compile, Liger-Kernel and the SDPA backends.
+"""Each op alone: ours against plain PyTorch, torch.compile, Liger-Kernel and the SDPA backends.
 
     python -m bench.ops                       # every op on this machine's shapes
     python -m bench.ops --op layer_norm --shape b8t1024 --provider eager --provider ours
-    python -m bench.ops --benchmark-compare   # beside the run before this one
+    python -m bench.ops --benchmark-compare   # compared with the previous run
 
-It runs under pytest-benchmark, whose options it also takes, and which keeps each run under
-.benchmarks/. Our own timer samples all providers of an op in turns. pytest-benchmark then reads
-these samples from a clock that only they move. Ours is first compared with float64; if it fails, no
-speed is printed. "of limit" is the time that the measured copy and matmul rates allow for the bytes
-and flops of `bench.cases`, over the time taken.
+It runs under pytest-benchmark, takes its options too, and stores each run under .benchmarks/. Our
+own timer samples all providers of an op in turns; pytest-benchmark reads these samples from a clock
+that only they advance. Ours is first compared with float64; if it fails, no speed is printed. "of
+limit" is the minimum time for the bytes and flops of `bench.cases` at the measured copy and matmul
+rates, divided by the time taken.
 """
 
 import gc
@@ -79,7 +79,7 @@ def find_provider(name: str, op: str, device: torch.device) -> Fn:
 
 
 def _flat(call: Fn) -> Fn:
-    """Give our signature to a loss that knows no padded vocabulary."""
+    """Give our signature to a loss that does not know of a padded vocabulary."""
     return lambda x, weight, targets, vocab_size: call(
         x.flatten(0, -2), weight[:vocab_size], targets.flatten()
     )
@@ -230,7 +230,7 @@ class Job:
         add("--provider", action="append", choices=[*PROVIDERS], help="default: all")
         add("--dtype", choices=[*DTYPES], help="default: bf16 on a GPU, fp32 on a CPU")
         add("--seconds", type=cli.amount, default=3.0, help="budget of one op and mode")
-        add("--minutes", type=cli.amount, default=10.0, help="nothing begins after these")
+        add("--minutes", type=cli.amount, default=10.0, help="nothing begins after this")
         cli.add_output(parser)
         self.options, self.flags = parser.parse_known_args(argv)
         if unknown := [part for part in self.flags if not part.startswith("--benchmark-")]:

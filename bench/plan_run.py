@@ -1,11 +1,11 @@
-"""A run on paper, before anyone rents the cards: hours, checkpoints, disk and cost of a recipe.
+"""What a run will take, before anyone rents the cards: hours, checkpoints, disk and cost.
 
 python -m bench.plan_run --preset fineweb-124m --cards 8xH100 --price 3
 
-What does not fit is refused, as by train.py. Tokens per second come from the newest result file.
-For other cards and models they are an estimate, by the share of the peak that was reached there.
-Several cards count as that many times one: neither the cost of communication nor that of launching
-without a graph is measured.
+What does not fit is refused, as by train.py. Tokens per second come from the newest result file;
+for other cards and models they are estimated from the fraction of the peak that was reached there.
+Several cards count as that many times one, because the costs of communication and of launching
+without a graph have not been measured.
 """
 
 import re
@@ -69,9 +69,9 @@ def describe(recipe: Recipe, plan: Plan, count: int, card: str, price: float | N
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser("bench.plan_run", __doc__)
     parser.add_argument("--preset", default="fineweb-124m")
-    parser.add_argument("--model", help="another one than the recipe's: 350m, 774m, 1558m")
+    parser.add_argument("--model", help="instead of the recipe's: 350m, 774m, 1558m")
     parser.add_argument("--cards", default="8xH100", metavar="NxCARD")
-    parser.add_argument("--price", type=cli.amount, help="of a card for an hour, any currency")
+    parser.add_argument("--price", type=cli.amount, help="per card and hour, in any currency")
     options = parser.parse_args(argv)
     recipe = find_preset(options.preset)
     recipe = replace(recipe, model=options.model or recipe.model)

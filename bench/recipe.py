@@ -1,7 +1,7 @@
 """Runs of train.py, timed from outside: `python -m bench.recipe seed`, or `drift`.
 
-seed    The Shakespeare recipe with empty caches, for a few steps since only the start differs; then
-        with full caches, until its loss is below the target.
+seed    The Shakespeare recipe with cold caches, for a few steps, as only the start differs; then
+        with warm caches, until its loss is below the target.
 drift   500 steps of one seed with eager ops, with Triton ops and with compiled eager ops: how far
         the losses drift apart. What compiling alone does shows how much is rounding.
 
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("bench.recipe", __doc__)
     parser.add_argument("what", choices=[*RUNS])
     parser.add_argument("--data", type=cli.file, help="text or uint16 token file to train on")
-    parser.add_argument("--minutes", type=cli.amount, default=10.0, help="of all runs together")
+    parser.add_argument("--minutes", type=cli.amount, default=10.0, help="for all runs together")
     cli.add_output(parser)
     args = parser.parse_args(argv)
     device = torch.device(cli.devices()[-1])

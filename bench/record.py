@@ -1,4 +1,4 @@
-"""Result files: one small JSON per device and commit, written again after every row.
+"""Result files: one small JSON per device and commit, rewritten after every row.
 
     {"schema": ..., "device": {...}, "torch": ..., "commit": ..., "dirty": ..., "command": ...,
      "limits": {...}, "step": [...], "ops": [...], ...}
@@ -36,7 +36,7 @@ SCHEMA = "fused-gpt/bench/2"
 ONE_FILE = ("device", "commit", "torch", "triton")  # the same for all rows of a file
 MADE = ("bench/results", "bench/plots", "docs/results.md", "README.md")  # the bench writes these
 NOISY_COV = 0.05  # rows whose samples spread more than this are marked
-LARGE = {"model": "124m", "shape": "B=64 T=1024", "accum": 1}  # the step that the goals are about
+LARGE = {"model": "124m", "shape": "B=64 T=1024", "accum": 1}  # the step of the goals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,7 @@ def limits(device: torch.device) -> dict[str, float]:
 
 
 def gpu_state() -> dict[str, float]:
-    """Clocks in MHz, power in W and temperature now; {} where nvidia-smi does not tell."""
+    """Clocks in MHz, power in W and temperature now; {} if nvidia-smi does not report them."""
     wanted = ["clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu"]
     return {name: float(value) for name, value in nvidia_smi(*wanted).items()}
 
@@ -296,7 +296,7 @@ def open_result(device: torch.device, path: Path = RESULTS, commit: str | None =
 
     Args:
         path: A file; in a folder, the file is named after device and commit.
-        commit: The commit that is measured; needed where git cannot tell.
+        commit: The measured commit; needed if git does not know it.
 
     Raises:
         ValueError: the file exists and has another schema, device or commit.

@@ -1,12 +1,11 @@
-"""Tables and plots from the committed result files, and from nothing else.
+"""Tables and plots from the committed result files alone.
 
     python -m bench.report            # write docs/results.md, bench/plots/, the blocks of README.md
     python -m bench.report --check    # exit 1 if one of them differs from what the results say
 
-docs/results.md is written whole. In README.md only what stands between lines such as
-<!-- bench:goals --> and <!-- /bench:goals --> is; the blocks are goals, step-gpu and step-cpu.
-Files of one device, commit and versions count as one, whose later rows win. The figures of a row
-in doubt are never shown.
+docs/results.md is written whole, README.md only between lines such as <!-- bench:goals --> and
+<!-- /bench:goals -->; the blocks are goals, step-gpu and step-cpu. Files of one device, commit and
+versions count as one, in which later rows win. The figures of a row in doubt are never shown.
 """
 
 import math
@@ -52,7 +51,7 @@ class Goal(NamedTuple):
     """A bound on a figure."""
 
     what: str
-    must: str  # the bound in words
+    target: str  # the bound in words
     figure: Figure
     bound: float
     digits: int = 0  # after the point; rounding never makes a figure look better
@@ -74,7 +73,7 @@ class Goal(NamedTuple):
                 return ["not shown: in doubt", result.commit, "open"], result
             met = figure >= self.bound if self.at_least else figure <= self.bound
             text = "not reached" if math.isinf(figure) else self.text(figure)
-            return [text, result.commit, "met" if met else "short"], result
+            return [text, result.commit, "met" if met else "missed"], result
         return ["", "", "open"], None
 
 
@@ -89,9 +88,9 @@ SECONDS = of("seed", lambda row: row.seconds if row.reached else math.inf, **TEX
 MICRO = "the same recipe as four separate micro-batches, tokens/s"
 MEMORY = "peak memory over the compiled baseline's, B=64 T=1024"
 GOALS = (
-    Goal("tokens/s over plain PyTorch compiled, B=64 T=1024", "1.10x", SPEEDUP, 1.1, 2, "x", True),
-    Goal("the same, aim", "1.20x", SPEEDUP, 1.2, 2, "x", True),
-    Goal("tokens/s there, aim", "600,000", RATE, 6e5, at_least=True),
+    Goal("tokens/s over compiled plain PyTorch, B=64 T=1024", "1.10x", SPEEDUP, 1.1, 2, "x", True),
+    Goal("the same, stretch goal", "1.20x", SPEEDUP, 1.2, 2, "x", True),
+    Goal("tokens/s, same shape, stretch goal", "600,000", RATE, 6e5, at_least=True),
     Goal("Shakespeare recipe to loss < 0.09, warm caches", "60 s", SECONDS, 60, 1, " s"),
     Goal(MICRO, "200,000", SEED_RATE, 2e5, at_least=True),
     Goal(MEMORY, "two thirds", peak_share, 2 / 3, 3),
@@ -105,13 +104,12 @@ def goals_block(results: Sequence[Result]) -> str:
     lines, others = [], []
     for goal in GOALS:
         cells, result = goal.cells(results)
-        lines.append([goal.what, goal.must, *cells])
+        lines.append([goal.what, goal.target, *cells])
         # Whole words: a GH200 is another GPU.
         if result and not re.search(rf"\b{GOAL_GPU}\b", result.device["name"]):
-            others.append(
-                f"{result.commit} is of an {tables.device_line(result)}, not an {GOAL_GPU}."
-            )
-    body = table([*header, "must", "measured", "commit", "state"], lines)
+            device = tables.device_line(result)
+            others.append(f"{result.commit} was measured on an {device}, not an {GOAL_GPU}.")
+    body = table([*header, "target", "measured", "commit", "state"], lines)
     return "\n\n".join([body, *dict.fromkeys(others)])
 
 
@@ -119,9 +117,9 @@ NO_GPU_STEP = "No training-step result of a GPU is committed yet."
 
 
 def step_block(results: Sequence[Result], device_type: str, num_tables: int | None = None) -> str:
-    """A table per size, that of the goals first; at most `num_tables`.
+    """A table per size, the goals' size first; at most `num_tables`.
 
-    On a GPU all sizes that no goal is about share one table.
+    On a GPU all sizes without a goal share one table.
     """
     result, rows = newest(results, device_type, "step")
     cuda = device_type == "cuda"
@@ -147,7 +145,7 @@ def ablation_block(results: Sequence[Result]) -> str:
 
 
 def ops_block(results: Sequence[Result], device_type: str) -> str:
-    """Forward and backward together. The size of the goals is in sight, the others are folded."""
+    """Forward and backward together. The size of the goals is visible, the others are folded."""
     result, rows = newest(results, device_type, "ops", mode="both")
     if result is None:
         return ""
@@ -175,7 +173,7 @@ def seed_block(results: Sequence[Result]) -> str:
     result, rows = newest(results, "cuda", "seed")
     if result is None:
         return ""
-    goal = ", the lowest below the goal"
+    goal = ", its lowest below the goal"
     body = tables.rows_table(
         rows,
         {
@@ -195,14 +193,14 @@ def seed_block(results: Sequence[Result]) -> str:
     prompt, text = samples[0]["prompt"], samples[0]["text"].removeprefix(samples[0]["prompt"])
     if len(text) > SAMPLE_CHARS:
         text = text[:SAMPLE_CHARS] + " ..."
-    # The text must be able to end neither the fence nor the block.
+    # The text must not end the fence or the block.
     quoted = f"[prompt]{prompt}\n[model]{text}".rstrip()
     quoted = quoted.replace("```", "` ` `").replace("<!--", "<! --")
-    return f"{body}\n\nWhat it writes at the end:\n\n```\n{quoted}\n```"
+    return f"{body}\n\nA sample at the end:\n\n```\n{quoted}\n```"
 
 
 def evidence_block(results: Sequence[Result]) -> str:
-    """How much of each check holds on a GPU, and what does not.
+    """How much of each check passes on a GPU, and what does not.
 
     A later result replaces an earlier one only for what it checked.
     """
@@ -223,10 +221,10 @@ def evidence_block(results: Sequence[Result]) -> str:
                 reds.setdefault((check, row.what.split(" ")[0], commit), []).append(row)
     if not lines:
         return ""
-    parts = [table(["evidence", "result", "commit"], lines)]
+    parts = [table(["check", "result", "commit"], lines)]
     for (check, _, commit), rows in reds.items():  # one line per op and commit
-        more = f" (and {len(rows) - 1} more of it)" if len(rows) > 1 else ""
-        parts.append(f"RED {check} {rows[0].what}: {cell(rows[0].doubt)}, {commit}{more}")
+        more = f" (and {len(rows) - 1} more of this op)" if len(rows) > 1 else ""
+        parts.append(f"FAILED {check} {rows[0].what}: {cell(rows[0].doubt)}, {commit}{more}")
     return "\n\n".join(parts)
 
 
@@ -272,27 +270,27 @@ SECTIONS: dict[str, Block] = {  # of docs/results.md, by heading
     "Each op on a GPU": lambda results: ops_block(results, "cuda"),
     "Each op on a CPU": lambda results: ops_block(results, "cpu"),
     "Where the time of a step goes": profile_block,
-    "Ours with one thing switched back": ablation_block,
+    "Ablation of our step": ablation_block,
     "The Shakespeare recipe": seed_block,
-    "What a GPU said of the kernels": evidence_block,
+    "Checks of the kernels on a GPU": evidence_block,
     "Plots": plots_block,
     "What was run": lambda results: "\n".join(f"- {tables.source_line(r)}" for r in results),
 }
 
 
 def page(results: Sequence[Result]) -> str:
-    """docs/results.md: every section that has something to say."""
+    """docs/results.md: every section that is not empty."""
     found = {heading: block(results) for heading, block in SECTIONS.items()}
     parts = [f"## {heading}\n\n{text}" for heading, text in found.items() if text]
     about = (
-        "Made by `make report` from `bench/results/`. Each figure names its device and commit, and "
-        "what was run for it stands at the end."
+        "Made by `make report` from `bench/results/`. Each figure names its device and commit; the "
+        "commands are listed at the end."
     )
     return "\n\n".join(["# Results", about, *parts]) + "\n"
 
 
 def fill(text: str, results: Sequence[Result]) -> str:
-    """`text` with every marked block written anew.
+    """`text` with every marked block rewritten.
 
     Raises:
         ValueError: a block has an unknown name, or is not closed.

@@ -1,13 +1,13 @@
-"""One training step, whole: forward, backward, clip, AdamW; ours beside plain PyTorch.
+"""One whole training step: forward, backward, clip, AdamW; ours against plain PyTorch.
 
     python -m bench.step                              # the table for this machine
     python -m bench.step --shape b64t1024 --shape b8t1024 --ablation
     python -m bench.step --against nanogpt ~/nanoGPT/model.py
 
 A contestant whose losses or first gradient norm differ from the first one's is in doubt. On a GPU
-one contestant follows the other. On a CPU each has a process of its own, because ours changes how
-its process allocates memory. It takes turns with the first contestant; if memory has no room for
-two, the first runs again before each of the others.
+contestants run one after the other. On a CPU each has its own process, because ours changes how its
+process allocates memory, and takes turns with the first contestant. If memory has no room for two,
+the first runs again before each of the others.
 """
 
 import gc
@@ -187,7 +187,7 @@ def measure_cpu(
     failed: dict[str, str] = {}
 
     def lacks() -> str:
-        """Why memory has no room for one more contestant; empty if it has."""
+        """Why memory has no room for another contestant; empty if it has."""
         largest = max((row.peak_gib or 0.0 for row in warm.values()), default=0.0)
         need, free = ROOM * largest or setup.need_bytes / 2**30, machines.free_bytes() / 2**30
         text = f"needs about {need:.1f} GiB of memory, {free:.1f} are free"
@@ -279,9 +279,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--accum", type=cli.count, default=1, help="micro-batches per step")
     add("--provider", action="append", help="a contestant, as in 'ours bf16'; repeat for several")
     add("--seconds", type=cli.amount, default=10.0, help="budget per contestant")
-    add("--minutes", type=cli.amount, default=30.0, help="budget of a table, on a CPU")
-    add("--ablation", action="store_true", help="also ours with one op or choice undone at a time")
-    add("--against", nargs=2, metavar=("nanogpt", "PATH"), help="also nanoGPT, by its model.py")
+    add("--minutes", type=cli.amount, default=30.0, help="budget of a table on a CPU")
+    add("--ablation", action="store_true", help="also ours without one op or choice at a time")
+    add("--against", nargs=2, metavar=("nanogpt", "PATH"), help="also nanoGPT, from its model.py")
     cli.add_output(parser)
     args = parser.parse_args(argv)
     device = torch.device(args.device)

@@ -1,4 +1,4 @@
-"""Markdown tables of rows: the one place that shows figures, and never those of a row in doubt."""
+"""Markdown tables of rows: the only place that shows figures, never those of a row in doubt."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -68,7 +68,7 @@ def spread(row: TimedRow) -> str:
 
 
 def ops_table(rows: Sequence[OpRow]) -> str:
-    """A line per op: everyone's ms, and how ours compares. All rows have one size and mode."""
+    """A line per op: each provider's ms, and how ours compares. All rows have one size and mode."""
     who = dict.fromkeys(row.provider for row in rows)
     header = ["op", *(f"{name} ms" for name in who), "ours", "of limit", "x eager", "x compile"]
     lines = []
@@ -85,13 +85,13 @@ def ops_table(rows: Sequence[OpRow]) -> str:
         known = any(gib.values())
         lines.append([op, *(times.get(name, "") for name in who), *cells, memory * known])
     body = table([*header, "extra GiB: eager / compile / ours"], lines)
-    taken = [f"{row.op} {row.provider} took {row.backend.lower()}." for row in rows if row.backend]
+    taken = [f"{row.op} {row.provider} used {row.backend.lower()}." for row in rows if row.backend]
     names: Columns = {"op": lambda row: row.op, "who": lambda row: row.provider}
     return "\n\n".join(filter(None, [body, " ".join(taken), *hidden(rows, names)]))
 
 
 def step_table(rows: Sequence[StepRow]) -> str:
-    """A line per contestant: tokens/s is what a user sees, then the ratios to its rivals."""
+    """A line per contestant: tokens/s, which a user sees, then the ratios to its rivals."""
     on_gpu = any(row.peak_tflops for row in rows)
     rivals = ["compile bf16" if on_gpu else "eager fp32"]
     rivals += [row.provider for row in rows if row.provider.startswith("nanogpt")]

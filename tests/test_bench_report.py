@@ -181,7 +181,7 @@ def test_train_block_quotes_what_the_recipe_writes():
     text = report.SECTIONS["The Shakespeare recipe"]([result])
     assert re.search(r"cold \| +loss 9.543 after 100 steps \| +24.0 \| +26.0 \| +260,000 \|", text)
     assert re.search(
-        r"warm \| loss 0.089 after 3600 steps, the lowest below the goal \| +5.0 \| +58.0 \|", text
+        r"warm \| loss 0.089 after 3600 steps, its lowest below the goal \| +5.0 \| +58.0 \|", text
     )
     [fence] = re.findall(r"```\n(.*?)\n```", text, re.DOTALL)
     assert fence.startswith("[prompt]First Citizen:\n[model]\nBefore we proceed ` ` `")
@@ -204,9 +204,9 @@ def test_evidence_is_the_newest_of_each_thing_that_was_checked():
     assert re.search(rf"numerics bf16 +\| +2 of 5 hold \| +{ON}, bbbbbbbb \|", text)
     assert re.search(r"tests +\| +1 of 1 hold: 3 passed in 40 s \| +bbbbbbbb \|", text)
     # One line for an op and a commit, however many of its checks fail.
-    assert [line for line in text.splitlines() if line.startswith("RED")] == [
-        f"RED numerics bf16 op x: {RED}, {ON} (and 1 more of it)",
-        f"RED numerics bf16 op z: {RED}, bbbbbbbb",
+    assert [line for line in text.splitlines() if line.startswith("FAILED")] == [
+        f"FAILED numerics bf16 op x: {RED}, {ON} (and 1 more of this op)",
+        f"FAILED numerics bf16 op z: {RED}, bbbbbbbb",
     ]
 
 
@@ -245,7 +245,7 @@ def test_goals_turn_at_their_bounds(goal, section, want, name, good, bad, reads)
     change(result, section, want, **{name: good})
     assert goals(result)[goal][1:] == [ON, "met"]
     change(result, section, want, **{name: bad})
-    assert goals(result)[goal] == [reads, ON, "short"]
+    assert goals(result)[goal] == [reads, ON, "missed"]
     change(result, section, want, doubt=RED)
     assert goals(result)[goal] == ["not shown: in doubt", ON, "open"]
     # An older figure does not replace a newer one that is in doubt, only one that is missing.
@@ -261,7 +261,7 @@ def test_goals_take_what_else_there_is_and_need_what_belongs_to_it():
     assert report.GOALS[0].text(1.15) == "1.15x"  # times 100 it is 114.99999999999999
     result = cuda_result()
     change(result, "seed", {"cache": "warm"}, reached=False)
-    assert goals(result)[3] == ["not reached", ON, "short"]
+    assert goals(result)[3] == ["not reached", ON, "missed"]
     assert goals(result)[7][2] == "met"  # the time to its first step counts all the same
     result.sections["seed"] = [replace(r, text="this project's source") for r in seeds()]
     assert goals(result)[3] == ["", "", "open"]
@@ -273,7 +273,7 @@ def test_goals_take_what_else_there_is_and_need_what_belongs_to_it():
     change(result, "step", LARGE | {"provider": "compile bf16"}, doubt=RED)
     assert goals(result)[5] == ["not shown: in doubt", ON, "open"]
     text = report.goals_block([result, cuda_result(commit="b" * 40, name="GH200 480GB", seed=[])])
-    assert text.endswith("|\n\nbbbbbbbb is of an NVIDIA GH200 480GB, not an H200.")
+    assert text.endswith("|\n\nbbbbbbbb was measured on an NVIDIA GH200 480GB, not an H200.")
 
 
 def test_without_a_gpu_one_line_and_open_goals():

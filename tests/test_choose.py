@@ -250,7 +250,7 @@ def test_an_answer_is_kept_and_read(
     path.unlink()
     short = taken()
     assert (short.ops, short.optimizer, short.launches) == (first.ops, "triton", "")
-    more = "; `make tune` searches launch rows and times whole steps too: layer_norm triton 1 ms"
+    more = "; `make tune` also searches launch rows and times whole steps: layer_norm triton 1 ms"
     assert more in short.notes[-1]
     assert "step" not in short.notes[-1].partition("too: ")[2]
     assert taken(Choices(tune="off")) == make_plan(RECIPE, H100, Choices(tune="off"))
@@ -260,7 +260,7 @@ def test_an_answer_is_kept_and_read(
     assert len(measured) == 4
     assert len(answers(tmp_path)) == 2
     said = capsys.readouterr().out
-    assert said.count("tune: timing what a step can be made of on ") == 4
+    assert said.count("tune: timing the ways to compute a step on ") == 4
     # `make tune`
     taken(Choices(tune="only"))
     said = capsys.readouterr().out
@@ -293,7 +293,7 @@ def test_rows_that_a_kernel_is_wrong_with_or_a_step_slower_are_not_taken(
         here.setattr(choose, "find_wrong", checked)
         assert taken(Choices(tune="on")).launches == ""
     assert COMMITTED not in seen[1]
-    assert "tune: the launch rows stay as they are: y: error 1\n" in capsys.readouterr().out
+    assert "tune: the launch rows are not changed: y: error 1\n" in capsys.readouterr().out
 
 
 SPOILT: list[Any] = [b"{", 3, {STEP: 3}, {UP: {"a": [1.0]}}, {UP: {NORM_ROWS[0]: [1.0]}}]

@@ -454,7 +454,7 @@ def test_a_step_is_dealt_out_evenly_or_refused(size, micro, count):
         Choices(ops="eager", dtype="fp32", compile=False, micro_batch_size=16),
     )
     if not micro:
-        with pytest.raises(ValueError, match=r"64 rows per step .* cannot be dealt to 3 ranks"):
+        with pytest.raises(ValueError, match=r"64 rows per step .* do not divide among 3 ranks"):
             share(plan, recipe, World(0, size))
         return
     shared = share(plan, recipe, World(0, size))

@@ -263,7 +263,7 @@ def test_hellaswag_command(model: GPT, items_file: Path, capsys: pytest.CaptureF
 )
 def test_a_line_that_is_no_item_is_named(items_file: Path, line: str, reason: str):
     items_file.write_text(json.dumps(ITEMS[0]) + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=f"line 2 is no item .*{reason}"):
+    with pytest.raises(ValueError, match=f"line 2 is not an item .*{reason}"):
         hellaswag.read_items(items_file)
     assert len(hellaswag.read_items(items_file, 1)) == 1
     items_file.write_text("")

@@ -63,7 +63,7 @@ def slow(probe: Probe, **factors: float) -> Probe:
 # A fault, and the start of the one line that it must add to a healthy machine's none.
 RECIPE_100 = replace(RECIPE, model="124m,n_embd=800,n_head=10")
 WRONG = [
-    (ON_CPU, {"machine": CPU}, "bf16 is slow on Some CPU, 100 GFLOP/s for 100 in fp32"),
+    (ON_CPU, {"machine": CPU}, "bf16 is slow on Some CPU, 100 GFLOP/s against 100 in fp32"),
     (ON_GPU, {"plan": replace(GPU_PLAN, dtype="fp32"), "probe": healthy(RECIPE, 4e5),
               "rates": replace(GPU_RATES, shape_gflops=4e5)},
      "fp32, but bf16 products are 1.8 times as fast here: --dtype bf16"),

@@ -123,7 +123,7 @@ def test_a_first_and_a_second_start_on_a_pretended_gpu(
     assert config["versions"]["assembler"] == "the one for sm_90 13.1.80"
     # Every backend that can run was timed, once; the answer holds for this card and versions.
     assert {*replayed, "sdpa-cudnn"} == {*ms}  # the CPU may refuse it
-    assert f"tune: timing what a step can be made of on {name}; takes up to a minute" in first
+    assert f"tune: timing the ways to compute a step on {name}; takes up to a minute" in first
     assert "tune: measured in " in first
     assert "causal_attention sdpa-flash 0.5 ms (triton 1, eager 2, compiled 1.01" in first
     assert "tune: timing" not in second + third

@@ -176,8 +176,8 @@ def test_the_plan_recomputes_where_nothing_else_fits():
     plan = make_plan(recipe, card)
     assert (plan.recompute, plan.working_copies, plan.micro_batch_size) == (True, False, 4)
     assert plan.memory_bytes < 0.85 * card.memory_bytes
-    assert any("blocks computed again in the backward: 1 x 1024 tokens" in n for n in plan.notes)
-    assert "blocks computed again in the backward" in plan.describe()
+    assert any("blocks recomputed in the backward: 1 x 1024 tokens" in n for n in plan.notes)
+    assert "blocks recomputed in the backward" in plan.describe()
     assert not make_plan(recipe, replace(card, memory_bytes=24 << 30)).recompute
     for little, asked in ((12 << 30, Choices()), (16 << 30, Choices(recompute=False))):
         with pytest.raises(ValueError, match="774m at T=1024 needs about"):

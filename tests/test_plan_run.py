@@ -28,7 +28,7 @@ def test_a_run_on_eight_cards(capsys):
 
 def test_what_was_not_measured_is_called_an_estimate(capsys):
     plan, *rest = lines(capsys, "--model", "1558m", "--cards", "8xL4")
-    assert "AdamW's state shared out over the ranks" in plan
+    assert "AdamW's state sharded over the ranks" in plan
     assert "one card (estimate: " in rest[1]
     assert "times 8 (estimate: nothing lost between them)" in rest[1]
     (one,) = (line for line in lines(capsys, "--cards", "H100") if "tokens per second" in line)
@@ -38,7 +38,7 @@ def test_what_was_not_measured_is_called_an_estimate(capsys):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--cards", "3xH100"], "512 rows per step .* cannot be dealt to 3 ranks"),
+        (["--cards", "3xH100"], "512 rows per step .* do not divide among 3 ranks"),
         (["--cards", "8xTPU"], "--cards must be like 8xH100, of B200.*, got 8xTPU"),
         (["--cards", "0xH100"], "got 0xH100"),
         (["--cards", "RTX 4090", "--model", "1558m"], "memory: one row of 1558m .* RTX 4090 has"),

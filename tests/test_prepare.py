@@ -210,7 +210,7 @@ def test_a_full_disk_names_the_folder_and_leaves_no_half_shard(tmp_path):
 def test_a_killed_process_is_one_line(tmp_path, monkeypatch):
     pool = Mock(submit=Mock(side_effect=BrokenExecutor("a child process terminated abruptly")))
     monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", lambda *_: pool)
-    with pytest.raises(OSError, match=r"killed, perhaps for want of memory; .* --processes"):
+    with pytest.raises(OSError, match=r"killed, perhaps for lack of memory; .* --processes"):
         next(prepare_module.encoded([documents.Piece(tmp_path, 0, b"", "", 0)], 2))
 
 

@@ -1,11 +1,11 @@
 """Averages gradients over the ranks while the backward still computes others.
 
-A hook on each leaf starts the all-reduce of a matrix's gradient as soon as it is there; vectors and
-the loss travel together at the end. torch's DistributedDataParallel knows only the parameters of a
-module, but gradients here may arrive at bf16 working copies, and their fp32 sum over the
-micro-batches must travel. Nothing is wrapped: the model is compiled as it is on one rank.
+A hook on each leaf starts the all-reduce of a matrix's gradient as soon as it is ready; vectors and
+the loss are reduced together at the end. torch's DistributedDataParallel knows only the parameters
+of a module. Here gradients may arrive at bf16 working copies, and their fp32 sum over the
+micro-batches must be reduced. Nothing is wrapped, so the model compiles as it does on one rank.
 
-Each rank sends 2 (n - 1) / n times the gradients' bytes in a step, as any ring does.
+Each rank sends 2 (n - 1) / n times the gradients' bytes per step, as in any ring all-reduce.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,11 +25,11 @@ class Averaging:
     Args:
         parameters: All that have gradients, in the model's order.
         optimizer: Has its working copies, and adds their gradients to those of the parameters.
-            FSDP2 averages the matrices that the optimizer's shard has cut.
-        dtype: The matrices' gradients travel and are added up in it.
+            FSDP2 averages the matrices that the optimizer's shard has split.
+        dtype: The matrices' gradients are sent and summed in it.
 
     Attributes:
-        overlaps: Whether gradients travel before the backward has ended.
+        overlaps: Whether gradients are sent before the backward has ended.
         outside: Calls a function; if not `overlaps`, a captured graph leaves the call out.
     """
 
@@ -49,9 +49,9 @@ class Averaging:
             copies.get(p, p).register_post_accumulate_grad_hook(lambda _, p=p: self._arrive(p))
 
     def begin(self, last: bool) -> None:
-        """Call before each backward; gradients travel in the step's last."""
+        """Call before each backward; the last one of a step sends the gradients."""
         self.arrived: set[nn.Parameter] | None = set() if last else None
-        self.sent: list[tuple[Tensor, Tensor]] = []  # a gradient, and what travels for it
+        self.sent: list[tuple[Tensor, Tensor]] = []  # a gradient, and the tensor sent for it
         self.under_way: list[Any] = []
 
     def _arrive(self, parameter: nn.Parameter) -> None:

@@ -51,8 +51,8 @@ MAX_HEADER_BYTES = 16 << 20  # in a safetensors file, the bytes before its tenso
 _NAME = re.compile(r"step-\d{8}")
 _TEMPORARY = ".writing-"
 _REPLACED = f"{_TEMPORARY}replaced-"
-_FINITE = {"model", "optimizer"}  # groups in which no run can go on from an infinity or a NaN
-# The errors with which file systems answer a call that they do not have.
+_FINITE = {"model", "optimizer"}  # groups in which an infinity or NaN would ruin the run
+# The errors that file systems return for a call that they do not support.
 _LACKING = ("EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EBADF", "EPERM", "EACCES", "EXDEV")
 # Takes a checkpoint without its tensors and returns the schema of the tensors.
 Expected = Callable[["Checkpoint"], dict[str, dict[str, Must]]]
@@ -81,7 +81,7 @@ def _canonical(value: Any) -> bytes:
 
 @contextlib.contextmanager
 def _as_far_as_possible(say: Callable[[str], None], call: str, lost: str) -> Iterator[None]:
-    """Say what is lost if the file system does not have the call that is made inside."""
+    """Say what is lost if the file system does not support the call made inside."""
     try:
         yield
     except OSError as error:
@@ -97,7 +97,7 @@ def _write_file(path: Path, data: bytes, say: Callable[[str], None]) -> None:
 
 
 def _fsync(path: Path, say: Callable[[str], None]) -> None:
-    lost = "a power cut may lose or damage the newest checkpoint, and the one before is taken then"
+    lost = "a power cut may lose or damage the newest checkpoint; a resume then uses the one before"
     with _as_far_as_possible(say, "fsync", lost):
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -121,13 +121,13 @@ def _move(folder: Path, target: Path, say: Callable[[str], None]) -> None:
 def write(folder: Path, checkpoint: Checkpoint, say: Callable[[str], None] = print) -> Path:
     """Write `checkpoint` below `folder`: all of it, or nothing.
 
-    `say` receives a line about each call that the file system does not have.
+    `say` receives a line about each call that the file system does not support.
 
     Returns:
         The final path, `folder/step-%08d`.
 
     Raises:
-        ValueError: a weight or a moment is not finite, so no run could go on from it.
+        ValueError: a weight or a moment is not finite, so no run could resume from it.
         OSError: no space, no permission.
     """
     for group in _FINITE & checkpoint.tensors.keys():
@@ -247,7 +247,7 @@ def paths(folder: Path) -> list[Path]:
     """Checkpoint folders below `folder`, oldest first; not verified."""
     # Not glob, which finds nothing in a folder that it may not read.
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    # A kill may leave one that was being replaced without its successor; then it counts.
+    # A kill may leave a checkpoint that was being replaced but no successor; then it counts.
     named = {p.name.removeprefix(_REPLACED): p for p in entries}
     return [named[name] for name in sorted(named) if _NAME.fullmatch(name) and named[name].is_dir()]
 
@@ -290,7 +290,7 @@ class Writer(contextlib.AbstractContextManager):
 
     def __init__(self, folder: Path, keep_last: int, say: Callable[[str], None]):
         self.folder, self.keep_last = folder, keep_last
-        self.say = functools.cache(say)  # so that what the file system lacks is said once
+        self.say = functools.cache(say)  # so that each line about the file system is printed once
         self.last_good = max(map(step_of, paths(folder)), default=None)
         self.failure = ""  # why the last write failed, or ""
         self._thread = threading.Thread()
@@ -299,7 +299,7 @@ class Writer(contextlib.AbstractContextManager):
         self.wait()
 
     def submit(self, capture: Callable[..., Checkpoint], *state: Any) -> None:
-        """Start writing `capture(*state)`, which is called once the write before is done."""
+        """Start writing `capture(*state)`, which is called after the previous write."""
         self.wait()
         checkpoint = capture(*state)
         self._thread = threading.Thread(target=self._run, args=(checkpoint,), name="checkpoint")

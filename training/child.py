@@ -1,4 +1,4 @@
-"""How the bench, and the check and measurement before a run, start other processes.
+"""Starts other processes for the bench and for the check and measurement before a run.
 
 `run` takes a command to its end or to its time limit. A `Child` stays and answers tasks, by `serve`
 on its side; a `Crew` is several of these. Each process gets a session of its own, so that whatever
@@ -30,7 +30,7 @@ _running: set[int] = set()  # sessions of `run`
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has ended; `code` is None where it was cut off."""
+    """A process that has ended; `code` is None if it was cut off at its limit."""
 
     code: int | None
     text: str
@@ -87,7 +87,7 @@ def run(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = 
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """In this context SIGTERM and Ctrl-C end this process and all that `run` has started."""
+    """In this context SIGTERM and Ctrl-C end this process and all that `run` started."""
 
     def stop(signum: int, frame: object) -> None:
         for pid in [*_running]:

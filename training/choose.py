@@ -1,8 +1,8 @@
-"""Choose how a run computes its ops, by times measured once on the user's own device.
+"""Choose how a run computes its ops, from times measured once on the user's own device.
 
-Children time the backends of each op at the run's own shapes, in turns. `make tune` first looks for
-better launch rows (training/search.py). At the end it times whole steps, by the plan that follows
-and by its rivals, plain PyTorch compiled among them: what ops gain alone they may lose together.
+Children time the backends of each op at the run's own shapes, in turns. `make tune` first searches
+for better launch rows (training/search.py). Finally it times whole steps of the resulting plan and
+its rivals, plain PyTorch compiled among them, because gains of single ops may not add up.
 `choose` decides from the numbers alone. The answer, with every sample, is a JSON file beside the
 verdicts of training/verify.py.
 """
@@ -59,8 +59,8 @@ def choose(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> dic
     """Choose a backend per op, a row per kernel and a plan for the step, from numbers alone.
 
     Args:
-        plan: What is taken where nothing better is known.
-        machine: What cannot run there is not taken, whatever was measured.
+        plan: What is used where nothing better is known.
+        machine: What cannot run there is not chosen, whatever was measured.
         measured: By op, by kernel (its present launch row first), and of STEP.
     """
     names = {kernel: [*of] for kernel, of in measured.items() if "." in kernel and of}
@@ -102,7 +102,7 @@ def step_plans(
 ) -> dict[str, Plan]:
     """The plan with the ops and launch rows that were chosen, and its rivals, by name.
 
-    Each rival differs in one thing that nobody asked for.
+    Each rival differs in one thing that the user left open.
     """
     chosen, ops = choose(checked, machine, measured), checked.ops
     if asked.ops == "auto":
@@ -135,7 +135,7 @@ def take_fastest(
     machine: Machine,
     world: World,
 ) -> Plan:
-    """The plan of `make` with what is fastest here, and a note of the times that decided it.
+    """The plan of `make` with the fastest choices here, and a note of the times behind them.
 
     Args:
         make, asked: As of training/verify.py's `settle`.
@@ -143,7 +143,7 @@ def take_fastest(
         recipe, machine, world: Of the run. Rank 0 measures and tells the others.
 
     Raises:
-        ValueError: --tune-file names a file that is no answer of this kind.
+        ValueError: --tune-file names a file that does not hold results for this run.
     """
     on_cuda = checked.device == "cuda"
     if asked.tune == "off" or (asked.tune == "auto" and not on_cuda):
@@ -154,7 +154,7 @@ def take_fastest(
     plans = partial(step_plans, make, asked, checked, machine)
 
     def answer() -> tuple[dict[str, Samples], str] | None:
-        """Samples, and in words where they are from."""
+        """Samples, and where they are from."""
         wishes = {k: v for k, v in asdict(asked).items() if not k.startswith("tune")}
         key = key_of(recipe, checked, machine) | {"from": names, "asked": wishes}
         path = Path(asked.tune_file) if asked.tune_file else cache_path(key, "choice")
@@ -163,10 +163,10 @@ def take_fastest(
             raise ValueError(f"tune_file: {trouble.removeprefix('; ')}; name another, or remove it")
         if kept and asked.tune == "auto":
             return kept["ms"], f"measured before, see {path}"
-        if not (names or long):  # flags name everything, so nothing is left to choose
+        if not (names or long):  # flags decide everything
             return None
-        takes = "up to four minutes" if long else "up to a minute, --tune off leaves it out"
-        line = f"tune: timing what a step can be made of on {machine.name}; takes {takes}{trouble}"
+        takes = "up to four minutes" if long else "up to a minute, --tune off skips it"
+        line = f"tune: timing the ways to compute a step on {machine.name}; takes {takes}{trouble}"
         world.say(line)
         began = time.monotonic()
         launches = _sound_launches(checked, recipe, machine, world.say) if long else {}
@@ -180,7 +180,7 @@ def take_fastest(
         where = keep(path, {"key": key, **found, "seconds": seconds})
         lost = {op: of["all"] for op, of in failed.items() if "all" in of}
         missing = "".join(f", {op} could not be timed ({why})" for op, why in lost.items())
-        more = "" if long else "; `make tune` searches launch rows and times whole steps too"
+        more = "" if long else "; `make tune` also searches launch rows and times whole steps"
         return ms, f"measured in {seconds:.0f} s{missing}, {where}{more}"
 
     if not (found := world.first("times", answer)):
@@ -202,23 +202,23 @@ def check_rows(kept: Mapping[str, Any]) -> None:
         for row in of if "." in kernel else ():
             text = f"[measured]\n{kernel.partition('.')[0]} = [\n    {row}\n]\n"
             if "\n" in row or [key.kernel for key in read_rows(text)[0]] != [kernel]:
-                raise ValueError(f"{quoted(row)} is no launch row of {quoted(kernel)}")
+                raise ValueError(f"{quoted(row)} is not a launch row of {quoted(kernel)}")
 
 
 def _sound_launches(
     plan: Plan, recipe: Recipe, machine: Machine, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Samples of launch rows; none where a kernel is wrong with the rows that follow from them."""
+    """Samples of launch rows; none if a kernel is wrong with the rows that they favour."""
     ms = time_launches(recipe, plan, machine, ROWS_S)
     rows = launch_rows(ms)
     if rows and (wrong := find_wrong(recipe, replace(plan, launches=rows), machine, say)):
-        say(f"tune: the launch rows stay as they are: {next(iter(wrong.values()))}")
+        say(f"tune: the launch rows are not changed: {next(iter(wrong.values()))}")
         return {}
     return ms
 
 
 def table(plan: Plan, machine: Machine, measured: Mapping[str, Samples]) -> Iterator[str]:
-    """A line for each thing that was timed: what was chosen, its time, its rivals' times."""
+    """A line per timed thing: what was chosen, its time, and its rivals' times."""
     for what, chosen in choose(plan, machine, measured).items():
         ms = {name: Timing(of).median_ms for name, of in measured.get(what, {}).items() if of}
         if "." in what:  # a kernel, whose names are whole rows
@@ -265,7 +265,7 @@ def _time_ops(
 def _time_steps(
     plans: Mapping[str, Plan], recipe: Recipe, seconds: float
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Samples of the step by each plan, one after the other: a device has room for one."""
+    """Samples of the step by each plan, one by one, because a device has room for only one."""
     end = time.monotonic() + seconds
     with child.Crew(COMMAND, 1) as crew:
         answers = {

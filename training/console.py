@@ -1,4 +1,4 @@
-"""What a run prints. Whatever becomes of the console, the run goes on without it.
+"""What a run prints. Whatever happens to the console, the run goes on without it.
 
 A terminal is closed, a pipe loses its reader or is never read, the disk under a log file fills up,
 cp1252 cannot encode a sample: none of these may end a run.
@@ -37,7 +37,7 @@ class _Survivor(io.FileIO):
         while thread.is_alive() and not self.lost and waited <= PATIENCE_S:
             thread.join(0.1)
             waited += 0.1 * self.hurried()
-        if (self.failure or thread.is_alive()) and not self.lost:  # no other thread has said it
+        if (self.failure or thread.is_alive()) and not self.lost:  # no other thread reported it
             self.lost = True
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())  # what libraries print there may not fail either

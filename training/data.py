@@ -1,4 +1,4 @@
-"""From text to batches: find it, tokenise it once, split it, walk through it in a defined order.
+"""From text to batches: find it, tokenise it once, split it, read it in a defined order.
 
 A row is T + 1 consecutive tokens: T inputs, and the same shifted by one as targets. Its place in
 the run is one integer, the number of rows drawn before it. So a run resumes exactly, and its order
@@ -53,7 +53,7 @@ class Corpus:
         """Training part, and the validation part: the source's own, else the tail.
 
         Raises:
-            ValueError: validation is asked for, and there is too little text for it.
+            ValueError: validation is asked for, but there is too little text for it.
         """
         first = len(self.tokens) - int(len(self.tokens) * val_fraction)
         train, val = self.tokens[:first], self.tokens[first:]
@@ -80,7 +80,7 @@ def load_corpus(
     Args:
         paths: As for `find_inputs`; if empty, input.txt in the working directory, else tiny
             Shakespeare from the network, else a text that comes with Python.
-        say: Is told what is taken and what is not read.
+        say: Receives lines about what is read and what is not.
         key: Field or column that holds the text.
         val: Validation text of the same kinds.
 
@@ -129,7 +129,7 @@ def _default_source(say: Callable[[str], None]) -> tuple[str, list[Path]]:
     """Name and file of input.txt, else tiny Shakespeare, else Python's manual."""
     here = Path("input.txt")
     if here.is_file():
-        say("data: input.txt of the working directory")
+        say("data: input.txt in the working directory")
         return str(here), [here]
     kept = tokenizer.cache_dir() / "tinyshakespeare.txt"
     if not (kept.is_file() and shards.hash_file(kept) == SHAKESPEARE_SHA256):
@@ -137,7 +137,7 @@ def _default_source(say: Callable[[str], None]) -> tuple[str, list[Path]]:
             write_atomically(kept, _download(SHAKESPEARE_URL))
         except (OSError, ValueError) as error:
             say(
-                f"data: tiny Shakespeare could not be downloaded ({error}); taking the language "
+                f"data: tiny Shakespeare could not be downloaded ({error}); using the language "
                 "reference that comes with Python (pydoc_data.topics). --data FILE takes your text"
             )
             from pydoc_data.topics import topics  # 700 kB of text
@@ -146,7 +146,7 @@ def _default_source(say: Callable[[str], None]) -> tuple[str, list[Path]]:
             lines = (json.dumps({KEY: topics[name]}) + "\n" for name in sorted(topics))
             write_atomically(manual, "".join(lines))
             return "pydoc_data.topics", [manual]
-    say("data: tiny Shakespeare. --data FILE takes your own text")
+    say("data: tiny Shakespeare. --data FILE trains on your own text")
     return "tiny Shakespeare", [kept]
 
 
@@ -163,7 +163,7 @@ def _tokenise(files: Sequence[Path], name: str, key: str) -> Corpus:
     sha256 = hash_files(files, key)
     path = tokenizer.cache_dir() / "tokens" / f"{sha256[:16]}-{tokenizer.ENCODING}.bin"
     kept = read_object(path.with_suffix(".json"))
-    # Only a hash of the whole file finds a damaged cache; the text has been read whole anyway.
+    # Only a hash of the whole file detects a damaged cache; the whole text was read anyway.
     if not path.is_file() or kept.get("tokens_sha256") != shards.hash_file(path):
         chunks = (encode_piece(piece) for file in files for piece in cut(file, key))
         first = next(filter(None, chunks), b"")  # it begins with <|endoftext|>
@@ -238,7 +238,7 @@ def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
 
 
 class Prefetcher:
-    """Reads one batch ahead of the training step, in a thread of its own.
+    """Reads one batch ahead of the training step, in its own thread.
 
     On CUDA the thread pins the batch, and `next_batch` copies it asynchronously on the current
     stream. `position` counts the batches handed out, not those read ahead.
@@ -259,7 +259,7 @@ class Prefetcher:
         return (x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True))
 
     def seek(self, position: int, skips: Sequence[tuple[int, int]]) -> None:
-        """Go on from row `position`, without the ranges `skips`."""
+        """Continue from row `position`, without the ranges `skips`."""
         self._next.result()  # the thread must not read while the loader moves
         self.loader.position, self.loader.skips = position, tuple(skips)
         self.position = position

@@ -1,6 +1,6 @@
 """Several processes train one run: what torchrun starts, seen as a rank and a world size.
 
-The rows of a step are dealt to the ranks in order, so 1, 2 or 8 ranks train on the same global
+The rows of a step are divided among the ranks in order, so 1, 2 or 8 ranks train on the same global
 batches; training/averaging.py averages their gradients. Without torchrun everything here is a world
 of one and touches no process group.
 """
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all.
+    """This process and its peers.
 
     Args:
         rank: Of this process; rank 0 is the one that writes.
@@ -66,7 +66,7 @@ class World:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error the peers may be gone: waiting for them would hang.
         if kind is None and dist.is_initialized():
-            gc.collect()  # NCCL waits for ever for a graph that holds its collectives
+            gc.collect()  # NCCL waits forever for a graph that holds its collectives
             dist.destroy_process_group()
 
     def connect(self, device: str, patience_s: float) -> None:
@@ -100,7 +100,7 @@ class World:
         try:
             dist.init_process_group(
                 backend,
-                timeout=timedelta(seconds=min(patience_s, 1e8)),  # it cannot count further
+                timeout=timedelta(seconds=min(patience_s, 1e8)),  # its largest value
                 world_size=self.size,
                 rank=self.rank,
                 store=dist.PrefixStore("groups", self.store),
@@ -199,7 +199,7 @@ class World:
 
     @contextmanager
     def in_one_voice(self) -> Iterator[None]:
-        """Have one rank print what all print before a SystemExit, such as what flags are wrong."""
+        """Have one rank print what all would print before a SystemExit, such as wrong flags."""
         if self.size == 1:
             yield
             return
@@ -227,7 +227,7 @@ def meet() -> World:
     """The job that torchrun started, or a world of one; `connect` comes next.
 
     Raises:
-        ValueError: what torchrun sets in the environment is incomplete or no number.
+        ValueError: what torchrun sets in the environment is incomplete or not a number.
         OSError: the ranks do not find each other.
     """
     size = _environment("WORLD_SIZE", "1", 1 << 20)
@@ -247,9 +247,9 @@ def meet() -> World:
 def _draw_prefix(store: dist.Store, rank: int, size: int) -> str:
     """Agree on a prefix for the keys of this attempt, which rank 0 draws.
 
-    torchrun keeps one store for all restarts, where a living rank must not read what a dead one
-    left. Its count of restarts is no prefix, because each node counts its own failures. So each
-    rank asks under a fresh name, and rank 0 answers until all have the prefix.
+    torchrun keeps one store for all restarts, and a living rank must not read what a dead one
+    left there. Its count of restarts cannot be the prefix, because each node counts its own
+    failures. So each rank asks under a fresh name, and rank 0 answers until all have the prefix.
 
     Raises:
         RuntimeError: not all are here within CONNECT.
@@ -277,7 +277,7 @@ def _draw_prefix(store: dist.Store, rank: int, size: int) -> str:
 
 
 def wait(works: Iterable[dist.Work | None]) -> None:
-    """Begin all these collectives, then wait until they have ended."""
+    """Start all these collectives, then wait for them."""
     for work in list(works):
         assert work is not None
         work.wait()
@@ -330,7 +330,7 @@ def share(plan: Plan, recipe: Recipe, world: World) -> Plan:
     if recipe.rows_per_step % world.size:
         raise ValueError(
             f"distributed: {recipe.rows_per_step} rows per step (batch_size {recipe.batch_size} x "
-            f"grad_accum_steps {recipe.grad_accum_steps}) cannot be dealt to {world.size} ranks; "
+            f"grad_accum_steps {recipe.grad_accum_steps}) do not divide among {world.size} ranks; "
             "change --batch-size or --nproc-per-node"
         )
     rows = recipe.rows_per_step // world.size
@@ -348,7 +348,7 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def refuse_mismatch(world: World, key: str, facts: dict[str, Any]) -> None:
-    """Raise ValueError on every rank if one is about to do something else than rank 0.
+    """Raise ValueError on every rank if one is about to do something different from rank 0.
 
     The message names the ranks and the `facts` that differ.
     """

@@ -1,4 +1,4 @@
-"""Find the text files that a user names, cut them into pieces, and tokenise the pieces.
+"""Find the text files that a user names, split them into pieces, and tokenise the pieces.
 
 A text file is one document, a JSONL file has one document per line, a table (Parquet, Arrow) one
 per row. Text and JSONL may be compressed. Each document begins with <|endoftext|>.
@@ -60,7 +60,7 @@ def _pyarrow(what: object) -> Any:
 
 
 def _open_zstd(raw: BinaryIO) -> BinaryIO:
-    # The zstandard package would take a file that was cut short for a whole one.
+    # The zstandard package would accept a truncated file as complete.
     return io.BufferedReader(_pyarrow("zstandard").CompressedInputStream(raw, "zstd"))
 
 
@@ -72,12 +72,12 @@ _UNPACK: dict[bytes, Callable[[Any], Any]] = {
     **{b"BZh%d" % level: bz2.open for level in range(1, 10)},
 }
 _TABLE_STARTS = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # Parquet, an Arrow file, an Arrow stream
-# The first bytes of files that only look like text, and what the user can do.
+# The first bytes of files that only look like text: what they are, and the way out.
 _FOREIGN = {
     b"%PDF": "PDF; extract its text: pdftotext",
-    b"version https://git-lfs": "a pointer of Git LFS; git lfs pull gets the file",
+    b"version https://git-lfs": "a Git LFS pointer; git lfs pull gets the file",
 }
-# Text, but nothing that a model should learn to write.
+# Text, but not what a model should learn to write.
 _NO_PROSE = {".json": "JSON", ".ndjson": "JSON", ".csv": "a table", ".tsv": "a table"}
 
 

@@ -62,7 +62,7 @@ def finish(
     Args:
         run, model, log, progress: After the last step.
         reached: The step whose loss fell below the recipe's target, if one did.
-        stop: Looked at now and then; raises Stopped.
+        stop: Checked now and then; raises Stopped.
     """
     kept = _take_best(run, model, log.say, progress)
     if run.items:
@@ -72,7 +72,7 @@ def finish(
     tokens_seen = num_steps * recipe.tokens_per_step
     val_loss, bits_per_byte, baselines = None, None, {}
     scored, validates = run.val_tokens, len(run.val_tokens) > 1
-    if not validates:  # one row shows whether the last update left a usable model
+    if not validates:  # one row shows whether the model is usable after the last update
         scored = run.train_tokens[: recipe.block_size + 1]
     loss = run.validate(model, scored, MAX_VAL_TOKENS, stop.check)
     if validates:
@@ -130,7 +130,7 @@ def finish(
 def write_samples(
     run: Run, model: GPT, say: Callable[[str], None], poll: Callable[[], None] = lambda: None
 ) -> list[tuple[str, str]]:
-    """Write samples.txt, continuations of a few words of held-out text, and say the first one.
+    """Write samples.txt, continuations of a few words of held-out text, and print the first.
 
     Returns:
         (prompt, continuation) of each.
@@ -169,7 +169,7 @@ def sample(run: Run, model: GPT, log: RunLog, step: int) -> None:
 
 
 def leave(run: Run, step: int, writer: Writer, log: RunLog, stop: StopRequest) -> int:
-    """Say how to go on, once the checkpoint is on disk."""
+    """Say how to resume, once the checkpoint is on disk."""
     writer.finish()
     if run.world.size > 1 and run.world.is_main:
         (run.out / STOPPED).touch()  # torchrun takes the exit code for a failure and restarts

@@ -76,7 +76,7 @@ def eval_pieces(num_tokens: int, max_tokens: int, T: int, shares: int) -> list[t
     """[first, last) of the pieces that an evaluation reads; each predicts last - first - 1 tokens.
 
     A text with at most `max_tokens` to predict is read whole, in `shares` pieces of whole rows of
-    T. From a longer one, pieces are taken evenly over its length, so that evaluations of different
+    T. Pieces of a longer one are spread evenly over its length, so that evaluations of different
     sizes see the same kind of text.
     """
     size = num_tokens - 1

@@ -1,4 +1,4 @@
-"""What this machine could do with a recipe, what it does, and what would help.
+"""What this machine could reach with a recipe, what it reaches, and what would help.
 
 Each printed line says where its numbers come from: they are measured here (training/probe.py),
 computed from those by a roofline, or computed from vendors' datasheets. The roofline is
@@ -89,7 +89,7 @@ def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: 
     spread = max(probe.seconds) / min(probe.seconds)
     table: list[tuple[bool, str]] = [
         (not machine.has_bf16 and plan.dtype == "bf16",
-         f"bf16 is slow on {machine.name}, {bf16:,.0f} GFLOP/s for {fp32:,.0f} in fp32: "
+         f"bf16 is slow on {machine.name}, {bf16:,.0f} GFLOP/s against {fp32:,.0f} in fp32: "
          "--dtype fp32"),
         (machine.has_bf16 and plan.dtype == "fp32" and bf16 > 1.2 * fp32,
          f"fp32, but bf16 products are {bf16 / fp32:.1f} times as fast here: --dtype bf16"),
@@ -101,13 +101,13 @@ def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: 
          f"nvidia-smi -pl {rates.power_max_w:.0f}"),
         (rates.sm_mhz < 0.7 * rates.sm_max_mhz,
          f"clock {rates.sm_mhz:.0f} of {rates.sm_max_mhz:.0f} MHz under load: nvidia-smi -q -d "
-         "PERFORMANCE says whether heat, power or a lock holds it"),
+         "PERFORMANCE says whether heat, power or a lock limits it"),
         (cuda and not plan.cuda_graph and probe.host_s > 0.8 * device_s,
-         f"batch too small: {1e3 * probe.host_s:.1f} of {1e3 * device_s:.1f} ms go by while the "
-         "host launches: --cuda-graph, or a larger --batch-size"),
+         f"batch too small: the host launches for {1e3 * probe.host_s:.1f} of {1e3 * device_s:.1f} "
+         "ms: --cuda-graph, or a larger --batch-size"),
         (share < 0.7,
          f"forward+backward run at {100 * share:.0f}% of the matmul rate measured here"
-         + ("; --compile fuses what lies between the products" if not plan.compile else
+         + ("; --compile fuses the ops between the products" if not plan.compile else
             "; uncompiled, unlike the run" if "not compiled" in probe.note else "")),
         (0 < shaped < 0.7,
          f"products of this model's shape ({tokens} x {config.n_embd} x {4 * config.n_embd}) reach "
@@ -118,7 +118,7 @@ def findings(recipe: Recipe, machine: Machine, plan: Plan, rates: Rates, probe: 
         (data > 0.05,
          f"data takes {100 * data:.0f}% of a step: put the token file on a faster disk"),
         (update > 0.2,
-         f"optimizer takes {100 * update:.0f}% of a step whatever its tokens: a larger "
+         f"optimizer takes {100 * update:.0f}% of a step, however few its tokens: a larger "
          "--batch-size or --grad-accum-steps"),
         (bool(odd),
          f"{', '.join(odd)}: not a multiple of {multiple}, so tiles of the products are partly "
@@ -155,11 +155,11 @@ def explain(recipe: Recipe, plan: Plan, machine: Machine, tokens: Tokens) -> Non
     print(f"measured here: {copies}; matmul GFLOP/s: {matmul}, {shaped}")
     bound_s = roofline_s(recipe, plan, rates.matmul(plan.dtype), rates.copy_gbs)
     per_step, traffic = recipe.tokens_per_step, f"{traffic_bytes(recipe, plan) / 1e9:.2f} GB"
-    beside = f"{traffic} of traffic beside the products of {per_step:,} tokens"
+    beside = f"{traffic} of traffic besides the products of {per_step:,} tokens"
     print(f"estimate from these rates: at most {per_step / bound_s:,.0f} tok/s ({beside})")
     alone_s = products_s(recipe, plan)
     print(
-        f"the products alone, each timed at its own shape: {1e3 * alone_s:,.1f} ms, so at most "
+        f"matrix products alone, each timed at its own shape: {1e3 * alone_s:,.1f} ms, so at most "
         f"{per_step / alone_s:,.0f} tok/s"
     )
     print("this recipe elsewhere, computed from datasheets, not measured:")
@@ -177,7 +177,7 @@ def explain(recipe: Recipe, plan: Plan, machine: Machine, tokens: Tokens) -> Non
     total = sum(got.phases.values())
     for name, s in got.phases.items():
         print(f"  {name:10}{1e3 * s:10,.1f} ms {100 * s / total:5.1f}%")
-    print("  forward has the gradients of the head in it: the loss computes them with the logits")
+    print("  forward includes the gradients of the head, which the loss computes with the logits")
     print("what would help:")
     lines = findings(recipe, machine, plan, rates, got) or ["nothing stands out"]
     print("\n".join(f"  - {line}" for line in lines))

@@ -72,7 +72,7 @@ def make(folder: Path, recipe: Recipe) -> None:
 def opened(
     folder: Path, saved: Checkpoint | None, say: Callable[[str], None], restarted: bool = False
 ) -> Iterator[bool]:
-    """Lock the folder and make it ready to go on from `saved`, or to start afresh.
+    """Lock the folder and prepare it to resume from `saved`, or to start afresh.
 
     Yields whether to leave at once because torchrun has restarted a job that was asked to stop.
 
@@ -94,7 +94,7 @@ def opened(
 
 
 def _refuse_links(folder: Path, written: str) -> None:
-    """Refuse a stranger's folder in which a link would choose the file that is overwritten."""
+    """Refuse a stranger's folder in which a link would redirect what a run writes."""
     path, kinds = folder / written, {stat.S_IFDIR if written in FOLDERS else stat.S_IFREG}
     entries = {path: kinds} if os.path.lexists(path) else {}
     if written in FOLDERS and path.is_dir() and not path.is_symlink():
@@ -109,7 +109,7 @@ def _refuse_links(folder: Path, written: str) -> None:
 
 
 def _set_aside(folder: Path, saved: Checkpoint | None, say: Callable[[str], None]) -> None:
-    """Move away what an earlier run left and this run would delete, overwrite or roll back to."""
+    """Move away what this run would delete, overwrite or roll back to from an earlier run."""
     here = folder / CHECKPOINTS
     if saved and saved.path and here.is_dir() and saved.path.parent.samefile(here):
         moved = [p for p in checkpoint.paths(here) if checkpoint.step_of(p) > saved.step]

@@ -1,11 +1,11 @@
-"""FSDP2 with the blocks as units: the blocks' matrices are cut by rows over the ranks.
+"""FSDP2 with the blocks as units: the blocks' matrices are sharded by rows over the ranks.
 
 Each rank has some rows of each matrix, with their gradient and moments. A block's matrices are
-whole while it is computed, in bf16 under bf16. Vectors stay whole on each rank, because a block
-reads the LayerNorm of the next one; so do the embeddings.
+whole while it is computed, in bf16 under bf16. Vectors and embeddings stay whole on each rank,
+vectors because a block reads the LayerNorm of the next one.
 
 A twin of the model computes the steps. The model's own parameters are the rows that this rank
-updates, and whole again after `gather`, so code that reads or writes a model need not know.
+updates. After `gather` they are whole, so code that reads or writes a model needs no changes.
 """
 
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ class FullShard(Replicas):
 
     Attributes:
         twin: What a step calls in place of the model.
-        rows: By parameter of the model, that of the twin, which holds this rank's rows.
+        rows: For each parameter of the model, the twin's, which holds this rank's rows.
     """
 
     def __init__(self, model: GPT, plan: Plan, world: World):
@@ -85,7 +85,7 @@ class FullShard(Replicas):
         self.released = True
 
     def take_gradients(self) -> None:
-        # FSDP2 may have moved the rows, so the parameters are pointed at them again.
+        # FSDP2 may have moved the rows, so point the parameters at them again.
         for p, rows in self.rows.items():
             assert isinstance(rows.grad, DTensor)
             p.data, p.grad, rows.grad = rows.to_local().detach(), rows.grad.to_local(), None

@@ -1,14 +1,14 @@
-"""Bad steps are found on the device and skipped; after too many of them the run goes back.
+"""Bad steps are found on the device and skipped; after too many of them the run rolls back.
 
-A step is bad when its loss or gradient norm is not finite, or when the loss stands further above
-the median of the last accepted losses than chance allows:
+A step is bad if its loss or gradient norm is not finite, or if its loss is further above the median
+of the last accepted losses than chance allows:
 
     z = 0.6745 * (loss - median) / MAD          bad if z > THRESHOLD and the window is half full
 
 with MAD the median absolute deviation; 0.6745 makes it comparable to a standard deviation
 (Iglewicz and Hoaglin 1993, who use 3.5 for samples; one false alarm in 20,000 steps needs more).
 The verdict is a device tensor that the optimizer reads, so no step waits for the host. The host
-sees it one step late and decides about going back.
+sees it one step late and decides whether to roll back.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from training.schema import COUNT, Must, count
 
-WINDOW = 128  # accepted losses that a new one is compared with
+WINDOW = 128  # accepted losses to compare a new one with
 THRESHOLD = 8.0  # z above which a loss is a spike
 PATIENCE = 3  # bad steps in a row before the run rolls back
 MAX_ROLLBACKS = 3  # before it gives up
@@ -34,7 +34,7 @@ _ROWS = Must(
 def _nanmedian(x: Tensor) -> Tensor:
     """`x.nanmedian()` of (N,) without reading a value on the host, as some releases of torch do.
 
-    A CUDA graph cannot hold such a read.
+    A CUDA graph cannot contain such a read.
     """
     middle = ((~x.isnan()).sum() - 1).clamp_min(0) // 2  # the lower of two; NaN sorts last
     return x.sort().values.gather(0, middle[None])[0]

@@ -1,7 +1,7 @@
 """HellaSwag as GPT-2's reproductions quote it: which of four endings does the model find likeliest?
 
-An item is a context with several endings, one of them right. An ending is put behind the context,
-with a space before it, and its score is the mean loss of its own tokens. The model's answer is the
+An item is a context with several endings, one of them right. An ending is appended to the context
+after a space, and its score is the mean loss of its own tokens. The model's answer is the
 ending with the lowest score; guessing gives 25%. llm.c and build-nanogpt do the same; EleutherAI's
 acc_norm divides by characters instead of tokens. The file is the public hellaswag_val.jsonl, 10,042
 items (Zellers et al. 2019, github.com/rowanz/hellaswag), one JSON object per line with "ctx",
@@ -40,7 +40,7 @@ def read_items(path: str | Path, max_items: int | None = None) -> list[Item]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line is no item; names its number.
+        ValueError: a line is not an item; names its number.
     """
     path, items = Path(path), []
     if not path.is_file():
@@ -53,8 +53,8 @@ def read_items(path: str | Path, max_items: int | None = None) -> list[Item]:
                 items.append(_item(json.loads(line)))
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise ValueError(
-                    f"hellaswag: {path}: line {number} is no item ({error}); each line must have "
-                    "'ctx', 'endings' and 'label', as hellaswag_val.jsonl has them"
+                    f"hellaswag: {path}: line {number} is not an item ({error}); each line needs "
+                    "'ctx', 'endings' and 'label', as in hellaswag_val.jsonl"
                 ) from None
     if not items:
         raise ValueError(f"hellaswag: {path} holds no items")
@@ -75,7 +75,7 @@ def _item(values: Any) -> Item:
 def ending_losses(model: GPT, items: Sequence[Item], window: int) -> list[list[float]]:
     """Mean loss of each ending of each item, nats per token.
 
-    A row that is longer than the window loses its beginning.
+    A row longer than the window loses its beginning.
     """
     rows, scored = [], []
     for item in items:
@@ -101,7 +101,7 @@ def count_right(
     window: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[int, int]:
-    """Number of items that are answered rightly, and of items seen.
+    """Number of correct answers, and of items seen.
 
     The caller's autocast applies. `stopped` is asked before each forward; True ends it early.
     """
@@ -122,7 +122,7 @@ def count_right(
 
 
 def line(right: int, seen: int) -> str:
-    """The share of right answers with its standard error."""
+    """Accuracy with its standard error."""
     share = right / seen
     error = math.sqrt(share * (1 - share) / seen)
     return f"HellaSwag {share:.2%} +- {error:.2%} ({right:,} of {seen:,})"

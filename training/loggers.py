@@ -1,8 +1,8 @@
-"""Where curves go beside metrics.jsonl: TensorBoard, Weights & Biases, Trackio, metrics.csv.
+"""Where curves go besides metrics.jsonl: TensorBoard, Weights & Biases, Trackio, metrics.csv.
 
-A run that is resumed goes on in the same place: the id that a tracker knows it by is kept in the
-run folder, and a run that starts afresh draws a new one. No logger may stop a run: one that fails
-is named once and left out from there on.
+A resumed run continues the same curves: the run folder keeps its id at the tracker, and a run that
+starts afresh draws a new one. No logger may stop a run: one that fails is named once and then left
+out.
 """
 
 import csv
@@ -52,7 +52,7 @@ def _wandb(folder: Path, ident: str, config: dict[str, Any], steps_done: int) ->
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     how = {"dir": folder, "mode": mode, "settings": wandb.Settings(console="off")}
     run = wandb.init(project=project, name=name, id=ident, resume="allow", config=config, **how)
-    run.define_metric("*", step_metric="step")  # wandb's own counter never goes back; a run may
+    run.define_metric("*", step_metric="step")  # unlike a run, wandb's own counter never goes back
     return run.log, run.finish
 
 
@@ -64,7 +64,7 @@ def _trackio(folder: Path, ident: str, config: dict[str, Any], steps_done: int) 
 
 
 def _csv(folder: Path, ident: str, config: dict[str, Any], steps_done: int) -> Logger:
-    done = folder / "metrics.jsonl"  # cut back to where the run goes on
+    done = folder / "metrics.jsonl"  # truncated to where the run resumes
     file = (folder / TABLE).open("w", newline="", encoding="utf-8", buffering=1)
     table: csv.DictWriter[str] = csv.DictWriter(file, ("step", *STEP_CURVES, *EVENT_CURVES))
     table.writeheader()
@@ -79,7 +79,7 @@ ADAPTERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio, "
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise ValueError for a logger that is not known or not installed."""
+    """Raise ValueError for a logger that is unknown or not installed."""
     for name in names:
         if name not in ADAPTERS:
             raise ValueError(f"log: must be one of {', '.join(ADAPTERS)}, got {name!r}")
@@ -88,7 +88,7 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 class Loggers:
-    """The loggers of a run, by their names in `ADAPTERS`; `say` is told of one that fails."""
+    """The loggers of a run, by their names in `ADAPTERS`; `say` reports one that fails."""
 
     def __init__(
         self,

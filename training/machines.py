@@ -1,4 +1,4 @@
-"""What is known about machines: data sheets of GPUs, and what this machine says about itself."""
+"""What is known about machines: data sheets of GPUs, and what this machine reports."""
 
 import contextlib
 import importlib.util
@@ -30,15 +30,15 @@ class Card:
 
     tflops: float  # dense products in `dtype`
     gbs: float  # GB/s of the memory
-    dtype: str = "bf16"  # the one that it trains in
-    arch: int = 0  # compute capability; 0: the rest is not entered
+    dtype: str = "bf16"  # the dtype it trains in
+    arch: int = 0  # compute capability; 0: the fields below are unknown
     gib: int = 0  # memory size
     sms: int = 0
     ghz: float = 0.0  # boost clock
 
 
-# By part of the device name, where the first match counts. A bare name stands for the SXM form; the
-# A100 is the one with 80 GB.
+# By part of the device name; the first match counts. A bare name means the SXM form, and A100 the
+# one with 80 GB.
 CARDS: dict[str, Card] = {
     "B200": Card(2250.0, 8000.0, arch=100, gib=180, sms=148, ghz=1.85),
     "H200": Card(989.5, 4800.0, arch=90, gib=141, sms=132, ghz=1.83),
@@ -56,7 +56,7 @@ CARDS: dict[str, Card] = {
 
 
 def find_card(device_name: str) -> Card | None:
-    """Figures for a device by its name. Only whole words match: a GH200 is no H200."""
+    """Figures for a device by its name. Only whole words match: a GH200 is not an H200."""
     return next((c for key, c in CARDS.items() if re.search(rf"\b{key}\b", device_name)), None)
 
 
@@ -73,13 +73,13 @@ class Machine:
     device: str  # "cpu" or "cuda"
     name: str  # as the vendor writes it
     arch: int = 0  # compute capability, 90 for an H100; 0 on a CPU
-    num_threads: int = 1  # what torch uses on the CPU
+    num_threads: int = 1  # of torch on the CPU
     has_bf16: bool = False  # products are faster in bf16 than in fp32
-    missing_tools: tuple[str, ...] = ()  # what torch.compile needs and does not find
+    missing_tools: tuple[str, ...] = ()  # what torch.compile needs but does not find
     interpreted: bool = False  # triton's kernels run on the CPU: TRITON_INTERPRET=1
     has_triton: bool = True  # it can be imported
-    memory_bytes: int = 0  # the GPU's (what is free, if others use it) or the RAM; 0: unknown
-    launcher_lacks: tuple[str, ...] = ()  # what triton needs to launch a kernel and does not find
+    memory_bytes: int = 0  # of the GPU (the free part, if others use it) or RAM; 0: unknown
+    launcher_lacks: tuple[str, ...] = ()  # what triton needs to launch a kernel but does not find
     rocm: bool = False  # the GPU is AMD's
     notes: tuple[str, ...] = ()  # lines for the plan about what a user might not expect
 
@@ -111,7 +111,7 @@ def _capability() -> int:
 
 
 def gpu_trouble() -> str:
-    """Why a GPU that is here cannot be used, and the way out; "" if it can, or if there is none."""
+    """Why a present GPU cannot be used, and the way out; "" if it can, or if there is none."""
     if has_gpu():
         return ""
     version = f"torch {torch.__version__}"
@@ -122,14 +122,14 @@ def gpu_trouble() -> str:
             f"only for {targets}: {WAY_OUT}"
         )
     if torch.backends.mps.is_available():
-        return "this Mac's GPU is not used: nothing here has been run on one"
+        return "this Mac's GPU is not used: nothing here has run on one"
     card, driver = _nvidia_card()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     return card and why_unusable(card, driver, version, torch.version.cuda, hidden)
 
 
 def why_unusable(card: str, driver: str, version: str, cuda: str | None, hidden: str | None) -> str:
-    """Why torch does not see a card of NVIDIA.
+    """Why torch does not see an NVIDIA card.
 
     Args:
         card, driver: As nvidia-smi names them; the driver may be "".
@@ -167,7 +167,7 @@ def _nvidia_card(proc: Path = Path("/proc/driver/nvidia")) -> tuple[str, str]:
 
 
 def header_lacks() -> tuple[str, ...]:
-    """Python.h with its package, if it is missing: triton and torch.compile build against it."""
+    """Python.h and its package, if it is missing: triton and torch.compile need it."""
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     if Path(sysconfig.get_paths(scheme)["include"], "Python.h").exists():
         return ()
@@ -176,7 +176,7 @@ def header_lacks() -> tuple[str, ...]:
 
 
 def launcher_lacks() -> tuple[str, ...]:
-    """What triton needs to launch a kernel and would not find."""
+    """What triton needs to launch a kernel but would not find."""
     lacks = [*header_lacks()]
     if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
         lacks.append("a C compiler (package gcc)")
@@ -232,7 +232,7 @@ def detect(device: str = "auto") -> Machine:
     if free < FREE_SHARE * total:
         notes.append(
             f"memory: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free on {name}; another "
-            "process holds the rest"
+            "process uses the rest"
         )
     if (count := torch.cuda.device_count()) > 1 and os.environ.get("WORLD_SIZE", "1") == "1":
         notes.append(
@@ -285,7 +285,7 @@ def num_cores() -> int:
 
 
 def ram_bytes() -> int:
-    """RAM of this machine; 0 where the system does not tell."""
+    """RAM of this machine; 0 if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -293,7 +293,7 @@ def ram_bytes() -> int:
 
 
 def free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that can still be taken here without swapping; 0 where the system does not tell.
+    """Memory that can still be used here without swapping; 0 if unknown.
 
     This is what the machine has available, or less where this process's cgroup (version 2) or a
     parent of it has a limit. Cached files count as free in both.
@@ -316,13 +316,13 @@ def free_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup"
 
 
 def nvidia_smi(*fields: str) -> dict[str, str]:
-    """What nvidia-smi says about the GPU in use, by field, without fields it does not know.
+    """What nvidia-smi reports about the GPU in use, by field; fields unknown to it are left out.
 
     Args:
         fields: As `nvidia-smi --help-query-gpu` names them.
     """
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    uuid = None  # nvidia-smi neither has CUDA's order nor heeds CUDA_VISIBLE_DEVICES
+    uuid = None  # nvidia-smi ignores CUDA's order and CUDA_VISIBLE_DEVICES
     if torch.cuda.is_available():
         uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
     for which in ([f"--id=GPU-{uuid}"], []) if uuid else ([],):  # MIG slices have another uuid

@@ -5,9 +5,9 @@ activation (4 in fp32, 2 in bf16) and r those of the residual stream (4 unless i
 
 Alive through the step: for each parameter, padding rows included, 4 bytes of master weight and 8 of
 AdamW's moments; with working copies 2 more for the blocks' matrices. With `shard` "optimizer" a
-rank has a part of the moments, and of the masters that have a copy. With "full" it also has a part
-of the matrices alone, and two blocks' matrices are whole at a time, with one block's gradients.
-Gradients take 4 bytes a parameter. They appear during the first backward; those of working copies
+rank has a part of the moments, and of the masters that have a copy. With "full" it also has only a
+part of the matrices, and two blocks' matrices are whole at a time, with one block's gradients.
+Gradients take 4 bytes per parameter. They appear during the first backward; those of working copies
 are bf16, and are added into fp32 ones after each micro-batch if a step has several.
 
 Saved for backward, per layer:
@@ -15,7 +15,7 @@ Saved for backward, per layer:
     c_attn              y of ln_1                  e M C
     causal_attention    qkv, its output, lse       e 3 M C + e M C + 4 M H     (also c_proj's input;
                         PyTorch, bf16 on a CPU: probabilities, e M H T, not lse)
-    add_layer_norm      sum of the residual        r M C + 8 M   (twice a layer)
+    add_layer_norm      sum of the residual        r M C + 8 M   (twice per layer)
     gelu_mlp            x, and two of width 4C     e M C + 2 * e 4 M C     (eager h, g; triton g, d)
     bf16                casts of the 4 matrices    2 * 12 C^2          (unless there are copies)
 
@@ -34,11 +34,11 @@ The peak is at one of these moments, the keys of `MemoryEstimate.moments`:
               beside all that was saved
     bottom    the embedding's gradient three times: the head's, the table's and their sum; where
               the op is ours twice, the head's and what it is added into
-    update    all gradients in fp32, which is what torch's clipping wants
+    update    all gradients in fp32, as torch's clipping needs them
     gather    on several ranks, before an evaluation or a checkpoint: the weights of other ranks
 
-The first three include gradients only if an earlier micro-batch left some. Not counted, so leave
-room for them: what the allocator rounds and fragments, the CUDA context (0.5 GB) and cuBLAS's
+The first three include gradients only if an earlier micro-batch left some. Leave room for what is
+not counted: rounding and fragmentation in the allocator, the CUDA context (0.5 GB) and cuBLAS's
 workspace.
 """
 
@@ -59,11 +59,11 @@ class MemoryEstimate(NamedTuple):
     optimizer: int  # AdamW's two moments, fp32
     working: int  # bf16 copies of weights
     activations: int  # saved for backward by one micro-batch
-    moments: dict[str, int]  # at each moment, beside weights, optimizer and working
+    moments: dict[str, int]  # at each moment, besides weights, optimizer and working
 
     @property
     def total(self) -> int:
-        """Peak bytes. This is less than a sum: gradients and activations take turns."""
+        """Peak bytes; less than the sum, because gradients and activations alternate."""
         return self.weights + self.optimizer + self.working + max(self.moments.values())
 
 

@@ -1,7 +1,7 @@
 """What a run reports: a line and a JSON object per step.
 
 Device values are read one step late. On CUDA the copy to pinned memory is queued behind the step
-and awaited when the next one has been queued, so the GPU never waits for Python.
+and awaited only after the next step is queued, so the GPU never waits for Python.
 """
 
 import json
@@ -32,7 +32,7 @@ NOT_WRITTEN = ("bad", "position", "stop")  # fields of a record that metrics.jso
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step; metrics.jsonl has all but the last three fields."""
+    """One optimizer step; metrics.jsonl has all fields but the last three."""
 
     step: int  # counted from 0
     loss: float  # mean over the micro-batches, nats per token, before the update
@@ -72,7 +72,7 @@ class RunLog:
         loggers: Names of training/loggers.py that get the curves too.
         steps_done: Before this process. If metrics.jsonl lacks some, a line says so.
         keep_bytes: Length of metrics.jsonl at the checkpoint that the run resumes from. What a
-            killed process wrote after it is cut off. 0 starts the file anew.
+            killed process wrote after it is dropped. 0 starts a new file.
         quiet: Write and print nothing; for every rank but the first.
         config: Recipe and plan, for the loggers.
 
@@ -101,8 +101,8 @@ class RunLog:
         path = Path(os.devnull) if quiet else folder / "metrics.jsonl"
         _cut_back(path, keep_bytes)
         self.records = _read_records(path, steps_done)
-        self._file = path.open("ab", buffering=0)  # a line that fails is not tried again later
-        self._broken = False  # a line of metrics.jsonl is missing, or half there
+        self._file = path.open("ab", buffering=0)  # a failed line is not tried again later
+        self._broken = False  # a line of metrics.jsonl is missing or incomplete
         self._pending: tuple[Any, ...] | None = None
         self._unread: list[StepRecord] = []
         self._bar = Progress(transient=True, disable=quiet or not sys.stdout.isatty())
@@ -146,7 +146,7 @@ class RunLog:
         bad: Tensor | None = None,
         stop: Tensor | None = None,
     ) -> None:
-        """Take the device values of `step`, each (); the step before becomes readable."""
+        """Take the device values of `step`, each (); the previous step becomes readable."""
         self.finish()
         no = torch.zeros_like(loss)
         bad, stop = (no if bad is None else bad), (no if stop is None else stop)
@@ -159,7 +159,7 @@ class RunLog:
         self._pending = (step, lr, position, values, done)
 
     def read(self, wait: bool = False) -> list[StepRecord]:
-        """Records that were not read yet; the newest step may still run, and `wait` awaits it."""
+        """Unread records; the newest step may still be running, and `wait` awaits it."""
         if wait:
             self.finish()
         unread, self._unread = self._unread, []
@@ -176,7 +176,7 @@ class RunLog:
         if not isinstance(done, float):
             done.synchronize()
             now = time.perf_counter()
-        # Two events give the device's own time: the host learns of an end late, and unevenly.
+        # Two events give the device's own time; the host learns of an end late and irregularly.
         seconds = now - begun if isinstance(begun, float) else begun.elapsed_time(done) / 1000.0
         loss, grad_norm, bad, stop = values.tolist()
         self.first_step_s = self.first_step_s or seconds_since_start()
@@ -208,13 +208,13 @@ class RunLog:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Leave the time spent inside out of the steps' times."""
+        """Exclude the time spent inside from the steps' times."""
         self.finish()
         yield
         self._mark = time.perf_counter()
 
     def _write(self, values: dict[str, Any]) -> None:
-        """Append a line, and tell the loggers; a full disk costs the log and not the run."""
+        """Append a line, and tell the loggers; a full disk costs the log, not the run."""
         line = ("\n" if self._broken else "") + to_json(values) + "\n"
         try:
             if self._file.write(line.encode()) != len(line):
@@ -227,7 +227,7 @@ class RunLog:
 
 
 def _cut_back(path: Path, keep_bytes: int) -> None:
-    """Drop what follows `keep_bytes`. If no line ends there it is another file, and stays whole."""
+    """Drop what follows `keep_bytes`; a file in which no line ends there is another, and kept."""
     if path.is_file() and path.stat().st_size > MAX_LOG_BYTES:
         path.rename(path.with_name("metrics-too-long.jsonl"))  # it may not fit into memory
     if not path.is_file():
@@ -253,9 +253,8 @@ def _read_records(path: Path, steps_done: int) -> list[StepRecord]:
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], ...]:
     """Read the steps, evaluations and other events of a metrics.jsonl.
 
-    After a rollback or a resume steps are done again; they and the evaluations after them then
-    replace what stands earlier in the file. A missing file is empty, and a line that a crash
-    damaged is left out.
+    After a rollback or a resume steps are repeated; they and the evaluations after them then
+    replace the earlier ones. A missing file counts as empty, and a damaged line is left out.
     """
     steps: list[dict[str, Any]] = []
     evaluations: list[dict[str, Any]] = []
@@ -287,11 +286,11 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], ...]:
 
 
 def to_json(values: Any, indent: int | None = None) -> str:
-    """JSON, with null for a number that is not finite: JSON has no word for it."""
+    """JSON, with null for a number that is not finite, which JSON cannot express."""
     finite = json.loads(json.dumps(values), parse_constant=lambda _: None)
     return json.dumps(finite, indent=indent)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """A reader, or a full disk, finds the whole file or the one before."""
+    """Write it whole or not at all, for readers and on a full disk."""
     write_atomically(path, to_json(values, indent=2) + "\n")

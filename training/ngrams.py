@@ -1,4 +1,4 @@
-"""The losses that counting reaches, to print beside a validation loss.
+"""Losses of the unigram and bigram models, to compare a validation loss with.
 
     unigram:  p(b) = (c(b) + 1) / (N + V)
     bigram:   p(b|a) = max(c(ab) - D, 0) / c(a) + D * n(a) / c(a) * p(b)

@@ -119,7 +119,7 @@ def compare(
     atol: float | Mapping[str, float] | None = None,
     spread: bool = False,
 ) -> list[Comparison]:
-    """Hold each result to twice the error that eager makes in the same dtype.
+    """Compare each error with twice the one that eager makes in the same dtype.
 
     The budget is 2 max|eager - exact| + eps max|exact|, with the eps of the result's dtype: a
     correctly rounded result passes even where eager happens to be exact. The second part grows by
@@ -127,7 +127,7 @@ def compare(
     error is the order of adding, and cuBLAS, which adds in several chains, is up to three times
     closer than one chain.
 
-    With `spread` root mean square errors are compared as well, which tell a bias of 1% from
+    With `spread` root mean square errors are compared as well, which distinguish a bias of 1% from
     rounding, in bf16 too. There the second part is eps/4 rms(exact), about what rounding the exact
     value costs, and what fp32 loses in a sum of `terms` or over `rows` rows.
 
@@ -175,7 +175,7 @@ TF32_PRODUCTS = {"gelu_mlp": 2, "causal_attention": 3}
 
 
 def tf32_products(op: str) -> int:
-    """How many TF32 products in sequence an fp32 op has; 0 where products are not TF32 now."""
+    """How many TF32 products in sequence an fp32 op has; 0 if products are not TF32 now."""
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return TF32_PRODUCTS.get(op, 0) if tf32 else 0
 
@@ -189,7 +189,7 @@ REDUCED = ("dweight", "dbias", "dwte", "dwpe", "dw_fc", "db_fc", "dw_proj", "db_
 
 @contextlib.contextmanager
 def precision(name: str) -> Iterator[torch.dtype]:
-    """Set how fp32 products are formed for a name of DTYPES; yields its dtype."""
+    """Set the fp32 matmul precision for a name of DTYPES; yields its dtype."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     # torch's fused attention multiplies fp32 in three TF32 products whatever is set. Only the

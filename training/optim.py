@@ -2,7 +2,7 @@
 
 Two implementations share one state: torch's fused kernels, and ours, which scale the gradients and
 write the bf16 working copies in the same pass as the update. The model multiplies with these copies
-and their gradients arrive at them; the optimizer carries those to the fp32 weights.
+and their gradients arrive there; the optimizer moves them to the fp32 weights.
 """
 
 import math
@@ -25,8 +25,8 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW(fused=True) that also clips, and keeps bf16 working copies up to date.
 
-    A step is `clip` (which may be left out), `step`, `zero_grad`. As in torch, a parameter without
-    a gradient is left alone, its step count too.
+    A step is `clip` (optional), `step`, `zero_grad`. As in torch, a parameter without a gradient is
+    not touched, nor is its step count.
 
     Args:
         params: Parameters or groups of them, dense and fp32.
@@ -47,14 +47,14 @@ class AdamW(torch.optim.AdamW):
     clip_order: Sequence[nn.Parameter] | None = None
 
     def __init__(self, params: Iterable[Any], *options: Any, **named: Any):
-        # torch captures a fused step in a CUDA graph only where it is told "capturable".
+        # torch captures a fused step in a CUDA graph only if it is marked "capturable".
         super().__init__(params, *options, fused=True, capturable=True, **named)
         self._warned_capturable_if_run_uncaptured = True  # no warning for the warm-up steps
         self.shard, self.copies = Replicas(), dict[nn.Parameter, Tensor]()
         self.set_up()
 
     def set_up(self) -> None:
-        """Forget what a captured step used. A step without capture must come before the next."""
+        """Forget what a captured step used. An uncaptured step must come before the next."""
 
     def attach_working(self, copies: Mapping[nn.Parameter, Tensor]) -> None:
         """Take these as the working copies and give them their parameters' values."""
@@ -63,7 +63,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def refresh_working(self) -> None:
-        """Write the copies of all parameters that are not released, after others changed them."""
+        """Write the copies of all unreleased parameters, after others changed the values."""
         here = [(copy, p) for p, copy in self.copies.items() if p.untyped_storage().size()]
         if here:
             torch._foreach_copy_([copy for copy, _ in here], [p for _, p in here])
@@ -90,7 +90,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """Scale all gradients together to a norm of at most `max_norm`; no host read.
+        """Scale all gradients to a joint norm of at most `max_norm`, without a host read.
 
         Args:
             max_norm: With 0 or infinity nothing is scaled.
@@ -149,7 +149,7 @@ class AdamW(torch.optim.AdamW):
 
 
 class TritonAdamW(AdamW):
-    """The same by `kernels/adamw.py`: four launches a step, whatever the number of tensors.
+    """The same with `kernels/adamw.py`: four launches per step for any number of tensors.
 
     `clip` does not change the gradients but hands its coefficient to the next `step`, on the
     device. bf16 gradients of working copies are read where they are. A captured step reads lr
@@ -164,7 +164,7 @@ class TritonAdamW(AdamW):
     """
 
     def set_up(self) -> None:
-        from kernels.adamw_tables import Tables  # triton is not there on every machine
+        from kernels.adamw_tables import Tables  # not every machine has triton
 
         self._step_supports_amp_scaling = False  # so a GradScaler unscales by itself
         device = self.param_groups[0]["params"][0].device

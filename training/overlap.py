@@ -1,4 +1,4 @@
-"""Which parts of a text stand verbatim in a corpus: exact, in seconds on 100 MB.
+"""Which parts of a text appear verbatim in a corpus: exact, in seconds on 100 MB.
 
 One pass over the corpus finds where a 16-byte window of the text begins: it hashes each window with
 a few numpy operations and looks it up in two bitmaps of the text's hashes, one of their top bits
@@ -25,13 +25,13 @@ class Overlap:
     """Verbatim overlap of some texts with a corpus.
 
     Args:
-        longest: The longest stretch of a text that stands in the corpus, as bytes; empty if it is
+        longest: The longest part of a text that the corpus contains, as bytes; empty if it is
             shorter than SEED_BYTES.
-        shares: Window size in bytes -> share of the texts' windows that stand in the corpus. Sizes
+        shares: Window size in bytes -> share of the texts' windows that the corpus contains. Sizes
             double from SEED_BYTES until no window is found, and reach SPAN_BYTES if a text does.
-        spans: Per text the byte ranges (start, end) that stand in the corpus, each of at least
-            SPAN_BYTES and as long as it can be. Matches that touch make one span, even if they
-            come from different places of the corpus.
+        spans: For each text the byte ranges (start, end) that the corpus contains, each of at
+            least SPAN_BYTES and as long as possible. Adjacent matches make one span, even from
+            different places in the corpus.
         covered: Share of the texts' bytes inside a span.
     """
 
@@ -65,12 +65,12 @@ def _candidates(corpus: bytes, texts: Sequence[bytes]) -> str:
         inside[start + near[tables[1, hashes[near] << below >> shift]]] = True
     edges = np.flatnonzero(np.diff(inside, prepend=False)).reshape(-1, 2).tolist()
     runs = [corpus[first : end + SEED_BYTES - 1] for first, end in edges]
-    # A character that is no byte stands between them, so no match reaches from one into the next.
+    # A character that is not a byte separates them, so no match spans two.
     return "\u0100".join(run.decode("latin-1") for run in dict.fromkeys(runs))
 
 
 def _match_lengths(text: str, corpus: str) -> list[int]:
-    """Length of the longest match that begins at each character; below SEED_BYTES it is none."""
+    """Length of the longest match at each character; less than SEED_BYTES means none."""
     lengths, end = [], 0
     for start in range(len(text)):
         end = max(end, start + SEED_BYTES - 1)
@@ -90,7 +90,7 @@ def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def find_overlap(texts: Sequence[str | bytes], corpus: bytes) -> Overlap:
-    """Find what of `texts` stands verbatim in `corpus`.
+    """Find what parts of `texts` appear verbatim in `corpus`.
 
     Args:
         texts: What was generated; str is taken as UTF-8.

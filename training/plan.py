@@ -1,7 +1,7 @@
 """How a recipe runs on this machine: device, ops, dtype, compilation, micro-batches, optimizer.
 
 `make_plan` decides from a description of the machine (`training/machines.py`) and from what was
-asked for (`Choices`) alone, so each decision can be tested for machines that are not at hand.
+asked for (`Choices`) alone, so each decision can be tested for machines that are not available.
 """
 
 import math
@@ -24,10 +24,10 @@ MIN_COMPILE_FLOPS = 2e14
 CPU_TOKENS = 4096  # at once; with 1,024, products spend 4 to 14% on packing weights again
 EVAL_TOKENS = {"cpu": 8192, "cuda": 1 << 20}  # read by an evaluation during the run, in about 1 s
 # Share of a GPU's memory for what training/memory.py counts. The rest is for the CUDA context,
-# cuBLAS workspaces, the allocator's fragments and what a desktop holds.
+# cuBLAS workspaces, the allocator's fragments and a desktop.
 MEMORY_SHARE = 0.85
 ID_BYTES = 32  # per token of a step: ids and targets, in the step's buffers and read ahead
-UNKNOWN_BYTES = 1 << 40  # assumed where the system does not tell its memory size
+UNKNOWN_BYTES = 1 << 40  # assumed if the memory size is unknown
 MIN_TRITON_ARCH = 80  # the oldest the kernels are built and checked for; see kernels/_op.py
 MIN_FP16_ARCH = 70  # the oldest with fast fp16 products
 MIN_SDPA_ARCH = 80  # the oldest that PyTorch's flash attention and cuDNN's run on, in 16 bits
@@ -140,10 +140,10 @@ class Plan:
             f"compiled ({self.compile_scope})" if self.compile else "not compiled": True,
             f"{self.num_micro_batches} x {self.micro_batch_size} rows per step": True,
             "Muon and " * muon + f"{self.optimizer} AdamW": True,
-            f"{_SHARED.get(self.shard)} shared out over the ranks": self.shard in _SHARED,
-            "gradients added up in bf16": self.reduce_dtype == "bf16",
+            f"{_SHARED.get(self.shard)} sharded over the ranks": self.shard in _SHARED,
+            "gradients summed in bf16": self.reduce_dtype == "bf16",
             "one CUDA graph": self.cuda_graph,
-            "blocks computed again in the backward": self.recompute,
+            "blocks recomputed in the backward": self.recompute,
             "bf16 residual stream: changed numerics": self.residual == "bf16",
             f"about {self.memory_bytes / 2**30:.1f} GiB for a step, beside {beside}": True,
         }
@@ -213,15 +213,15 @@ def make_plan(
         if once > budget:
             recompute = twice < once
             notes.append(
-                f"blocks computed again in the backward: {least} x {recipe.block_size} tokens take "
+                f"blocks recomputed in the backward: {least} x {recipe.block_size} tokens take "
                 f"{twice / 2**30:,.1f} GiB with it, {once / 2**30:,.1f} without"
             )
 
     def needs(micro: int) -> int:
         return tried(micro, recompute, shard).memory_bytes
 
-    # A user may insist on --micro-batch-size, but building a model that is far too large would
-    # bring the machine down.
+    # A user may insist on --micro-batch-size, but building a far too large model would bring the
+    # machine down.
     micro, needed = asked.micro_batch_size, needs(1)
     can_be_built = needed <= (4 if micro else 1) * memory_bytes
     if can_be_built and not micro:
@@ -230,8 +230,8 @@ def make_plan(
         raise ValueError(
             f"memory: one row of {recipe.model} at T={recipe.block_size} needs about "
             f"{needed / 2**30:,.1f} GiB (ids of the {rows:,} rows of a step included), "
-            f"{machine.name} has {budget / 2**30:,.1f} GiB to give; take a smaller --model, "
-            "--block-size or --grad-accum-steps, or insist with --micro-batch-size 1"
+            f"{machine.name} has {budget / 2**30:,.1f} GiB for it; use a smaller --model, "
+            "--block-size or --grad-accum-steps, or try anyway with --micro-batch-size 1"
         )
     graph = on_cuda and shard != "full" if asked.cuda_graph is None else asked.cuda_graph
     return replace(tried(micro, recompute, shard), cuda_graph=graph, notes=tuple(notes))
@@ -255,7 +255,7 @@ def _refuse(asked: Choices, recipe: Recipe, machine: Machine, dtype: str) -> Non
     if micro and rows % micro:
         raise ValueError(f"micro_batch_size: must divide the {rows} rows of a step, got {micro}")
     if asked.shard in _SHARED and recipe.muon:
-        raise ValueError("shard: Muon's state is not shared out; leave --shard out")
+        raise ValueError("shard: Muon's state cannot be sharded; leave --shard out")
     if asked.shard == "full" and (flag := _not_with_full(asked, dtype)):
         raise ValueError(f"shard: full goes without --{flag}; leave one of the two out")
 
@@ -293,9 +293,9 @@ def _merge_micro_batches(
         budget = max(budget, needs(batch))
     micro = next((d for d in divisors if needs(d) <= budget), 0)
     if micro > batch:
-        notes.append(f"{micro} rows at once where the recipe has {batch}: fewer micro-batches")
+        notes.append(f"{micro} rows at once instead of the recipe's {batch}: fewer micro-batches")
     elif micro < batch:
-        notes.append(f"{micro} rows at once where the recipe has {batch}: more do not fit")
+        notes.append(f"{micro} rows at once instead of the recipe's {batch}: more do not fit")
     return micro
 
 
@@ -313,7 +313,7 @@ def _choose_dtype(dtype: str, machine: Machine, notes: list[str]) -> str:
 
 
 def lacks(backend: str, machine: Machine, dtype: str) -> str:
-    """What a backend of the ops, or our AdamW ("triton"), needs and does not find; or ""."""
+    """What a backend of the ops, or our AdamW ("triton"), needs but does not find; or ""."""
     on_cuda = machine.device == "cuda"
     if backend == "triton":
         if not machine.has_triton:
@@ -351,7 +351,7 @@ def _choose_ops(ops: str, recipe: Recipe, machine: Machine, dtype: str, notes: l
         if machine.device == "cpu":
             why = "no GPU"
         elif machine.rocm:
-            why = "our kernels have never run on AMD's GPUs; --ops triton tries them"
+            why = "our kernels have never run on AMD GPUs; --ops triton tries them"
         if why:
             notes.append(f"ops eager: {why}")
             return "eager"

@@ -106,7 +106,7 @@ def loss_curve(
 
 
 def step_curves(series: Mapping[str, Points]) -> "Figure":
-    """Plots above each other, over the same steps: title to (step, value)."""
+    """Plots one above the other, over the same steps: title to (step, value)."""
     first = new_axes(size=(SIZE[0], 1.5 * len(series)), rows=len(series))
     from matplotlib.ticker import MaxNLocator
 

@@ -4,7 +4,7 @@ Text, JSONL and tables (training/documents.py) become headerless uint16 shards o
 document preceded by <|endoftext|>. This process reads the files in pieces, other processes tokenise
 the pieces, and the results are joined in order. So the memory stays flat, and the shards do not
 depend on the number of processes. index.json records which shards are done and what they were made
-from. After an interruption the same command goes on where it stopped; if the inputs or the shards
+from. After an interruption the same command resumes where it stopped. If the inputs or the shards
 have changed, it starts anew.
 """
 
@@ -46,12 +46,12 @@ class Config:
     inputs: tyro.conf.Positional[tuple[str, ...]]
     """Files, patterns, or folders of .txt, .md, code, .jsonl, .parquet and .arrow files; text and
     JSONL also as .gz, .zst, .bz2 or .xz."""
-    out: str  # Folder for the shards; the same command again goes on where it stopped.
-    shard_tokens: int = SHARD_TOKENS  # Tokens of a shard.
+    out: str  # Folder for the shards; the same command resumes an interrupted run.
+    shard_tokens: int = SHARD_TOKENS  # Tokens per shard.
     val_tokens: int = 0  # Tokens at the start that become val-*.bin instead of train-*.bin.
     text_column: Annotated[str, tyro.conf.arg(aliases=["--key"])] = documents.KEY
-    """Field of a JSONL object, or column of a table, that holds the document."""
-    processes: int = num_cores()  # Tokenising processes.
+    """JSONL field or table column that holds the document."""
+    processes: int = num_cores()  # Number of tokenising processes.
 
     def check(self) -> None:
         """Raise ValueError for a value out of range. Not in __post_init__, as in train.py."""
@@ -66,7 +66,7 @@ class Config:
 
 
 class ShardWriter:
-    """Cuts one stream of tokens into shard files and keeps index.json true.
+    """Splits one stream of tokens into shard files and keeps index.json up to date.
 
     A shard is written under a temporary name and renamed when it is full; then index.json follows.
     So even after a crash the index names only whole shards. It also says where the next one begins:
@@ -205,8 +205,8 @@ def encoded(pieces: Iterable[Piece], processes: int) -> Generator[bytes]:
             yield waiting.popleft().result()
     except BrokenExecutor:
         raise OSError(
-            "prepare: a tokenising process was killed, perhaps for want of memory; the same "
-            "command with fewer --processes goes on"
+            "prepare: a tokenising process was killed, perhaps for lack of memory; the same "
+            "command with fewer --processes resumes"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

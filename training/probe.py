@@ -67,7 +67,7 @@ class Probe:
     tokens_per_step: int
     host_s: float = 0.0  # median time in which the host queues a step on CUDA; 0 on a CPU
     peak_bytes: int = 0  # by the GPU's allocator; 0 on a CPU
-    note: str = ""  # what differed from training
+    note: str = ""  # how it differed from training
 
     @property
     def step_s(self) -> float:
@@ -157,15 +157,15 @@ def measure_rates(recipe: Recipe, machine: Machine, plan: Plan) -> Rates:
 
 
 def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PROBE_S) -> Probe:
-    """Take up to ten steps as train.py takes them, its numerics set before, and time their phases.
+    """Take up to ten steps as train.py does, with its numerics already set, and time their phases.
 
     Args:
         recipe, plan: What to run. On a CPU a large model, and any on a busy machine, is not
             compiled.
         tokens: (N,) uint16, to draw rows from.
         limit_s: No step begins that would end after so many seconds. On a CPU a step of one row is
-            timed first; where a whole step would take more than half of the limit, the steps have
-            fewer rows, and their time is scaled.
+            timed first; if a whole step would take more than half of the limit, steps have fewer
+            rows and their time is scaled.
 
     Raises:
         ValueError: `tokens` is shorter than a batch.
@@ -283,7 +283,7 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
 
 
 def slowdown(sample_s: float = 0.3) -> float:
-    """How many times as long as on an idle machine a thread takes now."""
+    """How many times as long a thread takes now as on an idle machine."""
     started, busy = time.perf_counter(), time.thread_time()
     while (wall := time.perf_counter() - started) < sample_s:
         pass

@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from, and what has changed since it was written."""
+"""The checkpoint that a run resumes from, and what has changed since it was written."""
 
 import math
 import os
@@ -27,10 +27,10 @@ from training.recipes import Recipe
 from training.run import Run
 from training.state import Progress, expect, made_on, restore, saved_recipe
 
-# Parts of a plan that were decided by measured times or free memory. On the same card they stay.
+# Parts of a plan that depend on measured times or free memory. On the same card they stay.
 _ADOPTED = ("ops", "compile", "recompute", "compile_scope", "micro_batch_size", "optimizer")
 _SHAPE = ("model", "batch_size", "grad_accum_steps", "block_size")
-# Fields of a recipe that change no step but the last; max_steps says what epochs are.
+# Fields of a recipe that only change which step is the last; epochs become max_steps.
 _SAME_STEPS = {"keep", "patience", "epochs"}
 _ENDS = {"max_steps", "horizon_steps"}  # fields of a recipe that a cool-down sets
 _MOST_SHOWN = 40  # differences; a recipe has fewer fields, a forged checkpoint may have any number
@@ -45,18 +45,18 @@ def _are_rows(text: Any) -> bool:
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on; the message says why and what may help."""
+    """The run cannot continue; the message says why and what may help."""
 
 
 def roll_back(
     run: Run, action: str, guard: Guard, log: RunLog, model: GPT, optimizer: AdamW
 ) -> Progress:
-    """Go back to the last good checkpoint and leave out the data of the bad steps from now on.
+    """Return to the last good checkpoint and leave out the data of the bad steps.
 
     Args:
         run: No checkpoint of it is being written.
-        action: "rollback" or "give_up", as the guard said.
-        guard, log, model, optimizer: Set back.
+        action: "rollback" or "give_up", from the guard.
+        guard, log, model, optimizer: To be set back.
 
     Raises:
         RunFailed: no rollbacks are left, or there is nothing to go back to.
@@ -94,7 +94,7 @@ def find(
     override: bool = False,
     cooldown: bool = False,
 ) -> Checkpoint | None:
-    """The checkpoint to go on from; rank 0 chooses it and sends it to the others.
+    """The checkpoint to resume from; rank 0 chooses it and sends it to the others.
 
     Args:
         choice: "auto", "never", or the path of a checkpoint or of a run folder.
@@ -103,7 +103,7 @@ def find(
         recipe, data_sha256, override, cooldown: See `check_recipe`.
 
     Raises:
-        CheckpointError: a path was given and nothing usable is there.
+        CheckpointError: a path was given, but nothing usable is there.
         ValueError: `check_recipe` refuses the checkpoint.
     """
     with torch.device("meta"):
@@ -130,7 +130,7 @@ def find(
 
 
 def _agreed(key: str, choose: Callable[[], Checkpoint | None], world: World) -> Checkpoint | None:
-    """What rank 0 chooses, on every rank; the others need not see its disk."""
+    """What rank 0 chooses, on every rank; the others need no access to its disk."""
     found = choose() if world.is_main else None
     mine = {**vars(found), "tensors": {}, "path": str(found.path)} if found else None
     if (facts := world.first(key, lambda: mine)) is None:
@@ -140,7 +140,7 @@ def _agreed(key: str, choose: Callable[[], Checkpoint | None], world: World) -> 
 
 
 def cool_down(saved: Checkpoint, recipe: Recipe) -> Recipe:
-    """`recipe` with its decay begun at `saved`; a decay that was begun earlier goes on as it was.
+    """`recipe` with its decay starting at `saved`; a decay that has already started continues.
 
     Raises:
         ValueError: the schedule is not wsd, or still in its warm-up.
@@ -164,7 +164,7 @@ def check_recipe(
 
     Args:
         saved: Read and checked.
-        recipe, data_sha256: Of the run that is to go on.
+        recipe, data_sha256: Of the run that resumes.
         override: Accept another recipe.
         cooldown: Begin the decay of a wsd schedule; see `cool_down`.
 
@@ -205,7 +205,7 @@ def check_recipe(
 def adopt(
     saved: Checkpoint | None, asked: Choices, recipe: Recipe, machine: Machine
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a plan on a GPU takes over from a checkpoint unless it is asked for; a line about it."""
+    """What a plan on a GPU keeps from a checkpoint unless a flag sets it; and a line about it."""
     if saved is None or machine.device != "cuda" or "made_on" not in saved.state:
         return {}, []
     if changed := _differences(saved.state["made_on"], made_on(machine.name)):
@@ -216,7 +216,7 @@ def adopt(
     can_be = {"launches": schema.Must("launch rows", _are_rows), **schema.of(Choices)}
     kept: dict[str, Any] = {}
     for name in (*_ADOPTED, "launches"):
-        value = plan.get(name)  # anything, if it is of another version or a stranger's
+        value = plan.get(name)  # may be anything, from another version or a stranger
         usable = value is not None and can_be[name].holds(value)
         if usable and getattr(asked.or_else({name: value}), name, value) == value:
             kept[name] = value

@@ -1,4 +1,4 @@
-"""A run: what was checked before it began, and what is made of that.
+"""A run: what was checked before it began, and the objects made from that.
 
 Its folder holds config.json, metrics.jsonl, checkpoints/, and at the end model/, samples.txt,
 loss.png, summary.json and report.html.
@@ -32,7 +32,7 @@ from training.step import autocast
 
 @dataclass
 class Run:
-    """What a run is made of."""
+    """What a run consists of."""
 
     preset: str  # name of the recipe
     recipe: Recipe
@@ -65,7 +65,7 @@ class Run:
         if model and self.preset != FINETUNE:
             lines.append(
                 f"init: the recipe {self.preset} trains from scratch, up to a learning rate of "
-                f"{recipe.max_lr:.1e}; --preset {FINETUNE} is made for weights that know something"
+                f"{recipe.max_lr:.1e}; --preset {FINETUNE} is made for trained weights"
             )
         return "\n".join([*lines, "\n  ".join([self.plan.describe(recipe.muon), *self.plan.notes])])
 
@@ -95,7 +95,7 @@ class Run:
         return idx[: self.plan.micro_batch_size], targets[: self.plan.micro_batch_size]
 
     def open_log(self, progress: Progress, log_every: int, loggers: Sequence[str]) -> RunLog:
-        """The run's log, cut back to the steps of `progress`."""
+        """The run's log, truncated to the steps of `progress`."""
         recipe, plan = self.recipe, self.plan
 
         def utilisation(tokens_per_s: float) -> float | None:
@@ -131,12 +131,12 @@ class Run:
         Args:
             model: The model.
             scored: The tokens to predict, at least 2.
-            max_tokens: Of a longer text so many are scored, from all over it.
+            max_tokens: Of a longer text this many are scored, spread over it.
             poll: Called between batches; may raise to end it.
         """
         total, weight, T = 0.0, 0, self.recipe.block_size
         pieces = eval_pieces(len(scored), max_tokens, T, self.world.size)
-        # Compiled blocks are for training; without gradients they would be compiled once more.
+        # Compiled blocks are for training; without gradients they would be compiled again.
         with autocast(self.plan), torch.compiler.set_stance("force_eager"):
             for first, last in pieces[self.world.rank :: self.world.size]:
                 tokens = np.asarray(scored[first:last])
@@ -145,7 +145,7 @@ class Run:
         return self.world.mean(total, weight, self.plan.device)
 
     def score_hellaswag(self, model: GPT, log: RunLog, done: int, stop: StopRequest) -> None:
-        """Log the share of `items` answered rightly after `done` steps, by all ranks together."""
+        """Log the accuracy on `items` after `done` steps, by all ranks together."""
         mine, T = self.items[self.world.rank :: self.world.size], self.recipe.block_size
         with log.aside(), autocast(self.plan), torch.compiler.set_stance("force_eager"):
             right, seen = hellaswag.count_right(model, mine, T, lambda: bool(stop))
@@ -159,7 +159,7 @@ class Run:
 def data_loader(
     recipe: Recipe, plan: Plan, tokens: Tokens, world: World, progress: Progress | None = None
 ) -> DataLoaderLite:
-    """Hands out this rank's rows of a step, which the step cuts into micro-batches.
+    """Yields this rank's rows of a step, which the step splits into micro-batches.
 
     Raises:
         ValueError: the text is too short for them.

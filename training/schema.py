@@ -1,4 +1,4 @@
-"""What a value out of a file must be, made from the types that declare it, and checked in one walk.
+"""What a value from a file must be, derived from the types that declare it, and how it is checked.
 
 A schema is one of
     Must(words, holds)    a single value
@@ -7,8 +7,8 @@ A schema is one of
     (schema, schema)      an array of exactly these
     Every(schema)         an object of any names that match its pattern
 
-`of` makes it from a type: a dataclass, a TypedDict, or what their fields are declared as. If a type
-cannot say it, a Must stands beside the type and replaces it: Annotated[int, count(3)].
+`of` derives it from a type: a dataclass, a TypedDict, or the type of a field. Where a type cannot
+express it, an annotation replaces it: Annotated[int, count(3)].
 """
 
 import re

@@ -2,8 +2,8 @@
 
 The candidates for a kernel are the launches of [candidates] and of other rows of launches.toml
 with the same blocks, then the present launch with one thing changed, then with two, and so on.
-Children build them side by side, for few rows of the same specialisation, which leaves them in
-Triton's cache on disk. Then one child by itself checks their results and times them. A candidate
+Children build them in parallel, for few rows that Triton compiles alike, which fills Triton's cache
+on disk. Then one child by itself checks their results and times them. A candidate
 that kills its child or hangs costs only itself. The fastest few are timed in turns with the present
 launch; training/choose.py decides by these samples.
 """
@@ -28,7 +28,7 @@ from training.timing import Timing
 from training.trials import COMMAND, list_launches, try_launches
 
 FINALISTS = 3
-FINAL = {"rounds": 20, "seconds": 5.0}  # for the last turns; four launches rarely need all the time
+FINAL = {"rounds": 20, "seconds": 5.0}  # for the last turns; four launches rarely need that long
 QUICK = {"rounds": 5, "seconds": 0.3, "warmup": 1}
 MAX_CANDIDATES = 200  # for one kernel
 BATCH = 4  # candidates that each child builds before those are timed
@@ -69,7 +69,7 @@ def axes_of(name: str, present: Launch) -> list[list[dict[str, Any]]]:
 
 
 def candidates(name: str, present: Launch) -> list[Launch]:
-    """What to try, the most promising first; no two of them launch alike."""
+    """What to try, the most promising first; all launch differently."""
     changes = itertools.product(*([{}, *axis] for axis in axes_of(name, present)))
     launches = known_launches(present)
     for change in sorted(changes, key=lambda change: sum(map(bool, change))):

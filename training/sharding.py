@@ -1,8 +1,8 @@
-"""AdamW's state shared out over the ranks (ZeRO-1): one rank updates each parameter.
+"""AdamW's state sharded over the ranks (ZeRO-1): one rank updates each parameter.
 
 Only that rank has the moments, and the fp32 weight if the model works with a bf16 copy; the others
-receive the new weight or copy. All have the whole gradient, so clip and update are those of one
-rank to the last bit. A step sends (n - 1) / n of the weights or copies more.
+receive the new weight or copy. All have the whole gradient, so clip and update equal those of one
+rank to the last bit. A step sends an additional (n - 1) / n of the weights or copies.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,11 +28,11 @@ def total_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 class Replicas:
-    """Every rank has all and updates all; the classes that share something out replace methods.
+    """Every rank has all and updates all; classes that shard something override methods.
 
     Attributes:
         others: The parameters that this rank does not update.
-        rows: What a step computes with in place of parameters that are cut, by parameter; see
+        rows: What a step computes with in place of sharded parameters, by parameter; see
             training/full_shard.py.
         released: Whether weights are missing, until `gather`.
         outside: As in training/averaging.py.
@@ -51,14 +51,14 @@ class Replicas:
         return value if self.owns(parameter) else None
 
     def norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Norm of all gradients together, also of those that are cut."""
+        """Norm of all gradients together, sharded ones included."""
         return total_norm(parameters)
 
     def take_gradients(self) -> None:
-        """After the backward: bring the gradients to the model's parameters."""
+        """After the backward: move the gradients to the model's parameters."""
 
     def exchange(self, copies: Copies) -> None:
-        """After the update: bring every rank what its model reads of each parameter."""
+        """After the update: send every rank what its model reads of each parameter."""
 
     def release(self, copies: Copies) -> None:
         """Before a step: free the weights that this rank can do without."""
@@ -81,7 +81,7 @@ class Shard(Replicas):
 
     def __init__(self, parameters: Iterable[nn.Parameter], world: World):
         self.rank, self.owner, load = world.rank, dict[nn.Parameter, int](), [0] * world.size
-        # The largest goes first, to the rank that has least: loads differ by one matrix at most.
+        # The largest first, to the rank that has least: loads differ by at most one matrix.
         for p in sorted(parameters, key=lambda p: -p.numel()):
             rank = load.index(min(load))
             self.owner[p] = rank
@@ -124,7 +124,7 @@ class Shard(Replicas):
 
 
 def share_out(optimizer: "AdamW", model: GPT, plan: Plan, world: World) -> None:
-    """Give each rank the weights of rank 0, and its part of what the plan shares out."""
+    """Give each rank the weights of rank 0, and its shard of what the plan shards."""
     if world.size > 1:
         for p in model.parameters():
             dist.broadcast(p.detach(), 0)

@@ -1,10 +1,10 @@
-"""Token files of this project and of others, seen as one long array.
+"""Token files of this project and of others, as one long array.
 
     ours and nanoGPT    .bin   headerless little-endian uint16
     llm.c, modded-nanogpt .bin 256 int32 header (20240520, 1, number of tokens), then uint16
     build-nanogpt       .npy   numpy v1, uint16
 
-All are memory-mapped: a corpus may be larger than the memory. Formats as read from nanoGPT's
+All are memory-mapped, as a corpus may be larger than the memory. The formats are those of nanoGPT's
 data/*/prepare.py, llm.c's dev/data/data_common.py and build-nanogpt's fineweb.py.
 
 A folder that training.prepare wrote has an index.json with the name, size and SHA-256 of each
@@ -94,7 +94,7 @@ def open_shard(path: Path) -> np.ndarray:
             f"data: {path} must hold uint16 tokens, got {num_bytes} bytes; --data takes text too"
         )
     magic, version, num = np.frombuffer(start.ljust(12, b"\0"), dtype="<i4").tolist()
-    # Tokens of a headerless file would have to begin with " spotlight", "F", 1, 0 to be mistaken.
+    # A headerless file is mistaken only if its tokens begin with " spotlight", "F", 1, 0.
     if magic != LLMC_MAGIC or version != 1:
         return np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
     expected = _LLMC_HEADER + TOKEN_DTYPE.itemsize * num
@@ -112,7 +112,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_samples(tokens: np.ndarray) -> str:
-    """SHA-256 of 64 places of a file, both ends included."""
+    """SHA-256 of samples from 64 places in a file, both ends included."""
     last = max(len(tokens) - _SAMPLE_TOKENS, 0)
     digest = hashlib.sha256()
     for start in np.linspace(0, last, _SAMPLES, dtype=np.int64).tolist():

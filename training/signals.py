@@ -1,9 +1,9 @@
-"""Stop requests from outside: finish the step, save, leave with a code a scheduler can read.
+"""Stop requests from outside: finish the step, save, exit with a code a scheduler can read.
 
 SIGTERM (preemption), SIGINT (a person), SIGHUP (the terminal is gone) and SIGUSR1 (Slurm's early
-warning) set a flag. The loop looks at it between steps, the last evaluation between batches, the
-samples between tokens. So the answer takes no longer than a step, an evaluation during the run or,
-at the start, compiling. A second SIGINT stops at once.
+warning) set a flag. The loop checks it between steps, the last evaluation between batches, the
+samples between tokens. So a stop takes no longer than a step, an evaluation during the run or, at
+the start, compiling. A second SIGINT stops at once.
 """
 
 import _thread
@@ -24,7 +24,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """A stop request came where there is no step to finish first."""
+    """A stop request came while there was no step to finish."""
 
 
 class StopRequest:
@@ -49,7 +49,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in _SIGNALS:
-            # nohup has SIGHUP ignored, and means it.
+            # Under nohup SIGHUP is ignored on purpose.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._handle)
         return self

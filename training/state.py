@@ -1,4 +1,4 @@
-"""The state of a run, into a checkpoint and back, so that N steps, a kill and M steps equal N + M.
+"""A run's state, to a checkpoint and back, so that N steps, a kill and M steps equal N + M.
 
 At the top of a step a run's state is its weights, optimizer moments, random generators, the guard's
 window, the number of rows drawn, and how much of metrics.jsonl belongs to the steps done.
@@ -54,7 +54,7 @@ _SCALE = Must(
 
 @dataclass
 class Progress:
-    """What changes with the steps on the host, all of it JSON."""
+    """The host's state that changes with the steps, all of it JSON."""
 
     step: int = 0  # steps done
     position: int = 0  # rows drawn, see training/data.py
@@ -94,14 +94,14 @@ def saved_recipe(saved: Checkpoint) -> dict[str, Any]:
 
 
 def made_on(card: str) -> dict[str, str | None]:
-    """What measured times depend on, and with them the choices that they led to."""
+    """What measured times depend on, and so the choices made from them."""
     return {"card": card, "torch": torch.__version__, "triton": package_version("triton")}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     """Moments and step counts by parameter name; {} before the first step.
 
-    If the optimizer is sharded, all ranks must call this and rank 0 alone gets the tensors.
+    If the optimizer is sharded, all ranks must call this, and only rank 0 gets the tensors.
     """
     named = {}
     for name, parameter in model.named_parameters() if optimizer.state else ():

@@ -24,7 +24,7 @@ Call = Callable[[], Any]
 L2_MULTIPLE = 4  # size of one rotation's data over L2's, so that no call finds its own data there
 CPU_CACHE_BYTES = 32 << 20  # last-level cache of one group of cores, on most machines of today
 MAX_SETS = 64
-MIN_GAIN = 1.02  # a smaller gain may be a loss on another day, and changes nothing
+MIN_GAIN = 1.02  # a smaller gain may be a loss on another day, so it is ignored
 MIN_GRAPH_CALLS = 100  # for short calls: they share a graph's start of some microseconds
 SHORT_CALL_BYTES = 16 << 20
 SPIN_SECONDS = 0.2  # work before measuring: an idle GPU's clock takes that long to rise
@@ -80,7 +80,7 @@ def ratio(slow: Timing, fast: Timing) -> float:
 
 
 def gains(slow: Timing, fast: Timing) -> bool:
-    """Whether `fast` is worth a change: faster by MIN_GAIN, and in three turns of four at least."""
+    """Whether `fast` is worth a change: faster by MIN_GAIN, and in at least three turns of four."""
     ratios = _ratios(slow, fast)
     return ratios.quartiles_ms[0] > 1.0 and ratios.median_ms >= MIN_GAIN
 
@@ -105,7 +105,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def note_failure(failed: dict[str, str] | None, name: str, error: Exception) -> None:
-    """Note why a contestant failed; raise it if there is no `failed`, or the context is lost."""
+    """Record why a contestant failed; raise it without `failed`, or if the context is lost."""
     if failed is None or is_fatal(error):
         raise error
     failed[name] = reason_of(error)
@@ -117,7 +117,7 @@ def _is_short(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Replay:
-    """Something that can be run again and tells how long one call took."""
+    """Something that can be rerun and returns how long one call took."""
 
     once: Callable[[], float]  # ms per call
     mode: str
@@ -231,7 +231,7 @@ def interleave(
 
     Args:
         replays: What to time, by name.
-        rounds, seconds: Samples of each at most; no round begins after so many seconds.
+        rounds, seconds: At most so many samples each; no round begins after so many seconds.
         warmup, min_rounds: Rounds thrown away first, and rounds taken whatever they cost.
         until: Of time.monotonic(); after it not even those begin.
         failed: Receives why a contestant dropped out; without it the first error is raised.
@@ -310,7 +310,7 @@ def _check_room(need: int) -> None:
 
 
 def spin(device: torch.device) -> None:
-    """Keep the GPU busy until its clock is up."""
+    """Keep the GPU busy until its clock has risen."""
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(SPIN_SIZE, SPIN_SIZE, generator=generator, device=device).to(torch.bfloat16)
     out = torch.empty_like(a)

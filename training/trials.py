@@ -1,11 +1,11 @@
-"""What child processes try on this device: they check an op, or time it, and may crash.
+"""What child processes do on this device: check an op or time it, at the risk of a crash.
 
 A task is a call of a function below with recipe and plan last. training/verify.py,
 training/choose.py and training/search.py send them.
 
 An op gets arguments of the shapes and dtypes that the model passes, filled with noise. In a check
-its values and every gradient must hold the rule of training/numerics.py, on memory that reads as
-NaN until it is written to. Then the op runs again several times, and no bit may change.
+its values and every gradient must meet the rule of training/numerics.py, on memory that reads as
+NaN until it is written. Then the op is rerun several times, and no bit may change.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ from training.step import autocast, start_process, working_copies
 
 SERVE = "from training import child, trials; child.serve(trials.answer)"
 COMMAND = (sys.executable, "-c", SERVE)
-LIMIT_S = 600  # for a task; nobody waits that long, so the child then ends itself
+LIMIT_S = 600  # for a task; nobody waits that long, so the child then exits
 ROUNDS = {"rounds": 15, "seconds": 1.5}  # for an op's backends, in turns
 STEPS_S = 3.0  # for steps taken launch by launch, after those that are replayed
 NUM_RERUNS = {"cuda": 20, "cpu": 0}  # the interpreter is slow, and runs programs one by one
 NUM_LAYERS = 2  # layers of the model that gives the tensors; more would have the same shapes
-EXACT_BYTES = 1 << 30  # float64 at once; a batch that needs more is cut into parts
+EXACT_BYTES = 1 << 30  # float64 at once; a batch that needs more is split
 Runs = tuple[Callable[[], Values], ...]  # by our kernels, by plain PyTorch, in float64
 
 
@@ -149,7 +149,7 @@ def model_inputs(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def _runs_of(name: str, recipe: Recipe, plan: Plan) -> Runs:
-    """The runs of an op, all on the same numbers."""
+    """The runs of an op, all on the same inputs."""
     inputs = model_inputs(recipe, plan)[name]
     with torch.no_grad(), autocast(plan):
         douts = default_douts(getattr(EAGER, name)(**inputs))
@@ -364,7 +364,7 @@ def try_launches(
 
 
 def _kept(timed: timing.Timing) -> list[float]:
-    """Samples to four digits, which is what a file keeps of them."""
+    """Samples to four digits, as a file keeps them."""
     return [float(f"{ms:.4g}") for ms in timed.samples_ms]
 
 

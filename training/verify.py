@@ -1,10 +1,9 @@
-"""Whether the kernels compute on this device what plain PyTorch does, before a run trusts them.
+"""Checks that the kernels compute the same as plain PyTorch here, before a run trusts them.
 
 `settle` has child processes (training/trials.py) check AdamW and each op that a plan gives to
-Triton. An illegal access ends a process and a bad launch may never return; a lost child costs only
-its op. The verdicts are kept in the user's cache directory, in a readable file for each card,
-driver, version, assembler, state of the sources and shape. `compare_first_batch` is part of every
-run.
+Triton. An illegal access kills a process, and a bad launch may never return; a lost child costs
+only its op. The verdicts are kept in the user's cache directory, in a readable file for each card,
+driver, version, assembler, state of the sources and shape. Every run does `compare_first_batch`.
 """
 
 import hashlib
@@ -45,12 +44,12 @@ SOURCES = """
 LIMIT_S = 300.0  # for one check, its start and compiling included, on a machine that may be busy
 # What a lack of device memory is called, by others than torch's allocator too.
 SHORT = ("out of memory", "ALLOC_FAILED", "STATUS_NOT_INITIALIZED")
-# Failures that may be gone at the next start, so they are not kept.
+# Failures that may not recur at the next start, so they are not kept.
 PASSING = ("no answer", "ended with -9", "allocate memory", "busy or unavailable", *SHORT)
 ADAMW = "adamw"
 KEPT = {"key": schema.OBJECT, "wrong": schema.of(dict[str, str]), "seconds": schema.of(float)}
 # How far loss and gradient norm of the first micro-batch may differ. Only gross faults show there;
-# each op by itself is held to more.
+# the check of each op is stricter.
 FIRST_BATCH = {"fp32": (1e-3, 1e-2), "bf16": (1e-2, 1e-1), "fp16": (1e-2, 1e-1)}
 
 
@@ -63,7 +62,7 @@ def checked_names(plan: Plan) -> tuple[str, ...]:
 def settle(
     make: Callable[[Choices], Plan], asked: Choices, recipe: Recipe, machine: Machine, world: World
 ) -> Plan:
-    """The plan of `make` without the kernels that are wrong here; a note names each of them.
+    """The plan of `make` without the kernels that are wrong here; a note names each one.
 
     Raises:
         RunFailed: one of them was asked for by name.
@@ -89,7 +88,7 @@ def settle(
 def find_wrong(
     recipe: Recipe, plan: Plan, machine: Machine, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """What is wrong with the plan's kernels, by name; read from the cache, or found by children."""
+    """What is wrong with the plan's kernels, by name, from the cache or from children."""
     if plan.device == "cpu" and plan.dtype == "bf16":
         say("kernels: not checked, triton's interpreter does not round bf16 as hardware does")
         return {}
@@ -201,13 +200,13 @@ def ask_children(names: tuple[str, ...], recipe: Recipe, plan: Plan) -> dict[str
 def compare_first_batch(
     model: GPT, plan: Plan, rows: Callable[[], tuple[Tensor, Tensor]], asked: str, world: World
 ) -> Plan:
-    """The plan; with eager ops where the chosen ops give another loss or gradient than those.
+    """The plan, with eager ops if the chosen ops give a different loss or gradient.
 
     Args:
         model: On the device, with the weights that training begins with. It leaves with the ops of
             the returned plan.
         plan: Of this rank.
-        rows: Gives inputs and targets of the first micro-batch.
+        rows: Returns inputs and targets of the first micro-batch.
         asked: Choices.ops.
         world: All ranks; one that finds a difference decides for all.
 
@@ -234,7 +233,7 @@ def compare_first_batch(
 
 
 def _difference(model: GPT, plan: Plan, idx: Tensor, targets: Tensor) -> str:
-    """How the chosen ops differ from eager ones, or ""; on fewer rows where memory is short."""
+    """How the chosen ops differ from eager ones, or ""; on fewer rows if memory is short."""
     both = EAGER, plan.op_set
     while True:
         try:
@@ -253,7 +252,7 @@ def _difference(model: GPT, plan: Plan, idx: Tensor, targets: Tensor) -> str:
         ("loss", "gradient norm"), ours, eager, budgets, strict=True
     ):
         if not abs(mine - plain) <= budget:
-            return f"the first micro-batch has {name} {mine:.6g}, by eager ops {plain:.6g}"
+            return f"the first micro-batch has {name} {mine:.6g}, with eager ops {plain:.6g}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What the values of finished steps lead to: go on, stop, be done, go back.
+"""Decides from the values of finished steps: go on, stop, finish or roll back.
 
 A step's values are read after the next step has been queued (training/metrics.py), so a decision
 comes one step late, and on all ranks at the same step.
@@ -14,7 +14,7 @@ class Watch:
     """Reads the log's records in order and decides.
 
     Args:
-        log: Gives the records, and takes the guard's verdicts as events.
+        log: Yields the records, and logs the guard's verdicts as events.
         guard: Without one, a loss that is not finite ends the run.
         stop: The stop request of this process.
         target_loss: The run is done after a training loss below it; 0 is off.
@@ -31,10 +31,10 @@ class Watch:
         self.reached: int | None = None  # first step with a loss below the target
 
     def catch_up(self, wait: bool) -> str | None:
-        """Read the records of finished steps; with `wait` also of the one that still runs.
+        """Read the records of finished steps; with `wait` also of the running one.
 
         Returns:
-            "rollback" or "give_up" if the guard says so, and the caller must go back; else None.
+            "rollback" or "give_up" if the guard says so and the caller must roll back; else None.
 
         Raises:
             RunFailed: a loss or gradient norm is not finite and there is no guard.
@@ -45,7 +45,7 @@ class Watch:
             if self.guard is None and not record.finite:
                 raise RunFailed(
                     f"step {record.step}: the loss is {record.loss}, the gradient norm "
-                    f"{record.grad_norm}, and without a guard nothing undoes that; a lower "
+                    f"{record.grad_norm}, which nothing undoes without a guard; a lower "
                     "--max-lr, more --warmup-steps or --guard may help"
                 )
             if self.reached is None and record.loss < self.target_loss:
