@@ -9,16 +9,14 @@ as if nothing overlapped. No figure is fitted. Registers and programs per SM are
 compiled kernels.
 """
 
-import importlib
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bench import cli, record, resources
+from bench import builds, cli, record, resources
 from bench.cases import CASES, Shape
 from bench.plan_run import PAPER
 from bench.tables import number, shown, table
-from kernels._aot import AotCase
 from kernels._op import INTERPRETED
 from model import MODELS
 from model.edge import exits
@@ -30,14 +28,6 @@ from training.machines import find_card
 COPY_SHARE, MATMUL_SHARE = 0.89, 0.70
 EXPS_PER_CLOCK = 16  # of an SM
 MODEL, ITEMSIZE, TRAIN = "124m", 2, "both"
-LABELS = {  # how the labels of an op's builds begin
-    "add_layer_norm": ("fwd C=768 x=bf16 h=fp32", "bwd C=768 x=bf16 h=fp32"),
-    "gelu_mlp": ("up bf16 16-bit", "down bf16 16-bit"),
-    "causal_attention": ("fwd D=64 bf16", "dq D=64 bf16", "dkdv D=64 bf16"),
-    "linear_cross_entropy": ("bf16 train",),
-    "adamw": ("update",),
-}
-SHORT = ("fwd D=64 bf16", "short D=64 bf16")  # attention's, up to 64 tokens
 HEADER = "part calls MB GFLOP Gexp registers_x_programs floor_ms predicted_ms measured_ms off_by"
 
 Work = tuple[float, float, float]  # bytes, flops, exponentials: of a call, or per second
@@ -108,29 +98,13 @@ def measured_ms(card: str, s: Shape) -> dict[str, float]:
     return found
 
 
-def builds(arch: int, s: Shape) -> dict[str, list[AotCase]]:
-    """The builds that run at a shape, by op, forward first.
-
-    Where labels name a size of the matrices or a block of queries, it is the one of this shape.
-    """
-    likely = {"small" if s.M < 4096 else "large", "M64" if s.T <= 64 else "M128"}
-    labels = LABELS | ({"causal_attention": SHORT} if s.T <= 64 else {})
-    modules = map(importlib.import_module, resources.kernel_modules())
-    cases = [case for module in modules for case in module.aot_cases(arch)]
-    found: dict[str, list[AotCase]] = {op: [] for op in labels}
-    for op, beginnings in labels.items():
-        for beginning in beginnings:
-            known = [c for c in cases if c.op == op and c.label.startswith(beginning)]
-            found[op].append(max(known, key=lambda c: len(likely & {*c.label.split()})))
-    return found
-
-
 def registers(arch: int, s: Shape) -> dict[str, str]:
-    """Registers and programs per SM of the compiled kernels, by op."""
+    """Registers and programs per SM of an op's kernels, in the order of their launches."""
     found: dict[str, str] = {}
-    for op, cases in builds(arch, s).items():
-        rows = [resources.inspect_case(case, arch) for case in cases]
-        found[op] = ", ".join(f"{row.registers} x{row.blocks_per_sm}" for row in rows)
+    for op, run in builds.step(s).items():
+        rows = [resources.inspect(build) for build in builds.record(run, arch)]
+        cells = (f"{row.registers} x{row.blocks_per_sm}" for row in rows)
+        found[op] = ", ".join(dict.fromkeys(cells))
     return found
 
 

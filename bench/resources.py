@@ -4,7 +4,7 @@
     python -m bench.resources --arch 90 --op causal_attention
     python -m bench.resources --json resources.json
 
-Each kernel module lists its builds in `aot_cases(arch)`. The exit status is 1 if a build fails,
+The builds are those of bench/builds.py. The exit status is 1 if a build fails,
 spills, needs more shared memory than a block may have, fits on an SM fewer times than its launch
 row counts on, has its WGMMA serialised, or on sm_90 has no HGMMA in a 16-bit or TF32 tile of 64
 rows or more. The table does not show that a row is fast; it sometimes shows that it cannot be.
@@ -21,14 +21,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import kernels
 from bench import cli
-from kernels._aot import AotCase
+from bench.builds import Build
 from kernels._launch import cdiv
 from kernels._op import INTERPRETED
 from model.edge import exits
@@ -60,7 +60,7 @@ BLOCK_RESERVED_SHARED = 1024  # what the runtime keeps of each block's shared me
 HGMMA_MIN_ROWS = 64  # a warpgroup's WGMMA is 64 rows; smaller tiles rightly use HMMA
 TENSOR_OPS = ("HMMA", "HGMMA", "UTCHMMA")
 PROCESSES = 2
-REPORT_VERSION = 2  # part of the cache key; raise it when `_measure` reads something else
+REPORT_VERSION = 3  # part of the cache key; raise it when `_measure` reads something else
 
 
 @dataclass(frozen=True)
@@ -80,53 +80,35 @@ class Resources:
     violations: tuple[str, ...] = ()
 
 
-def build(case: AotCase, arch: int) -> Any:
-    """Compile one case ahead of time; returns triton's CompiledKernel."""
+def compiled(build: Build) -> Any:
+    """Compile one build; returns triton's CompiledKernel."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel, names = case.kernel, case.kernel.arg_names
-    for parameter in kernel.params:
-        if parameter.is_constexpr and parameter.name in case.signature:
-            raise ValueError(f"{case.label}: {parameter.name} is a constexpr and has no value")
-    # The JIT finds these divisors on usual shapes. Without them no load is wide or asynchronous.
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name not in case.unaligned
-        and case.signature.get(name, "").startswith(("*", "i32", "i64"))
-    }
-    source = ASTSource(
-        fn=kernel,
-        signature={name: case.signature.get(name, "constexpr") for name in names},
-        constexprs=dict(case.constexprs),
-        attrs=divisible,
-    )
-    options = {k: v for k, v in case.launch.kwargs().items() if k not in names}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    target = GPUTarget("cuda", build.arch, 32)
+    return triton.compile(build.source, target=target, options=build.options)
 
 
-def _measure(case: AotCase, arch: int) -> dict[str, Any]:
+def _measure(build: Build) -> dict[str, Any]:
     """Registers, spills and warnings of ptxas, instructions by nvdisasm; kept on disk."""
     from triton import knobs
 
     knobs.nvidia.dump_ptxas_log = True
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        compiled = build(case, arch)
-        kept = Path(knobs.cache.dir) / f"fused_gpt_resources/{compiled.hash}-{REPORT_VERSION}.json"
+        kernel = compiled(build)
+        kept = Path(knobs.cache.dir) / f"fused_gpt_resources/{kernel.hash}-{REPORT_VERSION}.json"
         if kept.exists():
             return json.loads(kept.read_text())
         if not said.getvalue():
             # It came from triton's cache, which does not keep what ptxas said. Only triton itself
             # can compile it again: its choice of ptxas and flags changes the registers.
             knobs.compilation.always_compile = True
-            compiled = build(case, arch)
+            kernel = compiled(build)
             knobs.compilation.always_compile = False
-    ptxas, ptx, sass = said.getvalue(), compiled.asm["ptx"], ""
+    ptxas, ptx, sass = said.getvalue(), kernel.asm["ptx"], ""
     if "mma" in ptx:  # mma.sync, wgmma or tcgen05.mma; nvdisasm is the slowest step here
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(compiled.asm["cubin"])
+            cubin.write(kernel.asm["cubin"])
             cubin.flush()
             command = [knobs.nvidia.nvdisasm.path, "-c", cubin.name]
             sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -136,14 +118,16 @@ def _measure(case: AotCase, arch: int) -> dict[str, Any]:
         assert found is not None, ptxas
         return int(found[1])
 
+    dots = re.findall(r"tt\.dot .* tensor<(\d+)x", kernel.asm["ttir"])
     mnemonics = Counter(re.findall(r"\b[A-Z][A-Z0-9]+\b", sass))
     found = {
         "registers": number(r"Used (\d+) registers"),
         "stack_bytes": number(r"(\d+) bytes stack frame"),
         "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
-        "shared_bytes": compiled.metadata.shared,
+        "shared_bytes": kernel.metadata.shared,
         "threads": number(r"\.reqntid (\d+)", ptx),
         "serialised": "wgmma.mma_async instructions are serialized" in ptxas,
+        "dot_rows": min(map(int, dots), default=0),
         "tensor_ops": {op: mnemonics[op] for op in TENSOR_OPS if mnemonics[op]},
     }
     write_atomically(kept, json.dumps(found))  # two processes may measure one build
@@ -163,65 +147,58 @@ def blocks_per_sm(registers: int, threads: int, shared_bytes: int, arch: int) ->
     )
 
 
-def inspect_case(case: AotCase, arch: int) -> Resources:
-    row = Resources(case.op, case.kernel.__name__, case.label, arch)
+def inspect(build: Build) -> Resources:
+    """Compile a build and say what it takes and what is wrong with it."""
+    arch = build.arch
+    row = Resources(build.op, build.source.name, build.label, arch)
     try:
-        found = _measure(case, arch)
+        found = _measure(build)
     except Exception as error:  # whatever stops a build is a finding, not a crash
         reason = str(error).strip().splitlines() or [""]
         violation = f"does not build: {type(error).__name__}: {reason[-1][:200]}"
         return replace(row, violations=(violation,))
     shared, limit = found["shared_bytes"], ARCHS[arch].block_shared
-    threads, serialised = found.pop("threads"), found.pop("serialised")
+    threads, serialised, rows = (found.pop(k) for k in ("threads", "serialised", "dot_rows"))
     fit = blocks_per_sm(found["registers"], threads, shared, arch)
     violations = []
     if found["stack_bytes"] or found["spill_bytes"]:
         violations.append(f"spills {found['spill_bytes']} B, stack {found['stack_bytes']} B")
     if shared > limit:
         violations.append(f"shared memory {shared} B, a block may have {limit}")
-    elif fit < (wanted := case.launch.programs_per_sm):
+    elif fit < (wanted := build.launch.programs_per_sm):
         violations.append(f"{fit} programs fit on an SM, the row counts on {wanted}")
     if serialised:
         violations.append("WGMMA is serialised")
-    if arch == 90 and case.mma_rows >= HGMMA_MIN_ROWS and "HGMMA" not in found["tensor_ops"]:
-        violations.append(f"no HGMMA with {case.mma_rows} rows")
+    exact = build.key.math == "ieee"
+    if arch == 90 and not exact and rows >= HGMMA_MIN_ROWS and "HGMMA" not in found["tensor_ops"]:
+        violations.append(f"no HGMMA with {rows} rows")
     return replace(row, **found, blocks_per_sm=fit, violations=tuple(violations))
 
 
-def kernel_modules() -> list[str]:
-    """The modules of the public ops and of the optimizer."""
-    ops = (getattr(kernels.TRITON, f.name).__module__ for f in fields(kernels.Ops))
-    return [*dict.fromkeys(ops), "kernels.adamw"]
-
-
 def table(
-    modules: Sequence[str], archs: Sequence[int], ops: Sequence[str] = ()
+    recorded: Callable[[int], Iterable[Build]], archs: Sequence[int], ops: Sequence[str] = ()
 ) -> Iterator[Resources]:
-    """A row for each build of these modules and ops, as soon as it is measured.
+    """A row for each build that `recorded` gives for a chip, as soon as it is measured.
 
     Raises:
         ValueError: nothing to build, or the interpreter is on: it replaces `triton.jit`.
     """
     if INTERPRETED:
         raise ValueError("resources: cannot compile under TRITON_INTERPRET=1; unset it")
-    cases: list[tuple[AotCase, int]] = []
-    for module in map(importlib.import_module, modules):
-        for arch in archs:
-            cases += [(c, arch) for c in module.aot_cases(arch) if not ops or c.op in ops]
-    if not cases:
-        raise ValueError(f"resources: no case of ops {[*ops]} in modules {[*modules]}")
-    # A jitted function does not pickle, so forked workers inherit the cases. Nothing opens CUDA.
-    _CASES[:] = cases
+    _BUILDS[:] = [b for arch in archs for b in recorded(arch) if not ops or b.op in ops]
+    if not _BUILDS:
+        raise ValueError(f"resources: no build of {', '.join(ops)}")
+    # A jitted function does not pickle, so forked workers inherit the builds. Nothing opens CUDA.
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
-        yield from pool.map(_inspect_at, range(len(cases)))
+        yield from pool.map(_inspect_at, range(len(_BUILDS)))
 
 
-_CASES: list[tuple[AotCase, int]] = []
+_BUILDS: list[Build] = []
 
 
 def _inspect_at(index: int) -> Resources:
-    return inspect_case(*_CASES[index])
+    return inspect(_BUILDS[index])
 
 
 LINE = "{:<21}{:<30}{:<44}{:>4}{:>6}{:>7}{:>7}{:>9}{:>8}  {}"
@@ -243,12 +220,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--arch", type=int, action="append", choices=[*ARCHS], help="default: all")
     ops = [*(f.name for f in fields(kernels.Ops)), "adamw"]
     add("--op", action="append", choices=ops, help="default: all")
-    add("--module", action="append", help="modules with aot_cases; default: kernels")
+    add("--module", default="bench.builds", help="where `builds` is")
     add("--json", type=cli.path, help="also write the table there")
     args = parser.parse_args(argv)
     rows = []
     print(LINE.format(*HEADER.split()))
-    for row in table(args.module or kernel_modules(), args.arch or [*ARCHS], args.op or ()):
+    recorded = importlib.import_module(args.module).builds
+    for row in table(recorded, args.arch or [*ARCHS], args.op or ()):
         print(format_row(row), flush=True)
         rows.append(row)
     failed = [row for row in rows if row.violations]

@@ -182,8 +182,8 @@ def candidates_for(key: Key) -> list[Launch]:
     return [launch for row, launch in rows()[-1].items() if row.serves(key)]
 
 
-# Kernel or ANY, what it is launched with instead, and what was asked for: see `replaced`.
-_trial: tuple[str, Launch | None, list[tuple[Key, Launch]]] = ("", None, [])
+# A kernel, what it is launched with instead, and the answers given: see `replaced`.
+_trial: tuple[str, Launch | None, list[tuple[Key, Launch]]] | None = None
 
 
 def launch_for(key: Key, safe: Launch | None = None) -> Launch:
@@ -198,23 +198,25 @@ def launch_for(key: Key, safe: Launch | None = None) -> Launch:
     found = _row_for(key) or safe
     if found is None:
         raise LookupError(f"launch rows: none for {key}; each kernel needs one of any arch")
-    kernel, launch, asked = _trial
-    if kernel not in (key.kernel, ANY):
-        return found
-    asked.append((key, found))
-    return launch or found
+    if _trial is not None:
+        kernel, launch, answers = _trial
+        if launch is not None and kernel == key.kernel:
+            found = launch
+        answers.append((key, found))
+    return found
 
 
 @contextmanager
-def replaced(kernel: str, launch: Launch | None) -> Iterator[list[tuple[Key, Launch]]]:
-    """In this context `kernel` (ANY: each) runs with `launch` for any key; None changes nothing.
+def replaced(kernel: str = "", launch: Launch | None = None) -> Iterator[list[tuple[Key, Launch]]]:
+    """In this context `kernel` runs with `launch`; without one nothing changes.
 
-    Yields the list of the keys asked for, each with the launch that serves it otherwise.
+    Yields the list of the keys asked for since, each with the launch it got.
     """
     global _trial
-    outer, _trial = _trial, (kernel, launch, [])
+    answers: list[tuple[Key, Launch]] = []
+    outer, _trial = _trial, (kernel, launch, answers)
     try:
-        yield _trial[2]
+        yield answers
     finally:
         _trial = outer
 
@@ -246,10 +248,15 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+OFF_CUDA = 0  # `arch` there: what the interpreter's rows name
+
+
 @cache
-def arch(device: torch.device) -> int:
-    """Compute capability as triton names it: 90 for an H100 or H200; 0 off CUDA."""
-    if device.type != "cuda":
-        return 0
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def arch(device: torch.device) -> int:
+    """Compute capability as triton names it: 90 for an H100 or H200; OFF_CUDA off CUDA."""
+    return _capability(device) if device.type == "cuda" else OFF_CUDA

@@ -25,6 +25,7 @@ _DEVICES = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
 # Inductor may pad or permute the inputs of an op that does not say otherwise; the kernels here
 # compute addresses from shapes and would misread them.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+LAUNCHES: dict[str, Callable[..., Any]] = {}  # by name; bench.builds records what they launch
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MIN_ARCH = 80  # Ampere: bf16 and cp.async; older chips are neither built for nor tested
 
@@ -41,6 +42,7 @@ def register(
 
     def decorate(launch: Callable[P, R]) -> Callable[P, R]:
         name = launch.__name__
+        LAUNCHES[name] = launch
         _LIB.define(name + torch.library.infer_schema(launch, mutates_args=writes), tags=_TAGS)
         for device in _DEVICES:
             _LIB.impl(name, launch, device)

@@ -33,13 +33,13 @@ in NVIDIA apex, multi_tensor_apply.
 # static_range is a loop, which the triton stubs do not know.
 # pyright: reportGeneralTypeIssues=false
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotCase, jit
+from ._jit import jit
 from ._launch import Key, arch, cdiv, launch_for
 from ._op import INTERPRETED, register
 
@@ -287,23 +287,11 @@ def adamw_step(
     """table (N, FIELDS), chunks (P, 2), clip () and found_inf () fp32; writes behind the table."""
     N, P, reached = len(table), len(chunks), (*written, *read) if INTERPRETED else None
     scalars = table.new_empty((N, SCALARS.value), dtype=torch.float32)
-    advance, step = _launch("advance", table), _launch("step", table)
     if N > 0:
+        advance = _launch("advance", table)
         _adamw_advance_kernel[(cdiv(N, advance["BLOCK"]),)](
             table, table.view(torch.float64), found_inf, scalars, reached, N, **advance
         )
     if P > 0:
+        step = _launch("step", table)
         _adamw_kernel[(P,)](table, chunks, scalars, clip, found_inf, reached, **step)
-
-
-def aot_cases(arch: int) -> Iterator[AotCase]:
-    """The four builds, the same for every arch."""
-    for name, kernel, label in (
-        ("norm", _adamw_norm_kernel, "sums of squares"),
-        ("clip", _adamw_clip_kernel, "norm and coefficient"),
-        ("advance", _adamw_advance_kernel, "step counts"),
-        ("step", _adamw_kernel, "update"),
-    ):
-        launch, values = launch_for(launch_key(name, arch)), {"reached": None}
-        loose = ("clip_ptr", "found_inf_ptr", "P", "N")
-        yield AotCase("adamw", kernel, label, launch, "fp32", values, unaligned=loose)

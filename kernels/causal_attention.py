@@ -32,8 +32,6 @@ Deterministic: nothing is summed across programs. No atomics, no fp32 buffer for
 Source: Dao 2023, https://arxiv.org/abs/2307.08691; delta inside dq saves its separate pass there.
 """
 
-from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import torch
@@ -41,8 +39,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import HEAD_DIMS, unfit
-from ._aot import AotCase, jit
-from ._launch import Key, Launch, arch, candidates_for, cdiv, launch_for, math_of, precision_of
+from ._jit import jit
+from ._launch import Key, arch, cdiv, launch_for, math_of, precision_of
 from ._op import check_device, check_tensor, refuse_double_backward, register
 from .reference import autocast_dtype
 
@@ -350,12 +348,6 @@ def launch_key(kernel: str, math: str, D: int, T: int, arch: int) -> Key:
     return Key(f"causal_attention.{kernel}", math, size, arch)
 
 
-def _fixed(kernel: str, math: str, D: int, T: int) -> dict[str, Any]:
-    """The constexprs that a launch leaves open."""
-    tile = {"BLOCK_M": _block_t(T)} if kernel == "short" else {}
-    return {"D": D, "PRECISION": precision_of(math), **tile}
-
-
 def _launch(name: str, qkv: Tensor, n_head: int, *tensors: Tensor) -> None:
     """Run one of KERNELS on `tensors`: a program for each block of each head of a sequence."""
     if qkv.numel() == 0:
@@ -364,7 +356,8 @@ def _launch(name: str, qkv: Tensor, n_head: int, *tensors: Tensor) -> None:
     D, math = C3 // (3 * n_head), math_of(qkv.dtype)
     kernel, block = KERNELS[name]
     launch = launch_for(launch_key(name, math, D, T, arch(qkv.device)))
-    kwargs = {**_fixed(name, math, D, T), **launch.kwargs()}
+    tile = {"BLOCK_M": _block_t(T)} if name == "short" else {}
+    kwargs = {"D": D, "PRECISION": precision_of(math), **tile, **launch.kwargs()}
     kernel[(cdiv(T, kwargs[block]) * B * n_head,)](*tensors, T, n_head, D**-0.5, **kwargs)
 
 
@@ -440,26 +433,3 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
     qkv = qkv.to(autocast_dtype(qkv))
     check_tensor("causal_attention", "qkv", qkv, qkv.shape, qkv.device)
     return _CausalAttention.apply(qkv, n_head)
-
-
-def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Builds that launches on `arch` choose, and some candidates; each build takes long."""
-    builds = [("bf16", 2, "16-bit", D) for D in HEAD_DIMS]
-    builds += [("fp32", 4, "tf32", 64), ("fp32", 4, "ieee", 64)]
-    if arch not in (80, 90, 100):  # these three have their own rows
-        builds = builds[2:4]
-    for (name, (kernel, block)), (dtype, itemsize, math, D) in product(KERNELS.items(), builds):
-        longest = short_t(itemsize, D, arch) if name == "short" else 1024
-        launches: dict[Launch, int] = {}  # launch: the longest sequence that takes it
-        for T in (min(64, longest), longest) if name in ("fwd", "short") else (longest,):
-            key = launch_key(name, math, D, T, arch)
-            launches |= dict.fromkeys((launch_for(key), *candidates_for(key)), T)
-        for launch, T in launches.items():
-            fixed = _fixed(name, math, D, T)
-            sizes = fixed | dict(launch.blocks)
-            blocks = " ".join(f"{k[6:]}{n}" for k, n in sizes.items() if k.startswith("BLOCK_"))
-            label = f"{name} D={D} {'tf32' if math == 'tf32' else dtype} {blocks}"
-            mma, loose = "" if math == "ieee" else block, ("T", "H")
-            yield AotCase(
-                "causal_attention", kernel, label, launch, dtype, fixed, mma=mma, unaligned=loose
-            )

@@ -31,14 +31,13 @@ Source: Radford et al. 2019 for the op.
 # static_range is a loop, which the triton stubs do not know.
 # pyright: reportGeneralTypeIssues=false
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotCase, jit
+from ._jit import jit
 from ._launch import Key, arch, cdiv, launch_for
 from ._op import FLOATS, check_device, check_tensor, refuse_double_backward, register
 from .layer_norm import MAX_C, _normalise, _tile, layer_norm_bwd, row_launch
@@ -236,19 +235,3 @@ def embedding(
         raise ValueError(f"embedding: residual_dtype must be one of {known}, got {h_dtype}")
     dtype = torch.get_autocast_dtype(at.type) if torch.is_autocast_enabled(at.type) else h_dtype
     return _Embedding.apply(idx, wte, wpe, weight, bias, eps, dtype, h_dtype)
-
-
-def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Every build a launch can choose at GPT-2's width."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    for h, table in ("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"):
-        key, kernel = launch_key("fwd", 768, dtypes[h], arch), _embedding_fwd_kernel
-        launch, fixed = row_launch(key, 768, dtypes[h])
-        types = {"h_ptr": f"*{h}", "wte_ptr": f"*{table}", "wpe_ptr": f"*{table}"}
-        label = f"fwd C=768 h={h} wte={table}"
-        yield AotCase("embedding", kernel, label, launch, "bf16", fixed, types=types)
-    launch = launch_for(launch_key("sums", 768, torch.float32, arch))
-    for d, what in ("fp32", "rows"), ("bf16", "rows"), ("fp32", "carried rows"):
-        fixed = {"C": 768} if what == "rows" else {"C": 768, "order_ptr": None}
-        label = f"sums of {what} C=768 d={d}"
-        yield AotCase("embedding", _embedding_sums_kernel, label, launch, d, fixed)

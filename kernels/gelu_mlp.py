@@ -31,8 +31,6 @@ equal. `sum_rows(dy)` is torch's.
 Source: Hendrycks, Gimpel 2016, https://arxiv.org/abs/1606.08415 (the tanh form of GELU).
 """
 
-from collections.abc import Iterator
-from itertools import product
 from math import e, log2, pi
 from typing import Any
 
@@ -41,8 +39,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import WIDTH
-from ._aot import AotCase, jit
-from ._launch import Key, arch, candidates_for, cdiv, launch_for, math_of, num_sms, precision_of
+from ._jit import jit
+from ._launch import Key, arch, cdiv, launch_for, math_of, num_sms, precision_of
 from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
 from .reference import autocast_dtype
 
@@ -330,19 +328,3 @@ def gelu_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
     rows = x.reshape(-1, C)
     y = _GeluMLP.apply(rows, w_fc, b_fc, w_proj, b_proj, save_d, needs_grad(w_proj))
     return y.view_as(x)
-
-
-def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Every build a launch can choose on `arch`, and the candidates."""
-    for (math, dtype), (name, kernel) in product(
-        (("16-bit", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")),
-        (("up", _gelu_mlp_up_kernel), ("down", _gelu_mlp_down_kernel)),
-    ):
-        small, large = (launch_key(name, M, math, arch) for M in (1, LARGE_M))
-        builds = {launch_for(small): "small", launch_for(large): "large"}  # one, if they are one
-        builds |= {x: f"candidate {x.num_stages} stages" for x in candidates_for(large)}
-        fixed = {"PRECISION": precision_of(math), "SAVE_D": True}
-        mma = "" if math == "ieee" else "BLOCK_M"
-        for launch, size in builds.items():
-            label = f"{name} {dtype} {math} {size}"
-            yield AotCase("gelu_mlp", kernel, label, launch, dtype, fixed, {}, mma, ("M",))

@@ -28,7 +28,6 @@ Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
 # static_range is a loop, which the triton stubs do not know.
 # pyright: reportGeneralTypeIssues=false
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -36,7 +35,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotCase, jit
+from ._jit import jit
 from ._launch import Key, Launch, arch, cdiv, launch_for, next_pow2, num_sms
 from ._op import check_device, check_tensor, refuse_double_backward, register
 from .reference import autocast_dtype
@@ -418,28 +417,3 @@ def add_layer_norm(
         ValueError: wrong shape, dtype, device or strides; the message has both values.
     """
     return _norm("add_layer_norm", x, residual, weight, bias, eps)
-
-
-def aot_cases(arch: int) -> Iterator[AotCase]:
-    """The builds that a launch on `arch` can choose, at the widths and dtypes that matter."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    of_stream = "residual_ptr", "h_ptr", "dh_out_ptr", "dh_ptr"
-    for op, C, x, h in (
-        ("add_layer_norm", 768, "bf16", "fp32"),  # GPT-2, residual stream fp32
-        ("add_layer_norm", 768, "bf16", "bf16"),  # the same with the stream in bf16
-        ("add_layer_norm", 1024, "fp32", "fp32"),  # one warp per row forward, two backward
-        ("add_layer_norm", 6400, "bf16", "fp32"),
-        ("add_layer_norm", MAX_C, "bf16", "fp32"),
-        ("layer_norm", 768, "bf16", "bf16"),
-    ):
-        types: dict[str, str] = dict.fromkeys(of_stream, f"*{h}")
-        absent = ["dx_ptr"] if x == h else []
-        absent += ["residual_ptr", "dh_out_ptr"] if op == "layer_norm" else []
-        for name, kernel in ("fwd", _layer_norm_fwd_kernel), ("bwd", _layer_norm_bwd_kernel):
-            key = launch_key(name, 65536, C, dtypes[h], arch)
-            launch, kwargs = row_launch(key, C, dtypes[h])
-            label = f"{name} C={C} " + ("bf16" if op == "layer_norm" else f"x={x} h={h}")
-            fixed = kwargs | dict.fromkeys(absent)
-            yield AotCase(op, kernel, label, launch, x, fixed, types)
-    launch = launch_for(Key("layer_norm.sum", "fp32", "C=768", arch))
-    yield AotCase("layer_norm", _sum_partials_kernel, "sum of partials", launch, "fp32")

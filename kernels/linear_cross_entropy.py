@@ -27,14 +27,13 @@ time of its bytes. No atomics: reruns are bitwise equal. No host sync: a CUDA gr
 Source: chunks of tokens with gradients in the forward: Liger-Kernel, https://arxiv.org/abs/2410.10989
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotCase, jit
+from ._jit import jit
 from ._launch import Key, arch, cdiv, launch_for
 from ._op import check_device, check_tensor, needs_grad, refuse_double_backward, register
 from .reference import autocast_dtype, check_ids
@@ -155,22 +154,6 @@ def _accumulate_mm(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:  # out_dtype exists on CUDA alone
         torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
-
-
-def aot_cases(arch: int) -> Iterator[AotCase]:
-    """Every build a launch can choose at GPT-2's shape."""
-    rows, scale = _linear_cross_entropy_rows_kernel, _linear_cross_entropy_scale_kernel
-    for name, kernel, label, dtype, grad in (
-        ("rows", rows, "bf16 train", torch.bfloat16, True),
-        ("rows", rows, "bf16 eval", torch.bfloat16, False),
-        ("rows", rows, "fp16 train", torch.float16, True),
-        ("rows", rows, "fp32 train", torch.float32, True),
-        ("scale", scale, "bf16", torch.bfloat16, True),
-    ):
-        launch = launch_for(launch_key(name, dtype, arch))
-        values, loose = {"GRAD": grad, "VECTOR": 16 // dtype.itemsize}, ("V", "ignore_index")
-        op, letters = "linear_cross_entropy", label[:4]
-        yield AotCase(op, kernel, label, launch, letters, values, unaligned=loose)
 
 
 def _fwd_fake(x, weight, targets, vocab_size, ignore_index, needs_dx, needs_dweight):

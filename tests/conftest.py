@@ -127,7 +127,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator["pretend_cuda.Pretend
     for name, value in small.items():
         monkeypatch.setattr(timing, name, value)
     monkeypatch.setattr(timing, "interleave", partial(timing.interleave, warmup=0, min_rounds=1))
-    known = (timing.capture_stream, _launch.arch)  # not of this device, and later of no pretended
+    # Not of this device, and later of no pretended one.
+    known = (timing.capture_stream, _launch._capability)
     for function in known:
         function.cache_clear()
     threads = torch.get_num_threads()

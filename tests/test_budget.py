@@ -41,17 +41,6 @@ def test_a_card_without_results_has_its_data_sheet() -> None:
         assert not any(line[8] for line in budget.lines(card, Shape(16, 64), {}))
 
 
-@pytest.mark.parametrize("card", PAPER)
-@pytest.mark.parametrize("shape", [LARGE, Shape(16, 64)], ids=lambda s: s.label)
-def test_every_card_has_builds_at_any_shape(card: str, shape: Shape) -> None:
-    found = budget.builds(PAPER[card].arch, shape)
-    labels = [case.label for case in found["causal_attention"]]
-    assert [label.split()[0] for label in labels] == (
-        ["fwd", "short"] if shape.T <= 64 else ["fwd", "dq", "dkdv"]
-    )
-    assert found.keys() == budget.LABELS.keys()
-
-
 @pytest.mark.slow  # compiles eight kernels
 @pytest.mark.parametrize("shape", ["b64t1024", "b16t64"])
 def test_registers_are_those_of_the_compiled_kernels(shape: str) -> None:

@@ -20,7 +20,6 @@ from torch.fx import Graph, GraphModule, Node
 
 import kernels
 from bench import baseline, cases
-from bench.resources import kernel_modules
 from kernels import EAGER, SDPA, TRITON, Ops, parse_ops, read_ops, spell_ops
 from model import GPT, GPTConfig
 from tests import mutants
@@ -83,22 +82,6 @@ def test_backends_have_equal_signatures(op):
     specs = ["triton", "compiled", *(f"eager,causal_attention={name}" for name in SDPA)]
     for backend in map(parse_ops, specs):
         assert inspect.signature(getattr(backend, op)) == inspect.signature(getattr(EAGER, op))
-
-
-@pytest.mark.parametrize("name", kernel_modules())
-def test_kernel_module_lists_its_builds(name):
-    module = importlib.import_module(name)
-    assert callable(module.aot_cases)
-
-
-def test_every_kernel_file_is_checked_by_compiling():
-    """A file with a kernel in it is an op's or the optimizer's, and in the resource table.
-
-    What kernels share stands in files of its own, whose names begin with an underscore.
-    """
-    files = (ROOT / "kernels").glob("[!_]*.py")
-    found = {f"kernels.{path.stem}" for path in files if "\n@jit\n" in path.read_text()}
-    assert found == {*kernel_modules()}
 
 
 def test_optimizer_kernel_has_every_part():

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from kernels import EAGER, Ops, parse_ops
-from kernels._launch import ANY, Launch, replaced
+from kernels._launch import Launch, replaced
 from model import GPT
 from model.edge import one_line
 from training import numerics, timing
@@ -320,7 +320,7 @@ def _results(call: timing.Call) -> list[Tensor]:
 
 def list_launches(name: str, recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """(key, launch) of each kernel of an op at the run's shapes."""
-    with _on_stream(plan), replaced(ANY, None) as asked:
+    with _on_stream(plan), replaced() as asked:
         calls_by_kernels(name, recipe, plan, False)[0][0]()
     return {"launches": [*{key.kernel: (key, launch) for key, launch in asked}.values()]}
 
