@@ -5,8 +5,8 @@
 
 For each part of a GPT-2 124M step in bf16: bytes, flops and exponentials; the floor, which is the
 longest of their three times at the card's rates; and the prediction, which is the sum of the three,
-as if nothing overlapped. No figure is fitted. Registers and programs per SM are those of the
-compiled kernels.
+as if nothing overlapped. No figure is fitted. Registers, programs per SM and instructions (of a
+warp, outside the loops with matrix products) are those of the compiled kernels.
 """
 
 import sys
@@ -28,7 +28,10 @@ from training.machines import find_card
 COPY_SHARE, MATMUL_SHARE = 0.89, 0.70
 EXPS_PER_CLOCK = 16  # of an SM
 MODEL, ITEMSIZE, TRAIN = "124m", 2, "both"
-HEADER = "part calls MB GFLOP Gexp registers_x_programs floor_ms predicted_ms measured_ms off_by"
+HEADER = (
+    "part calls MB GFLOP Gexp registers_x_programs instructions_outside_loops "
+    "floor_ms predicted_ms measured_ms off_by"
+)
 
 Work = tuple[float, float, float]  # bytes, flops, exponentials: of a call, or per second
 
@@ -98,17 +101,17 @@ def measured_ms(card: str, s: Shape) -> dict[str, float]:
     return found
 
 
-def registers(arch: int, s: Shape) -> dict[str, str]:
-    """Registers and programs per SM of an op's kernels, in the order of their launches."""
-    found: dict[str, str] = {}
+def builds_of(arch: int, s: Shape) -> dict[str, list[str]]:
+    """Registers x programs per SM, and instructions outside loops, of the kernels of each op."""
+    found: dict[str, list[str]] = {}
     for op, run in builds.step(s).items():
         rows = [resources.inspect(build) for build in builds.record(run, arch)]
-        cells = (f"{row.registers} x{row.blocks_per_sm}" for row in rows)
-        found[op] = ", ".join(dict.fromkeys(cells))
+        cells = dict.fromkeys((f"{r.registers} x{r.blocks_per_sm}", str(r.outside)) for r in rows)
+        found[op] = [", ".join(cell) for cell in zip(*cells, strict=True)]
     return found
 
 
-def lines(card: str, s: Shape, compiled: dict[str, str]) -> list[list[str]]:
+def lines(card: str, s: Shape, compiled: dict[str, list[str]]) -> list[list[str]]:
     """The lines of the table: every part, and their sum."""
     (rates, _), measured = rates_of(card), measured_ms(card, s)
 
@@ -124,8 +127,8 @@ def lines(card: str, s: Shape, compiled: dict[str, str]) -> list[list[str]]:
         amounts = [work / unit for work, unit in zip(part.work, (1e6, 1e9, 1e9), strict=True)]
         cells = [str(part.calls), *(f"{amount:,.0f}" if amount else "" for amount in amounts)]
         figures = times(part.name, max(ms), sum(ms), ".3f")
-        found.append([part.name, *cells, compiled.get(part.name, ""), *figures])
-    return [*found, ["step", *[""] * 5, *times("step", floor, total, ".1f")]]
+        found.append([part.name, *cells, *compiled.get(part.name, ["", ""]), *figures])
+    return [*found, ["step", *[""] * 6, *times("step", floor, total, ".1f")]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     (gbs, flops, exps), source = rates_of(args.card)
     # A process that interprets kernels cannot compile them.
-    compiled = {} if INTERPRETED else registers(PAPER[args.card].arch, args.shape)
+    compiled = {} if INTERPRETED else builds_of(PAPER[args.card].arch, args.shape)
     print(
         f"budget of GPT-2 {MODEL}, {args.shape.label}, bf16, on one {args.card}: a prediction\n"
         f"{gbs / 1e12:.2f} TB/s and {flops / 1e12:.0f} TFLOP/s ({source}), "

@@ -59,8 +59,9 @@ SM_REGISTERS = 65536
 BLOCK_RESERVED_SHARED = 1024  # what the runtime keeps of each block's shared memory
 HGMMA_MIN_ROWS = 64  # a warpgroup's WGMMA is 64 rows; smaller tiles rightly use HMMA
 TENSOR_OPS = ("HMMA", "HGMMA", "UTCHMMA")
+PRODUCT = re.compile(rf"\b({'|'.join(TENSOR_OPS)})\b")
 PROCESSES = 2
-REPORT_VERSION = 3  # part of the cache key; raise it when `_measure` reads something else
+REPORT_VERSION = 4  # part of the cache key; raise it when `_measure` reads something else
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Resources:
     stack_bytes: int = 0
     shared_bytes: int = 0
     blocks_per_sm: int = 0
+    outside: int = 0  # instructions outside the loops with products: prologue and epilogue
     tensor_ops: dict[str, int] = field(default_factory=dict)
     violations: tuple[str, ...] = ()
 
@@ -105,13 +107,12 @@ def _measure(build: Build) -> dict[str, Any]:
             knobs.compilation.always_compile = True
             kernel = compiled(build)
             knobs.compilation.always_compile = False
-    ptxas, ptx, sass = said.getvalue(), kernel.asm["ptx"], ""
-    if "mma" in ptx:  # mma.sync, wgmma or tcgen05.mma; nvdisasm is the slowest step here
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(kernel.asm["cubin"])
-            cubin.flush()
-            command = [knobs.nvidia.nvdisasm.path, "-c", cubin.name]
-            sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ptxas, ptx = said.getvalue(), kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", cubin.name]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def number(pattern: str, text: str = ptxas) -> int:
         found = re.search(pattern, text)
@@ -127,11 +128,32 @@ def _measure(build: Build) -> dict[str, Any]:
         "shared_bytes": kernel.metadata.shared,
         "threads": number(r"\.reqntid (\d+)", ptx),
         "serialised": "wgmma.mma_async instructions are serialized" in ptxas,
+        "outside": outside_loops(sass),
         "dot_rows": min(map(int, dots), default=0),
         "tensor_ops": {op: mnemonics[op] for op in TENSOR_OPS if mnemonics[op]},
     }
     write_atomically(kept, json.dumps(found))  # two processes may measure one build
     return found
+
+
+def outside_loops(sass: str) -> int:
+    """Instructions of nvdisasm's listing that stand outside the innermost loops with products."""
+    listed: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[set[int]] = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = len(listed)
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            listed.append(line)
+            back = re.search(r"\bBRA\b.*`\((\.L\w+)\)", line)
+            if back and back[1] in labels:
+                loops.append({*range(labels[back[1]], len(listed))})
+            elif re.search(r"\*/\s+EXIT\b", line):
+                break  # what follows waits, and jumps back into the middle
+    products = [loop for loop in loops if any(PRODUCT.search(listed[i]) for i in loop)]
+    inner = [loop for loop in products if not any(other < loop for other in products)]
+    return len(listed) - len(set().union(*inner))
 
 
 def blocks_per_sm(registers: int, threads: int, shared_bytes: int, arch: int) -> int:
@@ -201,8 +223,8 @@ def _inspect_at(index: int) -> Resources:
     return inspect(_BUILDS[index])
 
 
-LINE = "{:<21}{:<30}{:<44}{:>4}{:>6}{:>7}{:>7}{:>9}{:>8}  {}"
-HEADER = "op kernel row sm regs spill stack shared CTA/SM tensor"
+LINE = "{:<21}{:<34}{:<44}{:>4}{:>6}{:>7}{:>7}{:>9}{:>8}{:>8}  {}"
+HEADER = "op kernel row sm regs spill stack shared CTA/SM outside tensor"
 
 
 def format_row(row: Resources) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.resources import ARCHS, blocks_per_sm, table
+from bench.resources import ARCHS, blocks_per_sm, outside_loops, table
 from kernels._op import INTERPRETED
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +123,27 @@ def test_planted_faults_are_reported(tmp_path):
 )
 def test_occupancy(registers, threads, shared, arch, want):
     assert blocks_per_sm(registers, threads, shared, arch) == want
+
+
+def test_instructions_outside_the_loops_with_products():
+    listing = """
+        /*0000*/ MOV R1, R2 ;
+.L_x_0:
+        /*0010*/ IADD3 R1, R1, R2 ;
+.L_x_1:
+        /*0020*/ HMMA.16816.F32 R4, R4, R8, R4 ;
+        /*0030*/ @P0 BRA `(.L_x_1) ;
+        /*0040*/ STG.E [R2], R4 ;
+        /*0050*/ @P1 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0060*/ FADD R1, R1, R2 ;
+        /*0070*/ @P2 BRA `(.L_x_2) ;
+        /*0080*/ EXIT ;
+.L_x_3:
+        /*0090*/ NANOSLEEP 0x1 ;
+        /*00a0*/ BRA `(.L_x_0) ;
+"""
+    assert outside_loops(listing) == 9 - 2
 
 
 def test_a_block_never_gets_the_whole_sm():
