@@ -315,10 +315,16 @@ def test_a_failed_capture_leaves_its_pool_closed(monkeypatch: pytest.MonkeyPatch
         assert calls == expected  # a second release would end the process
 
 
+@pytest.mark.parametrize(
+    "short",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory"),  # in making the graph, not a tensor
+    ],
+)
 def test_memory_that_runs_out_in_the_capture_halves_the_batch(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    short: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    short = torch.OutOfMemoryError("CUDA out of memory")
     step = make_step(choices(dtype="fp32", micro_batch_size=8))
     step = captured_by(short, step, monkeypatch)
     expected, _ = plain_loop("fp32", NUM_WARMUP + 2)

@@ -308,7 +308,7 @@ class TrainStep:
             # That error hides the one inside the capture. Keep its text alone: the exception would
             # keep its frames alive, and with them the activations, until after `_halve`.
             reason = str(error.__context__ or error).strip().splitlines()[0]
-            short = any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__))
+            short = any("out of memory" in str(e) for e in (error, error.__context__))
         finally:
             self.cut = _call
         self.optimizer.zero_grad(set_to_none=True)
