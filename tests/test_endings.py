@@ -116,7 +116,9 @@ def test_the_end_of_a_run_answers_too(where, saving, start, tmp_path, monkeypatc
     assert start(*arguments) == 0
     steps, evaluations, events = read_metrics(out / "metrics.jsonl")
     assert ([s["step"] for s in steps], len(evaluations)) == ([*range(6)], 1)
-    assert [event["event"] for event in events].count("hellaswag") == 1
+    scores = [event["hellaswag"] for event in events if event["event"] == "hellaswag"]
+    assert [json.loads((out / "summary.json").read_text())["hellaswag"]] == scores
+    assert f"<td>{scores[0]:.2%}</td>" in (out / "report.html").read_text()
 
 
 @pytest.mark.slow  # in short: test_console.py, test_nobody_reads_and_the_run_is_to_stop

@@ -65,8 +65,7 @@ def finish(
         stop: Checked now and then; raises Stopped.
     """
     kept = _take_best(run, model, log.say, progress)
-    if run.items:
-        run.score_hellaswag(model, log, kept, stop)
+    score = run.score_hellaswag(model, log, kept, stop) if run.items else None
     recipe, out, num_steps = run.recipe, run.out, progress.step
     train_s = sum(r.ms for r in log.records) / 1000.0
     tokens_seen = num_steps * recipe.tokens_per_step
@@ -106,6 +105,7 @@ def finish(
         "train_loss": next(losses, None),
         "val_loss": val_loss,
         "val_bits_per_byte": bits_per_byte,
+        "hellaswag": score,
         "baselines": baselines,
         "tokens_seen": tokens_seen,
         "corpus_tokens": len(run.train_tokens),

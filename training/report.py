@@ -50,6 +50,7 @@ training loss, last 5% of steps | train_loss | {:.4f} nats per token
 validation loss | val_loss | {:.4f} nats per token
 perplexity, held-out text | perplexity | {:,.2f}
 bits per byte, held-out text | val_bits_per_byte | {:.3f}
+HellaSwag | hellaswag | {:.2%}
 time in steps | train_s | {:,.1f} s
 total time, start-up included | wall_s | {:,.1f} s
 speed | tokens_per_s | {:,.0f} tokens/s

@@ -144,8 +144,8 @@ class Run:
                 weight += len(tokens) - 1
         return self.world.mean(total, weight, self.plan.device)
 
-    def score_hellaswag(self, model: GPT, log: RunLog, done: int, stop: StopRequest) -> None:
-        """Log the accuracy on `items` after `done` steps, by all ranks together."""
+    def score_hellaswag(self, model: GPT, log: RunLog, done: int, stop: StopRequest) -> float:
+        """Log and return the accuracy on `items` after `done` steps, by all ranks together."""
         mine, T = self.items[self.world.rank :: self.world.size], self.recipe.block_size
         with log.aside(), autocast(self.plan), torch.compiler.set_stance("force_eager"):
             right, seen = hellaswag.count_right(model, mine, T, lambda: bool(stop))
@@ -154,6 +154,7 @@ class Run:
             log.event("hellaswag", step=done, hellaswag=share)
             answered = round(share * len(self.items))
             log.say(f"step {done:5d} | {hellaswag.line(answered, len(self.items))}")
+        return share
 
 
 def data_loader(
