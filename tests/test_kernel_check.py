@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import EAGER, OPS
 from kernels._op import INTERPRETED
 from model import GPT
-from tests.tuned import CPU, RECIPE, plan_of
+from model.config import MODELS
+from tests.tuned import CONFIG, CPU, RECIPE, plan_of
 from tests.tuned import small as small
 from training import trials, verify
 from training.plan import Choices, make_plan
@@ -124,6 +126,31 @@ def test_what_float64_says_does_not_depend_on_how_the_batch_is_cut() -> None:
         assert whole.keys() == cut.keys()
         for key, value in whole.items():
             torch.testing.assert_close(cut[key], value, rtol=1e-12, atol=1e-14, msg=f"{op} {key}")
+
+
+def test_float64_takes_one_head_and_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 12 heads at T = 8192, the scores alone take 6.4 GB; the logits of such a row 3.3 GB."""
+    monkeypatch.setitem(MODELS, "smoke", replace(CONFIG, n_head=2))
+    monkeypatch.setattr(trials, "EXACT_BYTES", 8 * 256 * 5 * 6)  # logits of six tokens
+    eager, cross_entropy, seen = EAGER.causal_attention, F.cross_entropy, []
+
+    def attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
+        seen.append((qkv.dtype, n_head))
+        return eager(qkv, n_head, dropout_p)
+
+    def loss(logits: Tensor, *rest: Any) -> Tensor:
+        seen.append((logits.dtype, len(logits)))
+        return cross_entropy(logits, *rest)
+
+    monkeypatch.setattr(trials, "EAGER", replace(EAGER, causal_attention=attention))
+    monkeypatch.setattr(F, "cross_entropy", loss)
+    for name, most in (("causal_attention", 1), ("linear_cross_entropy", 6)):
+        ours, _, exact = trials._runs_of(name, RECIPE, plan_of(ops="eager"))
+        seen.clear()
+        want = exact()
+        assert {dtype for dtype, _ in seen} == {torch.float64}
+        assert max(count for _, count in seen) == most
+        assert want.keys() == ours().keys()
 
 
 @pytest.mark.parametrize("fault", ["", "moment", "copy", "norm"])

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from kernels import EAGER, Ops, parse_ops
 from kernels._launch import Launch, replaced
@@ -150,7 +151,10 @@ def model_inputs(recipe: Recipe, plan: Plan) -> dict[str, dict[str, Any]]:
 
 def _runs_of(name: str, recipe: Recipe, plan: Plan) -> Runs:
     """The runs of an op, all on the same inputs."""
-    inputs = model_inputs(recipe, plan)[name]
+    inputs, config, T = model_inputs(recipe, plan)[name], recipe.model_config, recipe.block_size
+    if name == "linear_cross_entropy":  # so that float64 can cut between tokens
+        T, (x, targets) = 1, (inputs["x"], inputs["targets"])
+        inputs |= {"x": x.view(-1, 1, config.n_embd), "targets": targets.view(-1, 1)}
     with torch.no_grad(), autocast(plan):
         douts = default_douts(getattr(EAGER, name)(**inputs))
 
@@ -159,15 +163,22 @@ def _runs_of(name: str, recipe: Recipe, plan: Plan) -> Runs:
             return values_and_grads(getattr(ops, name), inputs, douts)
 
     # The eager loss computes in fp32 whatever it is given.
-    plain = _cross_entropy if name == "linear_cross_entropy" else getattr(EAGER, name)
-    config, T = recipe.model_config, recipe.block_size
-    width = {
-        "causal_attention": config.n_head * T * 6,
-        "linear_cross_entropy": config.padded_vocab_size * 5,
+    special = {
+        "causal_attention": (_attention, T * 6),
+        "linear_cross_entropy": (_cross_entropy, config.padded_vocab_size * 5),
     }
-    at_once = max(1, EXACT_BYTES // (8 * T * width.get(name, 40 * config.n_embd)))
+    plain, width = special.get(name, (getattr(EAGER, name), 40 * config.n_embd))
+    at_once = max(1, EXACT_BYTES // (8 * T * width))
     exact = partial(exact_values, plain, inputs, douts, at_once)
     return partial(run, parse_ops("triton")), partial(run, EAGER), exact
+
+
+def _attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
+    """Head by head, in the backward too: of all heads (T, T) may not fit in float64."""
+    heads = qkv.unflatten(2, (3, n_head, -1)).unbind(3)  # each (B, T, 3, D)
+    how: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    one = partial(checkpoint, EAGER.causal_attention, **how)
+    return torch.cat([one(head.flatten(2), 1, dropout_p) for head in heads], -1)
 
 
 def _cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
