@@ -1,8 +1,8 @@
 """The op set a model is built from, in interchangeable backends.
 
 `EAGER` needs torch alone. `TRITON` is made on first use, so importing this package needs neither
-triton nor a GPU. "compiled" is each op of `EAGER` under torch.compile. Attention has two backends
-more: the kernels that PyTorch would choose from by itself.
+triton nor a GPU. "compiled" is each op of `EAGER` under torch.compile. Attention has two more
+backends: the kernels among which PyTorch chooses by itself.
 """
 
 from collections.abc import Callable
@@ -61,9 +61,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
-    """The op under torch.compile, but eager where no gradient is recorded.
+    """The op under torch.compile, but eager if no gradient is recorded.
 
-    In evaluation and sampling the shapes change, and each would be compiled anew.
+    Shapes change in evaluation and sampling, and each new one would be compiled.
     """
     graph = torch.compile(eager, fullgraph=True, dynamic=False)
 
@@ -92,11 +92,11 @@ SDPA = {"sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-flash": SDPBackend.FLASH
 
 
 def read_ops(spec: str) -> dict[str, str]:
-    """The backend of each op that a string asks for; imports none of them.
+    """The backend that a string gives each op; imports none of them.
 
     Args:
         spec: A backend, or one with exceptions: `"triton,layer_norm=eager"`. Attention has two
-            more: `"triton,causal_attention=sdpa-flash"`.
+            more backends, as in `"triton,causal_attention=sdpa-flash"`.
 
     Raises:
         ValueError: an unknown backend or op; the message lists the known ones.
@@ -118,7 +118,7 @@ def read_ops(spec: str) -> dict[str, str]:
 
 
 def parse_ops(spec: str) -> Ops:
-    """The ops that a string asks for; it is read, and refused, by `read_ops`."""
+    """The ops that a string asks for, as `read_ops` reads it."""
     chosen: dict[str, Any] = {
         op: _by_sdpa(SDPA[backend]) if backend in SDPA else getattr(BACKENDS[backend](), op)
         for op, backend in read_ops(spec).items()
@@ -127,14 +127,14 @@ def parse_ops(spec: str) -> Ops:
 
 
 def spell_ops(backends: dict[str, str]) -> str:
-    """The shortest string for which `read_ops` gives these backends."""
+    """The shortest string that `read_ops` reads as these backends."""
     counts = [backend for backend in backends.values() if backend in BACKENDS]
     base = max(dict.fromkeys(counts), key=counts.count)
     return ",".join([base, *(f"{op}={b}" for op, b in backends.items() if b != base)])
 
 
 def unfit(n_embd: int, n_head: int, dropout: float) -> dict[str, str]:
-    """Ops whose kernels do not take a model of this shape, and what they take; needs no triton."""
+    """Ops whose kernels reject a model of this shape, and what they need; imports no triton."""
     attention = []
     if (D := n_embd // n_head) not in HEAD_DIMS:
         attention.append(f"a head dim of {' or '.join(map(str, HEAD_DIMS))}, got {D}")

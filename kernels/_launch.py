@@ -2,8 +2,8 @@
 
 Tuning is committed data. An op asks for its launch when it runs and gets the most specific row for
 its key: a measured row before one that was only compiled. What `make tune` measured on this machine
-is laid over the file's rows before the first step (`lay_over`). After that only a trial
-(`replaced`) changes an answer, so a captured step and a second run launch what the first one did.
+overrides the file's rows before the first step (`lay_over`). After that only a trial (`replaced`)
+changes an answer, so a captured step and a second run launch the same as the first one.
 """
 
 import tomllib
@@ -30,18 +30,18 @@ def family(arch: int) -> int:
 
 @cache
 def triton_version() -> str:
-    """Such as "3.7": what triton makes of a row changes with it."""
-    import triton  # `eager` does without
+    """Such as "3.7"; what triton compiles from a row changes with it."""
+    import triton  # `eager` does not need it
 
     return ".".join(triton.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
 class Key:
-    """All that a launch may depend on. In the key of a row, ANY stands for every value."""
+    """Everything that a launch may depend on. In a row's key, ANY matches every value."""
 
     kernel: str  # "<op>.<kernel>", e.g. "gelu_mlp.up"
-    math: str  # "16-bit" operands, or how those of fp32 are multiplied, "tf32" or "ieee"
+    math: str  # "16-bit" operands, or how fp32 ones are multiplied, "tf32" or "ieee"
     # Words, the most important first, e.g. "D=64 T>=2048". A row with fewer words serves every size
     # that begins with them.
     size: str
@@ -76,7 +76,7 @@ class Launch:
     blocks: tuple[tuple[str, int], ...]  # sizes by kernel parameter, e.g. ("BLOCK_M", 128)
     num_warps: int
     num_stages: int = 1
-    maxnreg: int | None = None  # a limit per thread, where it buys another program per SM
+    maxnreg: int | None = None  # limit per thread, if that makes room for another program per SM
     programs_per_sm: int = 1  # how many run side by side; a persistent grid has as many
     # The result file and date that chose the row, or what compiling it has shown.
     source: str = field(default="", compare=False)
@@ -85,12 +85,12 @@ class Launch:
         """Keyword arguments of the launch."""
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         warps = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        # The default so far; 3.9 warns that 3.10 turns it off.
+        # The default until 3.9, which warns that 3.10 turns it off.
         return {**dict(self.blocks), **warps, **limit, "enable_fp_fusion": True}
 
 
 def _read_row(op: str, row: Any, sources: Mapping[str, str]) -> tuple[Key, Launch]:
-    """One line of the file; ValueError says what is wrong with it."""
+    """One row of the file; ValueError says what is wrong with it."""
     if not isinstance(row, list) or len(row) != 11:
         raise ValueError("a row has 11 columns, as the head of the file names them")
     kernel, math, size, arch, triton, blocks, warps, stages, maxnreg, programs, source = row
@@ -121,7 +121,7 @@ def read_rows(text: str) -> tuple[dict[Key, Launch], ...]:
     """The rows of a file like launches.toml, by layer.
 
     Raises:
-        ValueError: a row that cannot be right; the message names it.
+        ValueError: an invalid row; the message names it.
     """
     data = tomllib.loads(text)
     sources = data.pop("sources", {})
@@ -155,10 +155,10 @@ _laid_over: dict[Key, Launch] = {}
 
 
 def lay_over(text: str) -> None:
-    """From now on rows measured on this machine serve before those of the file.
+    """Let rows measured on this machine override those of the file from now on.
 
     Args:
-        text: The table [measured] of a file like launches.toml; "" takes them away again.
+        text: The table [measured] of a file like launches.toml; "" removes them again.
 
     Raises:
         ValueError: as `read_rows`.
@@ -178,7 +178,7 @@ def _row_for(key: Key) -> Launch | None:
 
 
 def candidates_for(key: Key) -> list[Launch]:
-    """Rows that no call takes before a GPU has timed them: `make tune` tries them first."""
+    """Rows that no call uses until a GPU has timed them; `make tune` tries them first."""
     return [launch for row, launch in rows()[-1].items() if row.serves(key)]
 
 
@@ -222,7 +222,7 @@ def replaced(kernel: str = "", launch: Launch | None = None) -> Iterator[list[tu
 
 
 def math_of(dtype: torch.dtype) -> str:
-    """How products are formed, as PyTorch's own do at this moment. Ask inside an op: no tracing."""
+    """How products are computed, as in PyTorch's own now. Ask inside an op, which is not traced."""
     if dtype != torch.float32:
         return "16-bit"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,9 +1,9 @@
-"""How a launch function becomes a torch op, and what ops refuse. Nothing else uses torch.library.
+"""How a launch function becomes a torch op, and what ops refuse. Only this uses torch.library.
 
 Every op is opaque: `define` + `impl` per device + `register_fake`, with autograd in a thin
-`torch.autograd.Function` beside the launch. `triton_op` would show the kernel to the compiler: host
-TMA descriptors vanish from the captured graph without an error, loops of launches are unrolled into
-it, nothing traces under the interpreter, and an op that is fused already gains nothing by it.
+`torch.autograd.Function` beside the launch. `triton_op` would expose the kernel to the compiler:
+host TMA descriptors vanish from the captured graph without an error, loops of launches are unrolled
+into it, nothing traces under the interpreter, and an already fused op gains nothing.
 `register_autograd` costs more per call and hides what is saved.
 """
 
@@ -22,12 +22,12 @@ R = TypeVar("R")
 _LIB = torch.library.Library("fgpt", "DEF")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICES = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
-# Inductor may pad or permute the inputs of an op that does not say otherwise; the kernels here
-# compute addresses from shapes and would misread them.
+# Inductor may pad or permute the inputs of an op without this tag; the kernels here compute
+# addresses from shapes and would misread them.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 LAUNCHES: dict[str, Callable[..., Any]] = {}  # by name; bench.builds records what they launch
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-MIN_ARCH = 80  # Ampere: bf16 and cp.async; older chips are neither built for nor tested
+MIN_ARCH = 80  # Ampere: bf16 and cp.async; nothing is built for or tested on older chips
 
 
 def register(
@@ -36,7 +36,7 @@ def register(
     """Define an op with the name and types of the decorated launch.
 
     Args:
-        fake: Gives the shapes and dtypes of the results, where the op is traced.
+        fake: Returns the shapes and dtypes of the results when the op is traced.
         writes: Arguments that the launch writes to.
     """
 
@@ -55,7 +55,7 @@ def register(
 
 @torch.compiler.assume_constant_result
 def _arch(device: torch.device) -> int:
-    """`arch` for code that is traced: the answer is a constant of the graph."""
+    """`arch` for traced code: the answer is a constant of the graph."""
     return arch(device)
 
 

@@ -8,22 +8,22 @@ For each element, with t the step count after this step and c the clip coefficie
     p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     norm = sqrt(sum(grad * grad))                       c = min(1, max_norm / (norm + 1e-6))
 
-which is torch.optim.AdamW and torch.nn.utils.clip_grad_norm_, in fp32. What is one number per
-tensor (1 - lr * weight_decay, the bias corrections) is computed in fp64 and rounded once. Gradients
-are fp32 or bf16. Where a parameter has a bf16 working copy, the new p is written there too.
+which is torch.optim.AdamW and torch.nn.utils.clip_grad_norm_, in fp32. Scalars per tensor
+(1 - lr * weight_decay, the bias corrections) are computed in fp64 and rounded once. Gradients are
+fp32 or bf16. If a parameter has a bf16 working copy, the new p is written there too.
 
-Memory bound. Bytes per parameter:
+Memory-bound. Bytes per parameter:
 
     step  p, m, v read and written        24, + 4 (fp32 gradient) or 2 (bf16), + 2 (working copy)
     norm  gradient read                    4 or 2
 
 The norm takes two launches and the step two, however many tensors there are. The kernels find the
-tensors through a table of addresses (one row per tensor) and their share of the work through a list
-of chunks (row, number of the chunk in the tensor). The host sends both only when they change: most
-steps find every tensor where the step before had it. Learning rate, step counts, clip coefficient
-and the verdict `found_inf` are read on the device. If `found_inf` is not 0, nothing is written.
+tensors through a table of addresses (one row per tensor) and their work through a list of chunks
+(row, number of the chunk in the tensor). The host sends both only when they change, which is rare,
+because tensors keep their addresses. Learning rate, step counts, clip coefficient and the verdict
+`found_inf` are read on the device. If `found_inf` is not 0, nothing is written.
 
-Deterministic: each chunk leaves one fp32 sum of squares, and one program adds those in a fixed
+Deterministic: each chunk writes one fp32 sum of squares, and one program adds those in a fixed
 order. No atomics; reruns are bitwise equal on one device. No host read.
 
 Source: Loshchilov, Hutter 2019, https://arxiv.org/abs/1711.05101; tables of addresses and chunks as
@@ -57,7 +57,7 @@ SCALARS = tl.constexpr(8)  # per tensor, from `_adamw_advance_kernel`; the last 
 
 @jit
 def _load_seven(ptrs, mask=None, other=None):
-    """Seven values that stand next to each other."""
+    """Seven adjacent values."""
     found = ()
     for i in tl.static_range(7):
         found += (tl.load(ptrs + i, mask=mask, other=other),)
@@ -90,7 +90,7 @@ def _adamw_advance_kernel(
     step += tl.where(tl.load(found_inf_ptr) == 0.0, 1.0, 0.0)
     tl.store(step_ptrs, step, mask=mask)
 
-    t = step.to(tl.float64)  # 1 - 0.999 in fp32 is wrong by 1e-5 of itself
+    t = step.to(tl.float64)  # in fp32, 1 - 0.999 has a relative error of 1e-5
     bias_correction1 = 1.0 - tl.exp(t * log_beta1)
     bias_correction2 = 1.0 - tl.exp(t * log_beta2)
     decay, step_size = 1.0 - lr * weight_decay, lr / bias_correction1
@@ -248,7 +248,7 @@ def _adamw_clip_kernel(
         acc += tl.load(partial_ptr + offs, mask=offs < P, other=0.0)
     norm = tl.sqrt_rn(tl.sum(acc, axis=0))
     coefficient = tl.div_rn(max_norm, norm + 1e-6)
-    # Written so that NaN stays NaN, as in torch: such a step must not pass for a good one.
+    # Written so that NaN stays NaN, as in torch: such a step must not look like a good one.
     coefficient = tl.where(coefficient > 1.0, 1.0, coefficient)
     tl.store(out_ptr, norm)
     tl.store(out_ptr + 1, tl.where(max_norm > 0.0, coefficient, 1.0))

@@ -1,7 +1,7 @@
-"""The tables through which kernels/adamw.py finds its tensors, and their way to the device.
+"""The tables through which kernels/adamw.py finds its tensors, and how they reach the device.
 
 A row holds the addresses and numbers of one parameter. The bytes of all rows are also the key that
-says whether the table on the device is still the right one.
+tells whether the table on the device is still current.
 """
 
 import math
@@ -16,7 +16,7 @@ from ._launch import cdiv
 from ._op import check_device, check_tensor
 from .adamw import ALIGNED, BF16_GRAD, CHUNK, FIELDS, adamw_norm, adamw_step
 
-ALIGNMENT = 16  # bytes of the widest load; torch's allocations have it, views into them need not
+ALIGNMENT = 16  # bytes of the widest load; torch's allocations have it, views may not
 FP32 = (torch.float32,)
 ROW = struct.Struct("9q7d")  # in the order of the columns that kernels/adamw.py names
 
@@ -30,7 +30,7 @@ class Slot(NamedTuple):
     exp_avg: Tensor  # fp32
     exp_avg_sq: Tensor  # fp32
     step: Tensor  # (), fp32, steps done
-    working: Tensor | None  # a bf16 copy of `param` to keep up
+    working: Tensor | None  # a bf16 copy of `param` to update
     lr: float | Tensor  # a () fp32 tensor is read when the kernel runs
     betas: tuple[float, float]
     eps: float
@@ -51,7 +51,7 @@ class Slot(NamedTuple):
                 check_tensor("adamw", f"{what} of {self.name}", tensor, size, device, dtypes)
 
     def row(self) -> bytes:
-        """Its row of the table. Raises ValueError if the gradient does not fit; it may be new."""
+        """Its row of the table. ValueError if the gradient, which may be new, does not fit."""
         dtypes, shape, name = (*FP32, torch.bfloat16), self.param.shape, f"gradient of {self.name}"
         check_tensor("adamw", name, self.grad, shape, self.param.device, dtypes)
         tensors = self.param, self.grad, self.exp_avg, self.exp_avg_sq, self.working
@@ -72,9 +72,9 @@ def _is_capturing(device: torch.device) -> bool:
 class Upload:
     """Copies a small host tensor to the device, but only when its content has changed.
 
-    A CUDA graph that holds the copy reads the pinned buffer at every replay. So the host buffer and
-    the device tensor of a capture are kept and never written again. Pinned memory cannot safely be
-    allocated during a capture, so a spare buffer is always ready.
+    A CUDA graph that contains the copy reads the pinned buffer at every replay. So the host buffer
+    and the device tensor of a capture are kept and never overwritten. Pinned memory cannot safely
+    be allocated during a capture, so a spare buffer is always ready.
     """
 
     def __init__(self, device: torch.device):
@@ -133,7 +133,7 @@ class Tables:
         self._one, self._zero = torch.ones((), device=device), torch.zeros((), device=device)
 
     def grad_norm(self, slots: Sequence[Slot], max_norm: float) -> tuple[Tensor, Tensor]:
-        """Norm of all gradients together, which stay as they are, and the clip coefficient.
+        """Norm of all gradients together, which are not changed, and the clip coefficient.
 
         Args:
             slots: The parameters that have a gradient.
@@ -174,7 +174,7 @@ class Tables:
         weights = [t for s in slots for t in (s.param, s.working) if t is not None]
         read = [t for s in slots for t in (s.grad, s.lr) if isinstance(t, Tensor)]
         adamw_step(table, chunks, clip, found_inf, state + weights, read)
-        # Autograd cannot see the writes; a graph that saved a parameter must not be used again.
+        # Autograd cannot see the writes; a graph that saved a parameter must not be reused.
         torch.autograd.graph.increment_version(weights)
 
     def _load(self, slots: Sequence[Slot]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""Causal self-attention on packed qkv, forward and backward: nothing is split, copied or joined.
+"""Causal self-attention on packed qkv, forward and backward, without splitting or copying it.
 
-qkv (B, T, 3C) as one projection writes it: q, k, v of head h stand at columns h*D, C + h*D and
+qkv (B, T, 3C) is as one projection writes it: q, k, v of head h begin at columns h*D, C + h*D and
 2C + h*D, C = H*D. Forward, for each head, with scale = 1 / sqrt(D):
 
     S = scale * q k^T, for keys <= query          lse_i = log2(sum_j 2^(S_ij * log2(e)))
@@ -12,24 +12,24 @@ Backward, with dO the gradient of y:
     dq = scale * dS k                 dk = scale * dS^T q               dv = P^T dO
 
 S never leaves the chip. The forward walks the keys once with an online softmax (running row maximum
-and sum) and saves only lse, in fp32 and base 2; the backward recomputes P from it. Every loop takes
+and sum) and saves only lse, in fp32 and base 2; the backward recomputes P from it. Every loop does
 its masked blocks first, then the blocks that need no mask.
 
-Bound by the matrix units from T of a few hundred on, below by bytes. Flops, halved for causality:
-forward 2 B H T^2 D; backward 5 B H T^2 D useful, 7 executed, as both launches compute S and dP.
-Elements per token and C: forward reads 3 and writes 1; dq 5 and 1; dk/dv 4 and 2. What a block
-does not own, each block reads again from L2.
+Bound by the tensor cores from T of a few hundred on, below that by memory. Flops, halved for
+causality: forward 2 B H T^2 D; backward 5 B H T^2 D useful, 7 executed, as both launches compute S
+and dP. Elements per token and C: forward reads 3 and writes 1; dq 5 and 1; dk/dv 4 and 2. What a
+block does not own, it reads again from L2.
 
-The backward makes dq by query blocks, with delta on the way, then dk/dv by key blocks. The second
-works on S^T = k q^T, so P^T and dS^T leave the dot in the orientation the next one reads: no tile
+The backward computes dq and delta by query blocks, then dk/dv by key blocks. The second launch
+works on S^T = k q^T, so P^T and dS^T leave the dot in the orientation the next one reads. No tile
 is transposed in registers, which Triton before 3.7.1 gets wrong on Hopper (fla-org issue 826). Up
-to `short_t` one launch does it all, a head per program: at T = 64 1,231 instructions per warp
-instead of at least 1,773, and 8 elements per token and C instead of 12 (bf16, compiled for sm_90
-with triton 3.7.1).
+to `short_t` one launch does it all, with a head per program. At T = 64 that takes 1,231
+instructions per warp instead of at least 1,773, and 8 elements per token and C instead of 12 (bf16,
+compiled for sm_90 with triton 3.7.1).
 
 Deterministic: nothing is summed across programs. No atomics, no fp32 buffer for dq.
 
-Source: Dao 2023, https://arxiv.org/abs/2307.08691; delta inside dq saves its separate pass there.
+Source: Dao 2023, https://arxiv.org/abs/2307.08691, which computes delta in a separate pass.
 """
 
 from typing import Any
@@ -92,7 +92,7 @@ def _attention_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     tl.static_assert(BLOCK_M % BLOCK_N == 0)  # the unmasked blocks end where the diagonal begins
-    # Late queries see the most keys: starting them first keeps the last wave short.
+    # Late queries see the most keys; starting them first keeps the last wave short.
     head, first = _place(T, BLOCK_M, True)
     stride = 3 * H * D
     rows = first + tl.arange(0, BLOCK_M)
@@ -307,7 +307,7 @@ def _attention_short_bwd_kernel(
     mask = (rows < T)[:, None]
     dq_ptrs = _head_ptr(dqkv_ptr, head, T, H, 3 * H * D, D) + tile
 
-    # S and dP twice, as in the long case: two small dots cost less than transposing registers.
+    # S and dP twice, as for long T: two small dots cost less than transposing registers.
     seen = rows[None, :] >= rows[:, None]
     dk, dv = _dkdv_step(zero, zero, q, do, k, v, lse, delta, seen, qk_scale, True, PRECISION)
     tl.store(dq_ptrs + 2 * H * D, dv.to(dqkv_ptr.dtype.element_ty), mask=mask)
@@ -349,7 +349,7 @@ def launch_key(kernel: str, math: str, D: int, T: int, arch: int) -> Key:
 
 
 def _launch(name: str, qkv: Tensor, n_head: int, *tensors: Tensor) -> None:
-    """Run one of KERNELS on `tensors`: a program for each block of each head of a sequence."""
+    """Run one of KERNELS on `tensors`, with a program per block, head and sequence."""
     if qkv.numel() == 0:
         return
     B, T, C3 = qkv.shape
@@ -399,7 +399,7 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):
         refuse_double_backward("causal_attention")
         qkv, y, lse = ctx.saved_tensors
-        # contiguous() copies only what is not: the expanded scalar of y.sum(), never c_proj's dx.
+        # contiguous() copies only the expanded scalar of y.sum(), never c_proj's dx.
         return causal_attention_bwd(dy.contiguous(), qkv, y, lse, ctx.n_head), None
 
 
@@ -407,8 +407,8 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
     """Softmax attention of each token over itself and the tokens before it.
 
     Args:
-        qkv: (B, T, 3C), contiguous, fp32 / bf16 / fp16; q, k, v beside each other, each C wide
-            and each head D = C / n_head of it. Under autocast it is cast to the autocast dtype.
+        qkv: (B, T, 3C), contiguous, fp32 / bf16 / fp16; q, k, v side by side, each C wide, with
+            heads of D = C / n_head. Under autocast it is cast to the autocast dtype.
         n_head: H; D must be one of HEAD_DIMS.
         dropout_p: must be 0; for dropout on the weights use the eager backend.
 

@@ -9,19 +9,19 @@ gradient of the table from its use in the head:
 
     dwpe[t] = sum_b dh[b, t]          dwte[v] = dtied[v] + sum(dh[b, t] where idx[b, t] = v)
 
-The table is an output too, and the head takes it from there. So autograd brings dtied here, and the
-rows of dh are added into a copy of it, where two gradients of the table would have to be added up.
-In place would save the copy, but autograd does not say who else holds that gradient.
+The table is also an output, which the head uses. So autograd delivers dtied here, and the rows of
+dh are added into a copy of it, which saves adding two gradients of the table. Adding in place would
+save the copy, but autograd does not say who else holds that gradient.
 
-Rows of a token stand together once tokens are sorted. A program owns ROWS sorted rows, adds up
-those of one token and writes the sum to the table. If the token begins in an earlier block, the sum
-is carried as a row of its own, and the same kernel adds up the carried rows. So one frequent token
-takes no longer than many rare ones.
+Rows of a token are adjacent once tokens are sorted. A program owns ROWS sorted rows, sums those of
+each token and writes the sum to the table. If the token begins in an earlier block, the sum is
+carried as a separate row, and the same kernel sums the carried rows. So one frequent token takes no
+longer than many rare ones.
 
-Memory bound. Bytes at M = 65536 tokens, C = 768, Vp = 50304, stream fp32, y bf16, 15,000 different
+Memory-bound. Bytes at M = 65536 tokens, C = 768, Vp = 50304, stream fp32, y bf16, 15,000 distinct
 tokens: forward 0.35 GB (46 MB of wte read, h and y written); backward 1.53 GB (LayerNorm 0.70, dh
-read twice more, 0.31 for the copy, 0.12 for rows of the table and carried ones). Apart they move
-0.95 and 2.18 GB. Counted by hand; the bytes of sorting are left out.
+read twice more, 0.31 for the copy, 0.12 for rows of the table and carried ones). Separate ops move
+0.95 and 2.18 GB. Counted by hand, without the bytes of sorting.
 
 Deterministic: the sort is stable, sums have a fixed order. No atomics; reruns are bitwise equal.
 
@@ -73,7 +73,7 @@ def _embedding_fwd_kernel(
     position = (rows % T).to(tl.int64)
     rows = rows.to(tl.int64)  # M * C may pass 2^31
     token = tl.load(idx_ptr + rows, mask=rows < M, other=0)
-    known = (token >= 0) & (token < Vp)  # other ids are not read with; their rows become NaN
+    known = (token >= 0) & (token < Vp)  # no address comes from other ids; their rows are NaN
     h = ()
     for i in tl.static_range(CHUNKS):
         at, mask = _tile(rows, M, i, C, BLOCK_C)
@@ -208,8 +208,8 @@ def embedding(
 
     Returns:
         y = LayerNorm(residual), (B, T, C), in the autocast dtype under autocast, else that of
-        residual; residual = wte[idx] + wpe, (B, T, C); and `wte` for the head, so that the head's
-        gradient of it arrives here and is added to. On CUDA, where a check would cost a sync, an
+        residual; residual = wte[idx] + wpe, (B, T, C); and `wte` for the head, whose gradient of it
+        then arrives here and is added to. On CUDA, where a check would cost a sync, an
         id outside [0, Vp) makes its row NaN.
 
     Raises:

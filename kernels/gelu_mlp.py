@@ -23,10 +23,10 @@ Bound by the tensor cores from M of a few thousand on. Per call at M = 65536, C 
     up   (x, w_fc -> g, d)        309 GFLOP    911 MB (508 MB without d, under no_grad)
     down (dy, w_proj, d -> dh)    309 GFLOP    911 MB, and 6 MB of fp32 partials
 
-Each operand tile is read once per tile of the other operand, mostly from L2: GROUP_M rows of tiles
-are walked column by column, which keeps the weight and the rows in use there. Sums are fp32. db_fc
-goes through one partial row per row of tiles and a sum in a fixed order, so reruns are bitwise
-equal. `sum_rows(dy)` is torch's.
+Each operand tile is read once per tile of the other operand, mostly from L2: programs walk GROUP_M
+rows of tiles column by column, which keeps the weight and these rows there. Sums are fp32. db_fc is
+summed in a fixed order from one partial row per row of tiles, so reruns are bitwise equal.
+`sum_rows(dy)` is torch's.
 
 Source: Hendrycks, Gimpel 2016, https://arxiv.org/abs/1606.08415 (the tanh form of GELU).
 """
@@ -49,16 +49,16 @@ EXP_H = tl.constexpr(-((8 / pi) ** 0.5) * log2(e))
 EXP_H3 = tl.constexpr(-((8 / pi) ** 0.5) * log2(e) * 0.044715)
 DU_0 = tl.constexpr((8 / pi) ** 0.5)
 DU_2 = tl.constexpr((8 / pi) ** 0.5 * 3 * 0.044715)
-# Below h = -9.4, where gelu and gelu' are under 1e-32: keeps exp(-2u) finite, so that
+# Applies below h = -9.4, where gelu and gelu' are under 1e-32. It keeps exp(-2u) finite, so that
 # 1 - s = exp(-2u) * s has no inf * 0.
 EXP_MAX = tl.constexpr(115.0)
-# Columns of a tile that leave it at a time: all of g and d would not fit in registers beside h.
+# Columns of a tile stored at a time: all of g and d would not fit in registers beside h.
 PART_N = tl.constexpr(64)
 
 
 @jit
 def _tile_at(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Position of a tile where GROUP_M rows of tiles are walked column by column."""
+    """Position of a tile if GROUP_M rows of tiles are walked column by column."""
     in_group = GROUP_M * tiles_n
     first = tile // in_group * GROUP_M
     rows = tl.minimum(tiles_m - first, GROUP_M)

@@ -5,22 +5,22 @@ Forward, for each row h of length C, h = x or h = residual + x rounded to the re
     mean = sum(h) / C          var = sum((h - mean)^2) / C          rstd = 1 / sqrt(var + eps)
     x_hat = (h - mean) * rstd                                       y = x_hat * weight + bias
 
-Backward, with g = dy * weight and dh_out the gradient of the residual stream that went on:
+Backward, with g = dy * weight and dh_out the gradient of the residual stream that continues:
 
     dh = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) + dh_out          dx = dresidual = dh
     dweight = sum_rows(dy * x_hat)          dbias = sum_rows(dy)
 
-The mean is taken twice: one fp32 mean of values near 1e3 is off by up to 1e-4, too much for a row
-whose values differ by 1e-2. The backward reads the sum of both as one float.
+The mean is taken twice: a single fp32 mean of values near 1e3 is off by up to 1e-4, too much for a
+row whose values differ by 1e-2. The backward reads the sum of both as one float.
 
-Memory bound; every tensor is read or written once. Bytes per element with x and y in bf16:
+Memory-bound; every tensor is read or written once. Bytes per element with x and y in bf16:
 
     layer_norm, bf16          forward  4 (x, y)                 backward  6 (dy, x, dx)
     add_layer_norm, fp32 h    forward 12 (x, residual, y, h)    backward 16 (dy, dh_out, h, dh, dx)
     add_layer_norm, bf16 h    forward  8                        backward  8 (dh is shared)
 
-Deterministic: dweight and dbias go through one fp32 row of partial sums per program and a second
-kernel that adds those rows in a fixed order. No atomics; reruns are bitwise equal on one device.
+Deterministic: each program writes one fp32 row of partial sums for dweight and dbias, and a second
+kernel adds those rows in a fixed order. No atomics; reruns are bitwise equal on one device.
 
 Source: Ba, Kiros, Hinton 2016, https://arxiv.org/abs/1607.06450
 """
@@ -43,10 +43,10 @@ from .reference import autocast_dtype
 MAX_C = 8192  # a program holds a whole row in registers
 # The elements of a row that one warp may hold. The backward keeps six values of each in registers,
 # which at 768 elements takes 168 registers per thread. At 1024 in fp32 it would take 221, and only
-# 8 warps would fit on an SM. Both are read off compiled code.
+# 8 warps would fit on an SM. Both figures are from compiled code.
 WARP_C = {"fwd": 1024, "bwd": 768}
 MAX_WARPS_PER_ROW = 8  # with 16 a thread has at most 128 registers, too few for the backward
-BWD_WARPS_PER_SM = 12  # at 768 elements a warp
+BWD_WARPS_PER_SM = 12  # at 768 elements per warp
 
 
 def launch_key(kernel: str, M: int, C: int, dtype: torch.dtype, arch: int) -> Key:
@@ -62,7 +62,7 @@ def safe_launch(kernel: str, C: int, itemsize: int) -> Launch:
 
     A chunk is what a warp loads of h with 16 bytes per lane: 128 elements in fp32, 256 in 16 bits.
     With chunks of 256, adding a bf16 x to an fp32 h would go through shared memory, at two barriers
-    per chunk. Wider rows take several warps, narrow ones share one.
+    per chunk. Wider rows take several warps; narrow ones share one.
     """
     chunk = 512 // itemsize
     if chunk >= C:
@@ -293,7 +293,7 @@ def layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, residual (..., C) -> y (..., C) in `dtype`, h (..., C), stats (2, ...) fp32.
 
-    Without a residual h is empty, (0,): it would be x, and an op may not return its own input.
+    Without a residual h is empty, (0,), because it would be x, and an op may not return its input.
     """
     y, h, stats = _fwd_fake(x, residual, weight, bias, eps, dtype)
     M, C = stats[0].numel(), x.shape[-1]
@@ -322,7 +322,7 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dh (..., C), dx (..., C) in `dtype`, dweight (C,), dbias (C,).
 
-    If `dtype` is that of h, dx is empty, (0,): it would be dh, and an op may not return that twice.
+    If `dtype` is that of h, dx is empty, (0,), because an op may not return dh twice.
     """
     dh, dx, dweight, dbias = _bwd_fake(dy, dh_out, h, weight, stats, dtype)
     M, C = stats[0].numel(), h.shape[-1]
@@ -366,7 +366,7 @@ class _LayerNorm(torch.autograd.Function):
 def _norm(
     op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> Any:
-    """Check the arguments, then run either op."""
+    """Check the arguments, then run one of the two ops."""
     check_device(op, x)
     C = x.shape[-1] if x.dim() else 0
     if not 1 <= C <= MAX_C:
@@ -407,7 +407,7 @@ def add_layer_norm(
 
     Args:
         x, weight, bias, eps: As for `layer_norm`.
-        residual: (..., C), contiguous; any of the three dtypes, also another than that of `x`.
+        residual: (..., C), contiguous; any of the three dtypes, not necessarily that of `x`.
 
     Returns:
         y = LayerNorm(residual_out), (..., C), in the autocast dtype under autocast, else the dtype

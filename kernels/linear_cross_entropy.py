@@ -1,26 +1,26 @@
-"""LM head and cross-entropy in one op: the logits never exist whole.
+"""LM head and cross-entropy in one op; all logits never exist at once.
 
 Forward, over the N rows whose target t is not `ignore_index`, with V of the weight's Vp rows real:
 
     z = x @ weight[:V]^T        lse = log(sum_v exp(z_v))        loss = sum_rows(lse - z_t) / N
 
-Backward, computed in the forward while the logits of a chunk are at hand:
+Backward, computed in the forward while the logits of a chunk exist:
 
     dz = (exp(z - lse) - onehot(t)) * dloss / N        dx = dz @ weight        dweight = dz^T @ x
 
-Per chunk of rows: (1) cuBLAS makes z in x's dtype; (2) a program per row reads it, keeping maximum
-and sum of exponentials online, and, where gradients are wanted, reads it again and leaves dz in its
-place; (3) two cuBLAS GEMMs make dx and dweight, which accumulates in fp32 over the chunks. Chunks
-are of tokens: chunks of the vocabulary would need z a second time, a fourth GEMM.
+Per chunk of rows: (1) cuBLAS computes z in x's dtype; (2) a program per row reads it with an online
+maximum and sum of exponentials and, if gradients are needed, reads it again and overwrites it with
+dz; (3) two cuBLAS GEMMs compute dx and dweight, which accumulates in fp32 over the chunks. Chunks
+of the vocabulary instead of tokens would need z a second time, which is a fourth GEMM.
 
 Loss and gradients are those of z as stored, so exp(z - lse) sums to one over what is read. dz, dx
-and dweight stay without the factor dloss / N until the backward multiplies dx and dweight by it in
-fp32: dloss is not known yet, and dz / N would underflow in fp16.
+and dweight lack the factor dloss / N until the backward multiplies dx and dweight by it in fp32:
+dloss is not yet known, and dz / N would underflow in fp16.
 
 Bound by the tensor cores. At M = 65536, C = 768, Vp = 50304, bf16: three GEMMs of 5.06 TFLOP; z is
 written, read, overwritten and read twice, 6.6 GB each time, in chunks of at most CHUNK_BYTES; the
-weight (0.08 GB) is read and dweight (0.15 GB, fp32) read and written once per chunk. Memory bounds
-the row kernel, 13.2 GB: what it reads again, 0.1 MB per row, is still in a cache, and its 16
+weight (0.08 GB) is read and dweight (0.15 GB, fp32) read and written once per chunk. The row kernel
+is memory-bound, 13.2 GB. What it reads again, 0.1 MB per row, is still in a cache, and its 16
 instructions per element (sm_90, compile-only), two of them exponentials, take some 60% of the
 time of its bytes. No atomics: reruns are bitwise equal. No host sync: a CUDA graph can hold the op.
 
@@ -39,10 +39,10 @@ from ._op import check_device, check_tensor, needs_grad, refuse_double_backward,
 from .reference import autocast_dtype, check_ids
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Bytes of logits alive at once. At GPT-2's shape in bf16 this gives 4 chunks of 16384 rows, whose
+# Bytes of logits at a time. At GPT-2's shape in bf16 this gives 4 chunks of 16384 rows, whose
 # dx, 384 tiles of 128 x 256, fills 132 SMs three times. Two chunks would save 0.6 GB of the 40 that
-# a call moves, for 1.6 GB more of memory. A constant, because the order in which dweight is summed
-# must not depend on the memory of a card.
+# a call moves, but take 1.6 GB more memory. It is a constant, because the order in which dweight is
+# summed must not depend on a card's memory.
 CHUNK_BYTES = 1 << 31
 
 
@@ -74,7 +74,7 @@ def _linear_cross_entropy_rows_kernel(
     row_ptrs = z_ptr + rows.to(tl.int64) * stride
     target = tl.load(targets_ptr + rows, mask=rows < M, other=ignore_index)
     counted = target != ignore_index
-    # An id outside the vocabulary is not read with; loss and gradients become NaN.
+    # No address comes from an id outside the vocabulary; loss and gradients become NaN.
     known = (target >= 0) & (target < V)
     nan = float("nan")
     z_t = tl.load(row_ptrs + target, mask=counted & known, other=nan).to(tl.float32)
@@ -141,7 +141,7 @@ def launch_key(kernel: str, dtype: torch.dtype, arch: int) -> Key:
 
 
 def chunk_rows(M: int, Vp: int, itemsize: int) -> int:
-    """Rows of logits alive at once: M in the fewest equal chunks of at most CHUNK_BYTES."""
+    """Rows of logits that exist at once: M in the fewest equal chunks of at most CHUNK_BYTES."""
     most = max(CHUNK_BYTES // (Vp * itemsize), 1)
     even = cdiv(M, max(cdiv(M, most), 1))
     return max(min(cdiv(even, 128) * 128, most, M), 1)  # whole tiles, where the bound leaves room
@@ -262,8 +262,8 @@ def linear_cross_entropy(
         ignore_index: rows with this target count neither in the sum nor in the mean.
 
     Returns:
-        () fp32. NaN when every row is ignored, with gradients of 0, as F.cross_entropy. On CUDA,
-        where a check would cost a sync, a target that is no id makes loss and gradients NaN.
+        () fp32. NaN if every row is ignored, with gradients of 0, as in F.cross_entropy. On CUDA,
+        where a check would cost a sync, a target that is not an id makes loss and gradients NaN.
 
     Raises:
         ValueError: a shape, dtype or layout that does not match, or, on the CPU, a target that is

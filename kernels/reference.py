@@ -1,11 +1,11 @@
-"""Every op in plain PyTorch: the `eager` backend. Tests compare with formulas of their own.
+"""Every op in plain PyTorch: the `eager` backend. Tests compare with their own formulas.
 
 Names and signatures are those of the Triton ops, whose files have the math. Nothing here may import
 triton. Under autocast each op returns what the Triton op returns: activations in the autocast
 dtype, residual stream and loss in fp32.
 
 A machine without a GPU trains on these, so `linear_cross_entropy` must be fast, compiled or not.
-The others are what a reader would write.
+The others are written as simply as possible.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_TOKENS = 1024  # rows of logits alive at once: 1024 x 50304 fp32 is 206 MB
+CHUNK_TOKENS = 1024  # rows of logits at once: 1024 x 50304 in fp32 are 206 MB
 # Up to this T a CPU computes bf16 attention as one product after the other: SDPA's backward takes
 # three to six times as long. At T = 256 and D = 64 the probabilities take as much memory as qkv and
 # y.
@@ -22,7 +22,7 @@ MAX_T_OF_PRODUCTS = 256
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype activations leave an op in: the autocast dtype where autocast is on, else x's."""
+    """The dtype of an op's activations: the autocast dtype under autocast, else x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -118,8 +118,8 @@ def causal_attention(qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor
 def _turn_into_dz(z: Tensor, V: int, ids: Tensor, needs_dz: bool) -> tuple[Tensor, Tensor]:
     """log p of `ids` (R, 1) under softmax(z), and the softmax less onehot(ids); z (R, Vp) is lost.
 
-    Compiled, it is pointwise from z to dz: it compares where one would index, and writes the
-    exponential twice, so that it is computed again and not stored. Otherwise a few rows go through
+    Compiled, it is pointwise from z to dz: it compares instead of indexing, and writes the
+    exponential twice, so that it is recomputed instead of stored. Otherwise a few rows go through
     all passes before the next begin, so that their fp32 form stays in a cache.
     """
     if torch.compiler.is_compiling():
@@ -158,10 +158,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(x.dtype)
         ids = targets.clamp(0, vocab_size - 1)[:, None]
         dxs: list[Tensor] = []
-        dweight: Tensor | None = None  # (C, Vp): so a CPU takes two thirds of the time in bf16
+        dweight: Tensor | None = None  # (C, Vp), which takes a CPU two thirds of the time in bf16
         for rows, at, part in zip(*(t.split(CHUNK_TOKENS) for t in (x, ids, share)), strict=True):
             z = F.linear(rows, w)
-            # Without its 1 / count, which fp16 could not hold; it goes on at the end, in fp32.
+            # Without its 1 / count, which fp16 could not hold; it is applied at the end, in fp32.
             log_p, dz = _turn_into_dz(z, vocab_size, at, needs_dx or needs_dweight)
             loss = loss - (log_p * part).sum()
             part = part.to(x.dtype)
