@@ -63,7 +63,7 @@ def test_a_child_that_dies_or_hangs_says_why() -> None:
     with died(match=r"^no answer in 1 s: said by a library$"):
         process.ask("hang", 1)
     wait_until_gone(process.process.pid)
-    with died(match=r"^it ended with 3: nothing said$"):
+    with died(match=r"^it ended with 3: it printed nothing$"):
         child.Child([sys.executable, "-c", "raise SystemExit(3)"]).ask("a", 60)
 
 

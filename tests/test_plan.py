@@ -202,7 +202,7 @@ def test_without_the_triton_package() -> None:
 def test_compiling_where_it_cannot_pay_or_cannot_work() -> None:
     made = make_plan(SMOKE, CPU)
     assert not made.compile
-    assert any("too short for it to pay" in note for note in made.notes)
+    assert any("compiling pays off from 2e+14" in note for note in made.notes)
     assert make_plan(SMOKE, CPU, Choices(compile=True)).compile
     assert not make_plan(SEED, CPU, Choices(compile=False)).compile
     bare = Machine("cpu", "a CPU", missing_tools=("g++", "openssl"))
@@ -248,7 +248,7 @@ def test_the_plan_in_a_line_and_as_json() -> None:
         "1 x 64 rows per step, triton AdamW, one CUDA graph, about "
     )
     assert line.startswith(start)
-    assert line.endswith(" GiB for a step, beside CUDA's own 0.5")
+    assert line.endswith(" GiB for a step, plus 0.5 for CUDA itself")
     assert ", Muon and triton AdamW, " in made.describe(muon=True)
     assert Plan(**json.loads(json.dumps(asdict(made)))) == replace(made, notes=[*made.notes])
 

@@ -118,7 +118,7 @@ def test_run_folder(twice: list[Path]) -> None:
     assert "step    19 | loss" in printed
     assert "mfu" not in printed
     assert "ops eager: no GPU" in printed
-    said = re.findall(r"about ([\d.]+) GiB for a step, beside the ([\d.]+) to ([\d.]+) of", printed)
+    said = re.findall(r"about ([\d.]+) GiB for a step, plus ([\d.]+) to ([\d.]+) for", printed)
     step, least, most = map(float, said[0])
     peak = int(printed.split()[-1]) / 2**20
     assert 0.6 * (step + least) < peak < 1.5 * (step + most)

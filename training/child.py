@@ -45,7 +45,7 @@ class Ended:
 
 def last_line(text: str) -> str:
     lines = [line.strip()[-200:] for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "nothing said"
+    return lines[-1] if lines else "it printed nothing"
 
 
 def _start(

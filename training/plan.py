@@ -132,7 +132,7 @@ class Plan:
         """The plan in one line; `muon` is the recipe's."""
         cpu = self.device == "cpu"
         threads = f", {self.num_threads} thread{'s' * (self.num_threads > 1)}" if cpu else ""
-        beside = "the 0.5 to 1 of torch itself" if cpu else "CUDA's own 0.5"
+        others = "0.5 to 1 for torch itself" if cpu else "0.5 for CUDA itself"
         parts = {
             f"plan: {self.device} ({self.device_name}{threads})": True,
             f"ops {self.ops}": True,
@@ -145,7 +145,7 @@ class Plan:
             "one CUDA graph": self.cuda_graph,
             "blocks recomputed in the backward": self.recompute,
             "bf16 residual stream: changed numerics": self.residual == "bf16",
-            f"about {self.memory_bytes / 2**30:.1f} GiB for a step, beside {beside}": True,
+            f"about {self.memory_bytes / 2**30:.1f} GiB for a step, plus {others}": True,
         }
         return ", ".join(part for part, holds in parts.items() if holds)
 
@@ -388,8 +388,8 @@ def _choose_compile(
     )
     if machine.device == "cpu" and total < MIN_COMPILE_FLOPS:
         notes.append(
-            f"not compiled: this run is too short for it to pay, {total:.1e} flops where it takes "
-            f"{MIN_COMPILE_FLOPS:.0e}; --compile does it all the same"
+            f"not compiled: this run has {total:.1e} flops, and compiling pays off from "
+            f"{MIN_COMPILE_FLOPS:.0e}; --compile does it anyway"
         )
         return False
     return True
