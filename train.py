@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0, 1 if the run failed, 2 for bad input, or 75 if a signal stopped the run."""
     world, stop = ALONE, StopRequest()
     with contextlib.ExitStack() as held:
-        left = "the run goes on without its printed log, metrics.jsonl has every step"
+        left = "a run goes on without it, and its metrics.jsonl has every step"
         held.enter_context(console.surviving(lambda: bool(stop), left))
         try:
             world = held.enter_context(distributed.meet())

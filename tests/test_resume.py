@@ -112,7 +112,7 @@ def test_changed_recipe_is_refused_with_both_values(small, capsys):
     shutil.copytree(run.folder / "calm", run.folder / "changed")
     assert in_process(run, "changed", "--max-lr", "0.002") == 2
     output = capsys.readouterr().err
-    assert "max_lr was 0.001, now 0.002" in output
+    assert "with another recipe or text: max_lr was 0.001, now 0.002" in output
     assert "--override" in output
     assert output.count("\n") == 1
 

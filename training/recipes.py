@@ -63,9 +63,11 @@ def spell_model(config: GPTConfig) -> str:
     """
     values, default = asdict(config), asdict(GPTConfig())
     for name in values.keys() - _CHANGEABLE.keys():
-        if values[name] != default[name]:
+        if (value := values[name]) != default[name]:
+            added = name == "vocab_size" and value > default[name]  # a token to pad with, mostly
             raise ValueError(
-                f"model: {name} must be {default[name]} to be trained here, got {values[name]}"
+                f"model: {name} must be {default[name]} to be trained here, got {value}"
+                + "; transformers' resize_token_embeddings(50257) cuts off added tokens" * added
             )
     same = (n for n, known in MODELS.items() if replace(known, dropout=config.dropout) == config)
     base = next(same, next(iter(MODELS)))

@@ -179,7 +179,7 @@ def check_recipe(
     changed = _differences(before, now)
     if changed and not override:
         raise ValueError(
-            f"resume: the checkpoint of step {saved.step} was made with another recipe: "
+            f"resume: the checkpoint of step {saved.step} was made with another recipe or text: "
             f"{'; '.join(changed)}. --override goes on with the new one, --resume never starts "
             "afresh"
         )
