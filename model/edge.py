@@ -113,7 +113,10 @@ def hold_streams() -> None:
 
 @contextmanager
 def exits() -> Iterator[None]:
-    """Bad input becomes one line and exit code 2, Ctrl-C becomes 130. A lost reader is no error."""
+    """Bad input, or a full GPU, becomes one line and exit code 2, Ctrl-C becomes 130.
+
+    A lost reader is no error.
+    """
     hold_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the console may lack a character
@@ -123,11 +126,16 @@ def exits() -> Iterator[None]:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        line = one_line(error)
+        if isinstance(error, RuntimeError):
+            if "out of memory" not in line:
+                raise
+            line = str(error).partition("\n")[0] + "; --device cpu does without"
         try:
             sys.stdout.flush()
         except OSError:  # the rest of the buffer must go nowhere, or Python complains when it exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            print(f"error: {line}", file=sys.stderr)
             sys.exit(2)

@@ -297,6 +297,17 @@ def test_logits_that_are_not_finite_are_refused(command: Command, monkeypatch):
     assert err.startswith("error: generate: the model's logits are not finite")
 
 
+def test_a_gpu_that_others_have_filled_is_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'")
+
+    monkeypatch.setattr(GPT, "to", full)
+    code, _, err = command("--prompt", "a")
+    assert (code, err) == (2, "error: CUDA error: out of memory; --device cpu does without\n")
+
+
 def test_a_console_that_lacks_a_character(monkeypatch: pytest.MonkeyPatch, runs: Path):
     monkeypatch.chdir(runs)
     console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
