@@ -1,4 +1,4 @@
-"""GPT-2: the model, its tokenizer, generation, and weights in and out."""
+"""GPT-2: the model, its tokenizer, generation, and import and export of weights."""
 
 from model.config import MODELS, GPTConfig
 from model.gpt import GPT

@@ -1,11 +1,11 @@
-"""The sizes of a GPT-2, and nothing about how it is trained or run."""
+"""The sizes of a GPT-2, but not how it is trained or run."""
 
 from dataclasses import dataclass
 
 from model.edge import check_int, is_real, quoted
 
 VOCAB_MULTIPLE = 128  # GEMM tiles and 16-byte rows need a padded vocabulary: 50257 -> 50304
-# Far above any GPT-2. A stranger's config.json must not allocate whatever it likes.
+# Far above any GPT-2, so that a stranger's config.json cannot allocate any amount.
 LARGEST = {
     "block_size": 1 << 20,
     "vocab_size": 1 << 20,
@@ -20,7 +20,7 @@ class GPTConfig:
     """Shape of a GPT-2.
 
     Args:
-        block_size: Positions the model has (n_positions in GPT-2's config.json).
+        block_size: Number of positions (n_positions in GPT-2's config.json).
         vocab_size: Real tokens. The embedding table is padded inside; see `padded_vocab_size`.
         n_layer, n_head, n_embd: Depth, heads, width C.
         dropout: Probability on embeddings, attention weights and residual branches.

@@ -3,22 +3,22 @@
 One step for R rows, where row r has n_r tokens:
 
     first step, and after a slide    prefill: all positions at once; logits of the last one
-    every other step                 decode: one position per row against the kept keys
+    every other step                 decode: one position per row against the cached keys
 
 Both run the model's own residual stream; its causal_attention also keeps the keys and values
 (prefill) or reads them (decode).
 
-Decode reads every weight once for R tokens, so it is bound by weight bytes (fp32 124M: 0.5 GB a
+Decode reads every weight once for R tokens, so it is bound by weight bytes (fp32 124M: 0.5 GB per
 step) and uses plain matmuls; the caches add 2 * L * C * n_r values per row. On CUDA it is one
 captured graph over the whole window, because its launches would take longer than its work.
 
-The window is the context the model was trained at, unless the caller gives another: positions
+The window is the context the model was trained with, unless the caller gives another: positions
 beyond it never had a gradient. When a row outgrows it, the last half is kept and prefilled again
 from position 0.
 
 Each row draws one number per step from a stream that depends only on the seed, the sample number
-and the prompt. So a prompt gives the same text whatever else is in the batch (up to rounding: a
-matmul over another number of rows may differ in the last bit).
+and the prompt. So a prompt gives the same text whatever else is in the batch, up to rounding: a
+matmul over another number of rows may differ in the last bit.
 """
 
 import threading
@@ -38,7 +38,7 @@ from model.gpt import GPT
 from model.sampling import Sampling, sample
 
 MAX_ROWS = 4096  # texts at once
-MAX_TURNED_BYTES = 4 << 30  # second copies of a model's weights; fp32 774M needs 1.9 GB
+MAX_TURNED_BYTES = 4 << 30  # transposed copies of a model's weights; fp32 774M needs 1.9 GB
 
 
 def resolve_window(model: GPT, window: int | None) -> int:
@@ -97,7 +97,7 @@ class Cache:
         return self.model.ops.causal_attention(qkv, n_head, dropout_p)
 
     def attend(self, qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
-        """Attention of one new position per row to those kept, (R, 1, 3C) -> (R, 1, C)."""
+        """Attention of one new position per row to the cached ones, (R, 1, 3C) -> (R, 1, C)."""
         assert self.kv is not None
         q, k, v = qkv.view(self.num_rows, 3, n_head, -1).unbind(1)  # (R, H, D)
         keys, values = self.kv[self.layer].unbind(0)  # (R, H, window, D)
@@ -147,7 +147,7 @@ def _twin(
 
 
 class Decoder:
-    """Token-level generation: every `step` gives one token for each row.
+    """Token-level generation: every `step` returns one token for each row.
 
     Row = prompt * num_samples + sample. The model may be on any device and in either mode; it
     generates without dropout.
@@ -189,7 +189,7 @@ class Decoder:
                 )
         rows = [(prompt, number) for prompt in prompts for number in range(num_samples)]
         self.contexts = [list(prompt)[-self.window :] for prompt, _ in rows]
-        # The prompt takes part, or an untrained model would answer every prompt alike.
+        # It includes the prompt, or an untrained model would answer every prompt alike.
         self.streams = [
             np.random.default_rng([sampling.seed, number, *prompt]) for prompt, number in rows
         ]
@@ -318,12 +318,12 @@ _turned: WeakKeyDictionary[GPT, tuple[list, Tensor, dict[Tensor, Tensor]]] = Wea
 
 
 def _turned_weights(model: GPT) -> tuple[Tensor, dict[Tensor, Tensor]]:
-    """The head as (C, Vp), and copies of some weights stored as (in, out), as views of them turned.
+    """The head as (C, Vp), and transposed views of copies of some weights stored as (in, out).
 
     A CPU multiplies one row faster by a weight stored like this, if the result is wider than the
     row. For a row of C = 768 the c_attn weights (57 MB) take 4.2 ms instead of 5.5, c_fc 3.0
     instead of 4.2, the head 10.2 instead of 14.2 (2 Zen 3 cores, fp32, MKL). The other two gain
-    nothing. The copies are kept per model, and made again when training has changed a weight.
+    nothing. The copies are kept per model, and renewed when training has changed a weight.
     """
     widening = ("wte.weight", "c_attn.weight", "c_fc.weight")
     wte, *weights = (p for name, p in model.named_parameters() if name.endswith(widening))

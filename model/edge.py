@@ -1,4 +1,4 @@
-"""The edge to the outside: values that are checked, text that is quoted, how a command ends."""
+"""The edge to the outside: checked values, quoted text, and how a command ends."""
 
 import codecs
 import io
@@ -50,7 +50,7 @@ def read_utf8(what: str, data: bytes, offset: int = 0) -> str:
 
 
 def read_stdin(command: str, limit: int) -> bytes:
-    """What is piped into a command. If it begins with a byte order mark, a line says so.
+    """What is piped into a command. A line reports a byte order mark at its beginning.
 
     Raises:
         ValueError: standard input is closed, or has more than `limit` bytes.
@@ -98,7 +98,7 @@ def check_int(where: str, name: str, value: Any, least: int, most: int) -> None:
 def hold_streams() -> None:
     """Open the null device for each standard stream that is closed.
 
-    Else the next file that is opened gets the stream's number, and then what libraries print.
+    Otherwise the next opened file would get the stream's number, and what libraries print.
     """
     for number in range(3):
         try:

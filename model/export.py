@@ -1,4 +1,4 @@
-"""Writes a model as a Hugging Face folder that transformers and lm-eval read without a network."""
+"""Writes a model as a Hugging Face folder that transformers and lm-eval read offline."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from model.flops import num_parameters
 from model.gpt import GPT
 from model.hf import CONTEXTS, GPT2_VOCAB, file_tensors
 
-# All that an export writes. Into a folder that holds anything else nothing is written.
+# All files of an export. Nothing is written into a folder that holds anything else.
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 EXPORTED = (CONFIG, "generation_config.json", "README.md", *TOKENIZER, WEIGHTS)
-PARTIAL = ".export-"  # an export in the making
+PARTIAL = ".export-"  # an unfinished export
 
 CARD = """---
 library_name: transformers
@@ -39,8 +39,8 @@ tags:
 
 ## Trained context
 
-It was trained at a context of {context} tokens. Prompt and continuation together hold at most \
-that many; for longer text crop the prompt or slide the window.{tuned}
+It was trained with a context of {context} tokens. Prompt and continuation together may have at \
+most that many; for longer text crop the prompt or slide the window.{tuned}
 
 ## Use
 
@@ -54,13 +54,13 @@ print(tokenizer.decode(model.generate(**inputs, max_length={context})[0]))
 ```
 """
 TUNED = (
-    " Its last training was at {tuned} tokens: positions from {tuned} to {last} are those of the "
-    "training before."
+    " It was last trained with {tuned} tokens: positions {tuned} to {last} are from the training "
+    "before that."
 )
 
 
 def hf_config(model: GPT, dtype: torch.dtype) -> dict[str, Any]:
-    """GPT-2's config.json. The contexts are ours; transformers carries them along."""
+    """GPT-2's config.json. The contexts are our fields; transformers preserves them."""
     config = model.config
     eot = GPT2_VOCAB - 1 if config.vocab_size >= GPT2_VOCAB else None
     return {
@@ -124,7 +124,7 @@ def _tokenizer_files(model_max_length: int) -> dict[str, str]:
 
 
 def _model_card(model: GPT, context: int) -> str:
-    """README.md of a model folder; says which positions training has seen."""
+    """README.md of a model folder; says which positions were trained."""
     parameters, tuned = num_parameters(replace(model.config, block_size=context)), ""
     if model.fine_tuned_context is not None and model.fine_tuned_context < context:
         tuned = TUNED.format(tuned=model.fine_tuned_context, last=context - 1)
@@ -133,10 +133,10 @@ def _model_card(model: GPT, context: int) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError unless `folder` is not there, empty, or holds an earlier export alone."""
+    """Raise ValueError unless `folder` is missing, empty, or holds only an earlier export."""
     if folder.is_symlink() and not folder.exists():
         raise ValueError(
-            f"export: {folder} is a link to {folder.readlink()}, which is not there; "
+            f"export: {folder} is a link to {folder.readlink()}, which does not exist; "
             "make that folder, or name another"
         )
     if folder.exists() and not folder.is_dir():
@@ -148,7 +148,7 @@ def check_folder(folder: Path) -> None:
         foreign = names
     if foreign:
         raise ValueError(
-            f"export: {folder} must be new, empty or an earlier export, and it holds "
+            f"export: {folder} must be new, empty or an earlier export, but it holds "
             f"{quoted(min(foreign))}; move that, or name another folder"
         )
 
@@ -157,9 +157,9 @@ def check_folder(folder: Path) -> None:
 def save_pretrained(model: GPT, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a folder that GPT2LMHeadModel and AutoTokenizer load; an earlier export is replaced.
 
-    It has only the positions that were trained: what reads a GPT-2 takes its positions for the
-    context it can use. Everything is written beside it first, and the weights are moved in last, so
-    a folder with model.safetensors is complete. `model` must not be what torch.compile returned.
+    It has only the positions that were trained, because programs take a GPT-2's positions for its
+    context. Everything is written beside it first, and the weights are moved in last, so a folder
+    with model.safetensors is complete. `model` must not be what torch.compile returned.
 
     Raises:
         ValueError: the dtype is not fp32, bf16 or fp16, a weight is not finite in it, or the path

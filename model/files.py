@@ -48,7 +48,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def read_regular(path: Path) -> str:
-    """The text of a regular file; to read a pipe or a device might take for ever.
+    """The text of a regular file; reading a pipe or a device might never end.
 
     Raises:
         OSError: it is another kind of file, or cannot be read.
@@ -65,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it is long, or not a JSON object.
     """
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"model: {path} has {size:,} bytes, at most {MAX_JSON_BYTES:,} are read")
+        raise ValueError(f"model: {path} has {size:,} bytes, the limit is {MAX_JSON_BYTES:,}")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

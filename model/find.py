@@ -1,4 +1,4 @@
-"""Where a model is: in a run, a folder, a file, on the hub; and what a file is that holds none."""
+"""Where a model is: in a run, a folder, a file or on the hub; and what other files are."""
 
 from pathlib import Path
 
@@ -6,18 +6,18 @@ import torch
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # names the files of weights that are cut into shards
+INDEX = "model.safetensors.index.json"  # names the files of sharded weights
 
 
 def find_model(path: str | Path) -> Path:
     """The folder or .safetensors file that holds the weights.
 
     Args:
-        path: A model folder, a run folder (its `model/` is taken), a .safetensors file, or, if
-            nothing of that name exists, a model on the hub; see model/hub.py.
+        path: A model folder, a run folder (its `model/` is used), a .safetensors file, or, if no
+            such path exists, a model on the hub; see model/hub.py.
 
     Raises:
-        FileNotFoundError: nothing there, or no weights in it.
+        FileNotFoundError: nothing is there, or it has no weights.
         ValueError: a file of another kind.
     """
     if path == "":
@@ -74,8 +74,8 @@ def usable_device(command: str, device: str) -> str:
 
 _PICKLE = (
     "a pickle, which can run code when it is read; `.venv/bin/python -m model.hf import-nanogpt "
-    "FILE --out DIR` converts a nanoGPT checkpoint; of a file you trust, transformers loads the "
-    "folder and writes safetensors with save_pretrained"
+    "FILE --out DIR` converts a nanoGPT checkpoint; if you trust the file, load its folder with "
+    "transformers and write safetensors with save_pretrained"
 )
 _CONVERT = f"; the library that wrote it can convert it, or look for {WEIGHTS} where it came from"
 FOREIGN = {
@@ -87,7 +87,7 @@ FOREIGN = {
 }
 # The first bytes of a file say more than its name.
 _SIGNATURES = {
-    b"version https://git-lfs": "a pointer of Git LFS, not the weights; `git lfs pull` gets them",
+    b"version https://git-lfs": "a Git LFS pointer, not the weights; `git lfs pull` gets them",
     **dict.fromkeys((b"PK\x03\x04", b"\x80\x02", b"\x80\x04"), _PICKLE),
     b"\x89HDF": FOREIGN[".h5"],
     b"GGUF": FOREIGN[".gguf"],
@@ -96,7 +96,7 @@ _SIGNATURES = {
 
 
 def describe_file(file: Path) -> str:
-    """What a file is that is not in the safetensors format, and what to do about it."""
+    """What a file not in the safetensors format is, and what to do about it."""
     if not file.is_file():
         return "not a regular file"
     with open(file, "rb") as handle:
@@ -108,7 +108,7 @@ def describe_file(file: Path) -> str:
 
 
 def regular(file: Path, named: Path) -> Path:
-    """`file`, if it is a regular file inside `named`, the folder that a person named.
+    """`file`, if it is a regular file inside `named`, the folder that the user named.
 
     Links that leave it are not followed, except those of the hub's cache (snapshots/<revision>/
     beside blobs/).

@@ -25,10 +25,10 @@ class Options(Sampling):
     """Generate text with a trained model.
 
     Args:
-        model: Run, model folder or .safetensors file; without it the newest under runs/.
-        prompt: Text to continue, several for a batch; - reads stdin; "" starts a document.
+        model: Run, model folder or .safetensors file; by default the newest under runs/.
+        prompt: Text to continue, or several for a batch; - reads stdin; "" starts a document.
         num_samples: Texts for each prompt.
-        window: Tokens the model sees at once; without it the context it was trained at.
+        window: Tokens the model sees at once; by default the context it was trained with.
         device: Where to run.
         dtype: Of weights and activations.
     """

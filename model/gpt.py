@@ -2,7 +2,7 @@
 
 Every op with a hand-written kernel is called through `ops`, so the model does not know which
 backend runs. Each residual add is one op with the LayerNorm that follows it, so the loop below
-hands each block the norm of the next one:
+passes each block the norm of the next one:
 
     y, residual = LN(wte[idx] + wpe[:T]; h[0].ln_1), and the sum
     for each block:
@@ -31,7 +31,7 @@ INIT_STD = 0.02
 
 
 def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """F.dropout, but not at p = 0, where a compiled one would copy every branch."""
+    """F.dropout, but not at p = 0, where compiled code would copy every branch."""
     return F.dropout(x, p, training) if p > 0 else x
 
 
@@ -169,13 +169,13 @@ class GPT(nn.Module):
         self.transformer.wpe.weight.normal_(0.0, INIT_STD)
 
     def use(self, ops: Ops) -> None:
-        """Go on with another op set."""
+        """Switch to another op set."""
         for module in self.modules():
             if hasattr(module, "ops"):
                 setattr(module, "ops", ops)  # noqa: B010 # pyright takes it for a tensor otherwise
 
     def num_parameters(self) -> int:
-        """Parameters of the published model: padding rows do not count."""
+        """Parameters of the published model, without padding rows."""
         return num_parameters(self.config)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -216,7 +216,7 @@ class GPT(nn.Module):
 
 @contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """The model is in eval mode inside; afterwards it is in the mode it had before."""
+    """The model is in eval mode inside, and in its earlier mode afterwards."""
     training = model.training
     model.eval()
     try:

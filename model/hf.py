@@ -1,15 +1,15 @@
 """Reads GPT-2 weights in the layout of Hugging Face folders; model/export.py writes such folders.
 
 A model folder holds model.safetensors, GPT-2's config.json and, for GPT-2's vocabulary, the
-tokenizer, so transformers and lm-eval read it without a network. Three differences lie between
-that layout and ours:
+tokenizer, so transformers and lm-eval read it offline. That layout differs from ours in three
+ways:
 
     matmul weights    (in, out) in the file, (out, in) in nn.Linear: transposed both ways
     embedding rows    vocab_size in the file, padded_vocab_size here: padded with 0, cropped
     names             as ours; older files lack the `transformer.` prefix and have mask buffers
 
 A folder may come from a stranger. Nothing is unpickled, no link out of it is followed, and names,
-shapes, dtypes and values are checked before the model takes them.
+shapes, dtypes and values are checked before the model uses them.
 
 Nothing here imports transformers (it would take our folder `kernels` for a package it looks for).
 
@@ -53,7 +53,7 @@ def make_config(where: str, sizes: Mapping[str, Any], **others: Any) -> GPTConfi
     """A config from n_layer, n_head and n_embd in a file, and from other fields.
 
     Raises:
-        ValueError: begins with `where`; a size is missing, or a value is none that a GPT-2 has.
+        ValueError: a size is missing, or a value is not one of a GPT-2; it begins with `where`.
     """
     try:
         return GPTConfig(**{key: sizes[key] for key in ("n_layer", "n_head", "n_embd")}, **others)
@@ -139,7 +139,7 @@ def canonical(name: str) -> str | None:
 
 
 def _map_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
-    """The tensors by canonical name. Files are mapped: a value is read when it is first used."""
+    """The tensors by canonical name. Files are mapped, so a value is read at its first use."""
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -180,7 +180,7 @@ def file_shapes(config: GPTConfig) -> dict[str, torch.Size]:
 
 
 def _check_shapes(where: object, config: GPTConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless all tensors are there, in the right shapes, and no unknown ones."""
+    """Raise ValueError unless exactly the right tensors are there, in the right shapes."""
     expected = file_shapes(config)
     missing = sorted(expected.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - expected.keys() - {HEAD})
@@ -240,9 +240,9 @@ def from_pretrained(path: str | Path) -> GPT:
     `trained_context` is the one in config.json, or all positions.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: nothing is there.
         ValueError: another architecture; a link out of the folder; a missing, unknown or misshapen
-            tensor, one of integers, or one with values that are not finite.
+            tensor, one of integers, or one with non-finite values.
     """
     tensors, config, contexts = _look_at(path)
     model = build(find_model(path), config, tensors)

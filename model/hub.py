@@ -1,7 +1,7 @@
-"""GPT-2 models by their name on the Hugging Face hub, through its own library and into its cache.
+"""GPT-2 models by name from the Hugging Face hub, through its own library and cache.
 
 HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and the token of `hf auth login` or HF_TOKEN work as usual.
-Only config.json and weights in safetensors are fetched, nothing that can run code.
+Only config.json and safetensors weights are fetched, nothing that can run code.
 """
 
 import functools

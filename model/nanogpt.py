@@ -1,4 +1,4 @@
-"""nanoGPT's ckpt.pt, read without running what is in it."""
+"""Reads nanoGPT's ckpt.pt without running code in it."""
 
 import pickle
 from pathlib import Path
@@ -13,7 +13,7 @@ from model.hf import GPT2_VOCAB, TRANSPOSED, build, canonical, file_shapes, make
 
 
 def _load(file: Path) -> dict:
-    """What torch.save wrote, once it is known to be tensors and plain values in a dict."""
+    """What torch.save wrote, checked to be a dict of tensors and plain values."""
     if not file.exists():
         raise FileNotFoundError(f"import-nanogpt: no such file: {file}")
     if not file.is_file():
@@ -47,7 +47,7 @@ def load_nanogpt(path: str | Path) -> GPT:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a checkpoint; a missing, unknown or misshapen tensor.
+        ValueError: not a nanoGPT checkpoint, or a missing, unknown or misshapen tensor.
     """
     file = Path(path)
     checkpoint = _load(file)

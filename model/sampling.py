@@ -1,4 +1,4 @@
-"""How the next token is chosen: settings, and a draw from the distribution they leave."""
+"""How the next token is chosen: settings, and a draw from the resulting distribution."""
 
 import sys
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from model.edge import check_int, is_real, quoted
 
 MAX_NEW_TOKENS = 1_000_000  # per text; a typing error must not run for years
-GREEDY_BELOW = 1e-6  # of the temperature; so low, the largest fp32 logit always wins
+GREEDY_BELOW = 1e-6  # a temperature so low that the largest fp32 logit always wins
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Sampling:
 
     Args:
         max_new_tokens: Tokens to add to each prompt.
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_k: Only the k most likely tokens; 0 is off.
-        top_p: Only the most likely tokens that together reach this probability; 1 is off.
-        seed: Same seed, prompt and sample number: same text.
+        temperature: Divides the logits; 0: always the most likely token.
+        top_k: Sample from the k most likely tokens only; 0: off.
+        top_p: Sample from the fewest most likely tokens that reach this probability; 1: off.
+        seed: The same seed, prompt and sample number give the same text.
         stop: A text ends before the first of these strings.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Text of a model as it is generated: prompts into tokens, tokens into whole characters."""
+"""A model's text as it is generated: prompts to tokens, tokens to whole characters."""
 
 import codecs
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +50,7 @@ def stream_text(
     window: int | None = None,
     notify: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Piece]:
-    """Generate text and hand it out as it comes; row = prompt * num_samples + sample.
+    """Generate text and yield it piece by piece; row = prompt * num_samples + sample.
 
     An empty prompt starts from <|endoftext|>. A row ends at <|endoftext|>, before a stop string, or
     after max_new_tokens.
@@ -76,7 +76,7 @@ def stream_text(
 
 
 def _pieces(decoder: Decoder, rows: list[_RowText]) -> Iterator[Piece]:
-    """The loop of `stream_text`, a function of its own so that `stream_text` itself can raise."""
+    """The loop of `stream_text`, separate so that `stream_text` itself can raise."""
     num, spell = 0, tokenizer.get_encoding().decode_single_token_bytes
     while num < decoder.sampling.max_new_tokens and not all(row.done for row in rows):
         num += 1

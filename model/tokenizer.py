@@ -26,7 +26,7 @@ BLOCK = 1 << 17  # most characters that tiktoken is given at once
 PATIENCE = 1 << 12  # characters at the end of a block that are searched for a place to cut
 MARGIN = 64  # tokens between a cut inside a match and the end of the block
 TRIES = 32  # places tried inside a match; nearly always the first will do
-# White space as GPT-2's pattern knows it (Unicode's White_Space; str.isspace has four more).
+# White space in GPT-2's pattern (Unicode's White_Space; str.isspace has four more).
 _WHITE = frozenset("\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000").union(
     map(chr, range(0x2000, 0x200B))
 )
@@ -48,7 +48,7 @@ def _writable(folder: Path) -> bool:
 
 @cache
 def cache_dir() -> Path:
-    """`.cache` in the checkout, the user's cache or the temporary folder: the first writable."""
+    """The first writable of `.cache` in the checkout, the user's cache and the temporary folder."""
     checkout = Path(__file__).resolve().parents[1]
     folders = [checkout / ".cache"] if (checkout / "train.py").exists() else []
     folders.append(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fused-gpt")
@@ -110,7 +110,7 @@ def _kind(char: str) -> str:
 
 
 def sure_cut(text: str) -> int:
-    """The last place in `text` where the pattern cuts whatever surrounds it, or 0 if none is near.
+    """The last place near the end of `text` where the pattern always cuts, or 0 if there is none.
 
     No match has white space after something else, or mixes letters, numbers and other characters.
     The exception is an apostrophe with the letters after it ('s, 'll).
@@ -164,7 +164,7 @@ def cuts(text: str) -> Iterator[int]:
 
 
 def encode(text: str) -> np.ndarray:
-    """Token ids as uint16, shape (N,). "<|endoftext|>" in the text is text like any other.
+    """Token ids as uint16, shape (N,). "<|endoftext|>" in the text is ordinary text.
 
     Raises:
         ValueError: half a surrogate pair, which UTF-8 cannot hold.

@@ -161,7 +161,7 @@ def test_an_export_replaces_nothing_but_an_export(
     (folder / "notes").rmdir()
     (folder.parent / "link").symlink_to("nowhere")
     line = refuse(capsys, "export", str(folder), "--out", str(folder.parent / "link"))
-    assert "is a link to nowhere, which is not there; make that folder, or name another" in line
+    assert "is a link to nowhere, which does not exist; make that folder, or name another" in line
     target = folder.parent / "README.md"
     (folder / "README.md").rename(target)
     (folder / "README.md").symlink_to(target)
@@ -205,8 +205,8 @@ def test_the_card_of_a_fine_tuned_model(tmp_path: Path):
     model.trained_context, model.fine_tuned_context = 32, 8
     model.save_pretrained(folder)
     card = (folder / "README.md").read_text()
-    assert "trained at a context of 32 tokens" in card
-    assert "last training was at 8 tokens: positions from 8 to 31 are those of" in card
+    assert "trained with a context of 32 tokens" in card
+    assert "last trained with 8 tokens: positions 8 to 31 are from the training before" in card
     again = GPT.from_pretrained(folder)
     assert (again.trained_context, again.fine_tuned_context) == (32, 8)
     assert again.config.block_size == 32

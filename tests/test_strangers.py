@@ -73,7 +73,7 @@ STRANGERS: dict[str, Spoiled] = {
     "an index with a NUL": (shard_index, ({"weight_map": {"a": "a\0"}},), "no file"),
     "a deep config": (replace_file, (C, b"[" * 100_000), "config.json is not valid JSON"),
     "5000 digits": (replace_file, (C, b'{"n_layer": ' + b"1" * 5000 + b"}"), "not valid JSON"),
-    "a long config": (replace_file, (C, b" " * (MAX_JSON_BYTES + 1)), "at most 16,777,216 are"),
+    "a long config": (replace_file, (C, b" " * (MAX_JSON_BYTES + 1)), "the limit is 16,777,216"),
     **{
         f"{name[:20]!r} {i}": (edit_tensor, (name, tensor), message)
         for i, (name, tensor, message) in enumerate([
