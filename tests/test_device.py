@@ -149,6 +149,16 @@ def test_a_card_that_torch_has_no_kernels_for(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pretended
+def test_a_card_too_old_for_triton_is_not_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretend_cuda():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 0))
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_50", "sm_60", "sm_90"])
+        made = make_plan(SEED, detect())
+    assert (made.device, made.ops, made.dtype, made.compile) == ("cuda", "eager", "fp32", False)
+    assert "not compiled: torch.compile needs sm_70 or newer, got sm_60" in made.notes
+
+
+@pretended
 def test_a_card_that_others_use_has_what_they_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     with pretend_cuda():
         assert (detect().memory_bytes, detect().notes) == (DEVICE.total_memory, ())

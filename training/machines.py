@@ -20,6 +20,7 @@ from training.torch_build import DRIVERS, WAY_OUT
 
 # torch.compile on a CPU calls these; openssl hashes its precompiled headers.
 COMPILE_TOOLS = ("g++", "as", "ld", "openssl")
+MIN_COMPILE_ARCH = 70  # the oldest GPU that torch.compile takes
 NO_SPACE = "a torch in a folder without spaces"  # torch 2.13 does not quote its path
 FREE_SHARE = 0.9  # if less of a GPU's memory is free, another process uses it
 
@@ -219,7 +220,9 @@ def detect(device: str = "auto") -> Machine:
     name, rocm = torch.cuda.get_device_name(), torch.version.hip is not None
     lacks = launcher_lacks() if has_triton and not (rocm or common.interpreted) else ()
     # torch.compile's kernels for a GPU are triton's.
-    missing = (*["g++"] * ("g++" in tools), *lacks, *["triton"] * (not has_triton))
+    missing = [*["g++"] * ("g++" in tools), *lacks, *["triton"] * (not has_triton)]
+    if _capability() < MIN_COMPILE_ARCH:
+        missing.append(f"sm_{MIN_COMPILE_ARCH} or newer, got sm_{_capability()}")
     try:
         free, total = torch.cuda.mem_get_info()
     except RuntimeError as error:  # no memory for a CUDA context, or a card for one process alone
@@ -246,7 +249,7 @@ def detect(device: str = "auto") -> Machine:
         arch=_capability(),
         has_bf16=_capability() >= 80,
         memory_bytes=free if free < FREE_SHARE * total else total,
-        missing_tools=missing,
+        missing_tools=tuple(missing),
         launcher_lacks=lacks,
         rocm=rocm,
         notes=tuple(notes),
