@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from model.files import write_atomically
+from model.files import read_regular, write_atomically
 from training.child import ROOT
 from training.environment import git, package_version
 from training.machines import cpu_name, nvidia_smi
@@ -340,8 +340,8 @@ def load(path: Path) -> Result:
         ValueError: it is not a result file.
     """
     try:
-        data = json.loads(path.read_text())
-    except ValueError as error:  # UnicodeDecodeError is one
+        data = json.loads(read_regular(path))
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is one
         raise ValueError(f"bench: {path.name} is not JSON ({error})") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:

@@ -1,6 +1,7 @@
 """Result files, and the tables, plots and README blocks made of them; GPU results are made up."""
 
 import math
+import os
 import re
 import subprocess
 from dataclasses import replace
@@ -378,6 +379,10 @@ def test_results_keep_rows_replace_twins_and_refuse_strangers(tmp_path):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match=f"other.json {why}|{why}"):
             record.load_all(tmp_path)
+    (tmp_path / "other.json").unlink()
+    os.mkfifo(tmp_path / "other.json")  # to read it would take for ever
+    with pytest.raises(ValueError, match=r"other.json is not JSON \(not a regular file\)"):
+        record.load_all(tmp_path)
 
 
 def test_files_of_several_calls_count_as_one(tmp_path):
