@@ -2,11 +2,15 @@
 
 import ast
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from docs import figures
+from training.flags import Config
+from training.plan import Choices
+from training.recipes import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")])
@@ -54,6 +58,15 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
     for name in re.findall(r"[\w./-]*[0-9a-f]{8}\.json", page.read_text()):
         assert (ROOT / "bench/results" / Path(name).name).is_file(), name
+
+
+def test_flags_by_other_names_are_flags():
+    guide = (ROOT / "docs/guide.md").read_text()
+    table = guide.split("## Flags by other names")[1].split("\n## ")[0]
+    named = {name for row in table.splitlines() for name in re.findall(r"`--([a-z-]+)", row)}
+    known = {field.name for kind in (Config, Choices, Recipe) for field in fields(kind)}
+    assert len(named) > 20
+    assert {name.replace("-", "_") for name in named} - known == {"steps"}
 
 
 def test_figures_are_those_of_the_script_and_small():
