@@ -123,6 +123,8 @@ def cuda_as_it_was() -> Iterator[None]:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator["pretend_cuda.Pretended"]:
     """A pretended GPU on which the timer is soon done: few calls, few samples."""
+    if not INTERPRETED:
+        pytest.skip("pretends a GPU; needs the interpreter")
     small = {"MAX_SETS": 1, "MIN_GRAPH_CALLS": 1, "SPIN_SIZE": 8, "SPIN_SECONDS": 0.0}
     for name, value in small.items():
         monkeypatch.setattr(timing, name, value)

@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from kernels import read_ops
+from kernels._op import INTERPRETED
 from model import GPT
 from tests.pretend_cuda import pretend_cuda
 from tests.test_plan import MACHINES
@@ -172,6 +173,7 @@ def test_a_step_is_timed_as_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(pretended.graphs) == 2  # replayed
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="kernels on CPU tensors")
 def test_the_interpreter_is_timed_as_a_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real child, real kernels, real clocks; interpreted, ours lose by a lot."""
     monkeypatch.setattr(choose, "COMMAND", REAL_CHILD)
