@@ -75,8 +75,8 @@ class Config:
     hellaswag_every: int = 0
     """Steps between HellaSwag scores during the run; 0: only at the end."""
     save_every: int = -1
-    """Steps between checkpoints; 0: only on a signal, and at the end of a run with sharded
-    state; -1: four per run. --keep best also saves each best one."""
+    """Steps between checkpoints; 0: only on a signal, and at the end of a run of several
+    ranks; -1: four per run. --keep best also saves each best one."""
     keep_last: int = 2
     """Newest checkpoints to keep, besides the one with the best validation loss."""
     resume: str = "auto"
