@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"copy {limits['copy_gbs']:,.4g} GB/s, {'bf16' if cuda else 'fp32'} matmul "
         f"{limits['matmul_tflops']:,.3g} TFLOP/s, with K=768 {limits['matmul_k768_tflops']:,.3g}: "
-        "the limits of the rows below"
+        "the limits of the rows below. ! marks noisy samples"
     )
     if not options.op:
         heading("Whole training step")
-        print("forward, backward, clip, AdamW; ! marks noisy samples")
+        print("forward, backward, clip, AdamW")
         for setup in setups:
             names = default_providers(device)
             step.run(names, setup, device, results, seconds=8.0, minutes=4.0)

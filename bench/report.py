@@ -284,7 +284,8 @@ def page(results: Sequence[Result]) -> str:
     parts = [f"## {heading}\n\n{text}" for heading, text in found.items() if text]
     about = (
         "Made by `make report` from `bench/results/`. Each figure names its device and commit; the "
-        "commands are listed at the end."
+        "commands are listed at the end. The spread is the samples' standard deviation over their "
+        f"mean; `!` marks more than {record.NOISY_COV:.0%}."
     )
     return "\n\n".join(["# Results", about, *parts]) + "\n"
 

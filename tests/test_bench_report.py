@@ -150,6 +150,7 @@ def check_secret(text: str) -> None:
 
 def test_every_section_says_what_a_gpu_measured():
     text = report.page([cuda_result()])
+    assert "`!` marks more than 5%" in text
     check_secret(text)
     sections = dict(part.split("\n\n", 1) for part in text.split("\n## ")[1:])
     assert {*sections} == {x for x in report.SECTIONS if not x.endswith("CPU")}
