@@ -11,7 +11,6 @@ NaN until it is written. Then the op is rerun several times, and no bit may chan
 import contextlib
 import gc
 import inspect
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -39,7 +38,6 @@ from training.step import autocast, start_process, working_copies
 
 SERVE = "from training import child, trials; child.serve(trials.answer)"
 COMMAND = (sys.executable, "-c", SERVE)
-LIMIT_S = 600  # for a task; nobody waits that long, so the child then exits
 ROUNDS = {"rounds": 15, "seconds": 1.5}  # for an op's backends, in turns
 STEPS_S = 3.0  # for steps taken launch by launch, after those that are replayed
 NUM_RERUNS = {"cuda": 20, "cpu": 0}  # the interpreter is slow, and runs programs one by one
@@ -401,7 +399,6 @@ def time_step(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 def answer(task: partial[dict[str, Any]]) -> dict[str, Any]:
     """The result of a task, or {"error": why there is none}."""
     recipe, plan = task.args[-2:]
-    signal.alarm(LIMIT_S)
     try:
         start_process(plan, recipe.seed)
         return task()
@@ -413,6 +410,5 @@ def answer(task: partial[dict[str, Any]]) -> dict[str, Any]:
             raise SystemExit(f"{type(error).__name__}: {one_line(error, 200)}") from error
         return {"error": timing.reason_of(error)}
     finally:
-        signal.alarm(0)
         if plan.device == "cuda":
             torch.cuda.empty_cache()
