@@ -231,7 +231,7 @@ def parse_only(text: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.Parser("bench.gpu", __doc__)
-    parser.add_argument("--out", type=cli.path, required=True, help="the folder of results")
+    parser.add_argument("--out", type=cli.path, required=True, help="folder for the results")
     parser.add_argument("--only", default=",".join(PARTS), help="parts or groups, comma-separated")
     parser.add_argument("--minutes", type=cli.amount, default=8.5)
     parser.add_argument("--data", type=cli.file, help="text or uint16 token file to train on")

@@ -225,12 +225,12 @@ class Job:
         parser = cli.Parser(module, doc)
         add = parser.add_argument
         add("--op", action="append", choices=[*CASES], default=[], help="repeat for several")
-        add("--shape", action="append", type=cli.shape, default=[], help="b<B>t<T>")
+        add("--shape", action="append", type=cli.shape, default=[], help="such as b64t1024")
         add("--mode", action="append", choices=MODES, help="default: all")
         add("--provider", action="append", choices=[*PROVIDERS], help="default: all")
         add("--dtype", choices=[*DTYPES], help="default: bf16 on a GPU, fp32 on a CPU")
-        add("--seconds", type=cli.amount, default=3.0, help="budget of one op and mode")
-        add("--minutes", type=cli.amount, default=10.0, help="nothing begins after this")
+        add("--seconds", type=cli.amount, default=3.0, help="time budget per op and mode")
+        add("--minutes", type=cli.amount, default=10.0, help="start nothing after this")
         cli.add_output(parser)
         self.options, self.flags = parser.parse_known_args(argv)
         if unknown := [part for part in self.flags if not part.startswith("--benchmark-")]:

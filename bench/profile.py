@@ -2,8 +2,8 @@
 
 Writes a Chrome trace (chrome://tracing or ui.perfetto.dev) and prints a table by kind of work. On
 CUDA the times are those of kernels, and "idle" is the time in which none ran. On the CPU they are
-the operators' own times, and "python" is the rest. The longest name of a kind says what did the
-work, for attention which SDPA backend a baseline took.
+the operators' own times, and "python" is the rest. The longest names of a kind show what did the
+work, such as the SDPA backend that a baseline used.
 """
 
 import os

@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--device", default=cli.devices()[-1], choices=cli.devices())
     add("--model", default="124m", choices=[*MODELS])
-    shape_help = "b<B>t<T>, repeat for several; default b64t1024 on a GPU, b4t64 on a CPU"
+    shape_help = "repeat for several; default b64t1024 on a GPU, b4t64 on a CPU"
     add("--shape", action="append", type=cli.shape, help=shape_help)
     add("--accum", type=cli.count, default=1, help="micro-batches per step")
     add("--provider", action="append", help="a contestant, as in 'ours bf16'; repeat for several")

@@ -54,8 +54,8 @@ print(tokenizer.decode(model.generate(**inputs, max_length={context})[0]))
 ```
 """
 TUNED = (
-    " It was last trained with {tuned} tokens: positions {tuned} to {last} are from the training "
-    "before that."
+    " Its last training used a context of {tuned} tokens: positions {tuned} to {last} are from the "
+    "training before."
 )
 
 

@@ -30,7 +30,7 @@ class Options(Sampling):
         num_samples: Texts for each prompt.
         window: Tokens the model sees at once; by default the context it was trained with.
         device: Where to run.
-        dtype: Of weights and activations.
+        dtype: Dtype of weights and activations.
     """
 
     model: str | None = None

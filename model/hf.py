@@ -307,7 +307,7 @@ def main(args: list[str] | None = None) -> None:
         Args:
             path: A run, a checkpoint, a model folder or a .safetensors file.
             out: Folder to write: new, empty, or an earlier export.
-            dtype: Of the weights written.
+            dtype: Dtype of the written weights.
         """
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         from_pretrained(path).save_pretrained(out, dtypes[dtype])

@@ -206,7 +206,7 @@ def test_the_card_of_a_fine_tuned_model(tmp_path: Path):
     model.save_pretrained(folder)
     card = (folder / "README.md").read_text()
     assert "trained with a context of 32 tokens" in card
-    assert "last trained with 8 tokens: positions 8 to 31 are from the training before" in card
+    assert "a context of 8 tokens: positions 8 to 31 are from the training before" in card
     again = GPT.from_pretrained(folder)
     assert (again.trained_context, again.fine_tuned_context) == (32, 8)
     assert again.config.block_size == 32

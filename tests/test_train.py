@@ -225,7 +225,7 @@ def test_init_starts_from_given_weights(text: Path, tmp_path: Path, brief) -> No
             assert torch.equal(saved[key], value), key
     card = (tmp_path / "file" / "model" / "README.md").read_text()
     assert "a context of 96 tokens" in card  # which it was, before this run at 64
-    assert "last training was at 64 tokens: positions from 64 to 95" in card
+    assert "last training used a context of 64 tokens: positions 64 to 95" in card
     assert GPT.from_pretrained(tmp_path / "file").trained_context == 96
 
 

@@ -91,8 +91,8 @@ def finish(
         part = scored[:DECODE_TOKENS]
         num_bytes = len(get_encoding().decode_bytes(part[part != EOT].tolist()))
         bits_per_byte = val_loss * len(part) / (math.log(2) * (num_bytes or math.inf))
-        beside = ", ".join(f"{name} {loss:.4f}" for name, loss in baselines.items())
-        log.say(f"validation loss {val_loss:.4f} nats per token (counting gives: {beside})")
+        beside = "".join(f", {name} model {loss:.4f}" for name, loss in baselines.items())
+        log.say(f"validation loss {val_loss:.4f} nats per token{beside}")
     stop.check()
     model.save_pretrained(out / "model")
     model.residual_dtype = None  # as in a model that is loaded from model/

@@ -122,14 +122,14 @@ def evaluate_text(
 
 @dataclass(frozen=True)
 class Options:
-    """Loss, perplexity and bits per byte of a model on a text, or its score on HellaSwag."""
+    """Loss, perplexity and bits per byte of a model on a text, or its HellaSwag score."""
 
     text: str | None = None  # UTF-8 file; - reads stdin.
     hellaswag: str | None = None  # hellaswag_val.jsonl instead of a text.
     model: str | None = None  # Run, model folder or .safetensors file. Default: newest under runs/.
     window: int | None = None  # Tokens the model sees at once. Default: as many as in training.
     max_tokens: int | None = None  # Score at most this many tokens.
-    max_items: int | None = None  # Score at most this many items of HellaSwag.
+    max_items: int | None = None  # Score at most this many HellaSwag items.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Where to run.
     json: bool = False  # Print one JSON object.
 
