@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -141,3 +142,11 @@ def test_what_a_signal_ends() -> None:
         assert process.wait(60) == 128 + signal.SIGTERM
     for pid in children:
         wait_until_gone(int(pid))
+
+
+def test_a_crew_ends_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process takes a while to give back a GPU, and `make tune` has a dozen of them."""
+    both = threading.Barrier(2, timeout=5)
+    monkeypatch.setattr(child.Child, "end", lambda _: both.wait())
+    with child.Crew([], 3) as crew:
+        crew.children[:2] = [object.__new__(child.Child) for _ in range(2)]

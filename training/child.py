@@ -167,8 +167,9 @@ class Crew(contextlib.AbstractContextManager):
         self.children: list[Child | None] = [None] * count
 
     def __exit__(self, *_: object) -> None:
-        for child in filter(None, self.children):
-            child.end()
+        with ThreadPoolExecutor(len(self.children) or 1) as pool:
+            for child in filter(None, self.children):
+                pool.submit(child.end)
 
     def ask(self, task: Any, limit_s: float, who: int = 0) -> dict[str, Any]:
         """The answer of one child, or {"error": why there is none}."""
