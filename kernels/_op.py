@@ -1,9 +1,9 @@
 """How a launch function becomes a torch op, and what ops refuse. Only this uses torch.library.
 
 Every op is opaque: `define` + `impl` per device + `register_fake`, with autograd in a thin
-`torch.autograd.Function` beside the launch. `triton_op` would expose the kernel to the compiler:
-host TMA descriptors vanish from the captured graph without an error, loops of launches are unrolled
-into it, nothing traces under the interpreter, and an already fused op gains nothing.
+`torch.autograd.Function` beside the launch. `triton_op` would expose the kernel to the compiler,
+from which an already fused op gains nothing. Host TMA descriptors vanish from the captured graph
+without an error, loops of launches are unrolled into it, and nothing traces under the interpreter.
 `register_autograd` costs more per call and hides what is saved.
 """
 

@@ -9,8 +9,8 @@ Backward, computed in the forward while the logits of a chunk exist:
     dz = (exp(z - lse) - onehot(t)) * dloss / N        dx = dz @ weight        dweight = dz^T @ x
 
 Per chunk of rows: (1) cuBLAS computes z in x's dtype; (2) a program per row reads it with an online
-maximum and sum of exponentials and, if gradients are needed, reads it again and overwrites it with
-dz; (3) two cuBLAS GEMMs compute dx and dweight, which accumulates in fp32 over the chunks. Chunks
+maximum and sum of exponentials and, for gradients, reads it again and overwrites it with dz; (3)
+two cuBLAS GEMMs compute dx and dweight, which accumulates in fp32 over the chunks. Chunks
 of the vocabulary instead of tokens would need z a second time, which is a fourth GEMM.
 
 Loss and gradients are those of z as stored, so exp(z - lse) sums to one over what is read. dz, dx

@@ -313,8 +313,8 @@ def end_process(code: int) -> NoReturn:
     """Exit; one of several ranks skips the interpreter's teardown.
 
     Threads of gloo and autograd may still release Python objects. Python kills a thread that asks
-    for its lock during the teardown, to which C++ answers with std::terminate: a rank that had done
-    its work died of SIGABRT once in some twenty jobs of four ranks on two cores.
+    for its lock during the teardown, and C++ then calls std::terminate. So a finished rank died of
+    SIGABRT once in some twenty jobs of four ranks on two cores.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)

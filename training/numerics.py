@@ -123,8 +123,8 @@ def compare(
 
     The budget is 2 max|eager - exact| + eps max|exact|, with the eps of the result's dtype: a
     correctly rounded result passes even where eager happens to be exact. The second part grows by
-    sqrt(rows) for the sums over rows in `reduced`, and by sqrt(terms) for fp32 results: their only
-    error is the order of adding, and cuBLAS, which adds in several chains, is up to three times
+    sqrt(rows) for the sums over rows in `reduced`, and by sqrt(terms) for fp32 results. Their only
+    error is the order of summation, and cuBLAS, which sums in several chains, is up to three times
     closer than one chain.
 
     With `spread` root mean square errors are compared as well, which distinguish a bias of 1% from

@@ -224,10 +224,10 @@ class TritonAdamW(AdamW):
 class MuonAdamW(AdamW):
     """Muon for the matrices of the blocks, AdamW for all else, at one learning rate.
 
-    Muon moves a matrix by its momentum made orthogonal (Jordan 2024; momentum 0.95, Nesterov, five
-    Newton-Schulz iterations), scaled to the size of an AdamW update (Liu et al. 2025), so that one
-    rate and one decay serve both. torch.optim.Muon reads its rate on the host, which a captured
-    step cannot, and iterates in bf16, which takes most CPUs twenty times as long as fp32.
+    Muon moves a matrix by its orthogonalised momentum (Jordan 2024; momentum 0.95, Nesterov, five
+    Newton-Schulz iterations). Scaled to the size of an AdamW update (Liu et al. 2025), it shares
+    AdamW's rate and decay. torch.optim.Muon reads its rate on the host, which a captured step
+    cannot do. It also iterates in bf16, which takes most CPUs twenty times as long as fp32.
 
     Args:
         params, options: As for AdamW.

@@ -1,10 +1,10 @@
 """Which parts of a text appear verbatim in a corpus: exact, in seconds on 100 MB.
 
-One pass over the corpus finds where a 16-byte window of the text begins: it hashes each window with
+One pass over the corpus finds where a 16-byte window of the text begins. It hashes each window with
 a few numpy operations and looks it up in two bitmaps of the text's hashes, one of their top bits
 and one of the bits below. A longer match is a run of such windows, so the runs, a few kilobytes,
-then take the place of the corpus. The pass is bound by memory traffic; an index over the corpus
-would cost more than it saves for so short a text.
+then replace the corpus. The pass is bound by memory traffic; an index over the corpus would cost
+more than it saves for so short a text.
 """
 
 from collections.abc import Sequence
