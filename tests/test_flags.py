@@ -186,8 +186,11 @@ BAD = """
 --preset '' => preset: unknown recipe ''
 --data '' => --data is empty
 --data {tmp}/short.txt '' => --data is empty
---data --seed 1 => --data and --val need a path
---val => --data and --val need a path
+--data --seed 1 => give --data once, all its paths after it
+--val => give --val once, all its paths after it
+--data {tmp}/short.txt --data={tmp}/latin.txt => give --data once, all its paths after it
+--data ~/none.txt => no such file: /
+--hellaswag=~/none.jsonl => no such file: /
 --out '' => --out is empty
 --init= => --init is empty
 --resume '' => --resume is empty

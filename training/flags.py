@@ -3,6 +3,8 @@
 import argparse
 import json
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -182,6 +184,9 @@ def _glance(arguments: Sequence[str]) -> argparse.Namespace:
 
 def parse(arguments: Sequence[str]) -> Config:
     """Read the flags. The preset, --config and the initial weights decide the defaults."""
+    # Many shells leave the ~ in --out=~/run and in make's OUT=~/run as it is.
+    home = os.path.expanduser("~/")
+    arguments = [re.sub("^(--[a-z-]+=|)~/", lambda found: found[1] + home, a) for a in arguments]
     given = _glance(arguments)
     if given.steps and given.epochs:
         raise ValueError(
@@ -212,8 +217,10 @@ def parse(arguments: Sequence[str]) -> Config:
     spelled = [_OFF.get(argument, argument) for argument in arguments]
     default = replace(default, recipe=recipe)
     cfg = tyro.cli(Config, args=spelled, default=default, config=(tyro.conf.OmitArgPrefixes,))
-    if ("--data" in arguments and not cfg.data) or ("--val" in arguments and not cfg.val):
-        raise ValueError("config: --data and --val need a path; give one, or leave the flag out")
+    for flag, paths in ("--data", cfg.data), ("--val", cfg.val):
+        times = [argument.partition("=")[0] for argument in arguments].count(flag)
+        if times > 1 or (times and not paths):
+            raise ValueError(f"config: give {flag} once, all its paths after it, or leave it out")
     if cfg.dropout is not None:
         shape = replace(cfg.recipe.model_config, dropout=cfg.dropout)
         cfg = replace(cfg, recipe=replace(cfg.recipe, model=spell_model(shape)))
