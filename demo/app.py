@@ -163,7 +163,7 @@ def _updates(
         where = "the training text" if chances else "the training text (marked)"
         last += (
             f"; {overlap.covered:.0%} appears verbatim in {where}, "
-            f"longest match {len(overlap.longest)} bytes"
+            f"longest match {len(overlap.longest) or 'fewer than 16'} bytes"
         )
     if chances:  # shades take the place of marks
         bodies = [shaded(token_chances(loaded.model, prompt, text)) for text in texts]

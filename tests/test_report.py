@@ -241,11 +241,12 @@ def test_odd_files_make_no_traceback(tmp_path: Path, content: str):
 
 def test_only_the_models_part_of_a_sample_counts(tmp_path: Path):
     (tmp_path / "samples.txt").write_text(
-        f"[prompt] {TEXT[:300]}\n[model] own words\n\n", encoding="utf-8"
+        f"[prompt] {TEXT[:300]}\n[model] {'own words ' * 4}\n\n", encoding="utf-8"
     )
     write_report(tmp_path, TEXT.encode())
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "The longest match" not in page
+    assert "the longest match has fewer than 16 bytes" in page
 
 
 def test_a_strangers_links_are_not_written_through(tmp_path: Path):

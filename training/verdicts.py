@@ -233,7 +233,7 @@ def verdicts(run: Run, overlap: Overlap | None = None, whole: bool = True) -> li
              "times": math.exp(min(gap, 99)), "bigram": bigram, "kept": run.kept, "best": best,
              "best_step": best_step, "last": losses[-1][0] if losses else math.nan, "after": after,
              "seen": f"{share:.0%} of their {WINDOW}-byte windows appear verbatim in {where}; the "
-                     f"longest match has {longest} bytes."}  # fmt: skip
+                     f"longest match has {longest or 'fewer than 16'} bytes."}  # fmt: skip
     doubtful = train < LOW_LOSS or epochs > MANY_EPOCHS
     warnings = (*WARNINGS, "unsplit") if doubtful else WARNINGS
     found = []
