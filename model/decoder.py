@@ -94,7 +94,7 @@ class Cache:
         new = qkv.view(B, S, 3, n_head, config.head_dim)[:, :, 1:].permute(2, 0, 3, 1, 4)
         self.kv[self.layer][:, self.rows, :, :S] = new
         self.layer += 1
-        return self.model.ops.causal_attention(qkv, n_head, dropout_p)
+        return EAGER.causal_attention(qkv, n_head, dropout_p)
 
     def attend(self, qkv: Tensor, n_head: int, dropout_p: float = 0.0) -> Tensor:
         """Attention of one new position per row to the cached ones, (R, 1, 3C) -> (R, 1, C)."""
@@ -206,7 +206,8 @@ class Decoder:
             decoding, linear = replace(decoding, gelu_mlp=_row_mlp), _RowLinear
         elif one_row_on_cpu:
             self.head, views = _turned_weights(model)
-        prefilling = replace(model.ops, causal_attention=self.cache.keep)
+        # Eager too: a run's own ops are chosen and checked for its dtype, and samples are in fp32.
+        prefilling = replace(EAGER, causal_attention=self.cache.keep)
         self.prefill = _twin(stream, prefilling, {}, nn.Linear)
         self.decode = _twin(stream, decoding, views, linear)
         self.graph: torch.cuda.CUDAGraph | None = None

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from kernels import EAGER
 from kernels._op import INTERPRETED
 from model import GPT, GPTConfig
 from model.decoder import Decoder, generate_tokens
@@ -194,6 +195,20 @@ def test_a_bf16_row_on_the_cpu_multiplies_vectors(model: GPT):
     calls = {event.key for event in recorded.key_averages()}
     assert "aten::addmv" in calls
     assert not calls & {"aten::addmm", "aten::mm", "aten::linear"}
+
+
+def test_ops_that_a_run_has_chosen_need_not_take_the_dtype_of_its_samples(model: GPT):
+    """PyTorch's flash attention and cuDNN's take no fp32 on a GPU, and samples are in fp32."""
+
+    def attention(qkv: torch.Tensor, *_: Any) -> torch.Tensor:
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    want = generate_tokens(model, [[5, 90, 3]], ONE)
+    model.use(replace(EAGER, causal_attention=attention))
+    try:
+        assert generate_tokens(model, [[5, 90, 3]], ONE) == want
+    finally:
+        model.use(EAGER)
 
 
 def test_default_window_is_the_trained_context():
