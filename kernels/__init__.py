@@ -6,6 +6,7 @@ backends: the kernels among which PyTorch chooses by itself.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cache, wraps
 from importlib import import_module
@@ -75,9 +76,14 @@ def _compiled(eager: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _by_sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
+    """PyTorch's attention by one kernel, but by any where no gradient is recorded.
+
+    Evaluation has shapes, and sampling a dtype, that this one may not take.
+    """
+
     @wraps(reference.causal_attention)
     def causal_attention(*args: Any, **kwargs: Any) -> Tensor:
-        with sdpa_kernel(backend):
+        with sdpa_kernel(backend) if torch.is_grad_enabled() else nullcontext():
             return reference.sdpa(*args, **kwargs)
 
     return causal_attention

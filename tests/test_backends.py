@@ -62,6 +62,16 @@ def test_compiled_ops_are_eager_without_gradients(monkeypatch):
         op(x, w, b, w, b)
 
 
+def test_a_kernel_for_training_is_no_duty_in_evaluation():
+    """cuDNN's attention, for one, refuses a row of one token, which may be left of a text."""
+    attention = parse_ops("eager,causal_attention=sdpa-cudnn").causal_attention
+    qkv = torch.randn(1, 3, 24)
+    with torch.no_grad():
+        assert torch.equal(attention(qkv, 2), EAGER.causal_attention(qkv, 2))
+    with pytest.raises(RuntimeError, match="kernel"):  # a CPU has no cuDNN
+        attention(qkv, 2)
+
+
 def test_smoke_recipe_on_triton_gives_the_losses_of_eager(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
