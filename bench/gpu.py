@@ -55,7 +55,7 @@ PARTS = [name for group in GROUPS.values() for name in group]
 BESIDE = ("numerics", "tests", "sanitizer", "resume")
 MIN_S = 15.0
 GIB_EACH = 5  # of the card for a process, which is small, or for the test workers that it starts
-SANITIZER_ERROR = 99  # exit code compute-sanitizer is told to use
+SANITIZER_ERROR = 99  # exit code of compute-sanitizer on an error
 OP_TESTS = " ".join(f"tests/test_{name}.py" for name in (*CASES, "adamw", "backends"))
 GPU_TESTS = "tests/test_step.py tests/test_generate.py tests/test_timing.py"
 

@@ -251,7 +251,7 @@ def linear_cross_entropy(
     """Mean cross-entropy of `x @ weight^T` against `targets`, over the rows not ignored.
 
     Under autocast `x` is cast to the autocast dtype. `weight` is cast inside the op, so that an
-    fp32 master receives its gradient in fp32, never rounded to 16 bits on the way.
+    fp32 master receives its gradient in fp32, never rounded to 16 bits.
 
     Args:
         x: (..., C), contiguous, fp32 / bf16 / fp16.

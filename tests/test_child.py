@@ -116,7 +116,7 @@ def test_a_process_that_outlasts_its_time_ends_with_what_it_started() -> None:
         "'import time; time.sleep(600)']); print(p.pid, flush=True); time.sleep(600)"
     )
     ended = child.run([sys.executable, "-c", script], 3.0)
-    assert (ended.code, ended.why) == (None, "cut off")
+    assert (ended.code, ended.why) == (None, "timed out")
     wait_until_gone(int(ended.text))
     failed = child.run([sys.executable, "-c", "print('x'); raise SystemExit('no')"], 60)
     assert failed.why == "exit 1: no"

@@ -134,7 +134,7 @@ def test_commands_run_and_their_rows_are_kept(job: gpu.Job) -> None:
         ("tests", "of x"): "",
         ("m", "y"): "exit 127: no-such-program is not installed",
         ("ends well", "ops: "): "exit 1: no such GPU",
-        ("ends well", "tune: "): "cut off",
+        ("ends well", "tune: "): "timed out",
     }
     log = (job.out / "log.txt").read_text()
     assert "3 passed" in log
@@ -151,7 +151,7 @@ def test_commands_run_and_their_rows_are_kept(job: gpu.Job) -> None:
         ("layer_norm", gpu.SANITIZER_ERROR, "x is not supported", "ERRORS"),
         ("layer_norm", 1, "Device not supported", "not supported"),
         ("layer_norm", 1, "what\n", "exit 1: what"),
-        ("planted", None, "", "cut off"),
+        ("planted", None, "", "timed out"),
     ],
 )
 def test_sanitizer_verdicts(op: str, code: int | None, text: str, doubt: str) -> None:

@@ -259,7 +259,7 @@ def step_of(path: Path) -> int:
 def newest_good(
     folder: Path, say: Callable[[str], None], expected: Expected | None = None
 ) -> Checkpoint | None:
-    """The newest checkpoint that can be read; `say` is told about each newer one."""
+    """The newest checkpoint that can be read; `say` reports each newer one."""
     if folder.is_symlink():
         raise CheckpointError(f"checkpoint {folder}: a link; name the folder it leads to")
     for path in reversed(paths(folder)):

@@ -30,7 +30,7 @@ _running: set[int] = set()  # sessions of `run`
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has ended; `code` is None if it was cut off at its limit."""
+    """A process that has ended; `code` is None if it reached its time limit."""
 
     code: int | None
     text: str
@@ -39,7 +39,7 @@ class Ended:
     def why(self) -> str:
         """How it failed, in words; "" if it did not."""
         if self.code is None:
-            return "cut off"
+            return "timed out"
         return f"exit {self.code}: {last_line(self.text)}" if self.code else ""
 
 

@@ -253,7 +253,7 @@ def probe_steps(recipe: Recipe, plan: Plan, tokens: Tokens, limit_s: float = PRO
                 replayed += [seconds] if i > NUM_WARMUP else []
             peak = torch.cuda.max_memory_allocated()
             take.plan = replace(take.plan, cuda_graph=False)
-            take.graph, take.outcome = [], None  # its pool holds what a step needs once more
+            take.graph, take.outcome = [], None  # its pool holds a second copy of a step's memory
             gc.collect()
             torch.cuda.empty_cache()
         deadline = time.perf_counter() + limit_s  # the time of compiling does not count

@@ -3,7 +3,7 @@
 The candidates for a kernel are the launches of [candidates] and of other rows of launches.toml
 with the same blocks, then the present launch with one thing changed, then with two, and so on.
 Children build them in parallel, for few rows that Triton compiles alike, which fills Triton's cache
-on disk. Then one child by itself checks their results and times them. A candidate
+on disk. Then a single child checks their results and times them. A candidate
 that kills its child or hangs costs only itself. The fastest few are timed in turns with the present
 launch; training/choose.py decides by these samples.
 """

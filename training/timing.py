@@ -206,7 +206,7 @@ def _capture(
             raise
     finally:
         torch.cuda.set_sync_debug_mode(debug_mode)
-        torch.cuda.set_stream(current)  # torch.cuda.graph does not where the capture's end raises
+        torch.cuda.set_stream(current)  # torch.cuda.graph does not if ending the capture raises
     torch.cuda.synchronize()
     return None
 
