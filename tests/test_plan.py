@@ -125,6 +125,23 @@ def test_a_bf16_residual_is_reported_as_changed_numerics() -> None:
 
 
 @pytest.mark.parametrize(
+    ("machine", "ops", "repeats"),
+    [
+        ("H100", "auto", True),
+        ("H100", "triton,causal_attention=sdpa-cudnn", False),
+        ("H100", "eager", False),
+        ("T4", "auto", False),
+        ("CPU", "eager", True),
+    ],
+)
+def test_a_plan_that_does_not_repeat_to_the_bit_says_so(
+    machine: str, ops: str, repeats: bool
+) -> None:
+    made = make_plan(SEED, MACHINES[machine], Choices(ops=ops))
+    assert repeats != any("up to rounding" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
     ("machine", "asked", "message"),
     [
         ("CPU", Choices(ops="triton"), "'triton' needs a GPU; use --ops eager"),

@@ -180,6 +180,11 @@ def make_plan(
         residual=asked.residual,
     )
     _refuse(asked, recipe, machine, dtype)
+    if on_cuda and (backend := read_ops(made.ops)["causal_attention"]) != "triton":
+        notes.append(
+            f"causal_attention {backend}: PyTorch's backward adds up in any order on a GPU, so a "
+            "rerun or a resumed run is equal only up to rounding"
+        )
     if asked.residual == "bf16":
         notes.append("residual bf16 as asked: the losses are not those of plain autocast")
 
