@@ -27,7 +27,7 @@ def token_chances(model: GPT, prompt: str, text: str) -> list[tuple[bytes, float
     A text longer than the window is read in halves of it, so each token sees half a window or more.
     """
     window, ids = resolve_window(model, None), tokenizer.encode(text).tolist()
-    tokens = (tokenizer.encode(prompt).tolist() or [tokenizer.EOT]) + ids
+    tokens = tokenizer.encode_prompt(prompt) + ids
     at, found = len(tokens) - len(ids), []
     with torch.inference_mode():
         while at < len(tokens):

@@ -52,8 +52,8 @@ def stream_text(
 ) -> Iterator[Piece]:
     """Generate text and yield it piece by piece; row = prompt * num_samples + sample.
 
-    An empty prompt starts from <|endoftext|>. A row ends at <|endoftext|>, before a stop string, or
-    after max_new_tokens.
+    In a prompt <|endoftext|> is the token, and an empty prompt is that token. A row ends at that
+    token, before a stop string, or after max_new_tokens.
 
     Args:
         notify: Gets a line for each prompt that was cropped to the window.
@@ -63,7 +63,7 @@ def stream_text(
     """
     tokenizer.check_vocabulary("generate", model.config.vocab_size)
     limit = resolve_window(model, window)
-    ids = [tokenizer.encode(prompt).tolist() or [tokenizer.EOT] for prompt in prompts]
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     for i, prompt_ids in enumerate(ids):
         if len(prompt_ids) > limit:
             notify(

@@ -180,6 +180,14 @@ def encode(text: str) -> np.ndarray:
         ) from None
 
 
+def encode_prompt(prompt: str) -> list[int]:
+    """Token ids of a prompt, where "<|endoftext|>" is its token; an empty one is that token."""
+    ids: list[int] = []
+    for part in prompt.split(END_OF_TEXT):
+        ids += [EOT, *encode(part).tolist()]
+    return ids[1:] or [EOT]
+
+
 def _encode(text: str) -> np.ndarray:
     ids = get_encoding().encode_to_numpy(text, disallowed_special=())
     return ids.astype(np.uint16)

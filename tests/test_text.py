@@ -82,9 +82,9 @@ def test_end_of_text_ends_a_row_and_gives_out_what_was_held():
 def test_text_is_the_decoded_tokens(text_model: GPT):
     encoding = get_encoding()
     sampling = Sampling(max_new_tokens=120, temperature=1.5, seed=4)
-    prompts = ["First Citizen:\n", "", "caf\u00e9 \U0001f600"]
+    prompts = ["First Citizen:\n", "", "caf\u00e9 \U0001f600", "<|endoftext|>a<|endoftext|>b"]
     texts = generate_text(text_model, prompts, sampling)
-    ids = [encoding.encode_ordinary(p) or [encoding.eot_token] for p in prompts]
+    ids = [encoding.encode(p, allowed_special="all") or [encoding.eot_token] for p in prompts]
     rows = generate_tokens(text_model, ids, sampling)
     ends = [[*row, encoding.eot_token].index(encoding.eot_token) for row in rows]
     tokens = [row[:end] for row, end in zip(rows, ends, strict=True)]
