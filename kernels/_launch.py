@@ -85,7 +85,7 @@ class Launch:
         """Keyword arguments of the launch."""
         limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
         warps = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        # The default until 3.9, which warns that 3.10 turns it off.
+        # The default up to 3.9, which warns that 3.10 turns it off.
         return {**dict(self.blocks), **warps, **limit, "enable_fp_fusion": True}
 
 

@@ -2,9 +2,9 @@
 
 Every op is opaque: `define` + `impl` per device + `register_fake`, with autograd in a thin
 `torch.autograd.Function` beside the launch. `triton_op` would expose the kernel to the compiler,
-from which an already fused op gains nothing. Host TMA descriptors vanish from the captured graph
-without an error, loops of launches are unrolled into it, and nothing traces under the interpreter.
-`register_autograd` costs more per call and hides what is saved.
+from which an already fused op gains nothing. With it host TMA descriptors vanish from the captured
+graph without an error, loops of launches are unrolled into it, and nothing traces under the
+interpreter. `register_autograd` costs more per call and hides what is saved.
 """
 
 import os

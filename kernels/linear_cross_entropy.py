@@ -1,4 +1,4 @@
-"""LM head and cross-entropy in one op; all logits never exist at once.
+"""LM head and cross-entropy in one op; the logits never all exist at once.
 
 Forward, over the N rows whose target t is not `ignore_index`, with V of the weight's Vp rows real:
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from model.edge import check_int, is_real, quoted
 
 VOCAB_MULTIPLE = 128  # GEMM tiles and 16-byte rows need a padded vocabulary: 50257 -> 50304
-# Far above any GPT-2, so that a stranger's config.json cannot allocate any amount.
+# Far above any GPT-2, so that a stranger's config.json cannot allocate without limit.
 LARGEST = {
     "block_size": 1 << 20,
     "vocab_size": 1 << 20,

@@ -59,7 +59,7 @@ class Config:
     init: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Fine-tune: start from the weights of a GPT-2 folder, a run folder, a safetensors file, or a
     model on the Hugging Face hub (gpt2, distilgpt2, owner/name, owner/name@revision). This also
-    sets --model. A run that resumes ignores it."""
+    sets --model. A run that resumes takes its checkpoint's weights."""
     dropout: float | None = None
     """Dropout probability, in place of the model's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -109,7 +109,7 @@ def _refuse_links(folder: Path, written: str) -> None:
 
 
 def _set_aside(folder: Path, saved: Checkpoint | None, say: Callable[[str], None]) -> None:
-    """Move away what this run would delete, overwrite or roll back to from an earlier run."""
+    """Move away what an earlier run left and this one would delete, overwrite or roll back to."""
     here = folder / CHECKPOINTS
     if saved and saved.path and here.is_dir() and saved.path.parent.samefile(here):
         moved = [p for p in checkpoint.paths(here) if checkpoint.step_of(p) > saved.step]

@@ -227,7 +227,7 @@ class RunLog:
 
 
 def _cut_back(path: Path, keep_bytes: int) -> None:
-    """Drop what follows `keep_bytes`; a file in which no line ends there is another, and kept."""
+    """Drop what follows `keep_bytes`. If no line ends there it is another file and stays whole."""
     if path.is_file() and path.stat().st_size > MAX_LOG_BYTES:
         path.rename(path.with_name("metrics-too-long.jsonl"))  # it may not fit into memory
     if not path.is_file():

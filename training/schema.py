@@ -8,7 +8,7 @@ A schema is one of
     Every(schema)         an object of any names that match its pattern
 
 `of` derives it from a type: a dataclass, a TypedDict, or the type of a field. Where a type cannot
-express it, an annotation replaces it: Annotated[int, count(3)].
+express it, a Must replaces it: Annotated[int, count(3)].
 """
 
 import re
