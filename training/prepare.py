@@ -160,7 +160,7 @@ class ShardWriter:
                 f"prepare: nothing is left to train on: {self.tokens:,} tokens in all, "
                 f"val_tokens {self.cfg.val_tokens:,}"
             )
-        # Saved with the last shard, or after a kill in between its tokens would be counted twice.
+        # Saved with the last shard, or after a kill in between its tokens would be added twice.
         self.index["done"] = True
         if self._count:
             self._flush(self.index["next_piece"], self.index["skip_tokens"])
