@@ -222,7 +222,7 @@ def replaced(kernel: str = "", launch: Launch | None = None) -> Iterator[list[tu
 
 
 def math_of(dtype: torch.dtype) -> str:
-    """How products are computed, as in PyTorch's own now. Ask inside an op, which is not traced."""
+    """How PyTorch's settings have products computed now. Ask inside an op, which is not traced."""
     if dtype != torch.float32:
         return "16-bit"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
