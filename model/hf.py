@@ -40,6 +40,7 @@ GPT2_HEAD_DIM = 64  # every released size; used only where a weights file has no
 # Stored (in, out) by GPT-2's Conv1D. attn.c_proj is square: forgetting it fails no shape check.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")
+VOCABULARIES = ("vocab.json", "tokenizer.json")  # either of them
 CONTEXTS = ("trained_context", "fine_tuned_context")  # attributes of GPT, kept in our config.json
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
@@ -101,6 +102,20 @@ def read_contexts(raw: Mapping[str, Any], where: str, block_size: int) -> dict[s
     for key, value in contexts.items():
         check_int(where, key, value, 1, LARGEST["block_size"])
     return {key: min(value, block_size) for key, value in contexts.items()}
+
+
+def _check_tokenizer(folder: Path, named: Path) -> None:
+    """Raise ValueError if the tokenizer beside the weights has other ids than GPT-2's."""
+    from model.tokenizer import vocab_files
+
+    for file in (folder / name for name in VOCABULARIES if (folder / name).exists()):
+        vocab: Any = read_json(regular(file, named))
+        if file.name == "tokenizer.json":
+            vocab = vocab["model"].get("vocab") if isinstance(vocab.get("model"), dict) else None
+        ours = read_json(vocab_files()[0])
+        if not (isinstance(vocab, dict) and vocab.items() >= ours.items()):
+            raise ValueError(f"model: {file} is not GPT-2's vocabulary, the only one known here")
+        return  # they say the same
 
 
 def _guess_config(path: Path, tensors: Mapping[str, Tensor]) -> GPTConfig:
@@ -269,6 +284,7 @@ def _look_at(path: str | Path) -> tuple[dict[str, Tensor], GPTConfig, dict[str, 
         files = [regular(source / name, named) for name in names]
     tensors = _map_tensors(files)
     if (folder / CONFIG).exists():
+        _check_tokenizer(folder, named)
         return tensors, *_read_config(regular(folder / CONFIG, named))
     if source.is_dir():
         raise FileNotFoundError(f"model: {source} has weights but no config.json")

@@ -1,9 +1,10 @@
 """GPT-2 models by name from the Hugging Face hub, through its own library and cache.
 
 HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and the token of `hf auth login` or HF_TOKEN work as usual.
-Only config.json and safetensors weights are fetched, nothing that can run code.
+Only config.json, safetensors weights and a vocabulary are fetched, nothing that can run code.
 """
 
+import contextlib
 import functools
 import re
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from model.edge import one_line
 from model.find import CONFIG, INDEX, WEIGHTS
-from model.hf import shard_names
+from model.hf import VOCABULARIES, shard_names
 
 # gpt2 and its sizes have no owner; a branch, a tag or a commit follows the @.
 _NAME = re.compile(
@@ -58,6 +59,10 @@ def download(name: str) -> Path:
             index = hf_hub_download(repo, INDEX, revision=commit)
             for shard in shard_names(Path(index)):
                 hf_hub_download(repo, shard, revision=commit)
+        for vocabulary in VOCABULARIES:
+            with contextlib.suppress(errors.EntryNotFoundError):
+                hf_hub_download(repo, vocabulary, revision=commit)
+                break
         return folder
     except errors.RevisionNotFoundError:
         why = f"{constants.ENDPOINT} has no revision {revision} of it"

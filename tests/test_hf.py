@@ -261,3 +261,18 @@ def test_we_load_what_transformers_saves(exchange: Exchange):
     theirs = torch.load(folder / "logits.pt")
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-5
     assert model.trained_context == model.config.block_size  # their config names none
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_a_model_with_another_tokenizer_is_refused(name: str, tmp_path: Path):
+    """Many models on the hub have GPT-2's shape, 50,257 tokens, and a vocabulary of their own."""
+    GPT(MODELS["smoke"]).save_pretrained(tmp_path)
+    if name == "tokenizer.json":  # as transformers writes it since version 5
+        (tmp_path / "vocab.json").unlink()
+    GPT.from_pretrained(tmp_path)
+    held = json.loads((tmp_path / name).read_text())
+    vocab = held if name == "vocab.json" else held["model"]["vocab"]
+    vocab["the"], vocab["of"] = vocab["of"], vocab["the"]
+    (tmp_path / name).write_text(json.dumps(held))
+    with pytest.raises(ValueError, match=f"{name} is not GPT-2's vocabulary"):
+        GPT.from_pretrained(tmp_path)

@@ -120,6 +120,7 @@ def test_a_name_is_the_model_of_that_name(name: str, here: Hub, monkeypatch) -> 
     assert len(here.asked) == asked
     files = [line.rpartition("/")[2] for line in here.asked if "/resolve/" in line]
     assert {Path(file).suffix for file in files} == {".json", ".safetensors"}
+    assert "vocab.json" in files  # GPT.from_pretrained compares it with GPT-2's
 
 
 def test_a_token_opens_what_is_private(here: Hub, monkeypatch) -> None:
