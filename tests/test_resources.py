@@ -27,7 +27,7 @@ def run_table(*args: str) -> subprocess.CompletedProcess[str]:
     return run("-m", "bench.resources", *args)
 
 
-# With cold caches the builds of one arch take two cores a minute; CI runs them all.
+# With cold caches the builds of one arch take two cores one to two minutes; CI runs them all.
 @pytest.mark.parametrize(
     "flags",
     [
