@@ -262,7 +262,7 @@ def pretend_cuda() -> Iterator[Pretended]:
         "memory_allocated": lambda *_: 1 << 30,
         "max_memory_allocated": lambda *_: 2 << 30,
         "mem_get_info": lambda *_: (DEVICE.total_memory, DEVICE.total_memory),
-        "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)],
+        "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda *_: None,
         "Event": _Event,
         "Stream": _Stream,

@@ -21,7 +21,7 @@ from kernels._op import INTERPRETED
 from model import GPT
 from tests.tuned import CONFIG, H100, REAL_CHILD, Crew, of_triton, plan_of
 from tests.tuned import small as small
-from training import child, choose, timing, trials, verify
+from training import child, choose, state, timing, trials, verify
 from training.distributed import ALONE
 from training.plan import Plan
 from training.resume import RunFailed
@@ -95,7 +95,7 @@ def test_a_first_and_a_second_start_on_a_pretended_gpu(
 
     monkeypatch.setattr("triton.backends.nvidia.compiler.get_ptxas", get_ptxas)
     with monkeypatch.context() as here:
-        here.setattr(torch.cuda, "get_rng_state_all", list)  # the pretended device has none
+        here.setitem(state._GENERATORS, "cuda0?", state._GENERATORS["cpu"])  # the pretended one's
         for steps_, *more in (["2", *run], ["1"], ["3", *run, "--override"]):
             assert start(*flags, steps_, *more) == 0
             said.append(capsys.readouterr().out)

@@ -13,11 +13,12 @@ import torch
 import train
 from model import GPT, hf
 from tests.faults import Small, disturb, flip_bytes, wait_for
-from training import checkpoint, folder
+from training import checkpoint, folder, state
 from training.checkpoint import Checkpoint, CheckpointError, Writer, newest_good
 from training.guard import Guard
 from training.metrics import RunLog, read_metrics
 from training.optim import AdamW, configure_adamw
+from training.plan import Choices, Machine, make_plan
 from training.recipes import Recipe
 from training.signals import EXIT_AT_ONCE
 
@@ -106,6 +107,31 @@ def test_a_resumed_fine_tuning_keeps_the_positions_it_came_with(small):
     odd = replace(now, config={**now.config, "trained_context": "all"})
     with pytest.raises(CheckpointError, match="trained_context must be a whole number"):
         train.restore(odd, model, configure_adamw(model, recipe), None)
+
+
+def test_each_rank_goes_on_with_the_generator_of_its_own_gpu(small, monkeypatch):
+    """Rank 0 saves its own: it has drawn nothing on the others' GPUs."""
+    run, _ = small
+    now = checkpoint.read(run.checkpoints("calm") / f"step-{run.steps:08d}")
+    mine, given = now.tensors["rng"]["cpu"].clone(), []
+    both = {"cuda0": mine, "cuda1": mine.clone()}
+    now = replace(now, tensors={**now.tensors, "rng": now.tensors["rng"] | both})
+    for key in ("cuda0?", "cuda1?"):
+        monkeypatch.setitem(state._GENERATORS, key, state._GENERATORS["cpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: mine)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [*both.values()])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *what: given.append(what))
+    recipe = Recipe(model=MODEL, block_size=32)
+    model = GPT(recipe.model_config)
+    made = model, configure_adamw(model, recipe), None
+    progress = train.restore(now, *made)
+    assert [len(what) for what in given] == [1]  # without a device: the current one
+    assert given[0][0] is mine
+    plan = make_plan(recipe, Machine("cpu", "a CPU"), Choices(ops="eager"))
+    saved = state.capture(progress, *made, recipe, plan, "00")
+    assert saved.tensors["rng"].keys() == {"cpu", "cuda0"}
 
 
 def test_changed_recipe_is_refused_with_both_values(small, capsys):

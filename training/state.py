@@ -140,11 +140,12 @@ def capture(
     data_sha256: str,
 ) -> Checkpoint:
     """Copy the run's state to the host, so that training can go on while the copy is written."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # Of the current GPU. Each rank draws alike on its own, so this state is every rank's.
+    cuda = {"cuda0": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     tensors = {
         "model": hf.file_tensors(model),
         "optimizer": optimizer_tensors(model, optimizer),
-        "rng": {"cpu": torch.get_rng_state(), **{f"cuda{i}": s for i, s in enumerate(cuda)}},
+        "rng": {"cpu": torch.get_rng_state(), **cuda},
     }
     state: dict[str, Any] = {
         "progress": asdict(progress),
@@ -246,9 +247,8 @@ def restore(saved: Checkpoint, model: GPT, optimizer: AdamW, guard: Guard | None
         vars(guard).update(saved.state["guard"])
     rng = saved.tensors["rng"]
     torch.set_rng_state(rng["cpu"])
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda{i}" in rng:
-            torch.cuda.set_rng_state(rng[f"cuda{i}"], i)
+    if "cuda0" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda0"])
     progress = Progress(**copy.deepcopy(saved.state["progress"]))
     progress.skips = [(first, last) for first, last in progress.skips]
     return progress
