@@ -1,8 +1,8 @@
 """The kernel builds that the ops launch on a chip, recorded where there is none.
 
-An op's launch functions run on meta tensors, which have shapes and no memory. Triton binds the
-arguments as on the chip and then asks a hook whether to compile; the hook keeps what it was asked
-for. So each build is the one that a GPU would run, with the row that its op asks for.
+An op's launch functions run on meta tensors, which have shapes but no memory. Triton's JIT
+specialises the arguments as it would on the chip, then asks a hook whether to compile. The hook
+keeps the build and declines. So each build is the one that a GPU would run.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ class Build(NamedTuple):
 
 
 class _Driver:
-    """What triton's JIT asks of a GPU before it compiles; the device's number is the chip's."""
+    """What triton's JIT asks of a GPU before it compiles. The device number is the chip's."""
 
     def __init__(self, arch: int) -> None:
         self.get_current_device = self.get_current_stream = lambda *_: arch
@@ -50,9 +50,9 @@ class _Driver:
 
 
 def record(run: Run, arch: int, kernel: str = "", launch: Launch | None = None) -> list[Build]:
-    """The builds that `run` launches on a chip; `kernel` with `launch`, if given.
+    """The builds that `run` launches on a chip. If `launch` is given, `kernel` runs with it.
 
-    Each kernel has the row that was asked for last before it.
+    An op asks for a row right before it launches, so each build has the row last asked for.
     """
     found: list[Build] = []
 
@@ -178,7 +178,7 @@ def _calls(arch: int) -> Iterator[tuple[str, str, Run]]:
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Every build once: of each call, then of each candidate for a row that the call asked for."""
+    """Every build once, first with the rows that launches take, then with the candidates."""
     seen: set[str] = set()
     for op, special, run in _calls(arch):
         found = record(run, arch)
