@@ -287,15 +287,17 @@ def test_samples_while_training_change_no_step(text: Path, tmp_path: Path, brief
     assert not [e for e in others if e["event"] == "samples"]
 
 
-def test_marks_between_documents_are_no_text(tmp_path: Path, brief) -> None:
+@pytest.mark.parametrize("document", ["Cat {} sat.", "cat"])
+def test_marks_between_documents_are_no_text(document: str, tmp_path: Path, brief) -> None:
     """A model sees <|endoftext|> as one token, not as the characters that spell it."""
-    documents = [f"Cat {i} sat." for i in range(1000)]
+    documents = [document.format(i) for i in range(1000)]
     lines = (json.dumps({"text": document}) + "\n" for document in documents)
     (tmp_path / "cats.jsonl").write_text("".join(lines))
     summary = run_here(tmp_path / "cats.jsonl", tmp_path / "run", "--steps 1 --log-every 9")
     samples = (tmp_path / "run" / "samples.txt").read_text(encoding="utf-8")
     prompts = re.findall(r"^\[prompt\] (.*)", samples, re.MULTILINE)
-    assert len(prompts) == ending.NUM_SAMPLES
+    assert len(prompts) == len({*prompts})  # equal ones would give equal samples
+    assert len(prompts) == ending.NUM_SAMPLES or document == "cat"
     assert not any("endoftext" in prompt for prompt in prompts)
     _, val = train.load_corpus([tmp_path / "cats.jsonl"]).split(0.1)
     num_bytes = len(decode(np.asarray(val)).replace(END_OF_TEXT, ""))

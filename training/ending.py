@@ -143,7 +143,8 @@ def write_samples(
         text = run.train_tokens
     starts = np.linspace(0, len(text) - PROMPT_TOKENS, NUM_SAMPLES + 1, dtype=int)[:-1]
     words = (decode(np.asarray(text[i : i + PROMPT_TOKENS])) for i in starts)
-    prompts = [each.rpartition(END_OF_TEXT)[2] for each in words]  # all of one document
+    # All of one document, and different, or their samples would be the same.
+    prompts = [*dict.fromkeys(each.rpartition(END_OF_TEXT)[2] for each in words)]
     sampling = Sampling(max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=run.recipe.seed)
     answers = [""] * len(prompts)
     for piece in stream_text(model, prompts, sampling):
