@@ -83,15 +83,20 @@ def test_ctrl_c_ends_the_child_that_is_asked(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_crew_ends_with_its_process(number: int) -> None:
     """Ctrl-C and a kill, while each of two children has a task that never ends, and one waits."""
     code = (
-        "import sys\nfrom training import child\n"
+        "import signal, sys\nfrom training import child\n"
+        # A shell starts what is in the background with this signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with child.Crew([sys.executable, '-c', sys.argv[1]], 2) as crew:\n"
         "    print('ready', flush=True)\n    crew.share(['hang'] * 3, 500)\n"
     )
     command = [sys.executable, "-c", code, CHILD]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=child.ROOT) as process:
-        children = started_by(process)
-        process.send_signal(number)
-        assert process.wait(60) != 0
+        try:
+            children = started_by(process)
+            process.send_signal(number)
+            assert process.wait(60) != 0
+        finally:
+            process.kill()
     for pid in children:
         wait_until_gone(int(pid))
 
