@@ -61,7 +61,7 @@ HGMMA_MIN_ROWS = 64  # a warpgroup's WGMMA is 64 rows; smaller tiles rightly use
 TENSOR_OPS = ("HMMA", "HGMMA", "UTCHMMA")
 PRODUCT = re.compile(rf"\b({'|'.join(TENSOR_OPS)})\b")
 PROCESSES = 2
-REPORT_VERSION = 4  # part of the cache key; raise it when `_measure` reads something else
+REPORT_VERSION = 5  # part of the cache key; raise it when `_measure` reads something else
 
 
 @dataclass(frozen=True)

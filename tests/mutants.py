@@ -23,7 +23,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cli
 from tests.forked import Forked
 
 ROOT = Path(__file__).parents[1]
@@ -203,6 +202,7 @@ MUTANTS = (
 
 def quick_tests(op: str) -> None:
     """Run an op's quick tests in the copy that this forked process is in."""
+    assert "kernels" not in sys.modules  # they would be the originals, without a fault
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]  # the originals, which brought this function here
     sys.path[:] = [str(Path.cwd()), *(p for p in sys.path if Path(p).resolve() != ROOT)]
@@ -270,6 +270,8 @@ def judge(mutants: Sequence[Mutant], workers: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    from bench import cli  # not above: it imports kernels, and so would each process that tests
+
     parser = cli.Parser("tests.mutants", __doc__)
     parser.add_argument("--op", action="append", choices=[*TESTS], help="default: all")
     parser.add_argument("--workers", type=int, default=2, help="test runs at a time (default: 2)")

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -23,6 +25,11 @@ def test_a_text_that_is_gone_is_reported():
     mutant = mutants.Mutant("layer_norm", "_sum_partials_kernel", "mask", "not there", "")
     with pytest.raises(ValueError, match="must hold 'not there' once, holds it 0 times"):
         mutant.apply((mutants.ROOT / mutant.file).read_text())
+
+
+def test_a_process_that_tests_a_copy_begins_without_the_original():
+    code = "import sys, tests.mutants; sys.exit('kernels' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=mutants.ROOT).returncode == 0
 
 
 @pytest.mark.slow
