@@ -57,7 +57,7 @@ MIN_S = 15.0
 GIB_EACH = 5  # of the card for a process, which is small, or for the test workers that it starts
 SANITIZER_ERROR = 99  # exit code of compute-sanitizer on an error
 OP_TESTS = " ".join(f"tests/test_{name}.py" for name in (*CASES, "adamw", "backends"))
-GPU_TESTS = "tests/test_step.py tests/test_generate.py tests/test_timing.py"
+GPU_TESTS = "tests/test_capture.py tests/test_generate.py tests/test_timing.py"
 
 
 class Command(NamedTuple):
